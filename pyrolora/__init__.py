@@ -1,0 +1,56 @@
+"""Posteriors over the low-rank adapters of a transformer.
+
+    posterior = pyrolora.fit(model, data, guide="montec")
+    prediction = posterior.predict(test, num_samples=32)
+
+Names are imported on first use, so that ``import pyrolora`` is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pyrolora.errors import PyroLoraError
+from pyrolora.types import AdapterConfig
+
+if TYPE_CHECKING:
+    from pyrolora import distributions, guides, likelihoods
+    from pyrolora.fitting import fit
+    from pyrolora.posterior import Posterior, load
+    from pyrolora.predictive import Prediction
+
+_LAZY = {
+    "Posterior": "pyrolora.posterior",
+    "Prediction": "pyrolora.predictive",
+    "distributions": "",
+    "fit": "pyrolora.fitting",
+    "guides": "",
+    "likelihoods": "",
+    "load": "pyrolora.posterior",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pyrolora' has no attribute {name!r}")
+    if not _LAZY[name]:
+        return importlib.import_module(f"pyrolora.{name}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "errors"])
+
+
+__all__ = [
+    "AdapterConfig",
+    "Posterior",
+    "Prediction",
+    "PyroLoraError",
+    "distributions",
+    "fit",
+    "guides",
+    "likelihoods",
+    "load",
+]

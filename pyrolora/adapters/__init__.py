@@ -1,0 +1,26 @@
+"""Adapter layers inside a network, and the bank of their stacked factors."""
+
+from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
+from pyrolora.adapters.inject import Attachment, attach, unwrap
+from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
+from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, features, unwrapped
+
+__all__ = [
+    "AUTO_TARGETS",
+    "AdapterBank",
+    "AdapterLayer",
+    "Attachment",
+    "Binding",
+    "Block",
+    "Factors",
+    "FlatFactors",
+    "HeadSlot",
+    "LayerSpec",
+    "Layout",
+    "attach",
+    "bind",
+    "current_binding",
+    "features",
+    "unwrap",
+    "unwrapped",
+]

@@ -1,0 +1,106 @@
+"""Wrap the target layers and the task head of a network, and put everything back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+
+from pyrolora.adapters.layer import AdapterLayer, HeadSlot, Wrapper
+from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets
+from pyrolora.errors import TargetError
+from pyrolora.types import AdapterConfig
+
+
+@dataclass
+class _Shared:
+    """What the attachments of one network share: who uses it, and its own gradient flags."""
+
+    requires_grad: dict[str, bool]
+    attachments: WeakSet[Attachment] = field(default_factory=WeakSet)
+
+
+_networks: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
+
+
+class Attachment:
+    """The wrappers that one posterior uses in a network.
+
+    Several attachments share a network: a layer that two of them target is wrapped once, and stays
+    wrapped until the last of them is detached. While one is attached, the network's own parameters
+    take no gradient.
+    """
+
+    def __init__(self, network: nn.Module, specs: list[LayerSpec], heads: list[str]) -> None:
+        shared = _networks.get(network)
+        if shared is None:
+            shared = _Shared({name: p.requires_grad for name, p in network.named_parameters()})
+            _networks[network] = shared
+        self.network = network
+        self.specs = specs
+        self.layers = {spec.name: _wrap(network, spec.name, AdapterLayer) for spec in specs}
+        self.heads = {name: _wrap(network, name, HeadSlot) for name in heads}
+        self.attached = True
+        self._requires_grad = shared.requires_grad
+        shared.attachments.add(self)
+        network.requires_grad_(False)
+
+    @property
+    def wrappers(self) -> Mapping[str, Wrapper]:
+        return {**self.layers, **self.heads}
+
+    def detach(self) -> None:
+        """Put the original modules back where no other attachment needs the wrapper."""
+        if not self.attached:
+            return
+        self.attached = False
+        shared = _networks.get(self.network)
+        others: Iterable[Attachment] = ()
+        if shared is not None:
+            shared.attachments.discard(self)
+            others = shared.attachments
+        needed = {id(wrapper) for other in others for wrapper in other.wrappers.values()}
+        if needed:
+            for name, wrapper in self.wrappers.items():
+                if id(wrapper) not in needed:
+                    _replace(self.network, name, wrapper.base_layer)
+            return
+        unwrap(self.network)
+        _networks.pop(self.network, None)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, True))
+
+
+def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
+    """Wrap the layers that ``config`` selects, and the task head."""
+    heads = find_heads(network, config)
+    return Attachment(network, find_targets(network, config, heads), heads)
+
+
+def unwrap(network: nn.Module) -> None:
+    """Replace every wrapper of ours in ``network`` by what it wraps."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, Wrapper):
+            _replace(network, name, module.base_layer)
+
+
+def _wrap(network: nn.Module, name: str, kind: type[Wrapper]) -> Wrapper:
+    module = network.get_submodule(name)
+    if isinstance(module, kind):
+        return module
+    if isinstance(module, Wrapper):
+        raise TargetError(
+            f"module {name!r} is the task head of one posterior of this network and an adapted "
+            "layer of another; detach() the other one first"
+        )
+    wrapper = kind(module)
+    wrapper.train(module.training)
+    _replace(network, name, wrapper)
+    return wrapper
+
+
+def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)

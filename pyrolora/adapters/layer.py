@@ -1,0 +1,154 @@
+"""The adapted layer: forward only. It owns no factor and no site; it uses what is bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyrolora.errors import BindingError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one layer for one call, ready for two matrix products.
+
+    ``A`` is (r, in) or (S, r, in); ``sB`` is the scaled transpose s Bᵀ, (r, out) or (S, r, out).
+    S draws are outermost in the batch: the input then has S * b rows.
+    """
+
+    A: Tensor
+    sB: Tensor
+    dropout: float = 0.0
+
+    def add_to(self, out: Tensor, x: Tensor, training: bool) -> Tensor:
+        """``out + s B A x`` for x (..., in) and out (..., out)."""
+        if self.dropout and training:
+            x = F.dropout(x, self.dropout)
+        x = x.to(self.A.dtype)
+        hidden = _product(x.reshape(-1, x.shape[-1]), self.A.mT)
+        flat = out.reshape(-1, out.shape[-1])
+        if flat.dtype != hidden.dtype:
+            return (flat + _product(hidden, self.sB).to(flat.dtype)).view_as(out)
+        if self.sB.dim() == 2:
+            return torch.addmm(flat, hidden, self.sB).view_as(out)
+        draws = self.sB.shape[0]
+        blocks = flat.view(draws, -1, flat.shape[-1])
+        hidden = hidden.view(draws, -1, hidden.shape[-1])
+        return torch.baddbmm(blocks, hidden, self.sB).view_as(out)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (S * m, k) times matrix (k, n), or times (S, k, n) draw by draw, as (S * m, n)."""
+    if matrix.dim() == 2:
+        return rows @ matrix
+    blocks = rows.view(matrix.shape[0], -1, rows.shape[-1])
+    return torch.bmm(blocks, matrix).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a caller of the base puts in its layers for the time of one call."""
+
+    factors: Mapping[nn.Module, Factors]
+    heads: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+    used: set[nn.Module] = field(default_factory=set)
+
+
+_current: ContextVar[Binding | None] = ContextVar("pyrolora_binding", default=None)
+
+
+def current_binding() -> Binding | None:
+    """The binding of this thread and context, if any."""
+    return _current.get()
+
+
+@contextmanager
+def bind(binding: Binding | None) -> Iterator[None]:
+    """Bind factors and heads for the calls of the base inside the block."""
+    token = _current.set(binding)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _binding_for_forward() -> Binding | None:
+    """The current binding; refuses a recomputation that has lost its own.
+
+    Activation checkpointing runs the forward pass again during the backward pass, when the
+    binding of the first pass has ended (on a GPU even in another thread). Without factors it would
+    silently give the gradients of another function.
+    """
+    binding = _current.get()
+    if binding is None and torch._C._current_graph_task_id() != -1:
+        raise BindingError(
+            "an adapted layer is recomputed by activation checkpointing outside of its binding; "
+            "enable checkpointing through TrainingArguments(gradient_checkpointing=True) or "
+            "posterior.model.gradient_checkpointing_enable(), not on the base network"
+        )
+    return binding
+
+
+class Wrapper(nn.Module):
+    """A module in place of another one that the network keeps seeing.
+
+    Attributes and the state dict are those of the wrapped module, so that wrapping changes
+    neither what the network's code reads nor a key of what it saves.
+    """
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Torch looks for a child's tensors below the child's name.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+class AdapterLayer(Wrapper):
+    """A linear layer (``nn.Linear`` or transformers' ``Conv1D``) that computes ``W x + b``, plus
+    ``s B A x`` while factors are bound to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base_layer(x)
+        binding = _binding_for_forward()
+        factors = None if binding is None else binding.factors.get(self)
+        if binding is None or factors is None:
+            return out
+        binding.used.add(self)
+        return factors.add_to(out, x, self.training)
+
+
+class HeadSlot(Wrapper):
+    """A task head that gives way to the copy that is bound to it, if one is."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        binding = _binding_for_forward()
+        bound = None if binding is None else binding.heads.get(self)
+        if bound is None:
+            return self.base_layer(*args, **kwargs)
+        dtype = next(bound.parameters()).dtype  # float32, whatever the network computes in
+        return bound(*(_cast(arg, dtype) for arg in args), **kwargs)
+
+
+def _cast(arg: Any, dtype: torch.dtype) -> Any:
+    return arg.to(dtype) if isinstance(arg, Tensor) and arg.is_floating_point() else arg

@@ -1,0 +1,14 @@
+"""Distributions that the model/guide pairs need and Pyro does not have."""
+
+from pyrolora.distributions import kl  # noqa: F401  (registers the divergences)
+from pyrolora.distributions.column_normal import BlockGroup, ColumnNormal, map_blocks, split_blocks
+from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
+
+__all__ = [
+    "BlockGroup",
+    "ColumnNormal",
+    "VectorToLowerFactor",
+    "WishartCholesky",
+    "map_blocks",
+    "split_blocks",
+]

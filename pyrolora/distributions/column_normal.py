@@ -1,0 +1,154 @@
+"""Independent Gaussian columns whose covariance is shared within a matrix: the adapter's noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """``count`` consecutive matrices of one shape (rank, columns)."""
+
+    count: int
+    rank: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.count, self.rank, self.columns)
+
+    @property
+    def total(self) -> int:
+        return self.count * self.rank * self.columns
+
+
+Blocks = Sequence[BlockGroup]
+
+
+def split_blocks(flat: Tensor, groups: Blocks) -> list[Tensor]:
+    """Views (..., count, rank, columns), one a group, of a flat vector (..., total).
+
+    ``split`` and ``unflatten`` only: the backward pass is one concatenation.
+    """
+    parts = flat.split([group.total for group in groups], dim=-1)
+    return [part.unflatten(-1, group.shape) for part, group in zip(parts, groups, strict=True)]
+
+
+def map_blocks(
+    function: Callable[[Tensor, Tensor], Tensor], per_block: Tensor, flat: Tensor, groups: Blocks
+) -> Tensor:
+    """Apply ``function(per_block, matrices)`` group by group and flatten the results again.
+
+    ``per_block`` is (..., L, r, r); it is cut to each group's rank. The leading principal block of
+    a lower factor is the lower factor of the leading principal block.
+    """
+    laws = per_block.split([group.count for group in groups], dim=-3)
+    matrices = split_blocks(flat, groups)
+    return torch.cat(
+        [
+            function(law[..., : group.rank, : group.rank], matrix).flatten(-3)
+            for law, matrix, group in zip(laws, matrices, groups, strict=True)
+        ],
+        dim=-1,
+    )
+
+
+class ColumnNormal(TorchDistribution):
+    r"""All columns of L matrices: column j of matrix l is N(0, S_l S_lᵀ), independent given S.
+
+    The value is one flat vector, matrix after matrix, each row by row, so that one Pyro site
+    carries matrices of several shapes without padding.
+
+        log p(x) = Σ_l [ -½ ‖S_l⁻¹ X_l‖² - c_l log|S_l| - ½ r_l c_l log 2π ]
+
+    Parameters
+    ----------
+    scale_tril : Tensor
+        S, lower factors, shape ``(*batch_shape, L, r, r)``.
+    groups : sequence of BlockGroup
+        The shapes (r_l, c_l) of the L matrices, in runs of equal shape, with r_l <= r. A matrix of
+        lower rank uses the leading principal block of its S.
+    """
+
+    arg_constraints: ClassVar = {
+        "scale_tril": constraints.independent(constraints.lower_cholesky, 1)
+    }
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self, scale_tril: Tensor, groups: Blocks, *, validate_args: bool | None = None
+    ) -> None:
+        self.scale_tril = scale_tril
+        self.groups = tuple(groups)
+        total = sum(group.total for group in self.groups)
+        super().__init__(scale_tril.shape[:-3], torch.Size([total]), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ColumnNormal:
+        new = self._get_checked_instance(ColumnNormal, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.scale_tril = self.scale_tril.expand(batch_shape + self.scale_tril.shape[-3:])
+        new.groups = self.groups
+        super(ColumnNormal, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        standard = torch.randn(shape, dtype=self.scale_tril.dtype, device=self.scale_tril.device)
+        return map_blocks(torch.matmul, self.scale_tril, standard, self.groups)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        whitened = map_blocks(
+            lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
+            self.scale_tril,
+            value,
+            self.groups,
+        )
+        log_diagonal = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
+        # log|S_l| counts once a column, over the rows that the matrix has.
+        log_det = (log_diagonal * self.entry_weights()).sum((-2, -1))
+        constant = 0.5 * self.event_shape[0] * math.log(2 * math.pi)
+        return -0.5 * whitened.square().sum(-1) - log_det - constant
+
+    def entry_weights(self) -> Tensor:
+        """(L, r): the number of columns c_l for the rows that matrix l has, else 0."""
+        law = self.scale_tril
+        return _entry_weights(self.groups, law.shape[-1], law.dtype, law.device)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.scale_tril.new_zeros(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        per_row = self.scale_tril.square().sum(-1, keepdim=True)
+        return map_blocks(
+            lambda law, x: law[..., :1] + x,
+            per_row.expand(self.scale_tril.shape),
+            self.mean,
+            self.groups,
+        )
+
+
+@lru_cache(maxsize=64)
+def _entry_weights(
+    groups: tuple[BlockGroup, ...], rank: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    rows = [
+        [group.columns if row < group.rank else 0 for row in range(rank)]
+        for group in groups
+        for _ in range(group.count)
+    ]
+    return torch.tensor(rows, dtype=dtype, device=device)

@@ -1,0 +1,192 @@
+"""The Wishart distribution, as the law of its lower Cholesky factor."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions.transforms import Transform
+
+
+class _LowerFactor(constraints.Constraint):
+    """Lower-triangular matrices with a positive diagonal.
+
+    A constraint of our own, because torch's ``lower_cholesky`` has no ``biject_to`` and its
+    transform no log-Jacobian, and Pyro's NUTS needs both.
+    """
+
+    event_dim = 2
+
+    def check(self, value: Tensor) -> Tensor:
+        return constraints.lower_cholesky.check(value)
+
+
+lower_factor = _LowerFactor()
+
+
+class VectorToLowerFactor(Transform):
+    """R^{r(r+1)/2} -> lower factors: the first r entries are the logarithms of the diagonal, the
+    others fill the strictly lower triangle row by row.
+
+    The Jacobian is diagonal (exp x_i on the diagonal of the factor, 1 below it), so its
+    log-determinant is the sum of the first r entries.
+    """
+
+    domain = constraints.real_vector
+    codomain = lower_factor
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VectorToLowerFactor)
+
+    def __hash__(self) -> int:
+        return hash(VectorToLowerFactor)
+
+    def _call(self, x: Tensor) -> Tensor:
+        r = _side(x.shape[-1])
+        row, column = torch.tril_indices(r, r, -1, device=x.device)
+        below = x.new_zeros((*x.shape[:-1], r, r))
+        below[..., row, column] = x[..., r:]
+        return below + torch.diag_embed(x[..., :r].exp())
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        r = y.shape[-1]
+        row, column = torch.tril_indices(r, r, -1, device=y.device)
+        return torch.cat([y.diagonal(dim1=-2, dim2=-1).log(), y[..., row, column]], dim=-1)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return x[..., : y.shape[-1]].sum(-1)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        r = _side(shape[-1])
+        return torch.Size([*shape[:-1], r, r])
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        r = shape[-1]
+        return torch.Size([*shape[:-2], r * (r + 1) // 2])
+
+
+def _side(length: int) -> int:
+    """The r of r(r+1)/2 = length."""
+    return (math.isqrt(8 * length + 1) - 1) // 2
+
+
+@biject_to.register(_LowerFactor)
+@transform_to.register(_LowerFactor)
+def _(constraint: constraints.Constraint) -> Transform:
+    return VectorToLowerFactor()
+
+
+class WishartCholesky(TorchDistribution):
+    r"""The law of the lower Cholesky factor L of Σ = L Lᵀ ~ Wishart(ν, S Sᵀ), with E[Σ] = ν S Sᵀ.
+
+    Bartlett: L = S T with T lower triangular, all entries independent, T_ii ~ χ(ν - i + 1) for
+    i = 1..r and T_ij ~ N(0, 1) for i > j. No matrix is ever factorised. The density follows from
+    the Wishart's and the Jacobian 2^r Π_i L_ii^{r-i+1} of L -> L Lᵀ:
+
+        log p(L) = r log 2 + Σ_i (ν - i) log L_ii - ½ ‖S⁻¹ L‖²
+                   - (ν r / 2) log 2 - ν log|S| - log Γ_r(ν / 2)
+
+    Parameters
+    ----------
+    df : Tensor or float
+        Degrees of freedom ν > r - 1, shape ``batch_shape`` after broadcasting.
+    scale_tril : Tensor
+        S, lower triangular with a positive diagonal, shape ``(*batch_shape, r, r)``.
+
+    Raises
+    ------
+    ValueError
+        With ``validate_args``, when ν <= r - 1 or S is not a lower factor.
+
+    References
+    ----------
+    M. S. Bartlett (1933), Proc. R. Soc. Edinb. 53, 260-283.
+    """
+
+    arg_constraints: ClassVar = {
+        "df": constraints.positive,
+        "scale_tril": constraints.lower_cholesky,
+    }
+    support = lower_factor
+    has_rsample = True
+
+    def __init__(
+        self, df: Tensor | float, scale_tril: Tensor, *, validate_args: bool | None = None
+    ) -> None:
+        df = torch.as_tensor(df, dtype=scale_tril.dtype, device=scale_tril.device)
+        batch_shape = torch.broadcast_shapes(df.shape, scale_tril.shape[:-2])
+        self.df = df.expand(batch_shape)
+        self.scale_tril = scale_tril.expand(batch_shape + scale_tril.shape[-2:])
+        super().__init__(batch_shape, scale_tril.shape[-2:], validate_args=validate_args)
+        if self._validate_args and not (self.df > self.rank - 1).all():
+            raise ValueError(
+                f"WishartCholesky needs df > r - 1 = {self.rank - 1}, got {self.df.min():g}"
+            )
+
+    @property
+    def rank(self) -> int:
+        return int(self.event_shape[-1])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> WishartCholesky:
+        new = self._get_checked_instance(WishartCholesky, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.df = self.df.expand(batch_shape)
+        new.scale_tril = self.scale_tril.expand(batch_shape + self.event_shape)
+        super(WishartCholesky, new).__init__(batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def _chi_df(self) -> Tensor:
+        """ν - i + 1 for i = 1..r, shape (*batch_shape, r)."""
+        i = torch.arange(self.rank, dtype=self.df.dtype, device=self.df.device)
+        return self.df.unsqueeze(-1) - i
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        # χ(k) = sqrt(2 G) with G ~ Gamma(k / 2, 1), whose rsample is differentiable in k.
+        gamma = torch._standard_gamma((self._chi_df() / 2).expand(shape[:-1]))
+        chi = (2 * gamma.clamp(min=torch.finfo(gamma.dtype).tiny)).sqrt()
+        normal = torch.randn(shape, dtype=chi.dtype, device=chi.device)
+        return self.scale_tril @ (normal.tril(-1) + torch.diag_embed(chi))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        r, df = self.rank, self.df
+        whitened = torch.linalg.solve_triangular(self.scale_tril, value, upper=False)
+        log_diagonal = value.diagonal(dim1=-2, dim2=-1).log()
+        log_det_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (
+            ((self._chi_df() - 1) * log_diagonal).sum(-1)
+            - 0.5 * whitened.square().sum((-2, -1))
+            - (0.5 * df - 1) * r * math.log(2.0)
+            - df * log_det_scale
+            - torch.mvlgamma(0.5 * df, r)
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """E[L] = S diag(E[χ(ν - i + 1)]), with E[χ(k)] = √2 Γ((k + 1) / 2) / Γ(k / 2)."""
+        return self.scale_tril * self._chi_mean().unsqueeze(-2)
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[L_ij] = Σ_k S_ik² Var[T_kj]: 1 below the diagonal, k - E[χ(k)]² on it."""
+        r = self.rank
+        below = torch.ones(r, r, dtype=self.df.dtype, device=self.df.device).tril(-1)
+        on = torch.diag_embed(self._chi_df() - self._chi_mean().square())
+        return self.scale_tril.square() @ (below + on)
+
+    @property
+    def wishart_mean(self) -> Tensor:
+        """E[L Lᵀ] = ν S Sᵀ."""
+        return self.df[..., None, None] * self.scale_tril @ self.scale_tril.mT
+
+    def _chi_mean(self) -> Tensor:
+        half = 0.5 * self._chi_df()
+        return math.sqrt(2.0) * (torch.lgamma(half + 0.5) - torch.lgamma(half)).exp()

@@ -1,0 +1,44 @@
+"""The exceptions of pyrolora: each says what was wrong, what was received, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PyroLoraError(Exception):
+    """Base of every error that pyrolora raises on purpose."""
+
+
+class ConfigError(PyroLoraError, ValueError):
+    """An option, or a combination of options, that cannot be used."""
+
+
+class DataError(PyroLoraError, ValueError):
+    """Data that cannot be trained or predicted on."""
+
+
+class TargetError(PyroLoraError, LookupError):
+    """A model in which the requested adapter targets cannot be found or wrapped."""
+
+
+class UnknownNameError(PyroLoraError, LookupError):
+    """A name that its registry does not hold."""
+
+
+class BindingError(PyroLoraError, RuntimeError):
+    """Adapted layers were run in a way that would silently use no, or the wrong, factors."""
+
+
+class CheckpointError(PyroLoraError, ValueError):
+    """A saved posterior that is damaged, or that belongs to another model or version."""
+
+
+class NonFiniteError(PyroLoraError, ArithmeticError):
+    """Training met a NaN or an infinity and was stopped before the parameters were touched.
+
+    ``posterior`` is the usable posterior of the last good step.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.posterior: Any = None

@@ -1,0 +1,280 @@
+"""Stochastic variational inference with transformers' Trainer around Pyro's ELBO module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
+from pyrolora.guides import Guide
+from pyrolora.inference.data import Prepared
+from pyrolora.inference.elbo import NamedELBO
+from pyrolora.model import JointGuide, JointModel
+from pyrolora.types import Batch
+
+STATE_FILE = "adapters.safetensors"
+
+
+class Objective(nn.Module):
+    """What the Trainer minimises: −ELBO of one batch over ``observations``, in nats each.
+
+    A constant divisor changes no optimum; without it the Trainer's gradient clipping would bite at
+    every step.
+
+    Parameters
+    ----------
+    joint
+        The joint model.
+    observations
+        The number of observations of the whole data: examples, or labelled tokens.
+    """
+
+    # The Trainer must not divide the loss by the accumulation steps: `compute_loss` weighs each
+    # micro-batch by its share of the examples, which is exact when they differ in size.
+    accepts_loss_kwargs = True
+
+    def __init__(self, joint: JointModel, observations: int) -> None:
+        super().__init__()
+        self.observations = observations
+        self.estimator = NamedELBO()
+        self.elbo = self.estimator(joint, JointGuide(joint.program))
+
+    @property
+    def joint(self) -> JointModel:
+        return self.elbo.model
+
+    def forward(self, batch: Batch, kl_weight: float) -> Tensor:
+        return self.elbo(batch, kl_weight=kl_weight) / self.observations
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.joint.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.joint.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+class SVITrainer(Trainer):
+    """A ``transformers.Trainer`` whose loss is the negative ELBO of a joint model.
+
+    Parameters
+    ----------
+    joint
+        The joint model; its adapters, heads and likelihood are trained.
+    guide
+        The options: KL weight and its warm-up, learning rate of the scales.
+    data
+        The prepared training data.
+    args
+        The Trainer's arguments.
+    evaluate
+        Returns the metrics of the evaluation data, or None without such data.
+    callbacks
+        Trainer callbacks.
+    """
+
+    def __init__(
+        self,
+        joint: JointModel,
+        guide: Guide,
+        data: Prepared,
+        args: TrainingArguments,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        callbacks: tuple[TrainerCallback, ...] = (),
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"{args.n_gpu} GPUs in one process would mean DataParallel, which copies the "
+                "network without its bound factors; start one process a GPU with "
+                f"'torchrun --nproc_per_node {args.n_gpu} script.py', or show one GPU with "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
+        assert data.labels is not None
+        self.guide = guide
+        self._evaluate_posterior = evaluate
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.tensor(0.0))
+        self._steps = 0
+        super().__init__(
+            model=Objective(joint, joint.likelihood.count(data.labels)),
+            args=args,
+            train_dataset=data.examples,
+            eval_dataset=None if evaluate is None else data.examples[:1],
+            data_collator=data.collate,
+            callbacks=[*callbacks],
+        )
+        self.add_callback(_FiniteGradients(self))
+
+    optimizer: Any
+    control: Any
+
+    @property
+    def joint(self) -> JointModel:
+        return self.model.joint
+
+    # The objective ------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one step, and the number of their examples over all devices."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(_size(batch) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count).sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """−ELBO of a micro-batch, times its share of the step's examples.
+
+        Devices average their gradients, so that the share is taken of one device's part.
+        """
+        progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
+        loss = model(inputs, self.guide.beta(self.joint.num_examples, progress))
+        if not torch.isfinite(loss):
+            raise NonFiniteError(self._describe_failure())
+        share = _size(inputs) * self.accelerator.num_processes / num_items_in_batch
+        for name, term in self.model.estimator.terms.items():
+            self._sums[name] = self._sums[name].to(term.device) + share * term
+        return loss * share
+
+    def _describe_failure(self) -> str:
+        terms = self.model.estimator.terms
+        bad = [name for name, term in terms.items() if not torch.isfinite(term)]
+        sites = ", ".join("y" if name == "log_likelihood" else name for name in bad) or "the loss"
+        return self.remedy(f"is not finite at site {sites}")
+
+    def remedy(self, what: str) -> str:
+        """The message of a fit that ran into a number that is not finite."""
+        rate = self.args.learning_rate
+        return (
+            f"training stopped before step {self.state.global_step + 1}: the objective {what}. "
+            "The parameters are those of the last good step (error.posterior). Lower the learning "
+            f"rate (now {rate:g}) or the guide's scale, or look for extreme inputs"
+        )
+
+    # The optimiser ------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Weights with the fit's learning rate and weight decay; scales with their own rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        objective = self.model
+        scales = {id(p) for p in _scales(objective.joint)}
+        decayed = set(self.get_decay_parameter_names(objective))
+        groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "scales": []}
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                kind = "decayed" if name in decayed else "plain"
+                groups["scales" if id(parameter) in scales else kind].append(parameter)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, objective)
+        self.optimizer = kind(
+            [
+                {"params": groups["decayed"], "weight_decay": self.args.weight_decay},
+                {"params": groups["plain"], "weight_decay": 0.0},
+                {
+                    "params": groups["scales"],
+                    "weight_decay": 0.0,
+                    "lr": self.guide.scale_learning_rate,
+                },
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    # Evaluation and logging ---------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics of the predictive mean over draws."""
+        assert self._evaluate_posterior is not None
+        metrics = {
+            f"{metric_key_prefix}_{name}": value
+            for name, value in self._evaluate_posterior().items()
+        }
+        metrics[f"{metric_key_prefix}_loss"] = metrics[f"{metric_key_prefix}_nll"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The Trainer's log, with each term of the ELBO averaged over the steps since the last."""
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._steps, 1)
+            means = {name: float(total) / steps for name, total in self._sums.items()}
+            elbo = sum(-v if name.startswith("kl/") else v for name, v in means.items())
+            logs |= {**means, "elbo": elbo}
+            self._sums.clear()
+            self._steps = self.state.global_step
+        super().log(logs, start_time)
+
+    # Checkpoints --------------------------------------------------------------------------------
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.joint.own_state(), folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.joint.load_own_state(read_state(Path(resume_from_checkpoint) / STATE_FILE))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        self.joint.load_own_state(read_state(Path(best) / STATE_FILE))
+
+
+class _FiniteGradients(TrainerCallback):
+    """Stops before the optimiser sees a gradient that is not finite.
+
+    Not under float16, whose gradient scaler meets infinities on purpose and skips such steps.
+    """
+
+    def __init__(self, trainer: SVITrainer) -> None:
+        self.trainer = trainer
+        self.trained = [(n, p) for n, p in trainer.joint.named_parameters() if p.requires_grad]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.fp16:
+            return
+        for name, parameter in self.trained:
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NonFiniteError(self.trainer.remedy(f"has no finite gradient in {name!r}"))
+
+
+def read_state(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a safetensors file, or a `CheckpointError`."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the saved tensors {path}: {error}") from error
+
+
+def _scales(joint: JointModel) -> list[nn.Parameter]:
+    own = [joint.program.get_parameter(name) for name in joint.program.scale_parameters()]
+    return [*own, *joint.likelihood.parameters()]
+
+
+def _size(batch: Mapping[str, Any]) -> int:
+    return len(next(iter(batch.values())))

@@ -1,0 +1,55 @@
+"""Likelihoods, one a file; chosen from the network's class, or by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pyrolora.errors import ConfigError, UnknownNameError
+from pyrolora.likelihoods.base import Likelihood
+from pyrolora.likelihoods.causal_lm import CausalLM
+from pyrolora.likelihoods.classification import Classification
+from pyrolora.likelihoods.regression import Regression
+
+_REGISTRY: dict[str, type[Likelihood]] = {
+    kind.name: kind for kind in (Classification, Regression, CausalLM)
+}
+
+
+def available() -> list[str]:
+    """The names of all likelihoods."""
+    return list(_REGISTRY)
+
+
+def likelihood_for(network: nn.Module, name: str | None = None) -> Likelihood:
+    """The likelihood called ``name``, or the one that the class of ``network`` calls for.
+
+    Raises
+    ------
+    UnknownNameError
+        For a name that does not exist.
+    ConfigError
+        Without a name, when the class of ``network`` says nothing.
+    """
+    if name is not None:
+        if name not in _REGISTRY:
+            raise UnknownNameError(
+                f"unknown likelihood {name!r}; choose one of {', '.join(available())}"
+            )
+        return _REGISTRY[name]()
+    for kind in _REGISTRY.values():
+        if kind.matches(network):
+            return kind()
+    raise ConfigError(
+        f"cannot tell the likelihood from a {type(network).__name__}; "
+        f"pass likelihood= one of {', '.join(available())}"
+    )
+
+
+__all__ = [
+    "CausalLM",
+    "Classification",
+    "Likelihood",
+    "Regression",
+    "available",
+    "likelihood_for",
+]

@@ -1,0 +1,65 @@
+"""What every likelihood is: the law of the targets given the network's output."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyrolora.parameters import ParamModule
+from pyrolora.types import Batch
+
+
+class Likelihood(ParamModule, ABC):
+    """p(y | output), with one observed Pyro site ``y`` in the plate ``data``.
+
+    `output` gives (b, ...) from what the network returns; with S draws the law gets (S, b, ...) and
+    has batch shape (S, b), else (b,).
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, network: nn.Module) -> bool:
+        """Whether the class of ``network`` calls for this likelihood."""
+
+    def output(self, raw: Any) -> Tensor:
+        """What the law reads of the network's return value, rows first, in at least float32."""
+        tensor: Tensor = raw if isinstance(raw, Tensor) else raw.logits
+        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+    @abstractmethod
+    def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
+        """The law of the targets."""
+
+    @abstractmethod
+    def targets(self, batch: Batch) -> Tensor | None:
+        """What ``y`` is observed at, or None without labels in the batch."""
+
+    @abstractmethod
+    def check_labels(self, labels: Tensor, network: nn.Module) -> None:
+        """Raise `DataError` for labels that this likelihood cannot score."""
+
+    def start(self, labels: Tensor) -> None:
+        """Set parameters of the likelihood from the training labels; most have none."""
+
+    def count(self, labels: Tensor) -> int:
+        """How many observations the labels hold: examples, or tokens."""
+        return int(labels.shape[0])
+
+    def forward(self, output: Tensor, batch: Batch, num_examples: int) -> Tensor:
+        """The data part of the model: b examples of the batch stand for all ``num_examples``."""
+        law = self.law(output, batch)
+        size = law.batch_shape[-1]
+        with pyro.plate("data", size, dim=-1), poutine.scale(scale=num_examples / size):
+            return pyro.sample("y", law, obs=self.targets(batch))
+
+    def log_prob(self, output: Tensor, batch: Batch) -> Tensor:
+        """log p(y_i | output), (b,) or (S, b), in nats."""
+        return self.law(output, batch).log_prob(self.targets(batch))

@@ -1,0 +1,69 @@
+"""Regression with a Gaussian noise whose scale is learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from transformers.models.auto import modeling_auto
+
+from pyrolora.errors import DataError
+from pyrolora.likelihoods.base import Likelihood
+from pyrolora.types import Batch
+
+_CLASSES = set(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+
+
+class Regression(Likelihood):
+    """y ~ N(f, σ²), with f (..., b) the network's single output and σ, ``noise_scale``, learned.
+
+    σ starts at the standard deviation of the training labels: what a network that knows nothing
+    leaves unexplained.
+    """
+
+    name = "regression"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.declare("noise_scale", torch.tensor(1.0), constraints.positive)
+
+    @classmethod
+    def matches(cls, network: nn.Module) -> bool:
+        config: Any = getattr(network, "config", None)
+        return type(network).__name__ in _CLASSES and (
+            config.problem_type == "regression" or config.num_labels == 1
+        )
+
+    def output(self, raw: Any) -> Tensor:
+        output = super().output(raw)
+        return output.squeeze(-1) if output.dim() == 2 else output
+
+    def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
+        return dist.Normal(output, self.param("noise_scale"), validate_args=False)
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        labels = batch.get("labels")
+        return None if labels is None else labels.flatten().to(torch.get_default_dtype())
+
+    def check_labels(self, labels: Tensor, network: nn.Module) -> None:
+        if labels.numel() != labels.shape[0]:
+            raise DataError(
+                f"regression needs one number an example, got labels of shape {tuple(labels.shape)}"
+            )
+        if not torch.isfinite(labels.double()).all():
+            bad = int((~torch.isfinite(labels.double().flatten())).nonzero()[0])
+            raise DataError(f"the label of example {bad} is {labels.flatten()[bad]}; remove it")
+        outputs = getattr(getattr(network, "config", None), "num_labels", 1)
+        if outputs != 1:
+            raise DataError(
+                f"regression needs a network with one output, this one has {outputs}; load it "
+                "with num_labels=1"
+            )
+
+    def start(self, labels: Tensor) -> None:
+        if len(labels) > 1:
+            scale = labels.double().std().clamp(min=1e-3)
+            self.assign("noise_scale", scale.to(self.get_parameter("noise_scale")))

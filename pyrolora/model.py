@@ -1,0 +1,241 @@
+"""The joint Pyro model: base network, adapter bank, likelihood; and its guide."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrolora.adapters import Attachment, Binding, FlatFactors, bind, current_binding
+from pyrolora.errors import BindingError, CheckpointError, ConfigError
+from pyrolora.guides import Program
+from pyrolora.likelihoods import Likelihood
+from pyrolora.parameters import param_statement
+from pyrolora.types import Batch
+
+LABELS = "labels"
+INPUTS = "inputs"
+
+
+class JointModel(nn.Module):
+    """p(y, θ | x): the prior of the guide's program over the adapters, then the likelihood of the
+    network's output. A Pyro model: ``model(batch)`` works under ``SVI``, ``Predictive`` and NUTS.
+
+    A plain module around the network: were the network a ``PyroModule``, every access to a frozen
+    tensor would become a parameter statement.
+
+    Parameters
+    ----------
+    base
+        The network, with the layers of ``attachment`` wrapped.
+    attachment
+        The wrappers that receive the factors.
+    program
+        The latent part, with the bank.
+    likelihood
+        The law of the targets.
+    num_examples
+        n: the b examples of a batch are scaled by n / b.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        attachment: Attachment,
+        program: Program,
+        likelihood: Likelihood,
+        num_examples: int,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.program = program
+        self.likelihood = likelihood
+        self.num_examples = num_examples
+        self.attachment = attachment
+        self.heads = nn.ModuleDict(
+            {_key(name): copy.deepcopy(w.base_layer) for name, w in attachment.heads.items()}
+        )
+        self.heads.float().requires_grad_(True)
+        self._checked = False
+        self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
+
+    def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
+        """Run the model on one batch, a mapping with ``labels`` (or without: y is then sampled).
+
+        ``kl_weight`` scales the prior alone; the default, 1, is the untempered joint density.
+        """
+        with torch.autocast(_device_of(self).type, enabled=False):
+            factors = self.program.model(kl_weight)
+            for name, parameter in self.heads.named_parameters():
+                param_statement(f"heads.{name}", parameter)
+        output = self.network(batch, factors)
+        return self.likelihood(output, batch, self.num_examples)
+
+    def network(self, batch: Batch, factors: FlatFactors) -> Tensor:
+        """The likelihood's view of the network's output under ``factors``: (b, ...), or
+        (S, b, ...) for S draws, which are outermost in the batch."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != LABELS}
+        draws = factors.draws
+        if draws is not None:
+            inputs = {
+                name: t.expand(draws, *t.shape).flatten(0, 1) if isinstance(t, Tensor) else t
+                for name, t in inputs.items()
+            }
+        binding = self.binding(factors)
+        with bind(binding):
+            raw = self._call(inputs)
+        if not self._checked:
+            self._check_used(binding)
+        output = self.likelihood.output(raw)
+        return output if draws is None else output.unflatten(0, (draws, -1))
+
+    def named_heads(self) -> dict[str, nn.Module]:
+        """The posterior's copies of the task heads, by their name in the network."""
+        return {name: self.heads[_key(name)] for name in self.attachment.heads}
+
+    def binding(self, factors: FlatFactors) -> Binding:
+        """The binding of ``factors`` and of this posterior's heads."""
+        if not self.attachment.attached:
+            raise BindingError(
+                "this posterior was detached from its network and cannot run it any more; "
+                "load it again with pyrolora.load(path, model)"
+            )
+        device = _device_of(self)
+        dtype = next(iter(self.attachment.layers.values())).weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        elif not dtype.is_floating_point:  # a quantised weight
+            dtype = factors.A.dtype
+        with torch.autocast(device.type, enabled=False):
+            per_layer = self.program.bank.layer_factors(factors, dtype)
+        return Binding(
+            {self.attachment.layers[name]: value for name, value in per_layer.items()},
+            {self.attachment.heads[name]: head for name, head in self.named_heads().items()},
+        )
+
+    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+        if set(inputs) == {INPUTS}:
+            return self.base(inputs[INPUTS])
+        if self._cacheless:
+            return self.base(**inputs, use_cache=False)
+        return self.base(**inputs)
+
+    def _check_used(self, binding: Binding) -> None:
+        """After the first call: an adapter whose layer was never called would do nothing."""
+        unused = [n for n, layer in self.attachment.layers.items() if layer not in binding.used]
+        if unused:
+            raise BindingError(
+                f"{len(unused)} adapted layer(s) were not called by the network, {unused[0]!r} "
+                "first: its code reads their weights directly, or does not use them for this "
+                "input; leave them out with exclude_modules"
+            )
+        self._checked = True
+
+    # Checkpointing -----------------------------------------------------------------------------
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Enable activation (gradient) checkpointing in the network.
+
+        Non-reentrant only. The recomputation runs when the binding of the forward pass has ended,
+        on a GPU in another thread; ``context_fn`` carries the binding over to it.
+        """
+        options = dict(activation_checkpointing_kwargs or {})
+        if options.pop("use_reentrant", False):
+            raise ConfigError(
+                "use_reentrant=True gives adapters inside the checkpointed layers no gradient; "
+                "leave it out or pass use_reentrant=False"
+            )
+        options |= {"use_reentrant": False, "context_fn": _rebinding_contexts}
+        method, keyword = _checkpointing_method(self.base)
+        method(**{keyword: options}, **kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    def activation_checkpointing_disable(self) -> None:
+        """Switch activation checkpointing of the network off."""
+        base: Any = self.base
+        if hasattr(base, "activation_checkpointing_disable"):
+            base.activation_checkpointing_disable()
+        else:
+            base.gradient_checkpointing_disable()
+
+    # State -------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Tensor]:
+        """All tensors that belong to the posterior: adapters, heads, likelihood; not the base."""
+        state = self.state_dict()
+        return {
+            name: t.detach().clone() for name, t in state.items() if not name.startswith("base.")
+        }
+
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `own_state`; every tensor has to be there, in its shape."""
+        own = {n: t for n, t in self.state_dict().items() if not n.startswith("base.")}
+        if set(own) != set(state):
+            missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            raise CheckpointError(
+                f"the saved tensors are not those of this model: missing {missing[:3]}, "
+                f"unexpected {foreign[:3]}; were the adapter settings or the guide changed?"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise CheckpointError(
+                    f"the saved tensor {name!r} has shape {tuple(state[name].shape)}, this model "
+                    f"needs {tuple(tensor.shape)}; was it fitted on another network?"
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+
+class JointGuide(nn.Module):
+    """q(θ): the guide of the program, with the signature of the model."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, batch: Batch | None = None, kl_weight: float = 1.0) -> None:
+        """Sample the latent sites; the batch is not looked at."""
+        with torch.autocast(_device_of(self).type, enabled=False):
+            self.program.guide(kl_weight)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; each submodule then has its own mode back."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+def _rebinding_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), bind(current_binding())
+
+
+def _checkpointing_method(base: Any) -> tuple[Callable[..., Any], str]:
+    for prefix in ("activation", "gradient"):
+        method = getattr(base, f"{prefix}_checkpointing_enable", None)
+        if method is not None:
+            return method, f"{prefix}_checkpointing_kwargs"
+    raise ConfigError(f"{type(base).__name__} does not support activation checkpointing")
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _key(name: str) -> str:
+    """A module name as a key of ``ModuleDict``, which takes no dots."""
+    return name.replace(".", "-")

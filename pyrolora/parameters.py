@@ -1,0 +1,59 @@
+"""Learnable tensors that are Pyro parameters, and that live in their module alone."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from pyro.poutine.runtime import effectful
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+
+
+def param_statement(
+    name: str, unconstrained: nn.Parameter, constraint: constraints.Constraint = constraints.real
+) -> Tensor:
+    """A ``pyro.param`` statement for a tensor that its module owns.
+
+    Pyro's handlers (``trace``, ``block``, ``replay``) and ``SVI`` see an ordinary parameter; the
+    process-wide parameter store is neither read nor written, so that two posteriors never share
+    or overwrite a parameter. (``PyroModule`` in its module-local mode does the same for
+    constrained parameters, but hands plain ones to ``SVI`` without their unconstrained half.)
+    """
+    value: Tensor = transform_to(constraint)(unconstrained)
+    if not unconstrained.requires_grad:
+        return value  # a frozen tensor is a constant of the program
+
+    def stored(*_: object, **__: object) -> Tensor:
+        value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
+        return value
+
+    return effectful(stored, type="param")(name, constraint=constraint, name=name)
+
+
+class ParamModule(nn.Module):
+    """A module whose parameters are Pyro parameters: declared once, read through `param`.
+
+    The state dict holds the unconstrained coordinates under the parameter's own name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constraints: dict[str, constraints.Constraint] = {}
+
+    def declare(
+        self, name: str, value: Tensor, constraint: constraints.Constraint = constraints.real
+    ) -> None:
+        """Add the parameter ``name`` that starts at the constrained ``value``."""
+        unconstrained = transform_to(constraint).inv(value.detach()).clone()
+        self._constraints[name] = constraint
+        self.register_parameter(name, nn.Parameter(unconstrained))
+
+    def param(self, name: str) -> Tensor:
+        """The constrained value, as a Pyro parameter statement."""
+        return param_statement(name, self.get_parameter(name), self._constraints[name])
+
+    @torch.no_grad()
+    def assign(self, name: str, value: Tensor) -> None:
+        """Set the parameter to the constrained ``value``, in place."""
+        self.get_parameter(name).copy_(transform_to(self._constraints[name]).inv(value))

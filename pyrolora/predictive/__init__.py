@@ -1,0 +1,21 @@
+"""From draws of the posterior to predictions and their scores."""
+
+from pyrolora.predictive.metrics import evaluate
+from pyrolora.predictive.predict import draw_factors, predict, seeded
+from pyrolora.predictive.prediction import (
+    ClassPrediction,
+    Prediction,
+    RegressionPrediction,
+    TokenPrediction,
+)
+
+__all__ = [
+    "ClassPrediction",
+    "Prediction",
+    "RegressionPrediction",
+    "TokenPrediction",
+    "draw_factors",
+    "evaluate",
+    "predict",
+    "seeded",
+]

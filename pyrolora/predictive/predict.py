@@ -1,0 +1,86 @@
+"""Run draws of the posterior over data, with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.errors import ConfigError
+from pyrolora.inference import Prepared
+from pyrolora.model import JointModel, evaluating
+from pyrolora.predictive.prediction import PREDICTIONS, Prediction
+
+
+def draw_factors(joint: JointModel, num_samples: int, seed: int | None = None) -> FlatFactors:
+    """Factors of ``num_samples`` draws, (S, total); for 0 the mean adapter, with S = 1.
+
+    ``seed`` makes the draws repeatable and leaves the global generators as they were.
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 0:
+        raise ConfigError(f"num_samples must be a whole number >= 0, got {num_samples!r}")
+    bank = joint.program.bank
+    if num_samples == 0:
+        means = bank.means()
+        return FlatFactors(means.A.detach()[None], means.B.detach()[None])
+    with seeded(seed), torch.no_grad():
+        return joint.program.factors(joint.program.draw(num_samples))
+
+
+@torch.no_grad()
+def predict(
+    joint: JointModel,
+    data: Prepared,
+    factors: FlatFactors,
+    *,
+    batch_size: int = defaults.BATCH_SIZE,
+    rows: int = defaults.PREDICT_ROWS,
+) -> Prediction:
+    """The prediction of the S draws of ``factors`` for every example.
+
+    Every draw is one function: the same weights for all examples. Draws ride in one pass with the
+    examples of a batch, at most ``rows`` rows (draws x examples) at a time.
+    """
+    kind = PREDICTIONS[type(joint.likelihood)]
+    device = joint.program.bank.get_parameter("A").device
+    loader = data.loader(batch_size)
+    records = []
+    with evaluating(joint):
+        for batch in tqdm(loader, desc="predicting", delay=2, leave=False):
+            placed = to_device(batch, device)
+            outputs = passes(joint, placed, factors, rows)
+            records.append(kind.reduce(joint.likelihood, outputs, placed))
+    return kind.collect(records, joint.likelihood)
+
+
+def passes(
+    joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
+) -> Iterator[Tensor]:
+    """Outputs (s, b, ...) for the draws in turn, s of them in one pass."""
+    draws = factors.draws
+    assert draws is not None
+    step = max(1, rows // len(next(iter(batch.values()))))
+    for start in range(0, draws, step):
+        yield joint.network(batch, factors[start : start + step])
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()}
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """A context whose random numbers depend on ``seed`` alone, if there is one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

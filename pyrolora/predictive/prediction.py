@@ -1,0 +1,337 @@
+"""Predictions: what the draws of a posterior say about each example, with its uncertainty."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrolora.likelihoods import CausalLM, Classification, Likelihood, Regression
+from pyrolora.types import Batch
+
+
+@dataclass(frozen=True)
+class Prediction(ABC):
+    """S draws of the predictive law of n examples.
+
+    Attributes
+    ----------
+    targets
+        The labels, (n,), or None without labels in the data.
+    log_likelihood
+        log p(y_i | draw), (S, n), or None without labels.
+    """
+
+    likelihood: ClassVar[type[Likelihood]]
+
+    targets: Tensor | None
+    log_likelihood: Tensor | None
+
+    @staticmethod
+    @abstractmethod
+    def reduce(
+        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """What is kept of the outputs (s, b, ...) of one batch, by name."""
+
+    @classmethod
+    @abstractmethod
+    def collect(cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood) -> Prediction:
+        """The prediction of all batches."""
+
+    @abstractmethod
+    def to_pandas(self) -> pd.DataFrame:
+        """One row an example."""
+
+    @property
+    def log_predictive(self) -> Tensor | None:
+        """log mean_s p(y_i | draw s), (n,), in nats."""
+        if self.log_likelihood is None:
+            return None
+        draws = torch.tensor(float(len(self.log_likelihood)))
+        return self.log_likelihood.logsumexp(0) - draws.log()
+
+
+@dataclass(frozen=True)
+class ClassPrediction(Prediction):
+    """Class probabilities: ``draws`` is (S, n, C).
+
+    The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information: ``entropy``
+    is total, ``aleatoric`` what every draw is unsure of, ``epistemic`` what draws disagree on; in
+    nats.
+    """
+
+    likelihood = Classification
+
+    draws: Tensor
+
+    @staticmethod
+    def reduce(
+        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        probs, scores = [], []
+        labelled = likelihood.targets(batch) is not None
+        for output in outputs:
+            probs.append(output.softmax(-1).cpu())
+            if labelled:
+                scores.append(likelihood.log_prob(output, batch).cpu())
+        record = {"draws": torch.cat(probs)}
+        if labelled:
+            record |= {"log_likelihood": torch.cat(scores), "targets": batch["labels"].cpu()}
+        return record
+
+    @classmethod
+    def collect(
+        cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
+    ) -> ClassPrediction:
+        return cls(
+            draws=torch.cat([record["draws"] for record in records], dim=1),
+            targets=_join(records, "targets", 0),
+            log_likelihood=_join(records, "log_likelihood", 1),
+        )
+
+    @property
+    def probs(self) -> Tensor:
+        """p̄ = mean_s p_s, (n, C)."""
+        return self.draws.mean(0)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most probable class, (n,)."""
+        return self.probs.argmax(-1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """H[p̄], (n,)."""
+        return _entropy(self.probs)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """mean_s H[p_s], (n,)."""
+        return _entropy(self.draws).mean(0)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """H[p̄] − mean_s H[p_s] >= 0, the mutual information of label and draw, (n,)."""
+        return (self.entropy - self.aleatoric).clamp(min=0)
+
+    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Bounds (n, C) of the central interval of each class probability over draws."""
+        tail = (1 - mass) / 2
+        return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
+
+    def to_pandas(self) -> pd.DataFrame:
+        columns: dict[str, Tensor] = {
+            f"prob_{label}": self.probs[:, label] for label in range(self.probs.shape[1])
+        }
+        columns |= {
+            "predicted": self.predicted,
+            "entropy": self.entropy,
+            "aleatoric": self.aleatoric,
+            "epistemic": self.epistemic,
+        }
+        return _frame(columns, self.targets)
+
+
+@dataclass(frozen=True)
+class RegressionPrediction(Prediction):
+    """Means: ``draws`` is (S, n), in units of the target; ``noise_scale`` is the learned σ."""
+
+    likelihood = Regression
+
+    draws: Tensor
+    noise_scale: float
+
+    @staticmethod
+    def reduce(
+        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        means, scores = [], []
+        labels = likelihood.targets(batch)
+        for output in outputs:
+            means.append(output.cpu())
+            if labels is not None:
+                scores.append(likelihood.log_prob(output, batch).cpu())
+        record = {"draws": torch.cat(means)}
+        if labels is not None:
+            record |= {"log_likelihood": torch.cat(scores), "targets": labels.cpu()}
+        return record
+
+    @classmethod
+    def collect(
+        cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
+    ) -> RegressionPrediction:
+        return cls(
+            draws=torch.cat([record["draws"] for record in records], dim=1),
+            targets=_join(records, "targets", 0),
+            log_likelihood=_join(records, "log_likelihood", 1),
+            noise_scale=float(likelihood.param("noise_scale").detach()),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The predictive mean, (n,)."""
+        return self.draws.mean(0)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predictive mean, (n,)."""
+        return self.mean
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """σ: the standard deviation of the noise, (n,)."""
+        return torch.full_like(self.mean, self.noise_scale)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """The standard deviation of the means over draws, (n,)."""
+        return self.draws.std(0, correction=0)
+
+    @property
+    def std(self) -> Tensor:
+        """The predictive standard deviation, √(σ² + epistemic²), (n,)."""
+        return (self.aleatoric.square() + self.epistemic.square()).sqrt()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the Gaussian with the predictive variance, (n,): an upper bound, in nats."""
+        return 0.5 * (2 * torch.pi * torch.e * self.std.square()).log()
+
+    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Bounds (n,) of the central interval of the predictive law, the mixture over draws of
+        N(mean_s, σ²), by bisection of its distribution function."""
+        tail = (1 - mass) / 2
+        return self._quantile(tail), self._quantile(1 - tail)
+
+    def _quantile(self, level: float) -> Tensor:
+        width = 10 * self.noise_scale
+        low, high = self.draws.amin(0) - width, self.draws.amax(0) + width
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = torch.special.ndtr((middle - self.draws) / self.noise_scale).mean(0) < level
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def to_pandas(self) -> pd.DataFrame:
+        low, high = self.interval()
+        columns = {"mean": self.mean, "std": self.std, "epistemic": self.epistemic}
+        return _frame({**columns, "low_90": low, "high_90": high}, self.targets)
+
+
+@dataclass(frozen=True)
+class TokenPrediction(Prediction):
+    """Next-token predictions of given texts: per token, NaN where a token does not count.
+
+    ``entropy`` and ``aleatoric`` are (n, T-1), in nats; the (S, n, T, vocabulary) probabilities are
+    never held. ``log_likelihood`` sums an example's counted tokens; ``num_tokens`` (n,) says how
+    many there are.
+    """
+
+    likelihood = CausalLM
+
+    entropy: Tensor
+    aleatoric: Tensor
+    num_tokens: Tensor
+
+    @staticmethod
+    def reduce(
+        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        assert isinstance(likelihood, CausalLM)
+        mask = likelihood.token_mask(batch)
+        labels = likelihood.targets(batch)
+        total: Tensor | float = 0.0
+        aleatoric: Tensor | float = 0.0
+        scores, count = [], 0
+        for output in outputs:
+            probs = output[..., :-1, :].softmax(-1)
+            total = total + probs.sum(0)
+            aleatoric = aleatoric + _entropy(probs).sum(0)
+            count += len(output)
+            if labels is not None:
+                scores.append(likelihood.log_prob(output, batch).cpu())
+        assert isinstance(total, Tensor)
+        assert isinstance(aleatoric, Tensor)
+        record = {
+            "entropy": _entropy(total / count).masked_fill(~mask, torch.nan).cpu(),
+            "aleatoric": (aleatoric / count).masked_fill(~mask, torch.nan).cpu(),
+            "num_tokens": mask.sum(-1).cpu(),
+        }
+        if labels is not None:
+            counted = labels.masked_fill(~mask, -100)
+            record |= {"log_likelihood": torch.cat(scores), "targets": counted.cpu()}
+        return record
+
+    @classmethod
+    def collect(
+        cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
+    ) -> TokenPrediction:
+        length = max(record["entropy"].shape[1] for record in records)
+        padded = [
+            {
+                **record,
+                "entropy": _pad(record["entropy"], length, torch.nan),
+                "aleatoric": _pad(record["aleatoric"], length, torch.nan),
+                **(
+                    {"targets": _pad(record["targets"], length, -100)}
+                    if "targets" in record
+                    else {}
+                ),
+            }
+            for record in records
+        ]
+        return cls(
+            entropy=torch.cat([record["entropy"] for record in padded]),
+            aleatoric=torch.cat([record["aleatoric"] for record in padded]),
+            num_tokens=torch.cat([record["num_tokens"] for record in padded]),
+            targets=_join(padded, "targets", 0),
+            log_likelihood=_join(padded, "log_likelihood", 1),
+        )
+
+    @property
+    def epistemic(self) -> Tensor:
+        """The mutual information of token and draw, (n, T-1)."""
+        return (self.entropy - self.aleatoric).clamp(min=0)
+
+    def to_pandas(self) -> pd.DataFrame:
+        columns = {
+            "num_tokens": self.num_tokens,
+            "entropy": self.entropy.nanmean(-1),
+            "aleatoric": self.aleatoric.nanmean(-1),
+            "epistemic": self.epistemic.nanmean(-1),
+        }
+        scores = self.log_predictive
+        if scores is not None:
+            columns["nll"] = -scores / self.num_tokens
+        return _frame(columns, None)
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def _join(records: Sequence[dict[str, Tensor]], name: str, dim: int) -> Tensor | None:
+    if any(name not in record for record in records):
+        return None
+    return torch.cat([record[name] for record in records], dim=dim)
+
+
+def _pad(tensor: Tensor, length: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=value)
+
+
+def _frame(columns: dict[str, Tensor], targets: Tensor | None) -> pd.DataFrame:
+    if targets is not None:
+        columns = {**columns, "target": targets}
+    return pd.DataFrame({name: tensor.numpy() for name, tensor in columns.items()})
+
+
+PREDICTIONS: dict[type[Likelihood], type[Prediction]] = {
+    kind.likelihood: kind for kind in (ClassPrediction, RegressionPrediction, TokenPrediction)
+}

@@ -1,0 +1,109 @@
+"""Small networks and data that the tests share: real architectures, built in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+WORDS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
+    *("very", "not", "the", "a", "was", "is", "fine", "dull"),
+]
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "vocab_size": len(WORDS),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS`, with BERT's template for pairs."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+    )
+
+
+def bert(num_labels: int = 2, seed: int = 0, **changes: Any) -> BertForSequenceClassification:
+    """A tiny BERT classifier (regression with one label), without dropout unless asked for."""
+    torch.manual_seed(seed)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**{**SIZES, **dropout, "num_labels": num_labels, **changes})
+    return BertForSequenceClassification(config).eval()
+
+
+def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A tiny LLaMA with grouped key and value heads."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "num_key_value_heads": 1, "pad_token_id": 0, **changes}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """A tiny GPT-2, whose layers are transformers' ``Conv1D``."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=len(WORDS), pad_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def mlp(inputs: int = 4, outputs: int = 3, seed: int = 0) -> nn.Sequential:
+    """A plain network."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, outputs))
+
+
+def reviews(n: int = 24, seed: int = 0) -> datasets.Dataset:
+    """Raw text with a learnable binary label: does it say 'good' or 'bad'?"""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(n):
+        label = int(torch.randint(2, (), generator=generator))
+        filler = [WORDS[int(i)] for i in torch.randint(8, 16, (3,), generator=generator)]
+        length = int(torch.randint(1, 4, (), generator=generator))
+        rows.append({"text": " ".join([*filler[:length], ("bad", "good")[label]]), "label": label})
+    return datasets.Dataset.from_list(rows)
+
+
+def tokens(n: int = 16, length: int = 8, classes: int = 2, seed: int = 0) -> datasets.Dataset:
+    """Tokenised sequences of one length with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, len(WORDS), (n, length), generator=generator)
+    labels = (ids[:, 0] % classes).tolist()
+    mask = torch.ones_like(ids)
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "labels": labels}
+    )
+
+
+def batch_of(data: datasets.Dataset) -> dict[str, torch.Tensor]:
+    """The whole data set as one batch."""
+    return {name: torch.tensor(data[name][:]) for name in data.column_names}
