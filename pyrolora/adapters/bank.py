@@ -92,7 +92,7 @@ class FlatFactors:
 
 
 class AdapterBank(ParamModule):
-    """The adapter means of all layers, stacked: two parameters, ``A`` and ``B``.
+    """The adapter means of all layers, stacked: two parameters, ``A_loc`` and ``B_loc``.
 
     The programs of a guide read the means here, make factors of them, and own the Pyro sites; the
     layers of the network only ever receive factors.
@@ -117,8 +117,8 @@ class AdapterBank(ParamModule):
             initial_factor(config.init_lora_weights, block.rank, block.columns).flatten()
             for block in self.layouts["A"].blocks
         ]
-        self.declare("A", torch.cat(start))
-        self.declare("B", torch.zeros(self.layouts["B"].total))
+        self.declare("A_loc", torch.cat(start))
+        self.declare("B_loc", torch.zeros(self.layouts["B"].total))
 
     def layout(self, latent: str) -> Layout:
         """The layout of the latent factors: ``"A"``, ``"B"``, or ``"AB"`` (A's blocks first)."""
@@ -128,7 +128,7 @@ class AdapterBank(ParamModule):
 
     def means(self) -> FlatFactors:
         """M (and B) as they are, as parameter statements."""
-        return FlatFactors(self.param("A"), self.param("B"))
+        return FlatFactors(self.param("A_loc"), self.param("B_loc"))
 
     def shifted(self, latent: str, delta: Tensor) -> FlatFactors:
         """The means plus ``delta`` (..., total of ``layout(latent)``) on the latent factors."""

@@ -57,7 +57,7 @@ class Guide(ABC):
     scale_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
-        require(self.kl_weight >= 0, "kl_weight", ">= 0", self.kl_weight)
+        require(self.kl_weight > 0, "kl_weight", "> 0", self.kl_weight)
         against = self.kl_weight_against
         require(against in AGAINST, "kl_weight_against", f"one of {AGAINST}", against)
         require(0 <= self.kl_warmup <= 1, "kl_warmup", "in [0, 1]", self.kl_warmup)

@@ -230,11 +230,9 @@ class MonteCLoRAProgram(Program):
     def _signal(self) -> Tensor:
         """(L, r): the root mean square of each row of the means; 0 for rows that do not exist."""
         rows = []
-        means = {
-            factor: self.bank.layouts[factor].matrices(self.bank.get_parameter(factor).detach())
-            for factor in self.options.latent
-        }
+        means = self.bank.matrices(self.bank.means())
         for block in self.layout.blocks:
-            signal = means[block.factor][block.layer].square().mean(-1).sqrt()
+            A, B = means[block.layer]
+            signal = (A if block.factor == "A" else B.mT).detach().square().mean(-1).sqrt()
             rows.append(torch.nn.functional.pad(signal, (0, self.layout.rank - block.rank)))
         return torch.stack(rows)

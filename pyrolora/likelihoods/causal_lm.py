@@ -39,8 +39,8 @@ class CausalLM(Likelihood):
         if labels.dim() != 2 or labels.is_floating_point():
             raise DataError(
                 "a causal language model needs one token id a position as 'labels', got labels of "
-                f"dtype {labels.dtype} and shape {tuple(labels.shape)}; leave 'labels' out to learn "
-                "from all tokens of the text"
+                f"dtype {labels.dtype} and shape {tuple(labels.shape)}; leave 'labels' out to "
+                "learn from all tokens of the text"
             )
         counted = labels[labels.ne(IGNORED)]
         if counted.numel() == 0:

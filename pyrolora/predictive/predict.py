@@ -48,7 +48,7 @@ def predict(
     examples of a batch, at most ``rows`` rows (draws x examples) at a time.
     """
     kind = PREDICTIONS[type(joint.likelihood)]
-    device = joint.program.bank.get_parameter("A").device
+    device = next(joint.program.parameters()).device
     loader = data.loader(batch_size)
     records = []
     with evaluating(joint):
