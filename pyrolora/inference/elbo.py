@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
@@ -60,11 +61,12 @@ class NamedELBO(TraceMeanField_ELBO):
 
     def _kl(self, site: dict[str, Any], guide_trace: Trace, name: str) -> Tensor:
         guide_site = guide_trace.nodes[name]
-        try:
-            return kl_divergence(guide_site["fn"], site["fn"]).sum()
-        except NotImplementedError:
-            value = guide_site["value"]
-            return (guide_site["fn"].log_prob(value) - site["fn"].log_prob(value)).sum()
+        value = guide_site["value"]
+        with torch.autocast(value.device.type, enabled=False):
+            try:
+                return kl_divergence(guide_site["fn"], site["fn"]).sum()
+            except NotImplementedError:
+                return (guide_site["fn"].log_prob(value) - site["fn"].log_prob(value)).sum()
 
 
 def _log_prob(site: dict[str, Any]) -> Tensor:

@@ -118,7 +118,7 @@ PROJECTIONS = {
     "llama": (llama, "model.layers.{}.self_attn.{}", ["q_proj", "k_proj", "v_proj"]),
     "qwen2": (qwen2, "model.layers.{}.self_attn.{}", ["q_proj", "k_proj", "v_proj"]),
     "qwen3": (qwen3, "model.layers.{}.self_attn.{}", ["q_proj", "k_proj", "v_proj"]),
-    # transformers 5.0 to 5.x moved ViT's projections; their place is asserted below.
+    # The names of ViT's projections depend on the version of transformers: see the next test.
     "vit": (vit, None, None),
 }
 
@@ -201,7 +201,7 @@ BERT_CASES = {
     "whole-name": {"target_modules": ["bert.encoder.layer.1.attention.self.query"]},
     "half-a-word": {"target_modules": ["query", "uery"]},
     "regex": {"target_modules": r".*\.layer\.1\..*\.(query|value)"},
-    "regex-alternatives": {"target_modules": r"bert\.encoder\.layer\.\d+\.(intermediate|output)\..*"},
+    "regex-alternatives": {"target_modules": r".*\.\d+\.(intermediate|output)\.dense"},
     "exclude-suffix": {"target_modules": ["query", "dense"], "exclude_modules": ["pooler.dense"]},
     "exclude-regex": {"target_modules": ["query"], "exclude_modules": r".*layer\.0.*"},
     "exclude-name": {
@@ -235,6 +235,8 @@ BERT_CASES = {
 }
 
 
+# PEFT warns of keys that match no layer; two cases show that half a name is no match.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
 @pytest.mark.parametrize("case", BERT_CASES.values(), ids=BERT_CASES.keys())
 def test_names_ranks_and_scalings_are_pefts_for_the_same_configuration(case):
     network = bert()
@@ -244,23 +246,27 @@ def test_names_ranks_and_scalings_are_pefts_for_the_same_configuration(case):
     assert expected  # PEFT did wrap something
 
 
-# Heads that PEFT's "all-linear" leaves out, and those it wraps but ours own a copy of.
 @pytest.mark.parametrize(
-    ("build", "task", "owned"),
+    ("build", "task"),
     [
-        (bert, "SEQ_CLS", set()),
-        (llama_classifier, "SEQ_CLS", set()),
-        (distilbert, "SEQ_CLS", {"pre_classifier"}),
-        (llama, "CAUSAL_LM", set()),
-        (qwen3, "CAUSAL_LM", set()),
+        (bert, "SEQ_CLS"),
+        (llama_classifier, "SEQ_CLS"),
+        (llama, "CAUSAL_LM"),
+        (qwen3, "CAUSAL_LM"),
     ],
 )
-def test_all_linear_wraps_what_peft_wraps_apart_from_the_heads(build, task, owned):
+def test_all_linear_wraps_what_peft_wraps(build, task):
     network = build()
     expected = peft_layers(network, r=2, target_modules="all-linear", task_type=task)
     ours = our_layers(network, r=2, lora_alpha=8, target_modules="all-linear")
-    assert ours.keys() == expected.keys() - owned
-    assert owned <= expected.keys()
+    assert ours == expected
+
+
+def test_all_linear_leaves_out_both_modules_of_distilberts_head():
+    """PEFT adapts the first of them, and then fails at making a copy of it."""
+    found = names(distilbert(), target_modules="all-linear")
+    assert len(found) == 12
+    assert not any("classifier" in name for name in found)
 
 
 def test_all_linear_wraps_conv1d_as_peft_does():

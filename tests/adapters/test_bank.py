@@ -1,0 +1,290 @@
+"""The bank: flat vectors to matrices and back, scaled factors, and how the means start."""
+
+from __future__ import annotations
+
+import math
+
+import peft
+import pytest
+import scipy.stats
+import torch
+from problems import bert
+from torch import nn
+
+from pyrolora.adapters import AdapterBank, Block, FlatFactors, LayerSpec, Layout, attach
+from pyrolora.types import AdapterConfig
+
+# Layers of several shapes, ranks and scalings, such that equal shapes are not neighbours.
+SPECS = [
+    LayerSpec("a", 4, 6, 2, 1.0),
+    LayerSpec("b", 5, 3, 3, 2.0),
+    LayerSpec("c", 4, 6, 2, 0.5),
+    LayerSpec("d", 4, 3, 1, 4.0),
+    LayerSpec("e", 5, 6, 3, 0.25),
+]
+EQUAL = [LayerSpec(s.name, s.in_features, s.out_features, s.rank, 1.5) for s in SPECS]
+
+
+def bank(specs=SPECS, **options):
+    return AdapterBank(specs, AdapterConfig(**options))
+
+
+def random_factors(of, draws_a=(), draws_b=()):
+    return FlatFactors(
+        torch.randn(*draws_a, of.layouts["A"].total), torch.randn(*draws_b, of.layouts["B"].total)
+    )
+
+
+def named(layout, flat):
+    """Block name -> matrix, by slicing; the reference for everything below."""
+    found, start = {}, 0
+    for block in layout.blocks:
+        size = block.rank * block.columns
+        piece = flat[..., start : start + size]
+        found[block.name] = piece.reshape(*flat.shape[:-1], block.rank, block.columns)
+        start += size
+    assert start == flat.shape[-1] == layout.total
+    return found
+
+
+# The layout ------------------------------------------------------------------------------------
+
+
+def test_a_layout_holds_every_block_once_with_equal_shapes_as_neighbours():
+    layout = bank().layouts["A"]
+    assert [block.layer for block in layout.blocks] == ["a", "c", "b", "e", "d"]
+    assert [group.shape for group in layout.groups] == [(2, 2, 4), (2, 3, 5), (1, 1, 4)]
+    assert layout.total == sum(s.rank * s.in_features for s in SPECS)
+    assert layout.rank == 3
+    assert len(layout) == 5
+
+
+def test_the_layout_of_b_holds_the_transposes():
+    layout = bank().layouts["B"]
+    shapes = {block.layer: (block.rank, block.columns) for block in layout.blocks}
+    assert shapes == {s.name: (s.rank, s.out_features) for s in SPECS}
+
+
+def test_the_layout_of_both_factors_has_those_of_a_first():
+    """Also where a block of A and a block of B have one shape: they stay apart."""
+    both = bank().layout("AB")
+    a, b = bank().layout("A"), bank().layout("B")
+    assert both.blocks == [*a.blocks, *b.blocks]
+    assert both.groups == (*a.groups, *b.groups)
+    square = Layout([Block("x", "A", 2, 4)]) + Layout([Block("x", "B", 2, 4)])
+    assert [group.shape for group in square.groups] == [(1, 2, 4), (1, 2, 4)]
+    assert [block.name for block in square.blocks] == ["x.A", "x.B"]
+
+
+@pytest.mark.parametrize("draws", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("latent", ["A", "B"])
+def test_matrices_of_a_flat_vector_are_its_slices_by_layer(latent, draws):
+    layout = bank().layout(latent)
+    flat = torch.randn(*draws, layout.total)
+    expected = named(layout, flat)
+    actual = layout.matrices(flat)
+    assert set(actual) == {s.name for s in SPECS}
+    for name, matrix in actual.items():
+        assert torch.equal(matrix, expected[f"{name}.{latent}"])
+
+
+@pytest.mark.parametrize("latent", ["A", "B"])
+def test_flattening_the_matrices_in_the_layouts_order_gives_the_vector_back(latent):
+    layout = bank().layout(latent)
+    flat = torch.randn(3, layout.total)
+    matrices = layout.matrices(flat)
+    again = torch.cat([matrices[block.layer].flatten(-2) for block in layout.blocks], dim=-1)
+    assert torch.equal(again, flat)
+
+
+@pytest.mark.parametrize("latent", ["A", "B", "AB"])
+@pytest.mark.parametrize("draws", [(), (3,)])
+def test_transform_multiplies_each_block_by_the_leading_part_of_its_own_matrix(latent, draws):
+    layout = bank().layout(latent)
+    per_block = torch.randn(*draws, len(layout), layout.rank, layout.rank)
+    flat = torch.randn(*draws, layout.total)
+    actual = named(layout, layout.transform(per_block, flat))
+    before = named(layout, flat)
+    for i, block in enumerate(layout.blocks):
+        r = block.rank
+        expected = per_block[..., i, :r, :r] @ before[block.name]
+        torch.testing.assert_close(actual[block.name], expected)
+
+
+@pytest.mark.parametrize("latent", ["A", "B", "AB"])
+@pytest.mark.parametrize("draws", [(), (3,)])
+def test_scale_multiplies_each_block_by_its_own_number(latent, draws):
+    layout = bank().layout(latent)
+    per_block = torch.randn(*draws, len(layout))
+    flat = torch.randn(*draws, layout.total)
+    actual = named(layout, layout.scale(per_block, flat))
+    before = named(layout, flat)
+    for i, block in enumerate(layout.blocks):
+        expected = per_block[..., i, None, None] * before[block.name]
+        torch.testing.assert_close(actual[block.name], expected)
+
+
+def test_the_rank_mask_marks_the_rows_that_each_block_has():
+    layout = bank().layout("A")
+    expected = [[row < block.rank for row in range(3)] for block in layout.blocks]
+    assert layout.rank_mask().tolist() == expected
+    assert layout.rank_mask().sum(1).tolist() == [2, 2, 3, 3, 1]
+
+
+# Factors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("draws_a", "draws_b"), [((), ()), ((3,), ()), ((), (3,)), ((3,), (3,))], ids=str
+)
+def test_draws_are_counted_and_indexed_on_the_factors_that_have_them(draws_a, draws_b):
+    factors = random_factors(bank(), draws_a, draws_b)
+    assert factors.draws == (3 if draws_a or draws_b else None)
+    one = factors[1]
+    assert one.draws is None
+    assert torch.equal(one.A, factors.A[1] if draws_a else factors.A)
+    assert torch.equal(one.B, factors.B[1] if draws_b else factors.B)
+    assert factors[:2].draws == (2 if draws_a or draws_b else None)
+
+
+@pytest.mark.parametrize("draws", [(), (3,)])
+def test_matrices_are_a_and_b_of_each_layer_unscaled(draws):
+    of = bank()
+    factors = random_factors(of, draws, draws)
+    A, B = named(of.layouts["A"], factors.A), named(of.layouts["B"], factors.B)
+    found = of.matrices(factors)
+    assert list(found) == [s.name for s in SPECS]
+    for spec in SPECS:
+        a, b = found[spec.name]
+        assert a.shape == (*draws, spec.rank, spec.in_features)
+        assert b.shape == (*draws, spec.out_features, spec.rank)
+        assert torch.equal(a, A[f"{spec.name}.A"])
+        assert torch.equal(b.mT, B[f"{spec.name}.B"])
+
+
+@pytest.mark.parametrize("specs", [SPECS, EQUAL], ids=["differing", "equal"])
+@pytest.mark.parametrize(
+    ("draws_a", "draws_b"), [((), ()), ((3,), ()), ((), (3,)), ((3,), (3,))], ids=str
+)
+def test_layer_factors_hold_a_and_the_scaled_transpose_of_b(specs, draws_a, draws_b):
+    """The update of a layer's weight, s B A, is the product of what the layer receives."""
+    of = bank(specs)
+    factors = random_factors(of, draws_a, draws_b)
+    matrices = of.matrices(factors)
+    found = of.layer_factors(factors, torch.float32)
+    assert list(found) == [s.name for s in specs]
+    for spec in specs:
+        A, B = matrices[spec.name]
+        torch.testing.assert_close(found[spec.name].A, A)
+        torch.testing.assert_close(found[spec.name].sB, spec.scaling * B.mT)
+        assert found[spec.name].A.shape == (*draws_a, spec.rank, spec.in_features)
+        assert found[spec.name].sB.shape == (*draws_b, spec.rank, spec.out_features)
+
+
+def test_layer_factors_are_scaled_in_float32_and_cast_once():
+    """bfloat16(s · B), not bfloat16(s) · bfloat16(B), which rounds three times."""
+    of = bank([LayerSpec("a", 64, 64, 8, 1 / 3), LayerSpec("b", 64, 64, 8, 0.7)])
+    factors = random_factors(of)
+    B = of.matrices(factors)
+    for name, found in of.layer_factors(factors, torch.bfloat16).items():
+        expected = (of.specs[name].scaling * B[name][1].mT).bfloat16()
+        assert found.A.dtype == torch.bfloat16
+        assert torch.equal(found.sB, expected)
+
+
+def test_layer_factors_carry_the_configured_dropout():
+    of = bank(lora_dropout=0.25)
+    found = of.layer_factors(of.means(), torch.float32)
+    assert {factors.dropout for factors in found.values()} == {0.25}
+
+
+def test_gradients_flow_back_to_both_means_with_differing_scalings():
+    of = bank()
+    found = of.layer_factors(of.means(), torch.float32)
+    sum(f.A.sum() + f.sB.sum() for f in found.values()).backward()
+    assert torch.equal(of.A.grad, torch.ones_like(of.A))
+    expected = {f"{s.name}.B": s.scaling for s in SPECS}
+    for name, grad in named(of.layouts["B"], of.B.grad).items():
+        assert torch.equal(grad, torch.full_like(grad, expected[name]))
+
+
+@pytest.mark.parametrize("latent", ["A", "B", "AB"])
+@pytest.mark.parametrize("draws", [(), (3,)])
+def test_a_shift_moves_the_means_of_the_latent_factors_only(latent, draws):
+    of = bank()
+    layout = of.layout(latent)
+    delta = torch.randn(*draws, layout.total)
+    shifted = of.shifted(latent, delta)
+    shift = named(layout, delta)
+    for factor, flat, mean in (("A", shifted.A, of.A), ("B", shifted.B, of.B)):
+        actual, start = named(of.layouts[factor], flat), named(of.layouts[factor], mean)
+        for name, matrix in actual.items():
+            expected = start[name] + shift[name] if factor in latent else start[name]
+            torch.testing.assert_close(matrix, expected)
+
+
+# How the means start ---------------------------------------------------------------------------
+
+LARGE = [LayerSpec("x", 900, 40, 8, 2.0), LayerSpec("y", 400, 40, 4, 2.0)]
+
+
+@pytest.mark.parametrize("name", ["kaiming", "gaussian"])
+def test_b_starts_at_zero(name):
+    assert (bank(LARGE, init_lora_weights=name).B == 0).all()
+
+
+@pytest.mark.parametrize("name", ["kaiming", "gaussian"])
+def test_the_means_are_two_float32_parameters(name):
+    of = bank(LARGE, init_lora_weights=name)
+    parameters = dict(of.named_parameters())
+    assert set(parameters) == {"A", "B"}
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in parameters.values())
+
+
+def test_kaiming_is_uniform_up_to_one_over_the_root_of_the_inputs():
+    A = bank(LARGE, init_lora_weights="kaiming")
+    for name, (a, _) in A.matrices(A.means()).items():
+        bound = 1 / math.sqrt(A.specs[name].in_features)
+        assert a.abs().max() <= bound
+        law = scipy.stats.uniform(-bound, 2 * bound)
+        assert scipy.stats.kstest(a.detach().flatten().numpy(), law.cdf).pvalue > 1e-3
+
+
+def test_gaussian_is_normal_with_standard_deviation_one_over_the_rank():
+    A = bank(LARGE, init_lora_weights="gaussian")
+    for name, (a, _) in A.matrices(A.means()).items():
+        law = scipy.stats.norm(0, 1 / A.specs[name].rank)
+        assert scipy.stats.kstest(a.detach().flatten().numpy(), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("ours", "pefts"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_the_start_has_the_law_of_pefts(ours, pefts):
+    """Two-sample Kolmogorov-Smirnov on 4 x 300 weights each; PEFT's B is zero as well."""
+    config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=pefts)
+    network = peft.get_peft_model(nn.Sequential(nn.Linear(300, 20)), config)
+    layer = network.base_model.model[0]
+    spec = LayerSpec("0", 300, 20, 4, 2.0)
+    of = bank([spec], r=4, init_lora_weights=ours)
+    theirs = layer.lora_A["default"].weight.detach().flatten().numpy()
+    test = scipy.stats.ks_2samp(of.A.detach().numpy(), theirs)
+    assert test.pvalue > 1e-3
+    assert (layer.lora_B["default"].weight == 0).all()
+
+
+@pytest.mark.parametrize(("ours", "pefts"), [("kaiming", True), ("gaussian", "gaussian")])
+def test_the_tests_of_the_start_tell_the_two_initialisers_apart(ours, pefts):
+    """Otherwise passing them would show nothing."""
+    other = {"kaiming": "gaussian", "gaussian": "kaiming"}[ours]
+    a, b = (bank(LARGE, init_lora_weights=name).A.detach().numpy() for name in (ours, other))
+    assert scipy.stats.ks_2samp(a, b).pvalue < 1e-6
+
+
+def test_the_bank_of_an_attachment_fits_its_layers():
+    network = bert()
+    config = AdapterConfig(r=4, target_modules="all-linear", rank_pattern={"query": 2})
+    attachment = attach(network, config)
+    of = AdapterBank(attachment.specs, config)
+    for name, (A, B) in of.matrices(of.means()).items():
+        W = attachment.layers[name].weight
+        assert (B @ A).shape == W.shape
+        assert A.shape[0] == (2 if name.endswith("query") else 4)

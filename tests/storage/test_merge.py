@@ -1,0 +1,207 @@
+"""merge(): a new plain network with the function of the mean adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import batch_of, bert, gpt2, llama, mlp, tokens
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import pyrolora
+from pyrolora import AdapterConfig, Posterior
+from pyrolora.adapters.layer import Wrapper
+
+X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+
+
+def texts() -> Any:
+    """Tokens without class labels, for language models."""
+    return tokens(12).remove_columns("labels")
+
+
+PROBLEMS: dict[str, tuple[Any, Any, str]] = {
+    "bert": (bert, tokens, "classification"),
+    "bert, regression": (
+        lambda: bert(num_labels=1),
+        lambda: tokens().map(lambda row: {"labels": float(row["labels"])}),
+        "regression",
+    ),
+    "llama": (llama, texts, "causal_lm"),
+    "gpt2": (gpt2, texts, "causal_lm"),
+    "plain": (mlp, lambda: (X, Y), "classification"),
+}
+
+
+def fitted(name: str, guide: str = "map", network: Any = None, **adapter: Any) -> Posterior:
+    """A posterior whose adapter has moved far enough to change the function."""
+    make, data, likelihood = PROBLEMS[name]
+    return pyrolora.fit(
+        make() if network is None else network,
+        data(),
+        guide=guide,
+        likelihood=likelihood,
+        adapter=AdapterConfig(**{"r": 4, **adapter}),
+        epochs=3,
+        learning_rate=0.05,
+        batch_size=6,
+        seed=0,
+    )
+
+
+def inputs_of(name: str) -> dict[str, Tensor]:
+    if name == "plain":
+        return {"inputs": X}
+    batch = batch_of(tokens())
+    return {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def logits(network: nn.Module, name: str) -> Tensor:
+    batch = inputs_of(name)
+    return network(X) if name == "plain" else network(**batch).logits.float()
+
+
+@torch.no_grad()
+def mean_logits(posterior: Posterior, name: str) -> Tensor:
+    """The network under the mean adapter, as the posterior itself runs it."""
+    output = posterior.model.network(inputs_of(name), posterior.bank.means())
+    return output.unsqueeze(-1) if posterior.likelihood.name == "regression" else output
+
+
+def copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_identical(module: nn.Module, before: dict[str, Tensor]) -> None:
+    after = module.state_dict()
+    assert set(after) == set(before)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("guide", ["map", "montec"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_merged_network_has_the_function_of_the_mean_adapter(name: str, guide: str) -> None:
+    posterior = fitted(name, guide)
+    merged = posterior.merge()
+    expected = mean_logits(posterior, name)
+    torch.testing.assert_close(logits(merged, name), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - logits(posterior.base, name)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_merged_network_is_plain(name: str) -> None:
+    merged = fitted(name).merge()
+    original = PROBLEMS[name][0]()
+    kinds = {key: type(module) for key, module in merged.named_modules()}
+    assert kinds == {key: type(module) for key, module in original.named_modules()}
+    assert set(merged.state_dict()) == set(original.state_dict())
+    assert not any(isinstance(module, Wrapper) for module in merged.modules())
+    assert not merged.training
+    assert all(p.requires_grad and p.grad is None for p in merged.parameters())
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_merging_changes_neither_the_base_nor_the_posterior(name: str) -> None:
+    posterior = fitted(name, "montec")
+    base, model = copies(posterior.base), copies(posterior.model)
+    kinds = [type(module) for module in posterior.base.modules()]
+    merged = posterior.merge()
+    assert_identical(posterior.base, base)
+    assert_identical(posterior.model, model)
+    assert [type(module) for module in posterior.base.modules()] == kinds
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.add_(1.0)
+    assert_identical(posterior.base, base)
+    assert_identical(posterior.model, model)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_base_has_its_original_weights_after_the_fit(name: str) -> None:
+    posterior = fitted(name)
+    original = PROBLEMS[name][0]()
+    assert_identical(posterior.detach(), copies(original))
+
+
+@pytest.mark.parametrize("name", ["bert", "bert, regression", "llama", "gpt2"])
+def test_the_merged_network_saves_and_loads_by_itself(name: str, tmp_path: Path) -> None:
+    merged: Any = fitted(name).merge()
+    merged.save_pretrained(tmp_path)
+    language = name in ("llama", "gpt2")
+    loader = AutoModelForCausalLM if language else AutoModelForSequenceClassification
+    again = loader.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, name), logits(merged, name), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"r": 2, "rank_pattern": {"key": 4}, "alpha_pattern": {"query": 40}},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"target_modules": "all-linear"},
+        {"modules_to_save": []},
+        {"lora_dropout": 0.5},
+    ],
+    ids=str,
+)
+def test_every_adapter_setting_merges(adapter: dict[str, Any]) -> None:
+    posterior = fitted("bert", **adapter)
+    expected = mean_logits(posterior, "bert")
+    torch.testing.assert_close(logits(posterior.merge(), "bert"), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - logits(posterior.base, "bert")).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_a_half_precision_base_merges_in_single_precision_and_rounds_once(name: str) -> None:
+    network = PROBLEMS[name][0]().to(torch.bfloat16)
+    posterior = fitted(name, network=network)
+    merged = posterior.merge()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    for layer, (A, B) in posterior.factors().items():
+        update = posterior.bank.specs[layer].scaling * (B @ A)
+        update = update.T if name == "gpt2" else update
+        weight = posterior.base.get_submodule(layer).get_parameter("base_layer.weight")
+        expected = (weight.float() + update).to(torch.bfloat16)
+        assert torch.equal(merged.get_submodule(layer).get_parameter("weight"), expected)
+        assert not torch.equal(expected, weight)
+    difference = logits(merged, name) - mean_logits(posterior, name)
+    assert difference.abs().max() < 0.05 * mean_logits(posterior, name).abs().max()
+
+
+def test_the_merged_network_has_the_posteriors_head() -> None:
+    posterior = fitted("bert")
+    merged = posterior.merge()
+    head = posterior.model.named_heads()["classifier"].get_parameter("weight")
+    assert torch.equal(merged.get_submodule("classifier").get_parameter("weight"), head)
+    assert not torch.equal(bert().get_submodule("classifier").get_parameter("weight"), head)
+
+
+def test_two_posteriors_of_one_network_merge_to_their_own_functions() -> None:
+    network = bert()
+    first = fitted("bert", network=network)
+    second = fitted("bert", network=network, target_modules=["value", "output.dense"])
+    expected = [mean_logits(first, "bert"), mean_logits(second, "bert")]
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+    for posterior, output in zip((first, second), expected, strict=True):
+        got = logits(posterior.merge(), "bert")
+        torch.testing.assert_close(got, output, atol=1e-5, rtol=1e-5)
+
+
+def test_a_detached_posterior_still_merges() -> None:
+    posterior = fitted("bert")
+    expected = mean_logits(posterior, "bert")
+    posterior.detach()
+    torch.testing.assert_close(logits(posterior.merge(), "bert"), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapted_output_layer_that_is_tied_to_the_embedding_merges() -> None:
+    """Only the output layer is adapted: the embedding must stay, tied though they are."""
+    posterior = fitted("gpt2", target_modules=["lm_head"])
+    expected = mean_logits(posterior, "gpt2")
+    assert (expected - logits(posterior.base, "gpt2")).abs().max() > 1e-2
+    torch.testing.assert_close(logits(posterior.merge(), "gpt2"), expected, atol=1e-5, rtol=1e-5)
