@@ -47,8 +47,13 @@ class Prepared:
         return len(self.examples)
 
     def loader(self, batch_size: int) -> DataLoader[Any]:
-        """Batches in order."""
-        return DataLoader(self.examples, batch_size=batch_size, collate_fn=self.collate)
+        """Batches in order; iterating leaves the global random numbers alone."""
+        return DataLoader(
+            self.examples,
+            batch_size=batch_size,
+            collate_fn=self.collate,
+            generator=torch.Generator(),
+        )
 
 
 def prepare(
@@ -306,7 +311,8 @@ class _Collator:
             )
         scalar = LABELS in rows[0] and torch.as_tensor(rows[0][LABELS]).dim() == 0
         labels = [row.pop(LABELS) for row in rows] if scalar else None
-        batch: dict[str, Tensor] = dict(DataCollatorForSeq2Seq(self.tokenizer)(rows))
+        padded = DataCollatorForSeq2Seq(self.tokenizer)(rows)
+        batch = {name: tensor for name, tensor in padded.items() if tensor is not None}
         if labels is not None:
             batch[LABELS] = torch.as_tensor(np.asarray(labels))
         return batch

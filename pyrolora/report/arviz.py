@@ -30,25 +30,32 @@ def to_inference_data(
     """
     import arviz
 
-    data = {
-        name: {variable: np.asarray(values) for variable, (values, _) in group.items()}
-        for name, group in groups.items()
-        if group
-    }
-    dims = {
-        variable: list(names)
-        for group in groups.values()
-        for variable, (_, names) in group.items()
-        if names
-    }
-    used = {name for names in dims.values() for name in names}
-    labels = {name: list(values) for name, values in coords.items() if name in used}
-    if int(arviz.__version__.split(".")[0]) >= 1:
-        tree = arviz.from_dict(data, coords=labels, dims=dims)
-        for name in data:
-            tree[name].attrs.update(attrs)
-        return tree
-    idata = arviz.from_dict(**data, coords=labels, dims=dims)
-    for name in data:
-        idata[name].attrs.update(attrs)
-    return idata
+    trees = {}
+    for name, group in groups.items():
+        data = {variable: np.asarray(values) for variable, (values, _) in group.items()}
+        dims = {variable: list(names) for variable, (_, names) in group.items() if names}
+        used = {dim for names in dims.values() for dim in names}
+        labels = {dim: list(values) for dim, values in coords.items() if dim in used}
+        # One conversion a group: ``y`` has other dimensions in each.
+        trees[name] = _from_dict(arviz, name, data, labels, dims)
+        trees[name][name].attrs.update(attrs)
+    return _joined(arviz, trees)
+
+
+def _is_modern(arviz: Any) -> bool:
+    return int(arviz.__version__.split(".")[0]) >= 1
+
+
+def _from_dict(arviz: Any, name: str, data: Any, coords: Any, dims: Any) -> Any:
+    if _is_modern(arviz):
+        return arviz.from_dict({name: data}, coords=coords, dims=dims)
+    return arviz.from_dict(**{name: data}, coords=coords, dims=dims)
+
+
+def _joined(arviz: Any, trees: Mapping[str, Any]) -> Any:
+    """All groups in one container."""
+    if _is_modern(arviz):
+        import xarray
+
+        return xarray.DataTree.from_dict({name: tree[name] for name, tree in trees.items()})
+    return arviz.InferenceData(**{name: tree[name] for name, tree in trees.items()})
