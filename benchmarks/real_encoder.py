@@ -44,7 +44,7 @@ STORE = "real_encoder.jsonl"
 COLUMNS = ["sentence1", "sentence2", "label"]
 METRICS = ["accuracy", "nll", "ece", "brier"]
 SECONDS = ["fit_s", "predict_s"]
-CHECK_SAMPLES = 4
+CHECK_SAMPLES = 2
 ARVIZ_SAMPLES = 200
 TOLERANCE = 1e-5
 
@@ -145,7 +145,8 @@ def check_storage(posterior: pyrolora.Posterior, data: datasets.Dataset, seed: i
     """
     with tempfile.TemporaryDirectory() as folder:
         posterior.save(folder)
-        loaded = pyrolora.load(folder)
+        with quiet_loading():
+            loaded = pyrolora.load(folder)
     before, after = (p.predict(data, CHECK_SAMPLES, seed=seed) for p in (posterior, loaded))
     difference = float((before.draws - after.draws).abs().max())
     if not difference <= TOLERANCE:

@@ -279,6 +279,8 @@ def _arguments(
         args = copy.copy(training)
         args.remove_unused_columns = False
         args.label_names = ["labels"]
+        if not torch.accelerator.is_available():
+            args.dataloader_pin_memory = False  # torch would warn that it cannot
         yield args
         return
     _check_shortcuts(given)

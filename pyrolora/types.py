@@ -30,10 +30,10 @@ class AdapterConfig:
         Rank, and the numerator of the scaling.
     target_modules
         ``"auto"`` (the attention projections of a known architecture, else every linear layer),
-        ``"all-linear"``, a list of names or of name suffixes, or one regular expression that has
-        to match a whole name.
+        ``"all-linear"``, a list of names or of name suffixes, or one string: a regular expression
+        for the whole name, or a suffix.
     exclude_modules
-        Names, suffixes or a regular expression, taken out of the targets.
+        Taken out of the targets; by the same rules.
     lora_dropout
         Dropout on the adapter's input during training.
     modules_to_save
@@ -71,6 +71,11 @@ class AdapterConfig:
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not alpha > 0:
                 raise ConfigError(f"{key!r} must be > 0, got {alpha!r}")
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "
+                f"write [{self.modules_to_save!r}]"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
         if self.init_lora_weights not in INITIALIZERS:

@@ -86,6 +86,11 @@ class FlatFactors:
         sizes = {t.shape[0] for t in (self.A, self.B) if t.dim() > 1}
         return sizes.pop() if sizes else None
 
+    @property
+    def constant(self) -> bool:
+        """Whether the S draws are one setting, repeated (``expand``): a point mass."""
+        return all(t.dim() == 1 or t.stride(0) == 0 for t in (self.A, self.B))
+
     def __getitem__(self, index: int | slice) -> FlatFactors:
         A, B = (t[index] if t.dim() > 1 else t for t in (self.A, self.B))
         return FlatFactors(A, B)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from pyrolora.adapters.layer import AdapterLayer, HeadSlot, Wrapper
-from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets
+from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets, unwrapped, walk
 from pyrolora.errors import TargetError
 from pyrolora.types import AdapterConfig
 
@@ -34,9 +34,10 @@ class Attachment:
     """
 
     def __init__(self, network: nn.Module, specs: list[LayerSpec], heads: list[str]) -> None:
+        _check_nesting(network, [spec.name for spec in specs], heads)
         shared = _networks.get(network)
         if shared is None:
-            shared = _Shared({name: p.requires_grad for name, p in network.named_parameters()})
+            shared = _Shared({name: p.requires_grad for name, p in _parameters(network)})
             _networks[network] = shared
         self.network = network
         self.specs = specs
@@ -69,8 +70,8 @@ class Attachment:
             return
         unwrap(self.network)
         _networks.pop(self.network, None)
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, True))
+        for name, parameter in _parameters(self.network):
+            parameter.requires_grad_(self._requires_grad[name])
 
 
 def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
@@ -81,20 +82,37 @@ def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
 
 def unwrap(network: nn.Module) -> None:
     """Replace every wrapper of ours in ``network`` by what it wraps."""
-    for name, module in list(network.named_modules()):
+    for name, module in list(walk(network)):
         if isinstance(module, Wrapper):
             _replace(network, name, module.base_layer)
+
+
+def _check_nesting(network: nn.Module, targets: list[str], heads: list[str]) -> None:
+    """A task head is owned whole: no adapted layer is one, lies in one, or contains one."""
+    present = {name: type(m) for name, m in walk(network) if isinstance(m, Wrapper)}
+    layers = {*targets, *(name for name, kind in present.items() if kind is AdapterLayer)}
+    slots = {*heads, *(name for name, kind in present.items() if kind is HeadSlot)}
+    for slot in slots:
+        for layer in layers:
+            if layer == slot or layer.startswith(f"{slot}."):
+                raise TargetError(
+                    f"layer {layer!r} belongs to the task head {slot!r}: it is adapted by one "
+                    "posterior of this network and owned as a head by another; detach() the "
+                    "other one first"
+                )
+
+
+def _parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``named_parameters`` with the names that they have without our wrappers."""
+    for name, module in walk(network):
+        for own, parameter in unwrapped(module).named_parameters(recurse=False):
+            yield f"{name}.{own}", parameter
 
 
 def _wrap(network: nn.Module, name: str, kind: type[Wrapper]) -> Wrapper:
     module = network.get_submodule(name)
     if isinstance(module, kind):
         return module
-    if isinstance(module, Wrapper):
-        raise TargetError(
-            f"module {name!r} is the task head of one posterior of this network and an adapted "
-            "layer of another; detach() the other one first"
-        )
     wrapper = kind(module)
     wrapper.train(module.training)
     _replace(network, name, wrapper)

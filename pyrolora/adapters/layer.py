@@ -108,6 +108,8 @@ class Wrapper(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._prefix = ""
+        self.register_load_state_dict_post_hook(_restore_names)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,8 +122,19 @@ class Wrapper(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Torch looks for a child's tensors below the child's name.
+        self._prefix = prefix
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}base_layer.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def _restore_names(wrapper: nn.Module, found: Any) -> None:
+    """Report missing and unexpected keys under the names that the state dict has."""
+    prefix = f"{wrapper._prefix}base_layer."
+    for keys in (found.missing_keys, found.unexpected_keys):
+        keys[:] = [
+            f"{wrapper._prefix}{key[len(prefix) :]}" if key.startswith(prefix) else key
+            for key in keys
+        ]
 
 
 class AdapterLayer(Wrapper):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,20 +59,27 @@ def features(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` with the names that modules have without our wrappers; a wrapper stands
+    for what it wraps."""
+    yield prefix, module
+    for name, child in unwrapped(module).named_children():
+        yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Name -> linear layer, wrapped or not, in the network's order.
+    """Name -> linear layer, wrapped or not, in the network's order; not the network itself.
 
     The projections of ``nn.MultiheadAttention`` are left out: torch reads their weights without
     calling them, so that an adapter there would do nothing.
     """
-    opaque = [n for n, m in network.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    inner = {id(m.base_layer) for m in network.modules() if isinstance(m, Wrapper)}
+    opaque = [name for name, m in walk(network) if isinstance(m, nn.MultiheadAttention)]
     return {
         name: module
-        for name, module in network.named_modules()
-        if isinstance(unwrapped(module), nn.Linear | Conv1D)
-        and id(module) not in inner
-        and not any(name.startswith(f"{prefix}.") for prefix in opaque)
+        for name, module in walk(network)
+        if name
+        and isinstance(unwrapped(module), nn.Linear | Conv1D)
+        and not any(name.startswith(f"{prefix}." if prefix else "") for prefix in opaque)
     }
 
 
@@ -82,7 +90,7 @@ def find_heads(network: nn.Module, config: AdapterConfig) -> list[str]:
     ``pre_classifier``. A language-model head is no task head.
     """
     if config.modules_to_save is not None:
-        names = [name for name, _ in network.named_modules() if name]
+        names = [name for name, _ in walk(network) if name]
         found = [name for name in names if _ends_with(name, config.modules_to_save)]
         for wanted in config.modules_to_save:
             if not any(_ends_with(name, [wanted]) for name in found):
@@ -99,7 +107,7 @@ def find_heads(network: nn.Module, config: AdapterConfig) -> list[str]:
         for name, child in network.named_children()
         if name != network.base_model_prefix
         and any(True for _ in child.parameters())
-        and (output is None or all(module is not output for module in child.modules()))
+        and (output is None or all(module is not output for _, module in walk(child)))
     ]
 
 
@@ -132,6 +140,14 @@ def find_targets(
             f"it has {_listing(_patterns(layers))} ('#' stands for a number). Name some of these, "
             "or use 'all-linear'"
         )
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            if not any(_pattern_matches(pattern, name) for name in names):
+                warnings.warn(
+                    f"{option} has the key {pattern!r}, which matches no adapted layer",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
     return [_spec(name, layers[name], config) for name in names]
 
 
@@ -149,6 +165,7 @@ def _select(network: nn.Module, config: AdapterConfig, names: list[str]) -> list
             )
     if wanted in ("auto", "all-linear"):
         output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
+        output = None if output is None else unwrapped(output)
         return [name for name in names if unwrapped(network.get_submodule(name)) is not output]
     return [name for name in names if _matches(name, wanted)]
 
@@ -184,9 +201,16 @@ def _spec(name: str, module: nn.Module, config: AdapterConfig) -> LayerSpec:
 def _lookup(name: str, patterns: Mapping[str, N], default: N) -> N:
     """PEFT's rule: the first key that, as a regular expression, matches the end of the name."""
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if _pattern_matches(pattern, name):
             return value
     return default
+
+
+def _pattern_matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    except re.error as error:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def _patterns(names: Iterable[str]) -> list[str]:

@@ -51,12 +51,16 @@ def map_blocks(
     ``per_block`` is (..., L, r, r); it is cut to each group's rank. The leading principal block of
     a lower factor is the lower factor of the leading principal block.
     """
+    if len(groups) == 1:
+        rank = groups[0].rank
+        matrices = flat.unflatten(-1, groups[0].shape)
+        return function(per_block[..., :rank, :rank], matrices).flatten(-3)
     laws = per_block.split([group.count for group in groups], dim=-3)
-    matrices = split_blocks(flat, groups)
+    parts = split_blocks(flat, groups)
     return torch.cat(
         [
-            function(law[..., : group.rank, : group.rank], matrix).flatten(-3)
-            for law, matrix, group in zip(laws, matrices, groups, strict=True)
+            function(law[..., : group.rank, : group.rank], part).flatten(-3)
+            for law, part, group in zip(laws, parts, groups, strict=True)
         ],
         dim=-1,
     )
@@ -151,4 +155,5 @@ def _entry_weights(
         for group in groups
         for _ in range(group.count)
     ]
-    return torch.tensor(rows, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # the cached tensor also serves training
+        return torch.tensor(rows, dtype=dtype, device=device)

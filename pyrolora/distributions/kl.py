@@ -39,6 +39,8 @@ def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
     Row i of S_q⁻¹ S_p depends on the first i rows of both factors only, so that a lower rank cuts
     the sums by rows.
     """
+    if p.groups != q.groups:
+        raise ValueError(f"the matrices differ in shape: {p.groups} and {q.groups}")
     whitened = torch.linalg.solve_triangular(q.scale_tril, p.scale_tril, upper=False)
     per_row = 0.5 * (whitened.square().sum(-1) - 1) - whitened.diagonal(dim1=-2, dim2=-1).log()
     return (per_row * p.entry_weights()).sum((-2, -1))

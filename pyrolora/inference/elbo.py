@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -21,8 +22,9 @@ class NamedELBO(TraceMeanField_ELBO):
 
     The same estimator: Σ over latent sites of KL(q(site | parents) ‖ p(site | parents)), in closed
     form where one is registered, and log-densities at the draw elsewhere. Two differences: the
-    log-densities of latent sites with a closed form, which the bound does not need, are not
-    computed; and the terms of the last evaluation stay readable.
+    terms of the last evaluation stay readable; and Pyro's validation, where it is on, checks the
+    first evaluation only. It costs more than the bound itself, much of it for log-densities of
+    latent sites that the bound does not need, and the programs have the same structure every time.
 
     Attributes
     ----------
@@ -34,16 +36,23 @@ class NamedELBO(TraceMeanField_ELBO):
     def __init__(self) -> None:
         super().__init__(num_particles=1)
         self.terms: dict[str, Tensor] = {}
+        self._validated = False
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if is_validation_enabled():
-            model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-        else:
+        if is_validation_enabled() and not self._validated:
+            traces = self._get_trace(model, guide, args, kwargs)
+            loss = self._bound(*traces)
+            self._validated = True
+            return loss
+        with pyro.validation_enabled(False):
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             replayed = poutine.replay(model, trace=guide_trace)
-            model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+            return self._bound(poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace)
+
+    def _bound(self, model_trace: Trace, guide_trace: Trace) -> Any:
+        """−ELBO from the traces."""
         self.terms = {}
         loss: Any = 0.0
         for name, site in model_trace.nodes.items():

@@ -65,6 +65,10 @@ def passes(
     """Outputs (s, b, ...) for the draws in turn, s of them in one pass."""
     draws = factors.draws
     assert draws is not None
+    if factors.constant:
+        output = joint.network(batch, factors[:1])
+        yield output.expand(draws, *output.shape[1:])
+        return
     step = max(1, rows // len(next(iter(batch.values()))))
     for start in range(0, draws, step):
         yield joint.network(batch, factors[start : start + step])

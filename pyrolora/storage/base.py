@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def load_base(description: Mapping[str, Any]) -> PreTrainedModel:
         config["id2label"] = {int(k): v for k, v in config["id2label"].items()}
         config.pop("num_labels", None)
     try:
-        network: PreTrainedModel = kind.from_pretrained(name, **config)
+        with _quiet():  # the report of a missing head: the posterior brings its own
+            network: PreTrainedModel = kind.from_pretrained(name, dtype="auto", **config)
     except OSError as error:
         where = (
             "folder is gone or incomplete" if Path(name).is_absolute() else "hub id is not found"
@@ -60,6 +62,16 @@ def load_base(description: Mapping[str, Any]) -> PreTrainedModel:
             "pyrolora.load(path, model)"
         ) from error
     return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
 
 
 def check_base(network: nn.Module, description: Mapping[str, Any]) -> None:

@@ -311,9 +311,7 @@ def test_recomputation_inside_of_its_binding_gives_the_gradients_of_the_plain_pa
         return bind(current_binding()), bind(binding)
 
     with bind(binding):
-        out = torch.utils.checkpoint.checkpoint(
-            layer, x, use_reentrant=False, context_fn=contexts
-        )
+        out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     actual = torch.autograd.grad(out.square().sum(), (A, B))
     torch.testing.assert_close(actual, expected)
 

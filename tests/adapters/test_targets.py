@@ -235,8 +235,9 @@ BERT_CASES = {
 }
 
 
-# PEFT warns of keys that match no layer; two cases show that half a name is no match.
+# PEFT and we warn of keys that match no layer; two cases show that half a name is no match.
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:rank_pattern has the key:RuntimeWarning")
 @pytest.mark.parametrize("case", BERT_CASES.values(), ids=BERT_CASES.keys())
 def test_names_ranks_and_scalings_are_pefts_for_the_same_configuration(case):
     network = bert()
@@ -319,12 +320,12 @@ def test_names_are_the_same_while_the_head_around_them_is_another_posteriors_cop
     alone = names(network, target_modules=["classifier.dense"], modules_to_save=[])
     assert alone == ["classifier.dense"]
     attach(network, AdapterConfig(r=2))
+    found, refusal = [], ""
     try:
         found = [spec.name for spec in attach(network, inside).specs]
     except TargetError as error:
-        assert "detach()" in str(error)
-    else:
-        assert found == alone
+        refusal = str(error)
+    assert found == alone or "detach()" in refusal
 
 
 def test_conv1d_has_its_input_before_its_output():
@@ -417,8 +418,8 @@ def test_names_of_layers_that_are_not_linear_match_nothing():
 
 
 def test_excluding_every_target_raises_and_names_both_options():
+    config = AdapterConfig(r=2, target_modules=["query"], exclude_modules=["self.query"])
     with pytest.raises(TargetError, match=r"\['query'\] without \['self.query'\]"):
-        config = AdapterConfig(r=2, target_modules=["query"], exclude_modules=["self.query"])
         attach(bert(), config)
 
 
@@ -492,3 +493,8 @@ def test_projections_of_multihead_attention_are_not_targeted():
 def test_projections_of_a_network_that_is_multihead_attention_are_not_targeted():
     with pytest.raises(TargetError):
         attach(nn.MultiheadAttention(16, 2), AdapterConfig(r=2, target_modules=["out_proj"]))
+
+
+def test_a_pattern_that_matches_nothing_is_pointed_out():
+    with pytest.warns(RuntimeWarning, match="rank_pattern has the key 'qurey'"):
+        attach(bert(), AdapterConfig(r=2, rank_pattern={"qurey": 4}))

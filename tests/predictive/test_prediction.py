@@ -221,3 +221,16 @@ def test_regression_learns_its_noise():
 def test_every_likelihood_predicts_what_its_class_says():
     assert ClassPrediction.likelihood is Classification
     assert RegressionPrediction.likelihood is Regression
+
+
+def test_a_point_mass_is_run_once_whatever_the_number_of_draws(monkeypatch):
+    posterior = pyrolora.fit(bert(), tokens(), guide="map", epochs=1)
+    calls = []
+    network = posterior.model.network
+    monkeypatch.setattr(
+        posterior.model, "network", lambda *args: calls.append(args) or network(*args)
+    )
+    prediction = posterior.predict(tokens(), num_samples=50)
+    assert len(calls) == 1
+    assert prediction.draws.shape == (50, 16, 2)
+    assert torch.equal(prediction.draws[:1], posterior.predict(tokens(), num_samples=0).draws)
