@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,14 +26,21 @@ from transformers import (
 
 from pyrolora import defaults
 from pyrolora.adapters import attach
-from pyrolora.errors import ConfigError, DataError, NonFiniteError
+from pyrolora.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    PyroLoraError,
+    positive,
+    whole_number,
+)
 from pyrolora.guides import Guide, as_guide
 from pyrolora.inference import Prepared, SVITrainer, prepare
 from pyrolora.inference.data import raw_labels
 from pyrolora.likelihoods import CausalLM, Regression, likelihood_for
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior, build
-from pyrolora.predictive import draw_factors, evaluate, predict
+from pyrolora.predictive import draw_factors, evaluate, predict, to_device
 from pyrolora.types import AdapterConfig
 
 EVALUATION_SPLITS = ("validation", "test")
@@ -123,6 +131,7 @@ def fit(
         attachment = attach(network, config)
         try:
             joint = build(network, attachment, config, options, law, len(prepared))
+            _check_output(joint, prepared)
             posterior = Posterior(joint, options, tokenizer=tokenizer, settings=_settings(args))
             _train(posterior, prepared, held_out, args, callbacks)
         except NonFiniteError:
@@ -165,6 +174,16 @@ def _train(
         joint.zero_grad(set_to_none=True)
         joint.eval()
         posterior.history = [dict(entry) for entry in trainer.state.log_history]
+
+
+@torch.no_grad()
+def _check_output(joint: JointModel, data: Prepared) -> None:
+    """One pass with two examples: the network runs, calls its adapted layers, fits the labels."""
+    assert data.labels is not None
+    examples = [data.examples[i] for i in range(min(2, len(data)))]
+    batch = to_device(data.collate(examples), next(joint.parameters()).device)
+    with evaluating(joint):
+        joint.likelihood.check_output(joint.network(batch, joint.program.bank.means()), data.labels)
 
 
 def _score(joint: JointModel, data: Prepared, args: TrainingArguments) -> dict[str, float]:
@@ -226,13 +245,24 @@ def _network(
         )
     name = str(model)
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
-    except (OSError, ValueError) as error:
+        network, tokenizer = _loaded(name, data, tokenizer, likelihood)
+    except PyroLoraError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"cannot load the model {name!r}: neither a folder with a transformers model nor a "
-            f"reachable hub id ({str(error).splitlines()[0]})"
+            f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
+            f"hub id within reach ({str(error).splitlines()[0]})"
         ) from error
+    return _checked_padding(network), tokenizer
+
+
+def _loaded(
+    name: str, data: Any, tokenizer: Any, likelihood: str | None
+) -> tuple[PreTrainedModel, Any]:
+    """A language model where the checkpoint is one, else a classifier with as many classes as the
+    labels have, or with one output for real-valued labels."""
+    config = AutoConfig.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
     architecture = (config.architectures or [""])[0]
     if likelihood == CausalLM.name or (likelihood is None and architecture.endswith("CausalLM")):
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
@@ -246,7 +276,7 @@ def _network(
     )
     if network.config.pad_token_id is None and tokenizer is not None:
         network.config.pad_token_id = tokenizer.pad_token_id
-    return _checked_padding(network), tokenizer
+    return network, tokenizer
 
 
 def _checked_padding(network: nn.Module) -> nn.Module:
@@ -303,9 +333,12 @@ def _arguments(
 
 
 def _check_shortcuts(given: dict[str, Any]) -> None:
-    for name in ("epochs", "learning_rate", "batch_size"):
-        if name in given and not given[name] > 0:
-            raise ConfigError(f"{name} must be > 0, got {given[name]!r}")
+    for name in ("epochs", "learning_rate"):
+        if name in given:
+            positive(name, given[name])
+    for name, least in (("batch_size", 1), ("seed", 0)):
+        if name in given:
+            whole_number(name, given[name], at_least=least)
 
 
 def _check_evaluation(
@@ -315,7 +348,7 @@ def _check_evaluation(
         args.eval_strategy = "epoch"
     if args.eval_strategy != "no" and held_out is None:
         raise ConfigError(
-            f"training asks for evaluation (eval_strategy={str(args.eval_strategy)!r}) and there "
+            f"training asks for evaluation (eval_strategy={args.eval_strategy.value!r}) and there "
             "is no eval_data; pass eval_data="
         )
 

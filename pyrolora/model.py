@@ -160,11 +160,11 @@ class JointModel(nn.Module):
 
     def activation_checkpointing_disable(self) -> None:
         """Switch activation checkpointing of the network off."""
-        base: Any = self.base
-        if hasattr(base, "activation_checkpointing_disable"):
-            base.activation_checkpointing_disable()
-        else:
-            base.gradient_checkpointing_disable()
+        for prefix in ("activation", "gradient"):
+            disable = getattr(self.base, f"{prefix}_checkpointing_disable", None)
+            if disable is not None:
+                disable()
+                return
 
     # State -------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, Attachment, FlatFactors, LayerSpec
-from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.errors import CheckpointError, ConfigError, whole_number
 from pyrolora.guides import Guide, guide_class
 from pyrolora.inference import Prepared, prepare
 from pyrolora.likelihoods import Likelihood, likelihood_for
@@ -22,7 +23,6 @@ from pyrolora.model import JointGuide, JointModel
 from pyrolora.predictive import Prediction, draw_factors, evaluate, predict, seeded
 from pyrolora.report import to_inference_data
 from pyrolora.storage import (
-    TOKENIZER_FOLDER,
     check_base,
     describe_base,
     load_base,
@@ -106,6 +106,7 @@ class Posterior:
         dict
             Site -> (num_samples, ...). `factors` turns them to the matrices of each layer.
         """
+        whole_number("num_samples", num_samples, at_least=1)
         with seeded(seed):
             return self.model.program.draw(num_samples)
 
@@ -180,6 +181,7 @@ class Posterior:
     def _predict(
         self, data: Any, num_samples: int, batch_size: int, seed: int | None, *, need_labels: bool
     ) -> Prediction:
+        whole_number("batch_size", batch_size, at_least=1)
         factors = draw_factors(self.model, num_samples, seed)
         prepared = self._prepare(data, need_labels=need_labels)
         return predict(self.model, prepared, factors, batch_size=batch_size)
@@ -285,7 +287,7 @@ class Posterior:
             "adapter": dataclasses.asdict(self.bank.config),
             "layers": [dataclasses.asdict(spec) for spec in specs],
             "heads": list(self.model.attachment.heads),
-            "base": describe_base(self.base, specs),
+            "base": describe_base(self.base, self.model.attachment.heads),
             "num_examples": self.model.num_examples,
             "settings": self.settings,
             "history": self.history,
@@ -347,34 +349,35 @@ def load(path: str | Path, model: nn.Module | None = None) -> Posterior:
     CheckpointError
         When the folder is damaged, or the network is another one.
     """
-    folder = Path(path)
-    meta, state = read_folder(folder)
+    meta, state, tokens = read_folder(Path(path))
     try:
-        network = load_base(meta["base"]) if model is None else model
+        tokenizer = None if tokens is None else AutoTokenizer.from_pretrained(tokens)
         specs = [LayerSpec(**spec) for spec in meta["layers"]]
-        check_base(network, meta["base"])
+        heads, base = list(meta["heads"]), meta["base"]
         guide = guide_class(meta["guide"]["name"])(**meta["guide"]["options"])
-        likelihood = likelihood_for(network, meta["likelihood"])
         config = AdapterConfig(**meta["adapter"])
-        attachment = Attachment(network, specs, meta["heads"])
-    except (KeyError, TypeError, AttributeError) as error:
+        num_examples = operator.index(meta["num_examples"])
+        history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
+        if not specs or num_examples < 1:
+            raise ValueError("no layers, or no examples")
+        network = load_base(base) if model is None else model
+        check_base(network, heads, base)
+        likelihood = likelihood_for(network, meta["likelihood"])
+        attachment = Attachment(network, specs, heads)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, LookupError, OSError) as error:
         raise CheckpointError(
-            f"{folder}/posterior.json was edited or is incomplete: {error}"
+            f"{path} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
+            "from a copy"
         ) from error
     try:
-        joint = build(network, attachment, config, guide, likelihood, meta["num_examples"])
+        joint = build(network, attachment, config, guide, likelihood, num_examples)
         joint.load_own_state(state)
-    except Exception:
+    except BaseException:
         attachment.detach()
         raise
-    tokens = folder / TOKENIZER_FOLDER
-    return Posterior(
-        joint,
-        guide,
-        tokenizer=AutoTokenizer.from_pretrained(tokens) if tokens.is_dir() else None,
-        history=meta["history"],
-        settings=meta["settings"],
-    )
+    return Posterior(joint, guide, tokenizer=tokenizer, history=history, settings=settings)
 
 
 def _one_chain(draws: Tensor) -> np.ndarray:

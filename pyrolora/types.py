@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, positive, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +66,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for key, rank in {"r": self.r, **self.rank_pattern}.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"the rank {key!r} must be a whole number >= 1, got {rank!r}")
+            whole_number(f"the rank {key!r}", rank, at_least=1)
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not alpha > 0:
-                raise ConfigError(f"{key!r} must be > 0, got {alpha!r}")
+            positive(key, alpha)
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "

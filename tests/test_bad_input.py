@@ -38,6 +38,7 @@ from pyrolora.errors import (
 )
 from pyrolora.inference import SVITrainer
 
+THIN = AdapterConfig(r=1)  # fits the smallest layer of the plain networks
 NAN, INF = float("nan"), float("inf")
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
@@ -157,7 +158,11 @@ SEQUENCES: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
         "no labels, input_ids",
         {},
     ),
-    "a label too high": (lambda: relabelled([0, 1, 2, 1]), "2 classes, from 0 to 2, num_labels=3", {}),
+    "a label too high": (
+        lambda: relabelled([0, 1, 2, 1]),
+        "2 classes, from 0 to 2, num_labels=3",
+        {},
+    ),
     "a negative label": (lambda: relabelled([0, -1, 1]), "labels must be >= 0, -1", {}),
     "a float label": (lambda: relabelled([0.0, 1.0]), "whole-number, float, 'regression'", {}),
     "a list as label": (lambda: relabelled([[0, 1], [1, 0]]), "one whole-number label, (2, 2)", {}),
@@ -249,7 +254,7 @@ PLAIN: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", PLAIN)
 def test_data_of_plain_networks_that_cannot_be_used(case: str, steps: list[int]) -> None:
     data, words = PLAIN[case]
-    refused(DataError, words, steps, mlp(), data, likelihood="classification")
+    refused(DataError, words, steps, mlp(), data, likelihood="classification", adapter=THIN)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -257,14 +262,14 @@ def test_regression_needs_finite_labels(bad: float, steps: list[int]) -> None:
     y = torch.ones(12)
     y[7] = bad
     words = f"label of example 7, {bad}"
-    refused(DataError, words, steps, mlp(outputs=1), (X, y), likelihood="regression")
+    options = {"likelihood": "regression", "adapter": THIN}
+    refused(DataError, words, steps, mlp(outputs=1), (X, y), **options)
 
 
 def test_regression_needs_one_label_an_example(steps: list[int]) -> None:
     y = torch.ones(12, 2)
-    refused(
-        DataError, "one number, (12, 2)", steps, mlp(outputs=1), (X, y), likelihood="regression"
-    )
+    options = {"likelihood": "regression", "adapter": THIN}
+    refused(DataError, "one number, (12, 2)", steps, mlp(outputs=1), (X, y), **options)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,8 @@ def test_regression_needs_one_label_an_example(steps: list[int]) -> None:
     ],
 )
 def test_regression_needs_one_output(network: Any, data: Any, steps: list[int]) -> None:
-    refused(DataError, "one output", steps, network(), data(), likelihood="regression")
+    options = {"likelihood": "regression", "adapter": THIN}
+    refused(DataError, "one output", steps, network(), data(), **options)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +345,7 @@ TARGETS: dict[str, tuple[dict[str, Any], type[PyroLoraError], str]] = {
     "nothing matches": (
         {"target_modules": ["q_proj"]},
         TargetError,
-        "q_proj, BertForSequenceClassification, bert.encoder.layer.#.attention.self.query, all-linear",
+        "q_proj, BertForSequenceClassification, layer.#.attention.self.query, all-linear",
     ),
     "everything is excluded": (
         {"exclude_modules": ["query", "key", "value"]},
@@ -546,22 +552,45 @@ def test_an_evaluation_schedule_needs_evaluation_data(tmp_path: Path, steps: lis
     refused(ConfigError, words, steps, bert(), tokens(), training=training)
 
 
-def test_reentrant_checkpointing_is_refused(tmp_path: Path, steps: list[int]) -> None:
-    training = arguments(
-        tmp_path,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": True},
-    )
+CHECKPOINTING = pytest.mark.parametrize(
+    "prefix",
+    [
+        "activation",
+        pytest.param(
+            "gradient",
+            marks=pytest.mark.filterwarnings(
+                "ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning"
+            ),
+        ),
+    ],
+)
+
+
+@CHECKPOINTING
+def test_reentrant_checkpointing_is_refused(prefix: str, tmp_path: Path, steps: list[int]) -> None:
+    options = {
+        f"{prefix}_checkpointing": True,
+        f"{prefix}_checkpointing_kwargs": {"use_reentrant": True},
+    }
     words = "use_reentrant=True, no gradient, use_reentrant=False"
-    refused(ConfigError, words, steps, bert(), tokens(), training=training)
+    refused(ConfigError, words, steps, bert(), tokens(), training=arguments(tmp_path, **options))
 
 
-def test_checkpointing_of_a_network_without_it_is_refused(
-    tmp_path: Path, steps: list[int]
+@CHECKPOINTING
+def test_a_network_without_checkpointing_is_refused(
+    prefix: str, tmp_path: Path, steps: list[int]
 ) -> None:
-    training = arguments(tmp_path, gradient_checkpointing=True)
-    options = {"training": training, "likelihood": "classification"}
+    training = arguments(tmp_path, **{f"{prefix}_checkpointing": True})
+    options = {"training": training, "likelihood": "classification", "adapter": THIN}
     refused(ConfigError, "Sequential, checkpointing", steps, mlp(), (X, Y), **options)
+
+
+@CHECKPOINTING
+def test_a_fit_switches_checkpointing_off_again(prefix: str, tmp_path: Path) -> None:
+    network = bert()
+    training = arguments(tmp_path, **{f"{prefix}_checkpointing": True})
+    pyrolora.fit(network, tokens(), guide="map", training=training)
+    assert not network.is_gradient_checkpointing
 
 
 class Interrupt(TrainerCallback):
@@ -634,7 +663,7 @@ def test_the_batch_size_of_a_prediction_is_positive(
 @pytest.mark.parametrize("use", ["evaluate", "log_likelihood"])
 def test_scores_need_labels(use: str, posterior: Posterior) -> None:
     data = reviews(4).remove_columns("label")
-    with pytest.raises(DataError, match="no labels.*'label'"):
+    with pytest.raises(DataError, match=r"no labels.*'label'"):
         getattr(posterior, use)(data, num_samples=1)
 
 

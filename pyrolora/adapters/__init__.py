@@ -3,7 +3,7 @@
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.inject import Attachment, attach, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
-from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, features, unwrapped
+from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, features, plain_parameters, unwrapped
 
 __all__ = [
     "AUTO_TARGETS",
@@ -21,6 +21,7 @@ __all__ = [
     "bind",
     "current_binding",
     "features",
+    "plain_parameters",
     "unwrap",
     "unwrapped",
 ]

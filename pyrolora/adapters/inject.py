@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from pyrolora.adapters.layer import AdapterLayer, HeadSlot, Wrapper
-from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets, unwrapped, walk
+from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets, plain_parameters, walk
 from pyrolora.errors import TargetError
 from pyrolora.types import AdapterConfig
 
@@ -34,10 +34,12 @@ class Attachment:
     """
 
     def __init__(self, network: nn.Module, specs: list[LayerSpec], heads: list[str]) -> None:
+        for name in (*(spec.name for spec in specs), *heads):
+            network.get_submodule(name)  # all of them, before the first is wrapped
         _check_nesting(network, [spec.name for spec in specs], heads)
         shared = _networks.get(network)
         if shared is None:
-            shared = _Shared({name: p.requires_grad for name, p in _parameters(network)})
+            shared = _Shared({name: p.requires_grad for name, p in plain_parameters(network)})
             _networks[network] = shared
         self.network = network
         self.specs = specs
@@ -70,7 +72,7 @@ class Attachment:
             return
         unwrap(self.network)
         _networks.pop(self.network, None)
-        for name, parameter in _parameters(self.network):
+        for name, parameter in plain_parameters(self.network):
             parameter.requires_grad_(self._requires_grad[name])
 
 
@@ -100,13 +102,6 @@ def _check_nesting(network: nn.Module, targets: list[str], heads: list[str]) -> 
                     "posterior of this network and owned as a head by another; detach() the "
                     "other one first"
                 )
-
-
-def _parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """``named_parameters`` with the names that they have without our wrappers."""
-    for name, module in walk(network):
-        for own, parameter in unwrapped(module).named_parameters(recurse=False):
-            yield f"{name}.{own}", parameter
 
 
 def _wrap(network: nn.Module, name: str, kind: type[Wrapper]) -> Wrapper:

@@ -67,6 +67,13 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
         yield from walk(child, f"{prefix}.{name}" if prefix else name)
 
 
+def plain_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``named_parameters`` with the names that they have without our wrappers."""
+    for name, module in walk(network):
+        for own, parameter in unwrapped(module).named_parameters(recurse=False):
+            yield f"{name}.{own}" if name else own, parameter
+
+
 def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     """Name -> linear layer, wrapped or not, in the network's order; not the network itself.
 

@@ -20,7 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, positive
 from pyrolora.parameters import ParamModule
 
 LATENTS = ("A", "B", "AB")
@@ -57,13 +57,11 @@ class Guide(ABC):
     scale_learning_rate: float = 1e-2
 
     def __post_init__(self) -> None:
-        require(self.kl_weight > 0, "kl_weight", "> 0", self.kl_weight)
+        positive("kl_weight", self.kl_weight)
         against = self.kl_weight_against
         require(against in AGAINST, "kl_weight_against", f"one of {AGAINST}", against)
         require(0 <= self.kl_warmup <= 1, "kl_warmup", "in [0, 1]", self.kl_warmup)
-        require(
-            self.scale_learning_rate > 0, "scale_learning_rate", "> 0", self.scale_learning_rate
-        )
+        positive("scale_learning_rate", self.scale_learning_rate)
 
     @abstractmethod
     def build(self, bank: AdapterBank) -> Program:

@@ -9,7 +9,8 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.guides.base import Guide, Program, Quantities, Sites, require, tempered
+from pyrolora.errors import positive
+from pyrolora.guides.base import Guide, Program, Quantities, Sites, tempered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class MAP(Guide):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prior_scale is not None:
-            require(self.prior_scale > 0, "prior_scale", "> 0 or None", self.prior_scale)
+            positive("prior_scale", self.prior_scale)
 
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, self)

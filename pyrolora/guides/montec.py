@@ -15,6 +15,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.distributions import ColumnNormal, WishartCholesky
 from pyrolora.distributions.wishart_cholesky import lower_factor
+from pyrolora.errors import positive, whole_number
 from pyrolora.guides.base import LATENTS, Guide, Program, Quantities, Sites, require, tempered
 
 COMPONENT_PRIORS = ("isotropic", "hierarchical")
@@ -93,12 +94,11 @@ class MonteCLoRA(Guide):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_components >= 1, "num_components", ">= 1", self.num_components)
-        require(self.sample_scale > 0, "sample_scale", "> 0", self.sample_scale)
+        whole_number("num_components", self.num_components, at_least=1)
+        for name in ("sample_scale", "df_per_rank", "concentration", "init_covariance"):
+            positive(name, getattr(self, name))
+        positive("cooperation", self.cooperation, or_zero=True)
         require(self.df_per_rank >= 1, "df_per_rank", ">= 1", self.df_per_rank)
-        require(self.concentration > 0, "concentration", "> 0", self.concentration)
-        require(self.init_covariance > 0, "init_covariance", "> 0", self.init_covariance)
-        require(self.cooperation >= 0, "cooperation", ">= 0", self.cooperation)
         for name, choices in (
             ("component_prior", COMPONENT_PRIORS),
             ("covariance", COVARIANCES),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,16 +31,16 @@ TEXT_COLUMNS = (
     ("content",),
     ("question",),
 )
-LABEL_COLUMNS = (LABELS, "label")
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
+IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready for a loader: indexable examples, and how to make a batch of them."""
+    """Data ready for a loader: indexable examples, how to make a batch of them, all labels."""
 
     examples: Any
-    collate: Callable[[list[Any]], dict[str, Tensor]]
+    collate: Collator
     labels: Tensor | None
 
     def __len__(self) -> int:
@@ -70,10 +70,9 @@ def prepare(
     Parameters
     ----------
     data
-        A ``datasets.Dataset``, or a ``DatasetDict`` (its ``split`` is taken), with raw text and a
-        tokenizer or already tokenised; a torch ``Dataset``; a ``DataLoader``; a list of dicts or
-        of texts; or a tuple ``(inputs, labels)`` of tensors, ``(inputs,)`` or a tensor
-        without labels.
+        A ``datasets.Dataset``, or a ``DatasetDict``, with raw text and a tokenizer or already
+        tokenised; a torch ``Dataset``; a ``DataLoader`` (its data set is taken); a list of dicts or
+        of texts; a tuple ``(inputs, labels)`` or ``(inputs,)`` of tensors or texts; a tensor.
     network, likelihood
         What the batches are for.
     tokenizer
@@ -89,29 +88,40 @@ def prepare(
         For empty data, missing or impossible labels, raw text without a tokenizer, or features
         that are not finite.
     """
-    examples = _examples(data, network, splits)
+    examples = _examples(data, getattr(network, "main_input_name", INPUTS), splits)
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
-    if isinstance(examples, datasets.Dataset):
-        examples = _tokenised(examples, network, likelihood, tokenizer)
-    labels = _labels(examples)
+    collate = Collator(network, likelihood, tokenizer)
+    if isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom":
+        examples = _tokenised(examples, collate)
+    labels = _labels(examples, collate)
     if labels is None and need_labels:
         raise DataError(
             f"the data has no labels: expected a column 'labels' or 'label', got "
-            f"{_columns(examples)}; rename the target column, for example "
+            f"{sorted(_as_dict(examples[0], INPUTS))}; rename the target column, for example "
             "data.rename_column('target', 'label')"
         )
     if labels is not None:
         likelihood.check_labels(labels, network)
-    collate = _Collator(tokenizer)
     _check_features(examples, collate)
     return Prepared(examples, collate, labels)
 
 
-def _examples(data: Any, network: nn.Module, splits: Sequence[str]) -> Any:
+def raw_labels(data: Any) -> Tensor | None:
+    """The labels of training data, before any network is known."""
+    examples = _examples(data, INPUTS, ("train",))
+    if len(examples) == 0:
+        raise DataError("the data is empty: it has 0 examples")
+    return _column(examples, lambda example: _as_dict(example, INPUTS))
+
+
+# What may be passed ---------------------------------------------------------------------------
+
+
+def _examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     """Something with ``len`` and ``[i]``."""
     if isinstance(data, DataLoader):
-        return _examples(data.dataset, network, splits)
+        return _examples(data.dataset, input_name, splits)
     if isinstance(data, datasets.DatasetDict):
         for split in splits:
             if split in data:
@@ -120,45 +130,63 @@ def _examples(data: Any, network: nn.Module, splits: Sequence[str]) -> Any:
             f"the DatasetDict has no split {' or '.join(map(repr, splits))}; it has "
             f"{sorted(data)}: pass one of them, as data['{next(iter(data), 'name')}']"
         )
-    if isinstance(data, datasets.IterableDataset):
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError(
             "the size of a streamed data set is unknown, and the posterior depends on it; "
             "make it a datasets.Dataset, for example with data.take(n)"
         )
+    if isinstance(data, TensorDataset):
+        data = data.tensors
     if isinstance(data, Tensor):
         data = (data,)
     if isinstance(data, tuple):
-        return _TensorExamples(data, getattr(network, "main_input_name", INPUTS))
+        return _from_tuple(data, input_name)
     if isinstance(data, list):
-        if data and isinstance(data[0], str):
-            return datasets.Dataset.from_dict({"text": data})
-        if data and not isinstance(data[0], Mapping):
-            raise DataError(f"a list must hold dicts or texts, got {type(data[0]).__name__}")
-        return datasets.Dataset.from_list([dict(row) for row in data])
-    if isinstance(data, TensorDataset):
-        return _TensorExamples(data.tensors, getattr(network, "main_input_name", INPUTS))
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str):
+        return _from_list(data)
+    indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
         return data
     raise DataError(
         "data must be a datasets.Dataset or DatasetDict, a torch Dataset or DataLoader, a list of "
-        f"dicts or a tuple of tensors, got {type(data).__name__}"
+        f"dicts or texts, or a tuple of tensors, got {type(data).__name__}; a table of columns "
+        "becomes one with datasets.Dataset.from_dict(...) or from_pandas(...)"
     )
 
 
-class _TensorExamples(TorchDataset[dict[str, Tensor]]):
-    """A tuple of tensors as examples."""
+def _from_list(rows: list[Any]) -> datasets.Dataset:
+    if rows and isinstance(rows[0], str):
+        return datasets.Dataset.from_dict({"text": rows})
+    if rows and not isinstance(rows[0], Mapping):
+        raise DataError(f"a list must hold dicts or texts, got {type(rows[0]).__name__}")
+    return datasets.Dataset.from_list([dict(row) for row in rows])
 
-    def __init__(self, tensors: Sequence[Any], input_name: str) -> None:
-        if not 1 <= len(tensors) <= 2:
-            raise DataError(
-                f"a tuple must be (inputs, labels) or (inputs,), got {len(tensors)} entries; "
-                "for more inputs pass a list of dicts or a datasets.Dataset"
-            )
-        names = (input_name, LABELS)[: len(tensors)]
-        self.columns = {n: torch.as_tensor(t) for n, t in zip(names, tensors, strict=True)}
-        sizes = {name: len(tensor) for name, tensor in self.columns.items()}
-        if len(set(sizes.values())) > 1:
-            raise DataError(f"inputs and labels differ in length: {sizes}")
+
+def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
+    if not 1 <= len(parts) <= 2:
+        raise DataError(
+            f"a tuple must be (inputs, labels) or (inputs,), got {len(parts)} entries; "
+            "for more inputs pass a list of dicts or a datasets.Dataset"
+        )
+    texts = isinstance(parts[0], list | tuple) and len(parts[0]) and isinstance(parts[0][0], str)
+    names = ("text" if texts else input_name, LABELS)
+    sizes = {name: len(part) for name, part in zip(names, parts, strict=False)}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"inputs and labels differ in length: {sizes}")
+    if texts:
+        columns = dict(zip(names, map(list, parts), strict=False))
+        return datasets.Dataset.from_dict(columns)
+    try:
+        tensors = [torch.as_tensor(part) for part in parts]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"a tuple must hold tensors or lists of numbers: {error}") from error
+    return _TensorExamples(dict(zip(names, tensors, strict=False)))
+
+
+class _TensorExamples(TorchDataset[dict[str, Tensor]]):
+    """Named tensors as examples."""
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -167,37 +195,91 @@ class _TensorExamples(TorchDataset[dict[str, Tensor]]):
         return {name: tensor[index] for name, tensor in self.columns.items()}
 
 
-def _tokenised(
-    data: datasets.Dataset, network: nn.Module, likelihood: Likelihood, tokenizer: Any
-) -> datasets.Dataset:
-    """Labels under one name, text turned to tokens, and columns that are no input dropped."""
-    if data.format["type"] == "custom":  # the user's own transform makes the examples
-        return data
-    if not isinstance(likelihood, CausalLM):  # whose labels are tokens, not a class
-        data = _renamed(data)
-    taken = {*inspect.signature(network.forward).parameters, INPUTS, LABELS}
+def _as_dict(example: Any, input_name: str) -> dict[str, Any]:
+    """One example as a dict with ``labels``; of an (x, y) pair, x is the network's main input."""
+    if isinstance(example, Mapping):
+        example = dict(example)
+        if "label" in example and LABELS not in example:
+            example[LABELS] = example.pop("label")
+        return example
+    if isinstance(example, tuple | list) and 1 <= len(example) <= 2:
+        return dict(zip((input_name, LABELS), example, strict=False))
+    raise DataError(
+        f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
+    )
+
+
+# Batches --------------------------------------------------------------------------------------
+
+
+class Collator:
+    """Examples to a batch: what the network takes, padded by the tokenizer where lengths differ."""
+
+    def __init__(self, network: nn.Module, likelihood: Likelihood, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.network_name = type(network).__name__
+        self.input_name = getattr(network, "main_input_name", INPUTS)
+        self.taken = {*inspect.signature(network.forward).parameters, INPUTS}
+        self.tokens_are_labels = isinstance(likelihood, CausalLM)
+
+    def example(self, example: Any) -> dict[str, Any]:
+        """One example with nothing but inputs and ``labels``; a language model's labels are its
+        tokens, less the padding, unless they are given."""
+        row = _as_dict(example, self.input_name)
+        labels = row.pop(LABELS, None)
+        kept = {name: value for name, value in row.items() if name in self.taken}
+        if any(isinstance(value, str) for value in kept.values()) or not kept:
+            raise DataError(
+                f"an example with {sorted(row)} has no input of {self.network_name} in numbers; "
+                f"it takes {sorted(self.taken)}, or raw text as a datasets.Dataset with a tokenizer"
+            )
+        if labels is None and self.tokens_are_labels and "input_ids" in kept:
+            ids = torch.as_tensor(kept["input_ids"])
+            mask = torch.as_tensor(kept.get("attention_mask", torch.ones_like(ids)))
+            labels = ids.masked_fill(mask == 0, IGNORED).tolist()
+        return kept if labels is None else {**kept, LABELS: labels}
+
+    def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
+        rows = [self.example(example) for example in examples]
+        if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
+            return self._padded(rows)
+        return dict(default_data_collator(rows))
+
+    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if self.tokenizer is None:
+            raise DataError(
+                "the token sequences differ in length and there is no tokenizer to pad them; "
+                "pass tokenizer="
+            )
+        if getattr(self.tokenizer, "pad_token", None) is None:
+            raise DataError(
+                "the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token"
+            )
+        scalar = LABELS in rows[0] and np.ndim(rows[0][LABELS]) == 0
+        labels = [row.pop(LABELS) for row in rows] if scalar else None
+        padded = DataCollatorForSeq2Seq(self.tokenizer)(rows)
+        batch = {name: tensor for name, tensor in padded.items() if tensor is not None}
+        if labels is not None:
+            batch[LABELS] = torch.as_tensor(np.asarray(labels))
+        return batch
+
+
+def _tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
+    """Text turned to tokens, and columns that are no input dropped."""
+    names = data.column_names
+    if "label" in names and LABELS not in names and not collate.tokens_are_labels:
+        data = data.rename_column("label", LABELS)
     if not any(name in data.column_names for name in (*MODEL_INPUTS, INPUTS)):
         text = text_columns(data)
         if text:
-            data = _tokenise(data, text, tokenizer)
-    names = data.column_names
-    if isinstance(likelihood, CausalLM) and LABELS not in names and "input_ids" in names:
-        data = data.add_column(LABELS, list(data["input_ids"]))
-    kept = [name for name in data.column_names if name in taken]
+            data = _tokenise(data, text, collate.tokenizer)
+    kept = [name for name in data.column_names if name in {*collate.taken, LABELS}]
     if not set(kept) - {LABELS}:
         raise DataError(
-            f"none of the columns {data.column_names} is an input of {type(network).__name__}; "
-            f"it takes {sorted(taken - {LABELS})}, or raw text with a tokenizer"
+            f"none of the columns {data.column_names} is an input of {collate.network_name}; "
+            f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
     return data.select_columns(kept)
-
-
-def _renamed(data: datasets.Dataset) -> datasets.Dataset:
-    """The data set with its labels under the one name."""
-    for name in LABEL_COLUMNS[1:]:
-        if name in data.column_names and LABELS not in data.column_names:
-            return data.rename_column(name, LABELS)
-    return data
 
 
 def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
@@ -206,10 +288,11 @@ def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
     for known in TEXT_COLUMNS:
         if all(name in text for name in known):
             return known
-    if len(text) > 2:
+    if len(text) > 1:
         raise DataError(
-            f"cannot tell which of the text columns {text} are the input; keep one or two of them "
-            "with data.select_columns([...]), or tokenise the data yourself"
+            f"cannot tell which of the text columns {text} are the input; keep one with "
+            "data.select_columns([...]), name a pair 'text' and 'text_pair', or tokenise the data "
+            "yourself"
         )
     return tuple(text)
 
@@ -235,29 +318,24 @@ def _tokenise(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> 
     )
 
 
-def raw_labels(data: Any) -> Tensor | None:
-    """The labels of training data before any network is known."""
-    examples = _examples(data, nn.Module(), ("train",))
-    if isinstance(examples, datasets.Dataset):
-        examples = _renamed(examples)
-    if len(examples) == 0:
-        raise DataError("the data is empty: it has 0 examples")
-    return _labels(examples)
+# Checks ---------------------------------------------------------------------------------------
 
 
-def _labels(examples: Any) -> Tensor | None:
-    """All labels: (n,), or (n, T) for sequences, ragged ones filled with -100."""
-    if isinstance(examples, _TensorExamples):
-        return examples.columns.get(LABELS)
-    if isinstance(examples, datasets.Dataset):
-        if LABELS not in examples.column_names:
-            return None
-        rows = examples.with_format(None)[LABELS]
+def _labels(examples: Any, collate: Collator) -> Tensor | None:
+    """All labels, (n,), or (n, T) for sequences, ragged ones filled with -100."""
+    return _column(examples, collate.example)
+
+
+def _column(examples: Any, as_row: Any) -> Tensor | None:
+    if isinstance(examples, _TensorExamples) and LABELS in examples.columns:
+        return examples.columns[LABELS]
+    if LABELS not in as_row(examples[0]):
+        return None
+    plain = isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom"
+    if plain and LABELS in examples.column_names:
+        rows = list(examples.with_format(None)[LABELS])
     else:
-        first = _as_example(examples[0])
-        if LABELS not in first:
-            return None
-        rows = [_as_example(examples[i])[LABELS] for i in range(len(examples))]
+        rows = [as_row(examples[i]).get(LABELS) for i in range(len(examples))]
     missing = [i for i, row in enumerate(rows) if row is None]
     if missing:
         raise DataError(f"{len(missing)} examples have no label, the first is example {missing[0]}")
@@ -268,60 +346,15 @@ def _labels(examples: Any) -> Tensor | None:
             f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 first"
         ) from error
     if tensors[0].dim() == 1:
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-100)
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)
     return torch.stack(tensors)
 
 
-def _as_example(example: Any) -> dict[str, Any]:
-    """One example of a torch data set as a dict; (x, y) pairs are inputs and labels."""
-    if isinstance(example, Mapping):
-        example = dict(example)
-        for name in LABEL_COLUMNS[1:]:
-            if name in example and LABELS not in example:
-                example[LABELS] = example.pop(name)
-        return example
-    if isinstance(example, tuple | list) and 1 <= len(example) <= 2:
-        return dict(zip((INPUTS, LABELS), example, strict=False))
-    raise DataError(
-        f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
-    )
-
-
-class _Collator:
-    """Examples to a batch: padded by the tokenizer where lengths differ."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
-        rows = [_as_example(example) for example in examples]
-        if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
-            return dict(self._pad(rows))
-        return dict(default_data_collator(rows))
-
-    def _pad(self, rows: list[dict[str, Any]]) -> Mapping[str, Tensor]:
-        if self.tokenizer is None:
-            raise DataError(
-                "the token sequences differ in length and there is no tokenizer to pad them; "
-                "pass tokenizer="
-            )
-        if getattr(self.tokenizer, "pad_token", None) is None:
-            raise DataError(
-                "the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token"
-            )
-        scalar = LABELS in rows[0] and torch.as_tensor(rows[0][LABELS]).dim() == 0
-        labels = [row.pop(LABELS) for row in rows] if scalar else None
-        padded = DataCollatorForSeq2Seq(self.tokenizer)(rows)
-        batch = {name: tensor for name, tensor in padded.items() if tensor is not None}
-        if labels is not None:
-            batch[LABELS] = torch.as_tensor(np.asarray(labels))
-        return batch
-
-
-def _check_features(examples: Any, collate: _Collator) -> None:
+def _check_features(examples: Any, collate: Collator) -> None:
     """Finite features: all of them where they are tensors, else the first thousand examples."""
     if isinstance(examples, _TensorExamples):
-        batches = [examples.columns]
+        batches: list[Mapping[str, Tensor]] = [examples.columns]
+        collate([examples[0]])
     else:
         step, last = 100, min(len(examples), 1000)
         batches = [
@@ -339,9 +372,3 @@ def _check_features(examples: Any, collate: _Collator) -> None:
                     "remove or fill such examples"
                 )
         seen += len(next(iter(batch.values())))
-
-
-def _columns(examples: Any) -> list[str]:
-    if isinstance(examples, datasets.Dataset):
-        return list(examples.column_names)
-    return sorted(_as_example(examples[0]))

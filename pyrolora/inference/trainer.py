@@ -144,7 +144,13 @@ class SVITrainer(Trainer):
         Devices average their gradients, so that the share is taken of one device's part.
         """
         progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
-        loss = model(inputs, self.guide.beta(self.joint.num_examples, progress))
+        beta = self.guide.beta(self.joint.num_examples, progress)
+        try:
+            loss = model(inputs, beta)
+        except ValueError as error:  # of Pyro's validation, if a scale has overflowed
+            if all(_is_finite(self.joint, name) for name in self.joint.program.scale_parameters()):
+                raise
+            raise NonFiniteError(self.remedy("cannot be evaluated")) from error
         if not torch.isfinite(loss):
             raise NonFiniteError(self._describe_failure())
         share = _size(inputs) * self.accelerator.num_processes / num_items_in_batch
@@ -269,6 +275,10 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read the saved tensors {path}: {error}") from error
+
+
+def _is_finite(joint: JointModel, name: str) -> bool:
+    return bool(torch.isfinite(joint.program.param(name)).all())
 
 
 def _scales(joint: JointModel) -> list[nn.Parameter]:

@@ -46,6 +46,10 @@ class Likelihood(ParamModule, ABC):
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         """Raise `DataError` for labels that this likelihood cannot score."""
 
+    @abstractmethod
+    def check_output(self, output: Tensor, labels: Tensor) -> None:
+        """Raise `DataError` where the network's output does not fit the labels."""
+
     def start(self, labels: Tensor) -> None:
         """Set parameters of the likelihood from the training labels; most have none."""
 

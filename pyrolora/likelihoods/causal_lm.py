@@ -53,6 +53,13 @@ class CausalLM(Likelihood):
                 f"{int(counted.min())}..{int(counted.max())}; was another tokenizer used?"
             )
 
+    def check_output(self, output: Tensor, labels: Tensor) -> None:
+        if output.dim() != 3:
+            raise DataError(
+                "a causal language model gives logits (n, T, vocabulary); this network gave shape "
+                f"{tuple(output.shape)}"
+            )
+
     def count(self, labels: Tensor) -> int:
         return int(labels[..., 1:].ne(IGNORED).sum())
 

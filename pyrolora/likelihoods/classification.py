@@ -46,11 +46,25 @@ class Classification(Likelihood):
                 "likelihood='regression'"
             )
         classes = getattr(getattr(network, "config", None), "num_labels", None)
-        low, high = int(labels.min()), int(labels.max())
+        low = int(labels.min())
         if low < 0:
             raise DataError(f"labels must be >= 0, got {low}; leave out unlabelled examples")
-        if classes is not None and high >= classes:
+        if classes is not None:
+            _check_classes(classes, labels)
+
+    def check_output(self, output: Tensor, labels: Tensor) -> None:
+        if output.dim() != 2:
             raise DataError(
-                f"the network has {classes} classes, got labels from {low} to {high}; load it with "
-                f"num_labels={high + 1}, or map the labels to 0..{classes - 1}"
+                "classification needs one row of logits an example, (n, classes); the network gave "
+                f"shape {tuple(output.shape)}"
             )
+        _check_classes(output.shape[-1], labels)
+
+
+def _check_classes(classes: int, labels: Tensor) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if high >= classes:
+        raise DataError(
+            f"the network has {classes} classes, got labels from {low} to {high}; load it with "
+            f"num_labels={high + 1}, or map the labels to 0..{classes - 1}"
+        )

@@ -63,6 +63,13 @@ class Regression(Likelihood):
                 "with num_labels=1"
             )
 
+    def check_output(self, output: Tensor, labels: Tensor) -> None:
+        if output.dim() != 1:
+            raise DataError(
+                "regression needs a network with one output, (n,) or (n, 1); this one gave shape "
+                f"{tuple(output.shape)}"
+            )
+
     def start(self, labels: Tensor) -> None:
         if len(labels) > 1:
             scale = labels.double().std().clamp(min=1e-3)

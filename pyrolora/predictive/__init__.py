@@ -1,7 +1,7 @@
 """From draws of the posterior to predictions and their scores."""
 
 from pyrolora.predictive.metrics import evaluate
-from pyrolora.predictive.predict import draw_factors, predict, seeded
+from pyrolora.predictive.predict import draw_factors, predict, seeded, to_device
 from pyrolora.predictive.prediction import (
     ClassPrediction,
     Prediction,
@@ -18,4 +18,5 @@ __all__ = [
     "evaluate",
     "predict",
     "seeded",
+    "to_device",
 ]

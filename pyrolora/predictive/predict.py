@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.errors import ConfigError
+from pyrolora.errors import whole_number
 from pyrolora.inference import Prepared
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
@@ -23,8 +23,7 @@ def draw_factors(joint: JointModel, num_samples: int, seed: int | None = None) -
 
     ``seed`` makes the draws repeatable and leaves the global generators as they were.
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 0:
-        raise ConfigError(f"num_samples must be a whole number >= 0, got {num_samples!r}")
+    whole_number("num_samples", num_samples, at_least=0)
     bank = joint.program.bank
     if num_samples == 0:
         means = bank.means()

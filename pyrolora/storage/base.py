@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyrolora.adapters import LayerSpec, unwrapped
+from pyrolora.adapters import plain_parameters
 from pyrolora.errors import CheckpointError
 
 PROBES = 8
 
 
-def describe_base(network: nn.Module, specs: list[LayerSpec]) -> dict[str, Any]:
-    """What recognises the network: its class, where it came from, a few weights of each target."""
-    description: dict[str, Any] = {
-        "class": type(network).__name__,
-        "probes": {spec.name: _probe(network, spec.name) for spec in specs},
-    }
+def describe_base(network: nn.Module, heads: Iterable[str]) -> dict[str, Any]:
+    """What recognises the network: its class, where it came from, a few numbers of each of its
+    tensors outside of the task heads."""
+    description: dict[str, Any] = {"class": type(network).__name__, "probes": probe(network, heads)}
     if isinstance(network, PreTrainedModel):
         config = network.config
         description |= {
             "name_or_path": config._name_or_path,
+            "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
             "config": {
-                "num_labels": config.num_labels,
                 "problem_type": config.problem_type,
                 "pad_token_id": getattr(config, "pad_token_id", None),
                 "id2label": config.id2label,
@@ -46,22 +44,62 @@ def load_base(description: Mapping[str, Any]) -> PreTrainedModel:
             f"the posterior's network, a {description['class']}, was not loaded from a hub or "
             "folder; pass it: pyrolora.load(path, model)"
         )
-    config = {k: v for k, v in description["config"].items() if v is not None}
-    if "id2label" in config:
-        config["id2label"] = {int(k): v for k, v in config["id2label"].items()}
-        config.pop("num_labels", None)
+    config = {key: value for key, value in description["config"].items() if value is not None}
+    config["id2label"] = {int(key): value for key, value in config["id2label"].items()}
     try:
-        with _quiet():  # the report of a missing head: the posterior brings its own
-            network: PreTrainedModel = kind.from_pretrained(name, dtype="auto", **config)
-    except OSError as error:
-        where = (
-            "folder is gone or incomplete" if Path(name).is_absolute() else "hub id is not found"
-        )
+        with _quiet():  # transformers reports a missing head: the posterior brings its own
+            network: PreTrainedModel = kind.from_pretrained(
+                name, dtype=getattr(torch, description["dtype"]), **config
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot load the posterior's network from {name!r} ({where}); pass the network: "
-            "pyrolora.load(path, model)"
+            f"cannot load the posterior's network, a {description['class']}, from {name!r} "
+            f"({str(error).splitlines()[0]}); pass the network: pyrolora.load(path, model)"
         ) from error
     return network
+
+
+def check_base(network: nn.Module, heads: Iterable[str], description: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` unless ``network`` is the one that the posterior was fitted on.
+
+    Numbers are compared to 1 % of their tensor's largest, so that a half-precision copy passes.
+    """
+    origin = description.get("name_or_path") or "built in memory"
+    fitted_on = f"the posterior was fitted on a {description['class']} ({origin})"
+    found, saved = probe(network, heads), description["probes"]
+    missing, foreign = sorted(set(saved) - set(found)), sorted(set(found) - set(saved))
+    if missing or foreign:
+        raise CheckpointError(
+            f"this {type(network).__name__} has other weights: missing {missing[:2]}, unexpected "
+            f"{foreign[:2]}; {fitted_on}"
+        )
+    for name, numbers in saved.items():
+        expected, own = torch.tensor(numbers["values"]), torch.tensor(found[name]["values"])
+        if numbers["shape"] != found[name]["shape"]:
+            raise CheckpointError(
+                f"the weight {name!r} has shape {found[name]['shape']}, not {numbers['shape']}; "
+                f"{fitted_on}"
+            )
+        if ((own - expected).abs() > 0.01 * expected.abs().max()).any():
+            raise CheckpointError(
+                f"the weight {name!r} is not the one that was adapted; {fitted_on}: load that model"
+            )
+
+
+@torch.no_grad()
+def probe(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """Tensor name -> its shape and a few evenly spaced numbers."""
+    prefixes = tuple(f"{head}." for head in heads)
+    probes = {}
+    for name, parameter in plain_parameters(network):
+        if not name.startswith(prefixes):
+            flat = parameter.flatten()
+            picks = torch.linspace(0, len(flat) - 1, PROBES, device=flat.device).long()
+            probes[name] = {
+                "shape": list(parameter.shape),
+                "values": flat[picks].float().tolist(),
+            }
+    return probes
 
 
 @contextmanager
@@ -72,35 +110,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(level)
-
-
-def check_base(network: nn.Module, description: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` unless ``network`` is the one that the posterior was fitted on.
-
-    Weights are compared to 1 % of their layer's size, so that a half-precision copy passes.
-    """
-    for name, saved in description["probes"].items():
-        try:
-            probe = torch.tensor(_probe(network, name))
-        except AttributeError:
-            raise CheckpointError(
-                f"the posterior adapts a layer {name!r} that this {type(network).__name__} does "
-                f"not have; it was fitted on a {description['class']} "
-                f"({description.get('name_or_path') or 'built in memory'})"
-            ) from None
-        expected = torch.tensor(saved)
-        difference = (probe - expected).abs()
-        tolerance = 0.01 * expected[-PROBES:].abs().max()
-        if probe.shape != expected.shape or (difference > tolerance).any():
-            raise CheckpointError(
-                f"the weights of layer {name!r} are not those that the posterior was fitted on "
-                f"({description.get('name_or_path') or description['class']}); load the same model"
-            )
-
-
-def _probe(network: nn.Module, name: str) -> list[float]:
-    """Shape and a few evenly spaced weights of a layer."""
-    weight = unwrapped(network.get_submodule(name)).get_parameter("weight").detach()
-    flat = weight.flatten()
-    picks = torch.linspace(0, len(flat) - 1, PROBES, device=flat.device).long()
-    return [*map(float, weight.shape), *flat[picks].float().tolist()]

@@ -1,17 +1,16 @@
-"""A saved posterior: a folder with ``posterior.json`` and ``adapters.safetensors``, no pickle."""
+"""A saved posterior: a folder of JSON, safetensors and the tokenizer's files; no pickle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError
@@ -20,49 +19,64 @@ from pyrolora.inference import read_state
 FORMAT = "pyrolora-posterior"
 FORMAT_VERSION = 1
 META_FILE = "posterior.json"
-STATE_FILE = "adapters.safetensors"
-TOKENIZER_FOLDER = "tokenizer"
 
 
 def write_folder(
     path: Path, meta: Mapping[str, Any], state: Mapping[str, Tensor], tokenizer: Any = None
 ) -> None:
-    """Write a posterior. The files appear together at the end, so that a failure half-way leaves
-    an older posterior in the same folder whole."""
+    """Write a posterior.
+
+    Tensors and tokenizer get names of their own content; the JSON that names them is replaced in
+    one move at the end, and only then are older files removed. A save that dies leaves the older
+    posterior in the folder whole.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".saving-") as scratch:
-        folder = Path(scratch)
-        save_file({name: t.contiguous().cpu() for name, t in state.items()}, folder / STATE_FILE)
-        header = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "versions": {p: version(p) for p in ("pyrolora", "torch", "pyro-ppl", "transformers")},
-            "sha256": _digest(folder / STATE_FILE),
-        }
-        text = json.dumps({**header, **meta}, indent=1, allow_nan=True)
-        (folder / META_FILE).write_text(text + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-            shutil.rmtree(path / TOKENIZER_FOLDER, ignore_errors=True)
-        for item in sorted(folder.iterdir(), key=lambda item: item.name == META_FILE):
-            item.replace(path / item.name)
+    content = save({name: tensor.contiguous().cpu() for name, tensor in state.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    state_file = path / f"adapters-{digest[:12]}.safetensors"
+    _write(state_file, content)
+    tokenizer_folder = None
+    if tokenizer is not None:
+        tokenizer_folder = path / f"tokenizer-{digest[:12]}"
+        tokenizer.save_pretrained(tokenizer_folder)
+    described = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {p: version(p) for p in ("pyrolora", "torch", "pyro-ppl", "transformers")},
+        "state_file": state_file.name,
+        "sha256": digest,
+        "tokenizer": tokenizer_folder.name if tokenizer_folder else None,
+        **meta,
+    }
+    _write(path / META_FILE, (json.dumps(described, indent=1) + "\n").encode())
+    for old in [*path.glob("adapters-*.safetensors"), *path.glob("tokenizer-*")]:
+        if old.is_dir() and old != tokenizer_folder:
+            shutil.rmtree(old)
+        elif old.is_file() and old != state_file:
+            old.unlink()
 
 
-def read_folder(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Read what `write_folder` wrote: the description and the tensors.
+def _write(file: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    scratch = file.with_name(f".{file.name}.part")
+    scratch.write_bytes(content)
+    scratch.replace(file)
+
+
+def read_folder(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Path | None]:
+    """Read what `write_folder` wrote: the description, the tensors, the tokenizer's folder.
 
     Raises
     ------
     CheckpointError
         When files are missing, truncated, edited, or of another program or format version.
     """
-    meta_file, state_file = path / META_FILE, path / STATE_FILE
-    for file in (meta_file, state_file):
-        if not file.is_file():
-            raise CheckpointError(
-                f"{path} is no saved posterior: it has no {file.name}; pass the folder that "
-                "posterior.save(...) wrote"
-            )
+    meta_file = path / META_FILE
+    if not meta_file.is_file():
+        raise CheckpointError(
+            f"{path} is no saved posterior: it has no {META_FILE}; pass the folder that "
+            "posterior.save(...) wrote"
+        )
     try:
         meta = json.loads(meta_file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -74,14 +88,17 @@ def read_folder(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
             f"{path} has format version {meta.get('format_version')!r}, this pyrolora reads "
             f"{FORMAT_VERSION}; it was saved with {meta.get('versions')}: install that version"
         )
-    if _digest(state_file) != meta.get("sha256"):
+    state_file = path / Path(str(meta.get("state_file"))).name
+    if not state_file.is_file():
+        raise CheckpointError(
+            f"{path} is no whole posterior: {META_FILE} names {state_file.name}, which is missing"
+        )
+    with state_file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != meta.get("sha256"):
         raise CheckpointError(
             f"{state_file} is not the file that was saved (its SHA-256 differs): it is truncated, "
             "edited, or from another save; restore it from a copy"
         )
-    return meta, read_state(state_file)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = path / Path(str(meta["tokenizer"])).name if meta.get("tokenizer") else None
+    return meta, read_state(state_file), folder

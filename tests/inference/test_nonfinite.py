@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,21 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", BREAKS)
-@pytest.mark.parametrize("guide", GUIDES)
+@functools.cache
+def undisturbed(guide: str, steps: int, accumulation: int) -> dict[str, Tensor]:
+    """The posterior's tensors after ``steps`` good steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        posterior = run(BreaksForward(10**6), Path(folder), GUIDES[guide], steps, accumulation)
+    return posterior.model.own_state()
+
+
+STOPS = [
+    *((guide, kind, 1) for guide in GUIDES for kind in BREAKS),
+    *((guide, kind, 2) for guide in ("map", "montec") for kind in ("nan loss", "nan gradient")),
+]
+
+
+@pytest.mark.parametrize(("guide", "kind", "accumulation"), STOPS)
 def test_the_parameters_are_those_of_the_last_good_step(
     guide: str, kind: str, accumulation: int, tmp_path: Path
 ) -> None:
@@ -123,17 +137,16 @@ def test_the_parameters_are_those_of_the_last_good_step(
     calls = (GOOD_STEPS + 1) * accumulation - 1
     with pytest.raises(NonFiniteError) as caught:
         run(network(calls, value), tmp_path, GUIDES[guide], 8, accumulation)
-    stopped = caught.value.posterior
-    good = run(BreaksForward(10**6), tmp_path, GUIDES[guide], GOOD_STEPS, accumulation)
-    expected, got = good.model.own_state(), stopped.model.own_state()
+    got = caught.value.posterior.model.own_state()
+    expected = undisturbed(guide, GOOD_STEPS, accumulation)
     assert set(got) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
-    start = run(BreaksForward(10**6), tmp_path, GUIDES[guide], 1, accumulation).model.own_state()
-    assert any(not torch.equal(start[name], tensor) for name, tensor in expected.items())
+    earlier = undisturbed(guide, GOOD_STEPS - 1, accumulation)
+    assert any(not torch.equal(earlier[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", ["map", "montec"])
 @pytest.mark.parametrize("kind", BREAKS)
 def test_the_posterior_of_the_error_predicts_finite_numbers(
     guide: str, kind: str, tmp_path: Path

@@ -247,9 +247,7 @@ def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_p
         learning_rate=0.1,
         per_device_train_batch_size=8,
     )
-    posterior = pyrolora.fit(
-        bert(), data, eval_data=held_out, tokenizer=tokenizer(), training=args
-    )
+    posterior = pyrolora.fit(bert(), data, eval_data=held_out, tokenizer=tokenizer(), training=args)
     scores = [entry["eval_nll"] for entry in posterior.history if "eval_nll" in entry]
     assert len(scores) == 6
     from pyrolora import defaults
@@ -296,9 +294,7 @@ def test_a_language_models_loss_is_per_token_and_its_likelihood_per_sequence(tmp
 
 
 def test_bfloat16_autocast_trains_float32_factors(tmp_path):
-    posterior = pyrolora.fit(
-        bert(), tokens(), training=arguments(tmp_path, bf16=True, max_steps=3)
-    )
+    posterior = pyrolora.fit(bert(), tokens(), training=arguments(tmp_path, bf16=True, max_steps=3))
     assert {t.dtype for t in posterior.model.own_state().values()} == {torch.float32}
     assert all(torch.isfinite(torch.tensor(e["loss"])) for e in posterior.history if "loss" in e)
 

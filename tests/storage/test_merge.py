@@ -44,7 +44,7 @@ def fitted(name: str, guide: str = "map", network: Any = None, **adapter: Any) -
         data(),
         guide=guide,
         likelihood=likelihood,
-        adapter=AdapterConfig(**{"r": 4, **adapter}),
+        adapter=AdapterConfig(**{"r": 3, **adapter}),
         epochs=3,
         learning_rate=0.05,
         batch_size=6,
@@ -153,7 +153,7 @@ def test_every_adapter_setting_merges(adapter: dict[str, Any]) -> None:
     posterior = fitted("bert", **adapter)
     expected = mean_logits(posterior, "bert")
     torch.testing.assert_close(logits(posterior.merge(), "bert"), expected, atol=1e-5, rtol=1e-5)
-    assert (expected - logits(posterior.base, "bert")).abs().max() > 1e-2
+    assert (expected - logits(posterior.base, "bert")).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])

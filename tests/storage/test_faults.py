@@ -1,0 +1,359 @@
+"""Damaged, edited and foreign posteriors: a helpful error, and the network as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import bert, llama, mlp, reviews, tokenizer, tokens
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pyrolora
+from pyrolora import AdapterConfig, Posterior, PyroLoraError
+from pyrolora.errors import CheckpointError
+
+META, STATE = "posterior.json", "adapters.safetensors"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole saved posterior of `bert()`, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("original") / "run"
+    posterior = pyrolora.fit(
+        bert(),
+        reviews(8),
+        tokenizer=tokenizer(),
+        adapter=AdapterConfig(r=2),
+        epochs=1,
+        seed=0,
+    )
+    posterior.save(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+def refused(folder: Path, network: nn.Module | None, words: list[str]) -> PyroLoraError:
+    """Load and expect an error of ours whose message holds ``words``, and a clean network."""
+    network = bert() if network is None else network
+    first = next(network.parameters())
+    first.requires_grad_(False)
+    kinds = [(name, type(module)) for name, module in network.named_modules()]
+    flags = [(name, p.requires_grad) for name, p in network.named_parameters()]
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(PyroLoraError) as caught:
+        pyrolora.load(folder, network)
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in {caught.value}"
+    assert [(name, type(module)) for name, module in network.named_modules()] == kinds
+    assert [(name, p.requires_grad) for name, p in network.named_parameters()] == flags
+    assert all(torch.equal(network.state_dict()[name], t) for name, t in weights.items())
+    return caught.value
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the description in place, or replace it by what ``change`` returns."""
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    result = change(meta)
+    (folder / META).write_text(json.dumps(meta if result is None else result), encoding="utf-8")
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change the tensors and the digest that guards them, as another program would."""
+    state = load_file(folder / STATE)
+    change(state)
+    save_file(state, folder / STATE)
+    digest = hashlib.sha256((folder / STATE).read_bytes()).hexdigest()
+    edit(folder, lambda meta: meta.update(sha256=digest))
+
+
+def test_the_undamaged_copy_loads(folder: Path) -> None:
+    assert pyrolora.load(folder, bert()).predict(reviews(4), num_samples=2).probs.shape == (4, 2)
+
+
+# The folder ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: None])
+def test_what_is_no_saved_posterior(make: Any, tmp_path: Path) -> None:
+    """An empty folder, a file, and nothing at all."""
+    path = tmp_path / "run"
+    make(path)
+    error = refused(path, None, [str(path), "no saved posterior", "posterior.save"])
+    assert isinstance(error, CheckpointError)
+
+
+@pytest.mark.parametrize("name", [META, STATE])
+def test_a_missing_file_is_named(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    error = refused(folder, None, [str(folder), name])
+    assert isinstance(error, CheckpointError)
+
+
+def test_a_folder_of_another_program(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    refused(tmp_path, None, [str(tmp_path), "no saved posterior", META])
+
+
+# The tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 0.999])
+def test_truncated_tensors(share: float, folder: Path) -> None:
+    content = (folder / STATE).read_bytes()
+    (folder / STATE).write_bytes(content[: int(share * len(content))])
+    error = refused(folder, None, [STATE, "SHA-256", "truncated", "restore"])
+    assert isinstance(error, CheckpointError)
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_one_edited_byte(place: int, folder: Path) -> None:
+    content = bytearray((folder / STATE).read_bytes())
+    content[place] ^= 1
+    (folder / STATE).write_bytes(bytes(content))
+    error = refused(folder, None, [STATE, "SHA-256", "edited", "restore"])
+    assert isinstance(error, CheckpointError)
+
+
+def test_truncated_tensors_with_a_new_digest(folder: Path) -> None:
+    content = (folder / STATE).read_bytes()
+    (folder / STATE).write_bytes(content[: len(content) // 2])
+    digest = hashlib.sha256((folder / STATE).read_bytes()).hexdigest()
+    edit(folder, lambda meta: meta.update(sha256=digest))
+    error = refused(folder, None, [STATE, "cannot read"])
+    assert isinstance(error, CheckpointError)
+
+
+def longest(state: dict[str, Tensor]) -> str:
+    return max(state, key=lambda name: state[name].numel())
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        pytest.param(lambda s: s.pop(longest(s)), "missing", id="one is missing"),
+        pytest.param(lambda s: s.update(other=torch.zeros(2)), "other", id="one too many"),
+        pytest.param(lambda s: s.update({longest(s): torch.zeros(3)}), "(3,)", id="shape"),
+    ],
+)
+def test_tensors_of_another_kind(change: Any, word: str, folder: Path) -> None:
+    rewrite(folder, change)
+    assert isinstance(refused(folder, None, [word]), CheckpointError)
+
+
+# The description ----------------------------------------------------------------------------------
+
+KEYS = [
+    *("format", "format_version", "sha256", "guide", "likelihood", "adapter", "layers", "heads"),
+    *("base", "num_examples", "settings", "history"),
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_key_of_the_description(key: str, folder: Path) -> None:
+    edit(folder, lambda meta: meta.pop(key) and None)
+    error = refused(folder, None, [str(folder)])
+    assert isinstance(error, CheckpointError)
+    if key not in ("format", "format_version", "sha256"):
+        assert f"'{key}'" in str(error)
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
+    "another format": (lambda m: m.update(format="gguf"), [META, "pyrolora"]),
+    "another format version": (
+        lambda m: m.update(format_version=99),
+        ["format version 99", "reads 1", "install"],
+    ),
+    "a list": (lambda m: [1, 2], [META, "pyrolora"]),
+    "a text": (lambda m: "posterior", [META, "pyrolora"]),
+    "a guide that exists": (lambda m: m["guide"].update(name="map"), [META, "edited"]),
+    "a guide that does not": (lambda m: m["guide"].update(name="vae"), ["'vae'", "montec"]),
+    "an unknown option": (lambda m: m["guide"]["options"].update(warp=9), [META, "warp"]),
+    "an option out of range": (
+        lambda m: m["guide"]["options"].update(sample_scale=-1),
+        ["sample_scale", "-1"],
+    ),
+    "an option of another type": (
+        lambda m: m["guide"]["options"].update(sample_scale="large"),
+        [META],
+    ),
+    "another structure of the guide": (
+        lambda m: m["guide"]["options"].update(covariance="full"),
+        ["missing", "scale_tril"],
+    ),
+    "another likelihood": (lambda m: m.update(likelihood="regression"), ["noise_scale"]),
+    "an unknown likelihood": (lambda m: m.update(likelihood="poisson"), ["'poisson'"]),
+    "another rank": (lambda m: [row.update(rank=3) for row in m["layers"]] and None, ["shape"]),
+    "no layers": (lambda m: m.update(layers=[]), [META]),
+    "a layer that is not there": (lambda m: m["layers"][-1].update(name="nowhere"), ["nowhere"]),
+    "layers without a name": (lambda m: m["layers"][0].pop("name") and None, [META, "name"]),
+    "a head that is not there": (lambda m: m.update(heads=["scorer"]), [META, "scorer"]),
+    "no heads": (lambda m: m.update(heads=[]), ["heads."]),
+    "a head that is an adapted layer": (
+        lambda m: m.update(heads=[m["layers"][0]["name"]]),
+        ["head", "adapted layer"],
+    ),
+    "a number of examples in words": (lambda m: m.update(num_examples="many"), [META, "many"]),
+    "no examples": (lambda m: m.update(num_examples=0), [META, "num_examples"]),
+    "a history that is none": (lambda m: m.update(history=3), [META]),
+    "an adapter rank of zero": (lambda m: m["adapter"].update(r=0), ["'r'", "0"]),
+    "guide as a text": (lambda m: m.update(guide="montec"), [META]),
+    "base as a text": (lambda m: m.update(base="bert"), [META]),
+    "another digest": (lambda m: m.update(sha256="0" * 64), [STATE, "SHA-256"]),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_an_edited_description(case: str, folder: Path) -> None:
+    change, words = EDITS[case]
+    edit(folder, change)
+    refused(folder, None, words)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", b"\xff\xfe", b"not json"])
+def test_a_description_that_is_no_json(content: bytes, folder: Path) -> None:
+    (folder / META).write_bytes(content)
+    error = refused(folder, None, [META, "damaged", "JSON"])
+    assert isinstance(error, CheckpointError)
+
+
+def test_a_truncated_description(folder: Path) -> None:
+    content = (folder / META).read_bytes()
+    (folder / META).write_bytes(content[: len(content) // 2])
+    assert isinstance(refused(folder, None, [META, "damaged"]), CheckpointError)
+
+
+# The tokenizer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer(name: str, folder: Path) -> None:
+    file = folder / "tokenizer" / name
+    file.write_bytes(file.read_bytes()[:40])
+    assert isinstance(refused(folder, None, ["tokenizer"]), CheckpointError)
+
+
+def test_an_empty_tokenizer_folder(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    assert isinstance(refused(folder, None, ["tokenizer"]), CheckpointError)
+
+
+# Another network ----------------------------------------------------------------------------------
+
+
+def changed(module: str) -> nn.Module:
+    """The network of the fit but for the weights of one module without an adapter."""
+    network = bert()
+    with torch.no_grad():
+        for parameter in network.get_submodule(module).parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return network
+
+
+def shortened() -> nn.Module:
+    """The network of the fit without its last layer."""
+    network = bert()
+    encoder = network.bert.encoder
+    encoder.layer = encoder.layer[:1]
+    return network
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "another architecture": (llama, ["LlamaForCausalLM", "BertForSequenceClassification"]),
+    "a plain network": (mlp, ["Sequential", "BertForSequenceClassification"]),
+    "other weights": (lambda: bert(seed=1), ["weights", "not those", "load the same model"]),
+    "another size": (lambda: bert(hidden_size=32), ["weights", "load the same model"]),
+    "fewer layers": (shortened, ["encoder.layer.1", "does not have"]),
+    "other labels": (lambda: bert(num_labels=3), ["classifier", "(2, 16)", "(3, 16)"]),
+    "a regression network": (lambda: bert(num_labels=1), ["(2, 16)", "(1, 16)"]),
+    "other embeddings": (lambda: changed("bert.embeddings"), ["weights", "load the same model"]),
+    "another feed-forward layer": (
+        lambda: changed("bert.encoder.layer.1.intermediate"),
+        ["weights", "load the same model"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_network_that_the_posterior_was_not_fitted_on(case: str, folder: Path) -> None:
+    make, words = FOREIGN[case]
+    assert isinstance(refused(folder, make(), words), CheckpointError)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_half_precision_copy_of_the_network_is_the_same_network(
+    dtype: torch.dtype, folder: Path
+) -> None:
+    expected = pyrolora.load(folder, bert()).predict(reviews(4), num_samples=0).probs
+    got = pyrolora.load(folder, bert().to(dtype)).predict(reviews(4), num_samples=0).probs
+    torch.testing.assert_close(got, expected, atol=0.02, rtol=0.0)
+
+
+def test_a_network_that_was_built_in_memory_has_to_be_passed(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"BertForSequence.*pyrolora\.load\(path, model\)"):
+        pyrolora.load(folder)
+
+
+def fitted_from_disk(tmp_path: Path) -> Path:
+    """A saved posterior whose network came from a folder."""
+    bert().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    posterior = pyrolora.fit(str(tmp_path / "base"), reviews(8), guide="map", epochs=1)
+    posterior.save(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["gone", "no weights", "no config", "truncated weights"])
+def test_a_network_folder_that_was_damaged_since(damage: str, tmp_path: Path) -> None:
+    run, base = fitted_from_disk(tmp_path), tmp_path / "base"
+    weights = base / "model.safetensors"
+    if damage == "gone":
+        shutil.rmtree(base)
+    elif damage == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        (weights if damage == "no weights" else base / "config.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        pyrolora.load(run)
+    assert str(base) in str(caught.value)
+    assert "pyrolora.load(path, model)" in str(caught.value)
+
+
+def test_a_network_folder_with_other_weights_since(tmp_path: Path) -> None:
+    run = fitted_from_disk(tmp_path)
+    bert(seed=1).save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="not those that the posterior was fitted on"):
+        pyrolora.load(run)
+
+
+# Another posterior of the same network ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["head", "layer shape"])
+def test_a_failed_load_leaves_an_older_posterior_of_the_network_working(
+    damage: str, folder: Path
+) -> None:
+    network = bert()
+    older: Posterior = pyrolora.fit(network, tokens(), guide="map", epochs=1)
+    expected = older.predict(tokens(), num_samples=0).probs
+    kinds = [type(module) for module in network.modules()]
+    if damage == "head":
+        edit(folder, lambda meta: meta.update(heads=["scorer"]))
+    else:
+        edit(folder, lambda meta: [layer.update(rank=3) for layer in meta["layers"]] and None)
+    with pytest.raises(CheckpointError):
+        pyrolora.load(folder, network)
+    assert [type(module) for module in network.modules()] == kinds
+    torch.testing.assert_close(older.predict(tokens(), num_samples=0).probs, expected)

@@ -1,0 +1,470 @@
+"""A saved posterior is the same posterior: here, in a new process, and over an older one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from problems import bert, llama, mlp, reviews, tokenizer, tokens
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+import pyrolora
+from pyrolora import AdapterConfig, Posterior, guides
+from pyrolora.errors import CheckpointError
+from pyrolora.predictive import Prediction
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(12) % 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, its data, and whether a folder of its own can bring it back."""
+
+    network: Callable[[], nn.Module]
+    data: Callable[[], Any]
+    likelihood: str
+    hosted: bool = True
+
+
+def scored() -> Any:
+    return reviews(10).map(lambda row: {"label": 2.5 * row["label"] - 1.0})
+
+
+PROBLEMS = {
+    "classification": Problem(bert, lambda: reviews(10), "classification"),
+    "regression": Problem(lambda: bert(num_labels=1), scored, "regression"),
+    "causal_lm": Problem(llama, lambda: reviews(10).remove_columns("label"), "causal_lm"),
+    "plain": Problem(mlp, lambda: (X, Y), "classification", hosted=False),
+}
+GUIDES = {"map": guides.MAP(), "montec": guides.MonteCLoRA()}
+CASES = [(problem, guide) for problem in PROBLEMS for guide in GUIDES]
+every_case = pytest.mark.parametrize(("problem", "guide"), CASES)
+
+
+def fitted(problem: str, guide: Any, model: Any, **options: Any) -> Posterior:
+    case = PROBLEMS[problem]
+    words = tokenizer() if case.hosted and isinstance(model, nn.Module) else None
+    return pyrolora.fit(
+        model,
+        case.data(),
+        guide=guide,
+        tokenizer=words,
+        likelihood=case.likelihood,
+        **{
+            "adapter": AdapterConfig(r=2),
+            "epochs": 2,
+            "learning_rate": 0.02,
+            "batch_size": 5,
+            "seed": 7,
+            **options,
+        },
+    )
+
+
+def numbers(prediction: Prediction) -> dict[str, Tensor]:
+    """All that a prediction says."""
+    names = ("draws", "entropy", "aleatoric", "log_likelihood")
+    found = {name: getattr(prediction, name, None) for name in names}
+    return {name: value.contiguous() for name, value in found.items() if value is not None}
+
+
+def predicted(posterior: Posterior, problem: str) -> dict[str, Tensor]:
+    return numbers(posterior.predict(PROBLEMS[problem].data(), num_samples=5, seed=3))
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, atol=1e-6, rtol=1e-6, equal_nan=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@dataclass
+class Saved:
+    """Every case fitted and saved once, its network in a folder where it has one."""
+
+    root: Path
+    posteriors: dict[tuple[str, str], Posterior]
+    expected: dict[tuple[str, str], dict[str, Tensor]]
+    bases: dict[str, dict[str, str]]
+
+    def path(self, problem: str, guide: str) -> Path:
+        return self.root / f"{problem}-{guide}"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    root = tmp_path_factory.mktemp("saved")
+    made = Saved(root, {}, {}, {})
+    for name, case in PROBLEMS.items():
+        if case.hosted:
+            network: Any = case.network()
+            network.save_pretrained(root / "bases" / name)
+            tokenizer().save_pretrained(root / "bases" / name)
+            made.bases[name] = digests(root / "bases" / name)
+    for problem, guide in CASES:
+        hosted = PROBLEMS[problem].hosted
+        model = str(root / "bases" / problem) if hosted else PROBLEMS[problem].network()
+        posterior = fitted(problem, GUIDES[guide], model)
+        made.posteriors[problem, guide] = posterior
+        made.expected[problem, guide] = predicted(posterior, problem)
+        posterior.save(made.path(problem, guide))
+    return made
+
+
+def reload(saved: Saved, problem: str, guide: str) -> Posterior:
+    network = None if PROBLEMS[problem].hosted else PROBLEMS[problem].network()
+    return pyrolora.load(saved.path(problem, guide), network)
+
+
+# The same process ---------------------------------------------------------------------------------
+
+
+@every_case
+def test_a_loaded_posterior_predicts_the_same(problem: str, guide: str, saved: Saved) -> None:
+    assert_close(predicted(reload(saved, problem, guide), problem), saved.expected[problem, guide])
+
+
+@every_case
+def test_a_network_that_is_passed_is_used(problem: str, guide: str, saved: Saved) -> None:
+    network = PROBLEMS[problem].network()
+    again = pyrolora.load(saved.path(problem, guide), network)
+    assert again.base is network
+    assert_close(predicted(again, problem), saved.expected[problem, guide])
+
+
+@every_case
+def test_a_posterior_loads_beside_the_one_that_wrote_it(
+    problem: str, guide: str, saved: Saved
+) -> None:
+    """Both share one network."""
+    writer = saved.posteriors[problem, guide]
+    again = pyrolora.load(saved.path(problem, guide), writer.base)
+    assert_close(predicted(again, problem), saved.expected[problem, guide])
+    again.detach()
+    assert_close(predicted(writer, problem), saved.expected[problem, guide])
+
+
+@every_case
+def test_every_tensor_and_every_draw_comes_back(problem: str, guide: str, saved: Saved) -> None:
+    writer, again = saved.posteriors[problem, guide], reload(saved, problem, guide)
+    state = again.model.own_state()
+    assert set(state) == set(writer.model.own_state())
+    for name, tensor in writer.model.own_state().items():
+        assert torch.equal(state[name], tensor), name
+    draws = again.sample(3, seed=1)
+    for name, value in writer.sample(3, seed=1).items():
+        assert torch.equal(draws[name], value), name
+
+
+@every_case
+def test_history_settings_and_options_come_back(problem: str, guide: str, saved: Saved) -> None:
+    writer, again = saved.posteriors[problem, guide], reload(saved, problem, guide)
+    assert again.history == writer.history
+    assert any("loss" in entry for entry in again.history)
+    assert again.settings == writer.settings
+    assert again.settings["seed"] == 7
+    assert again.options == writer.options
+    assert again.bank.config == writer.bank.config
+    assert again.bank.specs == writer.bank.specs
+    assert again.model.num_examples == writer.model.num_examples
+    assert again.likelihood.name == writer.likelihood.name
+    assert again.guide is not None
+    assert not any(module.training for module in again.model.modules())
+
+
+@pytest.mark.parametrize("problem", ["classification", "regression", "causal_lm"])
+def test_the_tokenizer_comes_back(problem: str, saved: Saved) -> None:
+    again = reload(saved, problem, "montec")
+    text = ["a good film", "dull"]
+    assert again.tokenizer(text)["input_ids"] == tokenizer()(text)["input_ids"]
+    assert again.tokenizer.pad_token == "[PAD]"
+    prediction = again.predict(text, num_samples=2)
+    assert len(prediction.entropy) == 2
+    assert torch.isfinite(prediction.entropy.nanmean())
+
+
+def test_without_a_tokenizer_none_comes_back(saved: Saved) -> None:
+    assert reload(saved, "plain", "map").tokenizer is None
+
+
+@pytest.mark.parametrize(
+    ("guide", "adapter"),
+    [
+        pytest.param(
+            guides.MonteCLoRA(
+                latent="AB",
+                covariance="full",
+                component_prior="hierarchical",
+                learn_sample_scale=True,
+                num_components=2,
+                cooperation=0.1,
+                kl_warmup=0.5,
+            ),
+            AdapterConfig(r=2, rank_pattern={"key": 3}, alpha_pattern={"query": 4.0}),
+            id="all options",
+        ),
+        pytest.param(
+            guides.MonteCLoRA.paper(sparse=True),
+            AdapterConfig(r=3, use_rslora=True, target_modules=["value", "output.dense"]),
+            id="paper",
+        ),
+        pytest.param(
+            guides.MAP(prior_scale=0.5),
+            AdapterConfig(r=2, modules_to_save=[], lora_dropout=0.2, init_lora_weights="gaussian"),
+            id="map with a prior",
+        ),
+    ],
+)
+def test_options_off_their_defaults_come_back(guide: Any, adapter: Any, tmp_path: Path) -> None:
+    posterior = fitted("classification", guide, bert(), adapter=adapter)
+    posterior.save(tmp_path)
+    again = pyrolora.load(tmp_path, bert())
+    assert again.options == guide
+    assert again.bank.specs == posterior.bank.specs
+    assert_close(predicted(again, "classification"), predicted(posterior, "classification"))
+
+
+@every_case
+def test_a_loaded_posterior_saves_to_the_same_bytes(
+    problem: str, guide: str, saved: Saved, tmp_path: Path
+) -> None:
+    reload(saved, problem, guide).save(tmp_path)
+    again, before = digests(tmp_path), digests(saved.path(problem, guide))
+    for name in ("posterior.json", "adapters.safetensors"):
+        assert again[name] == before[name], name
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16], ids=str)
+def test_the_network_comes_back_in_the_precision_of_the_fit(
+    own: torch.dtype, tmp_path: Path
+) -> None:
+    """The folder holds bfloat16; the user may have loaded it in single precision."""
+    bert().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=own)
+    posterior = fitted("classification", GUIDES["map"], network)
+    posterior.save(tmp_path / "run")
+    again = pyrolora.load(tmp_path / "run")
+    assert next(again.base.parameters()).dtype == own
+    assert_close(predicted(again, "classification"), predicted(posterior, "classification"))
+
+
+# A new process ------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import pyrolora
+from test_save_load import CASES, PROBLEMS, predicted
+
+root = Path(sys.argv[1])
+for problem, guide in CASES:
+    path = root / f"{problem}-{guide}"
+    network = PROBLEMS[problem].network()
+    posterior = pyrolora.load(path, network)
+    save_file(predicted(posterior, problem), root / f"{path.name}-passed.safetensors")
+    if PROBLEMS[problem].hosted:
+        posterior = pyrolora.load(path)
+        save_file(predicted(posterior, problem), root / f"{path.name}-found.safetensors")
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(saved: Saved) -> Path:
+    """What a fresh interpreter predicts from the saved folders."""
+    here = Path(__file__).resolve().parent
+    path = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(saved.root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return saved.root
+
+
+@every_case
+def test_a_new_process_predicts_the_same(
+    problem: str, guide: str, saved: Saved, elsewhere: Path
+) -> None:
+    """With the network passed, and with the network that `load` finds by itself."""
+    for how in ["passed", "found"] if PROBLEMS[problem].hosted else ["passed"]:
+        got = load_file(elsewhere / f"{problem}-{guide}-{how}.safetensors")
+        assert_close(got, saved.expected[problem, guide])
+
+
+# The folder ---------------------------------------------------------------------------------------
+
+
+@every_case
+def test_the_folder_holds_json_and_safetensors_only(problem: str, guide: str, saved: Saved) -> None:
+    folder = saved.path(problem, guide)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    outside = {f.suffix for f in files if "tokenizer" not in f.relative_to(folder).parts}
+    assert outside == {".json", ".safetensors"}
+    assert {f.suffix for f in files} <= {".json", ".safetensors", ".txt", ".jinja", ".model"}
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert load_file(file)
+        elif file.suffix == ".json":
+            assert json.loads(file.read_text(encoding="utf-8"))
+    assert not any(part.startswith(".") for f in files for part in f.relative_to(folder).parts)
+
+
+@every_case
+def test_the_base_is_neither_copied_nor_written_to(problem: str, guide: str, saved: Saved) -> None:
+    state = load_file(saved.path(problem, guide) / "adapters.safetensors")
+    own = saved.posteriors[problem, guide].model.own_state()
+    assert set(state) == set(own)
+    weights = PROBLEMS[problem].network().state_dict()
+    adapted = [f"{layer}.weight" for layer in saved.posteriors[problem, guide].bank.specs]
+    shapes = {weights[name].shape for name in adapted}
+    assert not any(t.shape in shapes for name, t in state.items() if not name.startswith("heads"))
+    if PROBLEMS[problem].hosted:
+        assert digests(saved.root / "bases" / problem) == saved.bases[problem]
+    base = saved.posteriors[problem, guide].base.state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in weights.items())
+
+
+# Over an older one --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Posterior, Posterior]:
+    """Two posteriors of two guides, of networks with the same weights."""
+    torch.manual_seed(0)
+    older = fitted("classification", GUIDES["montec"], bert())
+    newer = fitted("classification", GUIDES["map"], bert(), epochs=4)
+    assert not torch.allclose(
+        predicted(older, "classification")["draws"], predicted(newer, "classification")["draws"]
+    )
+    return older, newer
+
+
+def test_a_save_replaces_an_older_one(pair: tuple[Posterior, Posterior], tmp_path: Path) -> None:
+    older, newer = pair
+    older.save(tmp_path)
+    newer.save(tmp_path)
+    again = pyrolora.load(tmp_path, bert())
+    assert again.options == newer.options
+    assert_close(predicted(again, "classification"), predicted(newer, "classification"))
+    fresh = tmp_path / "fresh"
+    newer.save(fresh)
+    assert {f.name for f in tmp_path.iterdir()} - {"fresh"} == {f.name for f in fresh.iterdir()}
+
+
+def test_an_older_tokenizer_does_not_outlive_its_posterior(tmp_path: Path) -> None:
+    with_words = fitted("classification", GUIDES["map"], bert())
+    without = pyrolora.fit(bert(), tokens(), guide="map", epochs=1)
+    with_words.save(tmp_path)
+    without.save(tmp_path)
+    assert pyrolora.load(tmp_path, bert()).tokenizer is None
+
+
+class DiskFull(OSError):
+    """What the faults below raise."""
+
+
+def failing(calls: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, raising from call ``calls`` (counted from 0) on."""
+    left = [calls]
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise DiskFull(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("part", ["tensors", "description", "tokenizer"])
+def test_a_failure_while_writing_leaves_the_older_one_whole(
+    part: str, pair: tuple[Posterior, Posterior], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = pair
+    older.save(tmp_path)
+    before = digests(tmp_path)
+    with monkeypatch.context() as patch:
+        if part == "tensors":
+            patch.setattr("pyrolora.storage.folder.save_file", failing(0, lambda *a: None))
+        elif part == "description":
+            patch.setattr(Path, "write_text", failing(0, Path.write_text))
+        else:
+            kind = type(newer.tokenizer)
+            patch.setattr(kind, "save_pretrained", failing(0, kind.save_pretrained))
+        with pytest.raises(DiskFull):
+            newer.save(tmp_path)
+    assert digests(tmp_path) == before
+    again = pyrolora.load(tmp_path, bert())
+    assert_close(predicted(again, "classification"), predicted(older, "classification"))
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_failure_between_moving_files_leaves_the_older_or_the_newer_one_whole(
+    moves: int, pair: tuple[Posterior, Posterior], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of files that are in place when the process dies."""
+    older, newer = pair
+    older.save(tmp_path)
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, failing(moves, getattr(os, name)))
+        try:
+            newer.save(tmp_path)
+            survivor = newer
+        except DiskFull:
+            survivor = older
+    assert moves > 0 or survivor is older
+    again = pyrolora.load(tmp_path, bert())
+    assert again.tokenizer is not None
+    assert_close(predicted(again, "classification"), predicted(survivor, "classification"))
+
+
+def test_a_failed_first_save_leaves_nothing_that_looks_saved(
+    pair: tuple[Posterior, Posterior], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", failing(0, Path.write_text))
+        with pytest.raises(DiskFull):
+            pair[0].save(tmp_path)
+    assert digests(tmp_path) == {}
+    with pytest.raises(CheckpointError, match="no saved posterior"):
+        pyrolora.load(tmp_path, bert())
+
+
+def test_a_detached_posterior_saves(tmp_path: Path) -> None:
+    posterior = fitted("classification", GUIDES["montec"], bert())
+    expected = predicted(posterior, "classification")
+    posterior.detach()
+    posterior.save(tmp_path)
+    assert_close(predicted(pyrolora.load(tmp_path, bert()), "classification"), expected)
+
+
+def test_a_fit_with_an_output_folder_saves_itself_there(tmp_path: Path) -> None:
+    posterior = fitted("classification", GUIDES["montec"], bert(), output_dir=tmp_path)
+    again = pyrolora.load(tmp_path, bert())
+    assert_close(predicted(again, "classification"), predicted(posterior, "classification"))
+    assert again.history == posterior.history
