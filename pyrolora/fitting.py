@@ -128,6 +128,7 @@ def fit(
         _check_evaluation(args, training, held_out)
         assert prepared.labels is not None
         law.start(prepared.labels)
+        modes = {module: module.training for module in network.modules()}
         attachment = attach(network, config)
         try:
             joint = build(network, attachment, config, options, law, len(prepared))
@@ -138,6 +139,8 @@ def fit(
             raise  # its posterior is usable
         except BaseException:
             attachment.detach()
+            for module, mode in modes.items():
+                module.training = mode
             raise
     if output_dir is not None:
         posterior.save(output_dir)

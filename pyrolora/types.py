@@ -68,7 +68,7 @@ class AdapterConfig:
         for key, rank in {"r": self.r, **self.rank_pattern}.items():
             whole_number(f"the rank {key!r}", rank, at_least=1)
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            positive(key, alpha)
+            positive(repr(key), alpha)
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "

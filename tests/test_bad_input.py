@@ -199,11 +199,6 @@ SEQUENCES: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
         "text",
         {"tokenizer": tokenizer},
     ),
-    "a pair of texts and labels": (
-        lambda: (["a good film", "dull"], [1, 0]),
-        "text",
-        {"tokenizer": tokenizer},
-    ),
     "no such split": (
         lambda: datasets.DatasetDict({"dev": tokens()}),
         "'train', ['dev'], data['dev']",

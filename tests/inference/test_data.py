@@ -363,3 +363,16 @@ def test_a_transform_that_passes_label_on_makes_labels() -> None:
     assert batch["labels"].tolist() == raw["label"][:]
     assert prepared.labels is not None
     assert prepared.labels.tolist() == raw["label"][:]
+
+
+def test_a_tuple_of_texts_and_labels_is_raw_text() -> None:
+    prepared = prepare((["a good film", "dull"], [1, 0]), bert(), Classification(), tokenizer())
+    rows = prepare(
+        [{"text": "a good film", "label": 1}, {"text": "dull", "label": 0}],
+        bert(),
+        Classification(),
+        tokenizer(),
+    )
+    found, expected = next(iter(prepared.loader(2))), next(iter(rows.loader(2)))
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
