@@ -19,7 +19,16 @@ import pyrolora
 from pyrolora import AdapterConfig, Posterior, PyroLoraError
 from pyrolora.errors import CheckpointError
 
-META, STATE = "posterior.json", "adapters.safetensors"
+META = "posterior.json"
+
+
+def named(folder: Path, key: str) -> Path:
+    """The file or folder that the description names: ``state_file`` or ``tokenizer``."""
+    return folder / json.loads((folder / META).read_text(encoding="utf-8"))[key]
+
+
+def state_of(folder: Path) -> Path:
+    return named(folder, "state_file")
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +80,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     """Change the tensors and the digest that guards them, as another program would."""
-    state = load_file(folder / STATE)
+    file = state_of(folder)
+    state = load_file(file)
     change(state)
-    save_file(state, folder / STATE)
-    digest = hashlib.sha256((folder / STATE).read_bytes()).hexdigest()
+    save_file(state, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     edit(folder, lambda meta: meta.update(sha256=digest))
 
 
@@ -94,11 +104,36 @@ def test_what_is_no_saved_posterior(make: Any, tmp_path: Path) -> None:
     assert isinstance(error, CheckpointError)
 
 
-@pytest.mark.parametrize("name", [META, STATE])
-def test_a_missing_file_is_named(name: str, folder: Path) -> None:
-    (folder / name).unlink()
-    error = refused(folder, None, [str(folder), name])
+@pytest.mark.parametrize("part", ["description", "tensors", "tokenizer"])
+def test_a_missing_file_is_named(part: str, folder: Path) -> None:
+    if part == "tokenizer":
+        gone = named(folder, "tokenizer")
+        shutil.rmtree(gone)
+    else:
+        gone = folder / META if part == "description" else state_of(folder)
+        gone.unlink()
+    error = refused(folder, None, [str(folder), gone.name])
     assert isinstance(error, CheckpointError)
+
+
+@pytest.mark.parametrize("key", ["state_file", "tokenizer"])
+def test_a_name_that_leaves_the_folder_is_not_followed(key: str, folder: Path) -> None:
+    """The description of a posterior from elsewhere names files of its own folder only."""
+    there = named(folder, key).rename(folder.parent / "elsewhere")
+    edit(folder, lambda meta: meta.update({key: f"../{there.name}"}))
+    assert isinstance(refused(folder, None, [str(folder)]), CheckpointError)
+
+
+def test_a_missing_tokenizer_of_a_relative_folder_is_not_looked_for_on_the_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``run/tokenizer-…`` reads as a hub id."""
+    name = named(folder, "tokenizer").name
+    shutil.rmtree(folder / name)
+    monkeypatch.chdir(folder.parent)
+    error = refused(Path(folder.name), None, [name])
+    assert isinstance(error, CheckpointError)
+    assert "huggingface.co" not in str(error)
 
 
 def test_a_folder_of_another_program(tmp_path: Path) -> None:
@@ -111,27 +146,30 @@ def test_a_folder_of_another_program(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 0.999])
 def test_truncated_tensors(share: float, folder: Path) -> None:
-    content = (folder / STATE).read_bytes()
-    (folder / STATE).write_bytes(content[: int(share * len(content))])
-    error = refused(folder, None, [STATE, "SHA-256", "truncated", "restore"])
+    file = state_of(folder)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    error = refused(folder, None, [file.name, "SHA-256", "truncated", "restore"])
     assert isinstance(error, CheckpointError)
 
 
 @pytest.mark.parametrize("place", [0, 100, -1])
 def test_one_edited_byte(place: int, folder: Path) -> None:
-    content = bytearray((folder / STATE).read_bytes())
+    file = state_of(folder)
+    content = bytearray(file.read_bytes())
     content[place] ^= 1
-    (folder / STATE).write_bytes(bytes(content))
-    error = refused(folder, None, [STATE, "SHA-256", "edited", "restore"])
+    file.write_bytes(bytes(content))
+    error = refused(folder, None, [file.name, "SHA-256", "edited", "restore"])
     assert isinstance(error, CheckpointError)
 
 
 def test_truncated_tensors_with_a_new_digest(folder: Path) -> None:
-    content = (folder / STATE).read_bytes()
-    (folder / STATE).write_bytes(content[: len(content) // 2])
-    digest = hashlib.sha256((folder / STATE).read_bytes()).hexdigest()
+    file = state_of(folder)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     edit(folder, lambda meta: meta.update(sha256=digest))
-    error = refused(folder, None, [STATE, "cannot read"])
+    error = refused(folder, None, [file.name, "cannot read"])
     assert isinstance(error, CheckpointError)
 
 
@@ -155,8 +193,8 @@ def test_tensors_of_another_kind(change: Any, word: str, folder: Path) -> None:
 # The description ----------------------------------------------------------------------------------
 
 KEYS = [
-    *("format", "format_version", "sha256", "guide", "likelihood", "adapter", "layers", "heads"),
-    *("base", "num_examples", "settings", "history"),
+    *("format", "format_version", "state_file", "sha256", "tokenizer", "guide", "likelihood"),
+    *("adapter", "layers", "heads", "base", "num_examples", "settings", "history"),
 ]
 
 
@@ -165,8 +203,16 @@ def test_a_missing_key_of_the_description(key: str, folder: Path) -> None:
     edit(folder, lambda meta: meta.pop(key) and None)
     error = refused(folder, None, [str(folder)])
     assert isinstance(error, CheckpointError)
-    if key not in ("format", "format_version", "sha256"):
+    if key not in ("format", "format_version", "state_file", "sha256"):
         assert f"'{key}'" in str(error)
+
+
+EDITED = ["edited", "restore"]
+OTHER_HEADS = ["weights", "classifier.weight", "load that model"]
+
+
+def probe_of(meta: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(meta["base"]["probes"].values()))
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
@@ -177,16 +223,16 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "a list": (lambda m: [1, 2], [META, "pyrolora"]),
     "a text": (lambda m: "posterior", [META, "pyrolora"]),
-    "a guide that exists": (lambda m: m["guide"].update(name="map"), [META, "edited"]),
+    "a guide that exists": (lambda m: m["guide"].update(name="map"), ["num_components", *EDITED]),
     "a guide that does not": (lambda m: m["guide"].update(name="vae"), ["'vae'", "montec"]),
-    "an unknown option": (lambda m: m["guide"]["options"].update(warp=9), [META, "warp"]),
+    "an unknown option": (lambda m: m["guide"]["options"].update(warp=9), ["warp", *EDITED]),
     "an option out of range": (
         lambda m: m["guide"]["options"].update(sample_scale=-1),
         ["sample_scale", "-1"],
     ),
     "an option of another type": (
         lambda m: m["guide"]["options"].update(sample_scale="large"),
-        [META],
+        ["sample_scale", "'large'", *EDITED],
     ),
     "another structure of the guide": (
         lambda m: m["guide"]["options"].update(covariance="full"),
@@ -195,22 +241,40 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "another likelihood": (lambda m: m.update(likelihood="regression"), ["noise_scale"]),
     "an unknown likelihood": (lambda m: m.update(likelihood="poisson"), ["'poisson'"]),
     "another rank": (lambda m: [row.update(rank=3) for row in m["layers"]] and None, ["shape"]),
-    "no layers": (lambda m: m.update(layers=[]), [META]),
+    "no layers": (lambda m: m.update(layers=[]), ["no layers", *EDITED]),
     "a layer that is not there": (lambda m: m["layers"][-1].update(name="nowhere"), ["nowhere"]),
-    "layers without a name": (lambda m: m["layers"][0].pop("name") and None, [META, "name"]),
-    "a head that is not there": (lambda m: m.update(heads=["scorer"]), [META, "scorer"]),
-    "no heads": (lambda m: m.update(heads=[]), ["heads."]),
+    "layers without a name": (lambda m: m["layers"][0].pop("name") and None, ["'name'", *EDITED]),
+    "a head that is not there": (lambda m: m.update(heads=["scorer"]), OTHER_HEADS),
+    "no heads": (lambda m: m.update(heads=[]), OTHER_HEADS),
     "a head that is an adapted layer": (
         lambda m: m.update(heads=[m["layers"][0]["name"]]),
-        ["head", "adapted layer"],
+        OTHER_HEADS,
     ),
-    "a number of examples in words": (lambda m: m.update(num_examples="many"), [META, "many"]),
-    "no examples": (lambda m: m.update(num_examples=0), [META, "num_examples"]),
-    "a history that is none": (lambda m: m.update(history=3), [META]),
+    "a number of examples in words": (
+        lambda m: m.update(num_examples="many"),
+        ["TypeError", "'str'", *EDITED],
+    ),
+    "no examples": (lambda m: m.update(num_examples=0), ["no examples", *EDITED]),
+    "a history that is none": (lambda m: m.update(history=3), EDITED),
     "an adapter rank of zero": (lambda m: m["adapter"].update(r=0), ["'r'", "0"]),
-    "guide as a text": (lambda m: m.update(guide="montec"), [META]),
-    "base as a text": (lambda m: m.update(base="bert"), [META]),
-    "another digest": (lambda m: m.update(sha256="0" * 64), [STATE, "SHA-256"]),
+    "guide as a text": (lambda m: m.update(guide="montec"), EDITED),
+    "base as a text": (lambda m: m.update(base="bert"), EDITED),
+    "a rank in words": (lambda m: m["layers"][0].update(rank="two"), EDITED),
+    "a rank below zero": (lambda m: m["layers"][0].update(rank=-2), EDITED),
+    "a scaling in words": (lambda m: m["layers"][0].update(scaling="large"), EDITED),
+    "heads as numbers": (lambda m: m.update(heads=[3]), OTHER_HEADS),
+    "no probes": (lambda m: m["base"].pop("probes") and None, ["probes", *EDITED]),
+    "probes as a list": (lambda m: m["base"].update(probes=[1.0]), ["weights", "1.0"]),
+    "a probe without a shape": (lambda m: probe_of(m).pop("shape") and None, ["shape", *EDITED]),
+    "a probe of fewer numbers": (lambda m: probe_of(m).update(values=[0.0, 1.0, 2.0]), EDITED),
+    "a probe without numbers": (lambda m: probe_of(m).update(values=[]), EDITED),
+    "a probe of nothing": (lambda m: probe_of(m).update(values=[None] * 8), EDITED),
+    "a state file that is not there": (
+        lambda m: m.update(state_file="adapters-0.safetensors"),
+        [META, "adapters-0.safetensors", "missing"],
+    ),
+    "an empty name of the state file": (lambda m: m.update(state_file=""), [META, "missing"]),
+    "another digest": (lambda m: m.update(sha256="0" * 64), ["adapters-", "SHA-256", "restore"]),
 }
 
 
@@ -218,7 +282,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
 def test_an_edited_description(case: str, folder: Path) -> None:
     change, words = EDITS[case]
     edit(folder, change)
-    refused(folder, None, words)
+    error = refused(folder, None, words)
+    if "edited" in words:
+        assert str(folder) in str(error)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x80\x04\x95", b"\xff\xfe", b"not json"])
@@ -239,14 +305,15 @@ def test_a_truncated_description(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer(name: str, folder: Path) -> None:
-    file = folder / "tokenizer" / name
+    file = named(folder, "tokenizer") / name
     file.write_bytes(file.read_bytes()[:40])
     assert isinstance(refused(folder, None, ["tokenizer"]), CheckpointError)
 
 
 def test_an_empty_tokenizer_folder(folder: Path) -> None:
-    shutil.rmtree(folder / "tokenizer")
-    (folder / "tokenizer").mkdir()
+    tokens_folder = named(folder, "tokenizer")
+    shutil.rmtree(tokens_folder)
+    tokens_folder.mkdir()
     assert isinstance(refused(folder, None, ["tokenizer"]), CheckpointError)
 
 
@@ -270,26 +337,39 @@ def shortened() -> nn.Module:
     return network
 
 
+FITTED_ON = "fitted on a BertForSequenceClassification"
 FOREIGN: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "another architecture": (llama, ["LlamaForCausalLM", "BertForSequenceClassification"]),
-    "a plain network": (mlp, ["Sequential", "BertForSequenceClassification"]),
-    "other weights": (lambda: bert(seed=1), ["weights", "not those", "load the same model"]),
-    "another size": (lambda: bert(hidden_size=32), ["weights", "load the same model"]),
-    "fewer layers": (shortened, ["encoder.layer.1", "does not have"]),
+    "another architecture": (llama, ["LlamaForCausalLM", FITTED_ON]),
+    "a plain network": (mlp, ["Sequential", FITTED_ON]),
+    "other weights": (
+        lambda: bert(seed=1),
+        ["weight", "not the one", FITTED_ON, "load that model"],
+    ),
+    "another size": (lambda: bert(hidden_size=32), ["weight", "shape", "32", "16", FITTED_ON]),
+    "fewer layers": (shortened, ["encoder.layer.1", "missing", FITTED_ON]),
     "other labels": (lambda: bert(num_labels=3), ["classifier", "(2, 16)", "(3, 16)"]),
     "a regression network": (lambda: bert(num_labels=1), ["(2, 16)", "(1, 16)"]),
-    "other embeddings": (lambda: changed("bert.embeddings"), ["weights", "load the same model"]),
+    "other embeddings": (
+        lambda: changed("bert.embeddings"),
+        ["bert.embeddings", "not the one", FITTED_ON, "load that model"],
+    ),
     "another feed-forward layer": (
         lambda: changed("bert.encoder.layer.1.intermediate"),
-        ["weights", "load the same model"],
+        ["bert.encoder.layer.1.intermediate", "not the one", FITTED_ON, "load that model"],
     ),
 }
+FOREIGN_LAYOUT = ["another architecture", "a plain network", "another size", "fewer layers"]
 
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_network_that_the_posterior_was_not_fitted_on(case: str, folder: Path) -> None:
     make, words = FOREIGN[case]
     assert isinstance(refused(folder, make(), words), CheckpointError)
+
+
+@pytest.mark.parametrize("case", FOREIGN_LAYOUT)
+def test_a_network_of_another_layout_is_refused_with_what_to_do(case: str, folder: Path) -> None:
+    refused(folder, FOREIGN[case][0](), ["load that model"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -334,8 +414,10 @@ def test_a_network_folder_that_was_damaged_since(damage: str, tmp_path: Path) ->
 def test_a_network_folder_with_other_weights_since(tmp_path: Path) -> None:
     run = fitted_from_disk(tmp_path)
     bert(seed=1).save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match="not those that the posterior was fitted on"):
+    with pytest.raises(CheckpointError, match="not the one that was adapted") as caught:
         pyrolora.load(run)
+    assert str(tmp_path / "base") in str(caught.value)
+    assert "load that model" in str(caught.value)
 
 
 # Another posterior of the same network ------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""Every guide on every problem: fit, sample, predict, evaluate, ArviZ, save, load, merge.
+
+A new guide joins by its registration; its variants by a line in `VARIANTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from problems import bert, gpt2, llama, mlp, reviews, tokenizer, tokens
+from torch import nn
+
+import pyrolora
+from pyrolora import AdapterConfig, guides
+from pyrolora.guides import MAP, Guide, MonteCLoRA
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network, data for it, and the metrics that its likelihood promises."""
+
+    network: Callable[[], nn.Module]
+    data: Callable[[int], Any]
+    metrics: set[str]
+    options: dict[str, Any]
+
+
+def pairs(outputs: int) -> Callable[[int], Any]:
+    def data(n: int) -> Any:
+        generator = torch.Generator().manual_seed(n)
+        x = torch.randn(n, 4, generator=generator)
+        return (x, x[:, 0]) if outputs == 1 else (x, (x[:, 0] > 0).long())
+
+    return data
+
+
+CLASS = {"accuracy", "nll", "ece", "brier"}
+REAL = {"rmse", "nll", "crps", "coverage"}
+TEXT = {"nll", "perplexity"}
+PROBLEMS = {
+    "encoder classifier": Problem(
+        bert, reviews, CLASS, {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2)}
+    ),
+    "mixed shapes and ranks": Problem(
+        bert,
+        lambda n: tokens(n),
+        CLASS,
+        {
+            "adapter": AdapterConfig(
+                r=3, target_modules="all-linear", rank_pattern={"key": 1}, alpha_pattern={"key": 4}
+            )
+        },
+    ),
+    "encoder regression": Problem(
+        lambda: bert(1),
+        lambda n: [{**row, "labels": float(row["labels"])} for row in tokens(n)],
+        REAL,
+        {"adapter": AdapterConfig(r=2, use_rslora=True, lora_dropout=0.1)},
+    ),
+    "llama": Problem(llama, reviews, TEXT, {"tokenizer": tokenizer()}),
+    "gpt-2": Problem(gpt2, reviews, TEXT, {"tokenizer": tokenizer()}),
+    "plain classifier": Problem(
+        mlp,
+        pairs(3),
+        CLASS,
+        {
+            "likelihood": "classification",
+            "adapter": AdapterConfig(r=2, init_lora_weights="gaussian", modules_to_save=["2"]),
+        },
+    ),
+    "plain regression": Problem(
+        lambda: mlp(outputs=1),
+        pairs(1),
+        REAL,
+        {"likelihood": "regression", "adapter": AdapterConfig(r=1)},
+    ),
+}
+VARIANTS: dict[str, Guide] = {
+    **{name: guides.as_guide(name) for name in guides.available()},
+    "map with a prior": MAP(prior_scale=0.5),
+    "montec as in the paper": MonteCLoRA.paper(),
+    "montec with all options": MonteCLoRA(
+        component_prior="hierarchical",
+        covariance="full",
+        latent="AB",
+        learn_sample_scale=True,
+        cooperation=0.5,
+        kl_weight=1.0,
+        kl_warmup=0.5,
+        init_covariance=0.5,
+    ),
+    "sparse montec on B": MonteCLoRA(sparse=True, latent="B", num_components=1),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_conformance(problem: str, variant: str, tmp_path: Any) -> None:
+    case, guide = PROBLEMS[problem], VARIANTS[variant]
+    network = case.network()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    posterior = pyrolora.fit(
+        network, case.data(12), guide=guide, epochs=2, batch_size=5, seed=1, **case.options
+    )
+    assert all(torch.isfinite(t).all() for t in posterior.model.own_state().values())
+
+    draws = posterior.sample(3, seed=0)
+    assert all(len(values) == 3 and torch.isfinite(values).all() for values in draws.values())
+    factors = posterior.factors(draws)
+    for name, spec in posterior.bank.specs.items():
+        assert factors[name][0].shape[-2:] == (spec.rank, spec.in_features)
+        assert factors[name][1].shape[-2:] == (spec.out_features, spec.rank)
+
+    test = case.data(7)
+    prediction = posterior.predict(test, num_samples=3, seed=0)
+    assert len(prediction.to_pandas()) == 7
+    assert prediction.log_likelihood is not None
+    assert prediction.log_likelihood.shape == (3, 7)
+    scores = posterior.evaluate(test, num_samples=3, seed=0)
+    assert set(scores) == case.metrics
+    assert all(torch.isfinite(torch.tensor(value)) for value in scores.values())
+    idata = posterior.to_arviz(4, data=test, log_likelihood=True)
+    assert idata["posterior"].sizes["draw"] == 4
+    assert idata["log_likelihood"]["y"].shape == (1, 4, 7)
+
+    posterior.save(tmp_path)
+    loaded = pyrolora.load(tmp_path, case.network())
+    again = loaded.predict(test, num_samples=3, seed=0)
+    torch.testing.assert_close(again.log_likelihood, prediction.log_likelihood)
+    assert loaded.options == guide
+
+    merged = posterior.merge()
+    assert type(merged) is type(network)
+    assert all(torch.equal(before[n], t) for n, t in network.state_dict().items())
+    posterior.detach()
+    assert list(network.state_dict()) == list(before)
