@@ -350,8 +350,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> Posterior:
         When the folder is damaged, or the network is another one.
     """
     meta, state, tokens = read_folder(Path(path))
+    attachment = None
     try:
-        tokenizer = None if tokens is None else AutoTokenizer.from_pretrained(tokens)
+        tokenizer = None
+        if tokens is not None:
+            tokenizer = AutoTokenizer.from_pretrained(tokens.resolve(), local_files_only=True)
         specs = [LayerSpec(**spec) for spec in meta["layers"]]
         heads, base = list(meta["heads"]), meta["base"]
         guide = guide_class(meta["guide"]["name"])(**meta["guide"]["options"])
@@ -364,19 +367,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> Posterior:
         check_base(network, heads, base)
         likelihood = likelihood_for(network, meta["likelihood"])
         attachment = Attachment(network, specs, heads)
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, LookupError, OSError) as error:
+        joint = build(network, attachment, config, guide, likelihood, num_examples)
+        joint.load_own_state(state)
+    except BaseException as error:
+        if attachment is not None:
+            attachment.detach()
+        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+            raise
         raise CheckpointError(
             f"{path} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
             "from a copy"
         ) from error
-    try:
-        joint = build(network, attachment, config, guide, likelihood, num_examples)
-        joint.load_own_state(state)
-    except BaseException:
-        attachment.detach()
-        raise
     return Posterior(joint, guide, tokenizer=tokenizer, history=history, settings=settings)
 
 

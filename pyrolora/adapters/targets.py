@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters.layer import Wrapper
-from pyrolora.errors import ConfigError, TargetError
+from pyrolora.errors import ConfigError, TargetError, positive, whole_number
 from pyrolora.types import AdapterConfig
 
 N = TypeVar("N", int, float)
@@ -44,6 +44,11 @@ class LayerSpec:
     out_features: int
     rank: int
     scaling: float
+
+    def __post_init__(self) -> None:
+        for size in ("in_features", "out_features", "rank"):
+            whole_number(f"{size} of layer {self.name!r}", getattr(self, size), at_least=1)
+        positive(f"scaling of layer {self.name!r}", self.scaling)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -65,25 +65,23 @@ def check_base(network: nn.Module, heads: Iterable[str], description: Mapping[st
     Numbers are compared to 1 % of their tensor's largest, so that a half-precision copy passes.
     """
     origin = description.get("name_or_path") or "built in memory"
-    fitted_on = f"the posterior was fitted on a {description['class']} ({origin})"
+    remedy = f"the posterior was fitted on a {description['class']} ({origin}): load that model"
     found, saved = probe(network, heads), description["probes"]
     missing, foreign = sorted(set(saved) - set(found)), sorted(set(found) - set(saved))
     if missing or foreign:
         raise CheckpointError(
             f"this {type(network).__name__} has other weights: missing {missing[:2]}, unexpected "
-            f"{foreign[:2]}; {fitted_on}"
+            f"{foreign[:2]}; {remedy}"
         )
     for name, numbers in saved.items():
         expected, own = torch.tensor(numbers["values"]), torch.tensor(found[name]["values"])
         if numbers["shape"] != found[name]["shape"]:
             raise CheckpointError(
                 f"the weight {name!r} has shape {found[name]['shape']}, not {numbers['shape']}; "
-                f"{fitted_on}"
+                f"{remedy}"
             )
-        if ((own - expected).abs() > 0.01 * expected.abs().max()).any():
-            raise CheckpointError(
-                f"the weight {name!r} is not the one that was adapted; {fitted_on}: load that model"
-            )
+        if own.numel() and not ((own - expected).abs() <= 0.01 * expected.abs().max()).all():
+            raise CheckpointError(f"the weight {name!r} is not the one that was adapted; {remedy}")
 
 
 @torch.no_grad()
@@ -94,7 +92,8 @@ def probe(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, list[
     for name, parameter in plain_parameters(network):
         if not name.startswith(prefixes):
             flat = parameter.flatten()
-            picks = torch.linspace(0, len(flat) - 1, PROBES, device=flat.device).long()
+            steps = torch.arange(PROBES, device=flat.device)  # whole numbers: exact at any size
+            picks = steps * (len(flat) - 1) // (PROBES - 1) if len(flat) else steps[:0]
             probes[name] = {
                 "shape": list(parameter.shape),
                 "values": flat[picks].float().tolist(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -19,6 +20,11 @@ from pyrolora.inference import read_state
 FORMAT = "pyrolora-posterior"
 FORMAT_VERSION = 1
 META_FILE = "posterior.json"
+# Everything that a save writes beside the JSON, whole or left over from a save that died.
+OWN_NAME = re.compile(
+    r"adapters-[0-9a-f]{12}\.safetensors|tokenizer-[0-9a-f]{12}|\.tokenizer\.part"
+    r"|\.(adapters-[0-9a-f]{12}\.safetensors|posterior\.json)\.part"
+)
 
 
 def write_folder(
@@ -35,25 +41,20 @@ def write_folder(
     digest = hashlib.sha256(content).hexdigest()
     state_file = path / f"adapters-{digest[:12]}.safetensors"
     _write(state_file, content)
-    tokenizer_folder = None
-    if tokenizer is not None:
-        tokenizer_folder = path / f"tokenizer-{digest[:12]}"
-        tokenizer.save_pretrained(tokenizer_folder)
+    folder = None if tokenizer is None else _write_tokenizer(path, tokenizer)
     described = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "versions": {p: version(p) for p in ("pyrolora", "torch", "pyro-ppl", "transformers")},
         "state_file": state_file.name,
         "sha256": digest,
-        "tokenizer": tokenizer_folder.name if tokenizer_folder else None,
+        "tokenizer": None if folder is None else folder.name,
         **meta,
     }
     _write(path / META_FILE, (json.dumps(described, indent=1) + "\n").encode())
-    for old in [*path.glob("adapters-*.safetensors"), *path.glob("tokenizer-*")]:
-        if old.is_dir() and old != tokenizer_folder:
-            shutil.rmtree(old)
-        elif old.is_file() and old != state_file:
-            old.unlink()
+    for item in path.iterdir():
+        if OWN_NAME.fullmatch(item.name) and item not in (state_file, folder):
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -61,6 +62,21 @@ def _write(file: Path, content: bytes) -> None:
     scratch = file.with_name(f".{file.name}.part")
     scratch.write_bytes(content)
     scratch.replace(file)
+
+
+def _write_tokenizer(path: Path, tokenizer: Any) -> Path:
+    """The tokenizer's files in a folder named by their content."""
+    scratch = path / ".tokenizer.part"
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    tokenizer.save_pretrained(scratch)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in scratch.rglob("*") if file.is_file()):
+        digest.update(str(file.relative_to(scratch)).encode() + b"\0" + file.read_bytes())
+    folder = path / f"tokenizer-{digest.hexdigest()[:12]}"
+    if not folder.is_dir():  # else it is the same, and the scratch folder goes with the old files
+        scratch.replace(folder)
+    return folder
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Path | None]:
@@ -88,17 +104,25 @@ def read_folder(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Path 
             f"{path} has format version {meta.get('format_version')!r}, this pyrolora reads "
             f"{FORMAT_VERSION}; it was saved with {meta.get('versions')}: install that version"
         )
-    state_file = path / Path(str(meta.get("state_file"))).name
-    if not state_file.is_file():
-        raise CheckpointError(
-            f"{path} is no whole posterior: {META_FILE} names {state_file.name}, which is missing"
-        )
+    for key in ("state_file", "sha256", "tokenizer"):
+        if key not in meta:
+            raise CheckpointError(
+                f"{path} was edited or is incomplete: {META_FILE} has no {key!r}; restore it "
+                "from a copy"
+            )
+    state_file = path / Path(str(meta["state_file"])).name
+    folder = None if meta["tokenizer"] is None else path / Path(str(meta["tokenizer"])).name
+    for part in (state_file, *([folder] if folder else [])):
+        if part == path or not part.exists():
+            raise CheckpointError(
+                f"{path} is no whole posterior: {META_FILE} names {part.name}, which is missing; "
+                "restore it from a copy"
+            )
     with state_file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != meta.get("sha256"):
+    if digest != meta["sha256"]:
         raise CheckpointError(
             f"{state_file} is not the file that was saved (its SHA-256 differs): it is truncated, "
             "edited, or from another save; restore it from a copy"
         )
-    folder = path / Path(str(meta["tokenizer"])).name if meta.get("tokenizer") else None
     return meta, read_state(state_file), folder
