@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,33 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
-from pyrolora.adapters import attach
+from pyrolora.adapters import as_adapter_config, attach
 from pyrolora.errors import (
     ConfigError,
-    DataError,
     NonFiniteError,
-    PyroLoraError,
     positive,
     whole_number,
 )
 from pyrolora.guides import Guide, as_guide
-from pyrolora.inference import Prepared, SVITrainer, prepare
-from pyrolora.inference.data import raw_labels
-from pyrolora.likelihoods import CausalLM, Regression, likelihood_for
+from pyrolora.inference import Prepared, SVITrainer, load_network, prepare
+from pyrolora.likelihoods import likelihood_for
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior, build
 from pyrolora.predictive import draw_factors, evaluate, predict, to_device
@@ -117,7 +103,7 @@ def fit(
     }
     with _arguments(training, shortcuts) as args:
         set_seed(args.seed)
-        network, tokenizer = _network(model, data, tokenizer, likelihood)
+        network, tokenizer = load_network(model, data, tokenizer, likelihood)
         law = likelihood_for(network, likelihood)
         prepared = prepare(data, network, law, tokenizer)
         if eval_data is None and isinstance(data, dict) and "validation" in data:
@@ -135,16 +121,21 @@ def fit(
             _check_output(joint, prepared)
             posterior = Posterior(joint, options, tokenizer=tokenizer, settings=_settings(args))
             _train(posterior, prepared, held_out, args, callbacks)
-        except NonFiniteError:
-            raise  # its posterior is usable
+        except NonFiniteError:  # its posterior is usable
+            _save(posterior, args, output_dir)
+            raise
         except BaseException:
             attachment.detach()
             for module, mode in modes.items():
                 module.training = mode
             raise
-    if output_dir is not None:
-        posterior.save(output_dir)
+        _save(posterior, args, output_dir)
     return posterior
+
+
+def _save(posterior: Posterior, args: TrainingArguments, output_dir: str | Path | None) -> None:
+    if output_dir is not None and args.should_save:  # of several processes the first
+        posterior.save(output_dir)
 
 
 def _train(
@@ -193,108 +184,6 @@ def _score(joint: JointModel, data: Prepared, args: TrainingArguments) -> dict[s
     """Metrics of a few draws, always from the same seed, so that epochs compare."""
     factors = draw_factors(joint, defaults.EVAL_SAMPLES, seed=args.seed)
     return evaluate(predict(joint, data, factors, batch_size=args.per_device_eval_batch_size))
-
-
-def as_adapter_config(adapter: Any) -> AdapterConfig:
-    """An `AdapterConfig` from None, one of ours, or a ``peft.LoraConfig``.
-
-    Raises
-    ------
-    ConfigError
-        For a LoraConfig that asks for a variant of LoRA.
-    """
-    if adapter is None:
-        return AdapterConfig()
-    if isinstance(adapter, AdapterConfig):
-        return adapter
-    if type(adapter).__name__ != "LoraConfig":
-        raise ConfigError(
-            "adapter must be a pyrolora.AdapterConfig or a peft.LoraConfig, got "
-            f"{type(adapter).__name__}"
-        )
-    taken = {field.name for field in dataclasses.fields(AdapterConfig)}
-    neutral = {"task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
-    neutral |= {"base_model_name_or_path", "revision", "runtime_config", "fan_in_fan_out"}
-    plain = type(adapter)()
-    for field in dataclasses.fields(adapter):
-        value = getattr(adapter, field.name)
-        if field.name not in taken | neutral and value != getattr(plain, field.name):
-            raise ConfigError(
-                f"pyrolora does not support LoraConfig({field.name}={value!r}); leave it out"
-            )
-    options = {name: getattr(adapter, name) for name in taken}
-    options["target_modules"] = _in_order(options["target_modules"]) or "auto"
-    options["exclude_modules"] = _in_order(options["exclude_modules"]) or None
-    if options["init_lora_weights"] is True:
-        options["init_lora_weights"] = "kaiming"
-    return AdapterConfig(**options)
-
-
-def _in_order(names: Any) -> Any:
-    """PEFT keeps lists as sets."""
-    return sorted(names) if isinstance(names, set) else names
-
-
-def _network(
-    model: Any, data: Any, tokenizer: Any, likelihood: str | None
-) -> tuple[nn.Module, Any]:
-    """The network, loaded if it is given by a name, and its tokenizer."""
-    if isinstance(model, nn.Module):
-        return _checked_padding(model), tokenizer
-    if not isinstance(model, str | Path):
-        raise ConfigError(
-            "model must be a transformers model, a hub id, a folder, or an nn.Module, got "
-            f"{type(model).__name__}"
-        )
-    name = str(model)
-    try:
-        network, tokenizer = _loaded(name, data, tokenizer, likelihood)
-    except PyroLoraError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
-            f"hub id within reach ({str(error).splitlines()[0]})"
-        ) from error
-    return _checked_padding(network), tokenizer
-
-
-def _loaded(
-    name: str, data: Any, tokenizer: Any, likelihood: str | None
-) -> tuple[PreTrainedModel, Any]:
-    """A language model where the checkpoint is one, else a classifier with as many classes as the
-    labels have, or with one output for real-valued labels."""
-    config = AutoConfig.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
-    architecture = (config.architectures or [""])[0]
-    if likelihood == CausalLM.name or (likelihood is None and architecture.endswith("CausalLM")):
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
-    labels = raw_labels(data)
-    if labels is None:
-        raise DataError("the data has no labels: expected a column 'labels' or 'label'")
-    real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
-    classes = 1 if real else max(int(labels.max()) + 1, 2)
-    network = AutoModelForSequenceClassification.from_pretrained(
-        name, dtype="auto", num_labels=classes
-    )
-    if network.config.pad_token_id is None and tokenizer is not None:
-        network.config.pad_token_id = tokenizer.pad_token_id
-    return network, tokenizer
-
-
-def _checked_padding(network: nn.Module) -> nn.Module:
-    """A decoder that classifies by its last token has to know the padding token."""
-    config = getattr(network, "config", None)
-    if (
-        isinstance(network, PreTrainedModel)
-        and hasattr(network, "score")
-        and getattr(config, "pad_token_id", None) is None
-    ):
-        raise ConfigError(
-            f"{type(network).__name__} classifies by the last token that is not padding, and its "
-            "config has no pad_token_id; set model.config.pad_token_id = tokenizer.pad_token_id"
-        )
-    return network
 
 
 @contextmanager

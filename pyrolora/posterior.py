@@ -33,6 +33,7 @@ from pyrolora.storage import (
 from pyrolora.types import AdapterConfig
 
 EVALUATION_SPLITS = ("test", "validation")
+DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
 
 
 class Posterior:
@@ -221,27 +222,23 @@ class Posterior:
         """
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
-        program = self.model.program
-        sites = self.sample(num_samples, seed=seed)
-        posterior: dict[str, tuple[np.ndarray, Sequence[str]]] = {}
-        for name, (values, dims) in program.quantities(sites).items():
-            posterior[name] = (_one_chain(values), dims)
-        drawn = program.factors(sites)
-        posterior["adapter_norm"] = (_one_chain(self._adapter_norms(drawn)), ("layer",))
-        if factors:
-            for name, (A, B) in self.bank.matrices(drawn).items():
-                for key, matrix, dims in (("A", A, ("rank", "in")), ("B", B, ("out", "rank"))):
-                    draws = matrix.expand(num_samples, *matrix.shape[-2:])
-                    own = tuple(d if d == "rank" else f"{d}[{name}]" for d in dims)
-                    posterior[f"{key}[{name}]"] = (_one_chain(draws), own)
+        whole_number("num_samples", num_samples, at_least=1)
+        pieces, kept = [], []
+        with seeded(seed):
+            for start in range(0, num_samples, DRAWS_AT_ONCE):
+                sites = self.sample(min(DRAWS_AT_ONCE, num_samples - start))
+                drawn = self.model.program.factors(sites)
+                pieces.append(self._variables(sites, drawn, factors))
+                if data is not None:
+                    kept.append(drawn)
+        posterior = {
+            name: (_one_chain(torch.cat([piece[name][0] for piece in pieces])), dims)
+            for name, (_, dims) in pieces[0].items()
+        }
         groups: dict[str, Any] = {"posterior": posterior}
         if data is not None:
-            groups |= self._data_groups(data, drawn, log_likelihood)
-        layout = getattr(program, "layout", None)
-        coords: dict[str, Sequence[Any]] = {
-            "layer": list(self.bank.specs),
-            "block": [block.name for block in layout.blocks] if layout else [],
-        }
+            groups |= self._data_groups(data, FlatFactors.cat(kept), log_likelihood)
+        coords = {"layer": list(self.bank.specs), "block": self.model.program.block_names()}
         attrs: dict[str, str | int | float] = {
             "guide": self.options.name,
             "guide_options": str(self.options),
@@ -250,6 +247,20 @@ class Posterior:
             "num_examples": self.model.num_examples,
         }
         return to_inference_data(groups, coords, attrs)
+
+    def _variables(
+        self, sites: Mapping[str, Tensor], drawn: FlatFactors, factors: bool
+    ) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        """The posterior group of some draws: name -> (S, ...) and its dimensions."""
+        variables = dict(self.model.program.quantities(sites))
+        variables["adapter_norm"] = (self._adapter_norms(drawn), ("layer",))
+        if factors:
+            size = len(next(iter(sites.values())))
+            for name, (A, B) in self.bank.matrices(drawn).items():
+                A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
+                variables[f"A[{name}]"] = (A, ("rank", f"in[{name}]"))
+                variables[f"B[{name}]"] = (B, (f"out[{name}]", "rank"))
+        return variables
 
     def _adapter_norms(self, factors: FlatFactors) -> Tensor:
         """‖s B A‖_F per draw and layer, (S, L), from the r x r Gram matrices: BᵀB and A Aᵀ."""

@@ -3,6 +3,7 @@
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.inject import Attachment, attach, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
+from pyrolora.adapters.lora_config import as_adapter_config
 from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, features, plain_parameters, unwrapped
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "HeadSlot",
     "LayerSpec",
     "Layout",
+    "as_adapter_config",
     "attach",
     "bind",
     "current_binding",

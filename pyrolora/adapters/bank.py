@@ -91,6 +91,15 @@ class FlatFactors:
         """Whether the S draws are one setting, repeated (``expand``): a point mass."""
         return all(t.dim() == 1 or t.stride(0) == 0 for t in (self.A, self.B))
 
+    @staticmethod
+    def cat(parts: Sequence[FlatFactors]) -> FlatFactors:
+        """The draws of all parts in turn; a factor that is not drawn is the same in each."""
+        A, B = (
+            torch.cat(tensors) if tensors[0].dim() > 1 else tensors[0]
+            for tensors in ([part.A for part in parts], [part.B for part in parts])
+        )
+        return FlatFactors(A, B)
+
     def __getitem__(self, index: int | slice) -> FlatFactors:
         A, B = (t[index] if t.dim() > 1 else t for t in (self.A, self.B))
         return FlatFactors(A, B)

@@ -113,6 +113,10 @@ class Program(ParamModule, ABC):
     def quantities(self, sites: Sites) -> Quantities:
         """Low-dimensional functions of draws that are worth looking at."""
 
+    def block_names(self) -> list[str]:
+        """Labels of the dimension ``block`` in `quantities`, if it is used."""
+        return []
+
     def scale_parameters(self) -> list[str]:
         """Names of the parameters that are scales of the posterior, not means."""
         return [name for name, _ in self.named_parameters(recurse=False)]

@@ -215,6 +215,9 @@ class MonteCLoRAProgram(Program):
             "signal_to_noise": (self._signal() / noise, ("block", "rank")),
         }
 
+    def block_names(self) -> list[str]:
+        return [block.name for block in self.layout.blocks]
+
     def _spread(self, weights: Tensor) -> Tensor:
         """‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""
         return weights.amax(-1) if self.options.sparse else weights.norm(dim=-1)

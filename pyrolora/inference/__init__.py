@@ -2,6 +2,15 @@
 
 from pyrolora.inference.data import Prepared, prepare
 from pyrolora.inference.elbo import NamedELBO
+from pyrolora.inference.network import load_network
 from pyrolora.inference.trainer import Objective, SVITrainer, read_state
 
-__all__ = ["NamedELBO", "Objective", "Prepared", "SVITrainer", "prepare", "read_state"]
+__all__ = [
+    "NamedELBO",
+    "Objective",
+    "Prepared",
+    "SVITrainer",
+    "load_network",
+    "prepare",
+    "read_state",
+]

@@ -1,0 +1,49 @@
+"""The adapter configuration from what a user passes: ours, or PEFT's."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pyrolora.errors import ConfigError
+from pyrolora.types import AdapterConfig
+
+
+def as_adapter_config(adapter: Any) -> AdapterConfig:
+    """An `AdapterConfig` from None, one of ours, or a ``peft.LoraConfig``.
+
+    Raises
+    ------
+    ConfigError
+        For a LoraConfig that asks for a variant of LoRA.
+    """
+    if adapter is None:
+        return AdapterConfig()
+    if isinstance(adapter, AdapterConfig):
+        return adapter
+    if type(adapter).__name__ != "LoraConfig":
+        raise ConfigError(
+            "adapter must be a pyrolora.AdapterConfig or a peft.LoraConfig, got "
+            f"{type(adapter).__name__}"
+        )
+    taken = {field.name for field in dataclasses.fields(AdapterConfig)}
+    neutral = {"task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
+    neutral |= {"base_model_name_or_path", "revision", "runtime_config", "fan_in_fan_out"}
+    plain = type(adapter)()
+    for field in dataclasses.fields(adapter):
+        value = getattr(adapter, field.name)
+        if field.name not in taken | neutral and value != getattr(plain, field.name):
+            raise ConfigError(
+                f"pyrolora does not support LoraConfig({field.name}={value!r}); leave it out"
+            )
+    options = {name: getattr(adapter, name) for name in taken}
+    options["target_modules"] = _in_order(options["target_modules"]) or "auto"
+    options["exclude_modules"] = _in_order(options["exclude_modules"]) or None
+    if options["init_lora_weights"] is True:
+        options["init_lora_weights"] = "kaiming"
+    return AdapterConfig(**options)
+
+
+def _in_order(names: Any) -> Any:
+    """PEFT keeps lists as sets."""
+    return sorted(names) if isinstance(names, set) else names

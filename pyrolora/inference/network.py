@@ -1,0 +1,89 @@
+"""The network that a user passes: a module, or the name of one that is then loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from pyrolora.errors import ConfigError, DataError, PyroLoraError
+from pyrolora.inference.data import raw_labels
+from pyrolora.likelihoods import CausalLM, Regression
+
+
+def load_network(
+    model: Any, data: Any, tokenizer: Any = None, likelihood: str | None = None
+) -> tuple[nn.Module, Any]:
+    """The network and its tokenizer; loaded, if it is given by a hub id or folder, as the class
+    that ``data`` and ``likelihood`` call for.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or misses its padding token.
+    """
+    if isinstance(model, nn.Module):
+        return _checked_padding(model), tokenizer
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "model must be a transformers model, a hub id, a folder, or an nn.Module, got "
+            f"{type(model).__name__}"
+        )
+    name = str(model)
+    try:
+        network, tokenizer = _loaded(name, data, tokenizer, likelihood)
+    except PyroLoraError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
+            f"hub id within reach ({str(error).splitlines()[0]})"
+        ) from error
+    return _checked_padding(network), tokenizer
+
+
+def _loaded(
+    name: str, data: Any, tokenizer: Any, likelihood: str | None
+) -> tuple[PreTrainedModel, Any]:
+    """A language model where the checkpoint is one, else a classifier with as many classes as the
+    labels have, or with one output for real-valued labels."""
+    config = AutoConfig.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+    architecture = (config.architectures or [""])[0]
+    if likelihood == CausalLM.name or (likelihood is None and architecture.endswith("CausalLM")):
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
+    labels = raw_labels(data)
+    if labels is None:
+        raise DataError("the data has no labels: expected a column 'labels' or 'label'")
+    real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
+    classes = 1 if real else max(int(labels.max()) + 1, 2)
+    network = AutoModelForSequenceClassification.from_pretrained(
+        name, dtype="auto", num_labels=classes
+    )
+    if network.config.pad_token_id is None and tokenizer is not None:
+        network.config.pad_token_id = tokenizer.pad_token_id
+    return network, tokenizer
+
+
+def _checked_padding(network: nn.Module) -> nn.Module:
+    """A decoder that classifies by its last token has to know the padding token."""
+    config = getattr(network, "config", None)
+    if (
+        isinstance(network, PreTrainedModel)
+        and hasattr(network, "score")
+        and getattr(config, "pad_token_id", None) is None
+    ):
+        raise ConfigError(
+            f"{type(network).__name__} classifies by the last token that is not padding, and its "
+            "config has no pad_token_id; set model.config.pad_token_id = tokenizer.pad_token_id"
+        )
+    return network
