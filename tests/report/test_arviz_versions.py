@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,9 @@ assert az.from_netcdf({out!r})["log_likelihood"]["y"].shape == (1, 50, 9)
 def modern_python() -> str | None:
     if sys.version_info >= (3, 12):
         return sys.executable
-    for name in ("python3.14", "python3.13", "python3.12"):
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    installed = sorted(map(str, pyenv.glob("versions/3.1[2-9].*/bin/python")))
+    for name in ("python3.14", "python3.13", "python3.12", *installed):
         found = shutil.which(name)
         if found and subprocess.run([found, "-c", ""], capture_output=True).returncode == 0:
             return found
