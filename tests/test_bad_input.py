@@ -703,3 +703,10 @@ def test_a_detached_posterior_says_how_to_get_it_back(use: str) -> None:
 def test_a_data_frame_is_no_posterior_data(posterior: Posterior) -> None:
     with pytest.raises(DataError, match="got DataFrame"):
         posterior.predict(pd.DataFrame({"text": ["good"]}), num_samples=1)
+
+
+@pytest.mark.parametrize("options", [{"kl_weight": 0.5}, {"kl_warmup": 0.1}])
+def test_map_refuses_a_weight_for_a_prior_that_it_does_not_have(options) -> None:
+    with pytest.raises(ConfigError, match="prior_scale"):
+        guides.MAP(**options)
+    guides.MAP(**options, prior_scale=1.0)

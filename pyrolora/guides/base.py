@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, positive
 from pyrolora.parameters import ParamModule
@@ -54,7 +55,7 @@ class Guide(ABC):
     kl_weight: float = 1.0
     kl_weight_against: str = "sum"
     kl_warmup: float = 0.0
-    scale_learning_rate: float = 1e-2
+    scale_learning_rate: float = defaults.SCALE_LEARNING_RATE
 
     def __post_init__(self) -> None:
         positive("kl_weight", self.kl_weight)

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import positive
+from pyrolora.errors import ConfigError, positive
 from pyrolora.guides.base import Guide, Program, Quantities, Sites, tempered
 
 
@@ -40,6 +40,8 @@ class MAP(Guide):
         super().__post_init__()
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
+        elif (self.kl_weight, self.kl_weight_against, self.kl_warmup) != (1.0, "sum", 0.0):
+            raise ConfigError("kl_weight and its warm-up weigh a prior; give prior_scale, too")
 
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, self)

@@ -90,7 +90,6 @@ class MonteCLoRA(Guide):
     latent: str = "A"
     sparse: bool = False
     kl_weight: float = defaults.KL_WEIGHT
-    scale_learning_rate: float = defaults.SCALE_LEARNING_RATE
 
     def __post_init__(self) -> None:
         super().__post_init__()
