@@ -71,19 +71,21 @@ def fit(
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
     epochs, learning_rate, batch_size, seed
-        Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``.
+        Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
+        Trainer, the seed sets the process's random generators.
     output_dir
         Checkpoints every epoch, and the posterior at the end, go there.
     training
-        ``transformers.TrainingArguments`` for everything that the Trainer can do (accumulation,
-        precision, schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the
-        shortcuts.
+        ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
+        schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
+        its own defaults then hold (a learning rate of 5e-5), and saving is up to you.
     callbacks
         Trainer callbacks.
 
     Returns
     -------
     Posterior
+        Its network is in evaluation mode.
 
     Raises
     ------
@@ -92,6 +94,8 @@ def fit(
     NonFiniteError
         When the objective stops being finite; its ``posterior`` has the last good state.
     """
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
     options = as_guide(guide)
     config = as_adapter_config(adapter)
     shortcuts = {
@@ -198,6 +202,11 @@ def _arguments(
                 f"{', '.join(given)} and training= were both given; set "
                 f"{'them' if len(given) > 1 else 'it'} in the TrainingArguments"
             )
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "torch_compile"):
+            if getattr(training, name):
+                raise ConfigError(
+                    f"training={name}={getattr(training, name)!r} is not supported; leave it out"
+                )
         args = copy.copy(training)
         args.remove_unused_columns = False
         args.label_names = ["labels"]
@@ -220,6 +229,7 @@ def _arguments(
             report_to="none",
             remove_unused_columns=False,
             label_names=["labels"],
+            ddp_find_unused_parameters=False,  # every trained tensor is used in every step
             dataloader_pin_memory=torch.accelerator.is_available(),
         )
 

@@ -61,7 +61,6 @@ class JointModel(nn.Module):
             {_key(name): copy.deepcopy(w.base_layer) for name, w in attachment.heads.items()}
         )
         self.heads.float().requires_grad_(True)
-        self._checked = False
         self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
@@ -89,8 +88,8 @@ class JointModel(nn.Module):
         binding = self.binding(factors)
         with bind(binding):
             raw = self._call(inputs)
-        if not self._checked:
-            self._check_used(binding)
+        if len(binding.used) < len(binding.factors):
+            self._refuse(binding)
         output = self.likelihood.output(raw)
         return output if draws is None else output.unflatten(0, (draws, -1))
 
@@ -125,16 +124,14 @@ class JointModel(nn.Module):
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
 
-    def _check_used(self, binding: Binding) -> None:
-        """After the first call: an adapter whose layer was never called would do nothing."""
+    def _refuse(self, binding: Binding) -> None:
+        """An adapter whose layer is not called does nothing."""
         unused = [n for n, layer in self.attachment.layers.items() if layer not in binding.used]
-        if unused:
-            raise BindingError(
-                f"{len(unused)} adapted layer(s) were not called by the network, {unused[0]!r} "
-                "first: its code reads their weights directly, or does not use them for this "
-                "input; leave them out with exclude_modules"
-            )
-        self._checked = True
+        raise BindingError(
+            f"{len(unused)} adapted layer(s) were not called by the network, {unused[0]!r} "
+            "first: its code reads their weights directly, or does not use them for this "
+            "input; leave them out with exclude_modules"
+        )
 
     # Checkpointing -----------------------------------------------------------------------------
 

@@ -23,6 +23,8 @@ def param_statement(
     value: Tensor = transform_to(constraint)(unconstrained)
     if not unconstrained.requires_grad:
         return value  # a frozen tensor is a constant of the program
+    if value is unconstrained:  # the mark below must not stay on the parameter: no pickle takes it
+        value = unconstrained.view_as(unconstrained)
 
     def stored(*_: object, **__: object) -> Tensor:
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]

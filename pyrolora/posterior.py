@@ -20,7 +20,15 @@ from pyrolora.guides import Guide, guide_class
 from pyrolora.inference import Prepared, prepare
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointGuide, JointModel
-from pyrolora.predictive import Prediction, draw_factors, evaluate, predict, seeded
+from pyrolora.predictive import (
+    ClassPrediction,
+    Prediction,
+    RegressionPrediction,
+    draw_factors,
+    evaluate,
+    predict,
+    seeded,
+)
 from pyrolora.report import to_inference_data
 from pyrolora.storage import (
     check_base,
@@ -209,10 +217,12 @@ class Posterior:
         num_samples
             Number of draws.
         data
-            Adds ``posterior_predictive`` (probabilities, or means) and, with labels,
-            ``observed_data`` for these examples.
+            Adds ``posterior_predictive`` (sampled ``y``, and ``probs`` or ``mean`` of each draw)
+            and, with labels, ``observed_data`` for these examples.
         log_likelihood
-            With ``data``: adds the pointwise log-likelihood, for ``az.loo``.
+            With ``data``: adds the pointwise log-likelihood. ``az.loo`` is about the training data,
+            and exact for draws of the posterior itself, not for ``kl_weight`` below 1; for held-out
+            data there is ``evaluate(data)["nll"]``.
         factors
             Adds every entry of A and B, ``A[layer]`` and ``B[layer]``; by default there are the
             guide's scales (mixture weights, Σ, signal-to-noise) and ``adapter_norm``, ‖s B A‖_F per
@@ -273,11 +283,7 @@ class Posterior:
     def _data_groups(self, data: Any, factors: FlatFactors, log_likelihood: bool) -> dict[str, Any]:
         prepared = self._prepare(data, need_labels=log_likelihood)
         prediction = predict(self.model, prepared, factors)
-        groups: dict[str, Any] = {}
-        draws = getattr(prediction, "draws", None)
-        if draws is not None:
-            dims = ("example", "class")[: draws.dim() - 1]
-            groups["posterior_predictive"] = {"y": (_one_chain(draws), dims)}
+        groups: dict[str, Any] = {"posterior_predictive": _predictive_group(prediction)}
         if prediction.targets is not None:
             dims = ("example", "token")[: prediction.targets.dim()]
             groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
@@ -327,6 +333,22 @@ class Posterior:
         )
 
 
+def _predictive_group(prediction: Prediction) -> dict[str, Any]:
+    if isinstance(prediction, ClassPrediction):
+        labels = torch.distributions.Categorical(probs=prediction.draws).sample()
+        return {
+            "y": (_one_chain(labels), ("example",)),
+            "probs": (_one_chain(prediction.draws), ("example", "class")),
+        }
+    if isinstance(prediction, RegressionPrediction):
+        noise = prediction.noise_scale * torch.randn_like(prediction.draws)
+        return {
+            "y": (_one_chain(prediction.draws + noise), ("example",)),
+            "mean": (_one_chain(prediction.draws), ("example",)),
+        }
+    return {}  # the texts that a language model might have written are not drawn
+
+
 def build(
     network: nn.Module,
     attachment: Attachment,
@@ -344,7 +366,8 @@ def build(
     return joint.eval()
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> Posterior:
+@torch.inference_mode(False)
+def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Posterior:
     """Load a posterior that `Posterior.save` wrote.
 
     Parameters
@@ -352,8 +375,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> Posterior:
     path
         The folder.
     model
-        The network that it was fitted on. None: load it from the hub id or folder that it came
-        from at the time.
+        The network that it was fitted on, or the hub id or folder to load it from. None: from
+        where it came at the time.
 
     Raises
     ------
@@ -374,7 +397,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> Posterior:
         history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
         if not specs or num_examples < 1:
             raise ValueError("no layers, or no examples")
-        network = load_base(base) if model is None else model
+        network = model
+        if not isinstance(network, nn.Module):
+            name = base.get("name_or_path") if model is None else str(model)
+            network = load_base({**base, "name_or_path": name})
         check_base(network, heads, base)
         likelihood = likelihood_for(network, meta["likelihood"])
         attachment = Attachment(network, specs, heads)

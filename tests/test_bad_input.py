@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import peft
 import pytest
@@ -710,3 +711,35 @@ def test_map_refuses_a_weight_for_a_prior_that_it_does_not_have(options) -> None
     with pytest.raises(ConfigError, match="prior_scale"):
         guides.MAP(**options)
     guides.MAP(**options, prior_scale=1.0)
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0}])
+def test_trainer_options_that_the_elbo_cannot_use_are_refused(option, tmp_path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **option)
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        pyrolora.fit(bert(), tokens(), training=args)
+
+
+def test_a_peft_model_one_text_and_an_impossible_interval_are_refused() -> None:
+    import peft
+
+    network = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ConfigError, match="LoraConfig"):
+        pyrolora.fit(network, tokens())
+    posterior = pyrolora.fit(bert(), tokens(), tokenizer=tokenizer(), epochs=1)
+    with pytest.raises(DataError, match="as a list"):
+        posterior.predict("a good film")
+    for mass in (0.0, 1.0, 1.5):
+        with pytest.raises(ConfigError, match="mass"):
+            posterior.predict(tokens(), num_samples=2).interval(mass)
+    with torch.no_grad(), pytest.raises(ConfigError, match="gradients"):
+        pyrolora.fit(bert(), tokens())
+
+
+def test_numpys_float64_features_are_taken() -> None:
+    x = torch.randn(8, 4, dtype=torch.float64).numpy()
+    posterior = pyrolora.fit(
+        mlp(), (x, np.arange(8) % 3), likelihood="classification",
+        adapter=AdapterConfig(r=2), epochs=1,
+    )  # fmt: skip
+    assert posterior.predict((x,), num_samples=2).draws.shape == (2, 8, 3)

@@ -348,3 +348,34 @@ def test_fit_carries_the_binding_into_the_users_own_checkpointing():
 def test_reentrant_checkpointing_is_refused():
     with pytest.raises(ConfigError, match="use_reentrant"):
         joint_of(bert()).activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_copies_of_a_posterior_are_whole_and_independent():
+    """``copy.deepcopy`` and pickle: the copy predicts the same, also after another posterior of
+    its network has come and gone."""
+    import copy
+    import pickle
+
+    posterior = pyrolora.fit(bert(initializer_range=0.3), tokens(), epochs=2, learning_rate=0.02)
+    expected = posterior.predict(tokens(), num_samples=3, seed=0).draws
+    for twin in (copy.deepcopy(posterior), pickle.loads(pickle.dumps(posterior))):
+        passing = pyrolora.fit(twin.base, tokens(), guide="map", epochs=1)
+        passing.detach()
+        assert torch.equal(twin.predict(tokens(), num_samples=3, seed=0).draws, expected)
+        network = twin.detach()
+        assert all(p.requires_grad for p in network.parameters())
+        with pytest.raises(BindingError):
+            twin.predict(tokens())
+    assert torch.equal(posterior.predict(tokens(), num_samples=3, seed=0).draws, expected)
+
+
+def test_loading_under_inference_mode_leaves_a_posterior_that_trains(tmp_path):
+    pyrolora.fit(bert(), tokens(), epochs=1).save(tmp_path)
+    network = bert()
+    with torch.inference_mode():
+        posterior = pyrolora.load(tmp_path, network)
+        posterior.predict(tokens(), num_samples=2)
+    svi = SVI(
+        posterior.model, posterior.guide, pyro.optim.Adam({"lr": 1e-2}), TraceMeanField_ELBO()
+    )
+    assert torch.isfinite(torch.tensor(svi.step(batch_of(tokens()))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -49,6 +50,13 @@ class Attachment:
         self._requires_grad = shared.requires_grad
         shared.attachments.add(self)
         network.requires_grad_(False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy (``copy.deepcopy``, pickle) is an attachment of the copied network."""
+        self.__dict__.update(state)
+        if self.attached:
+            shared = _networks.setdefault(self.network, _Shared(self._requires_grad))
+            shared.attachments.add(self)
 
     @property
     def wrappers(self) -> Mapping[str, Wrapper]:

@@ -143,6 +143,11 @@ def _examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         return _from_tuple(data, input_name)
     if isinstance(data, list):
         return _from_list(data)
+    if isinstance(data, str):
+        raise DataError(
+            f"one text is no data set; write it as a list: [{data[:40]!r}]. A file is read with "
+            "datasets.Dataset.from_json or from_csv"
+        )
     indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
         return data
@@ -179,6 +184,8 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
         tensors = [torch.as_tensor(part) for part in parts]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"a tuple must hold tensors or lists of numbers: {error}") from error
+    if tensors[0].dtype == torch.float64:  # NumPy's default; networks compute in float32
+        tensors[0] = tensors[0].to(torch.get_default_dtype())
     return _TensorExamples(dict(zip(names, tensors, strict=False)))
 
 

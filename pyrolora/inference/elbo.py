@@ -61,7 +61,10 @@ class NamedELBO(TraceMeanField_ELBO):
             if site["is_observed"]:
                 term = _log_prob(site).sum()
                 loss = loss - term
-                self.terms["log_likelihood" if name == "y" else name] = term.detach()
+                if name == "y":
+                    self.terms["log_likelihood"] = term.detach()
+                else:  # a factor of the prior: logged without β, as the KLs are
+                    self.terms[name] = term.detach() / site["scale"]
             else:
                 term = self._kl(site, guide_trace, name)
                 loss = loss + guide_trace.nodes[name]["scale"] * term

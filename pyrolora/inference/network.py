@@ -31,6 +31,11 @@ def load_network(
     ConfigError
         When it cannot be loaded, or misses its padding token.
     """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ConfigError(
+            f"a {type(model).__name__} has adapters of its own; pass the network before PEFT "
+            "wrapped it, and PEFT's configuration as adapter=LoraConfig(...)"
+        )
     if isinstance(model, nn.Module):
         return _checked_padding(model), tokenizer
     if not isinstance(model, str | Path):

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolora.errors import ConfigError
 from pyrolora.likelihoods import CausalLM, Classification, Likelihood, Regression
 from pyrolora.types import Batch
 
@@ -122,7 +123,7 @@ class ClassPrediction(Prediction):
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """Bounds (n, C) of the central interval of each class probability over draws."""
-        tail = (1 - mass) / 2
+        tail = _tail(mass)
         return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -206,7 +207,7 @@ class RegressionPrediction(Prediction):
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """Bounds (n,) of the central interval of the predictive law, the mixture over draws of
         N(mean_s, σ²), by bisection of its distribution function."""
-        tail = (1 - mass) / 2
+        tail = _tail(mass)
         return self._quantile(tail), self._quantile(1 - tail)
 
     def _quantile(self, level: float) -> Tensor:
@@ -310,6 +311,12 @@ class TokenPrediction(Prediction):
         if scores is not None:
             columns["nll"] = -scores / self.num_tokens
         return _frame(columns, None)
+
+
+def _tail(mass: float) -> float:
+    if not 0 < mass < 1:
+        raise ConfigError(f"the mass of an interval must be between 0 and 1, got {mass!r}")
+    return (1 - mass) / 2
 
 
 def _entropy(probs: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ def to_inference_data(
 
     trees = {}
     for name, group in groups.items():
+        if not group:
+            continue
         data = {variable: np.asarray(values) for variable, (values, _) in group.items()}
         dims = {variable: list(names) for variable, (_, names) in group.items() if names}
         used = {dim for names in dims.values() for dim in names}

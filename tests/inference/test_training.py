@@ -163,12 +163,14 @@ posterior = pyrolora.fit(
         output_dir={out!r}, optim="sgd", max_steps=2, max_grad_norm=0.0, learning_rate=1.0,
         per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation},
         use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, seed=3,
+        dataloader_pin_memory=False, seed=3, ddp_find_unused_parameters=False,
     ),
 )
 import os
 if os.environ.get("RANK", "0") == "0":
     posterior.save({out!r} + "/posterior")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # else its threads may abort the exit
 """
 
 

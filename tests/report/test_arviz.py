@@ -71,10 +71,12 @@ def test_factors_and_data_come_by_request(posterior):
     layer = "bert.encoder.layer.1.attention.self.key"
     assert idata["posterior"][f"A[{layer}]"].shape == (1, 6, 2, 16)
     assert idata["posterior"][f"B[{layer}]"].shape == (1, 6, 16, 2)
-    assert idata["posterior_predictive"]["y"].dims == ("chain", "draw", "example", "class")
+    assert idata["posterior_predictive"]["probs"].dims == ("chain", "draw", "example", "class")
+    assert idata["posterior_predictive"]["y"].dims == ("chain", "draw", "example")
+    assert set(np.unique(idata["posterior_predictive"]["y"])) <= {0, 1}
     assert idata["observed_data"]["y"].shape == (9,)
     scores = idata["log_likelihood"]["y"].values[0]
-    probs = idata["posterior_predictive"]["y"].values[0]
+    probs = idata["posterior_predictive"]["probs"].values[0]
     labels = idata["observed_data"]["y"].values
     np.testing.assert_allclose(scores, np.log(probs[:, np.arange(9), labels]), rtol=1e-3, atol=1e-5)
 
@@ -104,3 +106,15 @@ def test_map_and_regression_convert_too():
     assert set(idata["posterior"].data_vars) == {"adapter_norm"}
     assert idata["posterior_predictive"]["y"].shape == (1, 3, 4)
     assert "observed_data" not in idata.children if hasattr(idata, "children") else True
+
+
+def test_predictive_draws_of_a_regression_have_its_noise():
+    posterior = pyrolora.fit(
+        mlp(4, 1), (torch.randn(40, 4), torch.randn(40)), likelihood="regression",
+        adapter=AdapterConfig(r=1), epochs=1,
+    )  # fmt: skip
+    data = (torch.randn(3, 4),)
+    group = posterior.to_arviz(3000, data=data, seed=0)["posterior_predictive"]
+    expected = posterior.predict(data, num_samples=3000).std
+    np.testing.assert_allclose(group["y"].values[0].std(0), expected.numpy(), rtol=0.1)
+    assert (group["mean"].values[0].std(0) < expected.numpy()).all()
