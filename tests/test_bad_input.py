@@ -209,7 +209,7 @@ SEQUENCES: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
     "a dictionary of streams": (streamed_splits, "streamed", {}),
     "a number": (lambda: 3, "datasets.Dataset, got int", {}),
     "nothing": (lambda: None, "datasets.Dataset, got NoneType", {}),
-    "a path": (lambda: "train.csv", "datasets.Dataset, got str", {}),
+    "a path": (lambda: "train.csv", "as a list, datasets.Dataset.from_json", {}),
     "a list of numbers": (lambda: [1, 2], "dicts or texts, got int", {}),
     "a dictionary of columns": (lambda: tokens().to_dict(), "got dict", {}),
     "a data frame": (lambda: tokens().to_pandas(), "got DataFrame", {}),
