@@ -27,6 +27,7 @@ def param_statement(
         value = unconstrained.view_as(unconstrained)
 
     def stored(*_: object, **__: object) -> Tensor:
+        # Where Pyro itself keeps it, on the tensor: SVI asks for it.
         value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
         return value
 

@@ -21,9 +21,7 @@ from pyrolora.inference import Prepared, prepare
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.predictive import (
-    ClassPrediction,
     Prediction,
-    RegressionPrediction,
     draw_factors,
     evaluate,
     predict,
@@ -283,7 +281,12 @@ class Posterior:
     def _data_groups(self, data: Any, factors: FlatFactors, log_likelihood: bool) -> dict[str, Any]:
         prepared = self._prepare(data, need_labels=log_likelihood)
         prediction = predict(self.model, prepared, factors)
-        groups: dict[str, Any] = {"posterior_predictive": _predictive_group(prediction)}
+        groups: dict[str, Any] = {
+            "posterior_predictive": {
+                name: (_one_chain(draws), dims)
+                for name, (draws, dims) in prediction.predictive_draws().items()
+            }
+        }
         if prediction.targets is not None:
             dims = ("example", "token")[: prediction.targets.dim()]
             groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
@@ -331,22 +334,6 @@ class Posterior:
             splits=EVALUATION_SPLITS,
             need_labels=need_labels,
         )
-
-
-def _predictive_group(prediction: Prediction) -> dict[str, Any]:
-    if isinstance(prediction, ClassPrediction):
-        labels = torch.distributions.Categorical(probs=prediction.draws).sample()
-        return {
-            "y": (_one_chain(labels), ("example",)),
-            "probs": (_one_chain(prediction.draws), ("example", "class")),
-        }
-    if isinstance(prediction, RegressionPrediction):
-        noise = prediction.noise_scale * torch.randn_like(prediction.draws)
-        return {
-            "y": (_one_chain(prediction.draws + noise), ("example",)),
-            "mean": (_one_chain(prediction.draws), ("example",)),
-        }
-    return {}  # the texts that a language model might have written are not drawn
 
 
 def build(

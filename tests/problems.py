@@ -8,6 +8,7 @@ import datasets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -30,6 +31,19 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 32,
     "vocab_size": len(WORDS),
 }
+
+
+class Rows(TorchDataset[Any]):
+    """A torch data set over a list."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -17,9 +17,8 @@ import pandas as pd
 import peft
 import pytest
 import torch
-from problems import bert, llama, mlp, reviews, tokenizer, tokens
+from problems import Rows, bert, llama, mlp, reviews, tokenizer, tokens
 from torch import Tensor, nn
-from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -96,19 +95,6 @@ def assert_says(error: BaseException, words: str) -> None:
 
 
 # Data ---------------------------------------------------------------------------------------------
-
-
-class Rows(TorchDataset[Any]):
-    """A torch data set over a list."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
 
 
 def relabelled(labels: list[Any]) -> datasets.Dataset:

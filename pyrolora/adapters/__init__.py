@@ -4,7 +4,7 @@ from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.inject import Attachment, attach, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
 from pyrolora.adapters.lora_config import as_adapter_config
-from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, features, plain_parameters, unwrapped
+from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, plain_parameters
 
 __all__ = [
     "AUTO_TARGETS",
@@ -22,8 +22,6 @@ __all__ = [
     "attach",
     "bind",
     "current_binding",
-    "features",
     "plain_parameters",
     "unwrap",
-    "unwrapped",
 ]

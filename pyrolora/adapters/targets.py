@@ -61,6 +61,7 @@ def features(module: nn.Module) -> tuple[int, int]:
     module = unwrapped(module)
     if isinstance(module, Conv1D):
         return int(module.nx), int(module.nf)
+    # Of an nn.Module, whose attributes are typed as tensors or modules.
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from pyrolora.errors import DataError
-from pyrolora.likelihoods import CausalLM, Likelihood
+from pyrolora.likelihoods import IGNORED, CausalLM, Likelihood
 from pyrolora.model import INPUTS, LABELS
 
 # Text columns of well-known data sets, the pairs first.
@@ -32,7 +32,6 @@ TEXT_COLUMNS = (
     ("question",),
 )
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class NamedELBO(TraceMeanField_ELBO):
         with torch.autocast(value.device.type, enabled=False):
             try:
                 return kl_divergence(guide_site["fn"], site["fn"]).sum()
-            except NotImplementedError:
+            except NotImplementedError:  # torch has no closed form for this pair of laws
                 return (guide_site["fn"].log_prob(value) - site["fn"].log_prob(value)).sum()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from pyrolora.errors import ConfigError, UnknownNameError
-from pyrolora.likelihoods.base import Likelihood
+from pyrolora.likelihoods.base import IGNORED, Likelihood
 from pyrolora.likelihoods.causal_lm import CausalLM
 from pyrolora.likelihoods.classification import Classification
 from pyrolora.likelihoods.regression import Regression
@@ -46,6 +46,7 @@ def likelihood_for(network: nn.Module, name: str | None = None) -> Likelihood:
 
 
 __all__ = [
+    "IGNORED",
     "CausalLM",
     "Classification",
     "Likelihood",

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from pyrolora.parameters import ParamModule
 from pyrolora.types import Batch
 
+IGNORED = -100
+"""The label of a token that does not count, as transformers has it."""
+
 
 class Likelihood(ParamModule, ABC):
     """p(y | output), with one observed Pyro site ``y`` in the plate ``data``.

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from pyrolora.errors import DataError
-from pyrolora.likelihoods.base import Likelihood
+from pyrolora.likelihoods.base import IGNORED, Likelihood
 from pyrolora.types import Batch
 
 _CLASSES = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-IGNORED = -100
 
 
 class CausalLM(Likelihood):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import ConfigError
-from pyrolora.likelihoods import CausalLM, Classification, Likelihood, Regression
+from pyrolora.likelihoods import IGNORED, CausalLM, Classification, Likelihood, Regression
 from pyrolora.types import Batch
 
 
@@ -44,6 +44,11 @@ class Prediction(ABC):
     @abstractmethod
     def collect(cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood) -> Prediction:
         """The prediction of all batches."""
+
+    @abstractmethod
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        """Draws of the targets, ``y``, and of what their law depends on: name -> (S, n, ...) and
+        the names of the dimensions after the first."""
 
     @abstractmethod
     def to_pandas(self) -> pd.DataFrame:
@@ -125,6 +130,10 @@ class ClassPrediction(Prediction):
         """Bounds (n, C) of the central interval of each class probability over draws."""
         tail = _tail(mass)
         return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
+
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        labels = torch.distributions.Categorical(probs=self.draws).sample()
+        return {"y": (labels, ("example",)), "probs": (self.draws, ("example", "class"))}
 
     def to_pandas(self) -> pd.DataFrame:
         columns: dict[str, Tensor] = {
@@ -219,6 +228,10 @@ class RegressionPrediction(Prediction):
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        noise = self.noise_scale * torch.randn_like(self.draws)
+        return {"y": (self.draws + noise, ("example",)), "mean": (self.draws, ("example",))}
+
     def to_pandas(self) -> pd.DataFrame:
         low, high = self.interval()
         columns = {"mean": self.mean, "std": self.std, "epistemic": self.epistemic}
@@ -265,7 +278,7 @@ class TokenPrediction(Prediction):
             "num_tokens": mask.sum(-1).cpu(),
         }
         if labels is not None:
-            counted = labels.masked_fill(~mask, -100)
+            counted = labels.masked_fill(~mask, IGNORED)
             record |= {"log_likelihood": torch.cat(scores), "targets": counted.cpu()}
         return record
 
@@ -280,7 +293,7 @@ class TokenPrediction(Prediction):
                 "entropy": _pad(record["entropy"], length, torch.nan),
                 "aleatoric": _pad(record["aleatoric"], length, torch.nan),
                 **(
-                    {"targets": _pad(record["targets"], length, -100)}
+                    {"targets": _pad(record["targets"], length, IGNORED)}
                     if "targets" in record
                     else {}
                 ),
@@ -299,6 +312,9 @@ class TokenPrediction(Prediction):
     def epistemic(self) -> Tensor:
         """The mutual information of token and draw, (n, T-1)."""
         return (self.entropy - self.aleatoric).clamp(min=0)
+
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        return {}  # the texts that the model might have written are not drawn
 
     def to_pandas(self) -> pd.DataFrame:
         columns = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 
+import peft
 import pytest
 import torch
 from problems import SIZES, WORDS, bert, gpt2, llama, mlp
@@ -33,8 +34,6 @@ from transformers import (
 from pyrolora.adapters import AUTO_TARGETS, attach
 from pyrolora.errors import ConfigError, TargetError
 from pyrolora.types import AdapterConfig
-
-peft = pytest.importorskip("peft")
 
 
 def roberta():

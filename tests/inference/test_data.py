@@ -7,10 +7,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from problems import WORDS, bert, llama, mlp, reviews, tokenizer, tokens
+from problems import WORDS, Rows, bert, llama, mlp, reviews, tokenizer, tokens
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.data import Dataset as TorchDataset
 
 from pyrolora.errors import DataError
 from pyrolora.inference import Prepared, prepare
@@ -23,19 +22,6 @@ PAIRS = [
     ("question", "sentence"),
     ("text", "text_pair"),
 ]
-
-
-class Rows(TorchDataset[Any]):
-    """A torch data set over a list."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
 
 
 def batches(prepared: Prepared, size: int = 5) -> list[dict[str, Tensor]]:
