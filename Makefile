@@ -1,5 +1,7 @@
-# make install   a virtual environment in .venv with pyrolora in it
-# make test      install with development tools; format, lint and type check; tests
+# make install   a virtual environment in .venv: pyrolora, and all that its tests need
+# make demo      LoRA against its posterior on a small model; no network, three minutes
+# make test      format, lint and type check; tests
+# make notebooks run them, and keep their output
 # make verify    what takes longer: calibration, faults, several processes
 PYTHON ?= python3
 VENV := .venv
@@ -7,30 +9,31 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 
-.PHONY: install dev test verify clean
+.PHONY: install demo test notebooks verify clean
 
 install: $(VENV)/.installed
-dev: $(VENV)/.dev
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/pip pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt torch
-	$(PIP) install --constraint constraints.txt --editable .
-	touch $@
-
-$(VENV)/.dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-test: dev
+demo: install
+	$(BIN)/pyrolora demo --output-dir pyrolora-demo
+
+test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --durations 10
 
-verify: dev
+notebooks: install
+	PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+verify: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --durations 10
 
 clean:

@@ -8,6 +8,7 @@ EPOCHS = 5
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 32
 SEED = 42
+MAX_SEED = 2**32 - 1  # NumPy's generator, which the Trainer seeds too, takes no more
 
 # The scales of the posterior (Dirichlet, Wishart, sample scale, noise) are logarithms: one unit is
 # a factor e, so they need larger steps than weights, and no weight decay (BLoB: 1e-2).
@@ -32,3 +33,10 @@ NUM_SAMPLES = 32
 EVAL_SAMPLES = 4
 # Rows (draws x examples) of one pass through the network at prediction.
 PREDICT_ROWS = 128
+
+# The demo: both fits and their predictions in three minutes on two cores.
+DEMO_EPOCHS = 8
+DEMO_LEARNING_RATE = 2e-3
+DEMO_SAMPLES = 16
+DEMO_TRAIN = 200  # sentences a library
+DEMO_TEST = 100

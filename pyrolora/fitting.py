@@ -15,14 +15,15 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
 from pyrolora.adapters import as_adapter_config, attach
-from pyrolora.errors import (
-    ConfigError,
-    NonFiniteError,
-    positive,
-    whole_number,
-)
+from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide, as_guide
-from pyrolora.inference import Prepared, SVITrainer, load_network, prepare
+from pyrolora.inference import (
+    Prepared,
+    SVITrainer,
+    load_network,
+    prepare,
+    training_arguments,
+)
 from pyrolora.likelihoods import likelihood_for
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior, build
@@ -74,7 +75,7 @@ def fit(
         Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
         Trainer, the seed sets the process's random generators.
     output_dir
-        Checkpoints every epoch, and the posterior at the end, go there.
+        Checkpoints, ten a run, and the posterior at the end, go there.
     training
         ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
         schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
@@ -167,6 +168,7 @@ def _train(
         error.posterior = posterior
         raise
     finally:
+        trainer.close_progress()
         if args.gradient_checkpointing and not checkpointing:
             joint.activation_checkpointing_disable()
         joint.zero_grad(set_to_none=True)
@@ -214,33 +216,9 @@ def _arguments(
             args.dataloader_pin_memory = False  # torch would warn that it cannot
         yield args
         return
-    _check_shortcuts(given)
     with tempfile.TemporaryDirectory() as scratch:
-        yield TrainingArguments(
-            output_dir=str(given.get("output_dir", scratch)),
-            num_train_epochs=given.get("epochs", defaults.EPOCHS),
-            learning_rate=given.get("learning_rate", defaults.LEARNING_RATE),
-            per_device_train_batch_size=given.get("batch_size", defaults.BATCH_SIZE),
-            per_device_eval_batch_size=given.get("batch_size", defaults.BATCH_SIZE),
-            seed=given.get("seed", defaults.SEED),
-            save_strategy="epoch" if "output_dir" in given else "no",
-            save_total_limit=2,
-            logging_steps=0.05,
-            report_to="none",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            ddp_find_unused_parameters=False,  # every trained tensor is used in every step
-            dataloader_pin_memory=torch.accelerator.is_available(),
-        )
-
-
-def _check_shortcuts(given: dict[str, Any]) -> None:
-    for name in ("epochs", "learning_rate"):
-        if name in given:
-            positive(name, given[name])
-    for name, least in (("batch_size", 1), ("seed", 0)):
-        if name in given:
-            whole_number(name, given[name], at_least=least)
+        folder = given.pop("output_dir", None)
+        yield training_arguments(folder or scratch, save=folder is not None, **given)
 
 
 def _check_evaluation(

@@ -167,8 +167,9 @@ class Posterior:
     ) -> dict[str, float]:
         """Metrics of the predictive mean over draws.
 
-        Classification: ``accuracy``, ``nll``, ``ece``, ``brier``; regression: ``rmse``, ``nll``,
-        ``crps``, ``coverage``; language models: ``nll`` (a token) and ``perplexity``.
+        Classification: ``accuracy``, ``nll``, ``ece``, ``brier``, ``error_auroc``; regression:
+        ``rmse``, ``nll``, ``crps``, ``coverage``; language models: ``nll`` (a token) and
+        ``perplexity``. `pyrolora.predictive.evaluate` defines each.
         """
         return evaluate(self._predict(data, num_samples, batch_size, seed, need_labels=True))
 

@@ -38,7 +38,7 @@ def pairs(outputs: int) -> Callable[[int], Any]:
     return data
 
 
-CLASS = {"accuracy", "nll", "ece", "brier"}
+CLASS = {"accuracy", "nll", "ece", "brier", "error_auroc"}
 REAL = {"rmse", "nll", "crps", "coverage"}
 TEXT = {"nll", "perplexity"}
 PROBLEMS = {

@@ -28,6 +28,10 @@ FLOORS = {
     "report": 6,
     "posterior": 7,
     "fitting": 8,
+    "zoo": 1,
+    "demo": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"

@@ -1,5 +1,6 @@
 """Inference: the ELBO, the Trainer around it, and the data that both take."""
 
+from pyrolora.inference.arguments import last_checkpoint, training_arguments
 from pyrolora.inference.data import Prepared, prepare
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.network import load_network
@@ -10,7 +11,9 @@ __all__ = [
     "Objective",
     "Prepared",
     "SVITrainer",
+    "last_checkpoint",
     "load_network",
     "prepare",
     "read_state",
+    "training_arguments",
 ]

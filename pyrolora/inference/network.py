@@ -14,17 +14,20 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.models.auto import modeling_auto
 
-from pyrolora.errors import ConfigError, DataError, PyroLoraError
-from pyrolora.inference.data import raw_labels
+from pyrolora.errors import ConfigError, PyroLoraError
+from pyrolora.inference.labels import class_names, has_class_labels, raw_labels
 from pyrolora.likelihoods import CausalLM, Regression
+
+_LANGUAGE_MODELS = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def load_network(
     model: Any, data: Any, tokenizer: Any = None, likelihood: str | None = None
 ) -> tuple[nn.Module, Any]:
     """The network and its tokenizer; loaded, if it is given by a hub id or folder, as the class
-    that ``data`` and ``likelihood`` call for.
+    that ``data`` and ``likelihood`` call for, with the names of its labels.
 
     Raises
     ------
@@ -64,19 +67,38 @@ def _loaded(
     config = AutoConfig.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
     architecture = (config.architectures or [""])[0]
-    if likelihood == CausalLM.name or (likelihood is None and architecture.endswith("CausalLM")):
+    if likelihood == CausalLM.name or (likelihood is None and architecture in _LANGUAGE_MODELS):
+        if likelihood is None and has_class_labels(data):
+            raise ConfigError(
+                f"{name!r} is a language model and the data has labels; say which is meant: "
+                "likelihood='classification' (or 'regression'), or 'causal_lm' for the text alone"
+            )
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
-    labels = raw_labels(data)
-    if labels is None:
-        raise DataError("the data has no labels: expected a column 'labels' or 'label'")
-    real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
-    classes = 1 if real else max(int(labels.max()) + 1, 2)
-    network = AutoModelForSequenceClassification.from_pretrained(
-        name, dtype="auto", num_labels=classes
-    )
+    outputs = _outputs(data, likelihood, config)
+    classes = outputs.get("num_labels", len(outputs.get("id2label", config.id2label)))
+    if architecture.endswith("ForSequenceClassification") and classes != config.num_labels:
+        raise ConfigError(
+            f"{name!r} is a classifier with {config.num_labels} outputs, and the data needs "
+            f"{classes}; for a new head pass the model itself, loaded with "
+            f"num_labels={classes}, ignore_mismatched_sizes=True"
+        )
+    network = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", **outputs)
     if network.config.pad_token_id is None and tokenizer is not None:
         network.config.pad_token_id = tokenizer.pad_token_id
     return network, tokenizer
+
+
+def _outputs(data: Any, likelihood: str | None, config: Any) -> dict[str, Any]:
+    """The classes that the labels have, with their names where they have names (the model's own
+    stay, if it knows these names); one output for real-valued labels."""
+    names = None if likelihood == Regression.name else class_names(data)
+    if names is not None and set(names) <= set(config.id2label.values()):
+        return {}
+    if names is not None:
+        return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    labels = raw_labels(data)
+    real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
+    return {"num_labels": 1 if real else max(int(labels.max()) + 1, 2)}
 
 
 def _checked_padding(network: nn.Module) -> nn.Module:

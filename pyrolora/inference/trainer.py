@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
@@ -114,6 +114,8 @@ class SVITrainer(Trainer):
             callbacks=[*callbacks],
         )
         self.add_callback(_FiniteGradients(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(_Progress(f"fitting {guide.name}"))
 
     optimizer: Any
     control: Any
@@ -121,6 +123,12 @@ class SVITrainer(Trainer):
     @property
     def joint(self) -> JointModel:
         return self.model.joint
+
+    def close_progress(self) -> None:
+        """Leave the line of the bar, also after a fit that failed."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, _Progress) and callback.training_bar is not None:
+                callback.training_bar.close()
 
     # The objective ------------------------------------------------------------------------------
 
@@ -154,6 +162,8 @@ class SVITrainer(Trainer):
         if not torch.isfinite(loss):
             raise NonFiniteError(self._describe_failure())
         share = _size(inputs) * self.accelerator.num_processes / num_items_in_batch
+        if not self._sums:  # the first since the last log, or since a resume
+            self._steps = self.state.global_step
         for name, term in self.model.estimator.terms.items():
             self._sums[name] = self._sums[name].to(term.device) + share * term
         return loss * share
@@ -228,7 +238,6 @@ class SVITrainer(Trainer):
             elbo = sum(-v if name.startswith("kl/") else v for name, v in means.items())
             logs |= {**means, "elbo": elbo}
             self._sums.clear()
-            self._steps = self.state.global_step
         super().log(logs, start_time)
 
     # Checkpoints --------------------------------------------------------------------------------
@@ -249,6 +258,30 @@ class SVITrainer(Trainer):
         best = self.state.best_model_checkpoint
         assert best is not None
         self.joint.load_own_state(read_state(Path(best) / STATE_FILE))
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's bar, with the newest numbers at its end in place of a line for each entry."""
+
+    SHOWN = ("loss", "eval_nll", "eval_accuracy")
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+        self.numbers: dict[str, str] = {}
+
+    training_bar: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {name: f"{logs[name]:.3f}" for name in self.SHOWN if name in (logs or {})}
+        self.numbers |= shown
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.numbers)
 
 
 class _FiniteGradients(TrainerCallback):

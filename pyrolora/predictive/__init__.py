@@ -1,6 +1,6 @@
 """From draws of the posterior to predictions and their scores."""
 
-from pyrolora.predictive.metrics import evaluate
+from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.predict import draw_factors, predict, seeded, to_device
 from pyrolora.predictive.prediction import (
     ClassPrediction,
@@ -14,6 +14,7 @@ __all__ = [
     "Prediction",
     "RegressionPrediction",
     "TokenPrediction",
+    "auroc",
     "draw_factors",
     "evaluate",
     "predict",

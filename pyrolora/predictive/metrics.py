@@ -7,6 +7,7 @@ from functools import singledispatch
 import torch
 from torchmetrics.functional import mean_squared_error
 from torchmetrics.functional.classification import (
+    binary_auroc,
     multiclass_accuracy,
     multiclass_calibration_error,
 )
@@ -26,9 +27,10 @@ def evaluate(prediction: Prediction) -> dict[str, float]:
     """Metrics by name.
 
     Classification: ``accuracy``, ``nll`` (nats), ``ece`` (15 bins of equal width), ``brier``
-    (summed over classes, 0..2). Regression: ``rmse``, ``nll``, ``crps`` (units of the target),
-    ``coverage`` (share of targets in the central 90 % interval). Language models: ``nll`` (nats a
-    token, of the mixture over draws) and ``perplexity`` = exp(nll).
+    (summed over classes, 0..2), ``error_auroc`` (`auroc` of the entropy for finding the wrong
+    predictions; NaN when there are none, or nothing else). Regression: ``rmse``, ``nll``, ``crps``
+    (units of the target), ``coverage`` (share of targets in the central 90 % interval). Language
+    models: ``nll`` (nats a token, of the mixture over draws) and ``perplexity`` = exp(nll).
 
     Raises
     ------
@@ -38,6 +40,21 @@ def evaluate(prediction: Prediction) -> dict[str, float]:
     if prediction.targets is None:
         raise DataError("evaluation needs labels, and the data has none; use predict() instead")
     return _metrics(prediction)
+
+
+def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
+    """The area under the ROC curve of a score, P(a < b) + ½ P(a = b), for independent a from
+    ``low`` and b from ``high``; NaN when either is empty.
+
+    For out-of-distribution data: ``auroc(inside.entropy, outside.entropy)``.
+    """
+    if not len(low) or not len(high):
+        return float("nan")
+    scores = torch.cat([low, high]).double()
+    # Ranks, since torchmetrics takes scores in [0, 1] as they are and others through a sigmoid.
+    ranks = scores.unique(return_inverse=True)[1].double()
+    truth = torch.cat([torch.zeros(len(low)), torch.ones(len(high))]).long()
+    return float(binary_auroc(ranks / max(len(scores), 1), truth))
 
 
 @singledispatch
@@ -56,6 +73,10 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
         "nll": _nll(prediction),
         "ece": float(multiclass_calibration_error(probs, targets, classes, ECE_BINS, "l1")),
         "brier": float((probs - one_hot).square().sum(-1).mean()),
+        "error_auroc": auroc(
+            prediction.entropy[prediction.predicted == targets],
+            prediction.entropy[prediction.predicted != targets],
+        ),
     }
 
 

@@ -46,6 +46,7 @@ def load_base(description: Mapping[str, Any]) -> PreTrainedModel:
         )
     config = {key: value for key, value in description["config"].items() if value is not None}
     config["id2label"] = {int(key): value for key, value in config["id2label"].items()}
+    config["label2id"] = {value: key for key, value in config["id2label"].items()}
     try:
         with _quiet():  # transformers reports a missing head: the posterior brings its own
             network: PreTrainedModel = kind.from_pretrained(

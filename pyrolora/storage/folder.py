@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -51,10 +52,20 @@ def write_folder(
         "tokenizer": None if folder is None else folder.name,
         **meta,
     }
-    _write(path / META_FILE, (json.dumps(described, indent=1) + "\n").encode())
+    text = json.dumps(finite(described), indent=1, allow_nan=False) + "\n"
+    _write(path / META_FILE, text.encode())
     for item in path.iterdir():
         if OWN_NAME.fullmatch(item.name) and item not in (state_file, folder):
             shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def finite(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity become null, tuples lists."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -1,0 +1,65 @@
+"""The command line: ``pyrolora fit|predict|evaluate|export|demo``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.exceptions import TyperException
+
+from pyrolora.cli.demo import demo
+from pyrolora.cli.evaluate import evaluate
+from pyrolora.cli.export import export
+from pyrolora.cli.fit import fit
+from pyrolora.cli.predict import predict
+from pyrolora.errors import NonFiniteError, PyroLoraError
+
+FAILED, MISUSED, NOT_FINITE, INTERRUPTED = 1, 2, 3, 130
+DEBUG = "PYROLORA_DEBUG"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="Posteriors over the low-rank adapters of a transformer: fit one, score it, predict with "
+    "its uncertainty, hand it to other tools. 'pyrolora demo' shows it all on a small model.",
+    epilog="Exit codes: 0 done; 2 a wrong option, file, column or folder; 3 the fit met NaN or "
+    "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
+)
+for command in (fit, predict, evaluate, export, demo):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors that a user can mend are one line on standard error."""
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        code = app(args=given, prog_name="pyrolora", standalone_mode=False, obj=given) or 0
+    except TyperException as error:
+        code = _report(error.format_message(), MISUSED)
+    except NonFiniteError as error:
+        code = _report(error, NOT_FINITE)
+    except PyroLoraError as error:
+        code = _report(error, MISUSED)
+    except OSError as error:  # no space, no permission
+        code = _report(error, FAILED)
+    except Exception as error:
+        if DEBUG in os.environ:
+            raise
+        code = _report(f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", FAILED)
+    if code == INTERRUPTED:  # typer makes an exit code of a KeyboardInterrupt
+        _report("interrupted", code)
+    sys.exit(code)
+
+
+def _report(error: object, code: int) -> int:
+    message = " ".join(str(error).split())
+    if message:
+        print(f"pyrolora: error: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,54 @@
+"""``pyrolora evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import posteriors
+from pyrolora.cli.files import KINDS
+from pyrolora.cli.output import metrics_table, print_json
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a fit.")],
+    data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
+    num_samples: Annotated[
+        int, typer.Option(help="Draws of the posterior; 0: the mean adapter alone.")
+    ] = defaults.NUM_SAMPLES,
+    batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = defaults.BATCH_SIZE,
+    seed: Annotated[
+        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")
+    ] = defaults.SEED,
+    text: Annotated[
+        list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="The target's column; otherwise as in the fit.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of the data.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base network, if it has moved since the fit.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Score the predictive mean of a posterior on labelled data.
+
+    \b
+    pyrolora evaluate run test.jsonl
+    pyrolora evaluate run test.jsonl --num-samples 0 --json
+
+    Classification: accuracy, NLL (nats), ECE, Brier score, AUROC of the errors by
+    entropy; regression: RMSE, NLL, CRPS, coverage of the 90 % interval; language
+    models: NLL a token, perplexity.
+    """
+    examples = posteriors.labelled(run, data, split, text, label)
+    posterior = posteriors.load(run, model)
+    metrics = posterior.evaluate(examples, num_samples, batch_size=batch_size, seed=seed)
+    if json:
+        print_json({"run": str(run), "num_samples": num_samples, **metrics})
+    else:
+        metrics_table({posterior.options.name: metrics})

@@ -1,0 +1,248 @@
+"""Data from files, folders and the hub; tables to files."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyrolora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas as pd
+
+KINDS = ".jsonl, .json, .csv, .tsv, .parquet, .txt (a text a line)"
+LABELS = ("label", "labels")
+MAX_CELL = 2**31 - 1  # characters; the csv module's own limit is less than a book
+
+
+def read_data(source: str, split: str | None, defaults: Sequence[str]) -> datasets.Dataset:
+    """The data set that a source holds.
+
+    Parameters
+    ----------
+    source
+        A file (`KINDS`), a folder written by ``save_to_disk``, or ``name`` or ``name:config`` of a
+        data set on the hub.
+    split
+        Which split of a source that has several; None: the first of ``defaults`` that there is.
+
+    Raises
+    ------
+    DataError, ConfigError
+        In one line: no such file, no such split, not readable as what its name says.
+    """
+    path = Path(source)
+    if path.is_dir():
+        data = _from_folder(path)
+    elif path.is_file():
+        data = _from_file(path)
+    elif path.suffix.lower() in _READERS or path.is_absolute() or source.startswith("."):
+        raise DataError(f"there is no file {source!r} (seen from {Path.cwd()})")
+    else:
+        data = _from_hub(source)
+    if not isinstance(data, dict):
+        if split is not None:
+            raise ConfigError(f"{source} has no splits; leave out --split {split}")
+        return data
+    names = defaults if split is None else [split]
+    for name in names:
+        if name in data:
+            return data[name]
+    raise ConfigError(
+        f"{source} has no split {' or '.join(map(repr, names))}; it has {sorted(data)}: choose one "
+        "with --split"
+    )
+
+
+def with_columns(
+    data: datasets.Dataset, text: Sequence[str], label: str | None, source: str
+) -> datasets.Dataset:
+    """The data with the chosen columns under the names that `pyrolora.fit` knows.
+
+    ``text`` names the column of the text, or the two of a pair; ``label`` that of the target. With
+    ``text`` no other column is input, with ``label`` no other is the target.
+    """
+    if len(text) > 2 or len(set(text)) < len(text):
+        raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
+    for name in (*text, *([] if label is None else [label])):
+        if name not in data.column_names:
+            raise DataError(f"{source} has no column {name!r}; it has {data.column_names}")
+    new = dict(zip(text, ("text", "text_pair"), strict=False))
+    if label in new:
+        raise ConfigError(f"--text and --label are the same column, {label!r}")
+    if label is not None:
+        new[label] = "label"
+    targets = LABELS if label is None else (label,)
+    dropped = {*new.values(), *LABELS} if label is not None else set(new.values())
+    kept = [
+        name
+        for name in data.column_names
+        if name in new or name in targets or not (text or name in dropped)
+    ]
+    return data.select_columns(kept).rename_columns(
+        {old: name for old, name in new.items() if old != name}
+    )
+
+
+def fingerprint(source: str, data: datasets.Dataset) -> str:
+    """What tells whether the data is the same as at an earlier run."""
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as stream:
+            return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+    return f"datasets:{data._fingerprint}"
+
+
+def writer(path: Path) -> Callable[[pd.DataFrame], None]:
+    """What writes a table to a file, by the file's name."""
+    writers: dict[str, Callable[[pd.DataFrame], None]] = {
+        ".csv": lambda table: table.to_csv(path, index=False),
+        ".tsv": lambda table: table.to_csv(path, index=False, sep="\t"),
+        ".jsonl": lambda table: table.to_json(
+            path, orient="records", lines=True, date_format="iso"
+        ),
+        ".parquet": lambda table: table.convert_dtypes().to_parquet(path, index=False),
+    }
+    if path.suffix.lower() not in writers:
+        raise ConfigError(f"cannot tell the format of {path}; name it {', '.join(writers)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+    return writers[path.suffix.lower()]
+
+
+# Readers: rows of plain values, as they stand in the file ------------------------------------
+
+
+def _csv(path: Path, delimiter: str = ",") -> list[dict[str, Any]]:
+    """Every cell is text; an empty one is None."""
+    csv.field_size_limit(MAX_CELL)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"the header names a column twice: {header}")
+        rows = []
+        for cells in reader:
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}"
+                )
+            rows.append(dict(zip(header, (cell or None for cell in cells), strict=True)))
+    return rows
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(_object(json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+    return rows
+
+
+def _json(path: Path) -> list[dict[str, Any]]:
+    """A list of objects, or an object a line."""
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.lstrip().startswith("["):
+        return _json_lines(path)
+    return [_object(row) for row in json.loads(text)]
+
+
+def _object(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with named fields, got {str(row)[:40]!r}")
+    return row
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [{"text": line.removesuffix("\r")} for line in lines if line.strip()]
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    from pyarrow import parquet
+
+    rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+_READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": lambda path: _csv(path, "\t"),
+    ".parquet": _parquet,
+    ".txt": _lines,
+}
+
+
+def _from_file(path: Path) -> datasets.Dataset:
+    import datasets
+    import pyarrow
+
+    kind = path.suffix.lower()
+    if kind not in _READERS:
+        raise DataError(f"cannot tell what {path} is; the name of a data file ends in {KINDS}")
+    try:
+        rows = _READERS[kind](path)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        data = datasets.Dataset.from_dict(columns)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not encoded in UTF-8; convert it first") from error
+    except (pyarrow.ArrowException, ValueError, TypeError, csv.Error, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is not readable as {kind[1:]}: {reason[:200]}") from error
+    if not rows or not names:
+        raise DataError(f"the file {path} has no rows")
+    return data
+
+
+def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
+    """A text column of labels turned to whole or real numbers, if every one is a number: the
+    columns of CSV files are text."""
+    for name in LABELS:
+        cells = data[name][:] if name in data.column_names else [None]
+        if not all(isinstance(cell, str) for cell in cells if cell is not None):
+            continue
+        for kind in (int, float):
+            try:
+                values = [None if cell is None else kind(cell) for cell in cells]
+            except ValueError:
+                continue
+            if not any(value is not None for value in values):
+                continue
+            return data.remove_columns(name).add_column(name, values)
+    return data
+
+
+def _from_folder(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # damaged in any way
+        raise DataError(
+            f"the folder {path} holds no data set written by save_to_disk, or a damaged one; pass "
+            f"such a folder, or a file ({KINDS})"
+        ) from error
+
+
+def _from_hub(source: str) -> Any:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None)
+    except Exception as error:  # of the network, the hub, the loader: whatever it is, it is no data
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{source!r} is no file or folder here, and no data set within reach: {reason[:200]}"
+        ) from error

@@ -1,0 +1,262 @@
+"""``pyrolora fit``."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import settings
+from pyrolora.cli.files import (
+    KINDS,
+    fingerprint,
+    numbers_as_numbers,
+    read_data,
+    with_columns,
+)
+from pyrolora.cli.output import metrics_table, print_json
+from pyrolora.cli.runs import LAST_GOOD, Run, say
+from pyrolora.errors import ConfigError, NonFiniteError, PyroLoraError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from pyrolora.posterior import Posterior
+
+EVAL_SPLITS = ("validation", "test")
+
+
+def fit(
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help=f"Training data: a file ({KINDS}), a folder written by save_to_disk, or the "
+            "name, or name:config, of a data set on the hub."
+        ),
+    ],
+    model: Annotated[
+        str, typer.Option(help="The network to adapt: a hub id, or a folder with its weights.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="The run's folder.")],
+    guide: Annotated[
+        str, typer.Option(help="How to infer the posterior: montec (MonteCLoRA), map (plain LoRA).")
+    ] = "montec",
+    eval_data: Annotated[
+        str | None, typer.Option(help="Data to score after every epoch and at the end.")
+    ] = None,
+    likelihood: Annotated[
+        str | None,
+        typer.Option(help="classification, regression or causal_lm; otherwise from the model."),
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = defaults.EPOCHS,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of the adapters' means and the head.")
+    ] = defaults.LEARNING_RATE,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples a step and device.")
+    ] = defaults.BATCH_SIZE,
+    seed: Annotated[
+        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of every random number of the fit.")
+    ] = defaults.SEED,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="The column with the text; twice for a pair of texts."),
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The column with the target.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Which split of data that has several; otherwise train.")
+    ] = None,
+    eval_split: Annotated[
+        str | None,
+        typer.Option(help="Which split of the evaluation data; otherwise validation, or test."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PART.OPTION=VALUE",
+            help="Any other option, as in Python: guide.kl_weight=0.1, adapter.r=4, "
+            "training.gradient_accumulation_steps=2 (transformers.TrainingArguments). Repeatable.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Infer the posterior of a model's low-rank adapters.
+
+    \b
+    pyrolora fit train.jsonl --model FOLDER --output-dir run
+    pyrolora fit pairs.csv --text premise --text claim --label verdict \\
+        --model roberta-base --output-dir run --set guide.kl_weight=0.1
+
+    Labels may be numbers (classes from 0 on, or real values for a regression) or
+    names of classes. The run's folder then holds run.json (the command, every
+    option, digests of the data, versions) and the posterior, for pyrolora.load,
+    predict, evaluate and export. A run that was killed goes on from its last
+    checkpoint when the same command is given again.
+    """
+    given = settings.parse(set_ or [])
+    columns = {"text": text or [], "label": label}
+    examples = _read(data, split, ("train",), columns)
+    held_out = None if eval_data is None else _read(eval_data, eval_split, EVAL_SPLITS, columns)
+    if held_out is not None:
+        given["training"].setdefault("eval_strategy", "epoch")
+    options, config, training = _built(
+        given, guide, output_dir, epochs, learning_rate, batch_size, seed
+    )
+    record = {
+        "data": _place(data),
+        "data_digest": fingerprint(data, examples),
+        "split": split,
+        "eval_data": None if eval_data is None else _place(eval_data),
+        "eval_data_digest": None if eval_data is None else fingerprint(eval_data, held_out),
+        "eval_split": eval_split,
+        "columns": columns,
+        "model": _place(model),
+        "model_files": _files(model),
+        "guide": {"name": options.name, **dataclasses.asdict(options)},
+        "adapter": dataclasses.asdict(config),
+        "likelihood": likelihood,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "seed": seed,
+        "training": given["training"],
+    }
+    run = Run(output_dir)
+    command = shlex.join(["pyrolora", *context.obj])
+    known = run.start(record, command, write=training.should_save)
+    result = run.result
+    if result is None:
+        posterior, result = _fitted(
+            run, known, training, _place(model), examples, options, held_out, likelihood, config
+        )
+        if not training.should_save:  # of several processes the first goes on
+            return
+        if held_out is not None:
+            result["metrics"] = posterior.evaluate(held_out, seed=seed)
+        posterior.save(output_dir)
+        run.finish(result)
+    else:
+        say(f"{output_dir} holds this fit already, finished; another --output-dir fits it anew")
+    if json:
+        print_json({"output_dir": str(output_dir), **result})
+    else:
+        _tell(output_dir, options.name, result)
+
+
+def _read(source: str, split: str | None, splits: tuple[str, ...], columns: dict[str, Any]) -> Any:
+    examples = read_data(source, split, splits)
+    return numbers_as_numbers(with_columns(examples, columns["text"], columns["label"], source))
+
+
+def _built(
+    given: dict[str, dict[str, Any]],
+    guide: str,
+    output_dir: Path,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    seed: int,
+) -> tuple[Any, Any, TrainingArguments]:
+    """The guide, the adapters and the Trainer's arguments, from options."""
+    say("loading libraries")
+    from pyrolora.guides import guide_class
+    from pyrolora.inference import training_arguments
+    from pyrolora.types import AdapterConfig
+
+    options = settings.build(guide_class(guide), "guide", given["guide"])
+    config = settings.build(AdapterConfig, "adapter", given["adapter"])
+    settings.check_training(given["training"])
+    try:
+        training = training_arguments(
+            output_dir,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            seed=seed,
+            **given["training"],
+        )
+    except PyroLoraError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"--set training: {error}") from error
+    return options, config, training
+
+
+def _place(name: str) -> str:
+    """A path as it holds from every folder; a name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _files(model: str) -> dict[str, int]:
+    """The sizes of a model's files: another model in the same folder is noticed."""
+    if not Path(model).is_dir():
+        return {}
+    return {item.name: item.stat().st_size for item in sorted(Path(model).iterdir())}
+
+
+def _fitted(
+    run: Run,
+    known: bool,
+    training: TrainingArguments,
+    model: str,
+    examples: Any,
+    options: Any,
+    held_out: Any,
+    likelihood: str | None,
+    config: Any,
+) -> tuple[Posterior, dict[str, Any]]:
+    """The posterior, fitted from the beginning or from the last checkpoint, and what to note."""
+    from pyrolora.fitting import fit as infer
+    from pyrolora.inference import last_checkpoint
+
+    checkpoint = last_checkpoint(run.folder) if known else None
+    step = 0
+    if checkpoint is not None:
+        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        say(f"going on from step {step}, {checkpoint}")
+        training.resume_from_checkpoint = str(checkpoint)
+    started = time.perf_counter()
+    try:
+        posterior = infer(
+            model,
+            examples,
+            options,
+            eval_data=held_out,
+            likelihood=likelihood,
+            adapter=config,
+            training=training,
+        )
+    except NonFiniteError as error:
+        error.posterior.save(run.folder / LAST_GOOD)
+        message = str(error).replace("error.posterior", str(run.folder / LAST_GOOD))
+        raise NonFiniteError(message) from error
+    except KeyboardInterrupt:
+        say(f"the same command goes on from the last checkpoint in {run.folder}")
+        raise
+    except Exception:
+        if training.should_save:
+            run.abandon()
+        raise
+    return posterior, {
+        "guide": options.name,
+        "num_examples": posterior.model.num_examples,
+        "layers": len(posterior.bank.specs),
+        "seconds": round(time.perf_counter() - started, 1),
+        "resumed_from_step": step,
+    }
+
+
+def _tell(folder: Path, guide: str, result: dict[str, Any]) -> None:
+    if result.get("metrics"):
+        metrics_table({guide: result["metrics"]})
+    name = shlex.quote(str(folder))
+    print(f"The posterior is in {folder}. Next:")
+    print(f"  pyrolora evaluate {name} TEST_DATA")
+    print(f"  pyrolora predict {name} DATA --output predictions.csv")

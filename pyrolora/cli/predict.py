@@ -1,0 +1,87 @@
+"""``pyrolora predict``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import posteriors
+from pyrolora.cli.files import KINDS, writer
+from pyrolora.cli.runs import say
+from pyrolora.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pyrolora.posterior import Posterior
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="The folder of a fit.")],
+    data: Annotated[str, typer.Argument(help=f"Data: a file ({KINDS}), folder or name.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A .csv, .tsv, .jsonl or .parquet file; otherwise CSV is printed."),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option(help="Draws of the posterior; 0: the mean adapter alone.")
+    ] = defaults.NUM_SAMPLES,
+    batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = defaults.BATCH_SIZE,
+    seed: Annotated[
+        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")
+    ] = defaults.SEED,
+    text: Annotated[
+        list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of the data.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base network, if it has moved since the fit.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
+) -> None:
+    """Predict with uncertainty: the data's own columns, and beside them the prediction's.
+
+    \b
+    pyrolora predict run new.jsonl --output predictions.csv
+    pyrolora predict run new.jsonl --json | jq 'select(.epistemic > 0.1)'
+
+    entropy is the total uncertainty in nats; aleatoric is the part in the data,
+    epistemic the part that the draws disagree on. Rows keep their order; labels are
+    not needed.
+    """
+    write = None if output is None else writer(output)
+    original, examples = posteriors.unlabelled(run, data, split, text)
+    posterior = posteriors.load(run, model)
+    prediction = posterior.predict(examples, num_samples, batch_size=batch_size, seed=seed)
+    table = _beside(original, _named(prediction.to_pandas(), posterior), data)
+    if write is not None:
+        write(table)
+        say(f"{len(table)} predictions are in {output}")
+    elif json:
+        table.to_json(sys.stdout, orient="records", lines=True, date_format="iso")
+    else:
+        table.to_csv(sys.stdout, index=False)
+
+
+def _named(table: pd.DataFrame, posterior: Posterior) -> pd.DataFrame:
+    """Classes under their names, where the network has names for them."""
+    names = getattr(getattr(posterior.base, "config", None), "id2label", None) or {}
+    if "predicted" not in table or all(name == f"LABEL_{i}" for i, name in names.items()):
+        return table
+    table["predicted"] = table["predicted"].map(names)
+    return table.rename(columns={f"prob_{i}": f"prob_{name}" for i, name in names.items()})
+
+
+def _beside(original: Any, prediction: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The data's columns, every value as it was read, and the prediction's."""
+    import pandas as pd
+
+    table = pd.DataFrame(original.with_format(None).to_list(), dtype=object)
+    clash = [name for name in prediction if name in table]
+    if clash:
+        raise DataError(f"{source} has columns that a prediction has too, {clash}; rename them")
+    return table.join(prediction)

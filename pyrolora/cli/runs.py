@@ -1,0 +1,131 @@
+"""The folder of a run: what was asked for, the checkpoints on the way, the posterior."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pyrolora.errors import ConfigError
+
+RECORD = "run.json"
+POSTERIOR = "posterior.json"  # written last of a posterior's files, see pyrolora.storage
+LAST_GOOD = "last_good"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+PACKAGES = ("pyrolora", "torch", "pyro-ppl", "transformers", "datasets", "arviz")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with ``run.json`` (the command, every option, digests of the data, versions, and at
+    the end the result), checkpoints until the fit is through, and then the posterior."""
+
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        file = self.folder / RECORD
+        if not file.is_file():
+            return None
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file} is damaged ({error}); choose another folder") from error
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run."""
+        return (self.record or {}).get("result")
+
+    def columns(self) -> dict[str, Any]:
+        """The columns that the run was told to use; of a folder saved from Python, none."""
+        record = self.record or {}
+        return dict(record.get("options", {}).get("columns", {}))
+
+    def start(self, options: Mapping[str, Any], command: str, *, write: bool) -> bool:
+        """Make the folder this run's, or find that it is; whether it was there before.
+
+        Raises
+        ------
+        ConfigError
+            When it holds another run.
+        """
+        from pyrolora.storage import finite
+
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"{self.folder} is a file; --output-dir needs a folder")
+        now = {"options": finite(options), "versions": _versions()}
+        record = self.record
+        if record is not None:
+            changed = _differences(record.get("options", {}), now["options"])
+            if changed:
+                raise ConfigError(
+                    f"{self.folder} holds a run with other settings: {'; '.join(changed)}; repeat "
+                    "its command to go on with it, or choose another --output-dir"
+                )
+            other = _differences(record.get("versions", {}), now["versions"])
+            if other:
+                say(f"note: the run began with other versions: {'; '.join(other)}")
+            return True
+        if (self.folder / POSTERIOR).is_file() or self.checkpoints():
+            raise ConfigError(f"{self.folder} holds another fit; choose another --output-dir")
+        if write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            machine = {"system": platform.platform(), "processor": platform.machine()}
+            self._write(
+                {"command": command, "directory": str(Path.cwd()), **now, "machine": machine}
+            )
+        return False
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Add the result; the checkpoints, of use for going on only, are removed."""
+        from pyrolora.storage import finite
+
+        self._write({**(self.record or {}), "result": finite(result)})
+        for checkpoint in self.checkpoints():
+            shutil.rmtree(checkpoint)
+
+    def checkpoints(self) -> list[Path]:
+        """The Trainer's, whole or not."""
+        found = self.folder.glob("checkpoint-*")
+        return [path for path in found if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
+
+    def abandon(self) -> None:
+        """Forget a run that failed before its first checkpoint."""
+        if self.checkpoints():
+            return
+        (self.folder / RECORD).unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        scratch = self.folder / f".{RECORD}.part"
+        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        scratch.replace(self.folder / RECORD)
+
+
+def say(message: str) -> None:
+    """A line about progress, to standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in dict.fromkeys([*old, *new]):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            found.append(f"{prefix}{name} was {before!r}, now {now!r}")
+    return found

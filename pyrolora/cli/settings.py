@@ -1,0 +1,110 @@
+"""``--set guide.kl_weight=0.1``: every option of the Python interface, by its name there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from pyrolora.errors import ConfigError
+
+PARTS = ("guide", "adapter", "training")
+WORDS = {"True": True, "False": False, "None": None}  # Python's, beside JSON's
+
+# Options of TrainingArguments that have a name of their own on the command line, or that resuming
+# and clean output depend on.
+TAKEN = {
+    "output_dir": "use --output-dir",
+    "num_train_epochs": "use --epochs",
+    "learning_rate": "use --learning-rate",
+    "per_device_train_batch_size": "use --batch-size",
+    "seed": "use --seed",
+    "resume_from_checkpoint": "repeat the command, and it resumes",
+    "save_only_model": "a run could not resume",
+    "disable_tqdm": "progress goes to standard error, 2>/dev/null hides it",
+}
+
+
+def parse(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """``part.option=value`` strings as part -> option -> value.
+
+    A value is read as JSON (``0.1``, ``true``, ``null``, ``["query", "value"]``); what is not JSON
+    is a string.
+    """
+    parsed: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        part, dot, option = name.strip().partition(".")
+        if not equals or not dot or not option or part not in parsed:
+            raise ConfigError(
+                f"--set {setting!r} is not understood; write PART.OPTION=VALUE, for example "
+                f"guide.kl_weight=0.1; PART is one of {', '.join(PARTS)}"
+            )
+        if option in parsed[part]:
+            raise ConfigError(f"--set {part}.{option} was given twice")
+        parsed[part][option] = _value(text.strip())
+    return parsed
+
+
+def build(kind: type, part: str, values: Mapping[str, Any]) -> Any:
+    """``kind(**values)``, for a dataclass of options."""
+    check(kind, part, values)
+    return kind(**values)
+
+
+def check(kind: type, part: str, values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for what is no option of ``kind``, or of another type."""
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind) if field.init]
+    for name, value in values.items():
+        if name not in names:
+            listed = f"; it has {', '.join(names)}" if len(names) < 40 else ""
+            raise ConfigError(f"--set {part}.{name}: {kind.__name__} has no such option{listed}")
+        if not _fits(value, hints[name]):
+            expected = getattr(hints[name], "__name__", str(hints[name]).replace("typing.", ""))
+            raise ConfigError(f"--set {part}.{name}: expected {expected}, got {value!r}")
+
+
+def check_training(values: Mapping[str, Any]) -> None:
+    """`check` for ``TrainingArguments``, less what the command line sets itself."""
+    from transformers import TrainingArguments
+
+    for name in values:
+        if name in TAKEN:
+            raise ConfigError(f"--set training.{name}: {TAKEN[name]}")
+    check(TrainingArguments, "training", values)
+
+
+def _value(text: str) -> Any:
+    try:
+        return WORDS[text] if text in WORDS else json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON can be one of the annotated type."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    kind = origin or hint
+    if isinstance(kind, type):
+        if issubclass(kind, Enum):
+            return isinstance(value, str)
+        if issubclass(kind, Mapping):
+            return isinstance(value, dict)
+        if issubclass(kind, Sequence):
+            return isinstance(value, list)
+    return True

@@ -1,0 +1,14 @@
+"""The demonstration: a task made of installed documentation, and an experiment on it."""
+
+from pyrolora.demo.experiment import GUIDES, Contestant, picture, run_guide
+from pyrolora.demo.sentences import LIBRARIES, UNSEEN, sentences
+
+__all__ = [
+    "GUIDES",
+    "LIBRARIES",
+    "UNSEEN",
+    "Contestant",
+    "picture",
+    "run_guide",
+    "sentences",
+]

@@ -1,0 +1,89 @@
+"""The Trainer's arguments from fit's shortcuts, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from pyrolora import defaults
+from pyrolora.errors import ConfigError, positive, whole_number
+
+
+def training_arguments(
+    output_dir: str | Path,
+    *,
+    epochs: float = defaults.EPOCHS,
+    learning_rate: float = defaults.LEARNING_RATE,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int = defaults.SEED,
+    save: bool = True,
+    **more: Any,
+) -> TrainingArguments:
+    """``TrainingArguments`` with pyrolora's defaults.
+
+    Parameters
+    ----------
+    output_dir
+        Where checkpoints go.
+    epochs, learning_rate, batch_size, seed
+        As in `pyrolora.fit`.
+    save
+        Write a checkpoint ten times a run, and keep the last two.
+    more
+        Arguments of ``TrainingArguments``, which replace those made here.
+
+    Raises
+    ------
+    ConfigError
+        For values outside their range.
+    """
+    positive("epochs", epochs)
+    positive("learning_rate", learning_rate)
+    whole_number("batch_size", batch_size, at_least=1)
+    whole_number("seed", seed, at_least=0)
+    if seed > defaults.MAX_SEED:
+        raise ConfigError(f"seed must be at most {defaults.MAX_SEED}, got {seed}")
+    whole_number(
+        "gradient_accumulation_steps", more.get("gradient_accumulation_steps", 1), at_least=1
+    )
+    options: dict[str, Any] = {
+        "num_train_epochs": epochs,
+        "learning_rate": learning_rate,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "seed": seed,
+        "save_strategy": "steps" if save else "no",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+        "logging_steps": 0.05,
+        "report_to": "none",
+        "disable_tqdm": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,  # every trained tensor is used in every step
+        "dataloader_pin_memory": torch.accelerator.is_available(),
+    }
+    return TrainingArguments(output_dir=str(output_dir), **{**options, **more})
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint: the Trainer writes ``trainer_state.json`` last of its files."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if _is_whole(path)]
+    return max(found, key=_step, default=None)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return _step(path) >= 0
+
+
+def _step(path: Path) -> int:
+    number = path.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1

@@ -1,0 +1,122 @@
+"""What may be passed as data, turned to something with ``len`` and ``[i]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from pyrolora.errors import DataError
+from pyrolora.model import LABELS
+
+
+def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
+    """Something with ``len`` and ``[i]``."""
+    if isinstance(data, DataLoader):
+        return as_examples(data.dataset, input_name, splits)
+    if isinstance(data, datasets.DatasetDict):
+        for split in splits:
+            if split in data:
+                return data[split]
+        raise DataError(
+            f"the DatasetDict has no split {' or '.join(map(repr, splits))}; it has "
+            f"{sorted(data)}: pass one of them, as data['{next(iter(data), 'name')}']"
+        )
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError(
+            "the size of a streamed data set is unknown, and the posterior depends on it; "
+            "make it a datasets.Dataset, for example with data.take(n)"
+        )
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, tuple):
+        return _from_tuple(data, input_name)
+    if isinstance(data, list):
+        return _from_list(data)
+    if isinstance(data, str):
+        raise DataError(
+            f"one text is no data set; write it as a list: [{data[:40]!r}]. A file is read with "
+            "datasets.Dataset.from_json or from_csv"
+        )
+    indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
+        return data
+    raise DataError(
+        "data must be a datasets.Dataset or DatasetDict, a torch Dataset or DataLoader, a list of "
+        f"dicts or texts, or a tuple of tensors, got {type(data).__name__}; a table of columns "
+        "becomes one with datasets.Dataset.from_dict(...) or from_pandas(...)"
+    )
+
+
+def _from_list(rows: list[Any]) -> datasets.Dataset:
+    if rows and isinstance(rows[0], str):
+        return datasets.Dataset.from_dict({"text": rows})
+    if rows and not isinstance(rows[0], Mapping):
+        raise DataError(f"a list must hold dicts or texts, got {type(rows[0]).__name__}")
+    return datasets.Dataset.from_list([dict(row) for row in rows])
+
+
+def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
+    if not 1 <= len(parts) <= 2:
+        raise DataError(
+            f"a tuple must be (inputs, labels) or (inputs,), got {len(parts)} entries; "
+            "for more inputs pass a list of dicts or a datasets.Dataset"
+        )
+    texts = isinstance(parts[0], list | tuple) and len(parts[0]) and isinstance(parts[0][0], str)
+    names = ("text" if texts else input_name, LABELS)
+    sizes = {name: len(part) for name, part in zip(names, parts, strict=False)}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"inputs and labels differ in length: {sizes}")
+    if texts:
+        columns = dict(zip(names, map(list, parts), strict=False))
+        return datasets.Dataset.from_dict(columns)
+    try:
+        tensors = [torch.as_tensor(part) for part in parts]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"a tuple must hold tensors or lists of numbers: {error}") from error
+    if tensors[0].dtype == torch.float64:  # NumPy's default; networks compute in float32
+        tensors[0] = tensors[0].to(torch.get_default_dtype())
+    return TensorExamples(dict(zip(names, tensors, strict=False)))
+
+
+class TensorExamples(TorchDataset[dict[str, Tensor]]):
+    """Named tensors as examples."""
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.columns.items()}
+
+
+def as_dict(example: Any, input_name: str) -> dict[str, Any]:
+    """One example as a dict with ``labels``; of an (x, y) pair, x is the network's main input."""
+    if isinstance(example, Mapping):
+        example = dict(example)
+        if "label" in example and LABELS not in example:
+            example[LABELS] = example.pop("label")
+        return example
+    if isinstance(example, tuple | list) and 1 <= len(example) <= 2:
+        return dict(zip((input_name, LABELS), example, strict=False))
+    raise DataError(
+        f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
+    )
+
+
+def is_plain(examples: Any) -> bool:
+    """A ``datasets.Dataset`` whose rows are its columns, not made by a transform on access."""
+    return isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom"
+
+
+def is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")

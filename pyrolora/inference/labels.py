@@ -1,0 +1,125 @@
+"""Labels: all of a data set's, the names of classes, the numbers of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+
+from pyrolora.errors import DataError
+from pyrolora.inference.examples import TensorExamples, as_dict, as_examples, is_plain, is_text
+from pyrolora.likelihoods import IGNORED
+from pyrolora.model import INPUTS, LABELS
+
+
+def raw_labels(data: Any) -> Tensor:
+    """The labels of training data, before any network is known."""
+    examples = as_examples(data, INPUTS, ("train",))
+    if len(examples) == 0:
+        raise DataError("the data is empty: it has 0 examples")
+    labels = all_labels(examples, lambda example: as_dict(example, INPUTS))
+    if labels is None:
+        raise DataError(no_labels(examples))
+    return labels
+
+
+def no_labels(examples: Any) -> str:
+    """What to say of examples without labels."""
+    columns = sorted(as_dict(examples[0], INPUTS))
+    return (
+        f"the data has no labels: expected a column 'labels' or 'label', got {columns}; rename the "
+        "target column, for example data.rename_column('target', 'label') (--label target on the "
+        "command line)"
+    )
+
+
+def class_names(data: Any) -> list[str] | None:
+    """The names of the classes of training data: those of a ``ClassLabel``, or the strings that
+    its labels are, sorted; None where labels are numbers."""
+    examples = as_examples(data, INPUTS, ("train",))
+    column = _label_column(examples)
+    if column is None:
+        return None
+    feature = examples.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    elif is_text(feature):
+        names = sorted({str(name) for name in examples.unique(column) if name is not None})
+    else:
+        return None
+    if len(names) < 2:
+        raise DataError(f"a classification needs two classes, and all labels are {names}")
+    return names
+
+
+def has_class_labels(data: Any) -> bool:
+    """Whether training data has one label an example, not one a token."""
+    examples = as_examples(data, INPUTS, ("train",))
+    column = _label_column(examples)
+    return column is not None and not isinstance(
+        examples.features[column], datasets.Sequence | datasets.List | datasets.LargeList
+    )
+
+
+def _label_column(examples: Any) -> str | None:
+    if not is_plain(examples):
+        return None
+    return next((name for name in (LABELS, "label") if name in examples.column_names), None)
+
+
+def numbered(data: datasets.Dataset, network: nn.Module) -> datasets.Dataset:
+    """Labels that are names, or numbers of names in another order than the network's, turned to
+    the network's numbers."""
+    column = _label_column(data)
+    id2label = getattr(getattr(network, "config", None), "id2label", None)
+    if column is None or not id2label:
+        return data
+    ids = {name: int(number) for number, name in id2label.items()}
+    feature, rows = data.features[column], data.with_format(None)[column]
+    if isinstance(feature, datasets.ClassLabel):
+        known = [ids.get(name) for name in feature.names]
+        if not any(number is not None for number in known) or known == list(range(len(known))):
+            return data  # the network's names say nothing of these, or the same
+        rows = [None if row is None or row < 0 else feature.names[row] for row in rows]
+    elif not is_text(feature) or (_unnamed(ids) and not set(ids) & set(rows)):
+        return data
+    unknown = sorted({name for name in rows if name is not None and name not in ids})
+    if unknown:
+        raise DataError(
+            f"the label {unknown[0]!r} is none of the network's classes, {sorted(ids)}; "
+            "rename it, or leave such examples out"
+        )
+    numbers = [None if name is None else ids[name] for name in rows]
+    return data.remove_columns(column).add_column(column, numbers)
+
+
+def _unnamed(ids: Collection[str]) -> bool:
+    """Whether these are the names that transformers makes up."""
+    return set(ids) == {f"LABEL_{i}" for i in range(len(ids))}
+
+
+def all_labels(examples: Any, as_row: Callable[[Any], Mapping[str, Any]]) -> Tensor | None:
+    """All labels, (n,), or (n, T) for sequences, ragged ones filled with -100; None without."""
+    if isinstance(examples, TensorExamples) and LABELS in examples.columns:
+        return examples.columns[LABELS]
+    if LABELS not in as_row(examples[0]):
+        return None
+    if is_plain(examples) and LABELS in examples.column_names:
+        rows = list(examples.with_format(None)[LABELS])
+    else:
+        rows = [as_row(examples[i]).get(LABELS) for i in range(len(examples))]
+    missing = [i for i, row in enumerate(rows) if row is None]
+    if missing:
+        raise DataError(f"{len(missing)} examples have no label, the first is example {missing[0]}")
+    try:
+        tensors = [torch.as_tensor(row) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 first"
+        ) from error
+    if tensors[0].dim() == 1:
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)
+    return torch.stack(tensors)

@@ -1,0 +1,125 @@
+"""The Trainer's arguments are pyrolora's defaults unless they are given; the newest whole
+checkpoint is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyrolora import defaults
+from pyrolora.errors import ConfigError
+from pyrolora.inference import last_checkpoint, training_arguments
+
+
+def test_the_defaults_are_pyroloras(tmp_path: Path) -> None:
+    args = training_arguments(tmp_path / "run")
+    assert args.num_train_epochs == defaults.EPOCHS
+    assert args.learning_rate == defaults.LEARNING_RATE
+    assert args.per_device_train_batch_size == defaults.BATCH_SIZE
+    assert args.per_device_eval_batch_size == defaults.BATCH_SIZE
+    assert args.seed == defaults.SEED
+    assert args.output_dir == str(tmp_path / "run")
+    assert args.report_to == []
+    assert args.remove_unused_columns is False
+    assert args.label_names == ["labels"]
+    assert not (tmp_path / "run").exists(), "arguments alone write nothing"
+
+
+def test_what_is_given_replaces_the_defaults(tmp_path: Path) -> None:
+    args = training_arguments(
+        tmp_path, epochs=2.5, learning_rate=0.5, batch_size=3, seed=0, weight_decay=0.1,
+        gradient_accumulation_steps=4, per_device_eval_batch_size=7, logging_steps=11,
+    )  # fmt: skip
+    assert (args.num_train_epochs, args.learning_rate, args.seed) == (2.5, 0.5, 0)
+    assert (args.per_device_train_batch_size, args.per_device_eval_batch_size) == (3, 7)
+    assert (args.weight_decay, args.gradient_accumulation_steps) == (0.1, 4)
+    assert args.logging_steps == 11
+
+
+def test_checkpoints_are_written_unless_they_are_not_wanted(tmp_path: Path) -> None:
+    kept = training_arguments(tmp_path)
+    assert kept.save_strategy == "steps"
+    assert kept.save_steps == pytest.approx(1 / 10)
+    assert kept.save_total_limit == 2
+    assert training_arguments(tmp_path, save=False).save_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("epochs", [0, -1, float("nan"), float("inf"), "5", None, True]),
+        ("learning_rate", [0, -1e-3, float("nan"), float("inf"), "0.1", None]),
+        ("batch_size", [0, -1, 2.0, "8", None, True]),
+        ("seed", [-1, 1.5, "0", None, 2**32, 2**70]),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(
+    name: str, values: list[Any], tmp_path: Path
+) -> None:
+    """A seed has 32 bits, as NumPy's generator has it, which the Trainer sets."""
+    for value in values:
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(ConfigError) as caught:
+            training_arguments(tmp_path, **options)
+        assert name in str(caught.value)
+        assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("batch_size", 1), ("seed", 0), ("seed", 2**32 - 1), ("epochs", 0.1)]
+)
+def test_values_at_the_edge_of_the_range_pass(name: str, value: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {name: value}
+    training_arguments(tmp_path, **options)
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def checkpoint(folder: Path, name: str, state: str | None = '{"global_step": 1}') -> Path:
+    path = folder / name
+    path.mkdir(parents=True)
+    (path / "optimizer.pt").write_bytes(b"")
+    if state is not None:
+        (path / "trainer_state.json").write_text(state)
+    return path
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    """By number, not by name, and not by the time it was written."""
+    for step in (1000, 20, 900):
+        checkpoint(tmp_path, f"checkpoint-{step}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1000"
+    assert last_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-1000"
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path / "gone") is None
+
+
+@pytest.mark.parametrize("state", [None, "", '{"global_step"', "\x00\x00\x00"])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(state: str | None, tmp_path: Path) -> None:
+    checkpoint(tmp_path, "checkpoint-20", state)
+    assert last_checkpoint(tmp_path) is None
+    whole = checkpoint(tmp_path, "checkpoint-10", json.dumps({"global_step": 10}))
+    assert last_checkpoint(tmp_path) == whole
+
+
+FOREIGN = ["checkpoint-best", "checkpoint-", "checkpoint--5", "checkpoint-1a", "last_good", "my-30"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_folders_of_other_names_are_no_checkpoints(name: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path, name)
+    assert last_checkpoint(tmp_path) is None
+    whole = checkpoint(tmp_path, "checkpoint-2")
+    assert last_checkpoint(tmp_path) == whole
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-5").write_text("")
+    assert last_checkpoint(tmp_path) is None
