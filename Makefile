@@ -31,7 +31,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --durations 10
 
 notebooks: install
-	PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	PYTHONWARNINGS=ignore TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 verify: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --durations 10

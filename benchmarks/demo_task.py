@@ -7,6 +7,7 @@ Each row is one fit, as `pyrolora demo` makes it: `map` and `montec` on the embe
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_se
 from pyrolora import defaults, zoo
 from pyrolora.demo import run_guide, sentences
 
-STORE = "demo_task"
 CONTESTANTS = (("map", "pretrained"), ("montec", "pretrained"), ("map", "random"))
 Row = dict[str, Any]
 
@@ -48,10 +48,8 @@ def table(rows: list[Row]) -> pd.DataFrame:
     text = {}
     for name in frame.columns.drop(["guide", "weights"]):
         mean, spread = groups[name].mean(), groups[name].std(ddof=1)
-        digits = 0 if name.endswith("seconds") else 3
         text[name] = [
-            "" if pd.isna(m) else f"{m:.{digits}f} ({s:.{digits}f})"
-            for m, s in zip(mean, spread, strict=True)
+            "" if pd.isna(m) else f"{m:.3f} ({s:.3f})" for m, s in zip(mean, spread, strict=True)
         ]
     return pd.DataFrame(text, index=groups.size().index).reset_index()
 
@@ -62,7 +60,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=defaults.DEMO_EPOCHS)
+    parser.add_argument("--learning-rate", type=float, default=defaults.DEMO_LEARNING_RATE)
     parser.add_argument("--train", type=positive, default=defaults.DEMO_TRAIN)
+    parser.add_argument("--name", default="demo_task", help="of the files that are written")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     data = sentences(train=args.train)
@@ -71,27 +71,39 @@ def main() -> None:
         models = {"pretrained": zoo.folder("encoder"), "random": random_weights(Path(folder))}
         for seed in args.seeds:
             for guide, weights in CONTESTANTS:
-                one = run_guide(guide, data, model=models[weights], epochs=args.epochs, seed=seed)
-                rows.append({"seed": seed, "guide": guide, "weights": weights, **one.scores})
+                one = run_guide(
+                    guide,
+                    data,
+                    model=models[weights],
+                    epochs=args.epochs,
+                    learning_rate=args.learning_rate,
+                    seed=seed,
+                )
+                scores = {
+                    name: None if math.isnan(value) else value  # JSON has no NaN
+                    for name, value in one.scores.items()
+                    if not name.endswith("seconds")
+                }
+                rows.append({"seed": seed, "guide": guide, "weights": weights, **scores})
                 print(rows[-1], flush=True)
         network = AutoModelForMaskedLM.from_pretrained(models["pretrained"])
     text = markdown(table(rows))
     print(text)
     sizes = {split: len(part) for split, part in data.items()}
     save_json(
-        args.output / f"{STORE}.json",
+        args.output / f"{args.name}.json",
         {
             "rows": rows,
             "data": sizes,
             "epochs": args.epochs,
-            "learning_rate": defaults.DEMO_LEARNING_RATE,
+            "learning_rate": args.learning_rate,
             "num_samples": defaults.DEMO_SAMPLES,
             "network": describe_network(network),
             "versions": versions(),
             "hardware": hardware(),
         },
     )
-    (args.output / f"{STORE}.md").write_text(text)
+    (args.output / f"{args.name}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,6 @@ PREDICT_ROWS = 128
 # The demo: both fits and their predictions in three minutes on two cores.
 DEMO_EPOCHS = 8
 DEMO_LEARNING_RATE = 2e-3
-DEMO_SAMPLES = 16
-DEMO_TRAIN = 200  # sentences a library
+DEMO_SAMPLES = 12
+DEMO_TRAIN = 120  # sentences a library
 DEMO_TEST = 100

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyrolora import defaults
-from pyrolora.cli.output import metrics_table, print_json
+from pyrolora.cli.output import metrics_table, print_json, program
 from pyrolora.cli.runs import say
 from pyrolora.errors import ConfigError
 
@@ -21,13 +21,13 @@ draws of its posterior. Same network, data, steps and learning rate for both."""
 READING = {
     "accuracy": "higher is better",
     "nll": "nats; lower is better",
-    "ece": "confidence against accuracy; lower is better",
+    "ece": "gap of confidence and accuracy; lower is better",
     "brier": "lower is better",
-    "error_auroc": "does entropy find the wrong answers? 0.5 is chance",
+    "error_auroc": "does entropy find wrong answers? 0.5: chance",
     "ood_entropy": "AUROC: does entropy find unseen libraries?",
-    "ood_mi": "AUROC: does the draws' disagreement find them?",
+    "ood_mi": "AUROC: does mutual information find them?",
     "fit_seconds": "",
-    "predict_seconds": "the test and unseen sentences, all draws",
+    "predict_seconds": "test and unseen sentences, all draws",
 }
 
 
@@ -116,6 +116,6 @@ In {folder}:
   map/ montec/   the posteriors; pyrolora.load reads them
   posterior.nc   draws of montec for ArviZ: az.summary(az.from_netcdf("{folder}/posterior.nc"))
 Next:
-  pyrolora evaluate {name}/montec {name}/test.jsonl --num-samples {num_samples} --seed {seed}
-  pyrolora predict {name}/montec {name}/unseen.jsonl --output predictions.csv
-  pyrolora fit YOUR_DATA.jsonl --model YOUR_MODEL --output-dir run""")
+  {program()} evaluate {name}/montec {name}/test.jsonl --num-samples {num_samples} --seed {seed}
+  {program()} predict {name}/montec {name}/unseen.jsonl --output predictions.csv
+  {program()} fit YOUR_DATA.jsonl --model YOUR_MODEL --output-dir run""")

@@ -19,7 +19,7 @@ from pyrolora.cli.files import (
     read_data,
     with_columns,
 )
-from pyrolora.cli.output import metrics_table, print_json
+from pyrolora.cli.output import metrics_table, print_json, program
 from pyrolora.cli.runs import LAST_GOOD, Run, say
 from pyrolora.errors import ConfigError, NonFiniteError, PyroLoraError
 
@@ -258,5 +258,5 @@ def _tell(folder: Path, guide: str, result: dict[str, Any]) -> None:
         metrics_table({guide: result["metrics"]})
     name = shlex.quote(str(folder))
     print(f"The posterior is in {folder}. Next:")
-    print(f"  pyrolora evaluate {name} TEST_DATA")
-    print(f"  pyrolora predict {name} DATA --output predictions.csv")
+    print(f"  {program()} evaluate {name} TEST_DATA")
+    print(f"  {program()} predict {name} DATA --output predictions.csv")

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+
+def program() -> str:
+    """What to type for this program: its path, where an environment is not activated."""
+    here = Path(sys.executable).parent
+    if shutil.which("pyrolora") == str(here / "pyrolora"):
+        return "pyrolora"
+    path = here / "pyrolora"
+    inside = path.is_relative_to(Path.cwd())
+    return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
 
 
 def print_json(result: Mapping[str, Any]) -> None:

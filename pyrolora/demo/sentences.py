@@ -32,7 +32,7 @@ LIBRARIES = {
 # Another distribution: never trained on, and left out when the embedded encoder was made.
 UNSEEN = {"fsspec": (), "h5py": (), "huggingface_hub": ("hf", "hugging"), "xarray": ()}
 
-SHORTEST, LONGEST = 8, 40  # words
+SHORTEST, LONGEST = 8, 20  # words
 
 _MARKUP = re.compile(r":[\w:]+:`~?([^`<]+?)(?: ?<[^`]*>)?`|`+([^`]+)`+")
 _SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z])")

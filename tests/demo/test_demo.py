@@ -145,7 +145,7 @@ def test_the_commands_that_it_proposes_work(
     result: Result, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^ +pyrolora (.*)$", result.out, flags=re.MULTILINE)
+    commands = re.findall(r"^ +\S*pyrolora (.*)$", result.out, flags=re.MULTILINE)
     ready = [shlex.split(command) for command in commands if "YOUR_" not in command]
     assert [words[0] for words in ready] == ["evaluate", "predict"]
     for words in ready:
