@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike
 
 
 def reliability_diagram(
-    probs: Tensor, targets: Tensor, *, ax: Axes, label: str | None = None, bins: int = 10
+    probs: ArrayLike, targets: ArrayLike, *, ax: Axes, label: str | None = None, bins: int = 10
 ) -> Axes:
     """Accuracy against confidence, in bins of equal width.
 
@@ -30,25 +30,24 @@ def reliability_diagram(
     bins
         Number of bins of the confidence, which is the largest probability.
     """
-    confidence, predicted = probs.max(-1)
-    right = (predicted == targets).double()
-    index = (confidence * bins).long().clamp(0, bins - 1)
-    counts = torch.bincount(index, minlength=bins)
+    probs, targets = np.asarray(probs), np.asarray(targets)
+    confidence, right = probs.max(-1), probs.argmax(-1) == targets
+    index = (confidence * bins).astype(int).clip(0, bins - 1)
+    counts = np.bincount(index, minlength=bins)
     used = counts > 0
     x, y = (
-        torch.bincount(index, weights=values.double(), minlength=bins)[used] / counts[used]
+        np.bincount(index, weights=values, minlength=bins)[used] / counts[used]
         for values in (confidence, right)
     )
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
-    (line,) = ax.plot(x.numpy(), y.numpy(), label=label)
-    sizes = 4 + 250 * counts[used] / len(targets)
-    ax.scatter(x.numpy(), y.numpy(), s=sizes.numpy(), color=line.get_color())
+    (line,) = ax.plot(x, y, label=label)
+    ax.scatter(x, y, s=4 + 250 * counts[used] / len(targets), color=line.get_color())
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     return ax
 
 
-def entropy_histogram(inside: Tensor, outside: Tensor, *, ax: Axes, bins: int = 30) -> Axes:
+def entropy_histogram(inside: ArrayLike, outside: ArrayLike, *, ax: Axes, bins: int = 30) -> Axes:
     """The predictive entropy of data like the training data, and of other data.
 
     Parameters
@@ -56,9 +55,10 @@ def entropy_histogram(inside: Tensor, outside: Tensor, *, ax: Axes, bins: int = 
     inside, outside
         Entropies in nats, (n,) and (m,).
     """
-    top = float(torch.cat([inside, outside]).max()) or 1.0
-    edges = torch.linspace(0, top, bins + 1).tolist()
+    inside, outside = np.asarray(inside), np.asarray(outside)
+    top = float(max(inside.max(), outside.max())) or 1.0
+    edges = np.linspace(0, top, bins + 1).tolist()
     for values, label in ((inside, "in distribution"), (outside, "out of distribution")):
-        ax.hist(values.numpy(), bins=edges, density=True, alpha=0.6, label=label)
+        ax.hist(values, bins=edges, density=True, alpha=0.6, label=label)
     ax.set(xlabel="predictive entropy (nats)", ylabel="density")
     return ax
