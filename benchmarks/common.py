@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
 import re
@@ -18,6 +17,8 @@ import pandas as pd
 import torch
 import transformers
 from torch import nn
+
+from pyrolora.storage import as_json
 
 PACKAGES = ("pyrolora", "torch", "pyro-ppl", "transformers", "peft", "datasets", "arviz")
 RESULTS = Path("benchmarks/results")
@@ -146,7 +147,7 @@ def quiet_loading() -> Any:
 def save_json(path: Path, payload: Mapping[str, Any]) -> None:
     """Write a JSON file and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(payload, indent=1) + "\n")
+    path.write_text(as_json(payload))
     print(f"saved {path}")
 
 

@@ -7,7 +7,6 @@ Each row is one fit, as `pyrolora demo` makes it: `map` and `montec` on the embe
 from __future__ import annotations
 
 import argparse
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def main() -> None:
                     seed=seed,
                 )
                 scores = {
-                    name: None if math.isnan(value) else value  # JSON has no NaN
+                    name: value
                     for name, value in one.scores.items()
                     if not name.endswith("seconds")
                 }

@@ -27,6 +27,10 @@ DF_PER_RANK = 4
 # The Dirichlet prior: uniform on the simplex.
 CONCENTRATION = 1.0
 
+# Of data that has several splits, which is scored: while fitting, and afterwards.
+FIT_SPLITS = ("validation", "test")
+SCORE_SPLITS = ("test", "validation")
+
 # Prediction: the Monte Carlo error of a probability is below 0.5 / sqrt(32) = 0.09 at worst.
 NUM_SAMPLES = 32
 # During training, evaluation runs once an epoch and has to stay cheap.

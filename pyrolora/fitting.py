@@ -30,8 +30,6 @@ from pyrolora.posterior import Posterior, build
 from pyrolora.predictive import draw_factors, evaluate, predict, to_device
 from pyrolora.types import AdapterConfig
 
-EVALUATION_SPLITS = ("validation", "test")
-
 
 def fit(
     model: str | Path | nn.Module,
@@ -115,7 +113,7 @@ def fit(
             eval_data = data["validation"]
         held_out = None
         if eval_data is not None:
-            held_out = prepare(eval_data, network, law, tokenizer, splits=EVALUATION_SPLITS)
+            held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
         _check_evaluation(args, training, held_out)
         assert prepared.labels is not None
         law.start(prepared.labels)

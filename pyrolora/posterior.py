@@ -38,7 +38,6 @@ from pyrolora.storage import (
 )
 from pyrolora.types import AdapterConfig
 
-EVALUATION_SPLITS = ("test", "validation")
 DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
 
 
@@ -332,7 +331,7 @@ class Posterior:
             self.base,
             self.likelihood,
             self.tokenizer,
-            splits=EVALUATION_SPLITS,
+            splits=defaults.SCORE_SPLITS,
             need_labels=need_labels,
         )
 

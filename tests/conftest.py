@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -12,6 +13,8 @@ import datasets
 import pyro
 import pytest
 import torch
+
+from pyrolora.inference import SVITrainer
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +30,17 @@ def _clean_state() -> Iterator[None]:
 def _quiet() -> None:
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every training step that is begun."""
+    begun: list[int] = []
+    original = SVITrainer.training_step
+
+    def counted(self: SVITrainer, *args: Any, **kwargs: Any) -> Any:
+        begun.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SVITrainer, "training_step", counted)
+    return begun

@@ -36,25 +36,10 @@ from pyrolora.errors import (
     TargetError,
     UnknownNameError,
 )
-from pyrolora.inference import SVITrainer
 
 THIN = AdapterConfig(r=1)  # fits the smallest layer of the plain networks
 NAN, INF = float("nan"), float("inf")
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every training step that is begun."""
-    begun: list[int] = []
-    original = SVITrainer.training_step
-
-    def counted(self: SVITrainer, *args: Any, **kwargs: Any) -> Any:
-        begun.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(SVITrainer, "training_step", counted)
-    return begun
 
 
 def snapshot(network: nn.Module) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,25 +13,17 @@ from pyrolora.cli.output import metrics_table, print_json
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The folder of a fit.")],
+    run: posteriors.Folder,
     data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
-    num_samples: Annotated[
-        int, typer.Option(help="Draws of the posterior; 0: the mean adapter alone.")
-    ] = defaults.NUM_SAMPLES,
-    batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = defaults.BATCH_SIZE,
-    seed: Annotated[
-        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")
-    ] = defaults.SEED,
-    text: Annotated[
-        list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")
-    ] = None,
+    num_samples: posteriors.NumSamples = defaults.NUM_SAMPLES,
+    batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
+    seed: posteriors.Seed = defaults.SEED,
+    text: posteriors.Text = None,
     label: Annotated[
         str | None, typer.Option(help="The target's column; otherwise as in the fit.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of the data.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base network, if it has moved since the fit.")
-    ] = None,
+    split: posteriors.Split = None,
+    model: posteriors.Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Score the predictive mean of a posterior on labelled data.

@@ -25,7 +25,7 @@ class Format(StrEnum):
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a fit.")],
+    run: posteriors.Folder,
     path: Annotated[Path, typer.Argument(help="A new folder (transformers) or file (arviz).")],
     to: Annotated[
         Format,
@@ -38,9 +38,7 @@ def export(
     seed: Annotated[
         int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws (arviz).")
     ] = defaults.SEED,
-    model: Annotated[
-        str | None, typer.Option(help="The base network, if it has moved since the fit.")
-    ] = None,
+    model: posteriors.Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a posterior in a form that other tools read.

@@ -77,16 +77,21 @@ def with_columns(
         raise ConfigError(f"--text and --label are the same column, {label!r}")
     if label is not None:
         new[label] = "label"
-    targets = LABELS if label is None else (label,)
-    dropped = {*new.values(), *LABELS} if label is not None else set(new.values())
     kept = [
         name
         for name in data.column_names
-        if name in new or name in targets or not (text or name in dropped)
+        if name in new or (label is None if name in LABELS else not text)
     ]
     return data.select_columns(kept).rename_columns(
         {old: name for old, name in new.items() if old != name}
     )
+
+
+def labelled(
+    source: str, split: str | None, defaults: Sequence[str], text: Sequence[str], label: str | None
+) -> datasets.Dataset:
+    """`read_data` in its chosen columns, with numbers where labels are numbers."""
+    return numbers_as_numbers(with_columns(read_data(source, split, defaults), text, label, source))
 
 
 def fingerprint(source: str, data: datasets.Dataset) -> str:
@@ -209,15 +214,14 @@ def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
     """A text column of labels turned to whole or real numbers, if every one is a number: the
     columns of CSV files are text."""
     for name in LABELS:
-        cells = data[name][:] if name in data.column_names else [None]
-        if not all(isinstance(cell, str) for cell in cells if cell is not None):
+        cells = data[name][:] if name in data.column_names else []
+        filled = [cell for cell in cells if cell is not None]
+        if not filled or not all(isinstance(cell, str) for cell in filled):
             continue
         for kind in (int, float):
             try:
                 values = [None if cell is None else kind(cell) for cell in cells]
             except ValueError:
-                continue
-            if not any(value is not None for value in values):
                 continue
             return data.remove_columns(name).add_column(name, values)
     return data

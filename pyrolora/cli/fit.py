@@ -12,13 +12,7 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import settings
-from pyrolora.cli.files import (
-    KINDS,
-    fingerprint,
-    numbers_as_numbers,
-    read_data,
-    with_columns,
-)
+from pyrolora.cli.files import KINDS, fingerprint, labelled
 from pyrolora.cli.output import metrics_table, print_json, program
 from pyrolora.cli.runs import LAST_GOOD, Run, say
 from pyrolora.errors import ConfigError, NonFiniteError, PyroLoraError
@@ -27,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from pyrolora.posterior import Posterior
-
-EVAL_SPLITS = ("validation", "test")
 
 
 def fit(
@@ -101,10 +93,11 @@ def fit(
     checkpoint when the same command is given again.
     """
     given = settings.parse(set_ or [])
-    columns = {"text": text or [], "label": label}
-    examples = _read(data, split, ("train",), columns)
-    held_out = None if eval_data is None else _read(eval_data, eval_split, EVAL_SPLITS, columns)
-    if held_out is not None:
+    columns: dict[str, Any] = {"text": text or [], "label": label}
+    examples = labelled(data, split, ("train",), **columns)
+    held_out = None
+    if eval_data is not None:
+        held_out = labelled(eval_data, eval_split, defaults.FIT_SPLITS, **columns)
         given["training"].setdefault("eval_strategy", "epoch")
     options, config, training = _built(
         given, guide, output_dir, epochs, learning_rate, batch_size, seed
@@ -148,11 +141,6 @@ def fit(
         print_json({"output_dir": str(output_dir), **result})
     else:
         _tell(output_dir, options.name, result)
-
-
-def _read(source: str, split: str | None, splits: tuple[str, ...], columns: dict[str, Any]) -> Any:
-    examples = read_data(source, split, splits)
-    return numbers_as_numbers(with_columns(examples, columns["text"], columns["label"], source))
 
 
 def _built(
@@ -214,12 +202,12 @@ def _fitted(
 ) -> tuple[Posterior, dict[str, Any]]:
     """The posterior, fitted from the beginning or from the last checkpoint, and what to note."""
     from pyrolora.fitting import fit as infer
-    from pyrolora.inference import last_checkpoint
+    from pyrolora.inference import checkpoint_step, last_checkpoint
 
     checkpoint = last_checkpoint(run.folder) if known else None
     step = 0
     if checkpoint is not None:
-        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        step = checkpoint_step(checkpoint)
         say(f"going on from step {step}, {checkpoint}")
         training.resume_from_checkpoint = str(checkpoint)
     started = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import shutil
@@ -14,19 +13,18 @@ from typing import Any
 
 def program() -> str:
     """What to type for this program: its path, where an environment is not activated."""
-    here = Path(sys.executable).parent
-    if shutil.which("pyrolora") == str(here / "pyrolora"):
+    path = Path(sys.executable).with_name("pyrolora")
+    if shutil.which("pyrolora") == str(path):
         return "pyrolora"
-    path = here / "pyrolora"
     inside = path.is_relative_to(Path.cwd())
     return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
 
 
 def print_json(result: Mapping[str, Any]) -> None:
     """Print a result as one JSON object."""
-    from pyrolora.storage import finite
+    from pyrolora.storage import as_json
 
-    print(json.dumps(finite(result), indent=1, allow_nan=False))
+    print(as_json(result), end="")
 
 
 def metrics_table(

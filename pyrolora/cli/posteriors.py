@@ -4,32 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pyrolora.cli.files import LABELS, numbers_as_numbers, read_data, with_columns
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import files
 from pyrolora.cli.runs import LAST_GOOD, Run, say
 from pyrolora.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pyrolora.posterior import Posterior
 
-SPLITS = ("test", "validation")  # in this order, of data that has several
+# The options that commands on a fitted posterior share.
+Folder = Annotated[Path, typer.Argument(help="The folder of a fit.")]
+NumSamples = Annotated[int, typer.Option(help="Draws of the posterior; 0: the mean adapter alone.")]
+BatchSize = Annotated[int, typer.Option(help="Examples a pass.")]
+Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")]
+Text = Annotated[list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")]
+Split = Annotated[str | None, typer.Option(help="Which split of the data.")]
+Model = Annotated[str | None, typer.Option(help="The base network, if it has moved since the fit.")]
 
 
 def load(folder: Path, model: str | None) -> Posterior:
     """The posterior of a run, on the accelerator if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r}; pass the folder of a fit")
-    run = Run(folder)
-    if run.record is not None and run.result is None:
+    record = Run(folder).record
+    if record is not None and "result" not in record:
         if (folder / LAST_GOOD).is_dir():
             raise CheckpointError(
                 f"the fit in {folder} met numbers that are not finite; its last good state is the "
                 f"run {folder / LAST_GOOD}"
             )
         raise CheckpointError(
-            f"the fit in {folder} is not finished; go on with it in {run.record.get('directory')}: "
-            f"{run.record.get('command')}"
+            f"the fit in {folder} is not finished; go on with it in {record.get('directory')}: "
+            f"{record.get('command')}"
         )
     say("loading the posterior")
     import torch
@@ -47,13 +57,12 @@ def labelled(
 ) -> Any:
     """Data with its target, in the columns that were given, or those of the fit."""
     columns = Run(folder).columns()
-    return numbers_as_numbers(
-        with_columns(
-            read_data(source, split, SPLITS),
-            text or columns.get("text", []),
-            label or columns.get("label"),
-            source,
-        )
+    return files.labelled(
+        source,
+        split,
+        defaults.SCORE_SPLITS,
+        text or columns.get("text", []),
+        label or columns.get("label"),
     )
 
 
@@ -62,7 +71,7 @@ def unlabelled(
 ) -> tuple[Any, Any]:
     """Data as it is, and its inputs alone."""
     columns = Run(folder).columns()
-    original = read_data(source, split, SPLITS)
-    inputs = with_columns(original, text or columns.get("text", []), None, source)
-    targets = {*LABELS, columns.get("label")}
+    original = files.read_data(source, split, defaults.SCORE_SPLITS)
+    inputs = files.with_columns(original, text or columns.get("text", []), None, source)
+    targets = {*files.LABELS, columns.get("label")}
     return original, inputs.remove_columns([n for n in inputs.column_names if n in targets])

@@ -21,26 +21,18 @@ if TYPE_CHECKING:
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="The folder of a fit.")],
+    run: posteriors.Folder,
     data: Annotated[str, typer.Argument(help=f"Data: a file ({KINDS}), folder or name.")],
     output: Annotated[
         Path | None,
         typer.Option(help="A .csv, .tsv, .jsonl or .parquet file; otherwise CSV is printed."),
     ] = None,
-    num_samples: Annotated[
-        int, typer.Option(help="Draws of the posterior; 0: the mean adapter alone.")
-    ] = defaults.NUM_SAMPLES,
-    batch_size: Annotated[int, typer.Option(help="Examples a pass.")] = defaults.BATCH_SIZE,
-    seed: Annotated[
-        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")
-    ] = defaults.SEED,
-    text: Annotated[
-        list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of the data.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The base network, if it has moved since the fit.")
-    ] = None,
+    num_samples: posteriors.NumSamples = defaults.NUM_SAMPLES,
+    batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
+    seed: posteriors.Seed = defaults.SEED,
+    text: posteriors.Text = None,
+    split: posteriors.Split = None,
+    model: posteriors.Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
 ) -> None:
     """Predict with uncertainty: the data's own columns, and beside them the prediction's.

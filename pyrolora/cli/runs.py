@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -16,9 +15,7 @@ from typing import Any
 from pyrolora.errors import ConfigError
 
 RECORD = "run.json"
-POSTERIOR = "posterior.json"  # written last of a posterior's files, see pyrolora.storage
 LAST_GOOD = "last_good"
-CHECKPOINT = re.compile(r"checkpoint-\d+")
 PACKAGES = ("pyrolora", "torch", "pyro-ppl", "transformers", "datasets", "arviz")
 
 
@@ -57,7 +54,8 @@ class Run:
         ConfigError
             When it holds another run.
         """
-        from pyrolora.storage import finite
+        from pyrolora.inference import checkpoints
+        from pyrolora.storage import META_FILE, finite
 
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"{self.folder} is a file; --output-dir needs a folder")
@@ -74,7 +72,7 @@ class Run:
             if other:
                 say(f"note: the run began with other versions: {'; '.join(other)}")
             return True
-        if (self.folder / POSTERIOR).is_file() or self.checkpoints():
+        if (self.folder / META_FILE).is_file() or checkpoints(self.folder):
             raise ConfigError(f"{self.folder} holds another fit; choose another --output-dir")
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,29 +84,26 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Add the result; the checkpoints, of use for going on only, are removed."""
-        from pyrolora.storage import finite
+        from pyrolora.inference import checkpoints
 
-        self._write({**(self.record or {}), "result": finite(result)})
-        for checkpoint in self.checkpoints():
+        self._write({**(self.record or {}), "result": result})
+        for checkpoint in checkpoints(self.folder):
             shutil.rmtree(checkpoint)
-
-    def checkpoints(self) -> list[Path]:
-        """The Trainer's, whole or not."""
-        found = self.folder.glob("checkpoint-*")
-        return [path for path in found if path.is_dir() and CHECKPOINT.fullmatch(path.name)]
 
     def abandon(self) -> None:
         """Forget a run that failed before its first checkpoint."""
-        if self.checkpoints():
+        from pyrolora.inference import checkpoints
+
+        if checkpoints(self.folder):
             return
         (self.folder / RECORD).unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        scratch = self.folder / f".{RECORD}.part"
-        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        scratch.replace(self.folder / RECORD)
+        from pyrolora.storage import as_json, write_whole
+
+        write_whole(self.folder / RECORD, as_json(record).encode())
 
 
 def say(message: str) -> None:

@@ -104,13 +104,13 @@ def docstrings(library: str, *, held_out: bool | None = None) -> Iterator[str]:
     held_out
         True: files whose sentences are test data; False: the others; None: all.
     """
-    for path in _files(library):
-        if held_out is not None and held_out != _is_test_data(f"{library}/{path[1]}"):
+    for path, name in _files(library):
+        if held_out is not None and held_out != _is_test_data(f"{library}/{name}"):
             continue
         try:
             with warnings.catch_warnings():  # of other people's code: odd escapes
                 warnings.simplefilter("ignore")
-                tree = ast.parse(path[0].read_text(encoding="utf-8"))
+                tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):  # templates, and files in older encodings
             continue
         for node in ast.walk(tree):

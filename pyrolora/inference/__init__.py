@@ -1,6 +1,11 @@
 """Inference: the ELBO, the Trainer around it, and the data that both take."""
 
-from pyrolora.inference.arguments import last_checkpoint, training_arguments
+from pyrolora.inference.arguments import (
+    checkpoint_step,
+    checkpoints,
+    last_checkpoint,
+    training_arguments,
+)
 from pyrolora.inference.data import Prepared, prepare
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.network import load_network
@@ -11,6 +16,8 @@ __all__ = [
     "Objective",
     "Prepared",
     "SVITrainer",
+    "checkpoint_step",
+    "checkpoints",
     "last_checkpoint",
     "load_network",
     "prepare",

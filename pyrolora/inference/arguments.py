@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import TrainingArguments
 
 from pyrolora import defaults
 from pyrolora.errors import ConfigError, positive, whole_number
+
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 def training_arguments(
@@ -72,8 +75,18 @@ def training_arguments(
 
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint: the Trainer writes ``trainer_state.json`` last of its files."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if _is_whole(path)]
-    return max(found, key=_step, default=None)
+    return max(filter(_is_whole, checkpoints(folder)), key=checkpoint_step, default=None)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders of the Trainer's checkpoints, whole or not."""
+    found = Path(folder).glob("checkpoint-*")
+    return [path for path in found if path.is_dir() and _NAME.fullmatch(path.name)]
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _is_whole(path: Path) -> bool:
@@ -81,9 +94,4 @@ def _is_whole(path: Path) -> bool:
         json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return _step(path) >= 0
-
-
-def _step(path: Path) -> int:
-    number = path.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
+    return True

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.errors import DataError
-from pyrolora.inference.examples import TensorExamples, as_dict, as_examples, is_plain, is_text
+from pyrolora.inference.examples import TensorExamples, as_dict, is_plain, is_text
 from pyrolora.likelihoods import IGNORED
 from pyrolora.model import INPUTS, LABELS
 
 
-def raw_labels(data: Any) -> Tensor:
-    """The labels of training data, before any network is known."""
-    examples = as_examples(data, INPUTS, ("train",))
+def raw_labels(examples: Any) -> Tensor:
+    """The labels of training examples, before any network is known."""
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
     labels = all_labels(examples, lambda example: as_dict(example, INPUTS))
@@ -36,10 +35,9 @@ def no_labels(examples: Any) -> str:
     )
 
 
-def class_names(data: Any) -> list[str] | None:
-    """The names of the classes of training data: those of a ``ClassLabel``, or the strings that
+def class_names(examples: Any) -> list[str] | None:
+    """The names of the classes of training examples: those of a ``ClassLabel``, or the strings that
     its labels are, sorted; None where labels are numbers."""
-    examples = as_examples(data, INPUTS, ("train",))
     column = _label_column(examples)
     if column is None:
         return None
@@ -55,9 +53,8 @@ def class_names(data: Any) -> list[str] | None:
     return names
 
 
-def has_class_labels(data: Any) -> bool:
-    """Whether training data has one label an example, not one a token."""
-    examples = as_examples(data, INPUTS, ("train",))
+def has_class_labels(examples: Any) -> bool:
+    """Whether there is one label an example, not one a token."""
     column = _label_column(examples)
     return column is not None and not isinstance(
         examples.features[column], datasets.Sequence | datasets.List | datasets.LargeList

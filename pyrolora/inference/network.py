@@ -17,8 +17,10 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from pyrolora.errors import ConfigError, PyroLoraError
+from pyrolora.inference.examples import as_examples
 from pyrolora.inference.labels import class_names, has_class_labels, raw_labels
 from pyrolora.likelihoods import CausalLM, Regression
+from pyrolora.model import INPUTS
 
 _LANGUAGE_MODELS = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -66,15 +68,16 @@ def _loaded(
     labels have, or with one output for real-valued labels."""
     config = AutoConfig.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+    examples = as_examples(data, INPUTS, ("train",))
     architecture = (config.architectures or [""])[0]
     if likelihood == CausalLM.name or (likelihood is None and architecture in _LANGUAGE_MODELS):
-        if likelihood is None and has_class_labels(data):
+        if likelihood is None and has_class_labels(examples):
             raise ConfigError(
                 f"{name!r} is a language model and the data has labels; say which is meant: "
                 "likelihood='classification' (or 'regression'), or 'causal_lm' for the text alone"
             )
         return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
-    outputs = _outputs(data, likelihood, config)
+    outputs = _outputs(examples, likelihood, config)
     classes = outputs.get("num_labels", len(outputs.get("id2label", config.id2label)))
     if architecture.endswith("ForSequenceClassification") and classes != config.num_labels:
         raise ConfigError(
@@ -88,15 +91,15 @@ def _loaded(
     return network, tokenizer
 
 
-def _outputs(data: Any, likelihood: str | None, config: Any) -> dict[str, Any]:
+def _outputs(examples: Any, likelihood: str | None, config: Any) -> dict[str, Any]:
     """The classes that the labels have, with their names where they have names (the model's own
     stay, if it knows these names); one output for real-valued labels."""
-    names = None if likelihood == Regression.name else class_names(data)
+    names = None if likelihood == Regression.name else class_names(examples)
     if names is not None and set(names) <= set(config.id2label.values()):
         return {}
     if names is not None:
         return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
-    labels = raw_labels(data)
+    labels = raw_labels(examples)
     real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
     return {"num_labels": 1 if real else max(int(labels.max()) + 1, 2)}
 

@@ -54,7 +54,7 @@ def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
     # Ranks, since torchmetrics takes scores in [0, 1] as they are and others through a sigmoid.
     ranks = scores.unique(return_inverse=True)[1].double()
     truth = torch.cat([torch.zeros(len(low)), torch.ones(len(high))]).long()
-    return float(binary_auroc(ranks / max(len(scores), 1), truth))
+    return float(binary_auroc(ranks / len(scores), truth))
 
 
 @singledispatch

@@ -41,7 +41,7 @@ def write_folder(
     content = save({name: tensor.contiguous().cpu() for name, tensor in state.items()})
     digest = hashlib.sha256(content).hexdigest()
     state_file = path / f"adapters-{digest[:12]}.safetensors"
-    _write(state_file, content)
+    write_whole(state_file, content)
     folder = None if tokenizer is None else _write_tokenizer(path, tokenizer)
     described = {
         "format": FORMAT,
@@ -52,11 +52,15 @@ def write_folder(
         "tokenizer": None if folder is None else folder.name,
         **meta,
     }
-    text = json.dumps(finite(described), indent=1, allow_nan=False) + "\n"
-    _write(path / META_FILE, text.encode())
+    write_whole(path / META_FILE, as_json(described).encode())
     for item in path.iterdir():
         if OWN_NAME.fullmatch(item.name) and item not in (state_file, folder):
             shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def as_json(value: Any) -> str:
+    """JSON as the standard has it: `finite`, one value a line."""
+    return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
@@ -68,7 +72,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(file: Path, content: bytes) -> None:
+def write_whole(file: Path, content: bytes) -> None:
     """Write a file that is there whole or not at all."""
     scratch = file.with_name(f".{file.name}.part")
     scratch.write_bytes(content)

@@ -21,7 +21,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.guides import MonteCLoRA
-from pyrolora.inference import SVITrainer
 
 NAMES = ("bad", "good")
 
@@ -48,20 +47,6 @@ def fit_command(place: Path, output: Path, *more: Any, data: str = "train.jsonl"
 def fitted(place: Path) -> Path:
     done(*fit_command(place, place / "run"))
     return place / "run"
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every training step."""
-    begun: list[int] = []
-    original = SVITrainer.training_step
-
-    def counted(self: SVITrainer, *args: Any, **kwargs: Any) -> Any:
-        begun.append(1)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(SVITrainer, "training_step", counted)
-    return begun
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
