@@ -16,9 +16,10 @@ install: $(VENV)/.installed
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: $(BIN)/pip pyproject.toml constraints.txt
+$(VENV)/.installed: $(BIN)/pip pyproject.toml constraints.txt tests/referees.txt
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --no-deps --requirement tests/referees.txt
 	touch $@
 
 demo: install

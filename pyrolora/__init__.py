@@ -17,7 +17,7 @@ from pyrolora.types import AdapterConfig
 if TYPE_CHECKING:
     from pyrolora import distributions, guides, likelihoods
     from pyrolora.fitting import fit
-    from pyrolora.posterior import Posterior, load
+    from pyrolora.posterior import Posterior, from_peft, load
     from pyrolora.predictive import Prediction
 
 _LAZY = {
@@ -25,6 +25,7 @@ _LAZY = {
     "Prediction": "pyrolora.predictive",
     "distributions": "",
     "fit": "pyrolora.fitting",
+    "from_peft": "pyrolora.posterior",
     "guides": "",
     "likelihoods": "",
     "load": "pyrolora.posterior",
@@ -50,6 +51,7 @@ __all__ = [
     "PyroLoraError",
     "distributions",
     "fit",
+    "from_peft",
     "guides",
     "likelihoods",
     "load",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from pyrolora import defaults
 from pyrolora.adapters import as_adapter_config, attach
 from pyrolora.errors import ConfigError, NonFiniteError
-from pyrolora.guides import Guide, as_guide
+from pyrolora.guides import Guide, as_guide, available, full_name
 from pyrolora.inference import (
     Prepared,
-    SVITrainer,
+    Run,
     load_network,
     prepare,
     training_arguments,
@@ -32,7 +33,7 @@ from pyrolora.types import AdapterConfig
 
 
 def fit(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | Posterior,
     data: Any,
     guide: str | Guide = "montec",
     *,
@@ -54,19 +55,25 @@ def fit(
     ----------
     model
         A transformers model, a hub id or local folder of one, or any ``nn.Module`` with linear
-        layers (then name the ``likelihood``). Its own weights are not changed.
+        layers (then name the ``likelihood``). Its own weights are not changed. Or a `Posterior`,
+        such as `from_peft` reads: its means and task head stay as they are, and the guide adds
+        their spread (``"montec"``, ``"meanfield"``, ``"laplace"``, ``"nuts"``).
     data
         Training data: ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its ``validation``
         becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch ``Dataset`` or
-        ``DataLoader`` (its data set is taken); a list of dicts; a tuple (inputs, labels).
+        ``DataLoader`` (its data set is taken); a list of dicts; a tuple (inputs, labels). For
+        multiple choice a column ``choices`` (a list of texts) beside ``question``, and ``label``,
+        the number of the right one; texts without labels for a masked language model get some
+        tokens hidden, always the same.
     guide
-        A name from ``pyrolora.guides.available()``, or a guide object with its options.
+        A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
+        object with its options.
     eval_data
         Scored every epoch by the predictive mean over draws.
     tokenizer
         For raw text and padding; loaded with a model that is given by its name.
     likelihood
-        ``"classification"``, ``"regression"``, ``"causal_lm"``; None: from the model's class.
+        A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
     epochs, learning_rate, batch_size, seed
@@ -96,7 +103,7 @@ def fit(
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
     options = as_guide(guide)
-    config = as_adapter_config(adapter)
+    given = model if isinstance(model, Posterior) else None
     shortcuts = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -106,8 +113,15 @@ def fit(
     }
     with _arguments(training, shortcuts) as args:
         set_seed(args.seed)
-        network, tokenizer = load_network(model, data, tokenizer, likelihood)
-        law = likelihood_for(network, likelihood)
+        if given is None:
+            config = as_adapter_config(adapter)
+            network, tokenizer = load_network(model, data, tokenizer, likelihood)
+            law = likelihood_for(network, likelihood)
+        else:
+            _check_post_hoc(given, options, adapter, likelihood, shortcuts, training, callbacks)
+            config, network, law = given.bank.config, given.base, given.likelihood
+            tokenizer = given.tokenizer if tokenizer is None else tokenizer
+        options.check(law)
         prepared = prepare(data, network, law, tokenizer)
         if eval_data is None and isinstance(data, dict) and "validation" in data:
             eval_data = data["validation"]
@@ -116,16 +130,40 @@ def fit(
             held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
         _check_evaluation(args, training, held_out)
         assert prepared.labels is not None
-        law.start(prepared.labels)
+        if given is None:
+            law.start(prepared.labels)
         modes = {module: module.training for module in network.modules()}
-        attachment = attach(network, config)
+        attachment = attach(network, config) if given is None else given.model.attachment.again()
+
+        def joint_for(kind: Guide) -> JointModel:
+            joint = build(network, attachment, config, kind, copy.deepcopy(law), len(prepared))
+            if given is not None:
+                joint.adopt(given.model)
+                joint.freeze()
+            return joint
+
+        def posterior_of(joint: JointModel, kind: Guide) -> Posterior:
+            return Posterior(joint, kind, tokenizer=tokenizer, settings=_settings(args))
+
         try:
-            joint = build(network, attachment, config, options, law, len(prepared))
+            joint = joint_for(options)
             _check_output(joint, prepared)
-            posterior = Posterior(joint, options, tokenizer=tokenizer, settings=_settings(args))
-            _train(posterior, prepared, held_out, args, callbacks)
-        except NonFiniteError:  # its posterior is usable
-            _save(posterior, args, output_dir)
+            run = Run(
+                joint,
+                options,
+                joint_for,
+                prepared,
+                args,
+                callbacks,
+                None if held_out is None else partial(_score, data=held_out, args=args),
+                posterior_of,
+            )
+            posterior = posterior_of(joint, options)
+            posterior.history = run.history
+            options.infer(run)
+        except NonFiniteError as error:  # its posterior is usable
+            error.posterior.history = run.history
+            _save(error.posterior, args, output_dir)
             raise
         except BaseException:
             attachment.detach()
@@ -136,42 +174,43 @@ def fit(
     return posterior
 
 
+def _check_post_hoc(
+    given: Posterior,
+    options: Guide,
+    adapter: Any,
+    likelihood: str | None,
+    shortcuts: Mapping[str, Any],
+    training: TrainingArguments | None,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """A posterior brings its means, its adapters and its likelihood; the guide adds a spread."""
+    how = options.post_hoc()
+    if how is None:
+        able = ", ".join(n for n in available() if as_guide(n).post_hoc() is not None)
+        raise ConfigError(
+            f"guide {full_name(options)!r} has nothing to infer when the adapter is given; choose "
+            f"one of {able}, or fit the network anew"
+        )
+    if given.model.program.members > 1:
+        raise ConfigError(
+            "an ensemble has no adapter of its own to give; export a member with to_peft(path, "
+            "draw=k) and read it with from_peft"
+        )
+    for name, value in {"adapter": adapter, "likelihood": likelihood}.items():
+        if value is not None:
+            raise ConfigError(f"{name}= comes with the posterior; leave it out")
+    trained = {n: shortcuts[n] for n in ("epochs", "learning_rate")} | {"training": training}
+    useless = [name for name, value in {**trained, "callbacks": callbacks or None}.items() if value]
+    if how == "computed" and useless and not list(given.likelihood.parameters()):
+        raise ConfigError(
+            f"guide {options.name!r} trains nothing when the adapter is given; leave "
+            f"{', '.join(useless)} out"
+        )
+
+
 def _save(posterior: Posterior, args: TrainingArguments, output_dir: str | Path | None) -> None:
     if output_dir is not None and args.should_save:  # of several processes the first
         posterior.save(output_dir)
-
-
-def _train(
-    posterior: Posterior,
-    data: Prepared,
-    held_out: Prepared | None,
-    args: TrainingArguments,
-    callbacks: Sequence[TrainerCallback],
-) -> None:
-    joint = posterior.model
-    trainer = SVITrainer(
-        joint,
-        posterior.options,
-        data,
-        args,
-        evaluate=None if held_out is None else lambda: _score(joint, held_out, args),
-        callbacks=tuple(callbacks),
-    )
-    checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
-    if checkpointing and not args.gradient_checkpointing:
-        joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except NonFiniteError as error:
-        error.posterior = posterior
-        raise
-    finally:
-        trainer.close_progress()
-        if args.gradient_checkpointing and not checkpointing:
-            joint.activation_checkpointing_disable()
-        joint.zero_grad(set_to_none=True)
-        joint.eval()
-        posterior.history = [dict(entry) for entry in trainer.state.log_history]
 
 
 @torch.no_grad()
@@ -181,7 +220,7 @@ def _check_output(joint: JointModel, data: Prepared) -> None:
     examples = [data.examples[i] for i in range(min(2, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)
     with evaluating(joint):
-        joint.likelihood.check_output(joint.network(batch, joint.program.bank.means()), data.labels)
+        joint.likelihood.check_output(joint.network(batch, joint.program.mean()), data.labels)
 
 
 def _score(joint: JointModel, data: Prepared, args: TrainingArguments) -> dict[str, float]:

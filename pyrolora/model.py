@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import Attachment, Binding, FlatFactors, bind, current_binding
 from pyrolora.errors import BindingError, CheckpointError, ConfigError
-from pyrolora.guides import Program
+from pyrolora.guides import Program, averaged
 from pyrolora.likelihoods import Likelihood
 from pyrolora.parameters import param_statement
 from pyrolora.types import Batch
@@ -58,7 +58,10 @@ class JointModel(nn.Module):
         self.num_examples = num_examples
         self.attachment = attachment
         self.heads = nn.ModuleDict(
-            {_key(name): copy.deepcopy(w.base_layer) for name, w in attachment.heads.items()}
+            {
+                _key(name): _copies(wrapper.base_layer, program.members)
+                for name, wrapper in attachment.heads.items()
+            }
         )
         self.heads.float().requires_grad_(True)
         self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
@@ -68,34 +71,53 @@ class JointModel(nn.Module):
 
         ``kl_weight`` scales the prior alone; the default, 1, is the untempered joint density.
         """
-        with torch.autocast(_device_of(self).type, enabled=False):
-            factors = self.program.model(kl_weight)
-            for name, parameter in self.heads.named_parameters():
-                param_statement(f"heads.{name}", parameter)
-        output = self.network(batch, factors)
-        return self.likelihood(output, batch, self.num_examples)
+        groups = self.program.groups(_rows(batch))
+        with averaged("members", self.program.side_by_side()):
+            with torch.autocast(_device_of(self).type, enabled=False):
+                with averaged("groups", groups):
+                    factors = self.program.model(kl_weight)
+                for name, parameter in self.heads.named_parameters():
+                    param_statement(f"heads.{name}", parameter)
+            if groups > 1:  # the rows are shared out, not repeated
+                output = self.run(batch, self.binding(factors))
+            else:
+                output = self.network(batch, factors)
+            return self.likelihood(output, batch, self.num_examples)
 
     def network(self, batch: Batch, factors: FlatFactors) -> Tensor:
         """The likelihood's view of the network's output under ``factors``: (b, ...), or
         (S, b, ...) for S draws, which are outermost in the batch."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != LABELS}
         draws = factors.draws
         if draws is not None:
-            inputs = {
-                name: t.expand(draws, *t.shape).flatten(0, 1) if isinstance(t, Tensor) else t
-                for name, t in inputs.items()
+            batch = {
+                name: t.repeat(draws, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) else t
+                for name, t in batch.items()
             }
-        binding = self.binding(factors)
+        output = self.run(batch, self.binding(factors))
+        return output if draws is None else output.unflatten(0, (draws, -1))
+
+    def run(self, batch: Batch, binding: Binding) -> Tensor:
+        """The likelihood's view of the network's output on the rows of ``batch`` with ``binding``
+        in its layers."""
+        own = {LABELS, *self.likelihood.extras}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in own}
         with bind(binding):
             raw = self._call(inputs)
         if len(binding.used) < len(binding.factors):
             self._refuse(binding)
-        output = self.likelihood.output(raw)
-        return output if draws is None else output.unflatten(0, (draws, -1))
+        return self.likelihood.output(raw)
 
-    def named_heads(self) -> dict[str, nn.Module]:
-        """The posterior's copies of the task heads, by their name in the network."""
-        return {name: self.heads[_key(name)] for name in self.attachment.heads}
+    def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
+        """The posterior's copies of the task heads by their name in the network: one each, or one
+        for each of the draws of ``factors``; the mean one for pooled draws."""
+        heads: dict[str, Any] = {n: self.heads[_key(n)] for n in self.attachment.heads}
+        if self.program.members == 1:
+            return {name: [head] for name, head in heads.items()}
+        assert factors is not None
+        assert factors.members is not None
+        chosen = factors.members.flatten().tolist()
+        own = {name: [head[i] for i in chosen] for name, head in heads.items()}
+        return {name: [_mean_of(h)] for name, h in own.items()} if factors.pooled else own
 
     def binding(self, factors: FlatFactors) -> Binding:
         """The binding of ``factors`` and of this posterior's heads."""
@@ -114,7 +136,10 @@ class JointModel(nn.Module):
             per_layer = self.program.bank.layer_factors(factors, dtype)
         return Binding(
             {self.attachment.layers[name]: value for name, value in per_layer.items()},
-            {self.attachment.heads[name]: head for name, head in self.named_heads().items()},
+            {
+                self.attachment.heads[name]: heads
+                for name, heads in self.named_heads(factors).items()
+            },
         )
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -165,6 +190,23 @@ class JointModel(nn.Module):
 
     # State -------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def adopt(self, other: JointModel, member: int | None = None) -> None:
+        """Take the means, the task heads and the likelihood of ``other``; with ``member`` they
+        become that member's, and the likelihood stays."""
+        if member is None:
+            self.program.bank.load_state_dict(other.program.bank.state_dict())
+            self.heads.load_state_dict(other.heads.state_dict())
+            self.likelihood.load_state_dict(other.likelihood.state_dict())
+            return
+        for key, head in other.heads.items():
+            self.heads.get_submodule(f"{key}.{member}").load_state_dict(head.state_dict())
+
+    def freeze(self) -> None:
+        """Make constants of the means and the heads: what is left to infer is their spread."""
+        self.program.bank.requires_grad_(False)
+        self.heads.requires_grad_(False)
+
     def own_state(self) -> dict[str, Tensor]:
         """All tensors that belong to the posterior: adapters, heads, likelihood; not the base."""
         state = self.state_dict()
@@ -193,15 +235,21 @@ class JointModel(nn.Module):
 
 
 class JointGuide(nn.Module):
-    """q(θ): the guide of the program, with the signature of the model."""
+    """q(θ): the guide of the program, with the signature of the model. Of the batch it looks at the
+    size alone, and while training alone."""
 
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
 
     def forward(self, batch: Batch | None = None, kl_weight: float = 1.0) -> None:
-        """Sample the latent sites; the batch is not looked at."""
-        with torch.autocast(_device_of(self).type, enabled=False):
+        """Sample the latent sites."""
+        groups = 1 if batch is None else self.program.groups(_rows(batch))
+        with (
+            torch.autocast(_device_of(self).type, enabled=False),
+            averaged("members", self.program.side_by_side()),
+            averaged("groups", groups),
+        ):
             self.program.guide(kl_weight)
 
 
@@ -231,6 +279,26 @@ def _checkpointing_method(base: Any) -> tuple[Callable[..., Any], str]:
 
 def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _copies(head: nn.Module, members: int) -> nn.Module:
+    copies = [copy.deepcopy(head) for _ in range(members)]
+    return copies[0] if members == 1 else nn.ModuleList(copies)
+
+
+def _mean_of(heads: Sequence[nn.Module]) -> nn.Module:
+    """A head whose parameters are the means of those of ``heads``."""
+    mean = copy.deepcopy(heads[0])
+    with torch.no_grad():
+        for parameter, *others in zip(
+            mean.parameters(), *(h.parameters() for h in heads), strict=True
+        ):
+            parameter.copy_(torch.stack(others).mean(0))
+    return mean
 
 
 def _key(name: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from transformers import AutoTokenizer
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, Attachment, FlatFactors, LayerSpec
 from pyrolora.errors import CheckpointError, ConfigError, whole_number
-from pyrolora.guides import Guide, guide_class
-from pyrolora.inference import Prepared, prepare
+from pyrolora.guides import MAP, Guide, from_options, full_name
+from pyrolora.inference import Prepared, load_language_model, prepare
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.predictive import (
@@ -33,7 +34,9 @@ from pyrolora.storage import (
     describe_base,
     load_base,
     merged,
+    read_adapter,
     read_folder,
+    write_adapter,
     write_folder,
 )
 from pyrolora.types import AdapterConfig
@@ -83,7 +86,7 @@ class Posterior:
 
     def __repr__(self) -> str:
         return (
-            f"Posterior(guide={self.options.name!r}, likelihood={self.likelihood.name!r}, "
+            f"Posterior(guide={full_name(self.options)!r}, likelihood={self.likelihood.name!r}, "
             f"base={type(self.base).__name__}, layers={len(self.bank.specs)}, "
             f"num_examples={self.model.num_examples})"
         )
@@ -123,7 +126,7 @@ class Posterior:
         """Layer -> (A, B): of shape (S, r, in) and (S, out, r) where they vary with the draws of
         `sample`; without draws, of the mean adapter."""
         program = self.model.program
-        flat = self.bank.means() if draws is None else program.factors(draws)
+        flat = program.mean() if draws is None else program.factors(draws)
         return {name: (A.detach(), B.detach()) for name, (A, B) in self.bank.matrices(flat).items()}
 
     # Prediction ---------------------------------------------------------------------------------
@@ -166,9 +169,9 @@ class Posterior:
     ) -> dict[str, float]:
         """Metrics of the predictive mean over draws.
 
-        Classification: ``accuracy``, ``nll``, ``ece``, ``brier``, ``error_auroc``; regression:
-        ``rmse``, ``nll``, ``crps``, ``coverage``; language models: ``nll`` (a token) and
-        ``perplexity``. `pyrolora.predictive.evaluate` defines each.
+        Classification and multiple choice: ``accuracy``, ``nll``, ``ece``, ``brier``,
+        ``error_auroc``; regression: ``rmse``, ``nll``, ``crps``, ``coverage``; language models:
+        ``nll`` (a counted token) and ``perplexity``. `pyrolora.predictive.evaluate` defines each.
         """
         return evaluate(self._predict(data, num_samples, batch_size, seed, need_labels=True))
 
@@ -198,22 +201,25 @@ class Posterior:
     @torch.no_grad()
     def to_arviz(
         self,
-        num_samples: int = 200,
+        num_samples: int | None = None,
         *,
         data: Any = None,
         log_likelihood: bool = False,
         factors: bool = False,
         seed: int | None = None,
     ) -> Any:
-        """Draws as ArviZ's ``InferenceData`` (0.2x) or ``DataTree`` (1.x), as one chain.
+        """Draws as ArviZ's ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
 
-        The draws of a fitted guide are independent: R-hat and effective sample size say nothing
-        about its quality.
+        The draws of a fitted guide are one chain of independent draws: R-hat and effective sample
+        size say nothing about its quality. Those of ``"nuts"`` are its chains; look at
+        ``adapter_norm``, ``factor_norm`` and ``covariance_eigenvalues``, which no rotation of the
+        ranks changes, not at entries of the factors.
 
         Parameters
         ----------
         num_samples
-            Number of draws.
+            Number of draws, over all chains. None: 200, or all that there are where draws are
+            stored (``"nuts"``, ``"ensemble"``).
         data
             Adds ``posterior_predictive`` (sampled ``y``, and ``probs`` or ``mean`` of each draw)
             and, with labels, ``observed_data`` for these examples.
@@ -230,25 +236,32 @@ class Posterior:
         """
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
+        program = self.model.program
+        if num_samples is None:
+            num_samples = program.stored() or defaults.ARVIZ_DRAWS
         whole_number("num_samples", num_samples, at_least=1)
+        if num_samples % program.chains:
+            raise ConfigError(
+                f"num_samples must be a multiple of the {program.chains} chains, got {num_samples}"
+            )
+        shape = partial(_by_chain, chains=program.chains)
         pieces, kept = [], []
         with seeded(seed):
-            for start in range(0, num_samples, DRAWS_AT_ONCE):
-                sites = self.sample(min(DRAWS_AT_ONCE, num_samples - start))
-                drawn = self.model.program.factors(sites)
+            for sites in program.draws(num_samples, DRAWS_AT_ONCE):
+                drawn = program.factors(sites)
                 pieces.append(self._variables(sites, drawn, factors))
                 if data is not None:
                     kept.append(drawn)
         posterior = {
-            name: (_one_chain(torch.cat([piece[name][0] for piece in pieces])), dims)
+            name: (shape(torch.cat([piece[name][0] for piece in pieces])), dims)
             for name, (_, dims) in pieces[0].items()
         }
         groups: dict[str, Any] = {"posterior": posterior}
         if data is not None:
-            groups |= self._data_groups(data, FlatFactors.cat(kept), log_likelihood)
-        coords = {"layer": list(self.bank.specs), "block": self.model.program.block_names()}
+            groups |= self._data_groups(data, FlatFactors.cat(kept), log_likelihood, shape)
+        coords = {"layer": list(self.bank.specs), "block": program.block_names()}
         attrs: dict[str, str | int | float] = {
-            "guide": self.options.name,
+            "guide": full_name(self.options),
             "guide_options": str(self.options),
             "base": type(self.base).__name__,
             "inference_library": "pyrolora",
@@ -261,7 +274,8 @@ class Posterior:
     ) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         """The posterior group of some draws: name -> (S, ...) and its dimensions."""
         variables = dict(self.model.program.quantities(sites))
-        variables["adapter_norm"] = (self._adapter_norms(drawn), ("layer",))
+        norms = self.bank.update_norms(drawn)
+        variables["adapter_norm"] = (norms.expand(drawn.draws or 1, -1), ("layer",))
         if factors:
             size = len(next(iter(sites.values())))
             for name, (A, B) in self.bank.matrices(drawn).items():
@@ -270,20 +284,18 @@ class Posterior:
                 variables[f"B[{name}]"] = (B, (f"out[{name}]", "rank"))
         return variables
 
-    def _adapter_norms(self, factors: FlatFactors) -> Tensor:
-        """‖s B A‖_F per draw and layer, (S, L), from the r x r Gram matrices: BᵀB and A Aᵀ."""
-        norms = []
-        for name, (A, B) in self.bank.matrices(factors).items():
-            squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0)
-            norms.append(self.bank.specs[name].scaling * squared.sqrt())
-        return torch.stack(norms, dim=-1)
-
-    def _data_groups(self, data: Any, factors: FlatFactors, log_likelihood: bool) -> dict[str, Any]:
+    def _data_groups(
+        self,
+        data: Any,
+        factors: FlatFactors,
+        log_likelihood: bool,
+        shape: Callable[[Tensor], np.ndarray],
+    ) -> dict[str, Any]:
         prepared = self._prepare(data, need_labels=log_likelihood)
         prediction = predict(self.model, prepared, factors)
         groups: dict[str, Any] = {
             "posterior_predictive": {
-                name: (_one_chain(draws), dims)
+                name: (shape(draws), dims)
                 for name, (draws, dims) in prediction.predictive_draws().items()
             }
         }
@@ -292,7 +304,7 @@ class Posterior:
             groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
         if log_likelihood:
             assert prediction.log_likelihood is not None
-            groups["log_likelihood"] = {"y": (_one_chain(prediction.log_likelihood), ("example",))}
+            groups["log_likelihood"] = {"y": (shape(prediction.log_likelihood), ("example",))}
         return groups
 
     # Storage ------------------------------------------------------------------------------------
@@ -302,7 +314,7 @@ class Posterior:
         beside them; the base network is not copied. `pyrolora.load` reads it again."""
         specs = list(self.bank.specs.values())
         meta = {
-            "guide": {"name": self.options.name, "options": dataclasses.asdict(self.options)},
+            "guide": {"name": full_name(self.options), "options": dataclasses.asdict(self.options)},
             "likelihood": self.likelihood.name,
             "adapter": dataclasses.asdict(self.bank.config),
             "layers": [dataclasses.asdict(spec) for spec in specs],
@@ -314,10 +326,66 @@ class Posterior:
         }
         write_folder(Path(path), meta, self.model.own_state(), self.tokenizer)
 
-    def merge(self) -> nn.Module:
-        """A new plain model with the mean adapter added to its weights and the posterior's head;
-        this posterior and its base stay as they are."""
-        return merged(self.model, self.bank.means())
+    def merge(self, draw: str | int = "mean") -> nn.Module:
+        """A new plain model with an adapter added to its weights and the posterior's head; this
+        posterior and its base stay as they are.
+
+        Parameters
+        ----------
+        draw
+            ``"mean"``: the mean adapter (of an ensemble: the mean of the updates, and of the
+            heads); or the number k of a draw, as in `to_peft`.
+        """
+        return merged(self.model, self._setting(draw))
+
+    def to_peft(self, path: str | Path, draw: str | int | Sequence[int] = "mean") -> None:
+        """Write a LoRA adapter that ``peft.PeftModel.from_pretrained(network, path)`` loads, with
+        the same outputs; PEFT itself is not needed to write it.
+
+        Parameters
+        ----------
+        path
+            A folder.
+        draw
+            ``"mean"``; or k, the draw that ``sample(1, seed=k)`` gives (the k-th stored one of
+            ``"nuts"`` and ``"ensemble"``); or a list of these, written to ``path/draw-<k>`` each,
+            for a server that holds several adapters on one network.
+
+        Raises
+        ------
+        ConfigError
+            When the folder holds something else, or the draw is no low-rank adapter.
+        """
+        if not isinstance(draw, str | int):
+            for number in draw:
+                self.to_peft(Path(path) / f"draw-{number}", number)
+            return
+        setting = self._setting(draw)
+        heads = {name: own for name, (own,) in self.model.named_heads(setting).items()}
+        matrices = self.bank.matrices(setting)
+        write_adapter(Path(path), self.bank.specs, matrices, heads, self.base)
+
+    @torch.no_grad()
+    def _setting(self, draw: str | int) -> FlatFactors:
+        """The factors of the mean adapter, or of one draw."""
+        program = self.model.program
+        if draw == "mean":
+            return program.mean()
+        if isinstance(draw, str):
+            raise ConfigError(f"draw must be 'mean' or the number of a draw, got {draw!r}")
+        whole_number("draw", draw, at_least=0)
+        stored = program.stored()
+        if stored is not None and draw >= stored:
+            raise ConfigError(f"there are {stored} draws, numbered from 0, got draw={draw}")
+        with seeded(draw):
+            sites = program.draw(1) if stored is None else program.pick(torch.tensor([draw]))
+        setting = program.factors(sites)[0]
+        if setting.seeds is not None:
+            raise ConfigError(
+                "a draw of Flat(at_prediction=True) has noise on the weights, which no adapter "
+                "holds; use draw='mean', or at_prediction=False"
+            )
+        return setting
 
     def detach(self) -> nn.Module:
         """Put the network's original modules back and return it. The posterior keeps its draws but
@@ -378,7 +446,7 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
             tokenizer = AutoTokenizer.from_pretrained(tokens.resolve(), local_files_only=True)
         specs = [LayerSpec(**spec) for spec in meta["layers"]]
         heads, base = list(meta["heads"]), meta["base"]
-        guide = guide_class(meta["guide"]["name"])(**meta["guide"]["options"])
+        guide = from_options(meta["guide"]["name"], meta["guide"]["options"])
         config = AdapterConfig(**meta["adapter"])
         num_examples = operator.index(meta["num_examples"])
         history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
@@ -405,6 +473,66 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
     return Posterior(joint, guide, tokenizer=tokenizer, history=history, settings=settings)
 
 
-def _one_chain(draws: Tensor) -> np.ndarray:
-    """(S, ...) -> (1, S, ...)."""
-    return draws.detach().cpu().numpy()[None]
+@torch.inference_mode(False)
+def from_peft(
+    path: str | Path,
+    model: str | Path | nn.Module,
+    *,
+    likelihood: str | None = None,
+    tokenizer: Any = None,
+) -> Posterior:
+    """A LoRA adapter that PEFT saved, as a posterior without width (``"map"``).
+
+    ``fit(from_peft(...), data, guide="laplace")`` then infers how sure the adapter may be, without
+    training it again.
+
+    Parameters
+    ----------
+    path
+        The adapter's folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    model
+        The network that it was trained on, with a task head of the same size; of a language model
+        also its hub id or folder.
+    likelihood
+        A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
+    tokenizer
+        For raw text; loaded with a model that is given by its name.
+
+    Returns
+    -------
+    Posterior
+        Its ``num_examples`` is 1: the data that the adapter was trained on are not known.
+
+    Raises
+    ------
+    ConfigError
+        For a variant of LoRA that pyrolora does not have, naming the option.
+    CheckpointError
+        When the files are damaged, or belong to another network.
+    """
+    if isinstance(model, nn.Module):
+        network = model
+    else:
+        network, tokenizer = load_language_model(str(model), tokenizer)
+    law = likelihood_for(network, likelihood)
+    adapter = read_adapter(path, network)
+    attachment = Attachment(network, adapter.specs, list(adapter.heads))
+    guide = MAP()
+    try:
+        joint = build(network, attachment, adapter.config, guide, law, num_examples=1)
+        bank = joint.program.bank
+        A, B = (bank.layouts[factor].blocks for factor in "AB")
+        bank.assign("A_loc", torch.cat([adapter.matrices[b.layer][0].flatten() for b in A]))
+        bank.assign("B_loc", torch.cat([adapter.matrices[b.layer][1].mT.flatten() for b in B]))
+        for name, (head,) in joint.named_heads().items():
+            head.load_state_dict(adapter.heads[name])
+    except BaseException:
+        attachment.detach()
+        raise
+    network.eval()
+    return Posterior(joint, guide, tokenizer=tokenizer)
+
+
+def _by_chain(draws: Tensor, chains: int) -> np.ndarray:
+    """(S, ...) -> (chains, S / chains, ...)."""
+    return draws.detach().cpu().unflatten(0, (chains, -1)).numpy()

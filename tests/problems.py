@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -31,6 +33,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 32,
     "vocab_size": len(WORDS),
 }
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 class Rows(TorchDataset[Any]):
@@ -65,12 +68,32 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def mask_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer with a mask token, the last of its vocabulary."""
+    made = tokenizer()
+    made.add_special_tokens({"mask_token": "[MASK]"})
+    return made
+
+
 def bert(num_labels: int = 2, seed: int = 0, **changes: Any) -> BertForSequenceClassification:
     """A tiny BERT classifier (regression with one label), without dropout unless asked for."""
     torch.manual_seed(seed)
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**{**SIZES, **dropout, "num_labels": num_labels, **changes})
+    config = BertConfig(**{**SIZES, **NO_DROPOUT, "num_labels": num_labels, **changes})
     return BertForSequenceClassification(config).eval()
+
+
+def bert_choice(seed: int = 0, **changes: Any) -> BertForMultipleChoice:
+    """A tiny BERT that scores choices; its weights are large enough for scores to differ."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, **NO_DROPOUT, "initializer_range": 0.3, **changes}
+    return BertForMultipleChoice(BertConfig(**sizes)).eval()
+
+
+def bert_mlm(seed: int = 0, **changes: Any) -> BertForMaskedLM:
+    """A tiny masked language model for `mask_tokenizer`."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, **NO_DROPOUT, "initializer_range": 0.3, "vocab_size": len(WORDS) + 1}
+    return BertForMaskedLM(BertConfig(**{**sizes, **changes})).eval()
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -104,6 +127,20 @@ def reviews(n: int = 24, seed: int = 0) -> datasets.Dataset:
         filler = [WORDS[int(i)] for i in torch.randint(8, 16, (3,), generator=generator)]
         length = int(torch.randint(1, 4, (), generator=generator))
         rows.append({"text": " ".join([*filler[:length], ("bad", "good")[label]]), "label": label})
+    return datasets.Dataset.from_list(rows)
+
+
+def questions(n: int = 24, seed: int = 0) -> datasets.Dataset:
+    """Raw questions with two to four choices, of which the one that says 'good' is right."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(n):
+        size = int(torch.randint(2, 5, (), generator=generator))
+        label = int(torch.randint(size, (), generator=generator))
+        fillers = [WORDS[int(i)] for i in torch.randint(8, 16, (size,), generator=generator)]
+        choices = [f"{'good' if j == label else 'bad'} {word}" for j, word in enumerate(fillers)]
+        question = " ".join(["the film", "is not dull"][: 1 + size % 2])
+        rows.append({"question": question, "choices": choices, "label": label})
     return datasets.Dataset.from_list(rows)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from torch import Tensor
 from pyrolora.adapters.initializers import initial_factor
 from pyrolora.adapters.layer import Factors
 from pyrolora.adapters.targets import LayerSpec
+from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.distributions import BlockGroup, map_blocks, split_blocks
 from pyrolora.parameters import ParamModule
 from pyrolora.types import AdapterConfig
+
+Matrices = Mapping[str, Tensor]
+"""Layer -> (..., r, columns)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Layout:
     def __add__(self, other: Layout) -> Layout:
         return Layout([*self.blocks, *other.blocks])
 
-    def matrices(self, flat: Tensor) -> dict[str, Tensor]:
+    def matrices(self, flat: Tensor) -> Matrices:
         """Layer -> (..., r, columns); of a layout that holds one factor only."""
         parts = [part for group in split_blocks(flat, self.groups) for part in group.unbind(-3)]
         return {block.layer: part for block, part in zip(self.blocks, parts, strict=True)}
@@ -75,34 +80,68 @@ class Layout:
 
 @dataclass(frozen=True)
 class FlatFactors:
-    """All A and all Bᵀ as flat vectors, (total,) or, for S draws, (S, total)."""
+    """What a setting of the latent variables, or S draws of it, puts into the adapted layers.
+
+    Attributes
+    ----------
+    A, B
+        All A and all Bᵀ as flat vectors, (total,) or, for S draws, (S, total).
+    members
+        Whose task head each draw uses, (S,) or (); None where there is one.
+    seeds
+        Of the noise on the weights, (S,) or (); None without noise.
+    noise_scale
+        σ of that noise, relative to the norm of each row of the weight.
+    pooled
+        The S draws together are one setting: the mean of their updates, (1/S) Σ s B A, and of
+        their heads. (The mean of the factors is none: those of two fits differ by a rotation.)
+    """
 
     A: Tensor
     B: Tensor
+    members: Tensor | None = None
+    seeds: Tensor | None = None
+    noise_scale: float = 0.0
+    pooled: bool = False
 
     @property
     def draws(self) -> int | None:
         """S, or None for a single setting."""
+        if self.pooled:
+            return None
         sizes = {t.shape[0] for t in (self.A, self.B) if t.dim() > 1}
+        sizes |= {t.shape[0] for t in (self.members, self.seeds) if t is not None and t.dim()}
         return sizes.pop() if sizes else None
 
-    @property
-    def constant(self) -> bool:
-        """Whether the S draws are one setting, repeated (``expand``): a point mass."""
-        return all(t.dim() == 1 or t.stride(0) == 0 for t in (self.A, self.B))
+    def distinct(self) -> tuple[FlatFactors, Tensor]:
+        """The different settings among the S draws, and how many neighbours have each."""
+        draws = self.draws
+        assert draws is not None
+        if self.seeds is None and self.members is not None:  # a member is a point mass
+            counts = self.members.unique_consecutive(return_counts=True)[1]
+            return self[counts.cumsum(0) - counts], counts
+        point = all(t.dim() == 1 or t.stride(0) == 0 for t in (self.A, self.B))
+        if self.seeds is None and point:
+            return self[:1], torch.tensor([draws])
+        return self, torch.ones(draws, dtype=torch.long)
 
     @staticmethod
     def cat(parts: Sequence[FlatFactors]) -> FlatFactors:
         """The draws of all parts in turn; a factor that is not drawn is the same in each."""
-        A, B = (
-            torch.cat(tensors) if tensors[0].dim() > 1 else tensors[0]
-            for tensors in ([part.A for part in parts], [part.B for part in parts])
-        )
-        return FlatFactors(A, B)
+        first = parts[0]
+        drawn: dict[str, Any] = {}
+        for name, plain in (("A", 1), ("B", 1), ("members", 0), ("seeds", 0)):
+            tensor = getattr(first, name)
+            if tensor is not None and tensor.dim() > plain:
+                drawn[name] = torch.cat([getattr(part, name) for part in parts])
+        return replace(first, **drawn)
 
-    def __getitem__(self, index: int | slice) -> FlatFactors:
+    def __getitem__(self, index: int | slice | Tensor) -> FlatFactors:
         A, B = (t[index] if t.dim() > 1 else t for t in (self.A, self.B))
-        return FlatFactors(A, B)
+        members, seeds = (
+            t[index] if t is not None and t.dim() else t for t in (self.members, self.seeds)
+        )
+        return replace(self, A=A, B=B, members=members, seeds=seeds)
 
 
 class AdapterBank(ParamModule):
@@ -127,12 +166,13 @@ class AdapterBank(ParamModule):
             "A": Layout([Block(s.name, "A", s.rank, s.in_features) for s in specs]),
             "B": Layout([Block(s.name, "B", s.rank, s.out_features) for s in specs]),
         }
-        start = [
-            initial_factor(config.init_lora_weights, block.rank, block.columns).flatten()
-            for block in self.layouts["A"].blocks
-        ]
-        self.declare("A_loc", torch.cat(start))
+        self.declare("A_loc", self.start())
         self.declare("B_loc", torch.zeros(self.layouts["B"].total))
+
+    def start(self) -> Tensor:
+        """A new random start of all A; B starts at zero."""
+        kind, blocks = self.config.init_lora_weights, self.layouts["A"].blocks
+        return torch.cat([initial_factor(kind, b.rank, b.columns).flatten() for b in blocks])
 
     def layout(self, latent: str) -> Layout:
         """The layout of the latent factors: ``"A"``, ``"B"``, or ``"AB"`` (A's blocks first)."""
@@ -147,12 +187,21 @@ class AdapterBank(ParamModule):
     def shifted(self, latent: str, delta: Tensor) -> FlatFactors:
         """The means plus ``delta`` (..., total of ``layout(latent)``) on the latent factors."""
         means = self.means()
-        if latent == "A":
-            return FlatFactors(means.A + delta, means.B)
-        if latent == "B":
-            return FlatFactors(means.A, means.B + delta)
-        delta_a, delta_b = delta.split([self.layouts["A"].total, self.layouts["B"].total], dim=-1)
-        return FlatFactors(means.A + delta_a, means.B + delta_b)
+        return self.replaced(latent, self.latent_part(latent, means) + delta)
+
+    def latent_part(self, latent: str, factors: FlatFactors) -> Tensor:
+        """The entries of the latent factors, (..., total of ``layout(latent)``)."""
+        if latent == "AB":
+            return torch.cat([factors.A, factors.B], dim=-1)
+        return factors.A if latent == "A" else factors.B
+
+    def replaced(self, latent: str, value: Tensor) -> FlatFactors:
+        """``value`` as the latent factors; the mean as the other one."""
+        means = self.means()
+        if latent == "AB":
+            sizes = [self.layouts["A"].total, self.layouts["B"].total]
+            return FlatFactors(*value.split(sizes, dim=-1))
+        return FlatFactors(value, means.B) if latent == "A" else FlatFactors(means.A, value)
 
     def layer_factors(self, factors: FlatFactors, dtype: torch.dtype) -> dict[str, Factors]:
         """Per layer the matrices of its two products: one cast and one scaling for all layers."""
@@ -165,11 +214,39 @@ class AdapterBank(ParamModule):
             sB = self.layouts["B"].scale(sB.new_tensor(per_block), sB)
         A = self.layouts["A"].matrices(factors.A.to(dtype))
         B = self.layouts["B"].matrices(sB.to(dtype))
-        dropout = self.config.lora_dropout
-        return {name: Factors(A[name], B[name], dropout) for name in self.specs}
+        if factors.pooled:
+            A, B = _pooled(A, B)
+        noises: list[WeightNoise | None] = [None] * len(self.specs)
+        if factors.seeds is not None and factors.noise_scale:
+            seeds = tuple(factors.seeds.flatten().tolist())
+            noises = [WeightNoise(seeds, factors.noise_scale, i) for i in range(len(self.specs))]
+        return {
+            name: Factors(A[name], B[name], self.config.lora_dropout, noise)
+            for name, noise in zip(self.specs, noises, strict=True)
+        }
 
     def matrices(self, factors: FlatFactors) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (A (..., r, in), B (..., out, r)), unscaled."""
+        """Layer -> (A (..., r, in), B (..., out, r)), unscaled; for pooled factors the two of
+        rank S r whose product is the mean of the updates."""
         A = self.layouts["A"].matrices(factors.A)
         B = self.layouts["B"].matrices(factors.B)
+        if factors.pooled:
+            A, B = _pooled(A, B)
         return {name: (A[name], B[name].mT) for name in self.specs}
+
+    def update_norms(self, factors: FlatFactors) -> Tensor:
+        """‖s B A‖_F per draw and layer, (S, L), from the r x r Gram matrices BᵀB and A Aᵀ: no
+        rotation of the ranks changes it."""
+        norms = []
+        for name, (A, B) in self.matrices(factors).items():
+            squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0)
+            norms.append(self.specs[name].scaling * squared.sqrt())
+        return torch.stack(norms, dim=-1)
+
+
+def _pooled(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:
+    """(1/K) Σ_k B_k A_k as one product of K r ranks."""
+    return (
+        {name: matrix.flatten(-3, -2) for name, matrix in A.items()},
+        {name: matrix.flatten(-3, -2) / len(matrix) for name, matrix in B.items()},
+    )

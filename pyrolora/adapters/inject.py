@@ -58,6 +58,10 @@ class Attachment:
             shared = _networks.setdefault(self.network, _Shared(self._requires_grad))
             shared.attachments.add(self)
 
+    def again(self) -> Attachment:
+        """Another attachment of the same layers and heads, with a life of its own."""
+        return Attachment(self.network, self.specs, list(self.heads))
+
     @property
     def wrappers(self) -> Mapping[str, Wrapper]:
         return {**self.layers, **self.heads}

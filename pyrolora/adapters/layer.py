@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
+from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import BindingError
 
 
@@ -26,6 +28,7 @@ class Factors:
     A: Tensor
     sB: Tensor
     dropout: float = 0.0
+    noise: WeightNoise | None = None
 
     def add_to(self, out: Tensor, x: Tensor, training: bool) -> Tensor:
         """``out + s B A x`` for x (..., in) and out (..., out)."""
@@ -57,7 +60,7 @@ class Binding:
     """What a caller of the base puts in its layers for the time of one call."""
 
     factors: Mapping[nn.Module, Factors]
-    heads: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
+    heads: Mapping[nn.Module, Sequence[nn.Module]] = field(default_factory=dict)
     used: set[nn.Module] = field(default_factory=set)
 
 
@@ -148,19 +151,33 @@ class AdapterLayer(Wrapper):
         if binding is None or factors is None:
             return out
         binding.used.add(self)
-        return factors.add_to(out, x, self.training)
+        adapted = factors.add_to(out, x, self.training)
+        if factors.noise is None:
+            return adapted
+        weight: Tensor = self.base_layer.get_parameter("weight")
+        weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+        return factors.noise.add_to(adapted, x, weight, factors.A, factors.sB)
 
 
 class HeadSlot(Wrapper):
-    """A task head that gives way to the copy that is bound to it, if one is."""
+    """A task head that gives way to the copy that is bound to it, if one is; of K copies each
+    serves one of K equal blocks of rows."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         binding = _binding_for_forward()
         bound = None if binding is None else binding.heads.get(self)
         if bound is None:
             return self.base_layer(*args, **kwargs)
-        dtype = next(bound.parameters()).dtype  # float32, whatever the network computes in
-        return bound(*(_cast(arg, dtype) for arg in args), **kwargs)
+        dtype = next(bound[0].parameters()).dtype  # float32, whatever the network computes in
+        args = tuple(_cast(arg, dtype) for arg in args)
+        if len(bound) == 1:
+            return bound[0](*args, **kwargs)
+        rows = [_blocks(arg, len(bound)) for arg in args]
+        return torch.cat([head(*own, **kwargs) for head, *own in zip(bound, *rows, strict=True)])
+
+
+def _blocks(arg: Any, count: int) -> Sequence[Any]:
+    return arg.chunk(count) if isinstance(arg, Tensor) else [arg] * count
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:

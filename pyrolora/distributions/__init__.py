@@ -2,11 +2,13 @@
 
 from pyrolora.distributions import kl  # noqa: F401  (registers the divergences)
 from pyrolora.distributions.column_normal import BlockGroup, ColumnNormal, map_blocks, split_blocks
+from pyrolora.distributions.kronecker_normal import KroneckerNormal
 from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
 
 __all__ = [
     "BlockGroup",
     "ColumnNormal",
+    "KroneckerNormal",
     "VectorToLowerFactor",
     "WishartCholesky",
     "map_blocks",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributions import register_kl
+from torch.distributions import Independent, Normal, register_kl
 
 from pyrolora.distributions.column_normal import ColumnNormal
+from pyrolora.distributions.kronecker_normal import KroneckerNormal
 from pyrolora.distributions.wishart_cholesky import WishartCholesky
 
 
@@ -44,3 +45,18 @@ def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
     whitened = torch.linalg.solve_triangular(q.scale_tril, p.scale_tril, upper=False)
     per_row = 0.5 * (whitened.square().sum(-1) - 1) - whitened.diagonal(dim1=-2, dim2=-1).log()
     return (per_row * p.entry_weights()).sum((-2, -1))
+
+
+@register_kl(KroneckerNormal, Independent)
+def _kl_kronecker_normal(p: KroneckerNormal, q: Independent) -> Tensor:
+    """To independent normals N(μ_i, σ_i²) over the same entries, with v the variances of p:
+
+        KL = ½ Σ_i [ (v_i + (m_i - μ_i)²) / σ_i² - 1 + log σ_i² ] - Σ_i log S_i
+
+    The rotations are orthogonal, so that Σ_i log S_i² is the log-determinant of p.
+    """
+    base = q.base_dist
+    if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError("the KL of a KroneckerNormal is known to Normal(...).to_event(1)")
+    moments = (p.variance + (p.loc - base.loc).square()) / base.scale.square()
+    return (0.5 * (moments - 1) + base.scale.log() - p.scale.log()).sum(-1)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from pyrolora.errors import ConfigError, UnknownNameError
-from pyrolora.guides.base import Guide, Program
-from pyrolora.guides.map import MAP
-from pyrolora.guides.montec import MonteCLoRA
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-_REGISTRY: dict[str, type[Guide]] = {kind.name: kind for kind in (MAP, MonteCLoRA)}
+from pyrolora.errors import ConfigError, UnknownNameError
+from pyrolora.guides.base import Fit, Guide, Program, averaged
+from pyrolora.guides.ensemble import Ensemble
+from pyrolora.guides.flat import Flat
+from pyrolora.guides.laplace import Laplace
+from pyrolora.guides.map import MAP
+from pyrolora.guides.meanfield import MeanField
+from pyrolora.guides.montec import MonteCLoRA
+from pyrolora.guides.nuts import NUTS
+
+_REGISTRY: dict[str, type[Guide]] = {
+    kind.name: kind for kind in (MAP, MonteCLoRA, Flat, MeanField, Laplace, Ensemble, NUTS)
+}
 
 
 def available() -> list[str]:
@@ -23,15 +34,51 @@ def guide_class(name: str) -> type[Guide]:
 
 
 def as_guide(guide: str | Guide) -> Guide:
-    """A guide with its default options from a name, or the guide itself."""
+    """A guide with its default options from a name, or the guide itself. Of a guide around another
+    one the name joins both: ``"flat+montec"``."""
     if isinstance(guide, Guide):
         return guide
     if isinstance(guide, str):
-        return guide_class(guide)()
+        return from_options(guide, {})
     raise ConfigError(
         f"guide must be one of {', '.join(available())} or a guide object such as "
         f"pyrolora.guides.MonteCLoRA(...), got {guide!r}"
     )
 
 
-__all__ = ["MAP", "Guide", "MonteCLoRA", "Program", "as_guide", "available", "guide_class"]
+def from_options(name: str, options: Mapping[str, Any]) -> Guide:
+    """The guide of that name (``"montec"``, ``"flat+montec"``); ``options["inner"]`` are those of
+    the inner one."""
+    outer, _, inner = name.partition("+")
+    kind, options = guide_class(outer), dict(options)
+    if inner:
+        if "inner" not in {field.name for field in dataclasses.fields(kind)}:
+            raise ConfigError(f"{outer!r} is not a guide around another one, got {name!r}")
+        options["inner"] = from_options(inner, options.get("inner", {}))
+    return kind(**options)
+
+
+def full_name(guide: Guide) -> str:
+    """What `from_options` calls the guide."""
+    inner = getattr(guide, "inner", None)
+    return guide.name if inner is None else f"{guide.name}+{full_name(inner)}"
+
+
+__all__ = [
+    "MAP",
+    "NUTS",
+    "Ensemble",
+    "Fit",
+    "Flat",
+    "Guide",
+    "Laplace",
+    "MeanField",
+    "MonteCLoRA",
+    "Program",
+    "as_guide",
+    "available",
+    "averaged",
+    "from_options",
+    "full_name",
+    "guide_class",
+]

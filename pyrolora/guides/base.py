@@ -1,17 +1,17 @@
-"""What every guide is: options, and the program that they build over a bank.
+"""What every guide is: options, how they are inferred, and the program that they build over a bank.
 
 The parts of a guide's file, in this order: the options (a frozen dataclass that states the
-mathematics), ``build``, and the program with ``__init__`` (its parameters), ``model``, ``guide``,
-``factors`` and ``quantities``.
+mathematics), ``build``, ``infer`` where it is not SVI, and the program with ``__init__`` (its
+parameters), ``model``, ``guide``, ``factors`` and ``quantities``.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyro
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, positive
+from pyrolora.errors import ConfigError, positive, whole_number
 from pyrolora.parameters import ParamModule
 
 LATENTS = ("A", "B", "AB")
@@ -34,27 +34,110 @@ Quantities = Mapping[str, tuple[Tensor, tuple[str, ...]]]
 """Name -> (S, ...) and the names of the dimensions after the first."""
 
 
+class Law(Protocol):
+    """What `Guide.check` reads of a likelihood."""
+
+    name: ClassVar[str]
+    linearisable: ClassVar[bool]
+
+
+class Fit(Protocol):
+    """What `Guide.infer` works with: the joint model, its data, and engines that guides share."""
+
+    @property
+    def joint(self) -> Any:
+        """The joint model that is inferred."""
+
+    @property
+    def program(self) -> Any:
+        """The guide's own program in it."""
+
+    def svi(self) -> None:
+        """Train the pair of `joint`."""
+
+    def point(self, guide: Guide, number: int | None = None) -> Any:
+        """A joint model of its own with ``guide``, a point mass, trained from its own start (of
+        that number, with its own seed, where there are several); with frozen means as they are."""
+
+    def held_out_nll(self) -> float:
+        """The score of the evaluation data under `joint`; refuses without such data."""
+
+    def kfac(self) -> Mapping[str, Any]:
+        """The Kronecker factors of the curvature at the means of `joint`, by block."""
+
+    def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
+        """The prior's precision of the highest marginal likelihood."""
+
+    def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], int]:
+        """Site -> (chains, draws, ...) of NUTS on `joint`, and how many steps diverged."""
+
+    def log(self, **numbers: float) -> None:
+        """Add an entry to the history."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guide(ABC):
-    """Options of a method, and the weight of its KL in the objective.
+    """Options of a method."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def build(self, bank: AdapterBank) -> Program:
+        """The model/guide pair over the factors of ``bank``."""
+
+    def infer(self, fit: Fit) -> None:
+        """Infer the posterior of ``fit.joint``; by stochastic variational inference."""
+        fit.svi()
+
+    def beta(self, num_examples: int, progress: float = 1.0) -> float:
+        """The weight of the KL at ``progress`` (0..1) through the training steps."""
+        return 1.0
+
+    def scale_rate(self) -> float:
+        """The learning rate of scales: of the posterior, and of the noise of a regression."""
+        return defaults.SCALE_LEARNING_RATE
+
+    def post_hoc(self) -> str | None:
+        """How it infers a posterior whose means are given: ``"trained"`` (SVI of the scales),
+        ``"computed"`` (without SVI), or None: it cannot."""
+        return "trained"
+
+    def check(self, likelihood: Law) -> None:  # noqa: B027 - most have nothing to refuse
+        """Raise `ConfigError` for a likelihood that this method cannot serve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variational(Guide):
+    """Options of a method that minimises −log-likelihood + β · KL.
 
     Parameters
     ----------
     kl_weight, kl_weight_against
-        β in −log-likelihood + β · KL. 1 is the ELBO; below 1 the posterior is colder. Against
-        ``"sum"`` β is ``kl_weight``; against ``"mean"``, the mean of the log-likelihood over the n
-        training examples, β = n · ``kl_weight``.
+        β. 1 is the ELBO; below 1 the posterior is colder. Against ``"sum"`` β is ``kl_weight``;
+        against ``"mean"``, the mean of the log-likelihood over the n training examples,
+        β = n · ``kl_weight``.
     kl_warmup
         Share of the training steps over which the weight rises linearly from 0 to β.
+    draws_per_batch
+        G: the examples of a training batch fall into G equal groups, each with a draw of its own
+        (the largest divisor of the batch size up to G). The same expected gradient with less
+        variance, since the noise of G draws averages out; 1 is one draw a batch.
     scale_learning_rate
-        Learning rate of the posterior's scales; the means take the fit's ``learning_rate``.
+        Learning rate of scales, of the posterior and of the noise of a regression; the means take
+        the fit's ``learning_rate``.
     """
 
-    name: ClassVar[str]
+    guide_only: ClassVar[tuple[str, ...]] = (
+        "kl_warmup",
+        "draws_per_batch",
+        "scale_learning_rate",
+    )
+    """Options that do not change the model."""
 
     kl_weight: float = 1.0
     kl_weight_against: str = "sum"
     kl_warmup: float = 0.0
+    draws_per_batch: int = 1
     scale_learning_rate: float = defaults.SCALE_LEARNING_RATE
 
     def __post_init__(self) -> None:
@@ -62,14 +145,13 @@ class Guide(ABC):
         against = self.kl_weight_against
         require(against in AGAINST, "kl_weight_against", f"one of {AGAINST}", against)
         require(0 <= self.kl_warmup <= 1, "kl_warmup", "in [0, 1]", self.kl_warmup)
+        whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
         positive("scale_learning_rate", self.scale_learning_rate)
 
-    @abstractmethod
-    def build(self, bank: AdapterBank) -> Program:
-        """The model/guide pair over the factors of ``bank``."""
+    def scale_rate(self) -> float:
+        return self.scale_learning_rate
 
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
-        """β at ``progress`` (0..1) through the training steps."""
         factor = num_examples if self.kl_weight_against == "mean" else 1
         rise = min(1.0, progress / self.kl_warmup) if self.kl_warmup else 1.0
         return self.kl_weight * factor * rise
@@ -92,7 +174,26 @@ class Program(ParamModule, ABC):
     ----------
     bank
         The adapter means, shared by model and guide.
+
+    Attributes
+    ----------
+    progress
+        0..1: how far the training is; 1 outside of it.
+    draws_per_batch
+        Into how many groups with a draw of their own a training batch falls, at most.
+    members
+        How many copies of the task heads draws choose from.
+    chains
+        Of how many chains the stored draws are.
+    linearised
+        Whether predictions are linear in the draws, around the mean adapter.
     """
+
+    progress: float = 1.0
+    draws_per_batch: int = 1
+    members: int = 1
+    chains: int = 1
+    linearised: bool = False
 
     def __init__(self, bank: AdapterBank) -> None:
         super().__init__()
@@ -114,6 +215,10 @@ class Program(ParamModule, ABC):
     def quantities(self, sites: Sites) -> Quantities:
         """Low-dimensional functions of draws that are worth looking at."""
 
+    def mean(self) -> FlatFactors:
+        """The mean adapter."""
+        return self.bank.means()
+
     def block_names(self) -> list[str]:
         """Labels of the dimension ``block`` in `quantities`, if it is used."""
         return []
@@ -122,9 +227,40 @@ class Program(ParamModule, ABC):
         """Names of the parameters that are scales of the posterior, not means."""
         return [name for name, _ in self.named_parameters(recurse=False)]
 
-    @torch.no_grad()
+    def groups(self, batch_size: int) -> int:
+        """Into how many equal groups, each with a draw of its own, a training batch falls."""
+        most = min(self.draws_per_batch, batch_size) if self.training else 1
+        return next(count for count in range(most, 0, -1) if batch_size % count == 0)
+
+    def side_by_side(self) -> int:
+        """How many members are trained on the same batch."""
+        return 1
+
+    def stored(self) -> int | None:
+        """How many draws there are, where they are a list; None where they are drawn anew."""
+        return None
+
+    def pick(self, index: Tensor) -> dict[str, Tensor]:
+        """Site -> the stored draws of these numbers."""
+        raise NotImplementedError
+
     def draw(self, num_samples: int) -> dict[str, Tensor]:
-        """Site -> (num_samples, *event): independent draws from the guide."""
+        """Site -> (num_samples, *event): independent draws from the guide, or stored ones, evenly
+        spaced; each several times, one after the other, where there are fewer."""
+        return next(self.draws(num_samples, num_samples))
+
+    @torch.no_grad()
+    def draws(self, num_samples: int, at_once: int) -> Iterator[dict[str, Tensor]]:
+        """`draw` in pieces of at most ``at_once`` draws."""
+        stored = self.stored()
+        if stored is not None:
+            index = torch.arange(num_samples) * stored // num_samples
+            yield from map(self.pick, index.split(at_once))
+            return
+        for start in range(0, num_samples, at_once):
+            yield self._sampled(min(at_once, num_samples - start))
+
+    def _sampled(self, num_samples: int) -> dict[str, Tensor]:
         with poutine.block(), poutine.trace() as trace, pyro.plate("draws", num_samples, dim=-2):
             self.guide()
         return {
@@ -134,9 +270,71 @@ class Program(ParamModule, ABC):
         }
 
 
+class WrappingProgram(Program):
+    """A program around another one, whose bank and whose parameters it has."""
+
+    def __init__(self, inner: Program) -> None:
+        ParamModule.__init__(self)
+        self.inner = inner
+        self.members = inner.members
+        self.chains = inner.chains
+        self.linearised = inner.linearised
+
+    @property
+    def bank(self) -> AdapterBank:  # type: ignore[override]
+        return self.inner.bank
+
+    def quantities(self, sites: Sites) -> Quantities:
+        return self.inner.quantities(sites)
+
+    def mean(self) -> FlatFactors:
+        return self.inner.mean()
+
+    def block_names(self) -> list[str]:
+        return self.inner.block_names()
+
+    def scale_parameters(self) -> list[str]:
+        return [f"inner.{name}" for name in self.inner.scale_parameters()]
+
+    def param(self, name: str) -> Tensor:
+        return self.inner.param(name.removeprefix("inner."))
+
+    def groups(self, batch_size: int) -> int:
+        return self.inner.groups(batch_size)
+
+    def side_by_side(self) -> int:
+        return self.inner.side_by_side()
+
+
 def tempered(kl_weight: float) -> AbstractContextManager[object]:
     """Scales the log-density of the latent sites inside by β; in model and guide alike."""
     return poutine.scale(scale=kl_weight)
+
+
+@contextmanager
+def averaged(name: str, count: int) -> Iterator[None]:
+    """A plate of ``count`` draws at dimension -2 whose log-densities are averaged, not summed; for
+    1 nothing."""
+    with ExitStack() as stack:
+        if count > 1:
+            stack.enter_context(pyro.plate(name, count, dim=-2))
+            stack.enter_context(poutine.scale(scale=1 / count))
+        yield
+
+
+def flat(value: Tensor) -> Tensor:
+    """The value of a site without the inner plate's dimension: (total,), or (S, total)."""
+    return value.squeeze(-2) if value.dim() > 2 else value
+
+
+def factor_norms(bank: AdapterBank, latent: str, sites: Sites) -> Quantities:
+    """‖X‖_F of each latent block, (S, L): no rotation of the ranks changes it."""
+    norms = [
+        matrix.square().sum((-2, -1)).sqrt()
+        for factor in latent
+        for matrix in bank.layouts[factor].matrices(flat(sites[factor])).values()
+    ]
+    return {"factor_norm": (torch.stack(norms, dim=-1), ("block",))}
 
 
 def _without_plate(value: Tensor, event_dim: int, plates: int) -> Tensor:

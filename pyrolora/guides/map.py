@@ -10,11 +10,20 @@ from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, positive
-from pyrolora.guides.base import Guide, Program, Quantities, Sites, tempered
+from pyrolora.guides.base import (
+    LATENTS,
+    Program,
+    Quantities,
+    Sites,
+    Variational,
+    flat,
+    require,
+    tempered,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAP(Guide):
+class MAP(Variational):
     """A Delta guide on both factors: A = M_A, B = M_B, with q a point mass.
 
     Without a prior the model has the same point mass (the empirical-Bayes prior mean with no
@@ -26,6 +35,8 @@ class MAP(Guide):
     ----------
     prior_scale
         σ₀, or None for no prior.
+    latent
+        The factors under the prior: ``"A"``, ``"B"``, or ``"AB"``.
 
     References
     ----------
@@ -35,16 +46,24 @@ class MAP(Guide):
     name = "map"
 
     prior_scale: float | None = None
+    latent: str = "AB"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
+        require(self.draws_per_batch == 1, "draws_per_batch", "1: a point", self.draws_per_batch)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
         elif (self.kl_weight, self.kl_weight_against, self.kl_warmup) != (1.0, "sum", 0.0):
             raise ConfigError("kl_weight and its warm-up weigh a prior; give prior_scale, too")
+        elif self.latent != "AB":
+            raise ConfigError("latent says which factors have the prior; give prior_scale, too")
 
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, self)
+
+    def post_hoc(self) -> str | None:
+        return None
 
 
 class MAPProgram(Program):
@@ -57,8 +76,8 @@ class MAPProgram(Program):
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         means = self.bank.means()
         with tempered(kl_weight):
-            A = pyro.sample("A", self._prior(means.A))
-            B = pyro.sample("B", self._prior(means.B))
+            A = pyro.sample("A", self._prior("A", means.A))
+            B = pyro.sample("B", self._prior("B", means.B))
         return self.factors({"A": A, "B": B})
 
     def guide(self, kl_weight: float = 1.0) -> None:
@@ -68,17 +87,13 @@ class MAPProgram(Program):
             pyro.sample("B", dist.Delta(means.B, event_dim=1))
 
     def factors(self, sites: Sites) -> FlatFactors:
-        return FlatFactors(_flat(sites["A"]), _flat(sites["B"]))
+        return FlatFactors(flat(sites["A"]), flat(sites["B"]))
 
     def quantities(self, sites: Sites) -> Quantities:
         return {}
 
-    def _prior(self, mean: Tensor) -> dist.TorchDistribution:
-        if self.options.prior_scale is None:
+    def _prior(self, factor: str, mean: Tensor) -> dist.TorchDistribution:
+        if self.options.prior_scale is None or factor not in self.options.latent:
             return dist.Delta(mean, event_dim=1)
         scale = mean.new_tensor(self.options.prior_scale)
         return dist.Normal(0.0, scale).expand(mean.shape).to_event(1)
-
-
-def _flat(value: Tensor) -> Tensor:
-    return value.squeeze(-2) if value.dim() > 2 else value

@@ -16,14 +16,23 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.distributions import ColumnNormal, WishartCholesky
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.errors import positive, whole_number
-from pyrolora.guides.base import LATENTS, Guide, Program, Quantities, Sites, require, tempered
+from pyrolora.guides.base import (
+    LATENTS,
+    Program,
+    Quantities,
+    Sites,
+    Variational,
+    flat,
+    require,
+    tempered,
+)
 
 COMPONENT_PRIORS = ("isotropic", "hierarchical")
 COVARIANCES = ("diagonal", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MonteCLoRA(Guide):
+class MonteCLoRA(Variational):
     r"""The posterior of MonteCLoRA over the adapter factors.
 
     For every adapted layer, with columns a_j of A (r-vectors), mean columns m_j and scale ε:
@@ -77,6 +86,12 @@ class MonteCLoRA(Guide):
     """
 
     name = "montec"
+    guide_only = (
+        *Variational.guide_only,
+        "learn_sample_scale",
+        "covariance",
+        "init_covariance",
+    )
 
     num_components: int = defaults.NUM_COMPONENTS
     sample_scale: float = defaults.SAMPLE_SCALE
@@ -138,6 +153,7 @@ class MonteCLoRAProgram(Program):
     def __init__(self, bank: AdapterBank, options: MonteCLoRA) -> None:
         super().__init__(bank)
         self.options = options
+        self.draws_per_batch = options.draws_per_batch
         self.layout = bank.layout(options.latent)
         blocks, r = len(self.layout), self.layout.rank
         self.df = float(options.df_per_rank * r)
@@ -187,9 +203,7 @@ class MonteCLoRAProgram(Program):
             pyro.sample("noise", ColumnNormal(law, self.layout.groups))
 
     def factors(self, sites: Sites) -> FlatFactors:
-        noise = sites["noise"]
-        if noise.dim() > 2:
-            noise = noise.squeeze(-2)
+        noise = flat(sites["noise"])
         gain = self.options.sample_scale * self._spread(sites["mixture_weights"])
         if self.options.component_prior == "hierarchical":
             delta = self.layout.transform(gain[..., None, None] * sites["covariance_tril"], noise)
@@ -198,8 +212,8 @@ class MonteCLoRAProgram(Program):
         return self.bank.shifted(self.options.latent, delta)
 
     def quantities(self, sites: Sites) -> Quantities:
-        """Mixture weights; Σ; and the signal-to-noise of each rank, |m_k| over sd(a_k), with
-        |m_k| the root mean square of the means and sd = ε ‖π‖ √Σ_kk."""
+        """Mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank, |m_k| over
+        sd(a_k), with |m_k| the root mean square of the means and sd = ε ‖π‖ √Σ_kk."""
         tril = sites["covariance_tril"]
         covariance = tril @ tril.mT
         scale = self._spread(sites["mixture_weights"])
@@ -211,6 +225,7 @@ class MonteCLoRAProgram(Program):
         return {
             "mixture_weights": (sites["mixture_weights"], ("block", "component")),
             "covariance": (covariance, ("block", "rank", "rank_")),
+            "covariance_eigenvalues": (torch.linalg.eigvalsh(covariance), ("block", "rank")),
             "signal_to_noise": (self._signal() / noise, ("block", "rank")),
         }
 

@@ -6,20 +6,35 @@ from pyrolora.inference.arguments import (
     last_checkpoint,
     training_arguments,
 )
+from pyrolora.inference.curvature import (
+    Eigen,
+    Kronecker,
+    best_precision,
+    kfac,
+    log_marginal_likelihood,
+)
 from pyrolora.inference.data import Prepared, prepare
 from pyrolora.inference.elbo import NamedELBO
-from pyrolora.inference.network import load_network
+from pyrolora.inference.network import load_language_model, load_network
+from pyrolora.inference.run import Run
 from pyrolora.inference.trainer import Objective, SVITrainer, read_state
 
 __all__ = [
+    "Eigen",
+    "Kronecker",
     "NamedELBO",
     "Objective",
     "Prepared",
+    "Run",
     "SVITrainer",
+    "best_precision",
     "checkpoint_step",
     "checkpoints",
+    "kfac",
     "last_checkpoint",
+    "load_language_model",
     "load_network",
+    "log_marginal_likelihood",
     "prepare",
     "read_state",
     "training_arguments",

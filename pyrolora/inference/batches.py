@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import datasets
@@ -13,8 +15,17 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from pyrolora.errors import DataError
 from pyrolora.inference.examples import as_dict, is_text
-from pyrolora.likelihoods import IGNORED, CausalLM, Likelihood
+from pyrolora.likelihoods import (
+    CHOICE_MASK,
+    IGNORED,
+    CausalLM,
+    Likelihood,
+    MultipleChoice,
+    TokenLikelihood,
+)
 from pyrolora.model import INPUTS, LABELS
+
+CHOICES = "choices"
 
 # Text columns of well-known data sets, the pairs first.
 TEXT_COLUMNS = (
@@ -28,6 +39,8 @@ TEXT_COLUMNS = (
     ("content",),
     ("question",),
 )
+# Of multiple choice, what stands before each choice; joined in this order.
+CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
 
 
@@ -39,11 +52,13 @@ class Collator:
         self.network_name = type(network).__name__
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.taken = {*inspect.signature(network.forward).parameters, INPUTS}
-        self.tokens_are_labels = isinstance(likelihood, CausalLM)
+        self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
+        self.copies_tokens = isinstance(likelihood, CausalLM)
+        self.labels_are_classes = not isinstance(likelihood, TokenLikelihood | MultipleChoice)
 
     def example(self, example: Any) -> dict[str, Any]:
-        """One example with nothing but inputs and ``labels``; a language model's labels are its
-        tokens, less the padding, unless they are given."""
+        """One example with nothing but inputs and ``labels``; a causal language model's labels
+        are its tokens, less the padding, unless they are given."""
         row = as_dict(example, self.input_name)
         labels = row.pop(LABELS, None)
         kept = {name: value for name, value in row.items() if name in self.taken}
@@ -52,7 +67,7 @@ class Collator:
                 f"an example with {sorted(row)} has no input of {self.network_name} in numbers; "
                 f"it takes {sorted(self.taken)}, or raw text as a datasets.Dataset with a tokenizer"
             )
-        if labels is None and self.tokens_are_labels and "input_ids" in kept:
+        if labels is None and self.copies_tokens and "input_ids" in kept:
             ids = torch.as_tensor(kept["input_ids"])
             mask = torch.as_tensor(kept.get("attention_mask", torch.ones_like(ids)))
             labels = ids.masked_fill(mask == 0, IGNORED).tolist()
@@ -83,14 +98,76 @@ class Collator:
         return batch
 
 
+class ChoiceCollator(Collator):
+    """Examples with several choices, whose inputs are (choices, ...), to a batch of inputs
+    (b, choices, ...) and ``choice_mask`` (b, choices).
+
+    Where a choice is missing or masked stands a copy of the example's first one: of an empty row
+    the network might make NaN.
+    """
+
+    def __init__(self, network: nn.Module, likelihood: Likelihood, tokenizer: Any) -> None:
+        super().__init__(network, likelihood, tokenizer)
+        self.taken.add(CHOICE_MASK)
+
+    def choices(self, example: Any) -> tuple[list[dict[str, Any]], list[bool]]:
+        """The inputs of each choice, and which of them can be chosen."""
+        row = self.example(example)
+        row.pop(LABELS, None)
+        given = row.pop(CHOICE_MASK, None)
+        sizes = {name: len(value) if _is_nested(value) else 0 for name, value in row.items()}
+        size = max(sizes.values(), default=0)
+        mask = [True] * size if given is None else [bool(own) for own in given]
+        if {*sizes.values(), len(mask)} != {size} or not any(mask):
+            raise DataError(
+                "an example of multiple choice needs one list of tokens a choice, (choices, T), "
+                f"under each of its inputs, and a choice to choose; got {sizes} choices"
+            )
+        first = mask.index(True)
+        picked = [j if own else first for j, own in enumerate(mask)]
+        return [{name: value[j] for name, value in row.items()} for j in picked], mask
+
+    def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
+        rows, masks = zip(*map(self.choices, examples), strict=True)
+        size = max(map(len, masks))
+        flat = chain.from_iterable((*row, *row[:1] * (size - len(row))) for row in rows)
+        batch = super().__call__(list(flat))
+        batch = {name: t.unflatten(0, (len(rows), size)) for name, t in batch.items()}
+        batch[CHOICE_MASK] = torch.tensor([[*own, *[False] * (size - len(own))] for own in masks])
+        labels = [self.example(example).get(LABELS) for example in examples]
+        if labels[0] is not None:
+            batch[LABELS] = torch.as_tensor(np.asarray(labels))
+        return batch
+
+
+def collator_for(network: nn.Module, likelihood: Likelihood, tokenizer: Any) -> Collator:
+    """The collator that the likelihood needs."""
+    kind = ChoiceCollator if isinstance(likelihood, MultipleChoice) else Collator
+    return kind(network, likelihood, tokenizer)
+
+
+def has_choices(examples: Any) -> bool:
+    """Whether examples have several choices each, in raw text or in tokens."""
+    row = as_dict(examples[0], INPUTS) if len(examples) else {}
+    return CHOICES in row or _is_nested(row.get("input_ids"))
+
+
+def _is_nested(value: Any) -> bool:
+    try:
+        return len(value) > 0 and len(value[0]) >= 0
+    except TypeError:  # of a number, or of a tensor that is one
+        return False
+
+
 def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
     """Text turned to tokens, and columns that are no input dropped."""
     names = data.column_names
-    if "label" in names and LABELS not in names and not collate.tokens_are_labels:
+    if "label" in names and LABELS not in names and not collate.labels_are_tokens:
         data = data.rename_column("label", LABELS)
     if not any(name in data.column_names for name in (*MODEL_INPUTS, INPUTS)):
-        text = text_columns(data)
-        if text:
+        if isinstance(collate, ChoiceCollator):
+            data = _tokenise_choices(data, collate.tokenizer)
+        elif text := text_columns(data):
             data = _tokenise(data, text, collate.tokenizer)
     kept = [name for name in data.column_names if name in {*collate.taken, LABELS}]
     if not set(kept) - {LABELS}:
@@ -116,7 +193,7 @@ def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
     return tuple(text)
 
 
-def _tokenise(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> datasets.Dataset:
+def _check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> None:
     if tokenizer is None:
         raise DataError(
             f"the data holds raw text ({', '.join(text)}) and there is no tokenizer; pass "
@@ -125,9 +202,81 @@ def _tokenise(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> 
     for name in text:
         if any(value is None for value in data[name]):
             raise DataError(f"the text column {name!r} has missing values; fill or remove them")
+
+
+def _tokenise(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> datasets.Dataset:
+    _check_text(data, text, tokenizer)
     return data.map(
         lambda rows: tokenizer(*(rows[name] for name in text), truncation=True),
         batched=True,
         remove_columns=[name for name in data.column_names if name != LABELS],
         desc="tokenising",
     )
+
+
+def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
+    """The columns of raw text that stand before each choice."""
+    text = [
+        name
+        for name, feature in data.features.items()
+        if is_text(feature) and name not in ("label", LABELS)
+    ]
+    known = tuple(name for name in CONTEXT_COLUMNS if name in text)
+    if not known and len(text) != 1:
+        raise DataError(
+            f"multiple choice needs a text column that the choices belong to, one of "
+            f"{', '.join(CONTEXT_COLUMNS)}, got {text}; rename it: "
+            "data.rename_column(name, 'question')"
+        )
+    return known or tuple(text)
+
+
+def _tokenise_choices(data: datasets.Dataset, tokenizer: Any) -> datasets.Dataset:
+    """Pairs (context, choice), in the nesting of the choices."""
+    if CHOICES not in data.column_names:
+        raise DataError(
+            f"multiple choice needs a column {CHOICES!r} with a list of texts an example, or "
+            f"tokens (choices, T) as 'input_ids', got the columns {data.column_names}"
+        )
+    context = context_columns(data)
+    _check_text(data, context, tokenizer)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        choices = [_texts(own) for own in rows[CHOICES]]
+        contexts = [" ".join(parts) for parts in zip(*(rows[c] for c in context), strict=True)]
+        encoded = tokenizer(
+            [text for text, own in zip(contexts, choices, strict=True) for _ in own],
+            list(chain.from_iterable(choices)),
+            truncation=True,
+        )
+        made: dict[str, list[Any]] = {}
+        for name, values in encoded.items():
+            flat = iter(values)
+            made[name] = [[next(flat) for _ in own] for own in choices]
+        if LABELS in rows:
+            pairs = zip(rows[LABELS], rows[CHOICES], strict=True)
+            made[LABELS] = [_number(label, own) for label, own in pairs]
+        return made
+
+    return data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenising")
+
+
+def _texts(choices: Any) -> list[str]:
+    """The texts of an example's choices: a list, or ARC's {"text": [...], "label": [...]}."""
+    texts = choices.get("text") if isinstance(choices, Mapping) else choices
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise DataError(
+            f"{CHOICES!r} must be a list of at least one text an example, or a dict with such a "
+            f"list as 'text', got {choices!r}"
+        )
+    return texts
+
+
+def _number(label: Any, choices: Any) -> Any:
+    """The number of the right choice, where ARC has its name ("A" to "E", or "1" to "5")."""
+    names = choices.get("label") if isinstance(choices, Mapping) else None
+    if not isinstance(label, str) or names is None:
+        return label
+    if label not in names:
+        raise DataError(f"the label {label!r} is none of its example's choices, {names}")
+    return names.index(label)

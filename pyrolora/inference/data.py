@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyrolora.errors import DataError
-from pyrolora.inference.batches import Collator, tokenised
+from pyrolora.inference.batches import ChoiceCollator, Collator, collator_for, tokenised
 from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
-from pyrolora.inference.labels import all_labels, no_labels, numbered
-from pyrolora.likelihoods import Likelihood
-from pyrolora.model import INPUTS
+from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
+from pyrolora.likelihoods import Likelihood, MaskedLM
+from pyrolora.model import INPUTS, LABELS
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def prepare(
     data
         A ``datasets.Dataset``, or a ``DatasetDict``, with raw text and a tokenizer or already
         tokenised; a torch ``Dataset``; a ``DataLoader`` (its data set is taken); a list of dicts or
-        of texts; a tuple ``(inputs, labels)`` or ``(inputs,)`` of tensors or texts; a tensor.
+        of texts; a tuple ``(inputs, labels)`` or ``(inputs,)`` of tensors or texts; a tensor. For
+        multiple choice, a column ``choices`` with the texts of each example beside its
+        ``question``, or tokens (choices, T) an example. Of texts without labels a masked language
+        model is given some tokens hidden, always the same.
     network, likelihood
         What the batches are for.
     tokenizer
@@ -68,24 +71,41 @@ def prepare(
     Raises
     ------
     DataError
-        For empty data, missing or impossible labels, raw text without a tokenizer, or features
-        that are not finite.
+        For empty data, missing or impossible labels, raw text without a tokenizer, texts with
+        nothing to hide, or features that are not finite.
     """
     examples = as_examples(data, getattr(network, "main_input_name", INPUTS), splits)
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
-    collate = Collator(network, likelihood, tokenizer)
+    collate = collator_for(network, likelihood, tokenizer)
     if is_plain(examples):
-        if not collate.tokens_are_labels:
+        if collate.labels_are_classes:
             examples = numbered(examples, network)
         examples = tokenised(examples, collate)
+    if isinstance(likelihood, MaskedLM):
+        first = collate.example(examples[0])
+        if LABELS not in first and "input_ids" in first:
+            examples = hidden(examples, collate.example, tokenizer)
     labels = all_labels(examples, collate.example)
     if labels is None and need_labels:
         raise DataError(no_labels(examples))
     if labels is not None:
         likelihood.check_labels(labels, network)
+    if isinstance(collate, ChoiceCollator):
+        _check_choices(examples, collate, labels)
     _check_features(examples, collate)
     return Prepared(examples, collate, labels)
+
+
+def _check_choices(examples: Any, collate: ChoiceCollator, labels: Tensor | None) -> None:
+    """Every example has choices, and its label is one of them."""
+    for i in range(len(examples)):
+        _, mask = collate.choices(examples[i])
+        if labels is not None and not any(mask[int(labels[i]) :][:1]):
+            raise DataError(
+                f"the label of example {i} is {int(labels[i])}, and its choices are "
+                f"{[j for j, own in enumerate(mask) if own]}; count the choices from 0"
+            )
 
 
 def _check_features(examples: Any, collate: Collator) -> None:

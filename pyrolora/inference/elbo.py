@@ -37,10 +37,12 @@ class NamedELBO(TraceMeanField_ELBO):
         super().__init__(num_particles=1)
         self.terms: dict[str, Tensor] = {}
         self._validated = False
+        self._kl_weight = 1.0
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        self._kl_weight = kwargs.get("kl_weight", 1.0)
         if is_validation_enabled() and not self._validated:
             traces = self._get_trace(model, guide, args, kwargs)
             loss = self._bound(*traces)
@@ -64,11 +66,11 @@ class NamedELBO(TraceMeanField_ELBO):
                 if name == "y":
                     self.terms["log_likelihood"] = term.detach()
                 else:  # a factor of the prior: logged without β, as the KLs are
-                    self.terms[name] = term.detach() / site["scale"]
+                    self.terms[name] = term.detach() / self._kl_weight
             else:
-                term = self._kl(site, guide_trace, name)
-                loss = loss + guide_trace.nodes[name]["scale"] * term
-                self.terms[f"kl/{name}"] = term.detach()
+                term = guide_trace.nodes[name]["scale"] * self._kl(site, guide_trace, name)
+                loss = loss + term
+                self.terms[f"kl/{name}"] = term.detach() / self._kl_weight
         return loss
 
     def _kl(self, site: dict[str, Any], guide_trace: Trace, name: str) -> Tensor:

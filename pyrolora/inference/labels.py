@@ -1,4 +1,5 @@
-"""Labels: all of a data set's, the names of classes, the numbers of names."""
+"""Labels: all of a data set's, the names of classes, the numbers of names, the tokens hidden from a
+masked language model."""
 
 from __future__ import annotations
 
@@ -6,13 +7,21 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DataCollatorForLanguageModeling
 
 from pyrolora.errors import DataError
 from pyrolora.inference.examples import TensorExamples, as_dict, is_plain, is_text
 from pyrolora.likelihoods import IGNORED
 from pyrolora.model import INPUTS, LABELS
+
+# Devlin et al. (2019): 15 % of the tokens, of which transformers replaces 80 % by the mask and 10 %
+# by random tokens.
+HIDDEN_SHARE = 0.15
+# Of its own, so that the same texts always hide the same tokens and their scores compare.
+HIDDEN_SEED = 0
 
 
 def raw_labels(examples: Any) -> Tensor:
@@ -55,10 +64,13 @@ def class_names(examples: Any) -> list[str] | None:
 
 def has_class_labels(examples: Any) -> bool:
     """Whether there is one label an example, not one a token."""
-    column = _label_column(examples)
-    return column is not None and not isinstance(
-        examples.features[column], datasets.Sequence | datasets.List | datasets.LargeList
-    )
+    if is_plain(examples):
+        column = _label_column(examples)
+        return column is not None and not isinstance(
+            examples.features[column], datasets.Sequence | datasets.List | datasets.LargeList
+        )
+    label = as_dict(examples[0], INPUTS).get(LABELS) if len(examples) else None
+    return label is not None and np.ndim(label) == 0
 
 
 def _label_column(examples: Any) -> str | None:
@@ -120,3 +132,34 @@ def all_labels(examples: Any, as_row: Callable[[Any], Mapping[str, Any]]) -> Ten
     if tensors[0].dim() == 1:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)
     return torch.stack(tensors)
+
+
+def hidden(
+    examples: Any, as_row: Callable[[Any], Mapping[str, Any]], tokenizer: Any
+) -> datasets.Dataset:
+    """Texts without labels for a masked language model: some tokens hidden, at least one in each,
+    and labels that say what they were; the same ones at every call."""
+    if getattr(tokenizer, "mask_token", None) is None:
+        raise DataError(
+            "to hide tokens of texts without labels a masked language model needs a tokenizer with "
+            f"a mask token, got {'none' if tokenizer is None else type(tokenizer).__name__}; pass "
+            "tokenizer=, or 'labels' with -100 at the tokens that are not to be predicted"
+        )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=HIDDEN_SHARE)
+    collator.generator = torch.Generator().manual_seed(HIDDEN_SEED)
+    rows = []
+    for i in range(len(examples)):
+        row = as_row(examples[i])
+        ids = torch.as_tensor(row["input_ids"])
+        fixed = torch.as_tensor(
+            tokenizer.get_special_tokens_mask(ids.tolist(), already_has_special_tokens=True)
+        ).bool()
+        if "attention_mask" in row:
+            fixed |= torch.as_tensor(row["attention_mask"]) == 0
+        if fixed.all():
+            raise DataError(f"example {i} has no token that could be hidden; leave it out")
+        inputs, labels = ids, torch.full_like(ids, IGNORED)
+        while labels.eq(IGNORED).all():
+            inputs, labels = collator.torch_mask_tokens(ids.clone(), fixed)
+        rows.append({**row, "input_ids": inputs.tolist(), LABELS: labels.tolist()})
+    return datasets.Dataset.from_list(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -17,12 +21,19 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from pyrolora.errors import ConfigError, PyroLoraError
+from pyrolora.inference.batches import has_choices
 from pyrolora.inference.examples import as_examples
 from pyrolora.inference.labels import class_names, has_class_labels, raw_labels
-from pyrolora.likelihoods import CausalLM, Regression
+from pyrolora.likelihoods import CausalLM, MaskedLM, MultipleChoice, Regression
 from pyrolora.model import INPUTS
 
-_LANGUAGE_MODELS = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_MASKED = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+_LOADERS: dict[str | None, Any] = {
+    CausalLM.name: AutoModelForCausalLM,
+    MaskedLM.name: AutoModelForMaskedLM,
+    MultipleChoice.name: AutoModelForMultipleChoice,
+}
 
 
 def load_network(
@@ -49,8 +60,35 @@ def load_network(
             f"{type(model).__name__}"
         )
     name = str(model)
-    try:
+    with _explained(name):
         network, tokenizer = _loaded(name, data, tokenizer, likelihood)
+    return _checked_padding(network), tokenizer
+
+
+def load_language_model(name: str, tokenizer: Any = None) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer; other networks have a head whose size their
+    folder does not say.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or is no language model.
+    """
+    with _explained(name):
+        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+        if architecture not in _CAUSAL:
+            raise ConfigError(
+                f"{name!r} is a {architecture or 'network without a class'}, not a causal "
+                "language model; load it with the task head that is needed, and pass that network"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
     except PyroLoraError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -58,25 +96,20 @@ def load_network(
             f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
             f"hub id within reach ({str(error).splitlines()[0]})"
         ) from error
-    return _checked_padding(network), tokenizer
 
 
 def _loaded(
     name: str, data: Any, tokenizer: Any, likelihood: str | None
 ) -> tuple[PreTrainedModel, Any]:
-    """A language model where the checkpoint is one, else a classifier with as many classes as the
-    labels have, or with one output for real-valued labels."""
+    """The network of a likelihood that `_implied` knows, else a classifier with as many classes as
+    the labels have, or with one output for real-valued labels."""
     config = AutoConfig.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
     examples = as_examples(data, INPUTS, ("train",))
     architecture = (config.architectures or [""])[0]
-    if likelihood == CausalLM.name or (likelihood is None and architecture in _LANGUAGE_MODELS):
-        if likelihood is None and has_class_labels(examples):
-            raise ConfigError(
-                f"{name!r} is a language model and the data has labels; say which is meant: "
-                "likelihood='classification' (or 'regression'), or 'causal_lm' for the text alone"
-            )
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
+    loader = _LOADERS.get(likelihood or _implied(name, architecture, examples))
+    if loader is not None:
+        return loader.from_pretrained(name, dtype="auto"), tokenizer
     outputs = _outputs(examples, likelihood, config)
     classes = outputs.get("num_labels", len(outputs.get("id2label", config.id2label)))
     if architecture.endswith("ForSequenceClassification") and classes != config.num_labels:
@@ -89,6 +122,23 @@ def _loaded(
     if network.config.pad_token_id is None and tokenizer is not None:
         network.config.pad_token_id = tokenizer.pad_token_id
     return network, tokenizer
+
+
+def _implied(name: str, architecture: str, examples: Any) -> str | None:
+    """The likelihood that data and checkpoint call for, unless it is about classes or numbers:
+    multiple choice where there are choices; a language model where the checkpoint is one and there
+    is no label an example, for which a masked one becomes a classifier."""
+    if has_choices(examples):
+        return MultipleChoice.name
+    labelled = has_class_labels(examples)
+    if architecture in _CAUSAL and labelled:
+        raise ConfigError(
+            f"{name!r} is a language model and the data has labels; say which is meant: "
+            "likelihood='classification' (or 'regression'), or 'causal_lm' for the text alone"
+        )
+    if architecture in _CAUSAL:
+        return CausalLM.name
+    return MaskedLM.name if architecture in _MASKED and not labelled else None
 
 
 def _outputs(examples: Any, likelihood: str | None, config: Any) -> dict[str, Any]:

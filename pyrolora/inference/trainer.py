@@ -152,6 +152,7 @@ class SVITrainer(Trainer):
         Devices average their gradients, so that the share is taken of one device's part.
         """
         progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
+        self.joint.program.progress = progress
         beta = self.guide.beta(self.joint.num_examples, progress)
         try:
             loss = model(inputs, beta)
@@ -205,7 +206,7 @@ class SVITrainer(Trainer):
                 {
                     "params": groups["scales"],
                     "weight_decay": 0.0,
-                    "lr": self.guide.scale_learning_rate,
+                    "lr": self.guide.scale_rate(),
                 },
             ],
             **options,
@@ -249,7 +250,7 @@ class SVITrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.joint.own_state(), folder / STATE_FILE)
+        save_state(self.joint, folder / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.joint.load_own_state(read_state(Path(resume_from_checkpoint) / STATE_FILE))
@@ -300,6 +301,11 @@ class _FiniteGradients(TrainerCallback):
         for name, parameter in self.trained:
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise NonFiniteError(self.trainer.remedy(f"has no finite gradient in {name!r}"))
+
+
+def save_state(joint: JointModel, path: Path) -> None:
+    """Write a posterior's own tensors as safetensors."""
+    save_file(joint.own_state(), path)
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:

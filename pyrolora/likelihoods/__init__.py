@@ -8,10 +8,13 @@ from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.likelihoods.base import IGNORED, Likelihood
 from pyrolora.likelihoods.causal_lm import CausalLM
 from pyrolora.likelihoods.classification import Classification
+from pyrolora.likelihoods.masked_lm import MaskedLM
+from pyrolora.likelihoods.multiple_choice import CHOICE_MASK, MultipleChoice
 from pyrolora.likelihoods.regression import Regression
+from pyrolora.likelihoods.tokens import TokenLikelihood
 
 _REGISTRY: dict[str, type[Likelihood]] = {
-    kind.name: kind for kind in (Classification, Regression, CausalLM)
+    kind.name: kind for kind in (Classification, Regression, CausalLM, MultipleChoice, MaskedLM)
 }
 
 
@@ -46,11 +49,15 @@ def likelihood_for(network: nn.Module, name: str | None = None) -> Likelihood:
 
 
 __all__ = [
+    "CHOICE_MASK",
     "IGNORED",
     "CausalLM",
     "Classification",
     "Likelihood",
+    "MaskedLM",
+    "MultipleChoice",
     "Regression",
+    "TokenLikelihood",
     "available",
     "likelihood_for",
 ]

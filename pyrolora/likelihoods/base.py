@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -26,6 +27,10 @@ class Likelihood(ParamModule, ABC):
     """
 
     name: ClassVar[str]
+    extras: ClassVar[tuple[str, ...]] = ()
+    """Keys of the batch that the law reads and the network does not take."""
+    linearisable: ClassVar[bool] = False
+    """Whether `curvature` is exact, with few vectors an example."""
 
     @classmethod
     @abstractmethod
@@ -46,6 +51,12 @@ class Likelihood(ParamModule, ABC):
         """What ``y`` is observed at, or None without labels in the batch."""
 
     @abstractmethod
+    def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Tensors v of the shape of ``output``, without gradient, such that for every example
+        Σ v vᵀ is the Hessian of −log p(y_i | output) in the example's own output; where it is not
+        `linearisable`, one random v with E[v vᵀ] that Hessian."""
+
+    @abstractmethod
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         """Raise `DataError` for labels that this likelihood cannot score."""
 
@@ -55,6 +66,9 @@ class Likelihood(ParamModule, ABC):
 
     def start(self, labels: Tensor) -> None:
         """Set parameters of the likelihood from the training labels; most have none."""
+
+    def pool(self, others: Sequence[Likelihood]) -> None:
+        """Set parameters of the likelihood from those of independent fits; most have none."""
 
     def count(self, labels: Tensor) -> int:
         """How many observations the labels hold: examples, or tokens."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
@@ -22,6 +24,7 @@ class Classification(Likelihood):
     """y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
+    linearisable = True
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:
@@ -33,22 +36,29 @@ class Classification(Likelihood):
         )
 
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
-        return dist.Categorical(logits=output, validate_args=False)
+        return dist.Categorical(logits=self.logits(output, batch), validate_args=False)
+
+    def logits(self, output: Tensor, batch: Batch) -> Tensor:
+        """What the probabilities are the softmax of, (..., b, classes)."""
+        return output
 
     def targets(self, batch: Batch) -> Tensor | None:
         return batch.get("labels")
 
+    def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """√p_c (e_c − p) for every class c, which add up to diag(p) − p pᵀ."""
+        probs = self.logits(output.detach(), batch).softmax(-1)
+        units = torch.eye(probs.shape[-1], dtype=probs.dtype, device=probs.device)
+        for prob, unit in zip(probs.unbind(-1), units, strict=True):
+            yield prob.sqrt()[..., None] * (unit - probs)
+
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
-        if labels.dtype.is_floating_point or labels.dim() != 1:
-            raise DataError(
-                "classification needs one whole-number label an example, got labels of dtype "
-                f"{labels.dtype} and shape {tuple(labels.shape)}; for real-valued targets use "
-                "likelihood='regression'"
-            )
+        check_whole_numbers(
+            labels,
+            "classification needs one whole-number label an example",
+            "for real-valued targets use likelihood='regression'",
+        )
         classes = getattr(getattr(network, "config", None), "num_labels", None)
-        low = int(labels.min())
-        if low < 0:
-            raise DataError(f"labels must be >= 0, got {low}; leave out unlabelled examples")
         if classes is not None:
             _check_classes(classes, labels)
 
@@ -59,6 +69,17 @@ class Classification(Likelihood):
                 f"shape {tuple(output.shape)}"
             )
         _check_classes(output.shape[-1], labels)
+
+
+def check_whole_numbers(labels: Tensor, need: str, remedy: str) -> None:
+    """Raise `DataError` unless labels are one whole number >= 0 each."""
+    if labels.dtype.is_floating_point or labels.dim() != 1:
+        raise DataError(
+            f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}; {remedy}"
+        )
+    low = int(labels.min())
+    if low < 0:
+        raise DataError(f"labels must be >= 0, got {low}; leave out unlabelled examples")
 
 
 def _check_classes(classes: int, labels: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -25,6 +26,7 @@ class Regression(Likelihood):
     """
 
     name = "regression"
+    linearisable = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +50,10 @@ class Regression(Likelihood):
         labels = batch.get("labels")
         return None if labels is None else labels.flatten().to(torch.get_default_dtype())
 
+    def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """1 / σ, whose square is the Hessian."""
+        yield torch.ones_like(output) / self.param("noise_scale").detach()
+
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         if labels.numel() != labels.shape[0]:
             raise DataError(
@@ -69,6 +75,11 @@ class Regression(Likelihood):
                 "regression needs a network with one output, (n,) or (n, 1); this one gave shape "
                 f"{tuple(output.shape)}"
             )
+
+    def pool(self, others: Sequence[Likelihood]) -> None:
+        """σ² = mean σ_k²: with it the mixture of the fits has its own variance."""
+        squares = torch.stack([other.param("noise_scale").detach().square() for other in others])
+        self.assign("noise_scale", squares.mean().sqrt())
 
     def start(self, labels: Tensor) -> None:
         if len(labels) > 1:

@@ -26,11 +26,12 @@ ECE_BINS = 15
 def evaluate(prediction: Prediction) -> dict[str, float]:
     """Metrics by name.
 
-    Classification: ``accuracy``, ``nll`` (nats), ``ece`` (15 bins of equal width), ``brier``
-    (summed over classes, 0..2), ``error_auroc`` (`auroc` of the entropy for finding the wrong
-    predictions; NaN when there are none, or nothing else). Regression: ``rmse``, ``nll``, ``crps``
-    (units of the target), ``coverage`` (share of targets in the central 90 % interval). Language
-    models: ``nll`` (nats a token, of the mixture over draws) and ``perplexity`` = exp(nll).
+    Classification and multiple choice: ``accuracy``, ``nll`` (nats), ``ece`` (15 bins of equal
+    width), ``brier`` (summed over classes, 0..2), ``error_auroc`` (`auroc` of the entropy for
+    finding the wrong predictions; NaN when there are none, or nothing else). Regression: ``rmse``,
+    ``nll``, ``crps`` (units of the target), ``coverage`` (share of targets in the central 90 %
+    interval). Language models: ``nll`` (nats a counted token, of the mixture over draws) and
+    ``perplexity`` = exp(nll).
 
     Raises
     ------

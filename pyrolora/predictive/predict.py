@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.errors import whole_number
 from pyrolora.inference import Prepared
 from pyrolora.model import JointModel, evaluating
+from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
 
 
@@ -24,12 +26,11 @@ def draw_factors(joint: JointModel, num_samples: int, seed: int | None = None) -
     ``seed`` makes the draws repeatable and leaves the global generators as they were.
     """
     whole_number("num_samples", num_samples, at_least=0)
-    bank = joint.program.bank
-    if num_samples == 0:
-        means = bank.means()
-        return FlatFactors(means.A.detach()[None], means.B.detach()[None])
     with seeded(seed), torch.no_grad():
-        return joint.program.factors(joint.program.draw(num_samples))
+        if num_samples:
+            return joint.program.factors(joint.program.draw(num_samples))
+        mean = joint.program.mean()
+        return mean if mean.pooled else replace(mean, A=mean.A[None], B=mean.B[None])
 
 
 @torch.no_grad()
@@ -62,15 +63,18 @@ def passes(
     joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
 ) -> Iterator[Tensor]:
     """Outputs (s, b, ...) for the draws in turn, s of them in one pass."""
-    draws = factors.draws
-    assert draws is not None
-    if factors.constant:
-        output = joint.network(batch, factors[:1])
-        yield output.expand(draws, *output.shape[1:])
+    if factors.pooled:
+        yield joint.network(batch, factors).unsqueeze(0)
+        return
+    settings, counts = factors.distinct()
+    linear = joint.program.linearised and joint.likelihood.linearisable
+    if linear and len(counts) > 1:
+        yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
     step = max(1, rows // len(next(iter(batch.values()))))
-    for start in range(0, draws, step):
-        yield joint.network(batch, factors[start : start + step])
+    for start in range(0, len(counts), step):
+        output = joint.network(batch, settings[start : start + step])
+        yield output.repeat_interleave(counts[start : start + step].to(output.device), 0)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

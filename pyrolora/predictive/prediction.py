@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import ConfigError
-from pyrolora.likelihoods import IGNORED, CausalLM, Classification, Likelihood, Regression
+from pyrolora.likelihoods import (
+    IGNORED,
+    CausalLM,
+    Classification,
+    Likelihood,
+    MaskedLM,
+    MultipleChoice,
+    Regression,
+    TokenLikelihood,
+)
 from pyrolora.types import Batch
 
 
@@ -65,7 +74,8 @@ class Prediction(ABC):
 
 @dataclass(frozen=True)
 class ClassPrediction(Prediction):
-    """Class probabilities: ``draws`` is (S, n, C).
+    """Class probabilities: ``draws`` is (S, n, C); of multiple choice, C is the largest number of
+    choices and an example with fewer has probability 0 at the others.
 
     The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information: ``entropy``
     is total, ``aleatoric`` what every draw is unsure of, ``epistemic`` what draws disagree on; in
@@ -80,10 +90,11 @@ class ClassPrediction(Prediction):
     def reduce(
         likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
     ) -> dict[str, Tensor]:
+        assert isinstance(likelihood, Classification)
         probs, scores = [], []
         labelled = likelihood.targets(batch) is not None
         for output in outputs:
-            probs.append(output.softmax(-1).cpu())
+            probs.append(likelihood.logits(output, batch).softmax(-1).cpu())
             if labelled:
                 scores.append(likelihood.log_prob(output, batch).cpu())
         record = {"draws": torch.cat(probs)}
@@ -95,8 +106,9 @@ class ClassPrediction(Prediction):
     def collect(
         cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
     ) -> ClassPrediction:
+        classes = max(record["draws"].shape[-1] for record in records)
         return cls(
-            draws=torch.cat([record["draws"] for record in records], dim=1),
+            draws=torch.cat([_pad(record["draws"], classes, 0.0) for record in records], dim=1),
             targets=_join(records, "targets", 0),
             log_likelihood=_join(records, "log_likelihood", 1),
         )
@@ -240,14 +252,15 @@ class RegressionPrediction(Prediction):
 
 @dataclass(frozen=True)
 class TokenPrediction(Prediction):
-    """Next-token predictions of given texts: per token, NaN where a token does not count.
+    """Predictions of the tokens of given texts: per token, NaN where a token does not count.
 
-    ``entropy`` and ``aleatoric`` are (n, T-1), in nats; the (S, n, T, vocabulary) probabilities are
-    never held. ``log_likelihood`` sums an example's counted tokens; ``num_tokens`` (n,) says how
-    many there are.
+    ``entropy`` and ``aleatoric`` are (n, T), in nats; (n, T-1) of a causal model, which predicts
+    every token but the first. The (S, n, T, vocabulary) probabilities are never held.
+    ``log_likelihood`` sums an example's counted tokens; ``num_tokens`` (n,) says how many there
+    are.
     """
 
-    likelihood = CausalLM
+    likelihood = TokenLikelihood
 
     entropy: Tensor
     aleatoric: Tensor
@@ -257,14 +270,14 @@ class TokenPrediction(Prediction):
     def reduce(
         likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
     ) -> dict[str, Tensor]:
-        assert isinstance(likelihood, CausalLM)
+        assert isinstance(likelihood, TokenLikelihood)
         mask = likelihood.token_mask(batch)
         labels = likelihood.targets(batch)
         total: Tensor | float = 0.0
         aleatoric: Tensor | float = 0.0
         scores, count = [], 0
         for output in outputs:
-            probs = output[..., :-1, :].softmax(-1)
+            probs = likelihood.token_logits(output).softmax(-1)
             total = total + probs.sum(0)
             aleatoric = aleatoric + _entropy(probs).sum(0)
             count += len(output)
@@ -310,7 +323,7 @@ class TokenPrediction(Prediction):
 
     @property
     def epistemic(self) -> Tensor:
-        """The mutual information of token and draw, (n, T-1)."""
+        """The mutual information of token and draw, of the shape of ``entropy``."""
         return (self.entropy - self.aleatoric).clamp(min=0)
 
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
@@ -346,7 +359,7 @@ def _join(records: Sequence[dict[str, Tensor]], name: str, dim: int) -> Tensor |
 
 
 def _pad(tensor: Tensor, length: int, value: float) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]), value=value)
+    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=value)
 
 
 def _frame(columns: dict[str, Tensor], targets: Tensor | None) -> pd.DataFrame:
@@ -356,5 +369,8 @@ def _frame(columns: dict[str, Tensor], targets: Tensor | None) -> pd.DataFrame:
 
 
 PREDICTIONS: dict[type[Likelihood], type[Prediction]] = {
-    kind.likelihood: kind for kind in (ClassPrediction, RegressionPrediction, TokenPrediction)
+    likelihood: kind
+    for likelihood in (Classification, Regression, CausalLM, MultipleChoice, MaskedLM)
+    for kind in (ClassPrediction, RegressionPrediction, TokenPrediction)
+    if issubclass(likelihood, kind.likelihood)
 }

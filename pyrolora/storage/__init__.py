@@ -1,4 +1,4 @@
-"""Save, load and merge posteriors."""
+"""Save, load and merge posteriors; exchange adapters with PEFT."""
 
 from pyrolora.storage.base import check_base, describe_base, load_base
 from pyrolora.storage.folder import (
@@ -10,16 +10,20 @@ from pyrolora.storage.folder import (
     write_whole,
 )
 from pyrolora.storage.merge import merged
+from pyrolora.storage.peft import Adapter, read_adapter, write_adapter
 
 __all__ = [
     "META_FILE",
+    "Adapter",
     "as_json",
     "check_base",
     "describe_base",
     "finite",
     "load_base",
     "merged",
+    "read_adapter",
     "read_folder",
+    "write_adapter",
     "write_folder",
     "write_whole",
 ]

@@ -34,7 +34,7 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
             update = update.T
         layer.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
     _untie(network)
-    for name, head in joint.named_heads().items():
+    for name, (head,) in joint.named_heads(factors).items():
         parent, _, child = name.rpartition(".")
         dtype = next(network.get_submodule(name).parameters()).dtype
         setattr(network.get_submodule(parent), child, copy.deepcopy(head).to(dtype))

@@ -341,7 +341,7 @@ def test_a_head_slot_runs_the_bound_head_and_the_networks_own_otherwise():
     own, bound = nn.Linear(IN, 2), nn.Linear(IN, 2)
     slot = HeadSlot(own)
     x = torch.randn(4, IN)
-    with bind(Binding({}, {slot: bound})):
+    with bind(Binding({}, {slot: [bound]})):
         assert torch.equal(slot(x), bound(x))
     assert torch.equal(slot(x), own(x))
     with bind(Binding({})):
@@ -351,7 +351,7 @@ def test_a_head_slot_runs_the_bound_head_and_the_networks_own_otherwise():
 def test_a_float32_head_on_a_bf16_network_takes_and_gives_float32():
     slot, head = HeadSlot(nn.Linear(IN, 2).bfloat16()), nn.Linear(IN, 2)
     x = torch.randn(4, IN, dtype=torch.bfloat16)
-    with bind(Binding({}, {slot: head})):
+    with bind(Binding({}, {slot: [head]})):
         out = slot(x)
     assert out.dtype == torch.float32
     assert torch.equal(out, head(x.float()))

@@ -105,7 +105,7 @@ def test_map_equals_peft_and_trainer(tmp_path, accumulation, optim):
         torch.testing.assert_close(B, expected[name][1], atol=2e-6, rtol=1e-4)
         moved = max(moved, (B - start.factors[name][1]).abs().max().item())
     assert moved > 1e-2, "nothing was trained"
-    own = posterior.model.named_heads()["classifier"].state_dict()
+    own = posterior.model.named_heads()["classifier"][0].state_dict()
     for key, value in head.items():
         torch.testing.assert_close(own[key], value, atol=2e-6, rtol=1e-4)
 

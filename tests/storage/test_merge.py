@@ -176,7 +176,7 @@ def test_a_half_precision_base_merges_in_single_precision_and_rounds_once(name: 
 def test_the_merged_network_has_the_posteriors_head() -> None:
     posterior = fitted("bert")
     merged = posterior.merge()
-    head = posterior.model.named_heads()["classifier"].get_parameter("weight")
+    head = posterior.model.named_heads()["classifier"][0].get_parameter("weight")
     assert torch.equal(merged.get_submodule("classifier").get_parameter("weight"), head)
     assert not torch.equal(bert().get_submodule("classifier").get_parameter("weight"), head)
 

@@ -1,0 +1,151 @@
+"""Flat-LoRA: the loss as an expectation over perturbed weights, around any other guide."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.errors import ConfigError, positive
+from pyrolora.guides.base import Fit, Guide, Law, Program, Sites, WrappingProgram, require
+from pyrolora.guides.map import MAP
+
+SEEDS = 2**24  # the numbers that a float32 in [0, 1) tells apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flat(Guide):
+    """Another guide's objective, in expectation over noise on the adapted weights.
+
+    For an adapted layer with W' = W + s B A, in training,
+
+        y = (W' + E) x,   E[i, :] ~ N(0, σ_t² ‖W'[i, :]‖² / in · I),
+        σ_t = ρ · ½ (1 − cos(π t / T))
+
+    at step t of T (optimiser steps, whatever the accumulation and the number of processes): one
+    scale an output neuron, so that E‖E[i, :]‖² = σ_t² ‖W'[i, :]‖². No gradient runs through the
+    norms. To second order the objective adds ½ Σ σ² ‖W'[i, :]‖² / in · ∂²loss/∂W[i, j]²: minima
+    are flat.
+
+    E is a function of a seed and of the layer, and the seed is the random site: ``seed``, uniform
+    in model and guide alike, so that its KL is zero. W itself is never touched, and no tensor of
+    its size is kept: the backward pass draws E again.
+
+    Parameters
+    ----------
+    inner
+        The guide of the factors.
+    rho
+        ρ, the final noise relative to the norm of a row.
+    at_prediction
+        Draw E at prediction, too, at σ_T = ρ; otherwise draws are those of ``inner``.
+
+    References
+    ----------
+    T. Li et al. (2025), "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", ICML,
+    arXiv 2409.14396.
+    """
+
+    name = "flat"
+
+    inner: Guide = dataclasses.field(default_factory=MAP)
+    rho: float = defaults.RHO
+    at_prediction: bool = False
+
+    def __post_init__(self) -> None:
+        positive("rho", self.rho)
+        require(
+            isinstance(self.inner, Guide) and not isinstance(self.inner, Flat),
+            "inner",
+            "another guide, such as pyrolora.guides.MonteCLoRA()",
+            self.inner,
+        )
+
+    def build(self, bank: AdapterBank) -> FlatProgram:
+        program = FlatProgram(self.inner.build(bank), self)
+        if self.at_prediction and program.linearised:
+            raise ConfigError(
+                "a linearised prediction takes no noise on the weights; leave at_prediction out"
+            )
+        return program
+
+    def infer(self, fit: Fit) -> None:
+        self.inner.infer(_FlatFit(fit, self))
+
+    def beta(self, num_examples: int, progress: float = 1.0) -> float:
+        return self.inner.beta(num_examples, progress)
+
+    def scale_rate(self) -> float:
+        return self.inner.scale_rate()
+
+    def post_hoc(self) -> str | None:
+        return "trained" if self.inner.post_hoc() == "trained" else None
+
+    def check(self, likelihood: Law) -> None:
+        self.inner.check(likelihood)
+
+
+class _FlatFit:
+    """The fit as the inner guide sees it: its own program, and flat point estimates."""
+
+    def __init__(self, fit: Fit, options: Flat) -> None:
+        self._fit, self._options = fit, options
+        self.program = fit.program.inner
+
+    def point(self, guide: Guide, number: int | None = None) -> Any:
+        flat = replace(self._options, inner=guide, at_prediction=False)
+        return self._fit.point(flat, number)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fit, name)
+
+
+class FlatProgram(WrappingProgram):
+    """The sites of the inner program, and ``seed``: uniform in (0, 1), whose first 24 bits count.
+
+    In training mode, like dropout; in evaluation mode with ``at_prediction``.
+    """
+
+    def __init__(self, inner: Program, options: Flat) -> None:
+        super().__init__(inner)
+        self.options = options
+
+    def model(self, kl_weight: float = 1.0) -> FlatFactors:
+        return self._perturbed(self.inner.model(kl_weight), self._seed())
+
+    def guide(self, kl_weight: float = 1.0) -> None:
+        self.inner.guide(kl_weight)
+        self._seed()
+
+    def factors(self, sites: Sites) -> FlatFactors:
+        own = {name: value for name, value in sites.items() if name != "seed"}
+        return self._perturbed(self.inner.factors(own), sites["seed"])
+
+    def stored(self) -> int | None:
+        return None if self.options.at_prediction else self.inner.stored()
+
+    def pick(self, index: Tensor) -> dict[str, Tensor]:
+        return {**self.inner.pick(index), "seed": torch.rand(len(index))}
+
+    def noise_scale(self) -> float:
+        """σ_t at the present `progress`."""
+        return self.options.rho * 0.5 * (1 - math.cos(math.pi * self.progress))
+
+    def _seed(self) -> Tensor:
+        zero = self.bank.get_parameter("A_loc").new_zeros(())
+        seed: Tensor = pyro.sample("seed", dist.Uniform(zero, 1.0))
+        return seed
+
+    def _perturbed(self, factors: FlatFactors, seed: Tensor) -> FlatFactors:
+        if not (self.training or self.options.at_prediction):
+            return factors
+        seed = seed.squeeze(-1) if seed.dim() > 1 else seed
+        return replace(factors, seeds=(seed * SEEDS).long(), noise_scale=self.noise_scale())

@@ -1,0 +1,193 @@
+"""Laplace: a Gaussian around plain LoRA, with the curvature of the loss for its precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.distributions import KroneckerNormal
+from pyrolora.errors import ConfigError, positive
+from pyrolora.guides.base import (
+    LATENTS,
+    Fit,
+    Guide,
+    Law,
+    Program,
+    Quantities,
+    Sites,
+    factor_norms,
+    flat,
+    require,
+    tempered,
+)
+from pyrolora.guides.map import MAP
+
+TUNING = ("marginal_likelihood", "validation")
+GRID = tuple(10.0**exponent for exponent in range(-2, 6))
+"""The precisions λ that validation compares: prior scales from 10 down to 0.003."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laplace(Guide):
+    """A Gaussian at the MAP estimate θ̄ of the factors, from a second-order expansion:
+
+        prior  θ ~ N(0, I / λ)          guide  θ ~ N(θ̄, (H + λ I)⁻¹)
+
+    with H, a block for each factor of each layer, the generalised Gauss-Newton matrix of
+    −log p(y|θ) in Kronecker-factored form (KFAC-expand for sequences; for language models with
+    sampled labels). Layers are independent, and A and B of a layer are.
+
+    Parameters
+    ----------
+    prior_scale
+        λ^(−½), also the prior of the MAP fit; None: plain LoRA, and λ is tuned afterwards.
+    tune
+        Without ``prior_scale``: λ by the ``"marginal_likelihood"`` of the training data, or by the
+        negative log-likelihood of the ``eval_data`` (``"validation"``).
+    linearised
+        Predict with f(x; θ̄) + J(x) (θ − θ̄), the model whose posterior this is, in place of
+        f(x; θ). None: where the likelihood allows it, which a language model's does not.
+    latent
+        ``"A"``, ``"B"``, or ``"AB"``.
+
+    References
+    ----------
+    E. Daxberger et al. (2021), "Laplace Redux", NeurIPS. A. X. Yang et al. (2024), "Bayesian
+    Low-rank Adaptation for Large Language Models", ICLR, arXiv 2308.13111. R. Eschenhagen et al.
+    (2023), "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures".
+    """
+
+    name = "laplace"
+
+    prior_scale: float | None = None
+    tune: str = "marginal_likelihood"
+    linearised: bool | None = None
+    latent: str = "AB"
+
+    def __post_init__(self) -> None:
+        require(self.tune in TUNING, "tune", f"one of {TUNING}", self.tune)
+        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
+        if self.prior_scale is not None:
+            positive("prior_scale", self.prior_scale)
+            if self.tune != TUNING[0]:
+                raise ConfigError("tune chooses the prior; leave it out, or prior_scale")
+
+    def build(self, bank: AdapterBank) -> LaplaceProgram:
+        return LaplaceProgram(bank, self)
+
+    def infer(self, fit: Fit) -> None:
+        start = MAP()
+        if self.prior_scale is not None:
+            start = MAP(prior_scale=self.prior_scale, latent=self.latent)
+        if self.prior_scale is None and self.tune == "validation":
+            fit.held_out_nll()  # refuses before the training, not after
+        fit.joint.adopt(fit.point(start))
+        program = fit.program
+        program.curve(fit.kfac())
+        if self.prior_scale is not None:
+            program.precision.fill_(self.prior_scale**-2)
+        elif self.tune == "marginal_likelihood":
+            program.precision.fill_(fit.best_precision(*program.evidence()))
+        else:
+            program.precision.fill_(min(GRID, key=lambda λ: _score(fit, λ)))
+        fit.log(prior_precision=float(program.precision))
+
+    def post_hoc(self) -> str | None:
+        return "computed"
+
+    def check(self, likelihood: Law) -> None:
+        if self.linearised and not likelihood.linearisable:
+            raise ConfigError(
+                f"linearised=True has no predictive for {likelihood.name!r}: one Jacobian a token "
+                "and word is too many; leave it out for sampled predictions, or use 'montec'"
+            )
+
+
+def _score(fit: Fit, precision: float) -> float:
+    fit.program.precision.fill_(precision)
+    return fit.held_out_nll()
+
+
+class LaplaceProgram(Program):
+    """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
+
+    Buffers: λ, ``precision``; and for each group of equal blocks of a factor the eigenvectors of
+    its Kronecker factors, ``rows_A_0`` (count, r, r) and ``columns_A_0`` (count, c, c), and their
+    eigenvalues ``values_A_0`` (count, r, c).
+    """
+
+    precision: Tensor
+
+    def __init__(self, bank: AdapterBank, options: Laplace) -> None:
+        super().__init__(bank)
+        self.options = options
+        self.linearised = options.linearised is not False
+        self.register_buffer("precision", torch.ones(()))
+        for factor in options.latent:
+            for i, group in enumerate(bank.layouts[factor].groups):
+                for name, side in (("rows", group.rank), ("columns", group.columns)):
+                    eye = torch.eye(side).repeat(group.count, 1, 1)
+                    self.register_buffer(f"{name}_{factor}_{i}", eye)
+                self.register_buffer(f"values_{factor}_{i}", torch.zeros(group.shape))
+
+    def model(self, kl_weight: float = 1.0) -> FlatFactors:
+        sites = {}
+        with tempered(kl_weight):
+            for factor in self.options.latent:
+                zeros = torch.zeros_like(self._mean(factor))
+                law = dist.Normal(zeros, self.precision.rsqrt()).to_event(1)
+                sites[factor] = pyro.sample(factor, law)
+        return self.factors(sites)
+
+    def guide(self, kl_weight: float = 1.0) -> None:
+        with tempered(kl_weight):
+            for factor in self.options.latent:
+                pyro.sample(factor, self._law(factor))
+
+    def factors(self, sites: Sites) -> FlatFactors:
+        value = torch.cat([flat(sites[factor]) for factor in self.options.latent], dim=-1)
+        return self.bank.replaced(self.options.latent, value)
+
+    def quantities(self, sites: Sites) -> Quantities:
+        """‖A‖ and ‖B‖ of each layer, which no rotation of the ranks changes."""
+        return factor_norms(self.bank, self.options.latent, sites)
+
+    def block_names(self) -> list[str]:
+        return [block.name for block in self.bank.layout(self.options.latent).blocks]
+
+    @torch.no_grad()
+    def curve(self, curvature: Any) -> None:
+        """Set the curvature: block name -> its Kronecker factors."""
+        for factor in self.options.latent:
+            blocks = iter(self.bank.layouts[factor].blocks)
+            for i, group in enumerate(self.bank.layouts[factor].groups):
+                for number in range(group.count):
+                    eigen = curvature[next(blocks).name].eigen()
+                    for name, tensor in zip(("rows", "columns", "values"), eigen, strict=True):
+                        self.get_buffer(f"{name}_{factor}_{i}")[number] = tensor
+
+    def evidence(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The eigenvalues of H, and θ̄: what the marginal likelihood of λ depends on."""
+        values = [v for factor in self.options.latent for v in self._buffers_of("values", factor)]
+        return values, [self._mean(factor).detach() for factor in self.options.latent]
+
+    def _law(self, factor: str) -> dist.TorchDistribution:
+        values = self._buffers_of("values", factor)
+        scale = torch.cat([(v + self.precision).rsqrt().flatten() for v in values])
+        rows, columns = (self._buffers_of(name, factor) for name in ("rows", "columns"))
+        groups = self.bank.layouts[factor].groups
+        return KroneckerNormal(self._mean(factor), scale, rows, columns, groups)
+
+    def _mean(self, factor: str) -> Tensor:
+        means = self.bank.means()
+        return means.A if factor == "A" else means.B
+
+    def _buffers_of(self, name: str, factor: str) -> list[Tensor]:
+        groups = self.bank.layouts[factor].groups
+        return [self.get_buffer(f"{name}_{factor}_{i}") for i in range(len(groups))]

@@ -1,0 +1,178 @@
+"""NUTS: Markov chains on another guide's model, the gold standard for small adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.errors import ConfigError, whole_number
+from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram, require
+from pyrolora.guides.map import MAP
+from pyrolora.guides.meanfield import MeanField
+
+HIGH_R_HAT = 1.05
+
+
+def _inner() -> MeanField:
+    return MeanField(kl_weight=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NUTS(Guide):
+    """Pyro's No-U-Turn sampler on the model of another guide, given M, B and the task head.
+
+    The parameters that model and guide share come from a MAP fit, or from the posterior that is
+    passed to ``fit``. Given them the latent variables θ of ``inner`` are sampled from
+
+        p(θ | y) ∝ p(θ) p(y | θ)^{1/β},   β the ``kl_weight`` of ``inner``,
+
+    over all training examples at once, without dropout: exact up to Monte Carlo error, and for
+    small adapters and data only. Chains start from draws of the prior, one after the other.
+
+    The history gets the highest split R-hat and the lowest effective sample size over layers of
+    ‖s B A‖, which no rotation of the ranks changes, and the number of divergences.
+
+    Parameters
+    ----------
+    inner
+        The guide whose model is sampled: `MeanField`, `MonteCLoRA`, or `MAP` with a prior. Options
+        that belong to its guide alone are refused.
+    chains, num_samples, warmup_steps
+        Chains, and steps of each: kept, and before them for adaptation.
+    target_accept_prob, max_tree_depth
+        As in ``pyro.infer.NUTS``.
+
+    References
+    ----------
+    M. D. Hoffman and A. Gelman (2014), "The No-U-Turn Sampler", JMLR 15.
+    """
+
+    name = "nuts"
+
+    inner: Guide = dataclasses.field(default_factory=_inner)
+    chains: int = defaults.CHAINS
+    num_samples: int = defaults.NUTS_DRAWS
+    warmup_steps: int = defaults.NUTS_WARMUP
+    target_accept_prob: float = 0.8
+    max_tree_depth: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("chains", "num_samples", "warmup_steps", "max_tree_depth"):
+            whole_number(name, getattr(self, name), at_least=1)
+        accept = self.target_accept_prob
+        require(0 < accept < 1, "target_accept_prob", "between 0 and 1", accept)
+        inner = self.inner
+        if not isinstance(inner, Variational) or getattr(inner, "prior_scale", 0) is None:
+            raise ConfigError(
+                "inner must be a guide whose model has a prior with width: MeanField(...), "
+                f"MonteCLoRA(...) or MAP(prior_scale=...), got {inner!r}"
+            )
+        for field in dataclasses.fields(inner):
+            value = getattr(inner, field.name)
+            if field.name in inner.guide_only and value != field.default:
+                raise ConfigError(
+                    f"{field.name}={value!r} is an option of the guide of {inner.name!r}, and "
+                    "NUTS samples its model; leave it out"
+                )
+
+    def build(self, bank: AdapterBank) -> NUTSProgram:
+        return NUTSProgram(bank, self)
+
+    def infer(self, fit: Fit) -> None:
+        fit.joint.adopt(fit.point(MAP()))
+        fit.joint.freeze()
+        draws, divergences = fit.mcmc(
+            self.inner.beta(fit.joint.num_examples),
+            chains=self.chains,
+            num_samples=self.num_samples,
+            warmup_steps=self.warmup_steps,
+            target_accept_prob=self.target_accept_prob,
+            max_tree_depth=self.max_tree_depth,
+        )
+        fit.program.store(draws)
+        fit.log(**fit.program.diagnostics(), divergences=divergences)
+
+    def post_hoc(self) -> str | None:
+        return "computed"
+
+
+class NUTSProgram(WrappingProgram):
+    """The sites of the inner program; the draws are buffers, chain after chain."""
+
+    def __init__(self, bank: AdapterBank, options: NUTS) -> None:
+        super().__init__(options.inner.build(bank))
+        self.options = options
+        self.chains = options.chains
+        with poutine.block(), torch.no_grad():
+            sites = self.inner.draw(1)
+        self.sites = list(sites)
+        for name, value in sites.items():
+            size = options.chains * options.num_samples
+            self.register_buffer(name, torch.zeros(size, *value.shape[1:]))
+
+    def model(self, kl_weight: float = 1.0) -> FlatFactors:
+        return self.inner.model(kl_weight)
+
+    def guide(self, kl_weight: float = 1.0) -> None:
+        """One of the draws; the same sites with their values."""
+        number = torch.randint(self.stored(), (1,))
+        for name, value in self.pick(number).items():
+            pyro.sample(name, dist.Delta(value[0], event_dim=value.dim() - 1))
+
+    def factors(self, sites: Sites) -> FlatFactors:
+        return self.inner.factors(sites)
+
+    def mean(self) -> FlatFactors:
+        """The mean of the update over draws: of the one factor that varies, or pooled."""
+        drawn = self.factors(self.pick(torch.arange(self.stored())))
+        if drawn.A.dim() > 1 and drawn.B.dim() > 1:
+            return dataclasses.replace(drawn, pooled=True)
+        A, B = (t.mean(0) if t.dim() > 1 else t for t in (drawn.A, drawn.B))
+        return FlatFactors(A, B)
+
+    def scale_parameters(self) -> list[str]:
+        return []
+
+    def stored(self) -> int:
+        return self.options.chains * self.options.num_samples
+
+    def pick(self, index: Tensor) -> dict[str, Tensor]:
+        return {name: self.get_buffer(name)[index] for name in self.sites}
+
+    @torch.no_grad()
+    def store(self, draws: dict[str, Tensor]) -> None:
+        """Keep the draws, site -> (chains, num_samples, ...)."""
+        for name in self.sites:
+            self.get_buffer(name).copy_(draws[name].flatten(0, 1))
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, float]:
+        """R-hat and effective sample size of ‖s B A‖, the worst layer's."""
+        norms = self.bank.update_norms(self.factors(self.pick(torch.arange(self.stored()))))
+        chains = norms.unflatten(0, (self.chains, -1))
+        if chains.shape[1] < 4:
+            return {}
+        numbers: dict[str, Any] = {
+            "r_hat": split_gelman_rubin(chains, 0, 1).max().item(),
+            "effective_sample_size": effective_sample_size(chains, 0, 1).min().item(),
+        }
+        if not numbers["r_hat"] < HIGH_R_HAT:
+            warnings.warn(
+                f"the chains of NUTS do not agree: R-hat of the adapter norms is "
+                f"{numbers['r_hat']:.2f}, above {HIGH_R_HAT}; take more warmup_steps and "
+                "num_samples, or a smaller adapter",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return numbers

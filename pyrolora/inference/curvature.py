@@ -1,0 +1,260 @@
+"""The curvature of the log-likelihood in the adapter factors, and the evidence that it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyrolora.adapters import Factors
+from pyrolora.errors import DataError
+from pyrolora.likelihoods import CHOICE_MASK
+from pyrolora.model import JointModel, evaluating
+from pyrolora.types import Batch
+
+PRECISIONS = (1e-8, 1e12)
+"""Where `best_precision` looks: prior standard deviations of the factors from 1e4 to 1e-6."""
+
+
+class Eigen(NamedTuple):
+    """rows = U diag(ρ) Uᵀ and columns = V diag(κ) Vᵀ, with ``values`` (r, c) = ρ κᵀ >= 0."""
+
+    U: Tensor
+    V: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """The curvature of one block X (r, c) of the bank: d vec(X)ᵀ (rows ⊗ columns) d vec(X), with
+    vec row by row. ``rows`` is (r, r), ``columns`` (c, c)."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def eigen(self) -> Eigen:
+        """The eigenvectors of both factors and the eigenvalues of their product, those below zero
+        by rounding at zero."""
+        rho, U = torch.linalg.eigh(self.rows)
+        kappa, V = torch.linalg.eigh(self.columns)
+        return Eigen(U, V, torch.outer(rho.clamp(min=0), kappa.clamp(min=0)))
+
+
+@torch.no_grad()
+def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
+    """The generalised Gauss-Newton matrix of −log p(y | A, B) at the means, block by block.
+
+    KFAC-expand: for a weight that maps a_t to its output at position t of an example,
+
+        Σ_examples Σ_t,t' Jᵀ H J  ≈  (1/m Σ_t a_t a_tᵀ) ⊗ (Σ_v Σ_t g_vt g_vtᵀ)
+
+    with m the number of positions over all examples, H = Σ_v v vᵀ the Hessian of −log p in the
+    network's output f (``likelihood.curvature``), and g_vt the gradient of <v, f> in the weight's
+    output. It is exact for one example without positions, and for a Gaussian law of a linear
+    function. A layer that is called several times counts as one with as many more positions.
+    Positions where ``attention_mask`` is 0, and choices that an example does not have, do not
+    count.
+
+    A and B of a layer share its two large matrices. With X the mean of x xᵀ over the layer's
+    inputs, and G the sum of g gᵀ over gradients in what B gives, s included,
+
+        A:   rows = Bᵀ G B,   columns = X          Bᵀ:   rows = A X Aᵀ,   columns = G
+
+    The network runs in evaluation mode and in its own dtype; the sums are in the bank's.
+
+    Cost: a forward pass and as many backward passes a batch as there are v; per layer and position
+    in² multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes a layer and nothing
+    that grows with the number of examples: for BERT-base 113 MB with query and value adapted
+    (48 matrices of 768²), 1.2 GB with all linear layers. `Kronecker.eigen` takes that once more.
+
+    Parameters
+    ----------
+    joint
+        The model; its heads and its likelihood are constants here.
+    batches
+        All n training examples once, on the model's device.
+
+    Returns
+    -------
+    dict
+        Block name (``<layer>.A``, ``<layer>.B``, in the bank's orientation, Bᵀ) -> `Kronecker`.
+
+    Raises
+    ------
+    DataError
+        When there is no batch, or none with a position that counts.
+
+    References
+    ----------
+    R. Eschenhagen et al. (2023), "Kronecker-Factored Approximate Curvature for Modern Neural
+    Network Architectures".
+    """
+    bank = joint.program.bank
+    means = bank.means()
+    means = replace(means, A=means.A.detach(), B=means.B.detach().requires_grad_())
+    dtype, device = means.A.dtype, means.A.device
+    sums = {
+        name: _Sums(
+            torch.zeros(spec.in_features, spec.in_features, dtype=dtype, device=device),
+            torch.zeros(spec.out_features, spec.out_features, dtype=dtype, device=device),
+        )
+        for name, spec in bank.specs.items()
+    }
+    with evaluating(joint), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for batch in batches:
+            plain = joint.binding(means)
+            layers = {
+                name: _Recording(plain.factors[layer].A, plain.factors[layer].sB)
+                for name, layer in joint.attachment.layers.items()
+            }
+            bound: dict[nn.Module, Factors] = {
+                joint.attachment.layers[name]: layer for name, layer in layers.items()
+            }
+            output = joint.run(batch, replace(plain, factors=bound))
+            _accumulate(joint, batch, output, layers, sums)
+    empty = [name for name, own in sums.items() if own.positions == 0]
+    if empty:
+        raise DataError(
+            f"no position of any batch counts for layer {empty[0]!r}: there is no batch, or the "
+            "attention_mask is 0 everywhere; pass the training examples"
+        )
+    found = {}
+    for name, (A, B) in bank.matrices(means).items():
+        A, B, s = A.detach(), B.detach(), bank.specs[name].scaling
+        X = sums[name].inputs.div_(sums[name].positions)
+        G = sums[name].gradients.mul_(s**2)
+        found[f"{name}.A"] = Kronecker(B.T @ G @ B, X)
+        found[f"{name}.B"] = Kronecker(A @ X @ A.T, G)
+    return found
+
+
+@dataclass
+class _Sums:
+    """Σ x xᵀ (in, in), Σ g gᵀ (out, out), and over how many positions the first."""
+
+    inputs: Tensor
+    gradients: Tensor
+    positions: int = 0
+
+
+@dataclass(frozen=True)
+class _Recording(Factors):
+    """Factors that keep the input and the update, s B A x, of each use of their layer."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    updates: list[Tensor] = field(default_factory=list)
+
+    def add_to(self, out: Tensor, x: Tensor, training: bool) -> Tensor:
+        x = x.to(self.A.dtype)
+        update = x @ self.A.mT @ self.sB
+        self.inputs.append(x.detach())
+        self.updates.append(update)
+        return out + update.to(out.dtype)
+
+
+def _accumulate(
+    joint: JointModel,
+    batch: Batch,
+    output: Tensor,
+    layers: dict[str, _Recording],
+    sums: dict[str, _Sums],
+) -> None:
+    masks = _masks(batch)
+    names = [name for name, layer in layers.items() for _ in layer.updates]
+    for name, layer in layers.items():
+        for x in layer.inputs:
+            rows = _counted(x, masks).to(sums[name].inputs.dtype)
+            sums[name].inputs.addmm_(rows.T, rows)
+            sums[name].positions += len(rows)
+    updates = [update for layer in layers.values() for update in layer.updates]
+    for v in joint.likelihood.curvature(output.detach(), batch):
+        gradients = torch.autograd.grad(
+            output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            rows = _counted(gradient, masks).to(sums[name].gradients.dtype)
+            sums[name].gradients.addmm_(rows.T, rows)
+
+
+def _masks(batch: Batch) -> list[Tensor]:
+    """Which positions (rows, T), and which rows, count. A batch of choices, (b, choices, ...), has
+    b * choices rows."""
+    masks = []
+    choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
+    if attention is not None and attention.dim() > 1:
+        attention = attention if choices is None else attention * choices[..., None]
+        masks.append(attention.flatten(0, -2).bool())
+    if choices is not None:
+        masks.append(choices.flatten().bool())
+    return masks
+
+
+def _counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:
+    """The positions of a (..., k) tensor that count, as (m, k); all where no mask fits."""
+    for mask in masks:
+        if tensor.shape[:-1][: mask.dim()] == mask.shape:
+            tensor = tensor[mask]
+            break
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+# The prior's precision ---------------------------------------------------------------------------
+
+
+def log_marginal_likelihood(
+    log_likelihood: float, eigenvalues: Sequence[Tensor], means: Sequence[Tensor], precision: float
+) -> float:
+    """Laplace's log p(y) under θ ~ N(0, I / λ), in nats:
+
+        log p(y | θ̄) - ½ [ λ ‖θ̄‖² + Σ_i log(e_i + λ) - P log λ ]
+
+    It is exact for a Gaussian law of a linear function, at θ̄ the mode for this very λ.
+
+    Parameters
+    ----------
+    log_likelihood
+        log p(y | θ̄), summed over all examples.
+    eigenvalues
+        e >= 0 of the curvature, in tensors of any shape, P numbers in all.
+    means
+        θ̄, in tensors of any shape.
+    precision
+        λ > 0.
+    """
+    norm = _squared_norm(means)
+    # log((e + λ) / λ), which does not cancel where e is small.
+    log_ratio = sum(float((e.double() / precision).log1p().sum()) for e in eigenvalues)
+    return log_likelihood - 0.5 * (precision * norm + log_ratio)
+
+
+def best_precision(eigenvalues: Sequence[Tensor], means: Sequence[Tensor]) -> float:
+    """The λ that maximises `log_marginal_likelihood` with θ̄ and the eigenvalues held fixed.
+
+    It is MacKay's fixed point λ ‖θ̄‖² = γ(λ) = Σ_i e_i / (e_i + λ). The left side rises from 0 and
+    the right side falls to 0, so that there is one solution, found by bisection of log λ within
+    `PRECISIONS`. A solution outside, the bound next to it: the upper one for ‖θ̄‖ = 0, where the
+    evidence rises with λ for ever, and the lower one where all e_i are 0.
+
+    References
+    ----------
+    D. J. C. MacKay (1992), "Bayesian Interpolation".
+    """
+    norm = _squared_norm(means)
+    values = torch.cat([e.double().flatten() for e in eigenvalues])
+    low, high = (math.log(bound) for bound in PRECISIONS)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        precision = math.exp(middle)
+        if precision * norm < float((values / (values + precision)).sum()):
+            low = middle
+        else:
+            high = middle
+    return min(max(math.exp(0.5 * (low + high)), PRECISIONS[0]), PRECISIONS[1])
+
+
+def _squared_norm(means: Sequence[Tensor]) -> float:
+    return sum(float(mean.detach().double().square().sum()) for mean in means)

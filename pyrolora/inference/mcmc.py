@@ -1,0 +1,71 @@
+"""Markov chains on a joint model, given its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import init_to_sample
+from torch import Tensor
+
+from pyrolora.model import JointModel, evaluating
+from pyrolora.types import Batch
+
+
+def nuts(
+    joint: JointModel,
+    batch: Batch,
+    beta: float = 1.0,
+    *,
+    chains: int,
+    num_samples: int,
+    warmup_steps: int,
+    target_accept_prob: float = 0.8,
+    max_tree_depth: int = 10,
+) -> tuple[dict[str, Tensor], int]:
+    """Draws of the latent sites from p(θ) p(y | θ)^{1/β}, by Pyro's NUTS, without dropout.
+
+    Parameters
+    ----------
+    joint
+        The joint model; all of its parameters are constants.
+    batch
+        All of the data.
+    beta
+        The weight of the prior, relative to the likelihood.
+    chains, num_samples, warmup_steps, target_accept_prob, max_tree_depth
+        As in `pyrolora.guides.NUTS`.
+
+    Returns
+    -------
+    dict, int
+        Site -> (chains, num_samples, ...), and the number of divergent steps.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in joint.parameters()}
+
+    def target() -> Any:
+        with poutine.scale(scale=1 / beta):
+            return joint(batch, kl_weight=beta)
+
+    found: list[dict[str, Tensor]] = []
+    divergences = 0
+    joint.requires_grad_(False)
+    try:
+        with evaluating(joint):
+            for _ in range(chains):
+                kernel = NUTS(
+                    target,
+                    target_accept_prob=target_accept_prob,
+                    max_tree_depth=max_tree_depth,
+                    init_strategy=init_to_sample,
+                )
+                run = MCMC(kernel, num_samples=num_samples, warmup_steps=warmup_steps)
+                run.run()
+                found.append(run.get_samples())
+                divergences += sum(map(len, run.diagnostics()["divergences"].values()))
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    return {name: torch.stack([c[name] for c in found]).detach() for name in found[0]}, divergences

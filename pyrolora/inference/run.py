@@ -1,0 +1,162 @@
+"""One fit: the engines that guides share, on one network and its data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from pyrolora.errors import ConfigError, NonFiniteError
+from pyrolora.guides import Guide, Program
+from pyrolora.inference.arguments import last_checkpoint
+from pyrolora.inference.curvature import Kronecker, best_precision, kfac
+from pyrolora.inference.data import Prepared
+from pyrolora.inference.mcmc import nuts
+from pyrolora.inference.trainer import STATE_FILE, SVITrainer, read_state, save_state
+from pyrolora.model import JointModel
+from pyrolora.types import Batch
+
+Score = Callable[[JointModel], dict[str, float]]
+
+
+@dataclass
+class Run:
+    """What `Guide.infer` works with; see `pyrolora.guides.Fit`.
+
+    Attributes
+    ----------
+    joint, guide
+        The joint model that is inferred, and its options.
+    build
+        Makes another joint model on the same network, from a guide.
+    data
+        The training data.
+    args, callbacks
+        For the Trainer.
+    score
+        The metrics of a joint model on the evaluation data, or None without such data.
+    posterior
+        Makes a posterior of a joint model, for an error to carry.
+    history
+        The log.
+    """
+
+    joint: JointModel
+    guide: Guide
+    build: Callable[[Guide], JointModel]
+    data: Prepared
+    args: TrainingArguments
+    callbacks: Sequence[TrainerCallback]
+    score: Score | None
+    posterior: Callable[[JointModel, Guide], Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def program(self) -> Program:
+        return self.joint.program
+
+    def svi(self) -> None:
+        """Train the pair of `joint`."""
+        self._train(self.joint, self.guide, self.args)
+
+    def point(self, guide: Guide, number: int | None = None) -> JointModel:
+        """A joint model of its own with ``guide``, trained from its own start.
+
+        With a ``number`` it has the seed of that number, and a folder of its own for checkpoints.
+        Given means stay as they are; then the noise of a regression is all that is trained.
+        """
+        args = copy.copy(self.args)
+        if number is not None:
+            args.seed += number
+            args.output_dir = str(Path(args.output_dir) / f"member-{number}")
+            if args.resume_from_checkpoint:
+                args.resume_from_checkpoint = _checkpoint(Path(args.output_dir))
+        set_seed(args.seed)
+        joint = self.build(guide)
+        finished = Path(args.output_dir) / STATE_FILE
+        if number is not None and self.args.resume_from_checkpoint and finished.is_file():
+            joint.load_own_state(read_state(finished))
+        elif any(parameter.requires_grad for parameter in joint.parameters()):
+            self._train(joint, guide, args, {} if number is None else {"member": number})
+            if number is not None and args.should_save and args.save_strategy != "no":
+                save_state(joint, finished)
+        self.joint.to(args.device)  # where the Trainer has put the network
+        return joint
+
+    def held_out_nll(self) -> float:
+        """The negative log-likelihood of the evaluation data under `joint`."""
+        if self.score is None:
+            raise ConfigError("the prior is tuned by validation and there is none; pass eval_data=")
+        return self.score(self.joint)["nll"]
+
+    def kfac(self) -> dict[str, Kronecker]:
+        """The Kronecker factors of the curvature at the means of `joint`, by block."""
+        return kfac(self.joint, self._batches("curvature"))
+
+    def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
+        """The prior's precision of the highest marginal likelihood."""
+        return best_precision(eigenvalues, means)
+
+    def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], int]:
+        """Draws of NUTS on `joint`, and how many of its steps diverged."""
+        whole = self.data.collate([self.data.examples[i] for i in range(len(self.data))])
+        set_seed(self.args.seed)
+        return nuts(self.joint, self._placed(whole), beta, **options)
+
+    def log(self, **numbers: float) -> None:
+        """Add an entry to the history."""
+        self.history.append(dict(numbers))
+
+    def _batches(self, title: str) -> Iterator[Batch]:
+        loader = self.data.loader(self.args.per_device_train_batch_size)
+        bar = tqdm(loader, desc=title, delay=2, leave=False, disable=self.args.disable_tqdm)
+        for batch in bar:
+            yield self._placed(batch)
+
+    def _placed(self, batch: Mapping[str, Any]) -> Batch:
+        device = next(self.joint.program.parameters()).device
+        return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()}
+
+    def _train(
+        self,
+        joint: JointModel,
+        guide: Guide,
+        args: TrainingArguments,
+        mark: Mapping[str, Any] | None = None,
+    ) -> None:
+        score = self.score
+        trainer = SVITrainer(
+            joint,
+            guide,
+            self.data,
+            args,
+            evaluate=None if score is None else lambda: score(joint),
+            callbacks=tuple(self.callbacks),
+        )
+        checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
+        if checkpointing and not args.gradient_checkpointing:
+            joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
+        try:
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except NonFiniteError as error:
+            error.posterior = self.posterior(joint, guide)
+            raise
+        finally:
+            trainer.close_progress()
+            if args.gradient_checkpointing and not checkpointing:
+                joint.activation_checkpointing_disable()
+            joint.zero_grad(set_to_none=True)
+            joint.eval()
+            joint.program.progress = 1.0
+            self.history += [{**entry, **(mark or {})} for entry in trainer.state.log_history]
+
+
+def _checkpoint(folder: Path) -> str | None:
+    found = last_checkpoint(folder)
+    return None if found is None else str(found)

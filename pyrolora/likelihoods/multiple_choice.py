@@ -1,0 +1,49 @@
+"""Multiple choice: which of an example's own choices is right."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from pyrolora.errors import DataError
+from pyrolora.likelihoods.classification import Classification, check_whole_numbers
+from pyrolora.types import Batch
+
+CHOICE_MASK = "choice_mask"
+"""The key of the batch, (b, choices), that is true at an example's own choices."""
+
+# In place of -inf, which makes NaN of an entropy's gradient; its exponential is 0 in every dtype.
+IMPOSSIBLE = -1e30
+
+_CLASSES = set(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
+
+
+class MultipleChoice(Classification):
+    """y ~ Categorical(softmax(f)) over the choices of each example, with f (..., b, choices) the
+    network's score of each. Choices that ``choice_mask`` leaves out have probability 0.
+    """
+
+    name = "multiple_choice"
+    extras = (CHOICE_MASK,)
+
+    @classmethod
+    def matches(cls, network: nn.Module) -> bool:
+        return type(network).__name__ in _CLASSES
+
+    def logits(self, output: Tensor, batch: Batch) -> Tensor:
+        mask = batch.get(CHOICE_MASK)
+        return output if mask is None else output.masked_fill(~mask.bool(), IMPOSSIBLE)
+
+    def check_labels(self, labels: Tensor, network: nn.Module) -> None:
+        check_whole_numbers(
+            labels,
+            "multiple choice needs the number of the right choice as the label of an example",
+            "count the choices of an example from 0",
+        )
+
+    def check_output(self, output: Tensor, labels: Tensor) -> None:
+        if output.dim() != 2:
+            raise DataError(
+                "multiple choice needs one score a choice, (n, choices); the network gave shape "
+                f"{tuple(output.shape)}"
+            )

@@ -1,0 +1,523 @@
+"""LoRA adapters in PEFT's file format, written and read without PEFT.
+
+A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, whose tensors are named
+``base_model.model.<layer>.lora_A.weight`` (r, in), ``.lora_B.weight`` (out, r), and
+``base_model.model.<module>.<tensor>`` for the modules of ``modules_to_save``. The rules by which
+names are matched are those of PEFT 0.21 (``peft/utils/other.py``, ``peft/tuners/tuners_utils.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mode
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pyrolora.adapters import LayerSpec
+from pyrolora.adapters.targets import features, linear_layers, unwrapped, walk
+from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.inference import read_state
+from pyrolora.storage.folder import as_json, write_whole
+from pyrolora.types import AdapterConfig
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+# PEFT saves these of a sequence classifier, whether its configuration names them or not.
+CLASSIFIER_HEADS = ("classifier", "score")
+
+REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
+TAKEN = {
+    *REQUIRED,
+    *("exclude_modules", "lora_dropout", "modules_to_save", "init_lora_weights"),
+    *("rank_pattern", "alpha_pattern", "use_rslora"),
+}
+# Without bearing on the function that the stored tensors give.
+NEUTRAL = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
+    *("task_type", "fan_in_fan_out", "megatron_core", "qalora_group_size", "eva_config"),
+    *("layers_to_transform", "layers_pattern", "runtime_config"),
+}
+# Those that leave the base weights as they were.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+
+N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as PEFT saved it, checked against a network.
+
+    Attributes
+    ----------
+    config
+        The configuration in our terms; targets and heads by their full names.
+    specs
+        The adapted layers in the network's order.
+    matrices
+        Layer -> (A (r, in), B (out, r)), float32, unscaled.
+    heads
+        Name of a module of ``modules_to_save`` -> its state dict.
+    """
+
+    config: AdapterConfig
+    specs: list[LayerSpec]
+    matrices: dict[str, tuple[Tensor, Tensor]]
+    heads: dict[str, dict[str, Tensor]]
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def write_adapter(
+    path: Path,
+    specs: Mapping[str, LayerSpec],
+    matrices: Mapping[str, tuple[Tensor, Tensor]],
+    heads: Mapping[str, nn.Module],
+    base: nn.Module,
+) -> None:
+    """Write an adapter that ``peft.PeftModel.from_pretrained(base, path)`` loads.
+
+    PEFT scales by ``lora_alpha / r`` with the rank of the matrices, so that ``lora_alpha`` is
+    ``spec.scaling`` times that rank; layers that differ from the most common pair get entries of
+    ``rank_pattern`` and ``alpha_pattern``. Servers that read neither (vLLM, LoRAX) scale all layers
+    alike: to them only adapters of one scaling are what they are here.
+
+    The folder has the older adapter whole, none (it has no configuration), or the new one whole.
+
+    Parameters
+    ----------
+    path
+        The folder: new, empty, or with an adapter that is replaced.
+    specs
+        The adapted layers; ``scaling`` is used, ``rank`` is not.
+    matrices
+        Layer -> (A (r, in), B (out, r)), unscaled; r may differ from ``spec.rank``.
+    heads
+        Modules that take the place of the network's own, by their name in it.
+    base
+        The network, with or without our wrappers.
+
+    Raises
+    ------
+    ConfigError
+        When the folder holds something else, or PEFT's rules cannot tell the heads from other
+        modules of the network.
+    """
+    _check_folder(path)
+    ranks = {name: matrices[name][0].shape[0] for name in specs}
+    scalings = {name: spec.scaling for name, spec in specs.items()}
+    config = as_json(_describe(ranks, scalings, list(heads), base)).encode()
+    tensors: dict[str, Tensor] = {}
+    for name in specs:
+        A, B = matrices[name]
+        tensors |= {f"{name}.lora_A.weight": A.float(), f"{name}.lora_B.weight": B.float()}
+    for name, head in heads.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
+    content = save({f"{PREFIX}{key}": _own(t) for key, t in tensors.items()}, {"format": "pt"})
+    path.mkdir(parents=True, exist_ok=True)
+    scratch = path / f".{WEIGHTS_FILE}.part"
+    scratch.write_bytes(content)
+    (path / CONFIG_FILE).unlink(missing_ok=True)  # no adapter, rather than a mixture of two
+    scratch.replace(path / WEIGHTS_FILE)
+    write_whole(path / CONFIG_FILE, config)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous copy: the format takes no views, and no tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _check_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"an adapter is a folder, and {path} is a file; choose another path")
+    if not path.is_dir() or (path / CONFIG_FILE).is_file():
+        return
+    names = sorted(item.name for item in path.iterdir())
+    others = [n for n in names if not n.startswith(".") and n != WEIGHTS_FILE]
+    if others:
+        raise ConfigError(
+            f"{path} is not empty and holds no adapter, but {_listing(others)}; choose a folder "
+            "of the adapter's own"
+        )
+
+
+def _describe(
+    ranks: Mapping[str, int], scalings: Mapping[str, float], heads: list[str], base: nn.Module
+) -> dict[str, Any]:
+    """The content of ``adapter_config.json``."""
+    modules = {name: module for name, module in walk(base) if name}
+    _check_heads(heads, list(ranks), list(modules))
+    alphas = {name: _alpha(scalings[name], rank) for name, rank in ranks.items()}
+    r, lora_alpha = mode((ranks[name], alphas[name]) for name in ranks)
+    task, kind = _task(base, heads, list(modules)), type(base)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    names: list[str] | str = list(ranks)
+    if any(_selects(names, other) for other in modules.keys() - ranks.keys()):
+        names = "|".join(re.escape(name) for name in names)  # PEFT matches it in full
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "auto_mapping": mapping if task is None else None,
+        "base_model_name_or_path": getattr(base, "name_or_path", None) or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "fan_in_fan_out": all(isinstance(unwrapped(modules[name]), Conv1D) for name in ranks),
+        "target_modules": names,
+        "rank_pattern": {_exactly(n): rank for n, rank in ranks.items() if rank != r},
+        "alpha_pattern": {_exactly(n): alpha for n, alpha in alphas.items() if alpha != lora_alpha},
+        "modules_to_save": heads or None,
+    }
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """The number that, divided by the rank, is the scaling; a whole one where there is one."""
+    alpha = scaling * rank
+    return round(alpha) if round(alpha) / rank == scaling else alpha
+
+
+def _exactly(name: str) -> str:
+    """The key of a pattern that matches this layer and no other."""
+    return f"^{re.escape(name)}"
+
+
+def _task(base: nn.Module, heads: Sequence[str], modules: Iterable[str]) -> str | None:
+    """PEFT's task type, where it has one whose wrapper changes nothing for this network."""
+    kind = type(base).__name__
+    if kind.endswith("ForSequenceClassification"):
+        needed = {name for name in modules if name.endswith(CLASSIFIER_HEADS)}
+        return "SEQ_CLS" if needed <= set(heads) else None
+    return "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _check_heads(heads: Sequence[str], layers: Iterable[str], modules: Iterable[str]) -> None:
+    taken = [n for n in modules if n not in heads and _is_saved(heads, n)]
+    taken += [n for n in layers if _is_within(heads, n)]
+    if taken:
+        raise ConfigError(
+            f"PEFT cannot tell the task heads {_listing(heads)} from {_listing(taken)}: it knows "
+            "modules_to_save by the end of their names; export the merged network instead "
+            "(posterior.merge()), or give the head a name of its own"
+        )
+
+
+# PEFT's rules -----------------------------------------------------------------------------------
+
+
+def _selects(wanted: str | Iterable[str], name: str) -> bool:
+    """``target_modules``, ``exclude_modules``: a regular expression, or a list of suffixes."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted)
+
+
+def _is_saved(wanted: Iterable[str], name: str) -> bool:
+    """Which modules ``modules_to_save`` takes: here a suffix need not follow a dot."""
+    return any(name.endswith(suffix) for suffix in wanted)
+
+
+def _is_within(wanted: Iterable[str], name: str) -> bool:
+    """Which layers get no adapter, because ``modules_to_save`` names them or what they are in."""
+    return any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in wanted)
+
+
+def _value_of(name: str, patterns: Mapping[str, N], default: N) -> N:
+    """``rank_pattern``, ``alpha_pattern``: the first key that matches the end of the name."""
+    found = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
+    """Read a LoRA adapter that PEFT (or `write_adapter`) saved for ``network``.
+
+    Plain LoRA and rsLoRA, with rank and alpha patterns and ``modules_to_save``. Which layers are
+    adapted, and with what rank, is what the tensors say; configuration and network have to agree.
+
+    Raises
+    ------
+    ConfigError
+        For what is no plain LoRA of linear layers, and for a network that PEFT has wrapped.
+    CheckpointError
+        When the folder is no adapter or is damaged, or the adapter is one of another network.
+    """
+    _refuse_wrapped(network)
+    folder = Path(path)
+    options = _read_options(folder)
+    tensors = _read_tensors(folder)
+    try:
+        return _checked(options, tensors, network)
+    except re.error as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} names modules by {error.pattern!r}, which is no regular "
+            f"expression: {error}; restore it from a copy"
+        ) from error
+
+
+def _refuse_wrapped(network: nn.Module) -> None:
+    if any(type(module).__module__.partition(".")[0] == "peft" for module in network.modules()):
+        raise ConfigError(
+            f"this {type(network).__name__} holds adapters of PEFT's; pass the network as it was "
+            "before PEFT wrapped it, or what peft_model.unload() returns"
+        )
+
+
+def _read_options(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is no PEFT adapter: it has no {CONFIG_FILE}; pass the folder that "
+            "peft_model.save_pretrained(...) wrote, or into which "
+            "huggingface_hub.snapshot_download(...) put it"
+        )
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged, not readable as JSON: {error}") from error
+    missing = [key for key in REQUIRED if not isinstance(options, dict) or key not in options]
+    if missing:
+        raise CheckpointError(
+            f"{file} has no {missing[0]!r}: it describes no LoRA adapter, or was edited; restore "
+            "it from a copy"
+        )
+    _check_options(options)
+    return options
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what makes the function another than W x + s B A x. An option that is not known here
+    is refused unless it is off."""
+    if options["peft_type"] != "LORA":
+        raise ConfigError(
+            f"the adapter has peft_type={options['peft_type']!r}; pyrolora takes 'LORA' alone"
+        )
+    start = options.get("init_lora_weights")
+    if start not in PLAIN_STARTS:
+        raise ConfigError(
+            f"the adapter has init_lora_weights={start!r}, which changed the base weights: it "
+            "fits no other; save it as a plain LoRA with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
+    for name, value in options.items():
+        if name not in TAKEN | NEUTRAL and value and value != "none":
+            raise ConfigError(
+                f"the adapter has {name}={value!r}, and pyrolora takes plain LoRA alone; merge it "
+                "into its base with PEFT's merge_and_unload() and adapt the result, or train it "
+                "again without this option"
+            )
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors by their names within the network."""
+    file = folder / WEIGHTS_FILE
+    if not file.is_file() and (folder / PICKLE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} has {PICKLE_FILE}, a pickle, which may run code when it is read; convert "
+            "it where you trust it: PeftModel.from_pretrained(model, folder).save_pretrained("
+            f"new_folder, safe_serialization=True) writes {WEIGHTS_FILE}"
+        )
+    tensors = read_state(file)
+    foreign = [key for key in tensors if not key.startswith(PREFIX)]
+    if foreign:
+        raise CheckpointError(
+            f"{file} has the tensor {foreign[0]!r}, and PEFT's begin with {PREFIX!r}; load it with "
+            "the program that wrote it and save it with PEFT"
+        )
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _checked(
+    options: Mapping[str, Any], tensors: Mapping[str, Tensor], network: nn.Module
+) -> Adapter:
+    """The adapter, with every tensor in its place."""
+    saved = options.get("modules_to_save") or []
+    factors, rest = _split(tensors)
+    heads = {
+        name: _take_head(name, unwrapped(module), rest)
+        for name, module in walk(network)
+        if name and _is_saved(saved, name) and any(True for _ in module.parameters())
+    }
+    layers = _layers(factors, heads, network)
+    _refuse_rest(rest, saved, network)
+    _check_selection(options, list(layers), network)
+    config = _config(options, list(layers), list(heads))
+    specs = [_spec(name, layer, factors[name], config) for name, layer in layers.items()]
+    matrices = {s.name: (factors[s.name]["A"].float(), factors[s.name]["B"].float()) for s in specs}
+    return Adapter(config, specs, matrices, heads)
+
+
+def _split(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Layer -> its factors by their letter; and the tensors that are no factors."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
+        if match is not None:
+            factors.setdefault(match[1], {})[match[2]] = tensor
+        elif ".lora_" in key:
+            raise ConfigError(
+                f"the file has the tensor {key!r}, of a variant of LoRA or of an adapted "
+                "embedding; pyrolora takes the lora_A and lora_B of linear layers"
+            )
+        else:
+            rest[key] = tensor
+    return factors, rest
+
+
+def _take_head(name: str, module: nn.Module, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a module of ``modules_to_save``, taken out of ``rest``."""
+    if any(isinstance(part, nn.Embedding) for part in module.modules()):
+        raise ConfigError(
+            f"the adapter has modules_to_save={name!r}, which holds embeddings, and pyrolora "
+            "adapts linear layers and owns task heads; train the adapter without it"
+        )
+    state = {}
+    for key, own in module.state_dict().items():
+        tensor = rest.pop(f"{name}.{key}", None)
+        if tensor is None:
+            raise CheckpointError(
+                f"modules_to_save has {name!r}, and the file has no tensor {name}.{key!s}; it is "
+                "incomplete, or the adapter of another network"
+            )
+        _check_shape(f"{name}.{key}", tensor, own.shape)
+        state[key] = tensor
+    return state
+
+
+def _refuse_rest(rest: Iterable[str], saved: Iterable[str], network: nn.Module) -> None:
+    for key in rest:
+        if _is_within(saved, key):
+            raise CheckpointError(
+                f"the file has the tensor {key!r} of modules_to_save, and this "
+                f"{type(network).__name__} has no such module; pass the network that the adapter "
+                "was trained on"
+            )
+        raise ConfigError(
+            f"the file has the tensor {key!r}, which belongs to no adapted layer and to none of "
+            "modules_to_save; if these are embeddings that the training left as they were, save "
+            "the adapter with save_pretrained(..., save_embedding_layers=False)"
+        )
+
+
+def _layers(
+    factors: Mapping[str, Mapping[str, Tensor]], heads: Iterable[str], network: nn.Module
+) -> dict[str, nn.Module]:
+    """The adapted layers in the network's order."""
+    modules, linear = dict(walk(network)), linear_layers(network)
+    for name in factors:
+        if name not in modules:
+            raise CheckpointError(
+                f"the adapter has the layer {name!r}, which this {type(network).__name__} has "
+                "not; pass the network that it was trained on"
+            )
+        if name not in linear:
+            kind = type(unwrapped(modules[name])).__name__
+            raise ConfigError(
+                f"the adapter has the layer {name!r}, a {kind}; pyrolora adapts nn.Linear and "
+                "transformers' Conv1D"
+            )
+        for head in heads:
+            if name == head or name.startswith(f"{head}."):
+                raise ConfigError(
+                    f"the adapter has modules_to_save={head!r}, and {name!r} in it is an adapted "
+                    "layer; a module is one or the other: train the adapter without one of them"
+                )
+    if not factors:
+        raise CheckpointError("the file has no lora_A and lora_B: it holds no LoRA adapter")
+    return {name: layer for name, layer in linear.items() if name in factors}
+
+
+def _check_selection(options: Mapping[str, Any], layers: list[str], network: nn.Module) -> None:
+    """Compare the layers in the file with those that the configuration selects, where it says."""
+    wanted, excluded = options["target_modules"], options.get("exclude_modules") or []
+    if wanted in (None, "all-linear") or options.get("layers_to_transform") is not None:
+        return
+    saved = options.get("modules_to_save") or []
+    first_names = {id(unwrapped(m)): name for name, m in reversed(linear_layers(network).items())}
+    selected = {
+        name
+        for name in first_names.values()
+        if _selects(wanted, name) and not _selects(excluded, name) and not _is_within(saved, name)
+    }
+    missing, surplus = sorted(selected - set(layers)), sorted(set(layers) - selected)
+    if missing:
+        raise CheckpointError(
+            f"target_modules selects {_listing(missing)} in this {type(network).__name__}, for "
+            "which the file has no tensors; it is incomplete, or the adapter of another network"
+        )
+    if surplus:
+        raise CheckpointError(
+            f"the file has tensors for {_listing(surplus)}, which target_modules does not select; "
+            f"restore {CONFIG_FILE} and {WEIGHTS_FILE} from one copy"
+        )
+
+
+def _config(options: Mapping[str, Any], layers: list[str], heads: list[str]) -> AdapterConfig:
+    gaussian = options.get("init_lora_weights") == "gaussian"
+    try:
+        return AdapterConfig(
+            r=options["r"],
+            lora_alpha=options["lora_alpha"],
+            target_modules=layers,
+            lora_dropout=options.get("lora_dropout") or 0.0,
+            modules_to_save=heads,
+            init_lora_weights="gaussian" if gaussian else "kaiming",
+            rank_pattern=options.get("rank_pattern") or {},
+            alpha_pattern=options.get("alpha_pattern") or {},
+            use_rslora=bool(options.get("use_rslora")),
+        )
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{CONFIG_FILE} has a value that no adapter can have: {error}; restore it from a copy"
+        ) from error
+
+
+def _spec(
+    name: str, layer: nn.Module, factors: Mapping[str, Tensor], config: AdapterConfig
+) -> LayerSpec:
+    for factor in "AB":
+        if factor not in factors:
+            raise CheckpointError(
+                f"the file has no tensor {name}.lora_{factor}.weight; it is incomplete: restore "
+                "it from a copy"
+            )
+    rank = _value_of(name, config.rank_pattern, config.r)
+    alpha = _value_of(name, config.alpha_pattern, config.lora_alpha)
+    in_features, out_features = features(layer)
+    _check_shape(f"{name}.lora_A.weight", factors["A"], (rank, in_features))
+    _check_shape(f"{name}.lora_B.weight", factors["B"], (out_features, rank))
+    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+    return LayerSpec(name, in_features, out_features, rank, scaling)
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise CheckpointError(
+            f"the tensor {name!r} has shape {tuple(tensor.shape)}, and by the configuration and "
+            f"this network it is {tuple(expected)}; pass the network that the adapter was "
+            "trained on"
+        )
+
+
+def _listing(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more
