@@ -118,7 +118,7 @@ def fit(
             network, tokenizer = load_network(model, data, tokenizer, likelihood)
             law = likelihood_for(network, likelihood)
         else:
-            _check_post_hoc(given, options, adapter, likelihood, shortcuts, training, callbacks)
+            _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
             config, network, law = given.bank.config, given.base, given.likelihood
             tokenizer = given.tokenizer if tokenizer is None else tokenizer
         options.check(law)
@@ -180,7 +180,6 @@ def _check_post_hoc(
     adapter: Any,
     likelihood: str | None,
     shortcuts: Mapping[str, Any],
-    training: TrainingArguments | None,
     callbacks: Sequence[TrainerCallback],
 ) -> None:
     """A posterior brings its means, its adapters and its likelihood; the guide adds a spread."""
@@ -199,8 +198,8 @@ def _check_post_hoc(
     for name, value in {"adapter": adapter, "likelihood": likelihood}.items():
         if value is not None:
             raise ConfigError(f"{name}= comes with the posterior; leave it out")
-    trained = {n: shortcuts[n] for n in ("epochs", "learning_rate")} | {"training": training}
-    useless = [name for name, value in {**trained, "callbacks": callbacks or None}.items() if value]
+    trained = {name: shortcuts[name] for name in ("epochs", "learning_rate")}
+    useless = [name for name, value in {**trained, "callbacks": callbacks}.items() if value]
     if how == "computed" and useless and not list(given.likelihood.parameters()):
         raise ConfigError(
             f"guide {options.name!r} trains nothing when the adapter is given; leave "

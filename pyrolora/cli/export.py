@@ -22,19 +22,28 @@ class Format(StrEnum):
 
     TRANSFORMERS = "transformers"
     ARVIZ = "arviz"
+    PEFT = "peft"
 
 
 def export(
     run: posteriors.Folder,
-    path: Annotated[Path, typer.Argument(help="A new folder (transformers) or file (arviz).")],
+    path: Annotated[Path, typer.Argument(help="A new folder, or file (arviz).")],
     to: Annotated[
         Format,
         typer.Option(
-            help="transformers: a plain model with the mean adapter merged into its weights, and "
-            "the tokenizer. arviz: draws as a NetCDF file for ArviZ."
+            help="transformers: a plain model with the adapter merged into its weights, and the "
+            "tokenizer. peft: a LoRA adapter, for PEFT and servers. arviz: draws as a NetCDF file."
         ),
     ] = Format.TRANSFORMERS,
-    num_samples: Annotated[int, typer.Option(help="Draws (arviz).")] = 200,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="A draw by its number (transformers, peft); otherwise the mean adapter."
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Draws (arviz); otherwise 200, or all that are stored.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws (arviz).")
     ] = defaults.SEED,
@@ -45,17 +54,23 @@ def export(
 
     \b
     pyrolora export run merged
+    pyrolora export run adapter --to peft
     pyrolora export run posterior.nc --to arviz --num-samples 500
     """
     if path.exists():
         raise ConfigError(f"{path} exists; choose another name")
+    if draw is not None and to is Format.ARVIZ:
+        raise ConfigError("--draw picks one draw and arviz takes many; use --num-samples")
     posterior = posteriors.load(run, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     if to is Format.ARVIZ:
         posterior.to_arviz(num_samples, seed=seed).to_netcdf(str(path))
         next_step = f"az.summary(az.from_netcdf({str(path)!r}), kind='stats')"
+    elif to is Format.PEFT:
+        posterior.to_peft(path, "mean" if draw is None else draw)
+        next_step = f"peft.PeftModel.from_pretrained(network, {str(path)!r})"
     else:
-        _merged(posterior, path)
+        _merged(posterior, path, "mean" if draw is None else draw)
         next_step = f"{type(posterior.base).__name__}.from_pretrained({str(path)!r})"
     if json:
         print_json({"run": str(run), "to": to.value, "path": str(path)})
@@ -63,10 +78,10 @@ def export(
         print(f"Written: {path}. Next, in Python: {next_step}")
 
 
-def _merged(posterior: Posterior, path: Path) -> None:
+def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:
     from transformers import PreTrainedModel
 
-    network = posterior.merge()
+    network = posterior.merge(draw)
     if not isinstance(network, PreTrainedModel):
         raise ConfigError(
             f"a {type(network).__name__} is no transformers model; use posterior.merge()"

@@ -37,14 +37,28 @@ def fit(
     ],
     output_dir: Annotated[Path, typer.Option(help="The run's folder.")],
     guide: Annotated[
-        str, typer.Option(help="How to infer the posterior: montec (MonteCLoRA), map (plain LoRA).")
+        str,
+        typer.Option(
+            help="How to infer the posterior: map (plain LoRA), montec (MonteCLoRA), meanfield, "
+            "flat (Flat-LoRA), laplace, ensemble, nuts; flat around another one: flat+montec."
+        ),
     ] = "montec",
     eval_data: Annotated[
         str | None, typer.Option(help="Data to score after every epoch and at the end.")
     ] = None,
     likelihood: Annotated[
         str | None,
-        typer.Option(help="classification, regression or causal_lm; otherwise from the model."),
+        typer.Option(
+            help="classification, regression, causal_lm, multiple_choice or masked_lm; otherwise "
+            "from the model."
+        ),
+    ] = None,
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            help="An adapter that is trained already: a folder that PEFT saved, or that of a fit. "
+            "Its weights stay, and the guide (montec, meanfield, laplace, nuts) adds their spread."
+        ),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = defaults.EPOCHS,
     learning_rate: Annotated[
@@ -85,6 +99,7 @@ def fit(
     pyrolora fit train.jsonl --model FOLDER --output-dir run
     pyrolora fit pairs.csv --text premise --text claim --label verdict \\
         --model roberta-base --output-dir run --set guide.kl_weight=0.1
+    pyrolora fit train.jsonl --model FOLDER --given ADAPTER --guide laplace --output-dir run
 
     Labels may be numbers (classes from 0 on, or real values for a regression) or
     names of classes. The run's folder then holds run.json (the command, every
@@ -92,16 +107,20 @@ def fit(
     predict, evaluate and export. A run that was killed goes on from its last
     checkpoint when the same command is given again.
     """
-    given = settings.parse(set_ or [])
+    chosen = settings.parse(set_ or [])
     columns: dict[str, Any] = {"text": text or [], "label": label}
     examples = labelled(data, split, ("train",), **columns)
     held_out = None
     if eval_data is not None:
         held_out = labelled(eval_data, eval_split, defaults.FIT_SPLITS, **columns)
-        given["training"].setdefault("eval_strategy", "epoch")
+        chosen["training"].setdefault("eval_strategy", "epoch")
     options, config, training = _built(
-        given, guide, output_dir, epochs, learning_rate, batch_size, seed
+        chosen, guide, output_dir, epochs, learning_rate, batch_size, seed
     )
+    if given is not None:
+        _check_given(context, given, options, chosen)
+    from pyrolora.guides import full_name
+
     record = {
         "data": _place(data),
         "data_digest": fingerprint(data, examples),
@@ -112,14 +131,15 @@ def fit(
         "columns": columns,
         "model": _place(model),
         "model_files": _files(model),
-        "guide": {"name": options.name, **dataclasses.asdict(options)},
+        "given": None if given is None else _place(str(given)),
+        "guide": {"name": full_name(options), **dataclasses.asdict(options)},
         "adapter": dataclasses.asdict(config),
         "likelihood": likelihood,
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
-        "training": given["training"],
+        "training": chosen["training"],
     }
     run = Run(output_dir)
     command = shlex.join(["pyrolora", *context.obj])
@@ -127,7 +147,16 @@ def fit(
     result = run.result
     if result is None:
         posterior, result = _fitted(
-            run, known, training, _place(model), examples, options, held_out, likelihood, config
+            run,
+            known,
+            training,
+            _place(model),
+            examples,
+            options,
+            held_out,
+            likelihood,
+            config,
+            given,
         )
         if not training.should_save:  # of several processes the first goes on
             return
@@ -140,11 +169,11 @@ def fit(
     if json:
         print_json({"output_dir": str(output_dir), **result})
     else:
-        _tell(output_dir, options.name, result)
+        _tell(output_dir, full_name(options), result)
 
 
 def _built(
-    given: dict[str, dict[str, Any]],
+    chosen: dict[str, dict[str, Any]],
     guide: str,
     output_dir: Path,
     epochs: float,
@@ -154,13 +183,13 @@ def _built(
 ) -> tuple[Any, Any, TrainingArguments]:
     """The guide, the adapters and the Trainer's arguments, from options."""
     say("loading libraries")
-    from pyrolora.guides import guide_class
+    from pyrolora.guides import as_guide
     from pyrolora.inference import training_arguments
     from pyrolora.types import AdapterConfig
 
-    options = settings.build(guide_class(guide), "guide", given["guide"])
-    config = settings.build(AdapterConfig, "adapter", given["adapter"])
-    settings.check_training(given["training"])
+    options = settings.refined(as_guide(guide), chosen["guide"])
+    config = settings.build(AdapterConfig, "adapter", chosen["adapter"])
+    settings.check_training(chosen["training"])
     try:
         training = training_arguments(
             output_dir,
@@ -168,7 +197,7 @@ def _built(
             learning_rate=learning_rate,
             batch_size=batch_size,
             seed=seed,
-            **given["training"],
+            **chosen["training"],
         )
     except PyroLoraError:
         raise
@@ -199,10 +228,12 @@ def _fitted(
     held_out: Any,
     likelihood: str | None,
     config: Any,
+    given: Path | None,
 ) -> tuple[Posterior, dict[str, Any]]:
     """The posterior, fitted from the beginning or from the last checkpoint, and what to note."""
     from pyrolora.fitting import fit as infer
-    from pyrolora.inference import checkpoint_step, last_checkpoint
+    from pyrolora.guides import full_name
+    from pyrolora.inference import checkpoint_step, last_checkpoint, member_folders
 
     checkpoint = last_checkpoint(run.folder) if known else None
     step = 0
@@ -210,10 +241,16 @@ def _fitted(
         step = checkpoint_step(checkpoint)
         say(f"going on from step {step}, {checkpoint}")
         training.resume_from_checkpoint = str(checkpoint)
+    elif known and member_folders(run.folder):
+        say(f"going on with the members in {run.folder}")
+        training.resume_from_checkpoint = True
+    source: Any = model
+    if given is not None:
+        source, config, likelihood = _given(given, model, examples, likelihood), None, None
     started = time.perf_counter()
     try:
         posterior = infer(
-            model,
+            source,
             examples,
             options,
             eval_data=held_out,
@@ -233,12 +270,41 @@ def _fitted(
             run.abandon()
         raise
     return posterior, {
-        "guide": options.name,
+        "guide": full_name(options),
         "num_examples": posterior.model.num_examples,
         "layers": len(posterior.bank.specs),
         "seconds": round(time.perf_counter() - started, 1),
         "resumed_from_step": step,
     }
+
+
+def _given(folder: Path, model: str, examples: Any, likelihood: str | None) -> Posterior:
+    """The posterior whose adapter is given."""
+    from pyrolora.inference import load_network
+    from pyrolora.posterior import from_peft, load
+    from pyrolora.storage import PEFT_FILE
+
+    network, tokenizer = load_network(model, examples, likelihood=likelihood)
+    if (folder / PEFT_FILE).is_file():
+        return from_peft(folder, network, likelihood=likelihood, tokenizer=tokenizer)
+    return load(folder, network)
+
+
+def _check_given(
+    context: typer.Context, folder: Path, options: Any, chosen: dict[str, dict[str, Any]]
+) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"--given: there is no folder {str(folder)!r}")
+    if chosen["adapter"]:
+        raise ConfigError("--set adapter: the adapter is --given; leave one of them out")
+    if options.post_hoc() == "computed":
+        for name in ("epochs", "learning_rate"):
+            source: Any = context.get_parameter_source(name)
+            if source.name == "COMMANDLINE":
+                raise ConfigError(
+                    f"--{name.replace('_', '-')}: guide {options.name!r} trains nothing when the "
+                    "adapter is --given; leave it out"
+                )
 
 
 def _tell(folder: Path, guide: str, result: dict[str, Any]) -> None:

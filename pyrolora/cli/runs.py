@@ -84,17 +84,17 @@ class Run:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Add the result; the checkpoints, of use for going on only, are removed."""
-        from pyrolora.inference import checkpoints
+        from pyrolora.inference import checkpoints, member_folders
 
         self._write({**(self.record or {}), "result": result})
-        for checkpoint in checkpoints(self.folder):
+        for checkpoint in (*checkpoints(self.folder), *member_folders(self.folder)):
             shutil.rmtree(checkpoint)
 
     def abandon(self) -> None:
         """Forget a run that failed before its first checkpoint."""
-        from pyrolora.inference import checkpoints
+        from pyrolora.inference import checkpoints, member_folders
 
-        if checkpoints(self.folder):
+        if checkpoints(self.folder) or member_folders(self.folder):
             return
         (self.folder / RECORD).unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):

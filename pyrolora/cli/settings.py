@@ -56,6 +56,21 @@ def build(kind: type, part: str, values: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
+def refined(guide: Any, values: Mapping[str, Any], part: str = "guide") -> Any:
+    """A guide with these options changed; ``inner.kl_weight`` is one of the guide inside."""
+    own = {name: value for name, value in values.items() if not name.startswith("inner.")}
+    nested = {n.removeprefix("inner."): v for n, v in values.items() if n.startswith("inner.")}
+    inner = getattr(guide, "inner", None)
+    if "inner" in own:
+        raise ConfigError(f"--set {part}.inner: name it in --guide, as in {guide.name}+montec")
+    check(type(guide), part, own)
+    if nested:
+        if inner is None:
+            raise ConfigError(f"--set {part}.inner: {guide.name!r} has no guide inside")
+        own["inner"] = refined(inner, nested, f"{part}.inner")
+    return dataclasses.replace(guide, **own)
+
+
 def check(kind: type, part: str, values: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for what is no option of ``kind``, or of another type."""
     hints = typing.get_type_hints(kind)

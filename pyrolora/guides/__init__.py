@@ -54,7 +54,11 @@ def from_options(name: str, options: Mapping[str, Any]) -> Guide:
     if inner:
         if "inner" not in {field.name for field in dataclasses.fields(kind)}:
             raise ConfigError(f"{outer!r} is not a guide around another one, got {name!r}")
-        options["inner"] = from_options(inner, options.get("inner", {}))
+        usual, own = vars(kind())["inner"], options.get("inner", {})
+        if inner == full_name(usual):  # with the options that it has by default in there
+            options["inner"] = dataclasses.replace(usual, **own)
+        else:
+            options["inner"] = from_options(inner, own)
     return kind(**options)
 
 

@@ -4,6 +4,7 @@ from pyrolora.inference.arguments import (
     checkpoint_step,
     checkpoints,
     last_checkpoint,
+    member_folders,
     training_arguments,
 )
 from pyrolora.inference.curvature import (
@@ -35,6 +36,7 @@ __all__ = [
     "load_language_model",
     "load_network",
     "log_marginal_likelihood",
+    "member_folders",
     "prepare",
     "read_state",
     "training_arguments",

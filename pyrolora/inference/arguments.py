@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from pyrolora import defaults
 from pyrolora.errors import ConfigError, positive, whole_number
 
+MEMBER = "member-"
 _NAME = re.compile(r"checkpoint-\d+")
 
 
@@ -76,6 +77,11 @@ def training_arguments(
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint: the Trainer writes ``trainer_state.json`` last of its files."""
     return max(filter(_is_whole, checkpoints(folder)), key=checkpoint_step, default=None)
+
+
+def member_folders(folder: str | Path) -> list[Path]:
+    """The folders in which the members of an ensemble keep their checkpoints."""
+    return sorted(path for path in Path(folder).glob(f"{MEMBER}*") if path.is_dir())
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

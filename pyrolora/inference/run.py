@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
+from pyrolora import defaults
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide, Program
-from pyrolora.inference.arguments import last_checkpoint
+from pyrolora.inference.arguments import MEMBER, checkpoints, last_checkpoint, member_folders
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
@@ -73,8 +75,10 @@ class Run:
         """
         args = copy.copy(self.args)
         if number is not None:
-            args.seed += number
-            args.output_dir = str(Path(args.output_dir) / f"member-{number}")
+            args.seed = (args.seed + number) % (defaults.MAX_SEED + 1)
+            if number == 0 and args.should_save and not args.resume_from_checkpoint:
+                _forget_members(args.output_dir)
+            args.output_dir = str(Path(args.output_dir) / f"{MEMBER}{number}")
             if args.resume_from_checkpoint:
                 args.resume_from_checkpoint = _checkpoint(Path(args.output_dir))
         set_seed(args.seed)
@@ -85,7 +89,9 @@ class Run:
         elif any(parameter.requires_grad for parameter in joint.parameters()):
             self._train(joint, guide, args, {} if number is None else {"member": number})
             if number is not None and args.should_save and args.save_strategy != "no":
-                save_state(joint, finished)
+                scratch = finished.with_suffix(".part")
+                save_state(joint, scratch)
+                scratch.replace(finished)
         self.joint.to(args.device)  # where the Trainer has put the network
         return joint
 
@@ -160,3 +166,11 @@ class Run:
 def _checkpoint(folder: Path) -> str | None:
     found = last_checkpoint(folder)
     return None if found is None else str(found)
+
+
+def _forget_members(folder: str) -> None:
+    """Remove the states of an older ensemble, which a resume would take for its own."""
+    for member in member_folders(folder):
+        (member / STATE_FILE).unlink(missing_ok=True)
+        for checkpoint in checkpoints(member):
+            shutil.rmtree(checkpoint)

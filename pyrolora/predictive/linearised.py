@@ -49,12 +49,13 @@ def linearised(
     """
     drawn = [name for name in ("A", "B") if getattr(draws, name).dim() > 1]
     assert drawn, "linearised needs draws (S, total) of A, of B or of both"
-    means = [getattr(mean, name).detach() for name in drawn]
-    deltas = [getattr(draws, name).detach() - m for name, m in zip(drawn, means, strict=True)]
-    per_example = sum(m.numel() for m in means)
-    step = max(1, min(rows, JACOBIAN_ENTRIES // per_example))
     parts = []
-    with evaluating(joint), torch.enable_grad():
+    # Clones, since tensors of inference mode can take no part in a backward pass.
+    with evaluating(joint), torch.inference_mode(False), torch.enable_grad():
+        mean = replace(mean, A=mean.A.detach().clone(), B=mean.B.detach().clone())
+        means = [getattr(mean, name) for name in drawn]
+        deltas = [getattr(draws, n).detach() - m for n, m in zip(drawn, means, strict=True)]
+        step = max(1, min(rows, JACOBIAN_ENTRIES // sum(m.numel() for m in means)))
         for chunk in _chunks(batch, step):
             b = len(next(iter(chunk.values())))
             copies = [m.expand(b, -1).requires_grad_() for m in means]
@@ -80,6 +81,6 @@ def _chunks(batch: Batch, step: int) -> Iterator[dict[str, Tensor]]:
     size = len(next(iter(batch.values())))
     for start in range(0, size, step):
         yield {
-            name: t[start : start + step] if isinstance(t, Tensor) else t
+            name: t[start : start + step].clone() if isinstance(t, Tensor) else t
             for name, t in batch.items()
         }

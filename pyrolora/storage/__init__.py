@@ -10,10 +10,12 @@ from pyrolora.storage.folder import (
     write_whole,
 )
 from pyrolora.storage.merge import merged
+from pyrolora.storage.peft import CONFIG_FILE as PEFT_FILE
 from pyrolora.storage.peft import Adapter, read_adapter, write_adapter
 
 __all__ = [
     "META_FILE",
+    "PEFT_FILE",
     "Adapter",
     "as_json",
     "check_base",

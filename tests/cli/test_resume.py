@@ -150,3 +150,26 @@ def test_a_killed_process_goes_on_to_the_same_result(place: Path, tmp_path: Path
     whole = tmp_path / "whole"
     done(*command(place, whole, epochs))
     assert_same(whole, killed)
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_an_interrupted_ensemble_goes_on_with_its_members(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: int
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ensemble = ["--guide", "ensemble", "--set", "guide.members=2"]
+    done(*command(place, whole), *ensemble)
+    original, begun = SVITrainer.training_step, []
+
+    def interrupted(self: SVITrainer, *args: Any, **kwargs: Any) -> Any:
+        begun.append(self.state.global_step)
+        if len(begun) == 10 + 15 * member:  # 15 steps a member
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SVITrainer, "training_step", interrupted)
+    assert pyrolora_(*command(place, stopped), *ensemble).code == 130
+    resumed = done(*command(place, stopped), *ensemble)
+    assert "going on with the members" in resumed.err
+    assert len(begun) < 2 * 15 + 10, "what was done is not done again"
+    assert_same(whole, stopped)

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import SIZES, bert, mlp
+from problems import SIZES, bert, mlp, reviews, tokenizer
 from torch import nn
 from transformers import BertConfig, BertForMultipleChoice
 
+import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.adapters import FlatFactors, attach
 from pyrolora.distributions import KroneckerNormal
@@ -246,3 +247,13 @@ def test_jacobian_and_predictive_covariance_are_those_of_laplace_torch(likelihoo
     sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     tolerance = 5 * math.sqrt(2 / n) * sd[:, :, None] * sd[:, None, :]
     assert ((empirical - covariance).abs() <= tolerance).all()
+
+
+def test_inference_mode_changes_nothing():
+    posterior = pyrolora.fit(
+        bert(), reviews(12), guide="laplace", tokenizer=tokenizer(), epochs=1, seed=0
+    )
+    expected = posterior.predict(reviews(5), 3, seed=0).draws
+    with torch.inference_mode():
+        torch.testing.assert_close(posterior.predict(reviews(5), 3, seed=0).draws, expected)
+    assert expected.std(0).min() > 0

@@ -1,0 +1,131 @@
+"""The methods on the command line: guides around guides, given adapters, PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from console import done, pyrolora_, refused, saved
+from problems import bert, reviews, tokenizer
+from transformers import AutoModelForSequenceClassification
+
+import pyrolora
+from pyrolora.guides import NUTS, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, a fit, and its adapter for PEFT."""
+    place = tmp_path_factory.mktemp("place")
+    saved(bert(initializer_range=0.3).bert, place / "encoder")
+    reviews(24).to_json(place / "train.jsonl")
+    reviews(10, seed=1).to_json(place / "test.jsonl")
+    done(*fit(place, "run", "--guide", "map"))
+    done("export", place / "run", place / "adapter", "--to", "peft")
+    return place
+
+
+def fit(place: Path, output: str, *more: Any, epochs: int | None = 2) -> list[Any]:
+    passes = [] if epochs is None else ["--epochs", epochs]
+    model = ("--model", place / "encoder", "--output-dir", place / output)
+    return ["fit", place / "train.jsonl", *model, *passes, "--batch-size", 8, "--seed", 3, *more]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("flat+montec", [], Flat(inner=MonteCLoRA())),
+        (
+            "flat+montec",
+            ["guide.rho=0.1", "guide.inner.kl_weight=0.5"],
+            Flat(inner=MonteCLoRA(kl_weight=0.5), rho=0.1),
+        ),
+        ("ensemble", ["guide.members=2"], Ensemble(members=2)),
+        (
+            "nuts",
+            ["guide.num_samples=4", "guide.warmup_steps=2", "guide.inner.prior_scale=0.5"],
+            NUTS(num_samples=4, warmup_steps=2, inner=MeanField(kl_weight=1.0, prior_scale=0.5)),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
+def test_a_guide_and_the_one_inside_take_their_options(place, tmp_path, name, settings, expected):
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    done(*fit(place, tmp_path / "fit", "--guide", name, *chosen, epochs=1))
+    assert pyrolora.load(tmp_path / "fit").options == expected
+    done("evaluate", tmp_path / "fit", place / "test.jsonl", "--num-samples", 2)
+
+
+@pytest.mark.parametrize(
+    ("guide", "setting", "words"),
+    [
+        ("flat", "guide.inner=montec", ("flat+montec",)),
+        ("montec", "guide.inner.rho=1", ("no guide inside",)),
+        ("flat+montec", "guide.inner.rho=1", ("MonteCLoRA", "no such option")),
+        ("flat+nobody", "guide.rho=0.1", ("unknown guide 'nobody'",)),
+        ("montec+map", "guide.kl_weight=1", ("not a guide around",)),
+        ("nuts+laplace", "guide.chains=2", ("prior with width",)),
+        ("laplace", "guide.tune=guess", ("tune must be one of",)),
+    ],
+)
+def test_options_that_no_guide_has_are_refused(place, tmp_path, guide, setting, words):
+    command = fit(place, tmp_path / "no", "--guide", guide, "--set", setting)
+    refused(pyrolora_(*command), *words)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("given", ["adapter", "run"])
+def test_a_given_adapter_keeps_its_weights(place, tmp_path, given):
+    before = pyrolora.load(place / "run").factors()
+    command = fit(place, tmp_path / "later", "--given", place / given, "--guide", "laplace")
+    done(*[part for part in command if part not in ("--epochs", 2)])
+    later = pyrolora.load(tmp_path / "later")
+    assert isinstance(later.options, Laplace)
+    for layer, (A, B) in later.factors().items():
+        assert torch.equal(A, before[layer][0])
+        assert torch.equal(B, before[layer][1])
+    assert json.loads((tmp_path / "later" / "run.json").read_text())["options"]["given"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--guide", "laplace"), ("--epochs", "trains nothing")),
+        (("--guide", "map"), ("montec", "nothing to infer")),
+        (("--set", "adapter.r=4"), ("adapter is --given",)),
+        (("--given", "nowhere"), ("no folder 'nowhere'",)),
+    ],
+)
+def test_what_a_given_adapter_excludes(place, tmp_path, more, words):
+    command = fit(place, tmp_path / "no", "--given", place / "adapter", *more)
+    refused(pyrolora_(*command), *words)
+
+
+def test_exports_to_peft_give_the_same_logits(place, tmp_path):
+    posterior = pyrolora.load(place / "run")
+    inputs = tokenizer()(["good film", "bad book"], padding=True, return_tensors="pt")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    done("export", place / "run", tmp_path / "draw", "--to", "peft", "--draw", 1)
+    for folder in (place / "adapter", tmp_path / "draw"):  # of a point all draws are the mean
+        network = AutoModelForSequenceClassification.from_pretrained(place / "encoder")
+        model = peft.PeftModel.from_pretrained(network, folder).eval()
+        with torch.no_grad():
+            expected = posterior.merge()(**inputs).logits
+            torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_a_draw_is_merged_by_its_number(place, tmp_path):
+    done(*fit(place, tmp_path / "two", "--guide", "ensemble", "--set", "guide.members=2"))
+    assert not list((tmp_path / "two").glob("member-*")), "of no use once the fit is through"
+    done("export", tmp_path / "two", tmp_path / "second", "--draw", 1)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
+    expected = pyrolora.load(tmp_path / "two").merge(draw=1).state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+    refused(pyrolora_("export", tmp_path / "two", tmp_path / "x", "--draw", 2), "there are 2 draws")
+    arviz = ("export", tmp_path / "two", tmp_path / "x.nc", "--to", "arviz")
+    refused(pyrolora_(*arviz, "--draw", 1), "--num-samples")
