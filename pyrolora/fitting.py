@@ -57,7 +57,8 @@ def fit(
         A transformers model, a hub id or local folder of one, or any ``nn.Module`` with linear
         layers (then name the ``likelihood``). Its own weights are not changed. Or a `Posterior`,
         such as `from_peft` reads: its means and task head stay as they are, and the guide adds
-        their spread (``"montec"``, ``"meanfield"``, ``"laplace"``, ``"nuts"``).
+        their spread (``"montec"``, ``"meanfield"``, ``"laplace"``; for ``"nuts"`` they are what
+        its model is given).
     data
         Training data: ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its ``validation``
         becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch ``Dataset`` or
@@ -69,7 +70,8 @@ def fit(
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options.
     eval_data
-        Scored every epoch by the predictive mean over draws.
+        Scored every epoch by the predictive mean over draws; where draws come at the end
+        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too.
     tokenizer
         For raw text and padding; loaded with a model that is given by its name.
     likelihood
@@ -119,7 +121,7 @@ def fit(
             law = likelihood_for(network, likelihood)
         else:
             _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
-            config, network, law = given.bank.config, given.base, given.likelihood
+            config, network, law = given.bank.config, given.base, copy.deepcopy(given.likelihood)
             tokenizer = given.tokenizer if tokenizer is None else tokenizer
         options.check(law)
         prepared = prepare(data, network, law, tokenizer)
@@ -130,7 +132,7 @@ def fit(
             held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
         _check_evaluation(args, training, held_out)
         assert prepared.labels is not None
-        if given is None:
+        if given is None or not given.history:  # else it has been fitted
             law.start(prepared.labels)
         modes = {module: module.training for module in network.modules()}
         attachment = attach(network, config) if given is None else given.model.attachment.again()
@@ -139,6 +141,7 @@ def fit(
             joint = build(network, attachment, config, kind, copy.deepcopy(law), len(prepared))
             if given is not None:
                 joint.adopt(given.model)
+                joint.likelihood.load_state_dict(law.state_dict())
                 joint.freeze()
             return joint
 
@@ -161,6 +164,7 @@ def fit(
             posterior = posterior_of(joint, options)
             posterior.history = run.history
             options.infer(run)
+            run.conclude()
         except NonFiniteError as error:  # its posterior is usable
             error.posterior.history = run.history
             _save(error.posterior, args, output_dir)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -338,7 +338,7 @@ class Posterior:
         """
         return merged(self.model, self._setting(draw))
 
-    def to_peft(self, path: str | Path, draw: str | int | Sequence[int] = "mean") -> None:
+    def to_peft(self, path: str | Path, draw: str | int | Iterable[int] = "mean") -> None:
         """Write a LoRA adapter that ``peft.PeftModel.from_pretrained(network, path)`` loads, with
         the same outputs; PEFT itself is not needed to write it.
 
@@ -356,7 +356,7 @@ class Posterior:
         ConfigError
             When the folder holds something else, or the draw is no low-rank adapter.
         """
-        if not isinstance(draw, str | int):
+        if isinstance(draw, Iterable) and not isinstance(draw, str):
             for number in draw:
                 self.to_peft(Path(path) / f"draw-{number}", number)
             return

@@ -418,9 +418,37 @@ COMMON: dict[str, list[Any]] = {
     "kl_weight_against": ["median"],
     "kl_warmup": [-0.1, 1.1, NAN],
     "scale_learning_rate": [0.0, -1.0, NAN, INF],
+    "draws_per_batch": [0, -1, 1.5],
 }
 OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
-    guides.MAP: {**COMMON, "prior_scale": [0.0, -1.0, NAN, INF]},
+    guides.MAP: {
+        **COMMON,
+        "draws_per_batch": [0, 2],
+        "prior_scale": [0.0, -1.0, NAN, INF],
+        "latent": ["C"],
+    },
+    guides.MeanField: {
+        **COMMON,
+        "prior_scale": [0.0, -1.0, NAN, INF],
+        "init_scale": [0.0, -1.0, NAN, INF],
+        "latent": ["C", "BA"],
+    },
+    guides.Flat: {"rho": [0.0, -0.1, NAN, INF], "inner": ["montec", None, guides.Flat()]},
+    guides.Laplace: {
+        "prior_scale": [0.0, -1.0, NAN, INF],
+        "tune": ["evidence"],
+        "linearised": ["yes", 1],
+        "latent": ["C"],
+    },
+    guides.Ensemble: {"members": [0, 1, 2.5]},
+    guides.NUTS: {
+        "inner": [guides.MAP(), guides.Flat(), guides.Laplace(), guides.Ensemble(), "montec"],
+        "chains": [0, 1.5],
+        "num_samples": [0],
+        "warmup_steps": [0],
+        "target_accept_prob": [0.0, 1.0, NAN],
+        "max_tree_depth": [0],
+    },
     guides.MonteCLoRA: {
         **COMMON,
         "num_components": [0, -1, 2.5],

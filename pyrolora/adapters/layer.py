@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import BindingError
@@ -145,18 +144,16 @@ class AdapterLayer(Wrapper):
     ``s B A x`` while factors are bound to it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.base_layer(x)
         binding = _binding_for_forward()
         factors = None if binding is None else binding.factors.get(self)
+        if factors is None or factors.noise is None:
+            out: Tensor = self.base_layer(x)
+        else:
+            out = factors.noise.linear(self.base_layer, x, factors.A, factors.sB)
         if binding is None or factors is None:
             return out
         binding.used.add(self)
-        adapted = factors.add_to(out, x, self.training)
-        if factors.noise is None:
-            return adapted
-        weight: Tensor = self.base_layer.get_parameter("weight")
-        weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
-        return factors.noise.add_to(adapted, x, weight, factors.A, factors.sB)
+        return factors.add_to(out, x, self.training)
 
 
 class HeadSlot(Wrapper):

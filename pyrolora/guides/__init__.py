@@ -49,9 +49,9 @@ def as_guide(guide: str | Guide) -> Guide:
 def from_options(name: str, options: Mapping[str, Any]) -> Guide:
     """The guide of that name (``"montec"``, ``"flat+montec"``); ``options["inner"]`` are those of
     the inner one."""
-    outer, _, inner = name.partition("+")
+    outer, joined, inner = name.partition("+")
     kind, options = guide_class(outer), dict(options)
-    if inner:
+    if joined:
         if "inner" not in {field.name for field in dataclasses.fields(kind)}:
             raise ConfigError(f"{outer!r} is not a guide around another one, got {name!r}")
         usual, own = vars(kind())["inner"], options.get("inner", {})

@@ -18,7 +18,8 @@ from pyrolora.guides.map import MAP
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble(Guide):
-    """K independent fits of plain LoRA, each with its own start, order of the data and task head.
+    """K independent fits of plain LoRA, each with its own start of A, its own order of the data and
+    its own copy of the task head.
 
         member ~ Uniform{1..K},   A = A_member,  B = B_member,  head = head_member
 

@@ -111,7 +111,8 @@ class _FlatFit:
 class FlatProgram(WrappingProgram):
     """The sites of the inner program, and ``seed``: uniform in (0, 1), whose first 24 bits count.
 
-    In training mode, like dropout; in evaluation mode with ``at_prediction``.
+    The model has noise in training mode, like dropout; in evaluation mode, and in the factors of
+    given draws whatever the mode, with ``at_prediction`` alone.
     """
 
     def __init__(self, inner: Program, options: Flat) -> None:
@@ -119,7 +120,10 @@ class FlatProgram(WrappingProgram):
         self.options = options
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        return self._perturbed(self.inner.model(kl_weight), self._seed())
+        factors, seed = self.inner.model(kl_weight), self._seed()
+        if self.training:
+            return _perturbed(factors, seed, self.noise_scale())
+        return self._at_prediction(factors, seed)
 
     def guide(self, kl_weight: float = 1.0) -> None:
         self.inner.guide(kl_weight)
@@ -127,7 +131,7 @@ class FlatProgram(WrappingProgram):
 
     def factors(self, sites: Sites) -> FlatFactors:
         own = {name: value for name, value in sites.items() if name != "seed"}
-        return self._perturbed(self.inner.factors(own), sites["seed"])
+        return self._at_prediction(self.inner.factors(own), sites["seed"])
 
     def stored(self) -> int | None:
         return None if self.options.at_prediction else self.inner.stored()
@@ -136,7 +140,7 @@ class FlatProgram(WrappingProgram):
         return {**self.inner.pick(index), "seed": torch.rand(len(index))}
 
     def noise_scale(self) -> float:
-        """σ_t at the present `progress`."""
+        """σ_t of the training at the present `progress`."""
         return self.options.rho * 0.5 * (1 - math.cos(math.pi * self.progress))
 
     def _seed(self) -> Tensor:
@@ -144,8 +148,13 @@ class FlatProgram(WrappingProgram):
         seed: Tensor = pyro.sample("seed", dist.Uniform(zero, 1.0))
         return seed
 
-    def _perturbed(self, factors: FlatFactors, seed: Tensor) -> FlatFactors:
-        if not (self.training or self.options.at_prediction):
-            return factors
-        seed = seed.squeeze(-1) if seed.dim() > 1 else seed
-        return replace(factors, seeds=(seed * SEEDS).long(), noise_scale=self.noise_scale())
+    def _at_prediction(self, factors: FlatFactors, seed: Tensor) -> FlatFactors:
+        if self.options.at_prediction:
+            return _perturbed(factors, seed, self.options.rho)
+        return factors
+
+
+def _perturbed(factors: FlatFactors, seed: Tensor, scale: float) -> FlatFactors:
+    """The factors with noise of that scale beside them; ``seed`` is (), (S,) or (S, 1)."""
+    seed = seed.squeeze(-1) if seed.dim() > 1 else seed
+    return replace(factors, seeds=(seed * SEEDS).long(), noise_scale=scale)

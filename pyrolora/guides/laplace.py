@@ -73,6 +73,10 @@ class Laplace(Guide):
     def __post_init__(self) -> None:
         require(self.tune in TUNING, "tune", f"one of {TUNING}", self.tune)
         require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
+        linear = self.linearised
+        require(
+            linear is None or isinstance(linear, bool), "linearised", "True, False or None", linear
+        )
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
             if self.tune != TUNING[0]:

@@ -68,8 +68,9 @@ class NUTS(Guide):
     max_tree_depth: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("chains", "num_samples", "warmup_steps", "max_tree_depth"):
+        for name in ("chains", "warmup_steps", "max_tree_depth"):
             whole_number(name, getattr(self, name), at_least=1)
+        whole_number("num_samples", self.num_samples, at_least=4)  # R-hat halves each chain
         accept = self.target_accept_prob
         require(0 < accept < 1, "target_accept_prob", "between 0 and 1", accept)
         inner = self.inner
@@ -161,8 +162,6 @@ class NUTSProgram(WrappingProgram):
         """R-hat and effective sample size of ‖s B A‖, the worst layer's."""
         norms = self.bank.update_norms(self.factors(self.pick(torch.arange(self.stored()))))
         chains = norms.unflatten(0, (self.chains, -1))
-        if chains.shape[1] < 4:
-            return {}
         numbers: dict[str, Any] = {
             "r_hat": split_gelman_rubin(chains, 0, 1).max().item(),
             "effective_sample_size": effective_sample_size(chains, 0, 1).min().item(),

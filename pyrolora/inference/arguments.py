@@ -81,7 +81,8 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 def member_folders(folder: str | Path) -> list[Path]:
     """The folders in which the members of an ensemble keep their checkpoints."""
-    return sorted(path for path in Path(folder).glob(f"{MEMBER}*") if path.is_dir())
+    found = Path(folder).glob(f"{MEMBER}*")
+    return sorted(p for p in found if p.is_dir() and p.name.removeprefix(MEMBER).isdigit())
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -58,6 +58,7 @@ class Run:
     score: Score | None
     posterior: Callable[[JointModel, Guide], Any]
     history: list[dict[str, Any]] = field(default_factory=list)
+    _scored: bool = False
 
     @property
     def program(self) -> Program:
@@ -66,6 +67,12 @@ class Run:
     def svi(self) -> None:
         """Train the pair of `joint`."""
         self._train(self.joint, self.guide, self.args)
+        self._scored = True
+
+    def conclude(self) -> None:
+        """Score `joint` on the evaluation data, where no training has done it."""
+        if self.score is not None and not self._scored:
+            self.log(**{f"eval_{name}": value for name, value in self.score(self.joint).items()})
 
     def point(self, guide: Guide, number: int | None = None) -> JointModel:
         """A joint model of its own with ``guide``, trained from its own start.

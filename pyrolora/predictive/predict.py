@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from pyrolora.predictive.prediction import PREDICTIONS, Prediction
 
 
 def draw_factors(joint: JointModel, num_samples: int, seed: int | None = None) -> FlatFactors:
-    """Factors of ``num_samples`` draws, (S, total); for 0 the mean adapter, with S = 1.
+    """Factors of ``num_samples`` draws, (S, total); for 0 the mean adapter, a single setting.
 
     ``seed`` makes the draws repeatable and leaves the global generators as they were.
     """
@@ -29,8 +28,7 @@ def draw_factors(joint: JointModel, num_samples: int, seed: int | None = None) -
     with seeded(seed), torch.no_grad():
         if num_samples:
             return joint.program.factors(joint.program.draw(num_samples))
-        mean = joint.program.mean()
-        return mean if mean.pooled else replace(mean, A=mean.A[None], B=mean.B[None])
+        return joint.program.mean()
 
 
 @torch.no_grad()
@@ -42,7 +40,7 @@ def predict(
     batch_size: int = defaults.BATCH_SIZE,
     rows: int = defaults.PREDICT_ROWS,
 ) -> Prediction:
-    """The prediction of the S draws of ``factors`` for every example.
+    """The prediction of the S draws of ``factors``, or of one setting, for every example.
 
     Every draw is one function: the same weights for all examples. Draws ride in one pass with the
     examples of a batch, at most ``rows`` rows (draws x examples) at a time.
@@ -62,15 +60,14 @@ def predict(
 def passes(
     joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
 ) -> Iterator[Tensor]:
-    """Outputs (s, b, ...) for the draws in turn, s of them in one pass."""
-    if factors.pooled:
+    """Outputs (s, b, ...) for the draws in turn, s of them in one pass; s = 1 for one setting."""
+    if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return
-    settings, counts = factors.distinct()
-    linear = joint.program.linearised and joint.likelihood.linearisable
-    if linear and len(counts) > 1:
+    if joint.program.linearised and joint.likelihood.linearisable:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
+    settings, counts = factors.distinct()
     step = max(1, rows // len(next(iter(batch.values()))))
     for start in range(0, len(counts), step):
         output = joint.network(batch, settings[start : start + step])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import peft
 import pytest
@@ -222,6 +223,128 @@ def test_a_shift_moves_the_means_of_the_latent_factors_only(latent, draws):
         for name, matrix in actual.items():
             expected = start[name] + shift[name] if factor in latent else start[name]
             torch.testing.assert_close(matrix, expected)
+
+
+# Draws that are members, that have noise, or that are pooled --------------------------------------
+
+
+def of_members(of, members):
+    """The factors of each of three members, and a draw for each number in ``members``."""
+    each = random_factors(of, (3,), (3,))
+    index = torch.tensor(members)
+    return FlatFactors(each.A[index], each.B[index], index), each
+
+
+def test_draws_may_differ_in_member_or_in_noise_alone():
+    A, B = torch.randn(5), torch.randn(4)
+    assert FlatFactors(A, B).draws is None
+    assert FlatFactors(A, B, members=torch.tensor(1), seeds=torch.tensor(7)).draws is None
+    assert FlatFactors(A, B, seeds=torch.arange(6)).draws == 6
+    assert FlatFactors(A, B, members=torch.arange(3)).draws == 3
+
+
+def test_an_index_takes_member_and_seed_along():
+    of = bank()
+    factors, _ = of_members(of, [0, 2, 1])
+    factors = replace(factors, seeds=torch.tensor([5, 6, 7]), noise_scale=0.1)
+    one, two = factors[1], factors[1:]
+    assert (one.draws, int(one.members), int(one.seeds), one.noise_scale) == (None, 2, 6, 0.1)
+    assert (two.draws, two.members.tolist(), two.seeds.tolist()) == (2, [2, 1], [6, 7])
+    assert torch.equal(two.A, factors.A[1:])
+    assert torch.equal(one.B, factors.B[1])
+
+
+def test_cut_draws_join_again():
+    of = bank()
+    factors, _ = of_members(of, [0, 0, 2, 1])
+    factors = replace(factors, seeds=torch.arange(4))
+    again = FlatFactors.cat([factors[:1], factors[1:]])
+    for name in ("A", "B", "members", "seeds"):
+        assert torch.equal(getattr(again, name), getattr(factors, name))
+    shared = random_factors(of, (4,))  # B is the same for all draws
+    again = FlatFactors.cat([shared[:3], shared[3:]])
+    assert torch.equal(again.A, shared.A)
+    assert torch.equal(again.B, shared.B)
+
+
+@pytest.mark.parametrize(
+    ("members", "chosen", "counts"),
+    [
+        ([0, 0, 1, 2, 2, 2], [0, 2, 3], [2, 1, 3]),
+        ([0, 1, 0], [0, 1, 2], [1, 1, 1]),
+        ([2], [0], [1]),
+    ],
+)
+def test_neighbours_of_one_member_are_one_setting(members, chosen, counts):
+    factors, each = of_members(bank(), members)
+    settings, found = factors.distinct()
+    assert found.tolist() == counts
+    assert settings.members.tolist() == [members[i] for i in chosen]
+    assert torch.equal(settings.A, each.A[settings.members])
+    assert torch.equal(settings.members.repeat_interleave(found), factors.members)
+
+
+def test_a_point_that_is_repeated_is_one_setting():
+    of = bank()
+    point = random_factors(of)
+    expanded = FlatFactors(point.A.expand(7, -1), point.B.expand(7, -1))
+    settings, counts = expanded.distinct()
+    assert (settings.draws, counts.tolist()) == (1, [7])
+    assert torch.equal(settings[0].A, point.A)
+
+
+def test_draws_and_noise_are_settings_of_their_own():
+    of = bank()
+    point = random_factors(of)
+    drawn = random_factors(of, (4,))
+    assert drawn.distinct()[0] is drawn
+    assert drawn.distinct()[1].tolist() == [1, 1, 1, 1]
+    noisy = FlatFactors(point.A.expand(3, -1), point.B.expand(3, -1), seeds=torch.arange(3))
+    assert noisy.distinct()[1].tolist() == [1, 1, 1]
+    member, _ = of_members(of, [1, 1])
+    noisy = replace(member, seeds=torch.arange(2))
+    assert noisy.distinct()[1].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("specs", [SPECS, EQUAL], ids=["differing", "equal"])
+def test_pooled_draws_are_the_mean_of_their_updates(specs):
+    """One setting, of rank S r; the mean of the factors would be another."""
+    of = bank(specs)
+    each = random_factors(of, (3,), (3,))
+    pooled = replace(each, pooled=True)
+    assert (each.draws, pooled.draws) == (3, None)
+    layers, matrices = of.layer_factors(pooled, torch.float32), of.matrices(pooled)
+    norms = of.update_norms(pooled)
+    for i, (name, (A, B)) in enumerate(of.matrices(each).items()):
+        spec = of.specs[name]
+        update = (B @ A).mean(0)
+        own_a, own_b = matrices[name]
+        assert own_a.shape == (3 * spec.rank, spec.in_features)
+        torch.testing.assert_close(own_b @ own_a, update)
+        torch.testing.assert_close(layers[name].sB.mT @ layers[name].A, spec.scaling * update)
+        torch.testing.assert_close(norms[i], spec.scaling * update.norm(), atol=1e-5, rtol=1e-4)
+        assert (B.mean(0) @ A.mean(0) - update).abs().max() > 0.1
+
+
+def test_update_norms_are_those_of_the_products():
+    of = bank()
+    factors = random_factors(of, (4,))
+    norms = of.update_norms(factors)
+    assert norms.shape == (4, len(SPECS))
+    for i, (name, (A, B)) in enumerate(of.matrices(factors).items()):
+        expected = of.specs[name].scaling * torch.linalg.matrix_norm(B @ A)
+        torch.testing.assert_close(norms[:, i], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_noise_reaches_every_layer_with_a_stream_of_its_own():
+    of = bank()
+    factors = replace(random_factors(of), seeds=torch.tensor([3, 9]), noise_scale=0.5)
+    noises = [found.noise for found in of.layer_factors(factors, torch.float32).values()]
+    assert [noise.seeds for noise in noises] == [(3, 9)] * len(SPECS)
+    assert {noise.scale for noise in noises} == {0.5}
+    assert len({noise.stream for noise in noises}) == len(SPECS)
+    silent = of.layer_factors(replace(factors, noise_scale=0.0), torch.float32)
+    assert all(found.noise is None for found in silent.values())
 
 
 # How the means start ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
+from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import BindingError
 
 IN, OUT, RANK, SCALING, DRAWS = 5, 7, 3, 1.5, 4
@@ -168,6 +169,44 @@ def test_autocast_runs_the_layer_in_bf16_for_factors_of_that_dtype(latent):
         actual = run(layer, factors(A.bfloat16(), B.bfloat16()), x)
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), run(layer, factors(A, B), x), rtol=0.05, atol=0.15)
+
+
+# Noise -----------------------------------------------------------------------------------------
+
+
+def test_noise_perturbs_the_base_product_alone_and_at_scale_zero_not_at_all(layer):
+    """y with noise minus y without is x Eᵀ, with a row of E as large as σ times that of W + s B A;
+    the adapter's own product, dropout and all, is what it was."""
+    layer.train().requires_grad_(False)
+    W, _ = dense(layer)
+    A, B = matrices()
+    x = torch.randn(2, 6, IN, dtype=torch.float64)
+
+    def noisy(scale, seed=5):
+        torch.manual_seed(7)
+        return run(layer, Factors(A, SCALING * B.mT, 0.5, WeightNoise((seed,), scale, 0)), x)
+
+    torch.manual_seed(7)
+    plain = run(layer, factors(A, B, dropout=0.5), x)
+    assert torch.equal(noisy(0.0), plain)
+    draws = 200
+    changes = torch.stack([noisy(0.1, seed) - plain for seed in range(draws)]).flatten(1, 2)
+    rows = x.flatten(0, 1)
+    E = (torch.linalg.pinv(rows) @ changes).mT
+    torch.testing.assert_close(rows @ E.mT, changes)
+    ratios = E.square().sum(-1).mean(0) / (0.01 * (W + SCALING * B @ A).square().sum(-1))
+    assert (ratios - 1).abs().max() < 5 * (2 / (draws * IN)) ** 0.5  # means of chi-squares
+
+
+def test_a_noisy_layer_is_marked_as_used_and_gradients_reach_factors_and_input(layer):
+    layer.requires_grad_(False)
+    A, B = (m.requires_grad_() for m in matrices(2))
+    x = torch.randn(4, IN, dtype=torch.float64, requires_grad=True)
+    binding = Binding({layer: Factors(A, SCALING * B.mT, noise=WeightNoise((5, 6), 0.3, 0))})
+    with bind(binding):
+        out = layer(x)
+    assert binding.used == {layer}
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(out.square().sum(), (x, A, B)))
 
 
 # Dropout ---------------------------------------------------------------------------------------

@@ -1,18 +1,16 @@
-"""x (W + s B A + E)ᵀ with E redrawn from a seed: its law, its gradients, its memory."""
+"""x (W + E)ᵀ + b with E redrawn from a seed: its law, its gradients, its memory."""
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
+from memory import LiveBytes
+from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters import weight_noise
+from pyrolora.adapters import Factors, weight_noise
 from pyrolora.adapters.weight_noise import WeightNoise, row_norms
 from pyrolora.errors import BindingError, ConfigError
 
@@ -37,11 +35,29 @@ def dense_norms(weight, A, sB):
     return (weight.double() + sB.double().mT @ A.double()).norm(dim=-1).float()
 
 
-def dense_noise(noise, weight, A, sB, dtype=torch.float32):
-    """E (out, in): what a single draw adds to nothing, for the unit vectors as inputs."""
-    outputs, inputs = weight.shape
-    out = torch.zeros(inputs, outputs, dtype=dtype)
-    return noise.add_to(out, torch.eye(inputs, dtype=dtype), weight, A, sB).T
+def layer_of(weight, bias=None):
+    """A frozen ``nn.Linear`` with this weight."""
+    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def perturbed(noise, weight, A, sB, dtype=None):
+    """W + E (out, in) of a single draw: what the unit vectors give as inputs."""
+    inputs = torch.eye(weight.shape[1], dtype=dtype or weight.dtype)
+    return noise.linear(layer_of(weight), inputs, A, sB).T
+
+
+def dense_noise(noise, weight, A, sB):
+    return perturbed(noise, weight, A, sB) - weight
+
+
+def adapted(noise, weight, x, A, sB):
+    """x (W + s B A + E)ᵀ, as the adapted layer computes it."""
+    out = noise.linear(layer_of(weight), x, A, sB)
+    return Factors(A, sB, noise=noise).add_to(out, x, training=True)
 
 
 # The law.
@@ -60,18 +76,18 @@ def test_the_norm_of_a_row_that_cancels_is_zero_and_not_nan():
     assert row_norms(-sB.T @ A, A, sB).max() < 5e-3
 
 
-def test_the_output_and_the_gradient_are_those_of_the_dense_formula(small_chunks):
-    arguments = problem()
+@pytest.mark.parametrize("bias", [torch.linspace(-1, 1, OUT), None], ids=["bias", "no bias"])
+def test_the_output_and_the_gradient_are_those_of_the_dense_formula(bias, small_chunks):
+    weight, A, sB = problem()
     noise = WeightNoise((5,), 0.3, 1)
-    E = dense_noise(noise, *arguments)
+    dense = perturbed(noise, weight, A, sB)
+    assert (dense - weight).abs().max() > 0.1
     x = torch.randn(2, 4, IN, requires_grad=True)
-    out = torch.randn(2, 4, OUT, requires_grad=True)
-    result = noise.add_to(out, x, *arguments)
-    torch.testing.assert_close(result, out + x @ E.T)
+    result = noise.linear(layer_of(weight, bias), x, A, sB)
+    torch.testing.assert_close(result, F.linear(x, dense, bias))
     grad = torch.randn_like(result)
     result.backward(grad)
-    torch.testing.assert_close(x.grad, grad @ E)
-    torch.testing.assert_close(out.grad, grad, rtol=0, atol=0)
+    torch.testing.assert_close(x.grad, grad @ dense)
 
 
 def test_the_noise_is_independent_gaussian_with_the_variance_of_its_row(monkeypatch):
@@ -102,13 +118,14 @@ def test_every_seed_and_every_stream_has_independent_noise():
 
 
 def test_one_seed_is_one_noise_whatever_the_global_generator_which_stays_untouched():
-    arguments = problem()
-    x, out = torch.randn(4, IN, requires_grad=True), torch.zeros(4, OUT)
+    weight, A, sB = problem()
+    layer = layer_of(weight)
+    x = torch.randn(4, IN, requires_grad=True)
     results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        result = WeightNoise((5,), 0.3, 1).add_to(out, x, *arguments)
+        result = WeightNoise((5,), 0.3, 1).linear(layer, x, A, sB)
         result.sum().backward()
         assert torch.equal(torch.get_rng_state(), before)
         results += [result.detach(), x.grad]
@@ -117,10 +134,36 @@ def test_one_seed_is_one_noise_whatever_the_global_generator_which_stays_untouch
     assert torch.equal(results[1], results[3])
 
 
-def test_at_scale_zero_nothing_is_drawn(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_noise_is_that_of_float32_and_the_sum_is_rounded_once(dtype, small_chunks):
+    weight, A, sB = problem(dtype=dtype)
+    noise = WeightNoise((5,), 0.3, 1)
+    exact = perturbed(noise, weight.float(), A, sB)
+    actual = perturbed(noise, weight, A, sB)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, exact.to(dtype))
+
+
+@pytest.mark.parametrize(("scale", "share"), [(0.05, 1.00), (0.005, 1.08), (0.001, 0.68)])
+def test_on_the_grid_of_bfloat16_the_noise_has_the_variance_that_the_docstring_says(scale, share):
+    weight, A, sB = problem(outputs=400, inputs=500)
+    weight = torch.randn_like(weight).bfloat16()
+    E = perturbed(WeightNoise((7,), scale, 0), weight, A, sB * 0).float() - weight.float()
+    Z = E / (scale * weight.float().norm(dim=-1) / 500**0.5).unsqueeze(-1)
+    assert Z.mean().abs() < 5 / Z.numel() ** 0.5
+    assert (Z.square().mean() - share).abs() < 0.02
+
+
+@pytest.mark.parametrize("base", [nn.Linear(IN, OUT), Conv1D(OUT, IN)], ids=["linear", "conv1d"])
+def test_at_scale_zero_the_layer_is_called_and_nothing_is_drawn(base, monkeypatch):
     monkeypatch.delattr(weight_noise, "_generator")
-    out = torch.zeros(4, OUT)
-    assert WeightNoise((5,), 0.0, 1).add_to(out, torch.randn(4, IN), *problem()) is out
+    called = []
+    with base.register_forward_hook(lambda *_: called.append(1)):
+        _, A, sB = problem()
+        x = torch.randn(4, IN)
+        result = WeightNoise((5,), 0.0, 1).linear(base, x, A, sB)
+        assert called
+        assert torch.equal(result, base(x))
 
 
 # The expectation: of the loss and of its gradients.
@@ -133,8 +176,7 @@ def test_a_quadratic_loss_rises_by_its_closed_form():
     x, target = torch.randn(rows, IN), torch.randn(rows, OUT)
     plain = x @ (weight + sB.T @ A).T
     noise = WeightNoise(tuple(seeds), scale, 0)
-    x_all, plain_all = x.repeat(len(seeds), 1), plain.repeat(len(seeds), 1)
-    out = noise.add_to(plain_all, x_all, weight, A, sB).view(len(seeds), rows, OUT)
+    out = adapted(noise, weight, x.repeat(len(seeds), 1), A, sB).view(len(seeds), rows, OUT)
     losses = (out - target).square().sum((-2, -1)).double() / 2
     variances = scale**2 * dense_norms(weight, A, sB).square() / IN
     rise = x.square().sum() * variances.sum() / 2
@@ -154,8 +196,8 @@ def test_a_softmax_loss_rises_by_its_second_order_expansion():
     x, labels = torch.randn(rows, inputs), torch.randint(OUT, (rows,))
     plain = x @ (weight + sB.T @ A).T
     noise = WeightNoise(tuple(seeds), scale, 0)
-    x_all, plain_all = x.repeat(len(seeds), 1), plain.repeat(len(seeds), 1)
-    out = noise.add_to(plain_all, x_all, weight, A, sB).view(len(seeds), rows, OUT).double()
+    out = adapted(noise, weight, x.repeat(len(seeds), 1), A, sB).double()
+    out = out.view(len(seeds), rows, OUT)
     plain = plain.double().requires_grad_()
     loss = F.cross_entropy(plain, labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, plain)
@@ -193,10 +235,10 @@ def test_gradients_of_all_factors_are_those_of_the_expected_loss_at_constant_nor
         return torch.autograd.grad(loss, factors)
 
     copies = [t.expand(draws, *t.shape).clone().requires_grad_() for t in (*first, *second)]
-    hidden, out = layers(*copies, x)
+    hidden, _ = layers(*copies, x)
     noise = WeightNoise(tuple(range(draws)), scale, 0)
-    result = noise.add_to(out.flatten(0, 1), hidden.flatten(0, 1), W2, *copies[2:])
-    (result.view_as(out) - target).square().sum().div(2).backward()
+    result = adapted(noise, W2, hidden.flatten(0, 1), *copies[2:])
+    (result.view(draws, rows, OUT) - target).square().sum().div(2).backward()
 
     def worst(reference):
         """Standard errors between the mean of the draws' gradients and a reference, at most."""
@@ -214,70 +256,45 @@ def test_gradients_of_all_factors_are_those_of_the_expected_loss_at_constant_nor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weight_stays_as_it_is_to_the_bit(dtype, small_chunks):
-    arguments = problem(dtype=dtype)
-    before = [t.clone() for t in arguments]
+def test_layer_and_factors_stay_as_they_are_to_the_bit_and_take_no_gradient(dtype, small_chunks):
+    weight, A, sB = problem(dtype=dtype)
+    layer = layer_of(weight, torch.randn(OUT, dtype=dtype))
+    tensors = [layer.weight, layer.bias, A.requires_grad_(), sB.requires_grad_()]
+    before = [t.detach().clone() for t in tensors]
     x = torch.randn(4, IN, dtype=dtype, requires_grad=True)
-    out = x @ arguments[0].T
-    kept = out.detach().clone()
-    WeightNoise((5,), 0.3, 1).add_to(out, x, *arguments).sum().backward()
-    assert all(torch.equal(t, b) for t, b in zip((*arguments, out), (*before, kept), strict=True))
+    WeightNoise((5,), 0.3, 1).linear(layer, x, A, sB).sum().backward()
+    assert x.grad.abs().min() > 0
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    assert all(t.grad is None for t in tensors)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make, but for those of ``known``."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = weakref.WeakSet(t.untyped_storage() for t in known)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return result
-
-    def add(self, storage):
-        if storage not in self.seen:
-            self.seen.add(storage)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.release, storage.nbytes())
-
-    def release(self, size):
-        self.now -= size
-
-
-def naive(noise, out, x, weight, A, sB):
-    E = dense_noise(noise, weight, A, sB, dtype=x.dtype)
-    return out - x @ weight.T + x @ (weight + E).T
+def naive(noise, layer, x, A, sB):
+    return F.linear(x, perturbed(noise, layer.weight, A, sB))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ours", [True, False], ids=["ours", "naive"])
-def test_no_tensor_of_the_weights_size_exists_in_forward_or_backward(ours, dtype, monkeypatch):
+@pytest.mark.parametrize("way", ["linear", "conv1d", "naive"])
+def test_no_tensor_of_the_weights_size_exists_in_forward_or_backward(way, dtype, monkeypatch):
     monkeypatch.setattr(weight_noise, "CHUNK", 2**13)
-    arguments = problem(outputs=512, inputs=512, dtype=dtype)
+    weight, A, sB = problem(outputs=512, inputs=512, dtype=dtype)
+    layer = layer_of(weight)
+    if way == "conv1d":
+        layer = Conv1D(512, 512).to(dtype).requires_grad_(False)
     x = torch.randn(8, 512, dtype=dtype, requires_grad=True)
     noise = WeightNoise((5,), 0.3, 1)
-    function = noise.add_to if ours else lambda *args: naive(noise, *args)
-    size = arguments[0].untyped_storage().nbytes()
-    for factor in arguments[1:]:
-        factor.requires_grad_()
-    with LiveBytes(x, *arguments) as live:
-        out = x @ arguments[0].T
-        result = function(out, x, *arguments)
+    size = weight.untyped_storage().nbytes()
+    with LiveBytes(x, A, sB, *layer.parameters()) as live:
+        args = (layer, x, A, sB)
+        result = naive(noise, *args) if way == "naive" else noise.linear(*args)
         between = live.now
         result.sum().backward()
     assert live.now > 0, "nothing was counted"
-    if ours:
+    if way == "naive":
+        assert between > size
+        assert live.peak > size
+    else:
         assert between < size / 8
         assert live.peak < size / 2
-    else:
-        assert between > size
-        assert live.peak > 2 * size
 
 
 def test_nothing_is_drawn_in_backward_for_an_input_without_gradient(monkeypatch):
@@ -286,13 +303,16 @@ def test_nothing_is_drawn_in_backward_for_an_input_without_gradient(monkeypatch)
     monkeypatch.setattr(
         weight_noise, "_generator", lambda *key: drawn.append(key) or original(*key)
     )
+    weight, A, sB = problem()
     for needs_gradient in (False, True):
         x = torch.randn(4, IN, requires_grad=needs_gradient)
-        out = torch.randn(4, OUT, requires_grad=True)
-        result = WeightNoise((5,), 0.3, 1).add_to(out, x, *problem())
+        result = adapted(WeightNoise((5,), 0.3, 1), weight, x, A.requires_grad_(), sB)
         forward = list(drawn)
         result.sum().backward()
         assert drawn[len(forward) :] == (forward if needs_gradient else [])
+        drawn.clear()
+        alone = WeightNoise((5,), 0.3, 1).linear(layer_of(weight), x, A, sB)
+        assert alone.requires_grad == needs_gradient
         drawn.clear()
 
 
@@ -301,36 +321,46 @@ def test_nothing_is_drawn_in_backward_for_an_input_without_gradient(monkeypatch)
 
 def test_draws_are_blocks_of_rows_with_their_own_seed_and_factors(small_chunks):
     weight, A, sB = problem(DRAWS)
-    x, out = torch.randn(DRAWS, 4, IN), torch.randn(DRAWS, 4, OUT)
+    layer = layer_of(weight, torch.randn(OUT))
+    x = torch.randn(DRAWS, 4, IN)
     seeds = (3, 1, 4)
 
-    def run(seeds, out, x, A, sB):
+    def run(seeds, x, A, sB):
         x = x.clone().requires_grad_()
-        result = WeightNoise(seeds, 0.3, 1).add_to(out, x, weight, A, sB)
+        result = WeightNoise(seeds, 0.3, 1).linear(layer, x, A, sB)
         return result, torch.autograd.grad(result.square().sum(), x)[0]
 
     def equals(together, alone):
         for one, many in zip(together, zip(*alone, strict=True), strict=True):
             torch.testing.assert_close(one, torch.cat(many))
 
-    rows = (out.flatten(0, 1), x.flatten(0, 1))
-    both = run(seeds, *rows, A, sB)
-    equals(both, [run(seeds[s : s + 1], out[s], x[s], A[s], sB[s]) for s in range(DRAWS)])
-    seeds_alone = run(seeds, *rows, A[0], sB[0])
-    equals(seeds_alone, [run(seeds[s : s + 1], out[s], x[s], A[0], sB[0]) for s in range(DRAWS)])
-    factors_alone = run((3,), *rows, A, sB)
-    equals(factors_alone, [run((3,), out[s], x[s], A[s], sB[s]) for s in range(DRAWS)])
+    rows = x.flatten(0, 1)
+    both = run(seeds, rows, A, sB)
+    equals(both, [run(seeds[s : s + 1], x[s], A[s], sB[s]) for s in range(DRAWS)])
+    seeds_alone = run(seeds, rows, A[0], sB[0])
+    equals(seeds_alone, [run(seeds[s : s + 1], x[s], A[0], sB[0]) for s in range(DRAWS)])
+    factors_alone = run((3,), rows, A, sB)
+    equals(factors_alone, [run((3,), x[s], A[s], sB[s]) for s in range(DRAWS)])
 
 
 def test_the_transposed_weight_of_a_conv1d_is_read_as_it_lies(small_chunks):
     _, A, sB = problem()
-    weight = Conv1D(OUT, IN).weight.detach().T
-    assert not weight.is_contiguous()
-    x, out = torch.randn(4, IN), torch.randn(4, OUT)
+    conv = Conv1D(OUT, IN).requires_grad_(False)
+    nn.init.normal_(conv.bias)
+    x = torch.randn(2, 4, IN)
     noise = WeightNoise((5,), 0.3, 1)
-    torch.testing.assert_close(
-        noise.add_to(out, x, weight, A, sB), noise.add_to(out, x, weight.contiguous(), A, sB)
-    )
+    expected = noise.linear(layer_of(conv.weight.T.contiguous(), conv.bias), x, A, sB)
+    torch.testing.assert_close(noise.linear(conv, x, A, sB), expected)
+
+
+def test_inputs_that_are_not_contiguous_and_single_rows_give_the_same_result(small_chunks):
+    weight, A, sB = problem()
+    layer, noise = layer_of(weight), WeightNoise((5,), 0.3, 1)
+    x = torch.randn(4, 3, IN).transpose(0, 1)
+    assert not x.is_contiguous()
+    result = noise.linear(layer, x, A, sB)
+    torch.testing.assert_close(result, noise.linear(layer, x.contiguous(), A, sB))
+    torch.testing.assert_close(noise.linear(layer, x[1, 2], A, sB), result[1, 2])
 
 
 def test_checkpointing_gives_the_same_gradients(small_chunks):
@@ -338,8 +368,7 @@ def test_checkpointing_gives_the_same_gradients(small_chunks):
     noise = WeightNoise((5,), 0.3, 1)
 
     def network(x, A, sB):
-        out = torch.addmm(x @ weight.T, x @ A.T, sB)
-        return noise.add_to(out, x, weight, A, sB).tanh()
+        return adapted(noise, weight, x, A, sB).tanh()
 
     leaves = [t.requires_grad_() for t in (torch.randn(4, IN), A, sB)]
     plain = torch.autograd.grad(network(*leaves).square().sum(), leaves)
@@ -350,28 +379,48 @@ def test_checkpointing_gives_the_same_gradients(small_chunks):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing_in_forward_or_backward(dtype, small_chunks):
-    """The product is computed in the dtype of the layer's output, whether inside or outside."""
+def test_autocast_runs_the_product_in_its_dtype_and_a_backward_pass_inside_of_it(small_chunks):
+    """As in the layer itself: x, W + E and b in bfloat16, and the gradient for x in x's dtype."""
     weight, A, sB = problem()
-    arguments = (weight, A.to(dtype), sB.to(dtype))
-    noise = WeightNoise((5,), 0.3, 1)
-    x = torch.randn(4, IN, requires_grad=True)
-    out, grad = torch.randn(2, 4, OUT).to(dtype)
-    E = dense_noise(noise, *arguments, dtype=dtype)
-    plain = noise.add_to(out, x, *arguments)
-    (plain_gradient,) = torch.autograd.grad(plain, x, grad)
-    torch.testing.assert_close(plain, torch.addmm(out, x.detach().to(dtype), E.T))
-    tolerances = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-    torch.testing.assert_close(plain_gradient, grad.float() @ E.float(), **tolerances)
+    bias = torch.randn(OUT)
+    layer, noise = layer_of(weight, bias), WeightNoise((5,), 0.3, 1)
+    dense = perturbed(noise, weight, A, sB).bfloat16()
+    x = torch.randn(2, 4, IN, requires_grad=True)
+    grad = torch.randn(2, 4, OUT).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        result = noise.add_to(out, x, *arguments)
+        expected = F.linear(x, dense, bias)
+        result = noise.linear(layer, x, A, sB)
         (inside,) = torch.autograd.grad(result, x, grad, retain_graph=True)
     (outside,) = torch.autograd.grad(result, x, grad)
-    assert torch.equal(result, plain)
-    assert result.dtype == dtype
-    assert torch.equal(inside, plain_gradient)
-    assert torch.equal(outside, plain_gradient)
+    (reference,) = torch.autograd.grad(expected, x, grad)
+    assert result.dtype == layer_dtype(layer, x) == torch.bfloat16
+    assert torch.equal(result, expected)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
+    # Three chunks, each of which rounds the sum to 8 bits.
+    torch.testing.assert_close(inside, reference, rtol=2e-2, atol=5e-2)
+
+
+def layer_dtype(layer, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return layer(x).dtype
+
+
+def test_autocast_leaves_a_float64_layer_alone():
+    weight, A, sB = problem(dtype=torch.float64)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    layer, noise = layer_of(weight), WeightNoise((5,), 0.3, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = noise.linear(layer, x, A, sB)
+    assert result.dtype == torch.float64
+    assert torch.equal(result, noise.linear(layer, x, A, sB))
+
+
+def test_gradients_agree_with_finite_differences(small_chunks):
+    weight, A, sB = problem(DRAWS, dtype=torch.float64)
+    noise = WeightNoise((5, 6, 7), 0.3, 1)
+    x = torch.randn(DRAWS * 2, IN, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: noise.linear(layer_of(weight), x, A, sB), x)
 
 
 def test_a_low_precision_weight_and_float32_factors_have_float32_norms():
@@ -380,9 +429,17 @@ def test_a_low_precision_weight_and_float32_factors_have_float32_norms():
     torch.testing.assert_close(row_norms(weight, A, sB), dense_norms(weight, A, sB))
 
 
+def test_hooks_of_the_layer_do_not_run():
+    weight, A, sB = problem()
+    layer = layer_of(weight)
+    layer.register_forward_hook(lambda *_: pytest.fail("called"))
+    WeightNoise((5,), 0.3, 1).linear(layer, torch.randn(4, IN), A, sB)
+
+
 def test_a_second_derivative_is_refused():
+    weight, A, sB = problem()
     x = torch.randn(4, IN, requires_grad=True)
-    result = WeightNoise((5,), 0.3, 1).add_to(x @ torch.randn(IN, OUT), x, *problem())
+    result = WeightNoise((5,), 0.3, 1).linear(layer_of(weight), x, A, sB)
     (first,) = torch.autograd.grad(result.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -391,20 +448,46 @@ def test_a_second_derivative_is_refused():
 # What is refused.
 
 
+class Clamped(nn.Linear):
+    """Computes something else with a plain weight."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+def parametrised():
+    return nn.utils.parametrizations.orthogonal(nn.Linear(IN, OUT))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("scale", [0.0, 0.3])
 def test_a_quantised_weight_is_refused_from_the_first_step_on(dtype, scale):
     _, A, sB = problem()
-    weight = torch.zeros(OUT, IN).to(dtype)
+    layer = layer_of(torch.zeros(OUT, IN).to(dtype))
     with pytest.raises(ConfigError, match=rf"{dtype}.*quantised.*'montec', 'map'"):
-        WeightNoise((5,), scale, 1).add_to(torch.zeros(4, OUT), torch.zeros(4, IN), weight, A, sB)
+        WeightNoise((5,), scale, 1).linear(layer, torch.zeros(4, IN), A, sB)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (parametrised, "this ParametrizedLinear has none"),
+        (lambda: nn.Linear(IN, OUT, device="meta"), "this Linear has none in memory"),
+        (lambda: Clamped(IN, OUT), "Clamped computes its output in a way of its own"),
+    ],
+)
+def test_a_layer_whose_product_cannot_be_taken_over_is_refused(layer, message):
+    _, A, sB = problem()
+    with pytest.raises(ConfigError, match=message):
+        WeightNoise((5,), 0.3, 1).linear(layer(), torch.zeros(4, IN), A, sB)
 
 
 @pytest.mark.parametrize(("seeds", "draws", "rows"), [(2, (3,), 6), (3, (), 4), (1, (3,), 4)])
 def test_draws_that_do_not_agree_are_refused(seeds, draws, rows):
+    weight, A, sB = problem(*draws)
     noise = WeightNoise(tuple(range(seeds)), 0.3, 1)
     with pytest.raises(BindingError, match=f"got {seeds} seed.* and {rows} rows"):
-        noise.add_to(torch.zeros(rows, OUT), torch.zeros(rows, IN), *problem(*draws))
+        noise.linear(layer_of(weight), torch.zeros(rows, IN), A, sB)
 
 
 @pytest.mark.parametrize(("seeds", "scale"), [((), 0.1), ((1,), -0.1), ((1,), float("nan"))])

@@ -11,7 +11,8 @@ from problems import bert, mlp, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.guides import MonteCLoRA
+from pyrolora.errors import ConfigError
+from pyrolora.guides import MAP, NUTS, Ensemble, Flat, MonteCLoRA
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces its refactoring at import
@@ -118,3 +119,154 @@ def test_predictive_draws_of_a_regression_have_its_noise():
     expected = posterior.predict(data, num_samples=3000).std
     np.testing.assert_allclose(group["y"].values[0].std(0), expected.numpy(), rtol=0.1)
     assert (group["mean"].values[0].std(0) < expected.numpy()).all()
+
+
+# Draws that are stored ----------------------------------------------------------------------------
+
+INPUTS = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+CHAINS, LENGTH = 3, 8
+SHORT = {"chains": 2, "warmup_steps": 6, "max_tree_depth": 2}
+
+
+def stored(guide):
+    return pyrolora.fit(
+        mlp(), (INPUTS, torch.arange(8) % 3), guide=guide, likelihood="classification",
+        adapter=AdapterConfig(r=2, target_modules=["0"], modules_to_save=["2"]), epochs=3,
+        learning_rate=0.05, batch_size=4, seed=0,
+    )  # fmt: skip
+
+
+def chain(**changes):
+    options = {"chains": CHAINS, "num_samples": LENGTH, "warmup_steps": 10, "max_tree_depth": 3}
+    return NUTS(**{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def chains():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # too short to agree
+        return stored(chain())
+
+
+def layer_of_a(flat):
+    """The latent A of the one layer, as ArviZ has it."""
+    return flat.unflatten(-1, (2, 4)).numpy()
+
+
+def test_chains_of_nuts_come_out_in_their_order(chains):
+    A = chains.model.program.get_buffer("A")
+    assert len(A) == CHAINS * LENGTH
+    starts = A.view(CHAINS, LENGTH, -1)[:, 0]
+    assert not torch.equal(starts[0], starts[1])
+    group = chains.to_arviz(factors=True)["posterior"]
+    assert (group.sizes["chain"], group.sizes["draw"]) == (CHAINS, LENGTH)
+    np.testing.assert_array_equal(group["A[0]"].values, layer_of_a(A.view(CHAINS, LENGTH, -1)))
+    B = chains.factors()["0"][1]
+    assert (group["B[0]"].values == B.numpy()).all()
+    norms = group["factor_norm"].sel(block="0.A").values
+    np.testing.assert_allclose(norms, A.view(CHAINS, LENGTH, -1).norm(dim=-1).numpy(), rtol=1e-5)
+    update = np.linalg.norm(8.0 * B.numpy() @ group["A[0]"].values, axis=(-2, -1))  # s = 16 / 2
+    np.testing.assert_allclose(group["adapter_norm"].sel(layer="0").values, update, rtol=1e-4)
+
+
+@pytest.mark.parametrize("each", [3, 5, 20])
+def test_fewer_or_more_draws_are_spread_evenly_in_every_chain(each, chains):
+    A = chains.model.program.get_buffer("A").view(CHAINS, LENGTH, -1)
+    group = chains.to_arviz(CHAINS * each, factors=True)["posterior"]
+    picks = [j * LENGTH // each for j in range(each)]
+    np.testing.assert_array_equal(group["A[0]"].values, layer_of_a(A[:, picks]))
+
+
+@pytest.mark.parametrize("count", [1, 4, CHAINS * LENGTH - 1])
+def test_the_number_of_draws_is_a_multiple_of_the_chains(count, chains):
+    message = f"num_samples must be a multiple of the 3 chains, got {count}"
+    with pytest.raises(ConfigError, match=message):
+        chains.to_arviz(count)
+
+
+def test_predictions_and_scores_follow_the_chains(chains):
+    data = (INPUTS[:5], torch.arange(5) % 3)
+    idata = chains.to_arviz(data=data, log_likelihood=True)
+    each = chains.predict(data, num_samples=CHAINS * LENGTH)
+    probs = idata["posterior_predictive"]["probs"].values
+    np.testing.assert_allclose(probs, each.draws.view(CHAINS, LENGTH, 5, 3).numpy(), rtol=1e-5)
+    scores = idata["log_likelihood"]["y"].values
+    expected = each.log_likelihood.view(CHAINS, LENGTH, 5).numpy()
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert idata["posterior_predictive"]["y"].shape == (CHAINS, LENGTH, 5)
+
+
+def test_arvizs_diagnostics_are_those_of_the_fit(chains):
+    """The worst layer's R-hat of ‖s B A‖, of which ArviZ and Pyro have the same definition."""
+    idata = chains.to_arviz()
+    noted = next(entry for entry in chains.history if "r_hat" in entry)
+    found = az.rhat(idata, var_names=["adapter_norm"], method="split")["adapter_norm"]
+    assert float(found.max()) == pytest.approx(noted["r_hat"], rel=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = az.summary(idata, var_names=["adapter_norm", "factor_norm"])
+    assert list(table.index) == ["adapter_norm[0]", "factor_norm[0.A]"]
+    assert np.isfinite(table.to_numpy(dtype=float)).all()
+    mean = idata["posterior"]["adapter_norm"].values.mean()
+    assert table.loc["adapter_norm[0]", "mean"] == pytest.approx(mean, abs=1e-3)
+    assert table.loc["adapter_norm[0]", "r_hat"] > 0
+
+
+def test_loaded_chains_come_out_alike(chains, tmp_path):
+    chains.save(tmp_path)
+    again = pyrolora.load(tmp_path, mlp()).to_arviz(factors=True)["posterior"]
+    expected = chains.to_arviz(factors=True)["posterior"]
+    for name in expected.data_vars:
+        np.testing.assert_array_equal(again[name].values, expected[name].values)
+
+
+@pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
+def test_chains_of_both_factors_and_of_a_mixture_convert():
+    both = stored(chain(inner=MAP(prior_scale=0.3), **SHORT)).to_arviz(factors=True)["posterior"]
+    assert both["A[0]"].shape == (2, LENGTH, 2, 4)
+    assert both["B[0]"].shape == (2, LENGTH, 16, 2)
+    assert both["B[0]"].values.std((0, 1)).max() > 0
+    mixture = stored(chain(inner=MonteCLoRA(sample_scale=0.5), **SHORT)).to_arviz()["posterior"]
+    assert mixture["mixture_weights"].dims == ("chain", "draw", "block", "component")
+    assert mixture["covariance_eigenvalues"].shape == (2, LENGTH, 1, 2)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["plain", "flat"])
+def test_the_members_of_an_ensemble_are_its_draws(flat):
+    guide = Ensemble(members=4)
+    posterior = stored(Flat(inner=guide, rho=0.1) if flat else guide)
+    data = (INPUTS[:5], torch.arange(5) % 3)
+    idata = posterior.to_arviz(data=data, factors=True)
+    group = idata["posterior"]
+    assert (group.sizes["chain"], group.sizes["draw"]) == (1, 4)
+    assert group["member"].values.tolist() == [[0, 1, 2, 3]]
+    program = posterior.model.program
+    inner = program.inner if flat else program
+    A = inner.get_parameter("A_locs").detach()
+    np.testing.assert_array_equal(group["A[0]"].values[0], layer_of_a(A))
+    probs = idata["posterior_predictive"]["probs"].values[0]
+    np.testing.assert_allclose(probs, posterior.predict(data, 4).draws.numpy(), rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # R-hat of one chain of four
+        table = az.summary(idata, var_names=["adapter_norm"], kind="stats")
+    mean = float(group["adapter_norm"].mean())
+    assert table.loc["adapter_norm[0]", "mean"] == pytest.approx(mean, abs=1e-3)
+    assert posterior.to_arviz(8)["posterior"]["member"].values.tolist() == [
+        [0, 0, 1, 1, 2, 2, 3, 3]
+    ]
+
+
+def test_draws_that_are_not_stored_are_two_hundred(posterior):
+    group = posterior.to_arviz()["posterior"]
+    assert (group.sizes["chain"], group.sizes["draw"]) == (1, 200)
+    assert posterior.to_arviz(7)["posterior"].sizes["draw"] == 7
+
+
+def test_noise_on_the_weights_at_prediction_is_drawn_for_each_draw():
+    posterior = stored(Flat(inner=Ensemble(members=2), rho=0.3, at_prediction=True))
+    group = posterior.to_arviz(data=(INPUTS[:3],), seed=0)
+    assert group["posterior"].sizes["draw"] == 200
+    share = group["posterior"]["member"].values.mean()
+    assert share == pytest.approx(0.5, abs=4 * 0.5 / 200**0.5)
+    probs = group["posterior_predictive"]["probs"].values[0]
+    assert len(np.unique(probs[:, 0, 0])) > 190
