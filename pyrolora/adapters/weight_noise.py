@@ -32,9 +32,9 @@ class WeightNoise:
         E[i, :] ~ N(0, σ² ‖(W + s B A)[i, :]‖² / in · I),   so E‖E[i, :]‖² = σ² ‖(W + s B A)[i, :]‖²
 
     and no gradient flows through the norm. E is a function of seed, stream, the weight's shape and
-    the device, drawn in chunks of rows: forward draws a chunk of W + E, multiplies by it and drops
-    it, backward draws it again. W itself is only read. (Li et al., "Low-Rank Adaptation over a Flat
-    Loss Landscape", ICML 2025, arXiv 2409.14396.)
+    the device, drawn in float32 (float64 for a product in float64) and in chunks of rows: forward
+    draws a chunk, multiplies by W + E and drops it, backward draws it again. W itself is only read.
+    (Li et al., "Low-Rank Adaptation over a Flat Loss Landscape", ICML 2025, arXiv 2409.14396.)
 
     The sum is rounded once, to the dtype of the product. In float32 that is nothing. On the grid of
     bfloat16 (spacing: 2⁻⁸ to 2⁻⁷ of an entry) the realised perturbation of a bfloat16 W keeps its
@@ -145,9 +145,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         weight, std = ctx.saved_tensors
         blocks = grad.reshape(len(std), -1, grad.shape[-1])
         grad_x = grad.new_empty(len(std), blocks.shape[1], ctx.shape[-1])

@@ -79,6 +79,11 @@ class NUTS(Guide):
                 "inner must be a guide whose model has a prior with width: MeanField(...), "
                 f"MonteCLoRA(...) or MAP(prior_scale=...), got {inner!r}"
             )
+        if isinstance(inner, MAP) and inner.latent != "AB":
+            raise ConfigError(
+                f"in the model of MAP(latent={inner.latent!r}) the other factor is a point mass, "
+                f"where NUTS cannot move; MeanField(latent={inner.latent!r}) has it as a constant"
+            )
         for field in dataclasses.fields(inner):
             value = getattr(inner, field.name)
             if field.name in inner.guide_only and value != field.default:
