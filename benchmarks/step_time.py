@@ -38,7 +38,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, set_see
 
 from pyrolora import AdapterConfig
 from pyrolora.adapters import AdapterBank, attach
-from pyrolora.guides import MAP, Guide, MonteCLoRA, Program
+from pyrolora.guides import MAP, Flat, Guide, MeanField, MonteCLoRA, Program
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.trainer import Objective
 from pyrolora.likelihoods import likelihood_for
@@ -55,6 +55,9 @@ GUIDES: dict[str, Guide] = {
     "map": MAP(),
     "montec": MonteCLoRA(),
     "montec hierarchical": MonteCLoRA(component_prior="hierarchical"),
+    "meanfield": MeanField(),
+    "flat": Flat(),
+    "flat+montec": Flat(inner=MonteCLoRA()),
 }
 # all-MiniLM-L6-v2, with random weights.
 MINILM = {

@@ -1,0 +1,303 @@
+"""NUTS: its chains, what it refuses, what it leaves alone. Its law is tested on a linear layer."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import arviz as az
+import pytest
+import torch
+from linear import layer
+from problems import mlp
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+import pyrolora
+from pyrolora import AdapterConfig
+from pyrolora.errors import ConfigError
+from pyrolora.guides import MAP, NUTS, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
+from pyrolora.inference import mcmc
+from pyrolora.posterior import Posterior
+
+MEANFIELD = MeanField(kl_weight=1.0)
+MONTEC = MonteCLoRA(component_prior="hierarchical", kl_weight=1.0, num_components=2)
+SHORT: dict[str, Any] = {"num_samples": 8, "warmup_steps": 5, "max_tree_depth": 2}
+DISAGREE = pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree:RuntimeWarning")
+
+
+def data() -> tuple[Tensor, Tensor]:
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, 0] > 0).long()
+
+
+def fitted(guide: Any, network: nn.Module | None = None, **config: Any) -> Posterior:
+    """A small classifier's posterior."""
+    return pyrolora.fit(
+        mlp(outputs=2) if network is None else network,
+        data(),
+        guide=guide,
+        likelihood="classification",
+        adapter=AdapterConfig(r=1, **config),
+        epochs=2,
+        learning_rate=0.05,
+    )
+
+
+def stored(posterior: Posterior) -> dict[str, Tensor]:
+    program = posterior.model.program
+    return program.pick(torch.arange(program.stored()))
+
+
+# Chains ------------------------------------------------------------------------------------------
+
+
+@DISAGREE
+@pytest.mark.parametrize(
+    ("inner", "variables"),
+    [
+        (MEANFIELD, ["adapter_norm", "factor_norm"]),
+        (MONTEC, ["adapter_norm", "covariance_eigenvalues", "mixture_weights"]),
+    ],
+    ids=["meanfield", "montec"],
+)
+def test_chains_are_chains_in_arviz(inner, variables):
+    posterior = pyrolora.fit(fitted("map"), data(), guide=NUTS(inner=inner, **SHORT))
+    idata = posterior.to_arviz()
+    sizes = idata["posterior"].sizes
+    assert (sizes["chain"], sizes["draw"]) == (2, 8)
+    summary = az.summary(idata, var_names=variables, round_to="none")
+    assert torch.isfinite(torch.tensor(summary[["r_hat", "ess_bulk"]].values.copy())).all()
+
+    program = posterior.model.program
+    norms = program.bank.update_norms(program.factors(stored(posterior))).detach()
+    found = torch.tensor(idata["posterior"]["adapter_norm"].values)
+    torch.testing.assert_close(found.flatten(0, 1), norms)
+    assert len(norms.unique(dim=0)) > 8  # chains differ, and move
+    fewer = torch.tensor(posterior.to_arviz(4)["posterior"]["adapter_norm"].values)
+    torch.testing.assert_close(fewer, found[:, ::4])
+    with pytest.raises(ConfigError, match="multiple of the 2 chains, got 7"):
+        posterior.to_arviz(7)
+
+
+def test_history_has_the_worst_layer_and_chains_that_disagree_are_warned_of():
+    """R-hat of independent draws is near 1, and their effective sample size their number; not
+    when one chain's draws are twice as large."""
+    options = NUTS(inner=MEANFIELD, chains=2, num_samples=300)
+    program = layer(options).joint.program
+    mean = program.bank.get_parameter("A_loc").detach()
+    draws = mean + 0.1 * torch.randn(2, 300, len(mean))
+    program.store({"A": draws})
+    numbers = program.diagnostics()
+    assert numbers["r_hat"] == pytest.approx(1, abs=0.02)
+    assert numbers["effective_sample_size"] == pytest.approx(600, rel=0.4)
+    program.store({"A": draws * torch.tensor([1.0, 2.0])[:, None, None]})
+    with pytest.warns(RuntimeWarning, match=r"do not agree: R-hat .* more warmup_steps"):
+        assert program.diagnostics()["r_hat"] > 2
+
+
+@DISAGREE
+def test_the_history_has_the_diagnostics_and_the_log_of_the_point_estimate():
+    history = fitted(NUTS(inner=MEANFIELD, **SHORT)).history
+    assert history[-1].keys() == {"r_hat", "effective_sample_size", "divergences"}
+    assert any("loss" in entry for entry in history[:-1])
+
+
+@DISAGREE
+def test_means_and_head_are_those_of_plain_lora_and_a_seed_repeats_the_chains():
+    plain = fitted("map", modules_to_save=["2"], target_modules=["0"])
+    again, found = (
+        fitted(NUTS(inner=MEANFIELD, **SHORT), modules_to_save=["2"], target_modules=["0"])
+        for _ in range(2)
+    )
+    for name, tensor in plain.model.own_state().items():
+        own = name.replace("program.", "program.inner.")
+        assert torch.equal(found.model.own_state()[own], tensor), name
+    assert torch.equal(stored(found)["A"], stored(again)["A"])
+
+
+def test_the_mean_adapter_is_that_of_the_draws():
+    """Of A alone the mean of A; of both factors the mean of the update B A."""
+    for latent in ("A", "AB"):
+        options = NUTS(inner=MeanField(kl_weight=1.0, latent=latent), chains=1, num_samples=5)
+        problem = layer(options)
+        program = problem.joint.program
+        program.store({name: torch.randn(1, 5, *t.shape[1:]) for name, t in buffers(program)})
+        drawn = program.bank.matrices(program.factors(program.pick(torch.arange(5))))["0"]
+        A, B = program.bank.matrices(program.mean())["0"]
+        torch.testing.assert_close(B @ A, (drawn[1] @ drawn[0]).mean(0))
+        assert A.shape[0] == (2 if latent == "A" else 10)  # ranks
+
+
+def buffers(program) -> list[tuple[str, Tensor]]:
+    return [(name, program.get_buffer(name)) for name in program.sites]
+
+
+@DISAGREE
+def test_draws_are_saved_and_loaded(tmp_path):
+    posterior = pyrolora.fit(fitted("map"), data(), guide=NUTS(inner=MONTEC, **SHORT))
+    posterior.save(tmp_path)
+    loaded = pyrolora.load(tmp_path, mlp(outputs=2))
+    assert loaded.options == posterior.options
+    draws = stored(posterior)
+    assert draws.keys() == {"mixture_weights", "covariance_tril", "noise"}
+    for name, values in stored(loaded).items():
+        assert torch.equal(values, draws[name])
+    evenly = loaded.sample(4)
+    assert all(torch.equal(evenly[name], draws[name][::4]) for name in draws)
+    x, _ = data()
+    torch.testing.assert_close(
+        loaded.predict(x, num_samples=16).draws, posterior.predict(x, num_samples=16).draws
+    )
+
+
+# What it refuses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [MAP(), Flat(), Laplace(prior_scale=0.1), Ensemble(), NUTS(), "meanfield", None],
+    ids=lambda inner: getattr(inner, "name", str(inner)),
+)
+def test_the_inner_guide_needs_a_prior_with_width(inner):
+    with pytest.raises(ConfigError, match=r"inner must be a guide whose model has a prior"):
+        NUTS(inner=inner)
+
+
+def test_a_factor_that_is_a_point_mass_in_the_model_is_refused():
+    """Its chains would stand still: any other value has density zero."""
+    with pytest.raises(ConfigError, match=r"point mass.*MeanField\(latent='A'\)"):
+        NUTS(inner=MAP(prior_scale=0.5, latent="A"))
+    NUTS(inner=MAP(prior_scale=0.5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        (MeanField, {"init_scale": 0.1}),
+        (MeanField, {"draws_per_batch": 2}),
+        (MeanField, {"kl_warmup": 0.5}),
+        (MeanField, {"scale_learning_rate": 0.5}),
+        (MonteCLoRA, {"covariance": "full"}),
+        (MonteCLoRA, {"learn_sample_scale": True}),
+        (MonteCLoRA, {"init_covariance": 0.5}),
+    ],
+    ids=str,
+)
+def test_options_of_the_inner_guide_alone_are_refused(kind, option):
+    (name,) = option
+    with pytest.raises(ConfigError, match=rf"^{name}=.* option of the guide of {kind.name!r}"):
+        NUTS(inner=kind(**option))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"chains": 0},
+        {"num_samples": 3},
+        {"warmup_steps": 0.5},
+        {"max_tree_depth": 0},
+        {"target_accept_prob": 1.0},
+    ],
+    ids=str,
+)
+def test_numbers_outside_their_range_are_refused(option):
+    (name,) = option
+    with pytest.raises(ConfigError, match=name):
+        NUTS(**option)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"epochs": 3},
+        {"learning_rate": 0.1},
+        {"callbacks": [TrainerCallback()]},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_training_options_are_refused_where_nothing_is_trained(option, steps):
+    given = fitted("map")
+    begun = len(steps)
+    with pytest.raises(ConfigError, match=rf"trains nothing .* leave {next(iter(option))} out"):
+        pyrolora.fit(given, data(), guide=NUTS(inner=MEANFIELD, **SHORT), **option)
+    assert len(steps) == begun
+
+
+# What it leaves alone ----------------------------------------------------------------------------
+
+
+class Watched(nn.Dropout):
+    """Dropout that notes whether it was on."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.training)
+        return super().forward(x)
+
+
+def network_with_dropout() -> tuple[nn.Sequential, Watched]:
+    torch.manual_seed(0)
+    dropout = Watched()
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), dropout, nn.Linear(4, 2))
+    network[0].bias.requires_grad_(False)
+    return network, dropout
+
+
+@DISAGREE
+def test_dropout_is_off_and_the_given_posterior_and_its_network_stay_as_they_are():
+    torch.manual_seed(0)
+    dropout = Watched()
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), dropout, nn.Linear(4, 2))
+    network[0].bias.requires_grad_(False)
+    flags = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    weights = {name: t.clone() for name, t in network.state_dict().items()}
+    given = fitted("map", network, lora_dropout=0.5)
+    assert any(dropout.seen)
+    before = {name: (p.requires_grad, p.clone()) for name, p in given.model.named_parameters()}
+    network.train()
+    dropout.seen.clear()
+    posterior = pyrolora.fit(given, data(), guide=NUTS(inner=MEANFIELD, **SHORT))
+    assert len(dropout.seen) > 16
+    assert not any(dropout.seen)
+    assert not network.training
+    for name, parameter in given.model.named_parameters():
+        flag, value = before[name]
+        assert parameter.requires_grad == flag, name
+        assert torch.equal(parameter, value), name
+        assert parameter.grad is None
+    found, means = posterior.bank.means(), given.bank.means()
+    assert torch.equal(found.A, means.A)
+    assert torch.equal(found.B, means.B)
+    posterior.detach()
+    given.detach()
+    assert {name: p.requires_grad for name, p in network.named_parameters()} == flags
+    assert all(torch.equal(weights[name], t) for name, t in network.state_dict().items())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_parameters_are_constants_while_sampling_alone(fails, monkeypatch):
+    problem = layer(MEANFIELD)
+    problem.joint.program.bank.get_parameter("B_loc").requires_grad_(False)
+    problem.joint.train()
+    flags = [parameter.requires_grad for parameter in problem.joint.parameters()]
+    assert len(set(flags)) == 2
+    run = mcmc.MCMC.run
+
+    def watched(self: Any) -> None:
+        assert not any(parameter.requires_grad for parameter in problem.joint.parameters())
+        assert not problem.joint.training
+        if fails:
+            raise ZeroDivisionError
+        run(self)
+
+    monkeypatch.setattr(mcmc.MCMC, "run", watched)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        draws, _ = mcmc.nuts(problem.joint, problem.batch, chains=1, num_samples=4, warmup_steps=1)
+        assert draws["A"].shape == (1, 4, 6)
+        assert not draws["A"].requires_grad
+    assert [parameter.requires_grad for parameter in problem.joint.parameters()] == flags
+    assert problem.joint.training
