@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
@@ -132,7 +132,7 @@ def fit(
             held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
         _check_evaluation(args, training, held_out)
         assert prepared.labels is not None
-        if given is None or not given.history:  # else it has been fitted
+        if given is None:
             law.start(prepared.labels)
         modes = {module: module.training for module in network.modules()}
         attachment = attach(network, config) if given is None else given.model.attachment.again()
@@ -143,6 +143,7 @@ def fit(
                 joint.adopt(given.model)
                 joint.likelihood.load_state_dict(law.state_dict())
                 joint.freeze()
+                joint.likelihood.requires_grad_(options.post_hoc() == "trained")
             return joint
 
         def posterior_of(joint: JointModel, kind: Guide) -> Posterior:
@@ -151,6 +152,9 @@ def fit(
         try:
             joint = joint_for(options)
             _check_output(joint, prepared)
+            if given is not None and list(law.parameters()):
+                law.start(prepared.labels, _outputs(joint, prepared, args))
+                joint.likelihood.load_state_dict(law.state_dict())
             run = Run(
                 joint,
                 options,
@@ -204,7 +208,7 @@ def _check_post_hoc(
             raise ConfigError(f"{name}= comes with the posterior; leave it out")
     trained = {name: shortcuts[name] for name in ("epochs", "learning_rate")}
     useless = [name for name, value in {**trained, "callbacks": callbacks}.items() if value]
-    if how == "computed" and useless and not list(given.likelihood.parameters()):
+    if how == "computed" and useless:
         raise ConfigError(
             f"guide {options.name!r} trains nothing when the adapter is given; leave "
             f"{', '.join(useless)} out"
@@ -226,9 +230,23 @@ def _check_output(joint: JointModel, data: Prepared) -> None:
         joint.likelihood.check_output(joint.network(batch, joint.program.mean()), data.labels)
 
 
-def _score(joint: JointModel, data: Prepared, args: TrainingArguments) -> dict[str, float]:
-    """Metrics of a few draws, always from the same seed, so that epochs compare."""
-    factors = draw_factors(joint, defaults.EVAL_SAMPLES, seed=args.seed)
+@torch.no_grad()
+def _outputs(joint: JointModel, data: Prepared, args: TrainingArguments) -> Tensor:
+    """What the mean adapter gives for all training examples."""
+    joint.to(args.device)
+    with evaluating(joint):
+        outputs = [
+            joint.network(to_device(batch, args.device), joint.program.bank.means())
+            for batch in data.loader(args.per_device_train_batch_size)
+        ]
+    return torch.cat(outputs).cpu()
+
+
+def _score(
+    joint: JointModel, num_samples: int | None, *, data: Prepared, args: TrainingArguments
+) -> dict[str, float]:
+    """Metrics, always from draws of the same seed, so that epochs compare."""
+    factors = draw_factors(joint, num_samples, seed=args.seed)
     return evaluate(predict(joint, data, factors, batch_size=args.per_device_eval_batch_size))
 
 

@@ -202,6 +202,12 @@ class JointModel(nn.Module):
         for key, head in other.heads.items():
             self.heads.get_submodule(f"{key}.{member}").load_state_dict(head.state_dict())
 
+    def align(self) -> None:
+        """Move the posterior's own parts to where the network is: a later fit may have moved it."""
+        device = next(self.base.parameters()).device
+        for part in (self.program, self.heads, self.likelihood):
+            part.to(device)
+
     def freeze(self) -> None:
         """Make constants of the means and the heads: what is left to infer is their spread."""
         self.program.bank.requires_grad_(False)

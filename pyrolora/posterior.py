@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, Attachment, FlatFactors, LayerSpec
 from pyrolora.errors import CheckpointError, ConfigError, whole_number
-from pyrolora.guides import MAP, Guide, from_options, full_name
+from pyrolora.guides import MAP, Guide, from_options, full_name, spread
 from pyrolora.inference import Prepared, load_language_model, prepare
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointGuide, JointModel
@@ -54,7 +54,8 @@ class Posterior:
     model, guide
         The Pyro pair, ``model(batch)`` and ``guide(batch)``, for ``pyro.infer.SVI``,
         ``Predictive`` and ``MCMC(NUTS(...))``. ``model`` is the untempered joint density of the
-        adapters and the n training examples; without ``labels`` in the batch, y is sampled.
+        adapters and the n training examples; without ``labels`` in the batch, y is sampled. (Of
+        ``"laplace"`` they have the network itself, not the linearised one that ``predict`` uses.)
     base
         The network. Its own weights are never changed.
     options
@@ -97,7 +98,7 @@ class Posterior:
 
     @property
     def bank(self) -> AdapterBank:
-        """The adapter means."""
+        """The adapter means; of an ensemble only their layout, since each member has its own."""
         return self.model.program.bank
 
     @property
@@ -108,7 +109,8 @@ class Posterior:
     # Draws --------------------------------------------------------------------------------------
 
     def sample(self, num_samples: int, *, seed: int | None = None) -> dict[str, Tensor]:
-        """Independent draws of every latent site.
+        """Independent draws of every latent site; of ``"nuts"`` and ``"ensemble"``, whose draws
+        are a list, evenly spaced ones whatever the seed.
 
         Returns
         -------
@@ -134,7 +136,7 @@ class Posterior:
     def predict(
         self,
         data: Any,
-        num_samples: int = defaults.NUM_SAMPLES,
+        num_samples: int | None = None,
         *,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
@@ -146,7 +148,8 @@ class Posterior:
         data
             As in `pyrolora.fit`; also a list of texts; labels are optional.
         num_samples
-            S. Each draw is one function, the same weights for all examples.
+            S. Each draw is one function, the same weights for all examples. None: 32; of an
+            ensemble every member once.
         batch_size
             Examples a pass.
         seed
@@ -162,7 +165,7 @@ class Posterior:
     def evaluate(
         self,
         data: Any,
-        num_samples: int = defaults.NUM_SAMPLES,
+        num_samples: int | None = None,
         *,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
@@ -178,7 +181,7 @@ class Posterior:
     def log_likelihood(
         self,
         data: Any,
-        num_samples: int = defaults.NUM_SAMPLES,
+        num_samples: int | None = None,
         *,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
@@ -189,7 +192,13 @@ class Posterior:
         return prediction.log_likelihood
 
     def _predict(
-        self, data: Any, num_samples: int, batch_size: int, seed: int | None, *, need_labels: bool
+        self,
+        data: Any,
+        num_samples: int | None,
+        batch_size: int,
+        seed: int | None,
+        *,
+        need_labels: bool,
     ) -> Prediction:
         whole_number("batch_size", batch_size, at_least=1)
         factors = draw_factors(self.model, num_samples, seed)
@@ -257,6 +266,10 @@ class Posterior:
             for name, (_, dims) in pieces[0].items()
         }
         groups: dict[str, Any] = {"posterior": posterior}
+        stored = program.stored()
+        if stored is not None:
+            statistics = program.statistics(spread(stored, num_samples))
+            groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
         if data is not None:
             groups |= self._data_groups(data, FlatFactors.cat(kept), log_likelihood, shape)
         coords = {"layer": list(self.bank.specs), "block": program.block_names()}
@@ -374,6 +387,11 @@ class Posterior:
         if isinstance(draw, str):
             raise ConfigError(f"draw must be 'mean' or the number of a draw, got {draw!r}")
         whole_number("draw", draw, at_least=0)
+        if program.linearised and self.likelihood.linearisable:
+            raise ConfigError(
+                "the predictions of this posterior are linear in its draws, and the network with a "
+                "draw in it gives others; use draw='mean', or fit with Laplace(linearised=False)"
+            )
         stored = program.stored()
         if stored is not None and draw >= stored:
             raise ConfigError(f"there are {stored} draws, numbered from 0, got draw={draw}")

@@ -96,8 +96,10 @@ def adapted(problem: str, guide: Any = "map") -> Posterior:
 def post_hoc(given: Posterior, problem: str, guide: Any, **options: Any) -> Posterior:
     """One more epoch or two, where there is something to train."""
     how = (guide if isinstance(guide, Guide) else pyrolora.guides.as_guide(guide)).post_hoc()
-    if how == "trained" or problem == "regression":
+    if how == "trained":
         options = {"epochs": 3, "learning_rate": 0.05, **options}
+    elif problem in ("llama", "gpt-2"):  # where Laplace tunes its prior on held-out data
+        options = {"eval_data": PROBLEMS[problem].data(6), **options}
     data = options.pop("data", PROBLEMS[problem].data(12))
     return pyrolora.fit(given, data, guide=guide, batch_size=4, seed=5, **options)
 
@@ -193,25 +195,27 @@ def test_the_scale_of_montec_is_learned_from_its_start() -> None:
 
 
 @pytest.mark.parametrize("name", ["montec", "laplace", "nuts"])
-def test_of_a_regression_the_noise_is_trained_beside_the_spread(name: str) -> None:
+def test_of_a_regression_the_noise_is_that_of_the_residuals(name: str) -> None:
+    """Where it starts for guides that are trained, and where it stays for the others."""
     given = adapted("regression")
     noise = given.likelihood.param("noise_scale").item()
-    posterior = post_hoc(given, "regression", GUIDES[name], epochs=6)
+    posterior = post_hoc(given, "regression", GUIDES[name])
     trained = {key for key, p in posterior.model.named_parameters() if p.requires_grad}
-    assert {key for key in trained if "noise_scale" in key} == {"likelihood.noise_scale"}
+    computed = GUIDES[name].post_hoc() == "computed"
+    assert any("noise_scale" in key for key in trained) is not computed
     assert not any("bank" in key or "heads" in key for key in trained)
     assert posterior.likelihood.param("noise_scale").item() != pytest.approx(noise, rel=1e-3)
     assert given.likelihood.param("noise_scale").item() == noise
 
 
 def test_laplace_of_a_given_regression_is_laplace_with_the_noise_that_fits_the_residuals() -> None:
-    """σ starts where it was and goes to the root mean square of the residuals."""
+    """σ is the root mean square of the residuals, whatever it was."""
     given = adapted("regression")
     x, y = rows(12)
-    posterior = pyrolora.fit(given, (x, y), guide="laplace", epochs=300, batch_size=12)
+    posterior = pyrolora.fit(given, (x, y), guide="laplace", batch_size=5)
     residuals = y - given.predict((x,), 0).mean
     expected = residuals.square().mean().sqrt().item()
-    assert posterior.likelihood.param("noise_scale").item() == pytest.approx(expected, rel=0.02)
+    assert posterior.likelihood.param("noise_scale").item() == pytest.approx(expected, rel=1e-5)
 
 
 # Where the adapter comes from ---------------------------------------------------------------------
@@ -381,7 +385,7 @@ def given() -> Posterior:
 
 
 @pytest.mark.parametrize(
-    "guide", ["map", "flat", "ensemble", "flat+map", "flat+ensemble", "flat+laplace", "flat+nuts"]
+    "guide", ["map", "flat", "ensemble", "flat+map", "flat+ensemble", "flat+laplace"]
 )
 def test_guides_without_a_spread_to_infer_are_refused(guide: str, given: Posterior) -> None:
     able = "choose one of montec, meanfield, laplace, nuts"

@@ -245,8 +245,15 @@ class AdapterBank(ParamModule):
 
 
 def _pooled(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:
-    """(1/K) Σ_k B_k A_k as one product of K r ranks."""
-    return (
-        {name: matrix.flatten(-3, -2) for name, matrix in A.items()},
-        {name: matrix.flatten(-3, -2) / len(matrix) for name, matrix in B.items()},
-    )
+    """(1/K) Σ_k B_k A_k as one product, of K r ranks or, if that is less, of the layer's own."""
+    left, right = {}, {}
+    for name in A:
+        a, b = A[name].flatten(-3, -2), B[name].flatten(-3, -2) / len(B[name])
+        ranks, inputs, outputs = len(a), a.shape[-1], b.shape[-1]
+        if ranks > min(inputs, outputs):
+            update = b.mT @ a
+            wide = inputs > outputs
+            a = update if wide else torch.eye(inputs).to(update)
+            b = torch.eye(outputs).to(update) if wide else update.mT
+        left[name], right[name] = a, b
+    return left, right

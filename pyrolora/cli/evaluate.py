@@ -15,7 +15,7 @@ from pyrolora.cli.output import metrics_table, print_json
 def evaluate(
     run: posteriors.Folder,
     data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
-    num_samples: posteriors.NumSamples = defaults.NUM_SAMPLES,
+    num_samples: posteriors.NumSamples = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
     seed: posteriors.Seed = defaults.SEED,
     text: posteriors.Text = None,
@@ -38,6 +38,8 @@ def evaluate(
     """
     examples = posteriors.labelled(run, data, split, text, label)
     posterior = posteriors.load(run, model)
+    if num_samples is None:
+        num_samples = posterior.model.program.usual_draws()
     metrics = posterior.evaluate(examples, num_samples, batch_size=batch_size, seed=seed)
     if json:
         print_json({"run": str(run), "num_samples": num_samples, **metrics})

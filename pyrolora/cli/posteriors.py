@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 # The options that commands on a fitted posterior share.
 Folder = Annotated[Path, typer.Argument(help="The folder of a fit.")]
-NumSamples = Annotated[int, typer.Option(help="Draws of the posterior; 0: the mean adapter alone.")]
+NumSamples = Annotated[
+    int | None,
+    typer.Option(
+        help="Draws of the posterior; 0: the mean adapter alone; otherwise 32, or every member "
+        "of an ensemble."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(help="Examples a pass.")]
 Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")]
 Text = Annotated[list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")]

@@ -27,7 +27,7 @@ def predict(
         Path | None,
         typer.Option(help="A .csv, .tsv, .jsonl or .parquet file; otherwise CSV is printed."),
     ] = None,
-    num_samples: posteriors.NumSamples = defaults.NUM_SAMPLES,
+    num_samples: posteriors.NumSamples = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
     seed: posteriors.Seed = defaults.SEED,
     text: posteriors.Text = None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyrolora.errors import ConfigError, UnknownNameError
-from pyrolora.guides.base import Fit, Guide, Program, averaged
+from pyrolora.guides.base import Fit, Guide, Program, averaged, spread
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.flat import Flat
 from pyrolora.guides.laplace import Laplace
@@ -54,11 +54,7 @@ def from_options(name: str, options: Mapping[str, Any]) -> Guide:
     if joined:
         if "inner" not in {field.name for field in dataclasses.fields(kind)}:
             raise ConfigError(f"{outer!r} is not a guide around another one, got {name!r}")
-        usual, own = vars(kind())["inner"], options.get("inner", {})
-        if inner == full_name(usual):  # with the options that it has by default in there
-            options["inner"] = dataclasses.replace(usual, **own)
-        else:
-            options["inner"] = from_options(inner, own)
+        options["inner"] = from_options(inner, options.get("inner", {}))
     return kind(**options)
 
 
@@ -85,4 +81,5 @@ __all__ = [
     "from_options",
     "full_name",
     "guide_class",
+    "spread",
 ]

@@ -59,8 +59,12 @@ class Fit(Protocol):
         """A joint model of its own with ``guide``, a point mass, trained from its own start (of
         that number, with its own seed, where there are several); with frozen means as they are."""
 
+    @property
+    def can_validate(self) -> bool:
+        """Whether there is evaluation data."""
+
     def held_out_nll(self) -> float:
-        """The score of the evaluation data under `joint`; refuses without such data."""
+        """The negative log-likelihood of the evaluation data under `joint`."""
 
     def kfac(self) -> Mapping[str, Any]:
         """The Kronecker factors of the curvature at the means of `joint`, by block."""
@@ -68,8 +72,9 @@ class Fit(Protocol):
     def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
         """The prior's precision of the highest marginal likelihood."""
 
-    def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], int]:
-        """Site -> (chains, draws, ...) of NUTS on `joint`, and how many steps diverged."""
+    def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Site -> (chains, draws, ...) of NUTS on `joint`, and (chains, draws) booleans: which
+        steps diverged."""
 
     def log(self, **numbers: float) -> None:
         """Add an entry to the history."""
@@ -120,8 +125,8 @@ class Variational(Guide):
         Share of the training steps over which the weight rises linearly from 0 to β.
     draws_per_batch
         G: the examples of a training batch fall into G equal groups, each with a draw of its own
-        (the largest divisor of the batch size up to G). The same expected gradient with less
-        variance, since the noise of G draws averages out; 1 is one draw a batch.
+        (the largest divisor of the batch size up to G). The same expected gradient; of its
+        variance the part that all examples share falls as 1/G. 1 is one draw a batch.
     scale_learning_rate
         Learning rate of scales, of the posterior and of the noise of a regression; the means take
         the fit's ``learning_rate``.
@@ -174,6 +179,8 @@ class Program(ParamModule, ABC):
     ----------
     bank
         The adapter means, shared by model and guide.
+    options
+        The guide's.
 
     Attributes
     ----------
@@ -189,15 +196,19 @@ class Program(ParamModule, ABC):
         Whether predictions are linear in the draws, around the mean adapter.
     """
 
+    options: Guide
     progress: float = 1.0
     draws_per_batch: int = 1
     members: int = 1
     chains: int = 1
     linearised: bool = False
 
-    def __init__(self, bank: AdapterBank) -> None:
+    def __init__(self, bank: AdapterBank, options: Guide) -> None:
         super().__init__()
         self.bank = bank
+        self.options = options
+        if isinstance(options, Variational):
+            self.draws_per_batch = options.draws_per_batch
 
     @abstractmethod
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
@@ -236,6 +247,10 @@ class Program(ParamModule, ABC):
         """How many members are trained on the same batch."""
         return 1
 
+    def usual_draws(self) -> int:
+        """How many draws a prediction has unless it is told: of an ensemble, every member once."""
+        return self.members if self.members > 1 else defaults.NUM_SAMPLES
+
     def stored(self) -> int | None:
         """How many draws there are, where they are a list; None where they are drawn anew."""
         return None
@@ -243,6 +258,10 @@ class Program(ParamModule, ABC):
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         """Site -> the stored draws of these numbers."""
         raise NotImplementedError
+
+    def statistics(self, index: Tensor) -> dict[str, Tensor]:
+        """What the sampler says of the stored draws of these numbers, by ArviZ's names."""
+        return {}
 
     def draw(self, num_samples: int) -> dict[str, Tensor]:
         """Site -> (num_samples, *event): independent draws from the guide, or stored ones, evenly
@@ -254,8 +273,7 @@ class Program(ParamModule, ABC):
         """`draw` in pieces of at most ``at_once`` draws."""
         stored = self.stored()
         if stored is not None:
-            index = torch.arange(num_samples) * stored // num_samples
-            yield from map(self.pick, index.split(at_once))
+            yield from map(self.pick, spread(stored, num_samples).split(at_once))
             return
         for start in range(0, num_samples, at_once):
             yield self._sampled(min(at_once, num_samples - start))
@@ -304,6 +322,11 @@ class WrappingProgram(Program):
 
     def side_by_side(self) -> int:
         return self.inner.side_by_side()
+
+
+def spread(stored: int, num_samples: int) -> Tensor:
+    """Numbers of stored draws, evenly spaced; each equally often, to one, where there are fewer."""
+    return torch.arange(num_samples) * stored // num_samples
 
 
 def tempered(kl_weight: float) -> AbstractContextManager[object]:

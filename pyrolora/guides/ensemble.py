@@ -33,8 +33,9 @@ class Ensemble(Guide):
         K.
     side_by_side
         Train all members at once, as K draws of one pass: K times the memory of activations, and
-        faster where one member leaves the hardware idle. Members then see the same batches, and
-        gradients are clipped by the norm of all of them.
+        faster where one member leaves the hardware idle. Members then see the same batches; the
+        loss is their mean, which AdamW's step does not depend on, and gradients are clipped by the
+        norm of all of them.
 
     References
     ----------
@@ -71,9 +72,10 @@ class Ensemble(Guide):
 class EnsembleProgram(Program):
     """The site ``member``."""
 
+    options: Ensemble
+
     def __init__(self, bank: AdapterBank, options: Ensemble) -> None:
-        super().__init__(bank)
-        self.options = options
+        super().__init__(bank, options)
         self.members = options.members
         bank.requires_grad_(False)
         means = bank.means()

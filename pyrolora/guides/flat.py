@@ -17,6 +17,7 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, positive
 from pyrolora.guides.base import Fit, Guide, Law, Program, Sites, WrappingProgram, require
 from pyrolora.guides.map import MAP
+from pyrolora.guides.nuts import NUTS
 
 SEEDS = 2**24  # the numbers that a float32 in [0, 1) tells apart
 
@@ -63,9 +64,9 @@ class Flat(Guide):
     def __post_init__(self) -> None:
         positive("rho", self.rho)
         require(
-            isinstance(self.inner, Guide) and not isinstance(self.inner, Flat),
+            isinstance(self.inner, Guide) and not isinstance(self.inner, Flat | NUTS),
             "inner",
-            "another guide, such as pyrolora.guides.MonteCLoRA()",
+            "another guide that is trained, such as pyrolora.guides.MonteCLoRA()",
             self.inner,
         )
 
@@ -115,6 +116,8 @@ class FlatProgram(WrappingProgram):
     given draws whatever the mode, with ``at_prediction`` alone.
     """
 
+    options: Flat
+
     def __init__(self, inner: Program, options: Flat) -> None:
         super().__init__(inner)
         self.options = options
@@ -134,7 +137,7 @@ class FlatProgram(WrappingProgram):
         return self._at_prediction(self.inner.factors(own), sites["seed"])
 
     def stored(self) -> int | None:
-        return None if self.options.at_prediction else self.inner.stored()
+        return self.inner.stored()
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         return {**self.inner.pick(index), "seed": torch.rand(len(index))}

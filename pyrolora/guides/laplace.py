@@ -49,10 +49,13 @@ class Laplace(Guide):
         λ^(−½), also the prior of the MAP fit; None: plain LoRA, and λ is tuned afterwards.
     tune
         Without ``prior_scale``: λ by the ``"marginal_likelihood"`` of the training data, or by the
-        negative log-likelihood of the ``eval_data`` (``"validation"``).
+        negative log-likelihood of the ``eval_data`` (``"validation"``). None: by the marginal
+        likelihood, which is that of the linearised model, for linearised predictions; else by
+        validation.
     linearised
         Predict with f(x; θ̄) + J(x) (θ − θ̄), the model whose posterior this is, in place of
-        f(x; θ). None: where the likelihood allows it, which a language model's does not.
+        f(x; θ). None: where the likelihood allows it, which a language model's does not. The Pyro
+        pair, whose model has the network itself, predicts with f(x; θ) either way.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
 
@@ -66,12 +69,12 @@ class Laplace(Guide):
     name = "laplace"
 
     prior_scale: float | None = None
-    tune: str = "marginal_likelihood"
+    tune: str | None = None
     linearised: bool | None = None
     latent: str = "AB"
 
     def __post_init__(self) -> None:
-        require(self.tune in TUNING, "tune", f"one of {TUNING}", self.tune)
+        require(self.tune in (None, *TUNING), "tune", f"one of {TUNING}", self.tune)
         require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
         linear = self.linearised
         require(
@@ -79,7 +82,7 @@ class Laplace(Guide):
         )
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
-            if self.tune != TUNING[0]:
+            if self.tune is not None:
                 raise ConfigError("tune chooses the prior; leave it out, or prior_scale")
 
     def build(self, bank: AdapterBank) -> LaplaceProgram:
@@ -89,18 +92,28 @@ class Laplace(Guide):
         start = MAP()
         if self.prior_scale is not None:
             start = MAP(prior_scale=self.prior_scale, latent=self.latent)
-        if self.prior_scale is None and self.tune == "validation":
-            fit.held_out_nll()  # refuses before the training, not after
+        tune = self._tuning(fit.joint.likelihood)
+        if tune == "validation" and not fit.can_validate:
+            raise ConfigError(
+                "the prior of 'laplace' is to be tuned on held-out data here, and there are none; "
+                "pass eval_data=, or Laplace(prior_scale=...); or choose 'montec' or 'meanfield'"
+            )
         fit.joint.adopt(fit.point(start))
         program = fit.program
         program.curve(fit.kfac())
         if self.prior_scale is not None:
             program.precision.fill_(self.prior_scale**-2)
-        elif self.tune == "marginal_likelihood":
+        elif tune == "marginal_likelihood":
             program.precision.fill_(fit.best_precision(*program.evidence()))
         else:
             program.precision.fill_(min(GRID, key=lambda λ: _score(fit, λ)))
         fit.log(prior_precision=float(program.precision))
+
+    def _tuning(self, likelihood: Law) -> str | None:
+        if self.prior_scale is not None or self.tune is not None:
+            return self.tune
+        linear = likelihood.linearisable and self.linearised is not False
+        return "marginal_likelihood" if linear else "validation"
 
     def post_hoc(self) -> str | None:
         return "computed"
@@ -128,9 +141,10 @@ class LaplaceProgram(Program):
 
     precision: Tensor
 
+    options: Laplace
+
     def __init__(self, bank: AdapterBank, options: Laplace) -> None:
-        super().__init__(bank)
-        self.options = options
+        super().__init__(bank, options)
         self.linearised = options.linearised is not False
         self.register_buffer("precision", torch.ones(()))
         for factor in options.latent:

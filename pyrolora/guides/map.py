@@ -69,9 +69,10 @@ class MAP(Variational):
 class MAPProgram(Program):
     """Sites ``A`` and ``B``: all entries of the factors, flat."""
 
+    options: MAP
+
     def __init__(self, bank: AdapterBank, options: MAP) -> None:
-        super().__init__(bank)
-        self.options = options
+        super().__init__(bank, options)
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         means = self.bank.means()

@@ -75,10 +75,10 @@ class MeanField(Variational):
 class MeanFieldProgram(Program):
     """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat."""
 
+    options: MeanField
+
     def __init__(self, bank: AdapterBank, options: MeanField) -> None:
-        super().__init__(bank)
-        self.options = options
-        self.draws_per_batch = options.draws_per_batch
+        super().__init__(bank, options)
         for factor in options.latent:
             start = torch.full((bank.layouts[factor].total,), options.init_scale)
             self.declare(f"{factor}_scale", start, constraints.positive)

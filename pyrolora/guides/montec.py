@@ -150,10 +150,10 @@ class MonteCLoRAProgram(Program):
     _eye: Tensor
     _rows: Tensor
 
+    options: MonteCLoRA
+
     def __init__(self, bank: AdapterBank, options: MonteCLoRA) -> None:
-        super().__init__(bank)
-        self.options = options
-        self.draws_per_batch = options.draws_per_batch
+        super().__init__(bank, options)
         self.layout = bank.layout(options.latent)
         blocks, r = len(self.layout), self.layout.rank
         self.df = float(options.df_per_rank * r)

@@ -98,16 +98,17 @@ class NUTS(Guide):
     def infer(self, fit: Fit) -> None:
         fit.joint.adopt(fit.point(MAP()))
         fit.joint.freeze()
-        draws, divergences = fit.mcmc(
-            self.inner.beta(fit.joint.num_examples),
+        beta = self.inner.beta(fit.joint.num_examples)
+        draws, diverging = fit.mcmc(
+            beta,
             chains=self.chains,
             num_samples=self.num_samples,
             warmup_steps=self.warmup_steps,
             target_accept_prob=self.target_accept_prob,
             max_tree_depth=self.max_tree_depth,
         )
-        fit.program.store(draws)
-        fit.log(**fit.program.diagnostics(), divergences=divergences)
+        fit.program.store(draws, diverging)
+        fit.log(**fit.program.diagnostics(), divergences=int(diverging.sum()), kl_weight=beta)
 
     def post_hoc(self) -> str | None:
         return "computed"
@@ -116,6 +117,9 @@ class NUTS(Guide):
 class NUTSProgram(WrappingProgram):
     """The sites of the inner program; the draws are buffers, chain after chain."""
 
+    options: NUTS
+    diverging: Tensor
+
     def __init__(self, bank: AdapterBank, options: NUTS) -> None:
         super().__init__(options.inner.build(bank))
         self.options = options
@@ -123,18 +127,25 @@ class NUTSProgram(WrappingProgram):
         with poutine.block(), torch.no_grad():
             sites = self.inner.draw(1)
         self.sites = list(sites)
+        size = options.chains * options.num_samples
+        self.register_buffer("diverging", torch.zeros(size))
         for name, value in sites.items():
-            size = options.chains * options.num_samples
             self.register_buffer(name, torch.zeros(size, *value.shape[1:]))
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         return self.inner.model(kl_weight)
 
     def guide(self, kl_weight: float = 1.0) -> None:
-        """One of the draws; the same sites with their values."""
-        number = torch.randint(self.stored(), (1,))
+        """One of the draws, whose number is the auxiliary site ``draw``."""
+        law = dist.Categorical(torch.ones(self.stored()))
+        number = pyro.sample("draw", law, infer={"is_auxiliary": True})
+        if number.dim():
+            raise ConfigError(
+                "the stored draws of 'nuts' come one at a time, not in a plate; use "
+                "posterior.sample(n), or Predictive(..., parallel=False)"
+            )
         for name, value in self.pick(number).items():
-            pyro.sample(name, dist.Delta(value[0], event_dim=value.dim() - 1))
+            pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
 
     def factors(self, sites: Sites) -> FlatFactors:
         return self.inner.factors(sites)
@@ -156,9 +167,13 @@ class NUTSProgram(WrappingProgram):
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         return {name: self.get_buffer(name)[index] for name in self.sites}
 
+    def statistics(self, index: Tensor) -> dict[str, Tensor]:
+        return {"diverging": self.diverging[index.to(self.diverging.device)].bool()}
+
     @torch.no_grad()
-    def store(self, draws: dict[str, Tensor]) -> None:
-        """Keep the draws, site -> (chains, num_samples, ...)."""
+    def store(self, draws: dict[str, Tensor], diverging: Tensor) -> None:
+        """Keep the draws, site -> (chains, num_samples, ...), and which steps diverged."""
+        self.diverging.copy_(diverging.flatten())
         for name in self.sites:
             self.get_buffer(name).copy_(draws[name].flatten(0, 1))
 

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyrolora.errors import DataError
-from pyrolora.inference.batches import ChoiceCollator, Collator, collator_for, tokenised
+from pyrolora.inference.batches import (
+    ChoiceCollator,
+    Collator,
+    collator_for,
+    has_choices,
+    tokenised,
+)
 from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
 from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
 from pyrolora.likelihoods import Likelihood, MaskedLM
@@ -78,13 +84,21 @@ def prepare(
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
     collate = collator_for(network, likelihood, tokenizer)
+    choices = isinstance(collate, ChoiceCollator)
+    if collate.labels_are_classes and not choices and has_choices(examples):
+        raise DataError(
+            f"the data has a column 'choices' and {type(network).__name__} takes none; load the "
+            "model with AutoModelForMultipleChoice, or drop the column with "
+            "data.remove_columns('choices')"
+        )
     if is_plain(examples):
         if collate.labels_are_classes:
             examples = numbered(examples, network)
         examples = tokenised(examples, collate)
     if isinstance(likelihood, MaskedLM):
         first = collate.example(examples[0])
-        if LABELS not in first and "input_ids" in first:
+        asked = not need_labels and _has_masks(examples, collate, tokenizer)
+        if LABELS not in first and "input_ids" in first and not asked:
             examples = hidden(examples, collate.example, tokenizer)
     labels = all_labels(examples, collate.example)
     if labels is None and need_labels:
@@ -95,6 +109,13 @@ def prepare(
         _check_choices(examples, collate, labels)
     _check_features(examples, collate)
     return Prepared(examples, collate, labels)
+
+
+def _has_masks(examples: Any, collate: Collator, tokenizer: Any) -> bool:
+    """Whether texts say themselves, by the mask token, what is to be predicted."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    rows = (collate.example(examples[i])["input_ids"] for i in range(len(examples)))
+    return mask is not None and any(mask in torch.as_tensor(row) for row in rows)
 
 
 def _check_choices(examples: Any, collate: ChoiceCollator, labels: Tensor | None) -> None:

@@ -3,6 +3,7 @@ masked language model."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from pyrolora.model import INPUTS, LABELS
 # Devlin et al. (2019): 15 % of the tokens, of which transformers replaces 80 % by the mask and 10 %
 # by random tokens.
 HIDDEN_SHARE = 0.15
-# Of its own, so that the same texts always hide the same tokens and their scores compare.
+# With the tokens of a text, so that it always hides the same ones and scores compare.
 HIDDEN_SEED = 0
 
 
@@ -146,7 +147,6 @@ def hidden(
             "tokenizer=, or 'labels' with -100 at the tokens that are not to be predicted"
         )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=HIDDEN_SHARE)
-    collator.generator = torch.Generator().manual_seed(HIDDEN_SEED)
     rows = []
     for i in range(len(examples)):
         row = as_row(examples[i])
@@ -158,6 +158,8 @@ def hidden(
             fixed |= torch.as_tensor(row["attention_mask"]) == 0
         if fixed.all():
             raise DataError(f"example {i} has no token that could be hidden; leave it out")
+        seed = zlib.crc32(ids.numpy().tobytes(), HIDDEN_SEED)
+        collator.generator = torch.Generator().manual_seed(seed)
         inputs, labels = ids, torch.full_like(ids, IGNORED)
         while labels.eq(IGNORED).all():
             inputs, labels = collator.torch_mask_tokens(ids.clone(), fixed)

@@ -24,7 +24,8 @@ def nuts(
     warmup_steps: int,
     target_accept_prob: float = 0.8,
     max_tree_depth: int = 10,
-) -> tuple[dict[str, Tensor], int]:
+    progress: bool = True,
+) -> tuple[dict[str, Tensor], Tensor]:
     """Draws of the latent sites from p(θ) p(y | θ)^{1/β}, by Pyro's NUTS, without dropout.
 
     Parameters
@@ -37,11 +38,14 @@ def nuts(
         The weight of the prior, relative to the likelihood.
     chains, num_samples, warmup_steps, target_accept_prob, max_tree_depth
         As in `pyrolora.guides.NUTS`.
+    progress
+        Show a bar for each chain.
 
     Returns
     -------
-    dict, int
-        Site -> (chains, num_samples, ...), and the number of divergent steps.
+    dict, Tensor
+        Site -> (chains, num_samples, ...), and (chains, num_samples) booleans: which of the steps
+        diverged.
     """
     flags = {parameter: parameter.requires_grad for parameter in joint.parameters()}
 
@@ -50,22 +54,27 @@ def nuts(
             return joint(batch, kl_weight=beta)
 
     found: list[dict[str, Tensor]] = []
-    divergences = 0
+    diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
     joint.requires_grad_(False)
     try:
         with evaluating(joint):
-            for _ in range(chains):
+            for chain in range(chains):
                 kernel = NUTS(
                     target,
                     target_accept_prob=target_accept_prob,
                     max_tree_depth=max_tree_depth,
                     init_strategy=init_to_sample,
                 )
-                run = MCMC(kernel, num_samples=num_samples, warmup_steps=warmup_steps)
+                run = MCMC(
+                    kernel,
+                    num_samples=num_samples,
+                    warmup_steps=warmup_steps,
+                    disable_progbar=not progress,
+                )
                 run.run()
                 found.append(run.get_samples())
-                divergences += sum(map(len, run.diagnostics()["divergences"].values()))
+                diverging[chain, run.diagnostics()["divergences"]["chain 0"]] = True
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    return {name: torch.stack([c[name] for c in found]).detach() for name in found[0]}, divergences
+    return {name: torch.stack([c[name] for c in found]).detach() for name in found[0]}, diverging

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -24,7 +25,7 @@ from pyrolora.inference.trainer import STATE_FILE, SVITrainer, read_state, save_
 from pyrolora.model import JointModel
 from pyrolora.types import Batch
 
-Score = Callable[[JointModel], dict[str, float]]
+Score = Callable[[JointModel, int | None], dict[str, float]]
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Run:
     args, callbacks
         For the Trainer.
     score
-        The metrics of a joint model on the evaluation data, or None without such data.
+        The metrics of a joint model on the evaluation data by that many draws, or None without
+        such data.
     posterior
         Makes a posterior of a joint model, for an error to carry.
     history
@@ -72,17 +74,20 @@ class Run:
     def conclude(self) -> None:
         """Score `joint` on the evaluation data, where no training has done it."""
         if self.score is not None and not self._scored:
-            self.log(**{f"eval_{name}": value for name, value in self.score(self.joint).items()})
+            scores = self.score(self.joint, None)
+            self.log(**{f"eval_{name}": value for name, value in scores.items()})
 
     def point(self, guide: Guide, number: int | None = None) -> JointModel:
         """A joint model of its own with ``guide``, trained from its own start.
 
         With a ``number`` it has the seed of that number, and a folder of its own for checkpoints.
-        Given means stay as they are; then the noise of a regression is all that is trained.
+        Given means stay as they are, and there is nothing to train.
         """
         args = copy.copy(self.args)
         if number is not None:
             args.seed = (args.seed + number) % (defaults.MAX_SEED + 1)
+            if args.data_seed is not None:
+                args.data_seed = (args.data_seed + number) % (defaults.MAX_SEED + 1)
             if number == 0 and args.should_save and not args.resume_from_checkpoint:
                 _forget_members(args.output_dir)
             args.output_dir = str(Path(args.output_dir) / f"{MEMBER}{number}")
@@ -92,21 +97,25 @@ class Run:
         joint = self.build(guide)
         finished = Path(args.output_dir) / STATE_FILE
         if number is not None and self.args.resume_from_checkpoint and finished.is_file():
-            joint.load_own_state(read_state(finished))
+            joint.load_own_state(_finished_state(finished, args))
         elif any(parameter.requires_grad for parameter in joint.parameters()):
             self._train(joint, guide, args, {} if number is None else {"member": number})
             if number is not None and args.should_save and args.save_strategy != "no":
                 scratch = finished.with_suffix(".part")
-                save_state(joint, scratch)
+                save_state(joint, scratch, _settings(args))
                 scratch.replace(finished)
         self.joint.to(args.device)  # where the Trainer has put the network
         return joint
 
+    @property
+    def can_validate(self) -> bool:
+        """Whether there is evaluation data."""
+        return self.score is not None
+
     def held_out_nll(self) -> float:
         """The negative log-likelihood of the evaluation data under `joint`."""
-        if self.score is None:
-            raise ConfigError("the prior is tuned by validation and there is none; pass eval_data=")
-        return self.score(self.joint)["nll"]
+        assert self.score is not None
+        return self.score(self.joint, None)["nll"]
 
     def kfac(self) -> dict[str, Kronecker]:
         """The Kronecker factors of the curvature at the means of `joint`, by block."""
@@ -116,11 +125,12 @@ class Run:
         """The prior's precision of the highest marginal likelihood."""
         return best_precision(eigenvalues, means)
 
-    def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], int]:
-        """Draws of NUTS on `joint`, and how many of its steps diverged."""
+    def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws of NUTS on `joint`, and which of its steps diverged."""
         whole = self.data.collate([self.data.examples[i] for i in range(len(self.data))])
         set_seed(self.args.seed)
-        return nuts(self.joint, self._placed(whole), beta, **options)
+        shown = not self.args.disable_tqdm
+        return nuts(self.joint, self._placed(whole), beta, progress=shown, **options)
 
     def log(self, **numbers: float) -> None:
         """Add an entry to the history."""
@@ -149,7 +159,7 @@ class Run:
             guide,
             self.data,
             args,
-            evaluate=None if score is None else lambda: score(joint),
+            evaluate=None if score is None else lambda: score(joint, defaults.EVAL_SAMPLES),
             callbacks=tuple(self.callbacks),
         )
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
@@ -181,3 +191,28 @@ def _forget_members(folder: str) -> None:
         (member / STATE_FILE).unlink(missing_ok=True)
         for checkpoint in checkpoints(member):
             shutil.rmtree(checkpoint)
+
+
+def _settings(args: TrainingArguments) -> dict[str, str]:
+    """What a member was trained with, for a resume to compare."""
+    names = (
+        *("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size"),
+        *("gradient_accumulation_steps", "weight_decay", "seed", "data_seed"),
+    )
+    return {name: str(getattr(args, name)) for name in names}
+
+
+def _finished_state(file: Path, args: TrainingArguments) -> Mapping[str, Tensor]:
+    """The state of a member that is through, if it was trained with these settings."""
+    state = read_state(file)
+    with safe_open(file, "pt") as stream:
+        saved = stream.metadata() or {}
+    changed = [
+        f"{n} was {saved.get(n)}, now {v}" for n, v in _settings(args).items() if saved.get(n) != v
+    ]
+    if changed:
+        raise ConfigError(
+            f"{file.parent} holds a member of an ensemble with other settings: "
+            f"{'; '.join(changed)}; resume with the same, or choose another output_dir"
+        )
+    return state

@@ -303,9 +303,9 @@ class _FiniteGradients(TrainerCallback):
                 raise NonFiniteError(self.trainer.remedy(f"has no finite gradient in {name!r}"))
 
 
-def save_state(joint: JointModel, path: Path) -> None:
-    """Write a posterior's own tensors as safetensors."""
-    save_file(joint.own_state(), path)
+def save_state(joint: JointModel, path: Path, notes: dict[str, str] | None = None) -> None:
+    """Write a posterior's own tensors as safetensors, with notes in their header."""
+    save_file(joint.own_state(), path, notes)
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:

@@ -64,8 +64,9 @@ class Likelihood(ParamModule, ABC):
     def check_output(self, output: Tensor, labels: Tensor) -> None:
         """Raise `DataError` where the network's output does not fit the labels."""
 
-    def start(self, labels: Tensor) -> None:
-        """Set parameters of the likelihood from the training labels; most have none."""
+    def start(self, labels: Tensor, output: Tensor | None = None) -> None:
+        """Set parameters of the likelihood from the training labels, and from what the network
+        gives for them, if it is trained already; most have none."""
 
     def pool(self, others: Sequence[Likelihood]) -> None:
         """Set parameters of the likelihood from those of independent fits; most have none."""

@@ -81,7 +81,10 @@ class Regression(Likelihood):
         squares = torch.stack([other.param("noise_scale").detach().square() for other in others])
         self.assign("noise_scale", squares.mean().sqrt())
 
-    def start(self, labels: Tensor) -> None:
-        if len(labels) > 1:
-            scale = labels.double().std().clamp(min=1e-3)
-            self.assign("noise_scale", scale.to(self.get_parameter("noise_scale")))
+    def start(self, labels: Tensor, output: Tensor | None = None) -> None:
+        """σ of what is unexplained: the root mean square of y − f, or the labels' deviation."""
+        y = labels.double().flatten()
+        if len(y) > 1:
+            rest = y.std() if output is None else (y - output.double()).square().mean().sqrt()
+            scale = rest.clamp(min=1e-3).to(self.get_parameter("noise_scale"))
+            self.assign("noise_scale", scale)

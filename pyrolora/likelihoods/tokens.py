@@ -50,7 +50,8 @@ class TokenLikelihood(Likelihood):
         Hessian, whose blocks are diag(p) − p pᵀ a token."""
         logits = self.token_logits(output.detach())
         drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
-        residual = F.one_hot(drawn, logits.shape[-1]) - logits.softmax(-1)
+        residual = -logits.softmax(-1)
+        residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
         yield F.pad(residual * self.token_mask(batch)[..., None], (0, 0, 0, self.shift))
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:

@@ -19,12 +19,17 @@ from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
 
 
-def draw_factors(joint: JointModel, num_samples: int, seed: int | None = None) -> FlatFactors:
-    """Factors of ``num_samples`` draws, (S, total); for 0 the mean adapter, a single setting.
+def draw_factors(
+    joint: JointModel, num_samples: int | None = None, seed: int | None = None
+) -> FlatFactors:
+    """Factors of ``num_samples`` draws, (S, total); for 0 the mean adapter, a single setting; for
+    None every member of an ensemble, or the default number.
 
     ``seed`` makes the draws repeatable and leaves the global generators as they were.
     """
+    num_samples = joint.program.usual_draws() if num_samples is None else num_samples
     whole_number("num_samples", num_samples, at_least=0)
+    joint.align()
     with seeded(seed), torch.no_grad():
         if num_samples:
             return joint.program.factors(joint.program.draw(num_samples))

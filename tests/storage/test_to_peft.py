@@ -42,7 +42,7 @@ GUIDES: dict[str, Guide] = {
     "map": MAP(),
     "montec": MonteCLoRA(latent="AB", sample_scale=0.5),
     "meanfield": MeanField(latent="AB", init_scale=0.1),
-    "laplace": Laplace(prior_scale=0.2),
+    "laplace": Laplace(prior_scale=0.2, linearised=False),
     "nuts": NUTS(chains=2, num_samples=4, warmup_steps=6, max_tree_depth=2),
     "nuts on both": NUTS(
         inner=MAP(prior_scale=0.3), chains=1, num_samples=4, warmup_steps=6, max_tree_depth=2
@@ -245,6 +245,14 @@ def test_a_detached_posterior_still_writes_its_adapter(tmp_path: Path) -> None:
     close(pefts_logits(tmp_path, "encoder"), expected)
 
 
+def test_a_draw_of_a_linearised_posterior_is_no_adapter(tmp_path: Path) -> None:
+    posterior = fitted("encoder", Laplace(prior_scale=0.2))
+    for export in (posterior.merge, lambda draw: posterior.to_peft(tmp_path, draw)):
+        with pytest.raises(ConfigError, match=r"linear in its draws.*linearised=False"):
+            export(draw=1)
+        export(draw="mean")
+
+
 def test_a_draw_of_a_reloaded_posterior_is_the_same_file(tmp_path: Path) -> None:
     posterior = fitted("encoder", GUIDES["laplace"])
     posterior.save(tmp_path / "run")
@@ -326,7 +334,7 @@ def test_what_peft_wrote_gets_a_spread(name: str, tmp_path: Path) -> None:
     expected = saved_by_peft(tmp_path, problem, options)
     case = PROBLEMS[problem]
     given = pyrolora.from_peft(tmp_path, case.network(), tokenizer=case.tokenizer())
-    posterior = pyrolora.fit(given, case.data(8), guide="laplace")
+    posterior = pyrolora.fit(given, case.data(8), guide=GUIDES["laplace"])
     assert posterior.model.num_examples == 8
     close(own_logits(posterior, problem), expected)
     draws = [own_logits(posterior, problem, k) for k in range(2)]
@@ -348,7 +356,7 @@ def test_a_language_model_may_be_named_by_its_folder(tmp_path: Path) -> None:
         assert ids == tokenizer()("a good film")["input_ids"]
     own = mask_tokenizer()
     assert pyrolora.from_peft(adapter, folder, tokenizer=own).tokenizer is own
-    posterior = pyrolora.fit(posterior, texts(8), guide="laplace")
+    posterior = pyrolora.fit(posterior, texts(8), guide="laplace", eval_data=texts(4))
     posterior.save(tmp_path / "run")
     close(own_logits(pyrolora.load(tmp_path / "run"), "llama"), expected)
 
