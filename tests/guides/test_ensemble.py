@@ -498,3 +498,27 @@ def test_an_output_folder_holds_the_members_checkpoints_and_the_posterior(tmp_pa
     assert again.history == posterior.history
     shutil.rmtree(tmp_path / "member-0")
     assert_equal(pyrolora.load(tmp_path, mlp()).model.own_state(), posterior.model.own_state())
+
+
+def test_members_of_other_settings_are_not_taken_for_this_fits(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(ConfigError, match=r"other settings: num_train_epochs was .*, now 9"):
+        run(tmp_path, resume=True, num_train_epochs=9)
+
+
+def test_members_differ_in_the_order_of_the_data_whatever_seed_it_has(tmp_path: Path) -> None:
+    orders: list[list[float]] = []
+
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args: Any, *_: Any, train_dataloader: Any, **__: Any) -> None:
+            orders.append([float(x) for b in train_dataloader for x in b["inputs"][:, 0]])
+
+    same = TrainingArguments(
+        str(tmp_path), data_seed=5, num_train_epochs=1, save_strategy="no", report_to="none"
+    )
+    pyrolora.fit(
+        mlp(), (X, CLASSES), Ensemble(members=2), likelihood="classification", adapter=HEADED,
+        training=same, callbacks=[Seen()],
+    )  # fmt: skip
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]

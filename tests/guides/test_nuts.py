@@ -10,6 +10,7 @@ import pytest
 import torch
 from linear import layer
 from problems import mlp
+from pyro.infer import Predictive
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -303,3 +304,30 @@ def test_parameters_are_constants_while_sampling_alone(fails, monkeypatch):
         assert not draws["A"].requires_grad
     assert [parameter.requires_grad for parameter in problem.joint.parameters()] == flags
     assert problem.joint.training
+
+
+@DISAGREE
+def test_stored_draws_come_one_at_a_time_and_not_in_a_plate():
+    posterior = fitted(NUTS(inner=MEANFIELD, **SHORT))
+    batch = {"inputs": data()[0][:3]}
+    draws = Predictive(posterior.model, guide=posterior.guide, num_samples=12)(batch)
+    kept = stored(posterior)["A"]
+    for drawn in draws["A"].flatten(1):
+        assert (kept == drawn).all(-1).any()
+    assert len(draws["A"].flatten(1).unique(dim=0)) > 1
+    together = Predictive(posterior.model, guide=posterior.guide, num_samples=4, parallel=True)
+    with pytest.raises(ConfigError, match=r"one at a time.*posterior\.sample"):
+        together(batch)
+
+
+@DISAGREE
+def test_arviz_gets_the_steps_that_diverged():
+    posterior = fitted(NUTS(inner=MEANFIELD, chains=2, **SHORT))
+    program = posterior.model.program
+    program.diverging[9] = 1
+    diverging = posterior.to_arviz()["sample_stats"]["diverging"].values
+    assert diverging.dtype == bool
+    assert diverging.shape == (2, 8)
+    expected = program.diverging.bool().view(2, 8).numpy()
+    assert (diverging == expected).all()
+    assert diverging[1, 1]

@@ -7,12 +7,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from problems import Rows, bert_choice, questions, tokenizer
+from problems import Rows, bert, bert_choice, questions, tokenizer
 from torch import Tensor
 
 from pyrolora.errors import DataError
 from pyrolora.inference import Prepared, prepare
-from pyrolora.likelihoods import CHOICE_MASK, MultipleChoice
+from pyrolora.likelihoods import CHOICE_MASK, Classification, MultipleChoice
 
 RAGGED = [
     {"question": "the film", "choices": ["good", "very bad"], "label": 0},
@@ -217,3 +217,8 @@ def test_data_that_cannot_be_used_is_refused(data: Any, words: str) -> None:
 def test_raw_text_needs_a_tokenizer() -> None:
     with pytest.raises(DataError, match=r"raw text \(question\) and there is no tokenizer"):
         prepared(RAGGED, tokens=None)
+
+
+def test_a_plain_classifier_does_not_overlook_choices() -> None:
+    with pytest.raises(DataError, match=r"'choices'.*AutoModelForMultipleChoice.*remove_columns"):
+        prepare(datasets.Dataset.from_list(RAGGED), bert(), Classification(), tokenizer())

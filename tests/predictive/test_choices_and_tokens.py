@@ -151,3 +151,26 @@ def test_the_merged_network_scores_choices_as_the_mean_adapter(choice: Posterior
     with torch.no_grad():
         scores = choice.merge()(**inputs).logits.masked_fill(~batch[CHOICE_MASK], -torch.inf)
     torch.testing.assert_close(found.probs, scores.softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_masks_in_a_text_say_what_is_to_be_predicted() -> None:
+    """Nothing else is hidden then, and the mask has an uncertainty."""
+    words = mask_tokenizer()
+    text = f"the film was {words.mask_token}"
+    made = prepare([text], bert_mlm(), MaskedLM(), words, need_labels=False)
+    (batch,) = made.loader(1)
+    assert batch["input_ids"].tolist() == [words(text)["input_ids"]]
+    assert made.labels is None
+    prediction = fit("masked").predict([text], 4, seed=0)
+    place = words(text)["input_ids"].index(words.mask_token_id)
+    assert torch.isfinite(prediction.entropy[0, place])
+    assert prediction.targets is None
+
+
+def test_what_a_text_hides_does_not_depend_on_its_neighbours() -> None:
+    texts = reviews(6)["text"]
+    alone = prepare([texts[4]], bert_mlm(), MaskedLM(), mask_tokenizer()).labels
+    among = prepare(list(texts), bert_mlm(), MaskedLM(), mask_tokenizer()).labels
+    assert alone is not None
+    assert among is not None
+    assert torch.equal(among[4][: alone.shape[1]], alone[0])
