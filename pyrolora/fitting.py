@@ -23,12 +23,13 @@ from pyrolora.inference import (
     Run,
     load_network,
     prepare,
+    to_device,
     training_arguments,
 )
 from pyrolora.likelihoods import likelihood_for
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior, build
-from pyrolora.predictive import draw_factors, evaluate, predict, to_device
+from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.types import AdapterConfig
 
 

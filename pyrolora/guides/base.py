@@ -256,8 +256,8 @@ class Program(ParamModule, ABC):
         return None
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
-        """Site -> the stored draws of these numbers."""
-        raise NotImplementedError
+        """Site -> the stored draws of these numbers; of programs whose draws are `stored`."""
+        raise NotImplementedError(f"{type(self).__name__} draws anew")
 
     def statistics(self, index: Tensor) -> dict[str, Tensor]:
         """What the sampler says of the stored draws of these numbers, by ArviZ's names."""
@@ -348,16 +348,6 @@ def averaged(name: str, count: int) -> Iterator[None]:
 def flat(value: Tensor) -> Tensor:
     """The value of a site without the inner plate's dimension: (total,), or (S, total)."""
     return value.squeeze(-2) if value.dim() > 2 else value
-
-
-def factor_norms(bank: AdapterBank, latent: str, sites: Sites) -> Quantities:
-    """‖X‖_F of each latent block, (S, L): no rotation of the ranks changes it."""
-    norms = [
-        matrix.square().sum((-2, -1)).sqrt()
-        for factor in latent
-        for matrix in bank.layouts[factor].matrices(flat(sites[factor])).values()
-    ]
-    return {"factor_norm": (torch.stack(norms, dim=-1), ("block",))}
 
 
 def _without_plate(value: Tensor, event_dim: int, plates: int) -> Tensor:

@@ -18,14 +18,10 @@ from pyrolora.guides.base import (
     Fit,
     Guide,
     Law,
-    Program,
-    Quantities,
-    Sites,
-    factor_norms,
-    flat,
     require,
     tempered,
 )
+from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.map import MAP
 
 TUNING = ("marginal_likelihood", "validation")
@@ -131,7 +127,7 @@ def _score(fit: Fit, precision: float) -> float:
     return fit.held_out_nll()
 
 
-class LaplaceProgram(Program):
+class LaplaceProgram(FactorProgram):
     """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
 
     Buffers: λ, ``precision``; and for each group of equal blocks of a factor the eigenvectors of
@@ -167,17 +163,6 @@ class LaplaceProgram(Program):
         with tempered(kl_weight):
             for factor in self.options.latent:
                 pyro.sample(factor, self._law(factor))
-
-    def factors(self, sites: Sites) -> FlatFactors:
-        value = torch.cat([flat(sites[factor]) for factor in self.options.latent], dim=-1)
-        return self.bank.replaced(self.options.latent, value)
-
-    def quantities(self, sites: Sites) -> Quantities:
-        """‖A‖ and ‖B‖ of each layer, which no rotation of the ranks changes."""
-        return factor_norms(self.bank, self.options.latent, sites)
-
-    def block_names(self) -> list[str]:
-        return [block.name for block in self.bank.layout(self.options.latent).blocks]
 
     @torch.no_grad()
     def curve(self, curvature: Any) -> None:

@@ -14,15 +14,11 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import positive
 from pyrolora.guides.base import (
     LATENTS,
-    Program,
-    Quantities,
-    Sites,
     Variational,
-    factor_norms,
-    flat,
     require,
     tempered,
 )
+from pyrolora.guides.factor_program import FactorProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +68,8 @@ class MeanField(Variational):
         return MeanFieldProgram(bank, self)
 
 
-class MeanFieldProgram(Program):
-    """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat."""
+class MeanFieldProgram(FactorProgram):
+    """One scale for each latent entry."""
 
     options: MeanField
 
@@ -97,17 +93,6 @@ class MeanFieldProgram(Program):
                 mean = means.A if factor == "A" else means.B
                 law = dist.Normal(mean, self.param(f"{factor}_scale"))
                 pyro.sample(factor, law.to_event(1))
-
-    def factors(self, sites: Sites) -> FlatFactors:
-        value = torch.cat([flat(sites[factor]) for factor in self.options.latent], dim=-1)
-        return self.bank.replaced(self.options.latent, value)
-
-    def quantities(self, sites: Sites) -> Quantities:
-        """‖A‖ and ‖B‖ of each layer, which no rotation of the ranks changes."""
-        return factor_norms(self.bank, self.options.latent, sites)
-
-    def block_names(self) -> list[str]:
-        return [block.name for block in self.bank.layout(self.options.latent).blocks]
 
     def _prior(self, factor: str) -> dist.TorchDistribution:
         zeros = torch.zeros_like(self.get_parameter(f"{factor}_scale"))

@@ -7,6 +7,7 @@ from pyrolora.inference.arguments import (
     member_folders,
     training_arguments,
 )
+from pyrolora.inference.batches import to_device
 from pyrolora.inference.curvature import (
     Eigen,
     Kronecker,
@@ -39,5 +40,6 @@ __all__ = [
     "member_folders",
     "prepare",
     "read_state",
+    "to_device",
     "training_arguments",
 ]

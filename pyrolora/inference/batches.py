@@ -280,3 +280,8 @@ def _number(label: Any, choices: Any) -> Any:
     if label not in names:
         raise DataError(f"the label {label!r} is none of its example's choices, {names}")
     return names.index(label)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on ``device``."""
+    return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()}

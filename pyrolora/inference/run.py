@@ -18,6 +18,7 @@ from pyrolora import defaults
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide, Program
 from pyrolora.inference.arguments import MEMBER, checkpoints, last_checkpoint, member_folders
+from pyrolora.inference.batches import to_device
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
@@ -144,7 +145,7 @@ class Run:
 
     def _placed(self, batch: Mapping[str, Any]) -> Batch:
         device = next(self.joint.program.parameters()).device
-        return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()}
+        return to_device(batch, device)
 
     def _train(
         self,

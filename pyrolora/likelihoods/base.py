@@ -32,10 +32,13 @@ class Likelihood(ParamModule, ABC):
     linearisable: ClassVar[bool] = False
     """Whether `curvature` is exact, with few vectors an example."""
 
+    classes: ClassVar[frozenset[str]] = frozenset()
+    """transformers' classes of networks that call for it."""
+
     @classmethod
-    @abstractmethod
     def matches(cls, network: nn.Module) -> bool:
         """Whether the class of ``network`` calls for this likelihood."""
+        return type(network).__name__ in cls.classes
 
     def output(self, raw: Any) -> Tensor:
         """What the law reads of the network's return value, rows first, in at least float32."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers.models.auto import modeling_auto
 
 from pyrolora.likelihoods.tokens import TokenLikelihood
-
-_CLASSES = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 class CausalLM(TokenLikelihood):
@@ -16,9 +13,6 @@ class CausalLM(TokenLikelihood):
     """
 
     name = "causal_lm"
+    classes = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     shift = 1
     title = "a causal language model"
-
-    @classmethod
-    def matches(cls, network: nn.Module) -> bool:
-        return type(network).__name__ in _CLASSES

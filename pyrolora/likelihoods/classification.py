@@ -14,23 +14,24 @@ from pyrolora.errors import DataError
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.types import Batch
 
-_CLASSES = {
-    *modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
-    *modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
-}
-
 
 class Classification(Likelihood):
     """y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
+    classes = frozenset(
+        {
+            *modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+            *modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+        }
+    )
     linearisable = True
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:
         config: Any = getattr(network, "config", None)
         return (
-            type(network).__name__ in _CLASSES
+            super().matches(network)
             and config.problem_type in (None, "single_label_classification")
             and config.num_labels > 1
         )

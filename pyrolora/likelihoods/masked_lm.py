@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers.models.auto import modeling_auto
 
 from pyrolora.likelihoods.tokens import TokenLikelihood
-
-_CLASSES = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
 
 
 class MaskedLM(TokenLikelihood):
@@ -19,9 +16,6 @@ class MaskedLM(TokenLikelihood):
     """
 
     name = "masked_lm"
+    classes = frozenset(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
     shift = 0
     title = "a masked language model"
-
-    @classmethod
-    def matches(cls, network: nn.Module) -> bool:
-        return type(network).__name__ in _CLASSES

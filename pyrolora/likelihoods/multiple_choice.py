@@ -15,8 +15,6 @@ CHOICE_MASK = "choice_mask"
 # In place of -inf, which makes NaN of an entropy's gradient; its exponential is 0 in every dtype.
 IMPOSSIBLE = -1e30
 
-_CLASSES = set(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
-
 
 class MultipleChoice(Classification):
     """y ~ Categorical(softmax(f)) over the choices of each example, with f (..., b, choices) the
@@ -24,11 +22,12 @@ class MultipleChoice(Classification):
     """
 
     name = "multiple_choice"
+    classes = frozenset(modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
     extras = (CHOICE_MASK,)
 
     @classmethod
-    def matches(cls, network: nn.Module) -> bool:
-        return type(network).__name__ in _CLASSES
+    def matches(cls, network: nn.Module) -> bool:  # whatever its ``num_labels``
+        return type(network).__name__ in cls.classes
 
     def logits(self, output: Tensor, batch: Batch) -> Tensor:
         mask = batch.get(CHOICE_MASK)

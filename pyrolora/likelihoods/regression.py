@@ -15,8 +15,6 @@ from pyrolora.errors import DataError
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.types import Batch
 
-_CLASSES = set(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-
 
 class Regression(Likelihood):
     """y ~ N(f, σ²), with f (..., b) the network's single output and σ, ``noise_scale``, learned.
@@ -26,6 +24,7 @@ class Regression(Likelihood):
     """
 
     name = "regression"
+    classes = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
     linearisable = True
 
     def __init__(self) -> None:
@@ -35,7 +34,7 @@ class Regression(Likelihood):
     @classmethod
     def matches(cls, network: nn.Module) -> bool:
         config: Any = getattr(network, "config", None)
-        return type(network).__name__ in _CLASSES and (
+        return super().matches(network) and (
             config.problem_type == "regression" or config.num_labels == 1
         )
 

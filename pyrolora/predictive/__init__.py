@@ -1,7 +1,7 @@
 """From draws of the posterior to predictions and their scores."""
 
 from pyrolora.predictive.metrics import auroc, evaluate
-from pyrolora.predictive.predict import draw_factors, predict, seeded, to_device
+from pyrolora.predictive.predict import draw_factors, predict, seeded
 from pyrolora.predictive.prediction import (
     ClassPrediction,
     Prediction,
@@ -19,5 +19,4 @@ __all__ = [
     "evaluate",
     "predict",
     "seeded",
-    "to_device",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from tqdm.auto import tqdm
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import whole_number
-from pyrolora.inference import Prepared
+from pyrolora.inference import Prepared, to_device
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
@@ -77,11 +76,6 @@ def passes(
     for start in range(0, len(counts), step):
         output = joint.network(batch, settings[start : start + step])
         yield output.repeat_interleave(counts[start : start + step].to(output.device), 0)
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``."""
-    return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()}
 
 
 @contextmanager

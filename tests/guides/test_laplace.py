@@ -196,7 +196,8 @@ def laws(posterior: Posterior) -> list[Any]:
 def test_a_post_hoc_fit_predicts_with_the_covariance_of_laplace_torch():
     """An adapter on weights that are 0, with s = 1, is a network of plain linear layers A and B.
     What draws of the probabilities tell is the covariance of f_c − f_0 of each example."""
-    laplace = pytest.importorskip("laplace")
+    import laplace
+
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
