@@ -455,6 +455,7 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "sample_scale": [0.0, -1.0, NAN, INF],
         "component_prior": ["paper"],
         "covariance": ["lowrank"],
+        "prior_mean": ["x", 0.0, None],
         "df_per_rank": [0.5, NAN, INF],
         "concentration": [0.0, -1.0, NAN, INF],
         "init_covariance": [0.0, -1.0, NAN, INF],

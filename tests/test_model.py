@@ -163,10 +163,16 @@ def test_nuts_recovers_the_exact_posterior_of_a_linear_gaussian_layer():
     check_moments(draws, *exact_posterior(joint, batch, torch.zeros(3), 0.7))
 
 
-@pytest.mark.parametrize("prior", ["isotropic", "hierarchical"])
-def test_nuts_on_montec_given_its_scales_recovers_the_exact_posterior(prior):
-    """Given π and Σ = σ² the adapter's prior is N(M, (ε‖π‖σ)²), with σ = 1 when isotropic."""
-    joint, batch = linear_gaussian(MonteCLoRA(component_prior=prior, sample_scale=0.9))
+@pytest.mark.parametrize(
+    ("prior", "prior_mean"),
+    [("isotropic", "learned"), ("hierarchical", "learned"), ("hierarchical", "zero")],
+)
+def test_nuts_on_montec_given_its_scales_recovers_the_exact_posterior(prior, prior_mean):
+    """Given π and Σ = σ² the adapter's prior is N(M, (ε‖π‖σ)²), with σ = 1 when isotropic and
+    M = 0 when the prior's mean is zero."""
+    joint, batch = linear_gaussian(
+        MonteCLoRA(component_prior=prior, prior_mean=prior_mean, sample_scale=0.9)
+    )
     weights, tril = torch.tensor([[0.4, 0.3, 0.2, 0.1]]), torch.tensor([[[1.3]]])
     fixed = {"mixture_weights": weights, "covariance_tril": tril}
     noise = nuts(poutine.condition(joint, fixed), batch)["noise"]
@@ -178,6 +184,7 @@ def test_nuts_on_montec_given_its_scales_recovers_the_exact_posterior(prior):
     draws = joint.program.factors(sites).A.detach()
     scale = 0.9 * weights.norm() * (1.3 if prior == "hierarchical" else 1.0)
     mean = joint.program.bank.get_parameter("A_loc").detach()
+    mean = mean if prior_mean == "learned" else torch.zeros_like(mean)
     check_moments(draws, *exact_posterior(joint, batch, mean, scale))
 
 

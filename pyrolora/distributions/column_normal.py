@@ -67,12 +67,12 @@ def map_blocks(
 
 
 class ColumnNormal(TorchDistribution):
-    r"""All columns of L matrices: column j of matrix l is N(0, S_l S_lᵀ), independent given S.
+    r"""All columns of L matrices: column j of matrix l is N(m_j, S_l S_lᵀ), independent given S.
 
     The value is one flat vector, matrix after matrix, each row by row, so that one Pyro site
     carries matrices of several shapes without padding.
 
-        log p(x) = Σ_l [ -½ ‖S_l⁻¹ X_l‖² - c_l log|S_l| - ½ r_l c_l log 2π ]
+        log p(x) = Σ_l [ -½ ‖S_l⁻¹ (X_l - M_l)‖² - c_l log|S_l| - ½ r_l c_l log 2π ]
 
     Parameters
     ----------
@@ -81,6 +81,8 @@ class ColumnNormal(TorchDistribution):
     groups : sequence of BlockGroup
         The shapes (r_l, c_l) of the L matrices, in runs of equal shape, with r_l <= r. A matrix of
         lower rank uses the leading principal block of its S.
+    loc : Tensor, optional
+        m, flat as the value is, shape ``(*batch_shape, total)``; None for zeros.
     """
 
     arg_constraints: ClassVar = {
@@ -90,18 +92,29 @@ class ColumnNormal(TorchDistribution):
     has_rsample = True
 
     def __init__(
-        self, scale_tril: Tensor, groups: Blocks, *, validate_args: bool | None = None
+        self,
+        scale_tril: Tensor,
+        groups: Blocks,
+        loc: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
     ) -> None:
-        self.scale_tril = scale_tril
         self.groups = tuple(groups)
         total = sum(group.total for group in self.groups)
-        super().__init__(scale_tril.shape[:-3], torch.Size([total]), validate_args=validate_args)
+        batch_shape = scale_tril.shape[:-3]
+        if loc is not None:
+            batch_shape = torch.broadcast_shapes(batch_shape, loc.shape[:-1])
+            loc = loc.expand(*batch_shape, total)
+        self.scale_tril = scale_tril.expand(*batch_shape, *scale_tril.shape[-3:])
+        self.loc = loc
+        super().__init__(batch_shape, torch.Size([total]), validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> ColumnNormal:
         new = self._get_checked_instance(ColumnNormal, _instance)
         batch_shape = torch.Size(batch_shape)
         new.scale_tril = self.scale_tril.expand(batch_shape + self.scale_tril.shape[-3:])
         new.groups = self.groups
+        new.loc = None if self.loc is None else self.loc.expand(batch_shape + self.event_shape)
         super(ColumnNormal, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -109,7 +122,8 @@ class ColumnNormal(TorchDistribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         standard = torch.randn(shape, dtype=self.scale_tril.dtype, device=self.scale_tril.device)
-        return map_blocks(torch.matmul, self.scale_tril, standard, self.groups)
+        centred = map_blocks(torch.matmul, self.scale_tril, standard, self.groups)
+        return centred if self.loc is None else centred + self.loc
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -117,7 +131,7 @@ class ColumnNormal(TorchDistribution):
         whitened = map_blocks(
             lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
             self.scale_tril,
-            value,
+            value if self.loc is None else value - self.loc,
             self.groups,
         )
         log_diagonal = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
@@ -133,6 +147,8 @@ class ColumnNormal(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
+        if self.loc is not None:
+            return self.loc
         return self.scale_tril.new_zeros(self.batch_shape + self.event_shape)
 
     @property
@@ -141,7 +157,7 @@ class ColumnNormal(TorchDistribution):
         return map_blocks(
             lambda law, x: law[..., :1] + x,
             per_row.expand(self.scale_tril.shape),
-            self.mean,
+            torch.zeros_like(self.mean),
             self.groups,
         )
 

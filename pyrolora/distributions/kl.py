@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, register_kl
 
-from pyrolora.distributions.column_normal import ColumnNormal
+from pyrolora.distributions.column_normal import ColumnNormal, map_blocks
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
 from pyrolora.distributions.wishart_cholesky import WishartCholesky
 
@@ -35,7 +35,8 @@ def _kl_wishart(p: WishartCholesky, q: WishartCholesky) -> Tensor:
 
 @register_kl(ColumnNormal, ColumnNormal)
 def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
-    """Σ_l c_l [ ½ (‖S_q⁻¹ S_p‖² - r_l) - log|S_q⁻¹ S_p| ], over the r_l rows of each matrix.
+    """Σ_l c_l [ ½ (‖S_q⁻¹ S_p‖² - r_l) - log|S_q⁻¹ S_p| ], over the r_l rows of each matrix, and
+    ½ Σ_l ‖S_q⁻¹ (M_p - M_q)‖².
 
     Row i of S_q⁻¹ S_p depends on the first i rows of both factors only, so that a lower rank cuts
     the sums by rows.
@@ -44,7 +45,16 @@ def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
         raise ValueError(f"the matrices differ in shape: {p.groups} and {q.groups}")
     whitened = torch.linalg.solve_triangular(q.scale_tril, p.scale_tril, upper=False)
     per_row = 0.5 * (whitened.square().sum(-1) - 1) - whitened.diagonal(dim1=-2, dim2=-1).log()
-    return (per_row * p.entry_weights()).sum((-2, -1))
+    divergence = (per_row * p.entry_weights()).sum((-2, -1))
+    if p.loc is None and q.loc is None:
+        return divergence
+    apart = map_blocks(
+        lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
+        q.scale_tril,
+        p.mean - q.mean,
+        q.groups,
+    )
+    return divergence + 0.5 * apart.square().sum(-1)
 
 
 @register_kl(KroneckerNormal, Independent)

@@ -13,11 +13,12 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.distributions import ColumnNormal, WishartCholesky
+from pyrolora.distributions import ColumnNormal, WishartCholesky, map_blocks
 from pyrolora.distributions.wishart_cholesky import lower_factor
-from pyrolora.errors import positive, whole_number
+from pyrolora.errors import ConfigError, positive, whole_number
 from pyrolora.guides.base import (
     LATENTS,
+    Fit,
     Program,
     Quantities,
     Sites,
@@ -29,6 +30,7 @@ from pyrolora.guides.base import (
 
 COMPONENT_PRIORS = ("isotropic", "hierarchical")
 COVARIANCES = ("diagonal", "full")
+PRIOR_MEANS = ("learned", "zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,10 @@ class MonteCLoRA(Variational):
       Wishart prior, connected to nothing; a_j = m_j + ε₀ ‖π‖ z_j with z_j ~ N(0, (ε/ε₀)² Σ) in the
       guide. The KL of z is KL(N(0, (ε/ε₀)² Σ) ‖ N(0, I)), once a column.
 
-    The means M, B and the task head are parameters that model and guide share.
+    The means M, B and the task head are parameters that model and guide share. With
+    ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
+    above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² a column, with S = ε₀ ‖π‖ I, or
+    ε₀ ‖π‖ L in the hierarchical form.
 
     Parameters
     ----------
@@ -66,8 +71,12 @@ class MonteCLoRA(Variational):
         ``"isotropic"`` or ``"hierarchical"``.
     covariance
         V ``"diagonal"`` (the paper's) or ``"full"``.
+    prior_mean
+        ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing), or
+        ``"zero"``.
     df_per_rank
-        ν / r >= 1, with r the highest rank of the adapters.
+        ν / r >= 1, with r the highest rank of the adapters. For the hierarchical form around zero
+        ν > r + 1: below, E[Σ⁻¹] and with it the KL is infinite.
     concentration
         α₀.
     init_covariance
@@ -98,9 +107,10 @@ class MonteCLoRA(Variational):
     learn_sample_scale: bool = False
     component_prior: str = "isotropic"
     covariance: str = "diagonal"
+    prior_mean: str = defaults.PRIOR_MEAN
     df_per_rank: float = defaults.DF_PER_RANK
     concentration: float = defaults.CONCENTRATION
-    init_covariance: float = 1.0
+    init_covariance: float = defaults.INIT_COVARIANCE
     cooperation: float = 0.0
     latent: str = "A"
     sparse: bool = False
@@ -116,6 +126,7 @@ class MonteCLoRA(Variational):
         for name, choices in (
             ("component_prior", COMPONENT_PRIORS),
             ("covariance", COVARIANCES),
+            ("prior_mean", PRIOR_MEANS),
             ("latent", LATENTS),
         ):
             value = getattr(self, name)
@@ -128,6 +139,8 @@ class MonteCLoRA(Variational):
         options: dict[str, Any] = {
             "component_prior": "isotropic",
             "covariance": "diagonal",
+            "prior_mean": "learned",
+            "init_covariance": 1.0,
             "df_per_rank": 1,
             "num_components": 4,
             "sample_scale": 5e-3,
@@ -138,6 +151,16 @@ class MonteCLoRA(Variational):
 
     def build(self, bank: AdapterBank) -> MonteCLoRAProgram:
         return MonteCLoRAProgram(bank, self)
+
+    def infer(self, fit: Fit) -> None:
+        around_zero = self.prior_mean == "zero" and self.component_prior == "hierarchical"
+        rank, df = fit.program.layout.rank, fit.program.df
+        if around_zero and df <= rank + 1:
+            raise ConfigError(
+                f"with prior_mean='zero' and component_prior='hierarchical' the KL is finite for "
+                f"df_per_rank > {1 + 1 / rank:g} at rank {rank}, got {self.df_per_rank!r}"
+            )
+        super().infer(fit)
 
 
 class MonteCLoRAProgram(Program):
@@ -184,7 +207,8 @@ class MonteCLoRAProgram(Program):
                 tril = pyro.sample("covariance_tril", WishartCholesky(self.df, eye / self.df**0.5))
                 if options.cooperation:
                     pyro.factor("cooperation", -options.cooperation * weights.square().sum(-1))
-            noise = pyro.sample("noise", ColumnNormal(eye, self.layout.groups))
+            prior_loc = self._prior_loc(weights, tril)
+            noise = pyro.sample("noise", ColumnNormal(eye, self.layout.groups, prior_loc))
         return self.factors({"mixture_weights": weights, "covariance_tril": tril, "noise": noise})
 
     def guide(self, kl_weight: float = 1.0) -> None:
@@ -204,7 +228,7 @@ class MonteCLoRAProgram(Program):
 
     def factors(self, sites: Sites) -> FlatFactors:
         noise = flat(sites["noise"])
-        gain = self.options.sample_scale * self._spread(sites["mixture_weights"])
+        gain = self._gain(sites["mixture_weights"])
         if self.options.component_prior == "hierarchical":
             delta = self.layout.transform(gain[..., None, None] * sites["covariance_tril"], noise)
         else:
@@ -231,6 +255,27 @@ class MonteCLoRAProgram(Program):
 
     def block_names(self) -> list[str]:
         return [block.name for block in self.layout.blocks]
+
+    def _prior_loc(self, weights: Tensor, tril: Tensor) -> Tensor | None:
+        """The mean of z in the model, where the noise is seen from M: a_j = 0."""
+        if self.options.prior_mean == "learned":
+            return None
+        means = -self.bank.latent_part(self.options.latent, self.bank.means())
+        gain = self._gain(weights)
+        if self.options.component_prior == "hierarchical":
+            loc = map_blocks(
+                lambda law, x: torch.linalg.solve_triangular(law, x, upper=False),
+                gain[..., None, None] * tril,
+                means.expand(*gain.shape[:-1], -1),
+                self.layout.groups,
+            )
+        else:
+            loc = self.layout.scale(1 / gain, means)
+        return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
+
+    def _gain(self, weights: Tensor) -> Tensor:
+        """ε₀ ‖π‖ of every block, (..., L)."""
+        return self.options.sample_scale * self._spread(weights)
 
     def _spread(self, weights: Tensor) -> Tensor:
         """‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""

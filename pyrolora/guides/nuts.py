@@ -20,6 +20,7 @@ from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram, require
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
+from pyrolora.guides.montec import MonteCLoRA
 
 HIGH_R_HAT = 1.05
 
@@ -84,11 +85,13 @@ class NUTS(Guide):
                 f"in the model of MAP(latent={inner.latent!r}) the other factor is a point mass, "
                 f"where NUTS cannot move; MeanField(latent={inner.latent!r}) has it as a constant"
             )
-        for field in dataclasses.fields(inner):
-            value = getattr(inner, field.name)
-            if field.name in inner.guide_only and value != field.default:
+        # What nobody set: the defaults, and what a preset brings along.
+        usual = [type(inner)(), *([MonteCLoRA.paper()] if isinstance(inner, MonteCLoRA) else [])]
+        for name in inner.guide_only:
+            value = getattr(inner, name)
+            if all(value != getattr(options, name) for options in usual):
                 raise ConfigError(
-                    f"{field.name}={value!r} is an option of the guide of {inner.name!r}, and "
+                    f"{name}={value!r} is an option of the guide of {inner.name!r}, and "
                     "NUTS samples its model; leave it out"
                 )
 

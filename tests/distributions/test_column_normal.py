@@ -46,15 +46,16 @@ def matrices(flat, groups):
     return out
 
 
-def column_log_prob(scale_tril, value, groups):
+def column_log_prob(scale_tril, value, groups, loc=None):
     """Sum over matrices and columns of the multivariate normals' densities."""
     total = 0
-    for index, matrix in enumerate(matrices(value, groups)):
+    means = matrices(torch.zeros_like(value) if loc is None else loc, groups)
+    for index, (matrix, mean) in enumerate(zip(matrices(value, groups), means, strict=True)):
         r = matrix.shape[-2]
         # The covariance of a lower rank is the leading block of the covariance.
         S = scale_tril[..., index, :, :]
         covariance = (S @ S.mT)[..., :r, :r].unsqueeze(-3)
-        law = MultivariateNormal(torch.zeros(r).double(), covariance)
+        law = MultivariateNormal(mean.mT, covariance)
         total = total + law.log_prob(matrix.mT).sum(-1)
     return total
 
@@ -71,6 +72,28 @@ def test_log_prob_is_the_sum_over_columns_of_multivariate_normals(groups, batch)
     torch.testing.assert_close(actual, column_log_prob(S, value, groups))
 
 
+@pytest.mark.parametrize(
+    ("scales", "means"),
+    [((), ()), ((2,), ()), ((), (2,)), ((2,), (2,)), ((3, 1), (2,)), ((), (3, 1))],
+)
+def test_log_prob_with_a_mean_is_that_of_multivariate_normals(groups, scales, means):
+    """Either of mean and scale may have the batch dimensions, or both different ones."""
+    batch = torch.broadcast_shapes(scales, means)
+    S, total = lower_factors(groups, *scales), sum(g.total for g in groups)
+    loc, value = (torch.randn(*shape, total, dtype=torch.float64) for shape in (means, batch))
+
+    law = ColumnNormal(S, groups, loc)
+
+    assert law.batch_shape == batch
+    assert law.scale_tril.shape[:-3] == batch
+    assert law.rsample().shape == (*batch, total)
+    assert torch.equal(law.mean, loc.expand(*batch, total))
+    variance = ColumnNormal(S, groups).variance
+    torch.testing.assert_close(law.variance, variance.expand(*batch, total))
+    expected = column_log_prob(S, value, groups, loc)
+    torch.testing.assert_close(law.log_prob(value), expected.expand(batch))
+
+
 def test_log_prob_takes_a_batch_of_draws(groups):
     S = lower_factors(groups)
     law = ColumnNormal(S, groups)
@@ -81,12 +104,14 @@ def test_log_prob_takes_a_batch_of_draws(groups):
     torch.testing.assert_close(actual, torch.stack([torch.stack(row) for row in expected]))
 
 
-def test_covariance_of_draws_is_the_scale_within_and_zero_between_columns(groups):
+@pytest.mark.parametrize("located", [False, True])
+def test_draws_have_the_mean_and_covary_by_the_scale_within_columns_only(groups, located):
     """Tolerance: an entry of a covariance of n draws has standard error at most
     sqrt(2 v_i v_j / n); five of them for the worst of up to 35² entries."""
-    S = lower_factors(groups)
-    law = ColumnNormal(S, groups)
-    draws = law.sample((DRAWS,))
+    S, total = lower_factors(groups), sum(g.total for g in groups)
+    mean = (1 + torch.rand(total, dtype=torch.float64)) * (1 if located else 0)
+    law = ColumnNormal(S, groups, mean if located else None)
+    draws = law.sample((DRAWS,)) - mean
     blocks = []
     for index, group in enumerate(g for g in groups for _ in range(g.count)):
         covariance = (S[index] @ S[index].mT)[: group.rank, : group.rank]
@@ -101,29 +126,30 @@ def test_covariance_of_draws_is_the_scale_within_and_zero_between_columns(groups
     assert ((actual - expected).abs() <= tolerance).all()
     assert (draws.mean(0).abs() <= 5 * sd / math.sqrt(DRAWS)).all()
     torch.testing.assert_close(law.variance, expected.diagonal())
-    assert (law.mean == 0).all()
+    assert torch.equal(law.mean, mean)
 
 
-def test_gradient_of_rsample_in_the_scale_agrees_with_finite_differences():
+def test_gradient_of_rsample_in_scale_and_mean_agrees_with_finite_differences():
     groups = GROUPS["ranks"]
     S = lower_factors(groups).requires_grad_()
+    loc = torch.randn(sum(g.total for g in groups), dtype=torch.float64, requires_grad=True)
 
-    def draw(scale):
+    def draw(scale, loc):
         torch.manual_seed(1)
-        return ColumnNormal(scale, groups, validate_args=False).rsample()
+        return ColumnNormal(scale, groups, loc, validate_args=False).rsample()
 
-    assert torch.autograd.gradcheck(draw, S)
+    assert torch.autograd.gradcheck(draw, (S, loc))
 
 
 def test_gradient_of_log_prob_agrees_with_finite_differences():
     groups = [BlockGroup(1, 2, 3), BlockGroup(1, 1, 2)]
     S = lower_factors(groups).requires_grad_()
-    value = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    loc, value = (torch.randn(8, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
-    def log_prob(scale, value):
-        return ColumnNormal(scale.tril(), groups, validate_args=False).log_prob(value)
+    def log_prob(scale, loc, value):
+        return ColumnNormal(scale.tril(), groups, loc, validate_args=False).log_prob(value)
 
-    assert torch.autograd.gradcheck(log_prob, (S, value))
+    assert torch.autograd.gradcheck(log_prob, (S, loc, value))
 
 
 def test_log_prob_has_gradients_after_a_first_use_in_inference_mode():
@@ -138,8 +164,10 @@ def test_log_prob_has_gradients_after_a_first_use_in_inference_mode():
     assert S.grad.isfinite().all()
 
 
-def test_expand_gives_independent_copies_of_the_same_law(groups):
-    law = ColumnNormal(lower_factors(groups, 2), groups)
+@pytest.mark.parametrize("located", [False, True])
+def test_expand_gives_independent_copies_of_the_same_law(groups, located):
+    loc = torch.randn(2, sum(g.total for g in groups), dtype=torch.float64)
+    law = ColumnNormal(lower_factors(groups, 2), groups, loc if located else None)
     wide = law.expand((3, 2))
     draw = wide.rsample()
 
@@ -150,6 +178,7 @@ def test_expand_gives_independent_copies_of_the_same_law(groups):
     assert not torch.equal(draw[0], draw[1])
     torch.testing.assert_close(wide.log_prob(draw), law.log_prob(draw))
     torch.testing.assert_close(wide.variance, law.variance.expand(3, *law.variance.shape))
+    assert torch.equal(wide.mean, law.mean.expand(3, *law.mean.shape))
 
 
 def test_rows_of_the_scale_that_no_matrix_has_change_nothing():
@@ -174,6 +203,25 @@ def test_a_site_works_under_a_pyro_plate():
     site = trace.nodes["delta"]
     assert site["value"].shape == (5, sum(g.total for g in groups))
     torch.testing.assert_close(site["log_prob"], column_log_prob(S, site["value"], groups))
+
+
+def test_a_site_has_one_mean_a_draw_under_a_pyro_plate():
+    """The scale has no dimension of the plate, as in MonteCLoRA's model."""
+    groups = GROUPS["ranks"]
+    S, total = lower_factors(groups), sum(g.total for g in groups)
+    loc = 100.0 * torch.arange(5, dtype=torch.float64)[:, None, None].expand(5, 1, total)
+
+    def model():
+        with pyro.plate("draws", 5, dim=-2):
+            return pyro.sample("delta", ColumnNormal(S, groups, loc))
+
+    trace = pyro.poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    site = trace.nodes["delta"]
+    assert site["value"].shape == (5, 1, total)
+    torch.testing.assert_close((site["value"] / 100).round().mul(100), loc)
+    expected = column_log_prob(S, site["value"], groups, loc)
+    torch.testing.assert_close(site["log_prob"], expected)
 
 
 def test_a_scale_that_is_no_lower_factor_raises():

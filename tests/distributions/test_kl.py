@@ -22,6 +22,11 @@ def lower_factors(*shape):
     return below.tril(-1) + torch.diag_embed(on)
 
 
+def means(*batch):
+    """Means of all columns of `GROUPS`, flat."""
+    return torch.randn(*batch, sum(group.total for group in GROUPS), dtype=torch.float64)
+
+
 def assert_is_monte_carlo_kl(p, q, draws=DRAWS):
     """The closed form is within five standard errors of the mean log ratio under p."""
     x = p.sample((draws,))
@@ -99,20 +104,33 @@ def test_column_normal_kl_is_the_monte_carlo_mean_of_the_log_ratio():
     assert_is_monte_carlo_kl(p, q)
 
 
-def test_column_normal_kl_is_one_multivariate_normal_kl_a_column():
-    Sp, Sq = lower_factors(5, 3), lower_factors(5, 3)
-    expected = torch.zeros((), dtype=torch.float64)
+@pytest.mark.parametrize("located", ["neither", "p", "q", "both"])
+def test_column_normal_kl_is_one_multivariate_normal_kl_a_column(located):
+    Sp, Sq, zero = lower_factors(5, 3), lower_factors(5, 3), torch.zeros_like(means())
+    mp, mq = (means() if located in (name, "both") else zero for name in "pq")
+    expected, start = torch.zeros((), dtype=torch.float64), 0
     for index, group in enumerate(g for g in GROUPS for _ in range(g.count)):
+        end = start + group.rank * group.columns
         p, q = (
             MultivariateNormal(
-                torch.zeros(group.rank).double(),
+                m[start:end].reshape(group.rank, group.columns).mT,
                 (S[index] @ S[index].mT)[: group.rank, : group.rank],
             )
-            for S in (Sp, Sq)
+            for m, S in ((mp, Sp), (mq, Sq))
         )
-        expected = expected + group.columns * kl_divergence(p, q)
-    actual = kl_divergence(ColumnNormal(Sp, GROUPS), ColumnNormal(Sq, GROUPS))
-    torch.testing.assert_close(actual, expected)
+        expected = expected + kl_divergence(p, q).sum()
+        start = end
+    p, q = (ColumnNormal(S, GROUPS, None if m is zero else m) for m, S in ((mp, Sp), (mq, Sq)))
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+
+
+def test_column_normal_kl_to_a_prior_with_one_mean_a_draw():
+    """What MonteCLoRA's plate of draws asks for: the scales are shared, and one mean is none."""
+    p, scale, loc = ColumnNormal(lower_factors(5, 3), GROUPS), lower_factors(5, 3), means(4, 1)
+    actual = kl_divergence(p, ColumnNormal(scale, GROUPS, loc))
+    alone = [kl_divergence(p, ColumnNormal(scale, GROUPS, m)) for m in loc[:, 0]]
+    torch.testing.assert_close(actual, torch.stack(alone).unsqueeze(-1))
+    assert torch.stack(alone).unique().numel() == 4
 
 
 # All -------------------------------------------------------------------------------------------
@@ -127,24 +145,31 @@ def pairs(batch):
         ColumnNormal(lower_factors(*batch, 5, 3), GROUPS),
         ColumnNormal(lower_factors(*batch, 5, 3), GROUPS),
     )
+    yield (
+        ColumnNormal(lower_factors(*batch, 5, 3), GROUPS, means(*batch)),
+        ColumnNormal(lower_factors(*batch, 5, 3), GROUPS, means(*batch)),
+    )
+
+
+KINDS = pytest.mark.parametrize("index", [0, 1, 2], ids=["wishart", "columns", "located columns"])
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (4,), (2, 3)])
-@pytest.mark.parametrize("index", [0, 1], ids=["wishart", "columns"])
+@KINDS
 def test_kl_has_exactly_the_batch_shape_and_is_positive(batch, index):
     p, q = list(pairs(batch))[index]
     assert kl_divergence(p, q).shape == batch
     assert (kl_divergence(p, q) > 0).all()
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["wishart", "columns"])
+@KINDS
 def test_kl_under_to_event_sums_the_batch(index):
     p, q = list(pairs((2, 3)))[index]
     actual = kl_divergence(p.to_event(1), q.to_event(1))
     torch.testing.assert_close(actual, kl_divergence(p, q).sum(-1))
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["wishart", "columns"])
+@KINDS
 def test_kl_to_an_unbatched_prior_is_that_to_its_expansion(index):
     """A guide batched over layers against one prior for all of them."""
     p = list(pairs((4,)))[index][0]
@@ -166,25 +191,37 @@ def test_kl_of_equal_laws_is_exactly_zero_at_unit_scale(batch, dtype):
     assert (kl_divergence(columns, columns) == 0).all()
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["wishart", "columns"])
+@KINDS
 def test_kl_of_equal_laws_is_zero_up_to_the_rounding_of_the_solve(index):
     """S⁻¹ S of a general S is the identity to a few ulps (2e-16) in each of at most 45 entries."""
     p = list(pairs((3,)))[index][0]
     assert (kl_divergence(p, p).abs() < 1e-12).all()
 
 
-@pytest.mark.parametrize("index", [0, 1], ids=["wishart", "columns"])
-def test_kl_gradient_agrees_with_finite_differences(index):
-    q = list(pairs(()))[index][1]
-    Sp = (lower_factors(3) if index == 0 else lower_factors(5, 3)).requires_grad_()
+def test_wishart_kl_gradient_agrees_with_finite_differences():
+    q = WishartCholesky(5.5, lower_factors(3))
+    Sp = lower_factors(3).requires_grad_()
     nu = torch.tensor(4.5, dtype=torch.float64, requires_grad=True)
 
     def kl(S, nu):
-        if index == 0:
-            return kl_divergence(WishartCholesky(nu, S.tril(), validate_args=False), q)
-        return nu * kl_divergence(ColumnNormal(S.tril(), GROUPS, validate_args=False), q)
+        return kl_divergence(WishartCholesky(nu, S.tril(), validate_args=False), q)
 
     assert torch.autograd.gradcheck(kl, (Sp, nu))
+
+
+@pytest.mark.parametrize("located", [False, True])
+def test_column_normal_kl_gradient_agrees_with_finite_differences(located):
+    """In both scales and, where there are any, both means."""
+    scales = [lower_factors(5, 3).requires_grad_() for _ in range(2)]
+    locs = [means().requires_grad_() for _ in range(2 * located)]
+
+    def kl(Sp, Sq, mp=None, mq=None):
+        p, q = (
+            ColumnNormal(S.tril(), GROUPS, m, validate_args=False) for S, m in ((Sp, mp), (Sq, mq))
+        )
+        return kl_divergence(p, q)
+
+    assert torch.autograd.gradcheck(kl, (*scales, *locs))
 
 
 def test_column_normal_kl_has_gradients_after_a_first_use_in_inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -44,8 +45,8 @@ def reference(problem: Layer, options: MonteCLoRA, count: int) -> tuple[Gaussian
     """The posterior's mean and covariance of A, and E[‖π‖² Σ | y], for rank 1, by importance
     sampling.
 
-    Given c = ε₀² ‖π‖² Σ the columns are a_j ~ N(m_j, c), and all that the data say is their
-    evidence: with g = h − H m and P = H + I / c,
+    Given c = ε₀² ‖π‖² Σ the columns are a_j ~ N(m_j, c), with m_j = 0 for a zero prior mean, and
+    all that the data say is their evidence: with g = h − H m and P = H + I / c,
 
         log p(y | c) = ½ gᵀ P⁻¹ g − ½ log|I + c H| + constant.
     """
@@ -59,6 +60,8 @@ def reference(problem: Layer, options: MonteCLoRA, count: int) -> tuple[Gaussian
     c = options.sample_scale**2 * spread
     H, h = problem.quadratic("A")
     mean, eye = problem.mean("A"), torch.eye(len(h), dtype=torch.float64)
+    if options.prior_mean == "zero":
+        mean = torch.zeros_like(mean)
     g = h - H @ mean
     covariances = torch.linalg.inv(H + eye / c[:, None, None])
     shifts = covariances @ g
@@ -73,10 +76,16 @@ def reference(problem: Layer, options: MonteCLoRA, count: int) -> tuple[Gaussian
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", ["hierarchical", "isotropic"])
-def test_nuts_integrates_over_mixture_weights_and_covariance(prior):
+@pytest.mark.parametrize(
+    ("prior", "prior_mean"),
+    [("hierarchical", "learned"), ("isotropic", "learned"), ("hierarchical", "zero")],
+)
+def test_nuts_integrates_over_mixture_weights_and_covariance(prior, prior_mean):
     problem = layer(MAP(), n=5, inputs=2, outputs=3, rank=1)
-    options = MonteCLoRA(component_prior=prior, sample_scale=0.7, num_components=2, kl_weight=1.0)
+    options = MonteCLoRA(
+        component_prior=prior, prior_mean=prior_mean, sample_scale=0.7, num_components=2,
+        kl_weight=1.0,
+    )  # fmt: skip
     posterior = problem.fit(NUTS(inner=options, num_samples=250, warmup_steps=150))
     program = posterior.model.program
     sites = program.pick(torch.arange(program.stored()))
@@ -195,7 +204,23 @@ def elbo(problem: Layer, options: MonteCLoRA, alpha: Tensor, tril: Tensor) -> Te
         halves = (df - torch.arange(rank, dtype=torch.float64)) / 2
         log_det = torch.digamma(halves).sum() + rank * math.log(2 / df) + V.logdet()
         kl = kl + columns * 0.5 * (V.trace() - rank - log_det)
+    if options.prior_mean == "zero":
+        kl = kl + 0.5 * mean @ prior_precision(problem, options, alpha, V) @ mean
     return problem.log_likelihood("A", mean, covariance) - kl
+
+
+def prior_precision(problem: Layer, options: MonteCLoRA, alpha: Tensor, V: Tensor) -> Tensor:
+    """E[(ε² ‖π‖² Σ)⁻¹] of all entries of A under the guide: E[Σ⁻¹] = ν V⁻¹ / (ν − r − 1) for
+    Σ ~ Wishart(ν, V/ν), and E[‖π‖⁻²] from many draws of its Dirichlet."""
+    df, rank = options.df_per_rank * len(V), len(V)
+    inverse = Dirichlet(alpha).sample((200_000,)).square().sum(-1).reciprocal().mean()
+    if options.component_prior == "hierarchical":
+        per_column = df / (df - rank - 1) * torch.linalg.inv(V).contiguous()
+    else:
+        per_column = torch.eye(rank, dtype=torch.float64)
+    columns = len(problem.mean("A")) // rank
+    eye = torch.eye(columns, dtype=torch.float64)
+    return inverse / options.sample_scale**2 * torch.kron(per_column, eye)
 
 
 def found_by(problem: Layer) -> tuple[Tensor, Tensor]:
@@ -208,11 +233,22 @@ def found_by(problem: Layer) -> tuple[Tensor, Tensor]:
 MONTEC = [
     MonteCLoRA(
         component_prior=prior, covariance=covariance, sample_scale=0.5, num_components=3,
-        kl_weight=1.0,
+        kl_weight=1.0, prior_mean="learned", init_covariance=1.0,
     )
     for prior in ("isotropic", "hierarchical")
     for covariance in ("diagonal", "full")
 ]  # fmt: skip
+
+AROUND_ZERO = [
+    dataclasses.replace(o, prior_mean="zero", df_per_rank=8)
+    for o in MONTEC
+    if o.covariance == "full"
+]
+
+
+def montec_name(options: MonteCLoRA) -> str:
+    around = "-zero" if options.prior_mean == "zero" else ""
+    return f"{options.component_prior}-{options.covariance}{around}"
 
 
 def montec_layer(options: MonteCLoRA) -> Layer:
@@ -221,13 +257,18 @@ def montec_layer(options: MonteCLoRA) -> Layer:
     return problem
 
 
-@pytest.mark.parametrize("options", MONTEC, ids=lambda o: f"{o.component_prior}-{o.covariance}")
+def perturb_scales(problem: Layer) -> None:
+    program = problem.joint.program
+    for name in program.scale_parameters():
+        program.get_parameter(name).data.add_(0.3 * torch.randn(program.get_parameter(name).shape))
+
+
+@pytest.mark.parametrize("options", [*MONTEC, *AROUND_ZERO], ids=montec_name)
 def test_montec_estimates_its_bound(options):
     """The mean of draws of the bound, at random parameters, is the closed form."""
     problem = montec_layer(options)
     program = problem.joint.program
-    for name in program.scale_parameters():
-        program.get_parameter(name).data.add_(0.3 * torch.randn(program.get_parameter(name).shape))
+    perturb_scales(problem)
     estimator, guide = NamedELBO(), JointGuide(program)
     with torch.no_grad():
         losses = [estimator.loss(problem.joint, guide, problem.batch) for _ in range(300)]
@@ -236,7 +277,7 @@ def test_montec_estimates_its_bound(options):
     assert found.mean().item() == pytest.approx(expected, abs=4 * found.std().item() / 300**0.5)
 
 
-@pytest.mark.parametrize("options", MONTEC, ids=lambda o: f"{o.component_prior}-{o.covariance}")
+@pytest.mark.parametrize("options", MONTEC, ids=montec_name)
 def test_montec_converges_to_the_optimum_of_its_bound(options):
     problem = montec_layer(options)
     best, V = optimum(problem, options)
@@ -247,3 +288,24 @@ def test_montec_converges_to_the_optimum_of_its_bound(options):
     assert best - 0.02 < reached < best + 1e-6
     assert start < best - 0.5
     torch.testing.assert_close(tril @ tril.T, V, rtol=0.05, atol=0.02 * float(V.max()))
+
+
+@pytest.mark.parametrize("options", AROUND_ZERO, ids=montec_name)
+def test_the_means_of_montec_around_zero_converge_to_a_ridge_regression(options):
+    """Given the guide's scales M is the posterior mean under N(0, P⁻¹), P the mean precision of the
+    prior: it is shrunk, where a prior that moves with M would leave it at least squares."""
+    problem = montec_layer(options)
+    perturb_scales(problem)
+    program = problem.joint.program
+    for name in program.scale_parameters():
+        program.get_parameter(name).requires_grad_(False)
+    program.bank.get_parameter("A_loc").requires_grad_(True)
+    alpha, tril = found_by(problem)
+    precision = prior_precision(problem, options, alpha, tril @ tril.T)
+    prior = Gaussian(torch.zeros(len(precision), dtype=torch.float64), precision)
+    exact = problem.posterior("A", prior)
+    spread = exact.covariance.diagonal().sqrt()
+    H, h = problem.quadratic("A")
+    assert ((torch.linalg.solve(H, h) - exact.mean).abs() / spread).max() > 1
+    svi(problem, steps=400, rate=0.1)
+    assert ((problem.mean("A") - exact.mean).abs() / spread).max() < 0.1

@@ -41,9 +41,9 @@ CHANGED: dict[str, Guide] = {
     ),
     "montec": MonteCLoRA(
         num_components=2, sample_scale=0.1, learn_sample_scale=True, component_prior="hierarchical",
-        covariance="full", df_per_rank=2.5, concentration=2.0, init_covariance=0.5, cooperation=0.1,
-        latent="AB", sparse=True, kl_weight=0.5, kl_weight_against="mean", kl_warmup=0.1,
-        draws_per_batch=2, scale_learning_rate=0.02,
+        covariance="full", prior_mean="learned", df_per_rank=2.5, concentration=2.0,
+        init_covariance=0.5, cooperation=0.1, latent="AB", sparse=True, kl_weight=0.5,
+        kl_weight_against="mean", kl_warmup=0.1, draws_per_batch=2, scale_learning_rate=0.02,
     ),
     "meanfield": MeanField(
         prior_scale=0.3, init_scale=0.05, latent="AB", kl_weight=0.7, kl_weight_against="mean",
