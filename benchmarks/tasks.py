@@ -1,0 +1,143 @@
+"""The study's tasks: files, splits, networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from common import digest, quiet_loading
+from torch import nn
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
+
+# Held-out examples choose epochs, learning rate and temperature; scored ones are touched once.
+HELD_OUT = 200
+SCORED = 500
+OUTSIDE = 200
+MAX_TOKENS = 128
+SHUFFLE = 0  # the scored examples are the same for every seed of a fit
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where a task's data are, what they look like, and which score it is known by."""
+
+    columns: tuple[str, ...]
+    scored: str = "validation"
+    kind: str = "classification"
+    score: str = "accuracy"
+    classes: int = 2  # 1: regression
+    outside: bool = True  # whether TREC's questions are another distribution
+
+
+PAIR = ("sentence1", "sentence2")
+TASKS = {
+    "cola": Task(("sentence",), score="mcc"),
+    "mrpc": Task(PAIR),
+    "rte": Task(PAIR),
+    "sst2": Task(("sentence",)),
+    "trec": Task(("sentence",), scored="test", classes=6, outside=False),
+    "stsb": Task(PAIR, kind="regression", score="pearson", classes=1),
+    "openbookqa": Task(("question", "choices"), kind="multiple choice", outside=False),
+    "arc_easy": Task(("question", "choices"), scored="test", kind="multiple choice", outside=False),
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training examples of one seed and size, held-out ones from the rest of the same file,
+    scored ones, and sentences of another distribution (None where it has no such form)."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset
+    scored: datasets.Dataset
+    outside: datasets.Dataset | None
+
+
+def task_files(folder: Path, name: str) -> list[Path]:
+    """The training file, the scored file, and the file of the other distribution."""
+    files = [folder / name / f"{split}.jsonl" for split in ("train", TASKS[name].scored)]
+    files.append(folder / "trec" / "test.jsonl")
+    for path in files:
+        if not path.is_file():
+            raise SystemExit(f"there is no {path}; --data must be a folder with TASK/SPLIT.jsonl")
+    return files
+
+
+def identity(folder: Path, name: str) -> str:
+    """What the task's files contain, in 16 digits."""
+    return digest(task_files(folder, name))
+
+
+def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
+    """``examples`` training examples picked by ``seed``; 0 for all but the held-out ones."""
+    task = TASKS[name]
+    train, scored, trec = (_read(path) for path in task_files(folder, name))
+    columns = [*task.columns, "label"]
+    train = train.select_columns(columns).shuffle(seed=seed)
+    size = min(examples or len(train), len(train) - HELD_OUT)
+    if task.kind == "regression":
+        train, scored = (_as_float(part) for part in (train, scored))
+    return Splits(
+        train.select(range(size)),
+        train.select(range(size, size + HELD_OUT)),
+        _few(scored.select_columns(columns), SCORED),
+        _outside(_few(trec, OUTSIDE), task) if task.outside else None,
+    )
+
+
+def load_network(folder: Path, name: str, seed: int, dtype: str) -> tuple[nn.Module, Any]:
+    """The encoder with a new head for the task, the same for all methods of a seed."""
+    set_seed(seed)
+    kind: Any = AutoModelForSequenceClassification
+    options: dict[str, Any] = {"num_labels": TASKS[name].classes}
+    if TASKS[name].kind == "multiple choice":
+        kind, options = AutoModelForMultipleChoice, {}
+    with quiet_loading():
+        network = kind.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    return network, tokenizer
+
+
+def mean_words(data: datasets.Dataset, task: Task) -> float:
+    """Words of an example: what its price goes with."""
+    few = data.select(range(min(100, len(data))))
+    texts = [
+        text
+        for row in few
+        for column in task.columns
+        for text in (row[column] if isinstance(row[column], list) else [row[column]])
+    ]
+    words = sum(len(text.split()) for text in texts) / len(few)
+    if task.kind == "multiple choice":  # the question is read once a choice
+        questions = [len(row["question"].split()) * (len(row["choices"]) - 1) for row in few]
+        words += sum(questions) / len(few)
+    return words
+
+
+def _read(path: Path) -> datasets.Dataset:
+    return datasets.load_dataset("json", data_files=str(path), split="train")
+
+
+def _few(data: datasets.Dataset, most: int) -> datasets.Dataset:
+    return data.shuffle(seed=SHUFFLE).select(range(min(most, len(data))))
+
+
+def _as_float(data: datasets.Dataset) -> datasets.Dataset:
+    return data.cast_column("label", datasets.Value("float32"))
+
+
+def _outside(trec: datasets.Dataset, task: Task) -> datasets.Dataset:
+    """TREC's questions; for pairs each with the next one."""
+    questions = list(trec["sentence"])
+    if len(task.columns) == 1:
+        return datasets.Dataset.from_dict({task.columns[0]: questions})
+    second = [*questions[1:], questions[0]]
+    return datasets.Dataset.from_dict(dict(zip(task.columns, (questions, second), strict=True)))
