@@ -184,7 +184,7 @@ def test_other_settings_are_refused_and_nothing_is_changed(
     before = state(run)
     steps.clear()
     other = fit_command(place, run, "--set", "guide.sample_scale=0.5")
-    refused(pyrolora_(*other), "guide.sample_scale was 0.2, now 0.5", "--output-dir")
+    refused(pyrolora_(*other), "guide.sample_scale was 0.3, now 0.5", "--output-dir")
     assert not steps
     assert same(state(run), before)
     done("evaluate", run, place / "test.jsonl")

@@ -159,7 +159,7 @@ def test_prediction_leaves_mode_gradients_and_random_numbers_alone(posterior):
 def test_texts_can_be_predicted_directly():
     posterior = pyrolora.fit(
         bert(initializer_range=0.3), reviews(64), tokenizer=tokenizer(), learning_rate=0.01,
-        epochs=20, batch_size=16, seed=0,
+        epochs=40, batch_size=16, seed=0,
     )  # fmt: skip
     prediction = posterior.predict(["the film was good", "a bad book", "bad"], num_samples=8)
     assert prediction.predicted.tolist() == [1, 0, 0]
