@@ -66,6 +66,16 @@ def map_blocks(
     )
 
 
+def whiten(scale_tril: Tensor, flat: Tensor, groups: Blocks) -> Tensor:
+    """S⁻¹ X of every matrix, flat again."""
+    return map_blocks(
+        lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
+        scale_tril,
+        flat,
+        groups,
+    )
+
+
 class ColumnNormal(TorchDistribution):
     r"""All columns of L matrices: column j of matrix l is N(m_j, S_l S_lᵀ), independent given S.
 
@@ -128,12 +138,8 @@ class ColumnNormal(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        whitened = map_blocks(
-            lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
-            self.scale_tril,
-            value if self.loc is None else value - self.loc,
-            self.groups,
-        )
+        centred = value if self.loc is None else value - self.loc
+        whitened = whiten(self.scale_tril, centred, self.groups)
         log_diagonal = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
         # log|S_l| counts once a column, over the rows that the matrix has.
         log_det = (log_diagonal * self.entry_weights()).sum((-2, -1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, register_kl
 
-from pyrolora.distributions.column_normal import ColumnNormal, map_blocks
+from pyrolora.distributions.column_normal import ColumnNormal, whiten
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
 from pyrolora.distributions.wishart_cholesky import WishartCholesky
 
@@ -48,12 +48,7 @@ def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
     divergence = (per_row * p.entry_weights()).sum((-2, -1))
     if p.loc is None and q.loc is None:
         return divergence
-    apart = map_blocks(
-        lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
-        q.scale_tril,
-        p.mean - q.mean,
-        q.groups,
-    )
+    apart = whiten(q.scale_tril, p.mean - q.mean, q.groups)
     return divergence + 0.5 * apart.square().sum(-1)
 
 

@@ -13,7 +13,8 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.distributions import ColumnNormal, WishartCholesky, map_blocks
+from pyrolora.distributions import ColumnNormal, WishartCholesky
+from pyrolora.distributions.column_normal import whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.errors import ConfigError, positive, whole_number
 from pyrolora.guides.base import (
@@ -263,12 +264,8 @@ class MonteCLoRAProgram(Program):
         means = -self.bank.latent_part(self.options.latent, self.bank.means())
         gain = self._gain(weights)
         if self.options.component_prior == "hierarchical":
-            loc = map_blocks(
-                lambda law, x: torch.linalg.solve_triangular(law, x, upper=False),
-                gain[..., None, None] * tril,
-                means.expand(*gain.shape[:-1], -1),
-                self.layout.groups,
-            )
+            law = gain[..., None, None] * tril
+            loc = whiten(law, means.expand(*gain.shape[:-1], -1), self.layout.groups)
         else:
             loc = self.layout.scale(1 / gain, means)
         return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
