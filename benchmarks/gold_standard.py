@@ -365,7 +365,11 @@ def monteclora(bench: Bench, plain: Posterior) -> None:
     for component_prior in ("hierarchical", "isotropic"):
         target = f"montec {component_prior}"
         model = MonteCLoRA(
-            component_prior=component_prior, sample_scale=SAMPLE_SCALE, kl_weight=1.0
+            component_prior=component_prior,
+            prior_mean="learned",
+            init_covariance=1.0,
+            sample_scale=SAMPLE_SCALE,
+            kl_weight=1.0,
         )
         guide = replace(model, draws_per_batch=10, scale_learning_rate=0.05)
         learned = replace(guide, learn_sample_scale=True)
