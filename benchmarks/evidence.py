@@ -30,6 +30,7 @@ Table = pd.DataFrame
 
 EXAMPLES = 1000
 EPOCHS = (3, 8, 16)
+GRID = len(study.RATES) * len(study.BATCHES)
 UNIT = ["task", "examples", "seed", "data", "model", "dtype"]  # equal data, equal network
 RECIPE = ["epochs", "learning_rate", "batch"]
 STANDARD = pd.Series({name: getattr(study.Job, name) for name in RECIPE})
@@ -227,9 +228,11 @@ def measures(frame: Table) -> Table:
     to_best = compare(montec, best_lora(fits)).droplevel("guide").add_suffix(" to best")
     runs = over_epochs(fits).groupby(["guide", *UNIT])["nll"]
     growth = (runs.max() / runs.min()).groupby(["task", "guide"]).mean().unstack("guide")
-    cells = grid_cells(frame).groupby([*UNIT, *RECIPE, "guide"])["accuracy"].first()
+    cells = grid_cells(frame[frame["examples"] == EXAMPLES])
+    cells = cells.groupby([*UNIT, *RECIPE, "guide"])["accuracy"].first()
     cells = 100 * cells.unstack("guide").reindex(columns=["map", "montec"]).dropna()
-    by_task = cells.groupby("task")
+    whole = cells.groupby("task")["map"].transform("size") == GRID
+    by_task = cells[whole].groupby("task")
     own = {"growth": growth, "spread": by_task.max() - by_task.min(), "median": by_task.median()}
     parts = [
         part.reindex(columns=["map", "montec"]).rename(columns=NAMES).add_prefix(f"{name} ")
@@ -392,7 +395,7 @@ def regression(frame: Table) -> Table:
 @entry(TABLES, "grid", "grid")
 def grid(frame: Table) -> Table:
     """Sensitivity to learning rate and batch size."""
-    groups = grid_cells(frame).groupby(["task", "guide"], sort=False)
+    groups = grid_cells(frame).groupby(["task", "examples", "guide"], sort=False)
     table = pd.DataFrame({"cells": groups.size()})
     for name in ("accuracy", "nll"):
         table[f"{name}, median"] = groups[name].median()
@@ -532,10 +535,11 @@ def draw_grid(frame: Table) -> Figure | None:
     cells = grid_cells(frame).dropna(subset="accuracy")
     if cells.empty:
         return None
-    figure, axes = panels(cells["task"], "accuracy")
-    for (task, guide), rows in cells.groupby(["task", "guide"]):
-        mark(axes[task], np.full(len(rows), METHODS.index(guide)), rows["accuracy"], NAMES[guide])
-        axes[task].set_xticks([])
+    cells["panel"] = cells["task"] + ", " + cells["examples"].astype(str) + " examples"
+    figure, axes = panels(cells["panel"], "accuracy")
+    for (panel, guide), rows in cells.groupby(["panel", "guide"]):
+        mark(axes[panel], np.full(len(rows), METHODS.index(guide)), rows["accuracy"], NAMES[guide])
+        axes[panel].set_xticks([])
     return legend(figure, axes)
 
 

@@ -42,9 +42,9 @@ from pyrolora.guides import MAP, Flat, Guide, MeanField, MonteCLoRA, Program
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.trainer import Objective
 from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
 from pyrolora.model import JointGuide
 from pyrolora.parameters import param_statement
-from pyrolora.posterior import build
 from pyrolora.types import Batch
 
 NUM_EXAMPLES = 10_000  # n of the pretended data set; it scales the loss and costs nothing

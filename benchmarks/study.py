@@ -474,7 +474,7 @@ def _quiet() -> None:
 # The stages -------------------------------------------------------------------------------------
 
 CHOOSING = ("cola", "mrpc", "rte")
-CONFIRMING = ("sst2", "stsb", "openbookqa", "arc_easy")
+CONFIRMING = ("sst2", "trec", "stsb", "openbookqa", "arc_easy")
 METHODS = ("map", "montec", "flat", "flat+montec", "meanfield", "laplace", PEFT, "ensemble")
 BEST = ("map", "montec", "flat", "flat+montec", "meanfield")
 RATES = (3e-4, 1e-3, 3e-3)
@@ -532,10 +532,13 @@ def confirm() -> Iterator[Job]:
 
 
 def grid() -> Iterator[Job]:
-    """Sensitivity to learning rate and batch size, on two tasks."""
-    for task, method in itertools.product(("sst2", "cola"), BEST[:4]):
-        for rate, batch in itertools.product(RATES, BATCHES):
-            yield Job(task, 200, method, learning_rate=rate, batch=batch)
+    """Sensitivity to learning rate and batch size, on two tasks, and on one with few examples."""
+    for methods in (BEST[:2], BEST[2:4]):
+        for (task, examples), method in itertools.product(
+            (("trec", 1000), ("sst2", 1000), ("sst2", 200)), methods
+        ):
+            for rate, batch in itertools.product(RATES, BATCHES):
+                yield Job(task, examples, method, learning_rate=rate, batch=batch)
 
 
 def two() -> Iterator[Job]:

@@ -16,19 +16,23 @@ from pyrolora.types import AdapterConfig
 
 if TYPE_CHECKING:
     from pyrolora import distributions, guides, likelihoods
+    from pyrolora.comparing import compare
     from pyrolora.fitting import fit
-    from pyrolora.posterior import Posterior, from_peft, load
-    from pyrolora.predictive import Prediction
+    from pyrolora.loading import from_peft, load
+    from pyrolora.posterior import Posterior
+    from pyrolora.predictive import Generation, Prediction
 
 _LAZY = {
+    "Generation": "pyrolora.predictive",
     "Posterior": "pyrolora.posterior",
     "Prediction": "pyrolora.predictive",
+    "compare": "pyrolora.comparing",
     "distributions": "",
     "fit": "pyrolora.fitting",
-    "from_peft": "pyrolora.posterior",
+    "from_peft": "pyrolora.loading",
     "guides": "",
     "likelihoods": "",
-    "load": "pyrolora.posterior",
+    "load": "pyrolora.loading",
 }
 
 
@@ -46,9 +50,11 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdapterConfig",
+    "Generation",
     "Posterior",
     "Prediction",
     "PyroLoraError",
+    "compare",
     "distributions",
     "fit",
     "from_peft",

@@ -51,8 +51,13 @@ SCORE_SPLITS = ("test", "validation")
 
 # Prediction: the Monte Carlo error of a probability is below 0.5 / sqrt(32) = 0.09 at worst.
 NUM_SAMPLES = 32
+# Texts: each draw writes its own continuation, and all draws read all of them.
+GENERATE_SAMPLES = 8
+MAX_NEW_TOKENS = 40
 # Draws for ArviZ: enough for the intervals of a summary.
 ARVIZ_DRAWS = 200
+# For k̂, where every draw runs over all training examples: a tail of 42 weights.
+KHAT_DRAWS = 200
 # During training, evaluation runs once an epoch and has to stay cheap.
 EVAL_SAMPLES = 4
 # Rows (draws x examples) of one pass through the network at prediction.

@@ -27,8 +27,9 @@ from pyrolora.inference import (
     training_arguments,
 )
 from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
-from pyrolora.posterior import Posterior, build
+from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.types import AdapterConfig
 

@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, Attachment, FlatFactors, LayerSpec
-from pyrolora.errors import CheckpointError, ConfigError, whole_number
-from pyrolora.guides import MAP, Guide, from_options, full_name, spread
-from pyrolora.inference import Prepared, load_language_model, prepare
-from pyrolora.likelihoods import Likelihood, likelihood_for
+from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.errors import ConfigError, whole_number
+from pyrolora.guides import Guide, full_name
+from pyrolora.inference import Prepared, prepare
+from pyrolora.likelihoods import Likelihood
 from pyrolora.model import JointGuide, JointModel
+from pyrolora.page import page_file, report_on
 from pyrolora.predictive import (
+    ClassPrediction,
+    Generation,
     Prediction,
+    choice_rows,
+    choose,
     draw_factors,
     evaluate,
+    generate,
     predict,
     seeded,
 )
-from pyrolora.report import to_inference_data
+from pyrolora.report import PSIS, inference_data, judge, summary
 from pyrolora.storage import (
-    check_base,
     describe_base,
-    load_base,
     merged,
-    read_adapter,
-    read_folder,
     write_adapter,
     write_folder,
 )
-from pyrolora.types import AdapterConfig
-
-DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
 
 
 class Posterior:
@@ -146,7 +142,8 @@ class Posterior:
         Parameters
         ----------
         data
-            As in `pyrolora.fit`; also a list of texts; labels are optional.
+            As in `pyrolora.fit`; also a list of texts; labels are optional. With a column
+            ``choices``, a language model chooses between them: `predict_choices`.
         num_samples
             S. Each draw is one function, the same weights for all examples. None: 32; of an
             ensemble every member once.
@@ -162,21 +159,90 @@ class Posterior:
         """
         return self._predict(data, num_samples, batch_size, seed, need_labels=False)
 
+    def predict_choices(
+        self,
+        data: Any,
+        num_samples: int | None = None,
+        *,
+        per_token: bool = False,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> ClassPrediction:
+        """What a language model chooses between the texts of each example's column ``choices``:
+        p_s(c) ∝ exp(log p(c | context, draw s)), with ``per_token`` the mean log-likelihood of the
+        choice's tokens in place of their sum."""
+        whole_number("batch_size", batch_size, at_least=1)
+        factors = draw_factors(self.model, num_samples, seed)
+        return choose(
+            self.model,
+            data,
+            factors,
+            self.tokenizer,
+            per_token=per_token,
+            batch_size=batch_size,
+        )
+
+    def generate(
+        self,
+        inputs: Any,
+        num_samples: int | None = None,
+        *,
+        seed: int | None = None,
+        **generate_options: Any,
+    ) -> Generation:
+        """Continuations by ``num_samples`` draws (0: the mean adapter alone), each of which writes
+        its own with the same weights from the first token to the last; then all draws read all of
+        them, for the uncertainty of every token.
+
+        Parameters
+        ----------
+        inputs
+            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids`` and
+            ``attention_mask``.
+        num_samples
+            S. None: 8; of an ensemble every member once.
+        seed
+            Makes the draws, and the sampling of tokens, repeatable.
+        **generate_options
+            Of transformers' ``generate``: ``max_new_tokens`` (40 unless the network says
+            otherwise), ``do_sample``, ``temperature``, ``num_beams``, ``num_return_sequences``, ...
+            Greedy search, sampling and both with beams.
+
+        Raises
+        ------
+        ConfigError
+            When the network is no causal language model, or for a decoding that would mix rows of
+            different draws (contrastive, assisted, ...).
+        """
+        members = self.model.program.members
+        if num_samples is None:
+            num_samples = members if members > 1 else defaults.GENERATE_SAMPLES
+        with seeded(seed):
+            factors = draw_factors(self.model, num_samples)
+            return generate(self.model, inputs, factors, self.tokenizer, options=generate_options)
+
     def evaluate(
         self,
         data: Any,
         num_samples: int | None = None,
         *,
+        outside: Any = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> dict[str, float]:
         """Metrics of the predictive mean over draws.
 
         Classification and multiple choice: ``accuracy``, ``nll``, ``ece``, ``brier``,
-        ``error_auroc``; regression: ``rmse``, ``nll``, ``crps``, ``coverage``; language models:
-        ``nll`` (a counted token) and ``perplexity``. `pyrolora.predictive.evaluate` defines each.
+        ``error_auroc``, ``aurc``; regression: ``rmse``, ``nll``, ``crps``, ``coverage``, ``aurc``;
+        language models: ``nll`` (a counted token) and ``perplexity``. With ``outside``, data of
+        another distribution (labels are not needed): ``ood_auroc``.
+        `pyrolora.predictive.evaluate` defines each.
         """
-        return evaluate(self._predict(data, num_samples, batch_size, seed, need_labels=True))
+        inside = self._predict(data, num_samples, batch_size, seed, need_labels=True)
+        if outside is None:
+            return evaluate(inside)
+        other = self._predict(outside, num_samples, batch_size, seed, need_labels=False)
+        return evaluate(inside, other)
 
     def log_likelihood(
         self,
@@ -202,12 +268,20 @@ class Posterior:
     ) -> Prediction:
         whole_number("batch_size", batch_size, at_least=1)
         factors = draw_factors(self.model, num_samples, seed)
+        if choice_rows(data, self.model) is not None:
+            return choose(
+                self.model,
+                data,
+                factors,
+                self.tokenizer,
+                need_labels=need_labels,
+                batch_size=batch_size,
+            )
         prepared = self._prepare(data, need_labels=need_labels)
         return predict(self.model, prepared, factors, batch_size=batch_size)
 
     # ArviZ --------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def to_arviz(
         self,
         num_samples: int | None = None,
@@ -220,9 +294,14 @@ class Posterior:
         """Draws as ArviZ's ``InferenceData`` (0.2x) or ``DataTree`` (1.x).
 
         The draws of a fitted guide are one chain of independent draws: R-hat and effective sample
-        size say nothing about its quality. Those of ``"nuts"`` are its chains; look at
-        ``adapter_norm``, ``factor_norm`` and ``covariance_eigenvalues``, which no rotation of the
-        ranks changes, not at entries of the factors.
+        size say nothing about its quality. Those of ``"nuts"`` are its chains, and
+        `pyrolora.report.as_chains` makes chains of several fits; look at ``adapter_norm``,
+        ``factor_norm`` and ``covariance_eigenvalues``, which no rotation of the ranks changes, not
+        at entries of the factors.
+
+        Dimensions are ``layer``, ``block`` (a factor of a layer), ``rank``, ``component``,
+        ``class`` (under the network's names), ``example`` and ``token``; the attributes of every
+        group say which guide made the draws.
 
         Parameters
         ----------
@@ -231,11 +310,14 @@ class Posterior:
             stored (``"nuts"``, ``"ensemble"``).
         data
             Adds ``posterior_predictive`` (sampled ``y``, and ``probs`` or ``mean`` of each draw)
-            and, with labels, ``observed_data`` for these examples.
+            and, with labels, ``observed_data`` for these examples. Of a language model there is no
+            ``posterior_predictive``, since other texts than the given ones are not drawn here, and
+            so no ``az.plot_ppc``; in its ``observed_data`` a token that does not count is -100.
         log_likelihood
             With ``data``: adds the pointwise log-likelihood. ``az.loo`` is about the training data,
-            and exact for draws of the posterior itself, not for ``kl_weight`` below 1; for held-out
-            data there is ``evaluate(data)["nll"]``.
+            and exact for draws of the posterior itself. With the means, a head and a noise that
+            were fitted to the same data, or with ``kl_weight`` below 1, it is too good; held-out
+            data have ``evaluate(data)["nll"]``.
         factors
             Adds every entry of A and B, ``A[layer]`` and ``B[layer]``; by default there are the
             guide's scales (mixture weights, Σ, signal-to-noise) and ``adapter_norm``, ‖s B A‖_F per
@@ -245,80 +327,119 @@ class Posterior:
         """
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
-        program = self.model.program
-        if num_samples is None:
-            num_samples = program.stored() or defaults.ARVIZ_DRAWS
-        whole_number("num_samples", num_samples, at_least=1)
-        if num_samples % program.chains:
-            raise ConfigError(
-                f"num_samples must be a multiple of the {program.chains} chains, got {num_samples}"
-            )
-        shape = partial(_by_chain, chains=program.chains)
-        pieces, kept = [], []
-        with seeded(seed):
-            for sites in program.draws(num_samples, DRAWS_AT_ONCE):
-                drawn = program.factors(sites)
-                pieces.append(self._variables(sites, drawn, factors))
-                if data is not None:
-                    kept.append(drawn)
-        posterior = {
-            name: (shape(torch.cat([piece[name][0] for piece in pieces])), dims)
-            for name, (_, dims) in pieces[0].items()
-        }
-        groups: dict[str, Any] = {"posterior": posterior}
-        stored = program.stored()
-        if stored is not None:
-            statistics = program.statistics(spread(stored, num_samples))
-            groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
-        if data is not None:
-            groups |= self._data_groups(data, FlatFactors.cat(kept), log_likelihood, shape)
-        coords = {"layer": list(self.bank.specs), "block": program.block_names()}
-        attrs: dict[str, str | int | float] = {
-            "guide": full_name(self.options),
-            "guide_options": str(self.options),
-            "base": type(self.base).__name__,
-            "inference_library": "pyrolora",
-            "num_examples": self.model.num_examples,
-        }
-        return to_inference_data(groups, coords, attrs)
+        return inference_data(
+            self.model,
+            self.options,
+            None if data is None else self._prepare(data, need_labels=log_likelihood),
+            num_samples,
+            log_likelihood=log_likelihood,
+            factors=factors,
+            seed=seed,
+        )
 
-    def _variables(
-        self, sites: Mapping[str, Tensor], drawn: FlatFactors, factors: bool
-    ) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
-        """The posterior group of some draws: name -> (S, ...) and its dimensions."""
-        variables = dict(self.model.program.quantities(sites))
-        norms = self.bank.update_norms(drawn)
-        variables["adapter_norm"] = (norms.expand(drawn.draws or 1, -1), ("layer",))
-        if factors:
-            size = len(next(iter(sites.values())))
-            for name, (A, B) in self.bank.matrices(drawn).items():
-                A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
-                variables[f"A[{name}]"] = (A, ("rank", f"in[{name}]"))
-                variables[f"B[{name}]"] = (B, (f"out[{name}]", "rank"))
-        return variables
+    def summary(self, num_samples: int | None = None, *, seed: int | None = None) -> pd.DataFrame:
+        """``az.summary`` of what `to_arviz` has of low dimension: ``adapter_norm`` and the guide's
+        scales, a row an entry; with R-hat and effective sample sizes where there are chains."""
+        return summary(self.to_arviz(num_samples, seed=seed))
 
-    def _data_groups(
+    def khat(
         self,
         data: Any,
-        factors: FlatFactors,
-        log_likelihood: bool,
-        shape: Callable[[Tensor], np.ndarray],
-    ) -> dict[str, Any]:
-        prepared = self._prepare(data, need_labels=log_likelihood)
-        prediction = predict(self.model, prepared, factors)
-        groups: dict[str, Any] = {
-            "posterior_predictive": {
-                name: (shape(draws), dims)
-                for name, (draws, dims) in prediction.predictive_draws().items()
-            }
-        }
-        if prediction.targets is not None:
-            dims = ("example", "token")[: prediction.targets.dim()]
-            groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
-        if log_likelihood:
-            assert prediction.log_likelihood is not None
-            groups["log_likelihood"] = {"y": (shape(prediction.log_likelihood), ("example",))}
-        return groups
+        num_samples: int = defaults.KHAT_DRAWS,
+        *,
+        seed: int | None = None,
+        per_layer: bool = False,
+    ) -> PSIS | dict[str, PSIS]:
+        """k̂: can the guide's draws stand for the posterior that the fit aimed at?
+
+        Pareto-smoothed importance sampling with the weights
+
+            log w_s = log p(θ_s) + (1/β) Σ_i log p(y_i | θ_s) − log q(θ_s),   θ_s ~ q,
+
+        over the n training examples: with β the weight of the KL, the fit's optimum without
+        restriction is ∝ p(θ) p(y|θ)^{1/β}. θ are all latent sites of the pair (of isotropic
+        MonteCLoRA also Σ, which the data do not see); means, heads and the noise of a regression
+        are given. p(y_i | θ) is what `predict` has: for linearised Laplace that of the linearised
+        network.
+
+        Below the limit, min(0.7, 1 − 1/log₁₀ S), the guide is close. Above it, it need not be far:
+        in 10³ to 10⁴ dimensions nearly every k̂ is (a Gaussian 10 % too narrow has 0.4 in ten,
+        5 in 10,000). The verdict compares with that Gaussian.
+
+        Parameters
+        ----------
+        data
+            The training data.
+        num_samples
+            S; every draw runs over all of ``data``.
+        seed
+            Makes the draws repeatable.
+        per_layer
+            Judge each layer given the others: its own θ drawn, the other layers at the guide's
+            mean, against p(θ_layer | y, the others there). The guides' layers are independent, so
+            that is the guide's own law of the layer. As many passes as there are layers.
+
+        Returns
+        -------
+        PSIS
+            ``khat``, ``dimensions`` and a ``verdict`` in words; per layer a dict of them by name.
+
+        Raises
+        ------
+        ConfigError
+            For a guide without a density: ``"map"``, ``"ensemble"``, ``"nuts"``.
+        DataError
+            When ``data`` has another number of examples than the fit.
+        """
+        prepared = prepare(data, self.base, self.likelihood, self.tokenizer)
+        return judge(
+            self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer
+        )
+
+    # A page -------------------------------------------------------------------------------------
+
+    def report(
+        self,
+        path: str | Path,
+        data: Any,
+        *,
+        outside: Any = None,
+        num_samples: int | None = None,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> Path:
+        """Write one self-contained HTML page about this posterior: warnings in plain words,
+        metrics, pictures, the most and the least certain examples, data, settings. It needs no
+        network and no script.
+
+        Parameters
+        ----------
+        path
+            A file; one that is there is replaced.
+        data
+            As in `predict`. Without labels there are no metrics.
+        outside
+            Other data, without labels: how well does the uncertainty tell them from ``data``?
+        num_samples
+            As in `predict`.
+        batch_size
+            Examples a pass.
+        seed
+            Of the draws. None: a random one, which the page states.
+
+        Returns
+        -------
+        pathlib.Path
+            The file.
+
+        Raises
+        ------
+        ConfigError
+            When ``path`` is a folder, or stands in none.
+        """
+        file = page_file(path)  # before the predictions, which take longer
+        options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size}
+        return report_on(self, data, outside=outside, seed=seed, **options).write(file)
 
     # Storage ------------------------------------------------------------------------------------
 
@@ -420,137 +541,3 @@ class Posterior:
             splits=defaults.SCORE_SPLITS,
             need_labels=need_labels,
         )
-
-
-def build(
-    network: nn.Module,
-    attachment: Attachment,
-    config: AdapterConfig,
-    guide: Guide,
-    likelihood: Likelihood,
-    num_examples: int,
-) -> JointModel:
-    """The joint model of a network with its wrapped layers; everything eager, on its device."""
-    bank = AdapterBank(attachment.specs, config)
-    joint = JointModel(network, attachment, guide.build(bank), likelihood, num_examples)
-    device = next(network.parameters()).device
-    for part in (joint.program, joint.heads, joint.likelihood):
-        part.to(device)
-    return joint.eval()
-
-
-@torch.inference_mode(False)
-def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Posterior:
-    """Load a posterior that `Posterior.save` wrote.
-
-    Parameters
-    ----------
-    path
-        The folder.
-    model
-        The network that it was fitted on, or the hub id or folder to load it from. None: from
-        where it came at the time.
-
-    Raises
-    ------
-    CheckpointError
-        When the folder is damaged, or the network is another one.
-    """
-    meta, state, tokens = read_folder(Path(path))
-    attachment = None
-    try:
-        tokenizer = None
-        if tokens is not None:
-            tokenizer = AutoTokenizer.from_pretrained(tokens.resolve(), local_files_only=True)
-        specs = [LayerSpec(**spec) for spec in meta["layers"]]
-        heads, base = list(meta["heads"]), meta["base"]
-        guide = from_options(meta["guide"]["name"], meta["guide"]["options"])
-        config = AdapterConfig(**meta["adapter"])
-        num_examples = operator.index(meta["num_examples"])
-        history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
-        if not specs or num_examples < 1:
-            raise ValueError("no layers, or no examples")
-        network = model
-        if not isinstance(network, nn.Module):
-            name = base.get("name_or_path") if model is None else str(model)
-            network = load_base({**base, "name_or_path": name})
-        check_base(network, heads, base)
-        likelihood = likelihood_for(network, meta["likelihood"])
-        attachment = Attachment(network, specs, heads)
-        joint = build(network, attachment, config, guide, likelihood, num_examples)
-        joint.load_own_state(state)
-    except BaseException as error:
-        if attachment is not None:
-            attachment.detach()
-        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
-            raise
-        raise CheckpointError(
-            f"{path} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
-            "from a copy"
-        ) from error
-    return Posterior(joint, guide, tokenizer=tokenizer, history=history, settings=settings)
-
-
-@torch.inference_mode(False)
-def from_peft(
-    path: str | Path,
-    model: str | Path | nn.Module,
-    *,
-    likelihood: str | None = None,
-    tokenizer: Any = None,
-) -> Posterior:
-    """A LoRA adapter that PEFT saved, as a posterior without width (``"map"``).
-
-    ``fit(from_peft(...), data, guide="laplace")`` then infers how sure the adapter may be, without
-    training it again.
-
-    Parameters
-    ----------
-    path
-        The adapter's folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
-    model
-        The network that it was trained on, with a task head of the same size; of a language model
-        also its hub id or folder.
-    likelihood
-        A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
-    tokenizer
-        For raw text; loaded with a model that is given by its name.
-
-    Returns
-    -------
-    Posterior
-        Its ``num_examples`` is 1: the data that the adapter was trained on are not known.
-
-    Raises
-    ------
-    ConfigError
-        For a variant of LoRA that pyrolora does not have, naming the option.
-    CheckpointError
-        When the files are damaged, or belong to another network.
-    """
-    if isinstance(model, nn.Module):
-        network = model
-    else:
-        network, tokenizer = load_language_model(str(model), tokenizer)
-    law = likelihood_for(network, likelihood)
-    adapter = read_adapter(path, network)
-    attachment = Attachment(network, adapter.specs, list(adapter.heads))
-    guide = MAP()
-    try:
-        joint = build(network, attachment, adapter.config, guide, law, num_examples=1)
-        bank = joint.program.bank
-        A, B = (bank.layouts[factor].blocks for factor in "AB")
-        bank.assign("A_loc", torch.cat([adapter.matrices[b.layer][0].flatten() for b in A]))
-        bank.assign("B_loc", torch.cat([adapter.matrices[b.layer][1].mT.flatten() for b in B]))
-        for name, (head,) in joint.named_heads().items():
-            head.load_state_dict(adapter.heads[name])
-    except BaseException:
-        attachment.detach()
-        raise
-    network.eval()
-    return Posterior(joint, guide, tokenizer=tokenizer)
-
-
-def _by_chain(draws: Tensor, chains: int) -> np.ndarray:
-    """(S, ...) -> (chains, S / chains, ...)."""
-    return draws.detach().cpu().unflatten(0, (chains, -1)).numpy()

@@ -1,11 +1,12 @@
-"""Every guide on every problem: fit, sample, predict, evaluate, ArviZ, save, load in another
-process, merge, export.
+"""Every guide on every problem: fit, sample, predict, evaluate, compare, abstain, generate, ArviZ,
+k̂, save, load in another process, merge, export.
 
 A new guide joins by its registration; its variants by a line in `VARIANTS`.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +34,9 @@ from torch import nn
 
 import pyrolora
 from pyrolora import AdapterConfig, guides
+from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, NUTS, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
+from pyrolora.predictive import Conformal, risk_coverage
 from pyrolora.storage import read_adapter
 
 
@@ -56,8 +59,8 @@ def pairs(outputs: int) -> Callable[[int], Any]:
     return data
 
 
-CLASS = {"accuracy", "nll", "ece", "brier", "error_auroc"}
-REAL = {"rmse", "nll", "crps", "coverage"}
+CLASS = {"accuracy", "nll", "ece", "brier", "error_auroc", "aurc"}
+REAL = {"rmse", "nll", "crps", "coverage", "aurc"}
 TEXT = {"nll", "perplexity"}
 PROBLEMS = {
     "encoder classifier": Problem(
@@ -101,6 +104,7 @@ PROBLEMS = {
         {"likelihood": "regression", "adapter": AdapterConfig(r=1)},
     ),
 }
+WITHOUT_DENSITY = {"map", "ensemble", "nuts"}
 VARIANTS: dict[str, Guide] = {
     **{name: guides.as_guide(name) for name in guides.available()},
     "map with a prior": MAP(prior_scale=0.5),
@@ -195,10 +199,26 @@ def test_conformance(
     if scores.get("accuracy") in (0.0, 1.0):  # nothing to rank wrong answers against
         scores.pop("error_auroc")
     assert all(torch.isfinite(torch.tensor(value)) for value in scores.values())
+    row = pyrolora.compare({"it": posterior}, test, 3, seed=0).loc["it"]
+    assert row["nll"] == pytest.approx(scores["nll"])
+    assert torch.isfinite(torch.tensor(risk_coverage(prediction).to_numpy())).all()
+    if "accuracy" in scores or "rmse" in scores:
+        found = Conformal(prediction, 0.5).evaluate(prediction)  # but for one on the threshold
+        assert 3 / 7 <= found["coverage"] + 1e-6 <= 1.1
+    if posterior.likelihood.name == "causal_lm":
+        found = posterior.generate(["the film", "good"], 3, max_new_tokens=2, seed=0)
+        assert found.log_likelihood.shape == (3, 2, 3)
+        assert torch.isfinite(found.log_predictive).all()
     idata = posterior.to_arviz(4, data=test, log_likelihood=True)
     sizes = idata["posterior"].sizes
     assert sizes["chain"] * sizes["draw"] == 4
     assert idata["log_likelihood"]["y"].shape == (sizes["chain"], sizes["draw"], 7)
+    assert len(posterior.summary(8)) >= len(posterior.bank.specs)
+    if WITHOUT_DENSITY & set(guides.full_name(guide).split("+")):
+        with pytest.raises(ConfigError, match="khat"):
+            posterior.khat(case.data(12))
+    else:
+        assert not math.isnan(posterior.khat(case.data(12), 25, seed=0).khat)
 
     posterior.save(tmp_path)
     loaded = pyrolora.load(tmp_path, case.network())

@@ -25,13 +25,16 @@ FLOORS = {
     "inference": 5,
     "predictive": 6,
     "storage": 6,
-    "report": 6,
-    "posterior": 7,
-    "fitting": 8,
+    "report": 7,
+    "page": 8,
+    "posterior": 9,
+    "loading": 10,
+    "comparing": 10,
+    "fitting": 11,
     "zoo": 1,
-    "demo": 9,
-    "cli": 10,
-    "__main__": 11,
+    "demo": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"

@@ -19,8 +19,8 @@ from pyrolora.errors import BindingError, ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
 from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
 from pyrolora.model import JointGuide
-from pyrolora.posterior import build
 
 CONFIG = AdapterConfig(r=2)
 

@@ -194,7 +194,7 @@ def test_seeds_share_what_is_scored_and_no_example_has_two_uses(study: Any, plac
 @pytest.mark.parametrize("guide", ["map", "montec", "peft-montec"])
 def test_a_fit_gives_a_row(study: Any, place: Any, guide: str) -> None:
     results = study.run(study.Job("cola", 16, guide, epochs=2, draws=2), place)
-    scores = {"accuracy", "nll", "ece", "brier", "error_auroc", "mcc"}
+    scores = {"accuracy", "nll", "ece", "brier", "error_auroc", "aurc", "mcc"}
     ours = {"held_out_nll", "nll_ts", "ece_ts", "brier_ts", "temperature", "ood_auroc"}
     about = {"curve", "by_draws", "fit_s", "predict_s", "train_size", "scored_size", "draws"}
     assert set(results) == scores | ours | about
@@ -343,24 +343,27 @@ def confirming(study: Any, nll: dict[int, float], ece: float, accuracy: float) -
 
 
 def over_grid(study: Any, montec: tuple[float, float]) -> list[Any]:
-    """LoRA's accuracy goes from 0.7 to 0.8 with the rate, montec's from the first to the second."""
+    """LoRA's accuracy on SST-2 goes from 0.7 to 0.8 with the rate, montec's from the first to the
+    second; without the cell that is a confirming fit, too."""
     rows = []
     for job in study.grid():
         low, high = (0.7, 0.8) if job.guide == "map" else montec
         place = study.RATES.index(job.learning_rate) / 2
         fields = {name: getattr(job, name) for name in ("examples", "learning_rate", "batch")}
         accuracy = low + place * (high - low)
-        if job.guide in ("map", "montec"):
-            rows.append(row(study, job.task, job.guide, **fields, accuracy=accuracy))
+        standard = (job.examples, job.learning_rate, job.batch) == (1000, 1e-3, 32)
+        if job.guide in ("map", "montec") and job.task == "sst2" and not standard:
+            fields |= {"accuracy": accuracy, "held_out_nll": 9.0}  # never the best LoRA
+            rows.append(row(study, job.task, job.guide, **fields))
     return rows
 
 
 def test_targets_that_are_reached(study: Any, evidence: Any) -> None:
     rounded = float(torch.tensor(0.797))  # 0.3 points below, as float32 has it
     rows = confirming(study, {3: 0.72, 8: 0.7, 16: 0.75}, ece=0.04, accuracy=rounded)
-    table = evidence.targets(evidence.frame_of(rows + over_grid(study, (0.74, 0.77))))
+    table = evidence.targets(evidence.frame_of(rows + over_grid(study, (0.78, 0.8))))
     assert table["verdict"].tolist() == 8 * ["reached"]
-    numbers = [0.7, 0.4, 0.7 / 0.9, 0.4, 0.3, 0.75 / 0.7, 0.3, -0.5]
+    numbers = [0.7, 0.4, 0.7 / 0.9, 0.4, 0.3, 0.75 / 0.7, 0.2, -1.85]
     assert table["measured"].tolist() == pytest.approx(numbers, abs=1e-5)
     assert table["LoRA's own"].dropna().tolist() == pytest.approx([1.3 / 0.9])
     assert table["tasks"].tolist() == 6 * ["sst2, openbookqa, arc_easy"] + 2 * ["sst2"]
@@ -370,7 +373,7 @@ def test_targets_that_are_not_reached(study: Any, evidence: Any) -> None:
     rows = confirming(study, {3: 0.85, 8: 0.85, 16: 1.0}, ece=0.101, accuracy=0.796)
     table = evidence.targets(evidence.frame_of(rows + over_grid(study, (0.71, 0.77))))
     assert table["verdict"].tolist() == 8 * ["not reached"]
-    numbers = [0.85, 1.01, 0.85 / 0.9, 1.01, 0.4, 1.0 / 0.85, 0.6, 1.0]
+    numbers = [0.85, 1.01, 0.85 / 0.9, 1.01, 0.4, 1.0 / 0.85, 0.86, 2.0]
     assert table["measured"].tolist() == pytest.approx(numbers)
 
 
@@ -422,7 +425,7 @@ def test_markers_are_filled_and_prose_stays(study: Any, evidence: Any, tmp_path:
     ):
         assert kept in text
     assert "what was here" not in text
-    assert "| sst2 | montec | 6 | 0.725 | 0.050 | 0.500 | 0.000 |" in text
+    assert "| sst2 | 200 | montec | 6 | 0.725 | 0.050 | 0.500 | 0.000 |" in text
     assert "](evidence-grid.png)" in text
     assert (tmp_path / "evidence-grid.png").read_bytes().startswith(b"\x89PNG")
     assert r"DataError: a \| b is nan |" in text

@@ -1,4 +1,4 @@
-"""The command line: ``pyrolora fit|predict|evaluate|export|demo``."""
+"""The command line: ``pyrolora fit|predict|evaluate|compare|generate|report|export|demo``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from pyrolora.cli.compare import compare
 from pyrolora.cli.demo import demo
 from pyrolora.cli.evaluate import evaluate
 from pyrolora.cli.export import export
 from pyrolora.cli.fit import fit
+from pyrolora.cli.generate import generate
 from pyrolora.cli.predict import predict
+from pyrolora.cli.report import report
 from pyrolora.errors import NonFiniteError, PyroLoraError
 
 FAILED, MISUSED, NOT_FINITE, INTERRUPTED = 1, 2, 3, 130
@@ -29,7 +32,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 a wrong option, file, column or folder; 3 the fit met NaN or "
     "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
 )
-for command in (fit, predict, evaluate, export, demo):
+for command in (fit, predict, evaluate, compare, generate, report, export, demo):
     app.command()(command)
 
 

@@ -15,13 +15,12 @@ from pyrolora.cli.output import metrics_table, print_json
 def evaluate(
     run: posteriors.Folder,
     data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
+    outside: posteriors.Outside = None,
     num_samples: posteriors.NumSamples = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
     seed: posteriors.Seed = defaults.SEED,
     text: posteriors.Text = None,
-    label: Annotated[
-        str | None, typer.Option(help="The target's column; otherwise as in the fit.")
-    ] = None,
+    label: posteriors.Label = None,
     split: posteriors.Split = None,
     model: posteriors.Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
@@ -33,14 +32,18 @@ def evaluate(
     pyrolora evaluate run test.jsonl --num-samples 0 --json
 
     Classification: accuracy, NLL (nats), ECE, Brier score, AUROC of the errors by
-    entropy; regression: RMSE, NLL, CRPS, coverage of the 90 % interval; language
-    models: NLL a token, perplexity.
+    entropy, area under the risk-coverage curve; regression: RMSE, NLL, CRPS, coverage
+    of the 90 % interval; language models: NLL a token, perplexity, or, of data with a
+    column 'choices', what classification has.
     """
     examples = posteriors.labelled(run, data, split, text, label)
+    other = posteriors.outside(run, outside, text)
     posterior = posteriors.load(run, model)
     if num_samples is None:
         num_samples = posterior.model.program.usual_draws()
-    metrics = posterior.evaluate(examples, num_samples, batch_size=batch_size, seed=seed)
+    metrics = posterior.evaluate(
+        examples, num_samples, outside=other, batch_size=batch_size, seed=seed
+    )
     if json:
         print_json({"run": str(run), "num_samples": num_samples, **metrics})
     else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet, .txt (a text a line)"
 LABELS = ("label", "labels")
+CHOICES = "choices"
 MAX_CELL = 2**31 - 1  # characters; the csv module's own limit is less than a book
 
 
@@ -65,7 +66,8 @@ def with_columns(
     """The data with the chosen columns under the names that `pyrolora.fit` knows.
 
     ``text`` names the column of the text, or the two of a pair; ``label`` that of the target. With
-    ``text`` no other column is input, with ``label`` no other is the target.
+    ``text`` no other column is input, but for ``choices``, which belong to it; with ``label`` no
+    other is the target.
     """
     if len(text) > 2 or len(set(text)) < len(text):
         raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
@@ -80,7 +82,7 @@ def with_columns(
     kept = [
         name
         for name in data.column_names
-        if name in new or (label is None if name in LABELS else not text)
+        if name in (*new, CHOICES) or (label is None if name in LABELS else not text)
     ]
     return data.select_columns(kept).rename_columns(
         {old: name for old, name in new.items() if old != name}

@@ -281,7 +281,7 @@ def _fitted(
 def _given(folder: Path, model: str, examples: Any, likelihood: str | None) -> Posterior:
     """The posterior whose adapter is given."""
     from pyrolora.inference import load_network
-    from pyrolora.posterior import from_peft, load
+    from pyrolora.loading import from_peft, load
     from pyrolora.storage import PEFT_FILE
 
     network, tokenizer = load_network(model, examples, likelihood=likelihood)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import sys
@@ -31,17 +30,9 @@ def metrics_table(
     columns: Mapping[str, Mapping[str, float]], notes: Mapping[str, str] | None = None
 ) -> None:
     """Print a table: a row a metric, a column for each of what is compared, and a note."""
+    import pandas as pd
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("", *columns, *([""] if notes else []))
-    for name in dict.fromkeys(name for metrics in columns.values() for name in metrics):
-        numbers = (_number(metrics.get(name)) for metrics in columns.values())
-        table.add_row(name.replace("_", " "), *numbers, *([notes.get(name, "")] if notes else []))
-    Console().print(table)
+    from pyrolora.report import as_table
 
-
-def _number(value: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "-"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    Console().print(as_table(pd.DataFrame.from_dict(columns, orient="index"), notes))

@@ -28,6 +28,11 @@ NumSamples = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Examples a pass.")]
 Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")]
 Text = Annotated[list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")]
+Label = Annotated[str | None, typer.Option(help="The target's column; otherwise as in the fit.")]
+Outside = Annotated[
+    str | None,
+    typer.Option(help="Data of another distribution, labels not needed: adds ood auroc."),
+]
 Split = Annotated[str | None, typer.Option(help="Which split of the data.")]
 Model = Annotated[str | None, typer.Option(help="The base network, if it has moved since the fit.")]
 
@@ -50,7 +55,7 @@ def load(folder: Path, model: str | None) -> Posterior:
     say("loading the posterior")
     import torch
 
-    from pyrolora.posterior import load as load_posterior
+    from pyrolora.loading import load as load_posterior
 
     posterior = load_posterior(folder, model)
     if torch.accelerator.is_available():
@@ -70,6 +75,11 @@ def labelled(
         text or columns.get("text", []),
         label or columns.get("label"),
     )
+
+
+def outside(folder: Path, source: str | None, text: Sequence[str] | None) -> Any:
+    """The inputs of data of another distribution, if there is any."""
+    return None if source is None else unlabelled(folder, source, None, text)[1]
 
 
 def unlabelled(

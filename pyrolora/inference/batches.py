@@ -242,7 +242,7 @@ def _tokenise_choices(data: datasets.Dataset, tokenizer: Any) -> datasets.Datase
     _check_text(data, context, tokenizer)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        choices = [_texts(own) for own in rows[CHOICES]]
+        choices = [choice_texts(own) for own in rows[CHOICES]]
         contexts = [" ".join(parts) for parts in zip(*(rows[c] for c in context), strict=True)]
         encoded = tokenizer(
             [text for text, own in zip(contexts, choices, strict=True) for _ in own],
@@ -255,13 +255,13 @@ def _tokenise_choices(data: datasets.Dataset, tokenizer: Any) -> datasets.Datase
             made[name] = [[next(flat) for _ in own] for own in choices]
         if LABELS in rows:
             pairs = zip(rows[LABELS], rows[CHOICES], strict=True)
-            made[LABELS] = [_number(label, own) for label, own in pairs]
+            made[LABELS] = [choice_number(label, own) for label, own in pairs]
         return made
 
     return data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenising")
 
 
-def _texts(choices: Any) -> list[str]:
+def choice_texts(choices: Any) -> list[str]:
     """The texts of an example's choices: a list, or ARC's {"text": [...], "label": [...]}."""
     texts = choices.get("text") if isinstance(choices, Mapping) else choices
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
@@ -272,7 +272,7 @@ def _texts(choices: Any) -> list[str]:
     return texts
 
 
-def _number(label: Any, choices: Any) -> Any:
+def choice_number(label: Any, choices: Any) -> Any:
     """The number of the right choice, where ARC has its name ("A" to "E", or "1" to "5")."""
     names = choices.get("label") if isinstance(choices, Mapping) else None
     if not isinstance(label, str) or names is None:

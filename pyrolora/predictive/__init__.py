@@ -1,5 +1,9 @@
-"""From draws of the posterior to predictions and their scores."""
+"""From draws of the posterior to predictions, texts and their scores."""
 
+from pyrolora.predictive.choices import choice_rows, choose
+from pyrolora.predictive.conformal import Conformal
+from pyrolora.predictive.generate import generate
+from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.predict import draw_factors, predict, seeded
 from pyrolora.predictive.prediction import (
@@ -8,15 +12,25 @@ from pyrolora.predictive.prediction import (
     RegressionPrediction,
     TokenPrediction,
 )
+from pyrolora.predictive.reliability import reliability_table
+from pyrolora.predictive.selective import aurc, risk_coverage
 
 __all__ = [
     "ClassPrediction",
+    "Conformal",
+    "Generation",
     "Prediction",
     "RegressionPrediction",
     "TokenPrediction",
+    "aurc",
     "auroc",
+    "choice_rows",
+    "choose",
     "draw_factors",
     "evaluate",
+    "generate",
     "predict",
+    "reliability_table",
+    "risk_coverage",
     "seeded",
 ]

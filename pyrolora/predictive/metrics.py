@@ -19,19 +19,21 @@ from pyrolora.predictive.prediction import (
     RegressionPrediction,
     TokenPrediction,
 )
+from pyrolora.predictive.reliability import ECE_BINS
+from pyrolora.predictive.selective import aurc
 
-ECE_BINS = 15
 
-
-def evaluate(prediction: Prediction) -> dict[str, float]:
+def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[str, float]:
     """Metrics by name.
 
     Classification and multiple choice: ``accuracy``, ``nll`` (nats), ``ece`` (15 bins of equal
     width), ``brier`` (summed over classes, 0..2), ``error_auroc`` (`auroc` of the entropy for
-    finding the wrong predictions; NaN when there are none, or nothing else). Regression: ``rmse``,
-    ``nll``, ``crps`` (units of the target), ``coverage`` (share of targets in the central 90 %
-    interval). Language models: ``nll`` (nats a counted token, of the mixture over draws) and
-    ``perplexity`` = exp(nll).
+    finding the wrong predictions; NaN when there are none, or nothing else), ``aurc`` (`aurc`, the
+    mean error rate when only the most certain are answered). Regression: ``rmse``, ``nll``,
+    ``crps`` (units of the target), ``coverage`` (share of targets in the central 90 % interval),
+    ``aurc`` (of the squared error). Language models: ``nll`` (nats a counted token, of the mixture
+    over draws) and ``perplexity`` = exp(nll). With ``outside``, a prediction for data of another
+    distribution: ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for telling the two apart.
 
     Raises
     ------
@@ -40,7 +42,10 @@ def evaluate(prediction: Prediction) -> dict[str, float]:
     """
     if prediction.targets is None:
         raise DataError("evaluation needs labels, and the data has none; use predict() instead")
-    return _metrics(prediction)
+    metrics = _metrics(prediction)
+    if outside is not None:
+        metrics["ood_auroc"] = auroc(prediction.uncertainty, outside.uncertainty)
+    return metrics
 
 
 def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
@@ -78,6 +83,7 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
             prediction.entropy[prediction.predicted == targets],
             prediction.entropy[prediction.predicted != targets],
         ),
+        "aurc": aurc(prediction),
     }
 
 
@@ -91,6 +97,7 @@ def _(prediction: RegressionPrediction) -> dict[str, float]:
         "nll": _nll(prediction),
         "crps": float(_crps(prediction).mean()),
         "coverage": float(((targets >= low) & (targets <= high)).float().mean()),
+        "aurc": aurc(prediction),
     }
 
 

@@ -64,6 +64,17 @@ class Prediction(ABC):
         """One row an example."""
 
     @property
+    @abstractmethod
+    def uncertainty(self) -> Tensor:
+        """One number an example, (n,), high where the prediction is not sure: what selective
+        prediction and the detection of other data go by."""
+
+    @property
+    @abstractmethod
+    def loss(self) -> Tensor | None:
+        """What each prediction costs, (n,), or None without labels."""
+
+    @property
     def log_predictive(self) -> Tensor | None:
         """log mean_s p(y_i | draw s), (n,), in nats."""
         if self.log_likelihood is None:
@@ -137,6 +148,16 @@ class ClassPrediction(Prediction):
     def epistemic(self) -> Tensor:
         """H[p̄] − mean_s H[p_s] >= 0, the mutual information of label and draw, (n,)."""
         return (self.entropy - self.aleatoric).clamp(min=0)
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """The entropy, (n,), in nats."""
+        return self.entropy
+
+    @property
+    def loss(self) -> Tensor | None:
+        """1 where the prediction is wrong, else 0, (n,)."""
+        return None if self.targets is None else (self.predicted != self.targets).float()
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """Bounds (n, C) of the central interval of each class probability over draws."""
@@ -224,6 +245,16 @@ class RegressionPrediction(Prediction):
     def entropy(self) -> Tensor:
         """Entropy of the Gaussian with the predictive variance, (n,): an upper bound, in nats."""
         return 0.5 * (2 * torch.pi * torch.e * self.std.square()).log()
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """The predictive standard deviation, (n,), in units of the target."""
+        return self.std
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The squared error of the mean, (n,), in units of the target squared."""
+        return None if self.targets is None else (self.mean - self.targets).square()
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """Bounds (n,) of the central interval of the predictive law, the mixture over draws of
@@ -326,19 +357,29 @@ class TokenPrediction(Prediction):
         """The mutual information of token and draw, of the shape of ``entropy``."""
         return (self.entropy - self.aleatoric).clamp(min=0)
 
+    @property
+    def uncertainty(self) -> Tensor:
+        """The mean entropy of the tokens that count, (n,), in nats a token."""
+        return self.entropy.nanmean(-1)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The negative log-likelihood of the mixture over draws, (n,), in nats a token."""
+        scores = self.log_predictive
+        return None if scores is None else -scores / self.num_tokens
+
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         return {}  # the texts that the model might have written are not drawn
 
     def to_pandas(self) -> pd.DataFrame:
         columns = {
             "num_tokens": self.num_tokens,
-            "entropy": self.entropy.nanmean(-1),
+            "entropy": self.uncertainty,
             "aleatoric": self.aleatoric.nanmean(-1),
             "epistemic": self.epistemic.nanmean(-1),
         }
-        scores = self.log_predictive
-        if scores is not None:
-            columns["nll"] = -scores / self.num_tokens
+        if self.loss is not None:
+            columns["nll"] = self.loss
         return _frame(columns, None)
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MOST_DIMS = 4
+"""Of a variable in a summary: chain, draw, block and rank; Σ has one more."""
 
 Group = Mapping[str, tuple[np.ndarray, Sequence[str]]]
 """Variable -> (values, names of the dimensions after chain and draw)."""
@@ -24,9 +30,9 @@ def to_inference_data(
         ``posterior``, ``posterior_predictive``, ``log_likelihood``: values (chain, draw, ...);
         ``observed_data``: values without these two.
     coords
-        Dimension -> labels.
+        Dimension -> labels; a dimension without labels is numbered from 0.
     attrs
-        Attributes of each group of draws: which guide made them, and from what.
+        Attributes of each group: which guide made the draws, and from what.
     """
     import arviz
 
@@ -36,28 +42,54 @@ def to_inference_data(
             continue
         data = {variable: np.asarray(values) for variable, (values, _) in group.items()}
         dims = {variable: list(names) for variable, (_, names) in group.items() if names}
-        used = {dim for names in dims.values() for dim in names}
-        labels = {dim: list(values) for dim, values in coords.items() if dim in used}
+        labels = {
+            dim: list(coords.get(dim, range(size)))
+            for variable, names in dims.items()
+            for dim, size in zip(names, data[variable].shape[-len(names) :], strict=True)
+        }
         # One conversion a group: ``y`` has other dimensions in each.
         trees[name] = _from_dict(arviz, name, data, labels, dims)
         trees[name][name].attrs.update(attrs)
-    return _joined(arviz, trees)
+    return container(arviz, {name: tree[name] for name, tree in trees.items()})
 
 
-def _is_modern(arviz: Any) -> bool:
+def summary(idata: Any) -> pd.DataFrame:
+    """``az.summary`` of the variables of ``posterior`` that are no matrices: with R-hat and
+    effective sample sizes where there are several chains; independent draws have none."""
+    import arviz
+
+    posterior = dataset(idata["posterior"])
+    names = [name for name, values in posterior.data_vars.items() if values.ndim <= MOST_DIMS]
+    kind = "all" if posterior.sizes["chain"] > 1 else "stats"
+    with np.errstate(divide="ignore", invalid="ignore"):  # R-hat of chains that do not move: ∞
+        return arviz.summary(idata, var_names=names, kind=kind, round_to="none")
+
+
+def is_modern(arviz: Any) -> bool:
+    """Whether it is ArviZ 1.x."""
     return int(arviz.__version__.split(".")[0]) >= 1
 
 
+def group_names(idata: Any) -> list[str]:
+    """The groups of a container."""
+    return list(idata.children) if hasattr(idata, "children") else list(idata.groups())
+
+
+def dataset(group: Any) -> Any:
+    """The group of ``InferenceData`` is one, that of a ``DataTree`` holds one."""
+    return group.to_dataset() if hasattr(group, "to_dataset") else group
+
+
 def _from_dict(arviz: Any, name: str, data: Any, coords: Any, dims: Any) -> Any:
-    if _is_modern(arviz):
+    if is_modern(arviz):
         return arviz.from_dict({name: data}, coords=coords, dims=dims)
     return arviz.from_dict(**{name: data}, coords=coords, dims=dims)
 
 
-def _joined(arviz: Any, trees: Mapping[str, Any]) -> Any:
+def container(arviz: Any, groups: Mapping[str, Any]) -> Any:
     """All groups in one container."""
-    if _is_modern(arviz):
+    if is_modern(arviz):
         import xarray
 
-        return xarray.DataTree.from_dict({name: tree[name] for name, tree in trees.items()})
-    return arviz.InferenceData(**{name: tree[name] for name, tree in trees.items()})
+        return xarray.DataTree.from_dict(dict(groups))
+    return arviz.InferenceData(**groups)

@@ -1,4 +1,4 @@
-"""Pictures: plain functions that draw on matplotlib axes and return them."""
+"""Pictures of predictions: plain functions that draw on matplotlib axes and return them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyrolora.predictive import (
+    ClassPrediction,
+    Prediction,
+    RegressionPrediction,
+    TokenPrediction,
+    risk_coverage,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
+
+_RISKS: dict[type[Prediction], str] = {
+    ClassPrediction: "error rate",
+    RegressionPrediction: "mean squared error",
+    TokenPrediction: "nats a token",
+}
 
 
 def reliability_diagram(
@@ -42,23 +56,54 @@ def reliability_diagram(
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     (line,) = ax.plot(x, y, label=label)
-    ax.scatter(x, y, s=4 + 250 * counts[used] / len(targets), color=line.get_color())
+    ax.scatter(x, y, s=4 + 250 * counts[used] / len(targets), color=line.get_color(), clip_on=False)
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     return ax
 
 
-def entropy_histogram(inside: ArrayLike, outside: ArrayLike, *, ax: Axes, bins: int = 30) -> Axes:
+def entropy_histogram(
+    inside: ArrayLike, outside: ArrayLike | None = None, *, ax: Axes, bins: int = 30
+) -> Axes:
     """The predictive entropy of data like the training data, and of other data.
 
     Parameters
     ----------
     inside, outside
-        Entropies in nats, (n,) and (m,).
+        Entropies in nats, (n,) and (m,); without ``outside`` one histogram and no labels. Entropies
+        of a regression may be negative.
     """
-    inside, outside = np.asarray(inside), np.asarray(outside)
-    top = float(max(inside.max(), outside.max())) or 1.0
-    edges = np.linspace(0, top, bins + 1).tolist()
-    for values, label in ((inside, "in distribution"), (outside, "out of distribution")):
+    given = {"in distribution" if outside is not None else None: np.asarray(inside)}
+    if outside is not None:
+        given["out of distribution"] = np.asarray(outside)
+    low = min(float(values.min()) for values in given.values())
+    high = max(float(values.max()) for values in given.values())
+    if 0 < low < high / 2:
+        low = 0.0  # unless all of them are far from it
+    edges = np.linspace(low, high if high > low else low + 1, bins + 1).tolist()
+    for label, values in given.items():
         ax.hist(values, bins=edges, density=True, alpha=0.6, label=label)
     ax.set(xlabel="predictive entropy (nats)", ylabel="density")
+    return ax
+
+
+def risk_coverage_curve(prediction: Prediction, *, ax: Axes, label: str | None = None) -> Axes:
+    """The risk of the answers that are kept, against the share that is kept, the most certain
+    first.
+
+    A curve that falls towards the left says that the errors are among the uncertain examples; at
+    coverage 1 it is the risk of all. `pyrolora.predictive.risk_coverage` defines it.
+
+    Parameters
+    ----------
+    prediction
+        Of labelled data.
+    ax
+        Where to draw; call again with another ``label`` to compare.
+    """
+    table = risk_coverage(prediction)
+    ax.plot(table["coverage"].to_numpy(), table["risk"].to_numpy(), label=label)
+    risk = next(name for kind, name in _RISKS.items() if isinstance(prediction, kind))
+    ax.set(xlabel="coverage: share that is answered", ylabel=f"risk: {risk}", xlim=(0, 1))
+    if isinstance(prediction, ClassPrediction):
+        ax.set_ylim(bottom=0)
     return ax

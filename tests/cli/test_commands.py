@@ -507,7 +507,12 @@ def test_draws_are_written_for_arviz(fitted: Path, tmp_path: Path) -> None:
 # Help ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["fit", "predict", "evaluate", "export", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("fit", "predict", "evaluate", "compare", "generate", "report", "export", "demo"),
+    ],
+)
 def test_help_shows_an_example(command: str) -> None:
     result = done(command, "--help")
     examples = [line for line in result.out.splitlines() if "Usage:" not in line]
@@ -516,7 +521,7 @@ def test_help_shows_an_example(command: str) -> None:
 
 def test_help_names_the_commands_and_the_exit_codes() -> None:
     result = done("--help")
-    for word in ("fit", "predict", "evaluate", "export", "demo", "Exit codes"):
+    for word in ("fit", "compare", "generate", "report", "demo", "Exit codes"):
         assert word in result.out
 
 

@@ -24,8 +24,9 @@ from pyrolora.adapters import attach
 from pyrolora.guides import MAP, Guide, averaged
 from pyrolora.inference import NamedELBO
 from pyrolora.likelihoods import Likelihood
+from pyrolora.loading import build
 from pyrolora.model import JointGuide, JointModel
-from pyrolora.posterior import Posterior, build
+from pyrolora.posterior import Posterior
 
 NOISE = 0.7
 

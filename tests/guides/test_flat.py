@@ -30,8 +30,9 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
 from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
 from pyrolora.model import JointGuide, JointModel
-from pyrolora.posterior import Posterior, build
+from pyrolora.posterior import Posterior
 
 CONFIG = AdapterConfig(r=2)
 RHO = 0.05

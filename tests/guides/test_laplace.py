@@ -21,7 +21,8 @@ from pyrolora.guides import MAP, Laplace
 from pyrolora.guides.laplace import GRID
 from pyrolora.inference import log_marginal_likelihood
 from pyrolora.likelihoods import likelihood_for
-from pyrolora.posterior import Posterior, build
+from pyrolora.loading import build
+from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors
 from pyrolora.predictive.linearised import linearised
 

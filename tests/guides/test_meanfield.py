@@ -17,8 +17,8 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
 from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
 from pyrolora.model import JointGuide, JointModel
-from pyrolora.posterior import build
 
 PRIOR_SCALE = 0.8
 

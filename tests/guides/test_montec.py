@@ -26,8 +26,8 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
 from pyrolora.likelihoods import Regression
+from pyrolora.loading import build
 from pyrolora.model import JointModel
-from pyrolora.posterior import build
 
 R, IN, OUT, N_DATA, NOISE = 2, 3, 4, 6, 0.7
 

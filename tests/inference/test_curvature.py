@@ -21,7 +21,7 @@ from pyrolora.guides import MAP
 from pyrolora.inference import Kronecker, best_precision, kfac, log_marginal_likelihood
 from pyrolora.inference.curvature import PRECISIONS
 from pyrolora.likelihoods import likelihood_for
-from pyrolora.posterior import build
+from pyrolora.loading import build
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 

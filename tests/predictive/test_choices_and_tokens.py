@@ -45,7 +45,7 @@ def masked() -> Posterior:
 def test_choices_are_learned(guide: str, request: pytest.FixtureRequest) -> None:
     posterior = fit("choice") if guide == "map" else request.getfixturevalue("choice")
     scores = posterior.evaluate(questions(30, seed=1), num_samples=4, seed=0)
-    assert scores.keys() == {"accuracy", "nll", "ece", "brier", "error_auroc"}
+    assert scores.keys() == {"accuracy", "nll", "ece", "brier", "error_auroc", "aurc"}
     assert scores["accuracy"] > 0.9
     assert scores["nll"] < 0.5
 

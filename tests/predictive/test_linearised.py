@@ -18,7 +18,7 @@ from pyrolora.distributions import KroneckerNormal
 from pyrolora.guides import MAP
 from pyrolora.inference import kfac
 from pyrolora.likelihoods import likelihood_for
-from pyrolora.posterior import build
+from pyrolora.loading import build
 from pyrolora.predictive import linearised as module
 from pyrolora.predictive.linearised import linearised
 

@@ -7,12 +7,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import bert, mlp, tokens
+from problems import bert, bert_choice, llama, mlp, questions, reviews, tokenizer, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, NUTS, Ensemble, Flat, MonteCLoRA
+from pyrolora.report import as_chains
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # ArviZ announces its refactoring at import
@@ -268,3 +269,219 @@ def test_noise_on_the_weights_at_prediction_is_drawn_for_each_draw():
     assert group["posterior"]["member"].values.mean() == 0.5, "each member as often"
     probs = group["posterior_predictive"]["probs"].values[0]
     assert len(np.unique(probs[:, 0, 0])) > 190
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+def test_every_dimension_has_labels_and_every_group_says_what_it_is_of(posterior):
+    idata = posterior.to_arviz(4, data=tokens(5), log_likelihood=True)
+    group = idata["posterior"]
+    assert group["rank"].values.tolist() == group["rank_"].values.tolist() == [0, 1]
+    assert group["component"].values.tolist() == [0, 1, 2, 3]
+    predictive = idata["posterior_predictive"]
+    assert predictive["example"].values.tolist() == [0, 1, 2, 3, 4]
+    assert predictive["class"].values.tolist() == [0, 1], "LABEL_0 is no name"
+    for name in ("posterior", "posterior_predictive", "observed_data", "log_likelihood"):
+        attrs = idata[name].attrs
+        assert (attrs["guide"], attrs["likelihood"]) == ("montec", "classification")
+        assert attrs["guide_options"] == str(posterior.options)
+        assert (attrs["base"], attrs["num_examples"]) == ("BertForSequenceClassification", 16)
+
+
+def test_classes_have_the_networks_names():
+    names = {0: "bad", 1: "good"}
+    posterior = pyrolora.fit(
+        bert(id2label=names, label2id={n: i for i, n in names.items()}), tokens(), guide="map",
+        adapter=AdapterConfig(r=1), epochs=1,
+    )  # fmt: skip
+    predictive = posterior.to_arviz(2, data=tokens(3))["posterior_predictive"]
+    assert predictive["class"].values.tolist() == ["bad", "good"]
+    good = predictive["probs"].sel({"class": "good"}).values[0]
+    np.testing.assert_allclose(good, posterior.predict(tokens(3), 2).draws[..., 1].numpy())
+
+
+def test_choices_are_numbered():
+    posterior = pyrolora.fit(
+        bert_choice(), questions(6), guide="map", tokenizer=tokenizer(), epochs=1,
+        adapter=AdapterConfig(r=1),
+    )  # fmt: skip
+    predictive = posterior.to_arviz(2, data=questions(6))["posterior_predictive"]
+    assert predictive["class"].values.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_texts_have_observed_tokens_and_scores_and_no_other_texts():
+    posterior = pyrolora.fit(
+        llama(), reviews(6), tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
+    )
+    idata = posterior.to_arviz(20, data=reviews(6), log_likelihood=True)
+    assert set(idata.groups()) == {"posterior", "observed_data", "log_likelihood"}
+    observed = idata["observed_data"]["y"]
+    assert observed.dims == ("example", "token")
+    assert observed["token"].values.tolist() == list(range(observed.sizes["token"]))
+    assert np.isfinite(az.loo(idata).elpd_loo)
+    with pytest.raises(TypeError, match='`data` argument must have the group "posterior_predict'):
+        az.plot_ppc(idata)
+
+
+def test_layers_of_another_rank_have_a_dimension_of_their_own():
+    posterior = pyrolora.fit(
+        bert(), tokens(), adapter=AdapterConfig(r=2, rank_pattern={"key": 1}), epochs=1
+    )
+    group = posterior.to_arviz(3, factors=True)["posterior"]
+    query, key = (f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "key"))
+    assert group[f"A[{query}]"].dims == ("chain", "draw", "rank", f"in[{query}]")
+    assert group[f"A[{key}]"].dims == ("chain", "draw", f"rank[{key}]", f"in[{key}]")
+    assert group[f"B[{key}]"].shape == (1, 3, 16, 1)
+
+
+def test_a_seed_repeats_the_predictive_draws_too(posterior):
+    first, again = (posterior.to_arviz(6, data=tokens(9), seed=4) for _ in range(2))
+    assert first["posterior_predictive"].equals(again["posterior_predictive"])
+
+
+# ArviZ's own functions ---------------------------------------------------------------------------
+
+
+def real(seed):
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    data = (x, x[:, 0] + 0.3 * x[:, 1])
+    return data, pyrolora.fit(
+        mlp(4, 1), data, likelihood="regression", adapter=AdapterConfig(r=1), epochs=2,
+        learning_rate=0.02, seed=seed,
+    )  # fmt: skip
+
+
+def sorted_(seed):
+    return tokens(20), pyrolora.fit(
+        bert(initializer_range=0.3), tokens(20), adapter=AdapterConfig(r=1), epochs=2,
+        learning_rate=0.02, seed=seed,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[real, sorted_], ids=["regression", "classification"])
+def fits(request):
+    """The draws of two independent fits to the same data."""
+    made = [request.param(seed) for seed in (0, 1)]
+    return [fit.to_arviz(40, data=data, log_likelihood=True, seed=0) for data, fit in made]
+
+
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")
+@pytest.mark.parametrize("plot", ["plot_forest", "plot_trace", "plot_ppc"])
+def test_arviz_draws_it(plot, fits):
+    import matplotlib.pyplot as plt
+
+    options = {"random_seed": 0} if plot == "plot_ppc" else {"var_names": ["adapter_norm"]}
+    with plt.rc_context(), warnings.catch_warnings():
+        plt.switch_backend("agg")
+        axes = np.ravel(getattr(az, plot)(fits[0], **options))
+        assert any(ax.has_data() for ax in axes)
+        axes[0].figure.canvas.draw()
+        plt.close("all")
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+@pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.sort_values")
+def test_arviz_compares_fits_by_leave_one_out(fits):
+    table = az.compare({"first": fits[0], "second": fits[1]})
+    for name, fit in zip(("first", "second"), fits, strict=True):
+        assert table.loc[name, "elpd_loo"] == pytest.approx(az.loo(fit).elpd_loo)
+    assert table["elpd_loo"].is_monotonic_decreasing
+
+
+def test_a_summary_is_of_what_is_no_matrix(posterior):
+    table = posterior.summary(50, seed=1)
+    kinds = {row.partition("[")[0] for row in table.index}
+    assert kinds == {"adapter_norm", "mixture_weights", "signal_to_noise", "covariance_eigenvalues"}
+    layer = "bert.encoder.layer.0.attention.self.query"
+    norms = posterior.to_arviz(50, seed=1)["posterior"]["adapter_norm"].sel(layer=layer).values
+    assert table.loc[f"adapter_norm[{layer}]", "mean"] == pytest.approx(norms.mean(), rel=1e-5)
+    assert table.loc[f"adapter_norm[{layer}]", "sd"] == pytest.approx(norms.std(ddof=1), rel=1e-4)
+    assert "r_hat" not in table, "independent draws have none"
+
+
+def test_a_summary_of_chains_has_their_diagnostics(chains):
+    table = chains.summary()
+    noted = next(entry for entry in chains.history if "r_hat" in entry)
+    assert table.loc["adapter_norm[0]", "r_hat"] > 0
+    assert table.loc["adapter_norm[0]", "ess_bulk"] > 0
+    assert noted["r_hat"] > 0
+
+
+# Several fits ------------------------------------------------------------------------------------
+
+
+def test_fits_become_chains_in_their_order(fits):
+    both = as_chains(fits)
+    assert set(both.groups()) == set(fits[0].groups())
+    for name in ("posterior", "posterior_predictive", "log_likelihood"):
+        assert both[name]["chain"].values.tolist() == [0, 1]
+        for number, fit in enumerate(fits):
+            for variable, values in both[name].data_vars.items():
+                np.testing.assert_array_equal(
+                    values.sel(chain=number), fit[name][variable].sel(chain=0)
+                )
+        assert both[name].attrs["guide"] == "montec"
+    assert both["observed_data"].equals(fits[0]["observed_data"])
+    assert both["posterior"]["adapter_norm"].dims == ("chain", "draw", "layer")
+
+
+def test_r_hat_of_chains_says_whether_fits_agree(fits):
+    """Two halves of one fit agree; two fits that found other norms do not."""
+    group = fits[0]["posterior"]
+    halves = [
+        az.InferenceData(posterior=group.isel(draw=part).assign_coords(draw=range(20)))
+        for part in (slice(20), slice(20, 40))
+    ]
+    same = az.rhat(as_chains(halves), var_names=["adapter_norm"])["adapter_norm"]
+    other = az.rhat(as_chains(fits), var_names=["adapter_norm"])["adapter_norm"]
+    assert float(same.mean()) < 1.15
+    assert float(other.max()) > 1.5
+
+
+def test_chains_of_nuts_join_too(chains):
+    drawn = chains.to_arviz()
+    moved = drawn.copy()
+    moved["posterior"]["adapter_norm"] += 1
+    both = as_chains([drawn, moved])
+    assert both["posterior"].sizes["chain"] == 2 * CHAINS
+    assert both["sample_stats"]["diverging"].shape == (2 * CHAINS, LENGTH)
+
+
+def changed(fit, group, change):
+    other = fit.copy()
+    setattr(other, group, change(other[group]))
+    return other
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "message"),
+    [
+        ("posterior", lambda g: g.assign_attrs(guide="meanfield"), "another guide than fit 0"),
+        ("posterior", lambda g: g.assign_attrs(num_examples=3), "another num_examples .* 3 for 20"),
+        ("posterior", lambda g: g.isel(layer=slice(1)), "another 'layer' in posterior .*: 1 "),
+        ("posterior", lambda g: g.isel(draw=slice(5)), r"another 'draw' in posterior .*: 5 \(0, 1"),
+        ("posterior", lambda g: g.drop_vars("adapter_norm"), "another set of variables in post"),
+        ("observed_data", lambda g: (g + 1).assign_attrs(g.attrs), "other observed data .*data="),
+        ("posterior", lambda g: g, "the very draws of fit 0.*another seed"),
+    ],
+)
+def test_fits_that_are_no_chains_of_one_another_are_refused(group, change, message, fits):
+    other = fits[0].copy()
+    setattr(other, group, change(other[group]))
+    with pytest.raises(ConfigError, match=message):
+        as_chains([fits[0], other])
+
+
+def test_chains_need_two_fits_with_the_same_groups(fits):
+    with pytest.raises(ConfigError, match="chains need two fits or more, got 1"):
+        as_chains(fits[:1])
+    plain = az.InferenceData(posterior=fits[1]["posterior"])
+    with pytest.raises(ConfigError, match="another set of groups"):
+        as_chains([fits[0], plain])
+
+
+def test_no_two_of_many_fits_may_have_the_same_draws(fits):
+    with pytest.raises(ConfigError, match="fit 2 has the very draws of fit 1"):
+        as_chains([*fits, fits[1]])

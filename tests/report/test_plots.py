@@ -12,7 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pyrolora.report import entropy_histogram, reliability_diagram
+from pyrolora.errors import DataError
+from pyrolora.predictive import ClassPrediction, RegressionPrediction
+from pyrolora.report import entropy_histogram, reliability_diagram, risk_coverage_curve
 
 
 @pytest.fixture
@@ -93,3 +95,45 @@ def test_certain_predictions_can_be_drawn(ax: Axes) -> None:
     for bars in ax.containers:
         area = sum(bar.get_height() * bar.get_width() for bar in bars)
         assert area == pytest.approx(1)
+
+
+def test_entropies_without_other_data_are_one_histogram(ax: Axes) -> None:
+    entropy_histogram(torch.tensor([-1.0, 0.0, 1.0, 1.0]), ax=ax, bins=2)
+    (bars,) = ax.containers
+    assert [bar.get_height() for bar in bars] == [0.25, 0.75]
+    assert [bar.get_x() for bar in bars] == [-1, 0]
+    assert ax.get_legend_handles_labels() == ([], [])
+
+
+def test_the_risk_falls_with_the_coverage(ax: Axes) -> None:
+    """The surest two are right, the third is wrong, the last is right: 0, 0, 1/3, 1/4."""
+    draws = binary([0.6, 0.9, 0.8, 0.7]).unsqueeze(0)
+    prediction = ClassPrediction(torch.tensor([0, 0, 0, 1]), draws[..., 0].log(), draws)
+    assert risk_coverage_curve(prediction, ax=ax, label="montec") is ax
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_xdata(), [0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(line.get_ydata(), [0, 0, 1 / 3, 1 / 4])
+    assert line.get_label() == "montec"
+    assert ax.get_ylabel() == "risk: error rate"
+    assert ax.get_ylim()[0] == 0
+
+
+def test_the_risk_of_a_regression_is_named(ax: Axes) -> None:
+    draws, targets = torch.zeros(2, 3), torch.tensor([1.0, 2.0, 3.0])
+    prediction = RegressionPrediction(targets, torch.zeros(2, 3), draws, noise_scale=1.0)
+    risk_coverage_curve(prediction, ax=ax)
+    np.testing.assert_allclose(ax.lines[0].get_ydata()[-1], 14 / 3)
+    assert ax.get_ylabel() == "risk: mean squared error"
+
+
+def test_there_is_no_risk_without_labels(ax: Axes) -> None:
+    prediction = ClassPrediction(None, None, binary([0.7, 0.9]).unsqueeze(0))
+    with pytest.raises(DataError, match="labels"):
+        risk_coverage_curve(prediction, ax=ax)
+
+
+def test_entropies_far_from_zero_fill_their_picture(ax: Axes) -> None:
+    entropy_histogram(torch.tensor([2.0, 2.5]), torch.tensor([3.0]), ax=ax, bins=4)
+    assert [bar.get_x() for bar in ax.containers[0]] == [2, 2.25, 2.5, 2.75]
+    entropy_histogram(torch.tensor([0.0, 0.0]), ax=ax, bins=1)
+    assert ax.containers[-1][0].get_width() == 1

@@ -29,8 +29,8 @@ from pyrolora.adapters.targets import find_targets
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.guides import MAP
 from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
 from pyrolora.model import JointModel
-from pyrolora.posterior import build
 from pyrolora.storage import peft as module
 from pyrolora.storage import read_adapter, write_adapter
 

@@ -1,0 +1,61 @@
+"""``pyrolora compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import posteriors
+from pyrolora.cli.files import KINDS
+from pyrolora.cli.output import metrics_table, print_json
+from pyrolora.errors import ConfigError
+
+
+def compare(
+    data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
+    runs: Annotated[list[Path], typer.Argument(help="The folders of two fits or more.")],
+    outside: posteriors.Outside = None,
+    num_samples: posteriors.NumSamples = None,
+    batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
+    seed: posteriors.Seed = defaults.SEED,
+    text: posteriors.Text = None,
+    label: posteriors.Label = None,
+    split: posteriors.Split = None,
+    model: posteriors.Model = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Score several posteriors on the same labelled data, side by side.
+
+    \b
+    pyrolora compare test.jsonl run-map run-montec
+    pyrolora compare test.jsonl run-* --outside other.jsonl --json
+
+    The metrics of 'pyrolora evaluate', and the mean difference of the negative
+    log-likelihood to the best of them with its standard error, example by example.
+    """
+    names = [str(run) for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"a folder is named twice: {', '.join(names)}")
+    short = [run.resolve().name for run in runs]
+    if len(set(short)) == len(short):
+        names = short
+    examples = posteriors.labelled(runs[0], data, split, text, label)
+    other = posteriors.outside(runs[0], outside, text)
+    from pyrolora.comparing import compare as compared
+
+    table = compared(
+        {name: posteriors.load(run, model) for name, run in zip(names, runs, strict=True)},
+        examples,
+        num_samples,
+        outside=other,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    columns = {str(name): row for name, row in table.to_dict(orient="index").items()}
+    if json:
+        print_json({"data": data, "posteriors": columns})
+    else:
+        metrics_table(columns)

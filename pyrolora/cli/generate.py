@@ -1,0 +1,138 @@
+"""``pyrolora generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import posteriors
+from pyrolora.cli.files import KINDS
+from pyrolora.cli.runs import say
+from pyrolora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pyrolora.predictive import Generation
+
+
+def generate(
+    run: posteriors.Folder,
+    prompts: Annotated[str, typer.Argument(help=f"Prompts: a file ({KINDS}), folder or name.")],
+    output: Annotated[
+        Path | None, typer.Option(help="A .jsonl file; otherwise the lines are printed.")
+    ] = None,
+    num_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Draws, each of which writes; 0: the mean adapter alone; otherwise 8, or every "
+            "member of an ensemble."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Length of a continuation.")
+    ] = defaults.MAX_NEW_TOKENS,
+    do_sample: Annotated[
+        bool, typer.Option("--do-sample", help="Sample tokens; otherwise the likeliest is taken.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the sampled tokens (with --do-sample).")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a draw.")] = 1,
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="Continuations of a draw.")] = 1,
+    seed: posteriors.Seed = defaults.SEED,
+    text: posteriors.Text = None,
+    split: posteriors.Split = None,
+    model: posteriors.Model = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Add every token with its uncertainty.")
+    ] = False,
+) -> None:
+    """Continue prompts: every draw of the posterior writes its own continuation.
+
+    \b
+    pyrolora generate run prompts.txt --max-new-tokens 20
+    pyrolora generate run prompts.jsonl --output out.jsonl --do-sample --temperature 0.8
+
+    A line of JSON a prompt: the data's own columns, "agreement" (0 to 1, how much
+    the draws write the same) and "continuations": text, nll, entropy, aleatoric and
+    epistemic in nats a token, as all draws see it.
+    """
+    if (temperature is not None or top_p is not None) and not do_sample:
+        raise ConfigError("--temperature and --top-p are for sampled tokens; add --do-sample")
+    if output is not None and output.suffix.lower() != ".jsonl":
+        raise ConfigError(f"the output is JSON lines; name it .jsonl, got {output}")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"there is no folder {output.parent} to write {output.name} to")
+    original, inputs = posteriors.unlabelled(run, prompts, split, text)
+    clash = [name for name in original.column_names if name in ("agreement", "continuations")]
+    if clash:
+        raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
+    texts = _prompts(inputs, prompts)
+    posterior = posteriors.load(run, model)
+    sampling = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    found = posterior.generate(
+        texts,
+        num_samples,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        num_return_sequences=num_return_sequences,
+        **{name: value for name, value in sampling.items() if value is not None},
+    )
+    lines = [json.dumps(row, default=str) for row in _rows(original.to_list(), found, tokens)]
+    if output is None:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+    else:
+        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        say(f"continuations of {len(lines)} prompts are in {output}")
+
+
+def _prompts(inputs: Any, source: str) -> list[str]:
+    from pyrolora.inference.batches import text_columns
+
+    names = text_columns(inputs)
+    if len(names) != 1:
+        raise DataError(
+            f"{source} needs one column of prompts, got {list(names) or inputs.column_names}; name "
+            "it with --text"
+        )
+    texts = inputs[names[0]][:]
+    if any(not isinstance(text, str) or not text for text in texts):
+        raise DataError(f"{source} has empty prompts in {names[0]!r}; fill or remove them")
+    return texts
+
+
+def _rows(
+    original: list[dict[str, Any]], found: Generation, tokens: bool
+) -> Iterator[dict[str, Any]]:
+    """An object a prompt."""
+    table = found.to_pandas().drop(columns="agreement")
+    for i, (row, agreement) in enumerate(zip(original, found.agreement.tolist(), strict=True)):
+        clash = sorted({"agreement", "continuations"} & row.keys())
+        if clash:
+            raise DataError(
+                f"the prompts have columns that the output has too, {clash}; rename them"
+            )
+        own = table[table["prompt"] == i].drop(columns="prompt").to_dict(orient="records")
+        if tokens:
+            for k, continuation in enumerate(own):
+                continuation["tokens"] = _tokens(found, i, k)
+        yield {
+            **row,
+            "agreement": agreement if agreement == agreement else None,  # JSON has no NaN
+            "continuations": own,
+        }
+
+
+def _tokens(found: Generation, i: int, k: int) -> list[dict[str, Any]]:
+    assert found.tokens is not None
+    numbers = zip(found.tokens[i][k], found.entropy[i, k], found.epistemic[i, k], strict=False)
+    return [{"token": t, "entropy": float(h), "epistemic": float(m)} for t, h, m in numbers]

@@ -1,0 +1,83 @@
+"""``pyrolora report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import files, posteriors
+from pyrolora.cli.files import KINDS
+from pyrolora.cli.output import print_json
+from pyrolora.cli.runs import Run, say
+
+
+def report(
+    run: posteriors.Folder,
+    data: Annotated[str, typer.Argument(help=f"Data: a file ({KINDS}), folder or name.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    outside: Annotated[
+        str | None,
+        typer.Option(help="Other data, without labels: can the uncertainty tell them apart?"),
+    ] = None,
+    num_samples: posteriors.NumSamples = None,
+    batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
+    seed: posteriors.Seed = defaults.SEED,
+    text: posteriors.Text = None,
+    label: Annotated[
+        str | None, typer.Option(help="The target's column; otherwise as in the fit.")
+    ] = None,
+    split: posteriors.Split = None,
+    model: posteriors.Model = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the path and the warnings as JSON.")
+    ] = False,
+) -> None:
+    """Write a page about a posterior: warnings, metrics, pictures, examples, settings.
+
+    \b
+    pyrolora report run test.jsonl --output report.html
+    pyrolora report run test.jsonl --outside other.jsonl --json | jq .warnings
+
+    The page is one HTML file that needs no network. Warnings are about confidence,
+    about a posterior that is its prior, and about a fit that had not converged.
+    Labels are not needed; without them there are no metrics.
+    """
+    from pyrolora.page import page_file, report_on
+
+    file = page_file(output)
+    examples = _examples(run, data, split, text, label)
+    other = None if outside is None else posteriors.unlabelled(run, outside, None, text)[1]
+    made = report_on(
+        posteriors.load(run, model),
+        examples,
+        outside=other,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    made.write(file)
+    if json:
+        warnings = [
+            {"name": one.name, "title": one.title, "found": one.found, "advice": one.advice}
+            for one in made.findings
+        ]
+        print_json({"run": str(run), "path": str(file), "warnings": warnings})
+        return
+    for one in made.findings:
+        print(f"{one.title}. {one.found}")
+    say(f"the report is in {file}")
+
+
+def _examples(
+    run: Path, source: str, split: str | None, text: list[str] | None, label: str | None
+) -> Any:
+    """Data with its target, if it has the column that was given or that of the fit."""
+    columns = Run(run).columns()
+    original = files.read_data(source, split, defaults.SCORE_SPLITS)
+    if label is None and columns.get("label") in original.column_names:
+        label = columns["label"]
+    chosen = files.with_columns(original, text or columns.get("text", []), label, source)
+    return files.numbers_as_numbers(chosen)

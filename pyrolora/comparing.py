@@ -1,0 +1,84 @@
+"""Several posteriors on the same data, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from pyrolora import defaults
+from pyrolora.errors import ConfigError
+from pyrolora.posterior import Posterior
+from pyrolora.predictive import evaluate
+
+
+def compare(
+    posteriors: Mapping[str, Posterior],
+    data: Any,
+    num_samples: int | None = None,
+    *,
+    outside: Any = None,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int | None = None,
+) -> pd.DataFrame:
+    """The metrics of several posteriors on the same labelled data.
+
+    Parameters
+    ----------
+    posteriors
+        Name -> posterior; their networks may differ.
+    data
+        As in `Posterior.evaluate`.
+    num_samples
+        Draws of each; None: 32, of an ensemble every member once.
+    outside
+        Data of another distribution: adds ``ood_auroc``.
+    seed
+        Makes the draws repeatable.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a posterior, in the order given: the metrics of `Posterior.evaluate`, and
+        ``nll_difference``, the mean over examples of the loss −log p̄ beyond that of the posterior
+        with the lowest mean, with its standard error ``difference_se`` (of the paired differences:
+        most of what makes an example hard is the same for all). A language model's are nats a
+        text, not a token. ``pyrolora.report.as_table`` makes a table for the terminal of it.
+
+    Raises
+    ------
+    ConfigError
+        For an empty mapping, something that is not a posterior, or likelihoods that differ.
+    """
+    if not isinstance(posteriors, Mapping) or not posteriors:
+        raise ConfigError(
+            "compare() takes a mapping of names to posteriors, {'map': a, 'montec': b}, got "
+            f"{posteriors!r:.80}"
+        )
+    for name, posterior in posteriors.items():
+        if not isinstance(posterior, Posterior):
+            raise ConfigError(f"{name!r} is a {type(posterior).__name__}, not a posterior")
+    laws = {posterior.likelihood.name for posterior in posteriors.values()}
+    if len(laws) > 1:
+        raise ConfigError(f"the posteriors have different likelihoods, {sorted(laws)}")
+    rows, losses = {}, {}
+    for name, posterior in posteriors.items():
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+        inside = posterior.predict(data, num_samples, **options)
+        other = None if outside is None else posterior.predict(outside, num_samples, **options)
+        rows[name] = evaluate(inside, other)
+        assert inside.log_predictive is not None
+        losses[name] = -inside.log_predictive.double()
+    best = losses[min(losses, key=lambda name: float(losses[name].mean()))]
+    for name, loss in losses.items():
+        if len(loss) != len(best):
+            raise ConfigError(
+                f"{name!r} sees {len(loss)} examples in the data, another posterior {len(best)}"
+            )
+        difference = loss - best
+        rows[name]["nll_difference"] = float(difference.mean())
+        deviation = float(difference.std()) if len(loss) > 1 else math.nan
+        rows[name]["difference_se"] = deviation / math.sqrt(len(loss))
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("posterior")

@@ -1,0 +1,201 @@
+"""One self-contained page about a posterior: no script, no network, readable on a narrow screen."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pyrolora import defaults
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.guides import full_name
+from pyrolora.page import findings
+from pyrolora.page.contraction import contractions
+from pyrolora.page.examples import Examples
+from pyrolora.page.facts import (
+    Subject,
+    data_facts,
+    label_table,
+    option_facts,
+    posterior_facts,
+    versions,
+)
+from pyrolora.page.findings import Finding
+from pyrolora.page.overconfidence import overconfident
+from pyrolora.page.pictures import fit_pictures, posterior_pictures, prediction_pictures
+from pyrolora.page.shaded import shaded_texts
+from pyrolora.page.tables import example_tables, metrics_table
+from pyrolora.predictive import (
+    ClassPrediction,
+    Prediction,
+    TokenPrediction,
+    auroc,
+    evaluate,
+    reliability_table,
+)
+from pyrolora.storage import write_whole
+
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and what it warns of.
+
+    Attributes
+    ----------
+    html
+        The whole page.
+    findings
+        The warnings, as they stand on it.
+    metrics
+        Scores by name; empty without labels, but for ``ood_auroc``.
+    """
+
+    html: str
+    findings: list[Finding]
+    metrics: dict[str, float]
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page, whole or not at all, over one that is there."""
+        file = page_file(path)
+        write_whole(file, self.html.encode())
+        return file
+
+
+def page_file(path: str | Path) -> Path:
+    """Where a page is to be written.
+
+    Raises
+    ------
+    ConfigError
+        When it is a folder, or stands in none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(
+            f"{file} is a folder; name a file in it, such as {str(file / 'report.html')!r}"
+        )
+    if not file.parent.is_dir():
+        raise ConfigError(f"there is no folder {file.parent} to write {file.name} to; make it")
+    return file
+
+
+def report_on(
+    posterior: Subject,
+    data: Any,
+    *,
+    outside: Any = None,
+    num_samples: int | None = None,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int | None = None,
+) -> Report:
+    """The report that `Posterior.report` writes; its parameters are described there."""
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    if num_samples is None:
+        num_samples = posterior.model.program.usual_draws()
+    examples = Examples(data, posterior.base, posterior.tokenizer)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    prediction = posterior.predict(data, num_samples, **options)
+    other = None
+    if outside is not None:
+        if not isinstance(prediction, TokenPrediction):  # whose labels are the tokens themselves
+            outside = Examples(outside, posterior.base, posterior.tokenizer).inputs()
+        other = posterior.predict(outside, num_samples, **options)
+    if other is not None and type(other) is not type(prediction):
+        raise DataError("outside must be data of the same kind as the data that it stands beside")
+    idata = posterior.to_arviz(seed=seed)
+    metrics = _metrics(prediction, other)
+    warnings = _findings(posterior, prediction, num_samples)
+    texts = []
+    if isinstance(prediction, TokenPrediction):
+        texts = shaded_texts(posterior, prediction, examples, num_samples, seed)
+    labelled = isinstance(prediction, ClassPrediction) and prediction.targets is not None
+    html = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=f"{full_name(posterior.options)} on {type(posterior.base).__name__}",
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            draws=num_samples,
+            seed=seed,
+            size=len(examples),
+            outside_size=None if other is None else len(other.uncertainty),
+            findings=warnings,
+            metrics=metrics_table(metrics),
+            pictures=list(prediction_pictures(prediction, other)),
+            reliability=_used_bins(prediction) if labelled else None,
+            tables=example_tables(prediction, examples),
+            texts=texts,
+            fit_pictures=list(fit_pictures(posterior.history)),
+            posterior_pictures=list(posterior_pictures(idata)),
+            facts_of_posterior=posterior_facts(posterior),
+            options=option_facts(posterior.options),
+            layers=list(posterior.bank.specs.values()),
+            data=data_facts(examples, prediction),
+            labels=label_table(examples, prediction),
+            versions=versions(),
+        )
+    )
+    return Report(html, warnings, metrics)
+
+
+def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, float]:
+    metrics = {} if prediction.targets is None else dict(evaluate(prediction))
+    if outside is not None:
+        metrics["ood_auroc"] = auroc(*(p.uncertainty.nan_to_num() for p in (prediction, outside)))
+    return metrics
+
+
+def _findings(posterior: Subject, prediction: Prediction, num_samples: int) -> list[Finding]:
+    program = posterior.model.program
+    sites = posterior.sample(2, seed=0)
+    factors = program.factors(sites)
+    point = factors.draws is None or len(factors.distinct()[1]) < 2
+    found = [
+        overconfident(prediction),
+        findings.prior_dominated(contractions(program)),
+        findings.not_converged(posterior.history),
+        findings.chains_disagree(posterior.history),
+        findings.few_examples(len(prediction.uncertainty)),
+        findings.few_draws(num_samples, stored=program.stored(), point=point),
+    ]
+    return [one for one in found if one is not None]
+
+
+def _used_bins(prediction: Prediction) -> pd.DataFrame:
+    table = reliability_table(prediction)
+    table = table[table["count"] > 0]
+    bins = [f"{low:.2f} to {high:.2f}" for low, high in zip(table.low, table.high, strict=True)]
+    return table.drop(columns=["low", "high"]).assign(
+        **{"confidence in": bins, "gap": table.confidence - table.accuracy}
+    )[["confidence in", "count", "confidence", "accuracy", "gap"]]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pyrolora.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    return environment
+
+
+def _number(value: Any) -> str:
+    """Whole numbers as they are, others with three digits."""
+    if isinstance(value, bool | str | int | np.integer):
+        return str(value)
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

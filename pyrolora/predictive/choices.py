@@ -1,0 +1,124 @@
+"""A language model's choice between given texts, by their likelihood."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.inference import prepare
+from pyrolora.inference.batches import CHOICES, choice_number, choice_texts, context_columns
+from pyrolora.inference.examples import as_examples, is_plain
+from pyrolora.likelihoods import IGNORED, CausalLM
+from pyrolora.model import LABELS, JointModel
+from pyrolora.predictive.predict import predict
+from pyrolora.predictive.prediction import ClassPrediction, TokenPrediction
+
+
+def choice_rows(data: Any, joint: JointModel) -> Any:
+    """The data as rows with a column ``choices``, if a language model is to choose; else None."""
+    if not isinstance(joint.likelihood, CausalLM):
+        return None
+    rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
+    return rows if is_plain(rows) and CHOICES in rows.column_names else None
+
+
+def choose(
+    joint: JointModel,
+    data: Any,
+    factors: FlatFactors,
+    tokenizer: Any,
+    *,
+    per_token: bool = False,
+    need_labels: bool = False,
+    batch_size: int = defaults.BATCH_SIZE,
+) -> ClassPrediction:
+    """p_s(c) ∝ exp(log p(choice c | context, draw s)) over the choices of each example.
+
+    A choice follows its context after a space. Its log-likelihood is the sum over the tokens that
+    the two together have beyond those that the context alone begins with.
+
+    Parameters
+    ----------
+    data
+        As in `pyrolora.fit`, with a column ``choices`` (texts) and one of context; ``label`` is the
+        number of the right one, if it is there.
+    per_token
+        The mean over tokens in place of the sum, so that long choices are not at a disadvantage.
+    need_labels
+        Whether missing labels are an error.
+
+    Returns
+    -------
+    ClassPrediction
+        Probability 0 at the choices that an example with fewer does not have.
+    """
+    rows = choice_rows(data, joint)
+    if rows is None:
+        raise ConfigError(
+            "choosing by likelihood needs a causal language model, and data with a column 'choices'"
+            f" beside the question; the likelihood is {joint.likelihood.name!r}"
+        )
+    if tokenizer is None:
+        raise DataError("the choices are raw text and there is no tokenizer; pass tokenizer=")
+    context = context_columns(rows)
+    choices = [choice_texts(own) for own in rows[CHOICES]]
+    contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
+    targets = _targets(rows, choices, need_labels)
+    examples = [
+        _example(tokenizer, before, choice)
+        for before, own in zip(contexts, choices, strict=True)
+        for choice in own
+    ]
+    prepared = prepare(examples, joint.base, joint.likelihood, tokenizer)
+    read = predict(joint, prepared, factors, batch_size=batch_size)
+    assert isinstance(read, TokenPrediction)
+    assert read.log_likelihood is not None
+    scores = read.log_likelihood / read.num_tokens if per_token else read.log_likelihood
+    sizes = [len(own) for own in choices]
+    padded = pad_sequence(list(scores.mT.split(sizes)), True, -torch.inf)  # (n, C, S)
+    log_probs = padded.permute(2, 0, 1).log_softmax(-1)
+    picked = None
+    if targets is not None:
+        picked = log_probs.gather(-1, targets.expand(len(log_probs), -1)[..., None]).squeeze(-1)
+    return ClassPrediction(targets, picked, log_probs.exp())
+
+
+def _example(tokenizer: Any, context: str, choice: str) -> dict[str, list[int]]:
+    """The tokens of both, those of the context not labelled."""
+    alone = tokenizer(context)["input_ids"]
+    both = tokenizer(f"{context} {choice}")["input_ids"]
+    pairs = zip(alone, both, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(both)))
+    if shared == len(both):
+        raise DataError(f"a choice of {context[:40]!r} adds no token to it: {choice!r}")
+    return {
+        "input_ids": both,
+        "attention_mask": [1] * len(both),
+        LABELS: [IGNORED] * shared + both[shared:],
+    }
+
+
+def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor | None:
+    column = next((name for name in ("label", LABELS) if name in rows.column_names), None)
+    if column is None:
+        if need_labels:
+            raise DataError(
+                f"the data has no labels; its columns are {rows.column_names}: name the number of "
+                "the right choice 'label'"
+            )
+        return None
+    pairs = zip(rows[column], rows[CHOICES], strict=True)
+    numbers = [choice_number(label, own) for label, own in pairs]
+    for number, (found, own) in enumerate(zip(numbers, choices, strict=True)):
+        if not isinstance(found, int) or not 0 <= found < len(own):
+            raise DataError(
+                f"the label of example {number} is {found!r}, and it has {len(own)} choices; count "
+                "them from 0"
+            )
+    return torch.tensor(numbers)

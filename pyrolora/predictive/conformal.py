@@ -1,0 +1,99 @@
+"""Conformal prediction: sets that hold the label as often as they say, whatever the model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
+
+
+class Conformal:
+    """Split conformal prediction.
+
+    The n examples of ``calibration``, which the fit has not seen, give scores s_i, high where the
+    prediction was far from the label; q is the ⌈(n + 1) mass⌉-th smallest. The set of a new
+    example holds all labels whose score is at most q, and the true one with probability at least
+    ``mass``, over calibration sets and new examples that are exchangeable with one another.
+
+    Classification and multiple choice: s = 1 − p̄_y, so that a set is the labels with p̄ ≥ 1 − q
+    (Sadinle, Lei and Wasserman 2019, JASA 114, 223-234). Regression: s = |y − mean| / std, so that
+    a set is mean ± q std (Lei et al. 2018, JASA 113, 1094-1111).
+
+    Parameters
+    ----------
+    calibration
+        A prediction with labels.
+    mass
+        The probability, between 0 and 1.
+
+    Attributes
+    ----------
+    threshold
+        q.
+
+    Raises
+    ------
+    ConfigError
+        For a prediction of texts, or a mass outside of (0, 1).
+    DataError
+        Without labels, or with fewer than mass / (1 − mass) examples: no threshold would do.
+    """
+
+    def __init__(self, calibration: Prediction, mass: float = 0.9) -> None:
+        if not 0 < mass < 1:
+            raise ConfigError(f"mass must be between 0 and 1, got {mass!r}")
+        scores = _scores(calibration)
+        place = math.ceil((len(scores) + 1) * mass - 1e-9)
+        if place > len(scores):
+            raise DataError(
+                f"sets of mass {mass} need at least {math.ceil(mass / (1 - mass) - 1e-9)} "
+                f"calibration examples, got {len(scores)}"
+            )
+        self.mass = mass
+        self.kind = type(calibration)
+        self.threshold = float(scores.sort().values[place - 1])
+
+    def __call__(self, prediction: Prediction) -> Tensor:
+        """The sets of other examples: booleans (n, C), which may all be false in a row whose
+        probabilities are spread; of a regression the bounds (n, 2)."""
+        if type(prediction) is not self.kind:
+            raise ConfigError(
+                f"calibrated on a {self.kind.__name__}, got a {type(prediction).__name__}"
+            )
+        if isinstance(prediction, ClassPrediction):
+            return 1 - prediction.probs <= self.threshold
+        assert isinstance(prediction, RegressionPrediction)
+        width = self.threshold * prediction.std
+        return torch.stack([prediction.mean - width, prediction.mean + width], dim=-1)
+
+    def evaluate(self, prediction: Prediction) -> dict[str, float]:
+        """``coverage``, the share of labels in their sets, and ``size``, the mean number of labels
+        of a set, or width of an interval."""
+        sets, targets = self(prediction), prediction.targets
+        if targets is None:
+            raise DataError("coverage needs labels, and the data has none")
+        if sets.dtype == torch.bool:
+            inside = sets.gather(-1, targets[:, None])
+            size = sets.sum(-1).float()
+        else:
+            inside = (sets[:, 0] <= targets) & (targets <= sets[:, 1])
+            size = sets[:, 1] - sets[:, 0]
+        return {"coverage": float(inside.float().mean()), "size": float(size.mean())}
+
+
+def _scores(prediction: Prediction) -> Tensor:
+    targets = prediction.targets
+    if not isinstance(prediction, ClassPrediction | RegressionPrediction):
+        raise ConfigError(
+            "conformal sets are of classes or of numbers; the texts of a language model are too "
+            "many to list: let it choose between given ones"
+        )
+    if targets is None:
+        raise DataError("calibration needs labels, and the data has none")
+    if isinstance(prediction, ClassPrediction):
+        return 1 - prediction.probs.gather(-1, targets[:, None]).squeeze(-1)
+    return (targets - prediction.mean).abs() / prediction.std

@@ -1,0 +1,276 @@
+"""Have draws of the posterior write, and read what they wrote."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors, bind
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.inference import prepare
+from pyrolora.likelihoods import IGNORED, CausalLM
+from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.predictive.generation import Generation
+from pyrolora.predictive.predict import predict
+from pyrolora.predictive.prediction import TokenPrediction
+
+# Those that keep a row's neighbours, whatever they do with the rows.
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+OURS = ("return_dict_in_generate", "streamer", "stopping_criteria", "inputs_embeds")
+
+
+@torch.no_grad()
+def generate(
+    joint: JointModel,
+    inputs: Any,
+    factors: FlatFactors,
+    tokenizer: Any = None,
+    *,
+    rows: int = defaults.PREDICT_ROWS,
+    options: Mapping[str, Any] | None = None,
+) -> Generation:
+    """Continuations of ``inputs`` by transformers' own ``generate``, then their scores.
+
+    A draw is bound for the whole of its continuations, so that the keys and values in the cache
+    are those of its own weights. Draws are outermost in the batch; beams and several continuations
+    of a prompt are neighbours of its row, and stay in their draw.
+
+    Parameters
+    ----------
+    inputs
+        Texts (with ``tokenizer``); a tensor of ids (n, T); a list of lists of ids; or a mapping
+        with ``input_ids`` and ``attention_mask``.
+    factors
+        Of S draws, or of one setting.
+    rows
+        Most rows (draws x prompts x beams) of one pass.
+    options
+        Of ``generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``, ...
+    """
+    options = dict(options or {})
+    settings = _check(joint, options)
+    if not {"max_new_tokens", "max_length", "generation_config"} & options.keys():
+        options.setdefault("max_new_tokens", settings.max_new_tokens or defaults.MAX_NEW_TOKENS)
+    prompts = _as_ids(inputs, tokenizer, joint)
+    pad = _padding(settings, tokenizer)
+    several = settings.num_return_sequences or 1
+    width = max(settings.num_beams or 1, several)
+    draws = factors.draws
+    per_pass = max(1, rows // width)
+    prompts_at_once = min(len(prompts), per_pass)
+    draws_at_once = max(1, per_pass // prompts_at_once)
+    passes = [
+        (start, first)
+        for start in range(0, len(prompts), prompts_at_once)
+        for first in range(0, draws or 1, draws_at_once)
+    ]
+    written: list[list[Tensor]] = [[] for _ in prompts]
+    with evaluating(joint), tqdm(desc="generating", unit="token", delay=2, leave=False) as bar:
+        for start, first in passes:
+            own = prompts[start : start + prompts_at_once]
+            chosen = factors if draws is None else factors[first : first + draws_at_once]
+            found = _continuations(joint, own, chosen, pad, several, options, bar)
+            for i, continuations in enumerate(found):
+                written[start + i] += continuations
+    ended = _ends(settings)
+    kept = [[_until(ids, ended) for ids in continuations] for continuations in written]
+    draw = torch.arange(draws or 1).repeat_interleave(several)
+    return _scored(joint, prompts, kept, draw, factors, pad, tokenizer, rows)
+
+
+def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
+    """The settings that ``generate`` will have; refuses what would leave the draws."""
+    base: Any = joint.base
+    able = getattr(base, "can_generate", None)
+    if not isinstance(joint.likelihood, CausalLM) or able is None or not able():
+        raise ConfigError(
+            "generate() needs a causal language model of transformers, fitted as one; this is a "
+            f"{type(base).__name__} with the likelihood {joint.likelihood.name!r}"
+        )
+    for name in OURS:
+        if options.get(name) is not None:
+            raise ConfigError(f"generate() uses {name} itself; leave it out")
+    settings = copy.deepcopy(options.get("generation_config") or base.generation_config)
+    settings.update(**options)
+    mode = str(getattr(settings.get_generation_mode(options.get("assistant_model")), "value", ""))
+    if mode not in MODES or options.get("custom_generate") is not None:
+        found = "custom_generate" if mode in MODES else mode
+        raise ConfigError(
+            f"{found} arranges the rows of a batch anew, and rows would meet the weights of other "
+            f"draws; generate() takes {', '.join(MODES)}"
+        )
+    return settings
+
+
+def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
+    """The prompts' ids, without padding."""
+    if isinstance(inputs, str):
+        raise DataError(f"pass prompts as a list: [{inputs[:40]!r}]")
+    if isinstance(inputs, Mapping):
+        ids = torch.as_tensor(inputs["input_ids"])
+        mask = torch.as_tensor(inputs.get("attention_mask", torch.ones_like(ids))).bool()
+        prompts = [row[own] for row, own in zip(ids, mask, strict=True)]
+    elif isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], str):
+        if tokenizer is None:
+            raise DataError(
+                "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
+                "load(), or a tensor of token ids here"
+            )
+        prompts = [torch.as_tensor(ids) for ids in tokenizer(list(inputs))["input_ids"]]
+    elif isinstance(inputs, Tensor) and inputs.dim() != 2:
+        raise DataError(f"token ids must be (n, T), got shape {tuple(inputs.shape)}")
+    elif isinstance(inputs, Tensor | Sequence):
+        prompts = [torch.as_tensor(row) for row in inputs]
+    else:
+        raise DataError(
+            "inputs must be a list of texts, a tensor of token ids (n, T), or a mapping with "
+            f"'input_ids', got {type(inputs).__name__}"
+        )
+    if not prompts:
+        raise DataError("there are no prompts")
+    for number, ids in enumerate(prompts):
+        if not len(ids) or ids.is_floating_point() or ids.dim() != 1:
+            raise DataError(f"prompt {number} has no tokens; give it at least one")
+    vocabulary = getattr(joint.base.config, "vocab_size", None)
+    highest = max(int(ids.max()) for ids in prompts)
+    if vocabulary is not None and highest >= vocabulary:
+        raise DataError(
+            f"token ids must be below {vocabulary}, got {highest}; was another tokenizer used?"
+        )
+    return [ids.long() for ids in prompts]
+
+
+def _padding(settings: GenerationConfig, tokenizer: Any) -> int:
+    """What fills rows up; attention never sees it."""
+    for value in (settings.pad_token_id, getattr(tokenizer, "pad_token_id", None)):
+        if value is not None:
+            return int(value)
+    return next(iter(_ends(settings)), 0)
+
+
+def _ends(settings: GenerationConfig) -> set[int]:
+    """The ids that end a text."""
+    ends = settings.eos_token_id
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, list | tuple) else {int(ends)}
+
+
+def _continuations(
+    joint: JointModel,
+    prompts: Sequence[Tensor],
+    factors: FlatFactors,
+    pad: int,
+    several: int,
+    options: Mapping[str, Any],
+    bar: Any,
+) -> list[list[Tensor]]:
+    """For each prompt the continuations of all draws in turn, as `generate` gives them."""
+    base: Any = joint.base
+    device = next(base.parameters()).device
+    draws = factors.draws or 1
+    ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
+    with bind(joint.binding(factors)):
+        found = base.generate(
+            ids.repeat(draws, 1),
+            **{
+                "attention_mask": mask.long().repeat(draws, 1),
+                "pad_token_id": pad,
+                "disable_compile": True,  # the compiler cannot follow the binding
+                "stopping_criteria": StoppingCriteriaList([_Progress(bar)]),
+                **options,
+            },
+        )
+    new = found[:, ids.shape[1] :].cpu().unflatten(0, (draws, len(prompts), several))
+    return [[*own.flatten(0, 1)] for own in new.transpose(0, 1)]
+
+
+class _Progress(StoppingCriteria):
+    """Stops nothing; counts the steps on a bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.bar.update(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _until(ids: Tensor, ends: set[int]) -> Tensor:
+    """The ids up to the first that ends a text, with it."""
+    places = torch.isin(ids, torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
+    return ids[: int(places[0]) + 1] if len(places) else ids
+
+
+def _scored(
+    joint: JointModel,
+    prompts: Sequence[Tensor],
+    written: Sequence[Sequence[Tensor]],
+    draw: Tensor,
+    factors: FlatFactors,
+    pad: int,
+    tokenizer: Any,
+    rows: int,
+) -> Generation:
+    pairs = [(p, new) for p, own in zip(prompts, written, strict=True) for new in own]
+    prepared = prepare(_examples(pairs, pad), joint.base, joint.likelihood)
+    read = predict(joint, prepared, factors, batch_size=min(defaults.BATCH_SIZE, rows), rows=rows)
+    assert isinstance(read, TokenPrediction)
+    assert read.log_likelihood is not None
+    shape = (len(prompts), len(draw))
+
+    def aligned(values: Tensor) -> Tensor:
+        """(n K, longest - 1) of whole texts to the continuations alone, (n, K, T)."""
+        parts = [
+            row[len(p) - 1 : len(p) - 1 + len(new)]
+            for row, (p, new) in zip(values, pairs, strict=True)
+        ]
+        return pad_sequence(parts, True, torch.nan).unflatten(0, shape)
+
+    news = [new for _, new in pairs]
+    counted = pad_sequence([torch.ones_like(new, dtype=torch.bool) for new in news], True, False)
+    texts = tokens = None
+    if tokenizer is not None:
+        texts = [[_decode(tokenizer, new) for new in own] for own in written]
+        tokens = [[[_decode(tokenizer, i) for i in new] for new in own] for own in written]
+    return Generation(
+        sequences=pad_sequence(news, True, pad).unflatten(0, shape),
+        mask=counted.unflatten(0, shape),
+        draw=draw,
+        log_likelihood=read.log_likelihood.unflatten(1, shape),
+        entropy=aligned(read.entropy),
+        aleatoric=aligned(read.aleatoric),
+        prompts=None if tokenizer is None else [_decode(tokenizer, p) for p in prompts],
+        texts=texts,
+        tokens=tokens,
+    )
+
+
+def _examples(pairs: Sequence[tuple[Tensor, Tensor]], pad: int) -> list[dict[str, Any]]:
+    """Whole texts of one length; the labels are the continuations' tokens."""
+    longest = max(len(prompt) + len(new) for prompt, new in pairs)
+    examples = []
+    for prompt, new in pairs:
+        used, rest = len(prompt) + len(new), longest - len(prompt) - len(new)
+        examples.append(
+            {
+                "input_ids": [*prompt.tolist(), *new.tolist(), *[pad] * rest],
+                "attention_mask": [1] * used + [0] * rest,
+                LABELS: [IGNORED] * len(prompt) + new.tolist() + [IGNORED] * rest,
+            }
+        )
+    return examples
+
+
+def _decode(tokenizer: Any, ids: Tensor) -> str:
+    return tokenizer.decode(ids.reshape(-1).tolist(), skip_special_tokens=ids.dim() > 0)

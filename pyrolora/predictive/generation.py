@@ -1,0 +1,107 @@
+"""Continuations of texts, and how sure the draws of a posterior are of every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import combinations
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """K continuations of each of n prompts, and what S draws say of them.
+
+    Draw s writes its continuations as one function, the same weights for every token; all S draws
+    then read all of them. With p_s(·) = p(· | the tokens before, draw s) and p̄ = mean_s p_s, each
+    token's uncertainty splits as H[p̄] = mean_s H[p_s] + mutual information (Malinin and Gales
+    2021, ICLR: the expectation of products is `log_predictive`, the product of expectations is what
+    the entropies are of).
+
+    Attributes
+    ----------
+    sequences, mask
+        Token ids of the continuations, (n, K, T), and which of them count: those up to the first
+        end of text, which is one of them.
+    draw
+        (K,): the number of the draw that wrote each.
+    log_likelihood
+        log p(continuation | prompt, draw), (S, n, K), in nats, for every draw.
+    entropy, aleatoric
+        (n, K, T), in nats a token; NaN where `mask` is false.
+    prompts, texts
+        The texts, n and n x K, or None without a tokenizer.
+    tokens
+        The text of each counted token, n x K lists, or None without a tokenizer.
+    """
+
+    sequences: Tensor
+    mask: Tensor
+    draw: Tensor
+    log_likelihood: Tensor
+    entropy: Tensor
+    aleatoric: Tensor
+    prompts: list[str] | None = None
+    texts: list[list[str]] | None = None
+    tokens: list[list[list[str]]] | None = None
+
+    def __repr__(self) -> str:
+        n, count, length = self.sequences.shape
+        return (
+            f"Generation(prompts={n}, continuations={count}, draws={len(self.log_likelihood)}, "
+            f"tokens<={length})"
+        )
+
+    @property
+    def epistemic(self) -> Tensor:
+        """The mutual information of token and draw, (n, K, T)."""
+        return (self.entropy - self.aleatoric).clamp(min=0)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """How many tokens each continuation has, (n, K)."""
+        return self.mask.sum(-1)
+
+    @property
+    def log_predictive(self) -> Tensor:
+        """log mean_s p(continuation | prompt, draw s), (n, K), in nats."""
+        draws = torch.tensor(float(len(self.log_likelihood)))
+        return self.log_likelihood.logsumexp(0) - draws.log()
+
+    @property
+    def agreement(self) -> Tensor:
+        """How much the draws write the same, (n,), 0 to 1: the mean over pairs of continuations of
+        different draws of 2 M / T, M the tokens in matching blocks and T those of both
+        (``difflib.SequenceMatcher``). NaN of one draw."""
+        writers = self.draw.tolist()
+        pairs = [
+            (a, b) for a, b in combinations(range(len(writers)), 2) if writers[a] != writers[b]
+        ]
+        found = []
+        for sequences, mask in zip(self.sequences, self.mask, strict=True):
+            ids = [row[own].tolist() for row, own in zip(sequences, mask, strict=True)]
+            ratios = [SequenceMatcher(None, ids[a], ids[b], False).ratio() for a, b in pairs]
+            found.append(sum(ratios) / len(ratios) if ratios else float("nan"))
+        return torch.tensor(found)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a continuation: ``prompt`` and ``draw`` (numbers), ``text``, ``num_tokens``,
+        ``nll`` (of the mixture over draws), ``entropy``, ``aleatoric``, ``epistemic`` (means over
+        tokens; nats a token), and ``agreement`` of the prompt's draws."""
+        n, count, _ = self.sequences.shape
+        columns: dict[str, Any] = {
+            "prompt": torch.arange(n).repeat_interleave(count).numpy(),
+            "draw": self.draw.repeat(n).numpy(),
+        }
+        if self.texts is not None:
+            columns["text"] = [text for texts in self.texts for text in texts]
+        columns["num_tokens"] = self.num_tokens.flatten().numpy()
+        columns["nll"] = (-self.log_predictive / self.num_tokens).flatten().numpy()
+        for name in ("entropy", "aleatoric", "epistemic"):
+            columns[name] = getattr(self, name).nanmean(-1).flatten().numpy()
+        columns["agreement"] = self.agreement.repeat_interleave(count).numpy()
+        return pd.DataFrame(columns)

@@ -1,0 +1,55 @@
+"""Are the probabilities what they say?"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from pyrolora.errors import ConfigError, DataError, whole_number
+from pyrolora.predictive.prediction import ClassPrediction, Prediction
+
+ECE_BINS = 15
+
+
+def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFrame:
+    """The accuracy of predictions by their confidence, in bins of equal width: what the expected
+    calibration error sums up, ECE = Σ_b (count_b / n) |accuracy_b − confidence_b|.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a bin (low, high]: ``low``, ``high``, ``count``, ``confidence`` (the mean of the
+        largest probability) and ``accuracy``; NaN in a bin without predictions.
+
+    Raises
+    ------
+    ConfigError
+        When the prediction is not of classes.
+    DataError
+        When the data had no labels.
+    """
+    whole_number("bins", bins, at_least=1)
+    if not isinstance(prediction, ClassPrediction):
+        raise ConfigError(
+            f"the reliability of class probabilities needs classes, got a "
+            f"{type(prediction).__name__}; a regression has evaluate(...)['coverage']"
+        )
+    if prediction.loss is None:
+        raise DataError("reliability needs labels, and the data has none")
+    confidence = prediction.probs.amax(-1).double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    index = torch.bucketize(confidence, edges[1:-1].contiguous())
+    count = index.bincount(minlength=bins)
+    sums = torch.zeros(2, bins, dtype=torch.float64)
+    right = 1 - prediction.loss.double()
+    sums = sums.index_add(1, index, torch.stack([confidence, right]))
+    means = sums / count  # 0 / 0 is NaN
+    return pd.DataFrame(
+        {
+            "low": edges[:-1].numpy(),
+            "high": edges[1:].numpy(),
+            "count": count.numpy(),
+            "confidence": means[0].numpy(),
+            "accuracy": means[1].numpy(),
+        }
+    )

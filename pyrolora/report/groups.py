@@ -1,0 +1,147 @@
+"""From a joint model to ArviZ: the draws, what follows from them, and what they say of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.errors import ConfigError, whole_number
+from pyrolora.guides import Guide, Program, full_name, spread
+from pyrolora.inference import Prepared
+from pyrolora.likelihoods import Classification, MultipleChoice
+from pyrolora.model import JointModel
+from pyrolora.predictive import predict, seeded
+from pyrolora.report.arviz import to_inference_data
+
+DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
+
+Variables = dict[str, tuple[Tensor, tuple[str, ...]]]
+"""Name -> (S, ...) and the names of the dimensions after the first."""
+
+
+@torch.no_grad()
+def inference_data(
+    joint: JointModel,
+    options: Guide,
+    data: Prepared | None,
+    num_samples: int | None = None,
+    *,
+    log_likelihood: bool = False,
+    factors: bool = False,
+    seed: int | None = None,
+) -> Any:
+    """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it."""
+    program = joint.program
+    num_samples = _count(program, num_samples)
+    joint.align()
+    shape = partial(_by_chain, chains=program.chains)
+    pieces, kept = [], []
+    with seeded(seed):
+        for sites in program.draws(num_samples, DRAWS_AT_ONCE):
+            drawn = program.factors(sites)
+            pieces.append(_variables(program, sites, drawn, factors))
+            if data is not None:
+                kept.append(drawn)
+        groups: dict[str, Any] = {
+            "posterior": {
+                name: (shape(torch.cat([piece[name][0] for piece in pieces])), dims)
+                for name, (_, dims) in pieces[0].items()
+            }
+        }
+        stored = program.stored()
+        if stored is not None:
+            statistics = program.statistics(spread(stored, num_samples))
+            groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
+        if data is not None:
+            groups |= _data_groups(joint, data, FlatFactors.cat(kept), log_likelihood, shape)
+    coords = {"layer": list(program.bank.specs), "block": program.block_names()}
+    names = class_names(joint)
+    if names is not None:
+        coords["class"] = names
+    attrs: dict[str, str | int | float] = {
+        "guide": full_name(options),
+        "guide_options": str(options),
+        "likelihood": joint.likelihood.name,
+        "base": type(joint.base).__name__,
+        "inference_library": "pyrolora",
+        "num_examples": joint.num_examples,
+    }
+    return to_inference_data(groups, coords, attrs)
+
+
+def class_names(joint: JointModel) -> list[str] | None:
+    """The names that the network has for its classes; None for transformers' own LABEL_0, for a
+    plain network, and where the choices of each example are its own."""
+    law = joint.likelihood
+    id2label = getattr(getattr(joint.base, "config", None), "id2label", None)
+    if not id2label or not isinstance(law, Classification) or isinstance(law, MultipleChoice):
+        return None
+    names = [str(id2label[i]) for i in range(len(id2label))]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+def _count(program: Program, num_samples: int | None) -> int:
+    """The number of draws over all chains, checked."""
+    if num_samples is None:
+        num_samples = program.stored() or defaults.ARVIZ_DRAWS
+    whole_number("num_samples", num_samples, at_least=1)
+    if num_samples % program.chains:
+        raise ConfigError(
+            f"num_samples must be a multiple of the {program.chains} chains, got {num_samples}"
+        )
+    return num_samples
+
+
+def _variables(
+    program: Program, sites: Mapping[str, Tensor], drawn: FlatFactors, factors: bool
+) -> Variables:
+    """The posterior group of some draws."""
+    bank = program.bank
+    norms = bank.update_norms(drawn).expand(drawn.draws or 1, -1)
+    variables: Variables = {"adapter_norm": (norms, ("layer",)), **program.quantities(sites)}
+    if factors:
+        size = len(next(iter(sites.values())))
+        ranks = {name: spec.rank for name, spec in bank.specs.items()}
+        for name, (A, B) in bank.matrices(drawn).items():
+            A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
+            # A layer of lower rank has a dimension of its own.
+            rank = "rank" if ranks[name] == max(ranks.values()) else f"rank[{name}]"
+            variables[f"A[{name}]"] = (A, (rank, f"in[{name}]"))
+            variables[f"B[{name}]"] = (B, (f"out[{name}]", rank))
+    return variables
+
+
+def _data_groups(
+    joint: JointModel,
+    data: Prepared,
+    factors: FlatFactors,
+    log_likelihood: bool,
+    shape: Callable[[Tensor], np.ndarray],
+) -> dict[str, Any]:
+    """What the draws say of data, and the data."""
+    prediction = predict(joint, data, factors)
+    groups: dict[str, Any] = {
+        "posterior_predictive": {
+            name: (shape(draws), dims)
+            for name, (draws, dims) in prediction.predictive_draws().items()
+        }
+    }
+    if prediction.targets is not None:
+        dims = ("example", "token")[: prediction.targets.dim()]
+        groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
+    if log_likelihood:
+        assert prediction.log_likelihood is not None
+        groups["log_likelihood"] = {"y": (shape(prediction.log_likelihood), ("example",))}
+    return groups
+
+
+def _by_chain(draws: Tensor, chains: int) -> np.ndarray:
+    """(S, ...) -> (chains, S / chains, ...)."""
+    return draws.detach().cpu().unflatten(0, (chains, -1)).numpy()

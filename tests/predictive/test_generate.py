@@ -1,0 +1,230 @@
+"""Generation: each continuation is one function's, and its scores are those of that function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import bert, gpt2, llama, reviews, tokenizer, tokens
+
+import pyrolora
+from pyrolora import AdapterConfig
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.guides import Ensemble, Flat, MonteCLoRA
+from pyrolora.predictive import Generation, draw_factors
+
+WIDE = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
+PROMPTS = ["the film", "good", "the book is not"]
+
+
+def fitted(network=None, guide=WIDE, **options):
+    return pyrolora.fit(
+        llama(initializer_range=0.4) if network is None else network,
+        reviews(24), guide=guide, epochs=2, learning_rate=0.02, seed=0,
+        **{"adapter": AdapterConfig(r=2), "tokenizer": tokenizer(), **options},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def posterior():
+    return fitted()
+
+
+def alone(posterior, seed, draws, prompt, **options):
+    """The continuations that plain networks, one a draw, write to one prompt."""
+    factors = draw_factors(posterior.model, draws, seed)
+    ids = torch.tensor([tokenizer()(prompt)["input_ids"]])
+    found = []
+    for k in range(draws):
+        setting = factors[k]
+        network = llama(initializer_range=0.4)
+        for name, (A, B) in posterior.bank.matrices(setting).items():
+            layer = network.get_submodule(name)
+            with torch.no_grad():
+                layer.weight += posterior.bank.specs[name].scaling * B @ A
+        out = network.generate(
+            ids, attention_mask=torch.ones_like(ids), pad_token_id=0, disable_compile=True,
+            **options,
+        )  # fmt: skip
+        found += out[:, ids.shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+def test_every_draw_writes_what_a_network_with_its_weights_writes(posterior, options):
+    """Prompts of several lengths, draws and beams in one batch, against one network a draw."""
+    found = posterior.generate(PROMPTS, 3, seed=5, max_new_tokens=6, **options)
+    several = options.get("num_return_sequences", 1)
+    assert found.draw.tolist() == [k for k in range(3) for _ in range(several)]
+    for i, prompt in enumerate(PROMPTS):
+        expected = alone(posterior, 5, 3, prompt, max_new_tokens=6, **options)
+        own = [row[m].tolist() for row, m in zip(found.sequences[i], found.mask[i], strict=True)]
+        assert own == [ids[: len(o)] for ids, o in zip(expected, own, strict=True)]
+        assert all(len(o) == 6 or o[-1] == 2 for o in own)  # cut at the end of text alone
+    assert (found.sequences[:, :1] != found.sequences).any(), "the draws are all alike"
+
+
+def test_rows_are_split_over_passes_without_a_difference(posterior, monkeypatch):
+    from pyrolora.predictive import generate
+
+    whole = posterior.generate(PROMPTS, 4, seed=1, max_new_tokens=5)
+    factors = draw_factors(posterior.model, 4, 1)
+    for rows in (1, 2, 5, 7):
+        parts = generate(
+            posterior.model, PROMPTS, factors, tokenizer(), rows=rows,
+            options={"max_new_tokens": 5},
+        )  # fmt: skip
+        assert parts.texts == whole.texts
+        torch.testing.assert_close(parts.log_likelihood, whole.log_likelihood)
+
+
+def test_scores_are_those_of_all_draws_on_the_continuations_alone(posterior):
+    found = posterior.generate(PROMPTS, 3, seed=5, max_new_tokens=4, do_sample=True)
+    factors = draw_factors(posterior.model, 3, 5)
+    for i, prompt in enumerate(PROMPTS):
+        start = tokenizer()(prompt)["input_ids"]
+        for k in range(3):
+            new = found.sequences[i, k][found.mask[i, k]]
+            ids = torch.tensor([[*start, *new.tolist()]])
+            with torch.no_grad():
+                logits = posterior.model.network({"input_ids": ids}, factors)[:, 0]
+            log_probs = logits[:, len(start) - 1 : -1].log_softmax(-1)  # (S, T, V)
+            own = log_probs.gather(-1, new.expand(3, -1)[..., None]).squeeze(-1)
+            torch.testing.assert_close(found.log_likelihood[:, i, k], own.sum(-1))
+            mean = log_probs.exp().mean(0)
+            entropy = -(mean * mean.log()).sum(-1)
+            aleatoric = -(log_probs.exp() * log_probs).sum(-1).mean(0)
+            T = len(new)
+            torch.testing.assert_close(found.entropy[i, k, :T], entropy, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.aleatoric[i, k, :T], aleatoric, rtol=1e-4, atol=1e-5)
+            assert found.entropy[i, k, T:].isnan().all()
+    assert (found.epistemic[found.mask] > 0).all()
+    best = found.log_likelihood.amax(0)
+    assert ((found.log_predictive <= best) & (found.log_predictive >= best - 3**0.5)).all()
+
+
+def test_a_seed_repeats_draws_and_samples_and_leaves_the_global_numbers_alone(posterior):
+    state = torch.get_rng_state()
+    first = posterior.generate(PROMPTS, 3, seed=2, max_new_tokens=6, do_sample=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    again = posterior.generate(PROMPTS, 3, seed=2, max_new_tokens=6, do_sample=True)
+    other = posterior.generate(PROMPTS, 3, seed=3, max_new_tokens=6, do_sample=True)
+    assert first.texts == again.texts != other.texts
+
+
+def test_the_mean_adapter_is_one_function():
+    posterior = fitted()
+    found = posterior.generate(PROMPTS, 0, max_new_tokens=4)
+    assert found.sequences.shape[1] == 1
+    assert found.draw.tolist() == [0]
+    assert (found.epistemic[found.mask].abs() < 1e-6).all()
+    assert found.agreement.isnan().all()
+    merged = posterior.merge()
+    ids = torch.tensor([tokenizer()("good")["input_ids"]])
+    out = merged.generate(ids, max_new_tokens=4, pad_token_id=0)[0, ids.shape[1] :]
+    own = found.sequences[1, 0][found.mask[1, 0]]
+    assert out[: len(own)].tolist() == own.tolist()
+
+
+def test_agreement_is_the_mean_similarity_over_pairs_of_draws():
+    rows = torch.tensor([[[1, 2, 3], [1, 2, 4], [5, 6, 0]]])
+    mask = torch.tensor([[[True] * 3, [True] * 3, [True, True, False]]])
+    blank = torch.zeros(1, 3, 3)
+    found = Generation(rows, mask, torch.tensor([0, 1, 1]), torch.zeros(2, 1, 3), blank, blank)
+    # Two of three tokens shared, none shared; the two of draw 1 are not compared.
+    assert found.agreement.tolist() == [pytest.approx((2 * 2 / 6 + 0) / 2)]
+
+
+def test_ids_and_padded_batches_are_prompts_too(posterior):
+    texts = posterior.generate(PROMPTS, 2, seed=0, max_new_tokens=3)
+    ids = [tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+    assert posterior.generate(ids, 2, seed=0, max_new_tokens=3).texts == texts.texts
+    padded = tokenizer()(PROMPTS, padding=True, return_tensors="pt")
+    assert posterior.generate(padded, 2, seed=0, max_new_tokens=3).texts == texts.texts
+    one = posterior.generate(torch.tensor(ids[:1]), 2, seed=0, max_new_tokens=3)
+    assert one.texts == texts.texts[:1]
+
+
+def test_without_a_tokenizer_there_are_ids_alone():
+    network = llama(initializer_range=0.4)
+    posterior = pyrolora.fit(
+        network, tokens(8).remove_columns("labels"), epochs=1, adapter=AdapterConfig(r=1), seed=0
+    )
+    found = posterior.generate([[4, 5, 6], [7]], 2, max_new_tokens=3)
+    assert found.texts is found.tokens is found.prompts is None
+    assert "text" not in found.to_pandas()
+    with pytest.raises(DataError, match="there is no tokenizer"):
+        posterior.generate(["the film"])
+
+
+def test_a_table_has_a_row_a_continuation(posterior):
+    found = posterior.generate(PROMPTS, 2, seed=0, max_new_tokens=3, num_beams=2)
+    table = found.to_pandas()
+    assert table["prompt"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert table["draw"].tolist() == [0, 1] * 3
+    assert table["text"].tolist() == [text for texts in found.texts for text in texts]
+    assert (table["entropy"] - table["aleatoric"] - table["epistemic"]).abs().max() < 1e-6
+    own = found.sequences[2, 1][found.mask[2, 1]].tolist()
+    assert found.tokens[2][1] == [tokenizer().decode([i]) for i in own]
+    assert "draws=2" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    ["map", "meanfield", Ensemble(members=2), Flat(inner=WIDE, at_prediction=True)],
+    ids=str,
+)
+def test_other_guides_write_too(guide):
+    posterior = fitted(gpt2(), guide)
+    found = posterior.generate(["the film", "good good good"], max_new_tokens=3, seed=0)
+    draws = 2 if isinstance(guide, Ensemble) else 8
+    assert found.sequences.shape[:2] == (2, draws)
+    assert torch.isfinite(found.log_likelihood).all()
+    if guide == "map":
+        torch.testing.assert_close(found.agreement, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"num_beams": 4, "num_beam_groups": 2}, "group_beam_search"),
+        ({"dola_layers": "low"}, "dola_generation"),
+        ({"custom_generate": "some/where"}, "custom_generate"),
+        ({"stopping_criteria": ["any"]}, "stopping_criteria"),
+        ({"streamer": "any"}, "streamer"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_decoding_that_mixes_rows_is_refused(posterior, options, reason):
+    with pytest.raises(ConfigError, match=reason):
+        posterior.generate(PROMPTS, 2, **options)
+
+
+def test_wrong_inputs_are_refused_in_words(posterior):
+    with pytest.raises(DataError, match="pass prompts as a list"):
+        posterior.generate("the film")
+    with pytest.raises(DataError, match="there are no prompts"):
+        posterior.generate([])
+    with pytest.raises(DataError, match=r"must be \(n, T\)"):
+        posterior.generate(torch.zeros(3, dtype=torch.long))
+    with pytest.raises(DataError, match="prompt 1 has no tokens"):
+        posterior.generate([[4, 5], []])
+    with pytest.raises(DataError, match="token ids must be below"):
+        posterior.generate([[4, 5000]])
+    with pytest.raises(DataError, match="got int"):
+        posterior.generate(3)
+    classifier = pyrolora.fit(bert(), tokens(), epochs=1, adapter=AdapterConfig(r=1), seed=0)
+    with pytest.raises(ConfigError, match=r"causal language model.*BertForSequenceClassification"):
+        classifier.generate(["the film"])

@@ -1,0 +1,83 @@
+"""`pyrolora.compare`: rows are the posteriors' own evaluations, differences are paired."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from problems import bert, llama, mlp, reviews, tokenizer, tokens
+from rich.console import Console
+
+import pyrolora
+from pyrolora import AdapterConfig
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.report import as_table
+
+
+def fitted(guide, **options):
+    return pyrolora.fit(
+        bert(initializer_range=0.3), tokens(24), guide=guide, epochs=3, learning_rate=0.02, seed=0,
+        adapter=AdapterConfig(r=2), **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def posteriors():
+    return {"plain": fitted("map"), "spread": fitted("montec")}
+
+
+def test_rows_are_the_evaluations_and_differences_are_paired(posteriors):
+    data, outside = tokens(20, seed=3), tokens(10, seed=9)
+    table = pyrolora.compare(posteriors, data, 4, outside=outside, seed=0)
+    assert list(table.index) == ["plain", "spread"]
+    losses = {}
+    for name, posterior in posteriors.items():
+        own = posterior.evaluate(data, 4, outside=outside, seed=0)
+        assert "ood_auroc" in own
+        for metric, value in own.items():
+            assert table.loc[name, metric] == pytest.approx(value, nan_ok=True)
+        losses[name] = -posterior.predict(data, 4, seed=0).log_predictive.double().numpy()
+    best, worst = sorted(losses, key=lambda name: losses[name].mean())
+    difference = losses[worst] - losses[best]
+    assert table.loc[best, "nll_difference"] == table.loc[best, "difference_se"] == 0
+    assert table.loc[worst, "nll_difference"] == pytest.approx(difference.mean())
+    expected = difference.std(ddof=1) / np.sqrt(20)
+    assert table.loc[worst, "difference_se"] == pytest.approx(expected)
+
+
+def test_the_rich_table_has_a_row_a_metric(posteriors):
+    table = pyrolora.compare(posteriors, tokens(20, seed=3), 2, seed=0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(as_table(table, {"nll": "nats; lower is better"}))
+    lines = console.export_text().splitlines()
+    assert {"plain", "spread"} <= set(lines[1].replace("┃", " ").split())
+    (nll,) = [line for line in lines if line.startswith("│ nll ") and "difference" not in line]
+    assert f"{table.loc['plain', 'nll']:.3f}" in nll
+    assert "nats; lower is better" in nll
+    assert any("nll difference" in line for line in lines)
+
+
+def test_language_models_are_compared_by_text():
+    options = {"epochs": 1, "adapter": AdapterConfig(r=1), "tokenizer": tokenizer(), "seed": 0}
+    models = {g: pyrolora.fit(llama(), reviews(8), guide=g, **options) for g in ("map", "montec")}
+    table = pyrolora.compare(models, reviews(6), 2, seed=0)
+    assert {"perplexity", "nll_difference"} <= set(table.columns)
+    assert table["nll_difference"].min() == 0
+
+
+def test_what_cannot_be_compared_is_refused(posteriors):
+    with pytest.raises(ConfigError, match="mapping of names to posteriors"):
+        pyrolora.compare(list(posteriors.values()), tokens(4))
+    with pytest.raises(ConfigError, match="mapping of names to posteriors"):
+        pyrolora.compare({}, tokens(4))
+    with pytest.raises(ConfigError, match="'a' is a Sequential"):
+        pyrolora.compare({"a": mlp()}, tokens(4))
+    other = pyrolora.fit(
+        bert(1), tokens(8), guide="map", likelihood="regression", epochs=1,
+        adapter=AdapterConfig(r=1),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"different likelihoods.*classification.*regression"):
+        pyrolora.compare({**posteriors, "other": other}, tokens(4))
+    with pytest.raises(DataError, match="needs labels"):
+        pyrolora.compare(posteriors, tokens(4).remove_columns("labels"), 2)
