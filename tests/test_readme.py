@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_readmes_python_runs(folder, capsys):
     python = blocks("python")
-    assert len(python) == 5
+    assert len(python) == 7
     namespace: dict[str, object] = {}
     for block in python:
         code = block.replace(HUB_ID, str(folder / "encoder"))
@@ -41,6 +41,8 @@ def test_the_readmes_python_runs(folder, capsys):
     assert "'ece'" in printed
     assert "elpd_loo" in printed
     assert "torch.Size([10, 8])" in printed
+    assert "nll_difference" in printed
+    assert (folder / "report.html").is_file()
     main_job = python[0]
     assert len([line for line in main_job.splitlines() if line.strip()]) <= 20
 
@@ -52,7 +54,9 @@ def test_the_readmes_commands_run(folder):
         for line in block.splitlines()
         if line.startswith("pyrolora ")
     ]
-    assert {command[1] for command in commands} == {"fit", "evaluate", "predict", "export"}
+    assert {command[1] for command in commands} == {
+        *("fit", "evaluate", "predict", "compare", "report", "export"),
+    }
     for command in commands:
         with pytest.raises(SystemExit) as done:
             main(command[1:])

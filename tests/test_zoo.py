@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 
 from pyrolora import zoo
+from pyrolora.demo.sentences import docstrings
 from pyrolora.errors import UnknownNameError
 
 ROOT = Path(__file__).parents[1]
 CARDS = [pytest.param(name, id=name) for name in zoo.available()]
+CLASSES = {"encoder": AutoModelForMaskedLM, "decoder": AutoModelForCausalLM}
 
 
-def test_the_encoder_is_there() -> None:
-    assert "encoder" in zoo.available()
-    assert zoo.available() == sorted(set(zoo.available()))
-    assert (zoo.folder("encoder") / "config.json").is_file()
+@pytest.fixture(scope="module")
+def decoder() -> tuple[Any, Any]:
+    """Its tokenizer and its network."""
+    folder = zoo.folder("decoder")
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_both_are_there() -> None:
+    assert zoo.available() == ["decoder", "encoder"]
+    for name in zoo.available():
+        assert (zoo.folder(name) / "config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "", "..", "encoder/", "Encoder"])
@@ -52,18 +66,26 @@ def test_the_models_of_an_installed_package_come_before_those_of_a_clone(
         zoo.folder("one")
 
 
-def test_the_weights_are_small() -> None:
-    sizes = [file.stat().st_size for file in zoo.folder("encoder").glob("*.safetensors")]
-    assert len(sizes) == 1
-    assert sizes[0] <= 12e6
+@pytest.mark.parametrize(("name", "most"), [("encoder", 12e6), ("decoder", 8e6)])
+def test_the_folders_are_small(name: str, most: float) -> None:
+    sizes = {file.name: file.stat().st_size for file in zoo.folder(name).iterdir()}
+    assert [file for file in sizes if file.endswith(".safetensors")] == ["model.safetensors"]
+    assert sum(sizes.values()) <= most
 
 
-@pytest.mark.parametrize("kind", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("encoder", AutoModelForMaskedLM),
+        ("encoder", AutoModelForSequenceClassification),
+        ("decoder", AutoModelForCausalLM),
+    ],
+)
 @pytest.mark.parametrize("dtype", [None, "auto"])
-def test_transformers_loads_the_encoder_in_single_precision(kind: type, dtype: str | None) -> None:
+def test_transformers_loads_it_in_single_precision(name: str, kind: Any, dtype: str | None) -> None:
     """Though the file holds half of it; and every weight of it finite."""
     options = {} if dtype is None else {"dtype": dtype}
-    network = kind.from_pretrained(zoo.folder("encoder"), **options)
+    network = kind.from_pretrained(zoo.folder(name), **options)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
 
@@ -88,8 +110,70 @@ def test_the_encoder_fills_in_a_masked_word() -> None:
     assert torch.isfinite(logits).all()
 
 
-def test_there_is_no_pickle_among_the_files() -> None:
-    for file in zoo.folder("encoder").rglob("*"):
+@pytest.mark.parametrize(
+    "text", ["Return the mean, café.", "  def f(x):\n\treturn x  # two spaces", "", "漢字 🙂 <b>"]
+)
+def test_the_decoders_tokenizer_gives_back_any_text(decoder: Any, text: str) -> None:
+    tokens, network = decoder
+    ids = tokens(text)["input_ids"]
+    assert ids[0] == tokens.bos_token_id == network.config.bos_token_id
+    assert tokens.eos_token_id not in ids
+    assert tokens.decode(ids, skip_special_tokens=True) == text
+    assert len(tokens) == network.config.vocab_size == 4096
+    assert tokens.pad_token_id == network.config.pad_token_id
+    assert tokens.model_max_length == network.config.max_position_embeddings == 256
+
+
+def test_the_decoder_reads_better_than_word_counts_do(decoder: Any) -> None:
+    """Those of other documentation, with one added to each; by more than two nats a token."""
+    tokens, network = decoder
+    text = "Return the mean of the values along the given axis. If no axis is given, the mean of "
+    ids = tokens(text + "all values is returned.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        nll = float(network(ids, labels=ids).loss)
+    counts = Counter(i for doc in docstrings("pyrolora") for i in tokens(doc)["input_ids"][1:])
+    total = sum(counts.values()) + len(tokens)
+    unigram = -sum(math.log((counts[i] + 1) / total) for i in ids[0, 1:].tolist())
+    assert nll < unigram / (ids.shape[1] - 1) - 2
+
+
+def test_the_decoder_writes_and_knows_where_a_text_ends(decoder: Any) -> None:
+    tokens, network = decoder
+    ids = tokens("Return the mean of the array.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        log_probs = network(ids).logits[0].log_softmax(-1)
+    ends = log_probs[:, tokens.eos_token_id]
+    assert ends.argmax() == ids.shape[1] - 1  # after the full stop
+    assert ends[-1] > math.log(0.05)
+
+    options: Any = {"max_new_tokens": 12, "do_sample": False}
+    prompts = ["Returns the", "If True, then the number of"]
+    together = network.generate(**tokens(prompts, padding=True, return_tensors="pt"), **options)
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = network.generate(**tokens(prompt, return_tensors="pt"), **options)[0]
+        text = tokens.decode(alone, skip_special_tokens=True)
+        assert text == tokens.decode(row, skip_special_tokens=True)
+        assert text.startswith(prompt)
+        assert len(text.split()) >= len(prompt.split()) + 3
+
+
+def test_what_the_decoder_is_trained_on_begins_and_ends(
+    decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, _ = decoder
+    monkeypatch.syspath_prepend(ROOT / "models")
+    kind = importlib.import_module("pretrain").KINDS["decoder"]
+    texts = [f"The text number {i} of several." for i in range(99)]
+    rows = kind.blocks(texts, tokens)["input_ids"]
+    assert {len(row) for row in rows} == {kind.block}
+    read = tokens.decode([i for row in rows for i in row])
+    assert ("".join(f"<s>{text}</s>" for text in texts)).startswith(read)
+    assert read.count("</s>") > 50
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_there_is_no_pickle_among_the_files(name: str) -> None:
+    for file in zoo.folder(name).rglob("*"):
         assert file.suffix not in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}, file
 
 
@@ -113,7 +197,7 @@ def test_the_card_repeats_the_figures_of_the_training(name: str) -> None:
 def test_the_recorded_parameters_are_those_of_the_network(name: str) -> None:
     folder = zoo.folder(name)
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    network = AutoModelForMaskedLM.from_pretrained(folder)
+    network = CLASSES[name].from_pretrained(folder)
     assert training["parameters"] == sum(parameter.numel() for parameter in network.parameters())
 
 

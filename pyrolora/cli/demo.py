@@ -24,6 +24,7 @@ READING = {
     "ece": "gap of confidence and accuracy; lower is better",
     "brier": "lower is better",
     "error_auroc": "does entropy find wrong answers? 0.5: chance",
+    "aurc": "error rate if only the surest are answered; lower is better",
     "ood_entropy": "AUROC: does entropy find unseen libraries?",
     "ood_mi": "AUROC: does mutual information find them?",
     "fit_seconds": "",

@@ -442,7 +442,7 @@ def test_regression(place: Path, tmp_path: Path) -> None:
     posterior = pyrolora.load(run)
     assert posterior.likelihood.name == "regression"
     scores = posterior.evaluate(data, 4, seed=7)
-    assert set(scores) == {"rmse", "nll", "crps", "coverage"}
+    assert set(scores) == {"rmse", "nll", "crps", "coverage", "aurc"}
     found = done("evaluate", run, tmp_path / "train.csv", *PREDICT, "--json").json
     assert {name: found[name] for name in scores} == pytest.approx(scores)
     table = tmp_path / "predictions.parquet"
