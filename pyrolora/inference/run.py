@@ -139,8 +139,9 @@ class Run:
 
     def _batches(self, title: str) -> Iterator[Batch]:
         loader = self.data.loader(self.args.per_device_train_batch_size)
-        bar = tqdm(loader, desc=title, delay=2, leave=False, disable=self.args.disable_tqdm)
-        for batch in bar:
+        # Not ``disable=False``, which would overrule a user's TQDM_DISABLE.
+        hidden = {"disable": True} if self.args.disable_tqdm else {}
+        for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):
             yield self._placed(batch)
 
     def _placed(self, batch: Mapping[str, Any]) -> Batch:
