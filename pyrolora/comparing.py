@@ -34,7 +34,9 @@ def compare(
     num_samples
         Draws of each; None: 32, of an ensemble every member once.
     outside
-        Data of another distribution: adds ``ood_auroc``.
+        Data of another distribution, whose labels do not matter: adds ``ood_auroc``.
+    batch_size
+        Examples a pass.
     seed
         Makes the draws repeatable.
 
@@ -67,7 +69,9 @@ def compare(
     for name, posterior in posteriors.items():
         options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
         inside = posterior.predict(data, num_samples, **options)
-        other = None if outside is None else posterior.predict(outside, num_samples, **options)
+        other = None
+        if outside is not None:
+            other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
         rows[name] = evaluate(inside, other)
         assert inside.log_predictive is not None
         losses[name] = -inside.log_predictive.double()

@@ -16,8 +16,9 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Prepared, prepare
-from pyrolora.likelihoods import Likelihood
-from pyrolora.model import JointGuide, JointModel
+from pyrolora.inference.examples import without_labels
+from pyrolora.likelihoods import Likelihood, TokenLikelihood
+from pyrolora.model import INPUTS, JointGuide, JointModel
 from pyrolora.page import page_file, report_on
 from pyrolora.predictive import (
     ClassPrediction,
@@ -50,7 +51,8 @@ class Posterior:
     model, guide
         The Pyro pair, ``model(batch)`` and ``guide(batch)``, for ``pyro.infer.SVI``,
         ``Predictive`` and ``MCMC(NUTS(...))``. ``model`` is the untempered joint density of the
-        adapters and the n training examples; without ``labels`` in the batch, y is sampled. (Of
+        adapters and the n training examples; without ``labels`` in the batch, y is sampled. Start
+        a chain near the guide, at the values of ``sample(1)``. (Of
         ``"laplace"`` they have the network itself, not the linearised one that ``predict`` uses.)
     base
         The network. Its own weights are never changed.
@@ -204,9 +206,9 @@ class Posterior:
         seed
             Makes the draws, and the sampling of tokens, repeatable.
         **generate_options
-            Of transformers' ``generate``: ``max_new_tokens`` (40 unless the network says
-            otherwise), ``do_sample``, ``temperature``, ``num_beams``, ``num_return_sequences``, ...
-            Greedy search, sampling and both with beams.
+            Of transformers' ``generate``: ``max_new_tokens`` (what the network's own settings say,
+            or 40, at most to the end of its context), ``do_sample``, ``temperature``,
+            ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling and both with beams.
 
         Raises
         ------
@@ -234,14 +236,15 @@ class Posterior:
 
         Classification and multiple choice: ``accuracy``, ``nll``, ``ece``, ``brier``,
         ``error_auroc``, ``aurc``; regression: ``rmse``, ``nll``, ``crps``, ``coverage``, ``aurc``;
-        language models: ``nll`` (a counted token) and ``perplexity``. With ``outside``, data of
+        language models: ``nll`` (a counted token) and ``perplexity``, or, of data with a column
+        ``choices``, what classification has (`predict_choices`). With ``outside``, data of
         another distribution (labels are not needed): ``ood_auroc``.
         `pyrolora.predictive.evaluate` defines each.
         """
         inside = self._predict(data, num_samples, batch_size, seed, need_labels=True)
         if outside is None:
             return evaluate(inside)
-        other = self._predict(outside, num_samples, batch_size, seed, need_labels=False)
+        other = self.predict(self.inputs_of(outside), num_samples, batch_size=batch_size, seed=seed)
         return evaluate(inside, other)
 
     def log_likelihood(
@@ -252,7 +255,8 @@ class Posterior:
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Tensor:
-        """log p(y_i | draw s), (S, n), in nats; a text's is the sum over its labelled tokens."""
+        """log p(y_i | draw s), (S, n), in nats; a text's is the sum over its labelled tokens, and
+        of data with ``choices`` it is that of the right choice among them."""
         prediction = self._predict(data, num_samples, batch_size, seed, need_labels=True)
         assert prediction.log_likelihood is not None
         return prediction.log_likelihood
@@ -531,6 +535,14 @@ class Posterior:
         can no longer predict; other posteriors of the network are not disturbed."""
         self.model.attachment.detach()
         return self.base
+
+    def inputs_of(self, data: Any) -> Any:
+        """Data as `predict` takes it, without labels, which may be of other classes; those of texts
+        stay, since they say which tokens count."""
+        if isinstance(self.likelihood, TokenLikelihood):
+            return data
+        name = getattr(self.base, "main_input_name", INPUTS)
+        return without_labels(data, name, defaults.SCORE_SPLITS)
 
     def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
         return prepare(

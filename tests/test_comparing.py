@@ -28,7 +28,7 @@ def posteriors():
 
 
 def test_rows_are_the_evaluations_and_differences_are_paired(posteriors):
-    data, outside = tokens(20, seed=3), tokens(10, seed=9)
+    data, outside = tokens(20, seed=3), tokens(10, seed=9, classes=7)  # labels that are no classes
     table = pyrolora.compare(posteriors, data, 4, outside=outside, seed=0)
     assert list(table.index) == ["plain", "spread"]
     losses = {}

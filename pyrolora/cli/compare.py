@@ -16,7 +16,7 @@ from pyrolora.errors import ConfigError
 
 def compare(
     data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
-    runs: Annotated[list[Path], typer.Argument(help="The folders of two fits or more.")],
+    runs: Annotated[list[Path], typer.Argument(help="The folders of the fits.")],
     outside: posteriors.Outside = None,
     num_samples: posteriors.NumSamples = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,

@@ -34,8 +34,13 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Length of a continuation.")
-    ] = defaults.MAX_NEW_TOKENS,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Most tokens of a continuation; otherwise what the network's settings say, or "
+            f"{defaults.MAX_NEW_TOKENS}.",
+        ),
+    ] = None,
     do_sample: Annotated[
         bool, typer.Option("--do-sample", help="Sample tokens; otherwise the likeliest is taken.")
     ] = False,
@@ -43,7 +48,8 @@ def generate(
         float | None, typer.Option(help="Of the sampled tokens (with --do-sample).")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample from the likeliest tokens of this mass.")
+        float | None,
+        typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass."),
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of a draw.")] = 1,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Continuations of a draw.")] = 1,
@@ -67,6 +73,8 @@ def generate(
     """
     if (temperature is not None or top_p is not None) and not do_sample:
         raise ConfigError("--temperature and --top-p are for sampled tokens; add --do-sample")
+    if num_return_sequences > num_beams and not (do_sample and num_beams == 1):
+        raise ConfigError("--num-return-sequences needs --do-sample, or as many --num-beams")
     if output is not None and output.suffix.lower() != ".jsonl":
         raise ConfigError(f"the output is JSON lines; name it .jsonl, got {output}")
     if output is not None and not output.parent.is_dir():
@@ -77,15 +85,15 @@ def generate(
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
     texts = _prompts(inputs, prompts)
     posterior = posteriors.load(run, model)
-    sampling = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     found = posterior.generate(
         texts,
         num_samples,
         seed=seed,
-        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
         num_beams=num_beams,
         num_return_sequences=num_return_sequences,
-        **{name: value for name, value in sampling.items() if value is not None},
+        **{name: value for name, value in given.items() if value is not None},
     )
     lines = [json.dumps(row, default=str) for row in _rows(original.to_list(), found, tokens)]
     if output is None:
@@ -116,11 +124,6 @@ def _rows(
     """An object a prompt."""
     table = found.to_pandas().drop(columns="agreement")
     for i, (row, agreement) in enumerate(zip(original, found.agreement.tolist(), strict=True)):
-        clash = sorted({"agreement", "continuations"} & row.keys())
-        if clash:
-            raise DataError(
-                f"the prompts have columns that the output has too, {clash}; rename them"
-            )
         own = table[table["prompt"] == i].drop(columns="prompt").to_dict(orient="records")
         if tokens:
             for k, continuation in enumerate(own):

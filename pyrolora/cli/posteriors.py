@@ -79,15 +79,21 @@ def labelled(
 
 def outside(folder: Path, source: str | None, text: Sequence[str] | None) -> Any:
     """The inputs of data of another distribution, if there is any."""
-    return None if source is None else unlabelled(folder, source, None, text)[1]
+    if source is None:
+        return None
+    return unlabelled(folder, source, None, text, (*defaults.SCORE_SPLITS, "train"))[1]
 
 
 def unlabelled(
-    folder: Path, source: str, split: str | None, text: Sequence[str] | None
+    folder: Path,
+    source: str,
+    split: str | None,
+    text: Sequence[str] | None,
+    splits: Sequence[str] = defaults.SCORE_SPLITS,
 ) -> tuple[Any, Any]:
     """Data as it is, and its inputs alone."""
     columns = Run(folder).columns()
-    original = files.read_data(source, split, defaults.SCORE_SPLITS)
+    original = files.read_data(source, split, splits)
     inputs = files.with_columns(original, text or columns.get("text", []), None, source)
     targets = {*files.LABELS, columns.get("label")}
     return original, inputs.remove_columns([n for n in inputs.column_names if n in targets])

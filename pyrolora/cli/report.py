@@ -18,17 +18,12 @@ def report(
     run: posteriors.Folder,
     data: Annotated[str, typer.Argument(help=f"Data: a file ({KINDS}), folder or name.")],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    outside: Annotated[
-        str | None,
-        typer.Option(help="Other data, without labels: can the uncertainty tell them apart?"),
-    ] = None,
+    outside: posteriors.Outside = None,
     num_samples: posteriors.NumSamples = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
     seed: posteriors.Seed = defaults.SEED,
     text: posteriors.Text = None,
-    label: Annotated[
-        str | None, typer.Option(help="The target's column; otherwise as in the fit.")
-    ] = None,
+    label: posteriors.Label = None,
     split: posteriors.Split = None,
     model: posteriors.Model = None,
     json: Annotated[
@@ -49,7 +44,7 @@ def report(
 
     file = page_file(output)
     examples = _examples(run, data, split, text, label)
-    other = None if outside is None else posteriors.unlabelled(run, outside, None, text)[1]
+    other = posteriors.outside(run, outside, text)
     made = report_on(
         posteriors.load(run, model),
         examples,

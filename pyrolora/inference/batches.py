@@ -193,7 +193,7 @@ def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
     return tuple(text)
 
 
-def _check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> None:
+def check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> None:
     if tokenizer is None:
         raise DataError(
             f"the data holds raw text ({', '.join(text)}) and there is no tokenizer; pass "
@@ -205,7 +205,7 @@ def _check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -
 
 
 def _tokenise(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> datasets.Dataset:
-    _check_text(data, text, tokenizer)
+    check_text(data, text, tokenizer)
     return data.map(
         lambda rows: tokenizer(*(rows[name] for name in text), truncation=True),
         batched=True,
@@ -239,7 +239,7 @@ def _tokenise_choices(data: datasets.Dataset, tokenizer: Any) -> datasets.Datase
             f"tokens (choices, T) as 'input_ids', got the columns {data.column_names}"
         )
     context = context_columns(data)
-    _check_text(data, context, tokenizer)
+    check_text(data, context, tokenizer)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         choices = [choice_texts(own) for own in rows[CHOICES]]

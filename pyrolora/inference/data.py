@@ -20,7 +20,7 @@ from pyrolora.inference.batches import (
 )
 from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
 from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
-from pyrolora.likelihoods import Likelihood, MaskedLM
+from pyrolora.likelihoods import CausalLM, Likelihood, MaskedLM
 from pyrolora.model import INPUTS, LABELS
 
 
@@ -90,6 +90,12 @@ def prepare(
             f"the data has a column 'choices' and {type(network).__name__} takes none; load the "
             "model with AutoModelForMultipleChoice, or drop the column with "
             "data.remove_columns('choices')"
+        )
+    if isinstance(likelihood, CausalLM) and is_plain(examples) and has_choices(examples):
+        raise DataError(
+            "the data has a column 'choices', and a language model learns, or is scored on, whole "
+            "texts here; join the question and the right choice in one column, 'text'. predict() "
+            "and evaluate() let it choose"
         )
     if is_plain(examples):
         if collate.labels_are_classes:

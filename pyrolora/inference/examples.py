@@ -99,6 +99,20 @@ class TensorExamples(TorchDataset[dict[str, Tensor]]):
         return {name: tensor[index] for name, tensor in self.columns.items()}
 
 
+def without_labels(data: Any, input_name: str, splits: Sequence[str]) -> Any:
+    """The data without labels of its own, which may be of other classes."""
+    rows = as_examples(data, input_name, splits)
+    if is_plain(rows):
+        return rows.remove_columns([n for n in rows.column_names if n in (LABELS, "label")])
+    if isinstance(rows, TensorExamples):
+        return tuple(t for n, t in rows.columns.items() if n != LABELS)
+    examples = (as_dict(rows[i], input_name) for i in range(len(rows)))
+    return [
+        {n: v.tolist() if isinstance(v, Tensor) else v for n, v in row.items() if n != LABELS}
+        for row in examples
+    ]
+
+
 def as_dict(example: Any, input_name: str) -> dict[str, Any]:
     """One example as a dict with ``labels``; of an (x, y) pair, x is the network's main input."""
     if isinstance(example, Mapping):

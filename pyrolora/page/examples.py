@@ -11,7 +11,7 @@ from torch import nn
 from pyrolora import defaults
 from pyrolora.errors import DataError
 from pyrolora.inference.batches import CHOICES, choice_texts, context_columns, text_columns
-from pyrolora.inference.examples import TensorExamples, as_dict, as_examples, is_plain
+from pyrolora.inference.examples import as_dict, as_examples, is_plain
 from pyrolora.model import INPUTS, LABELS
 
 LONGEST = 400
@@ -51,14 +51,6 @@ class Examples:
     def row(self, i: int) -> dict[str, Any]:
         """One example by name."""
         return as_dict(self.rows[i], self.input_name)
-
-    def inputs(self) -> Any:
-        """The data without labels of its own, which may be of other classes."""
-        if self.plain:
-            return self.rows.remove_columns([n for n in self.rows.column_names if n in TARGETS])
-        if isinstance(self.rows, TensorExamples):
-            return (self.rows.columns[self.input_name],)
-        return self.rows
 
     def only(self, i: int) -> Any:
         """One example as data of its own."""

@@ -67,6 +67,9 @@ def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> I
             for p in (prediction, outside)
         )
         assert inside is not None
+        if not len(inside):  # texts of one token, which nothing predicts
+            return
+        other = None if other is not None and not len(other) else other
         entropy_histogram(inside, other, ax=ax)
         ax.set_xlabel(name)
         if other is not None:

@@ -14,7 +14,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora import defaults
-from pyrolora.errors import ConfigError, DataError
+from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
 from pyrolora.page import findings
 from pyrolora.page.contraction import contractions
@@ -107,11 +107,7 @@ def report_on(
     prediction = posterior.predict(data, num_samples, **options)
     other = None
     if outside is not None:
-        if not isinstance(prediction, TokenPrediction):  # whose labels are the tokens themselves
-            outside = Examples(outside, posterior.base, posterior.tokenizer).inputs()
-        other = posterior.predict(outside, num_samples, **options)
-    if other is not None and type(other) is not type(prediction):
-        raise DataError("outside must be data of the same kind as the data that it stands beside")
+        other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
     idata = posterior.to_arviz(seed=seed)
     metrics = _metrics(prediction, other)
     warnings = _findings(posterior, prediction, num_samples)
@@ -149,10 +145,11 @@ def report_on(
 
 
 def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, float]:
-    metrics = {} if prediction.targets is None else dict(evaluate(prediction))
-    if outside is not None:
-        metrics["ood_auroc"] = auroc(*(p.uncertainty.nan_to_num() for p in (prediction, outside)))
-    return metrics
+    if prediction.targets is not None:
+        return evaluate(prediction, outside)
+    if outside is None:
+        return {}
+    return {"ood_auroc": auroc(prediction.uncertainty, outside.uncertainty)}
 
 
 def _findings(posterior: Subject, prediction: Prediction, num_samples: int) -> list[Finding]:

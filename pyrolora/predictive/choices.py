@@ -12,7 +12,13 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
-from pyrolora.inference.batches import CHOICES, choice_number, choice_texts, context_columns
+from pyrolora.inference.batches import (
+    CHOICES,
+    check_text,
+    choice_number,
+    choice_texts,
+    context_columns,
+)
 from pyrolora.inference.examples import as_examples, is_plain
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel
@@ -64,14 +70,14 @@ def choose(
             "choosing by likelihood needs a causal language model, and data with a column 'choices'"
             f" beside the question; the likelihood is {joint.likelihood.name!r}"
         )
-    if tokenizer is None:
-        raise DataError("the choices are raw text and there is no tokenizer; pass tokenizer=")
     context = context_columns(rows)
+    check_text(rows, context, tokenizer)
     choices = [choice_texts(own) for own in rows[CHOICES]]
     contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
     targets = _targets(rows, choices, need_labels)
+    longest = getattr(joint.base.config, "max_position_embeddings", None)
     examples = [
-        _example(tokenizer, before, choice)
+        _example(tokenizer, before, choice, longest)
         for before, own in zip(contexts, choices, strict=True)
         for choice in own
     ]
@@ -89,14 +95,23 @@ def choose(
     return ClassPrediction(targets, picked, log_probs.exp())
 
 
-def _example(tokenizer: Any, context: str, choice: str) -> dict[str, list[int]]:
-    """The tokens of both, those of the context not labelled."""
+def _example(
+    tokenizer: Any, context: str, choice: str, longest: int | None
+) -> dict[str, list[int]]:
+    """The tokens of both, those of the context not labelled; at most the ``longest`` last."""
     alone = tokenizer(context)["input_ids"]
     both = tokenizer(f"{context} {choice}")["input_ids"]
     pairs = zip(alone, both, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(both)))
     if shared == len(both):
         raise DataError(f"a choice of {context[:40]!r} adds no token to it: {choice!r}")
+    if not shared:
+        raise DataError(
+            f"nothing stands before the choice {choice[:40]!r} that could predict its first token; "
+            "give it a context, or a tokenizer that begins texts with a token of their own"
+        )
+    cut = max(0, len(both) - longest) if longest else 0
+    both, shared = both[cut:], max(shared - cut, 1)
     return {
         "input_ids": both,
         "attention_mask": [1] * len(both),
@@ -121,4 +136,4 @@ def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor |
                 f"the label of example {number} is {found!r}, and it has {len(own)} choices; count "
                 "them from 0"
             )
-    return torch.tensor(numbers)
+    return torch.tensor(numbers, dtype=torch.long)

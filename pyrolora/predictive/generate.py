@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,14 @@ from pyrolora.predictive.prediction import TokenPrediction
 
 # Those that keep a row's neighbours, whatever they do with the rows.
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
-OURS = ("return_dict_in_generate", "streamer", "stopping_criteria", "inputs_embeds")
+OURS = {
+    **dict.fromkeys(("return_dict_in_generate", "streamer", "stopping_criteria"), "leave it out"),
+    **dict.fromkeys(
+        ("input_ids", "attention_mask", "position_ids", "inputs_embeds"),
+        "pass inputs as a mapping with input_ids and attention_mask",
+    ),
+    "stop_strings": "a text is followed to its end token; cut the texts afterwards",
+}
 
 
 @torch.no_grad()
@@ -57,10 +65,9 @@ def generate(
     """
     options = dict(options or {})
     settings = _check(joint, options)
-    if not {"max_new_tokens", "max_length", "generation_config"} & options.keys():
-        options.setdefault("max_new_tokens", settings.max_new_tokens or defaults.MAX_NEW_TOKENS)
     prompts = _as_ids(inputs, tokenizer, joint)
-    pad = _padding(settings, tokenizer)
+    _set_length(joint, prompts, settings)
+    settings.pad_token_id = pad = _padding(settings, tokenizer)
     several = settings.num_return_sequences or 1
     width = max(settings.num_beams or 1, several)
     draws = factors.draws
@@ -77,7 +84,7 @@ def generate(
         for start, first in passes:
             own = prompts[start : start + prompts_at_once]
             chosen = factors if draws is None else factors[first : first + draws_at_once]
-            found = _continuations(joint, own, chosen, pad, several, options, bar)
+            found = _continuations(joint, own, chosen, settings, several, bar)
             for i, continuations in enumerate(found):
                 written[start + i] += continuations
     ended = _ends(settings)
@@ -95,11 +102,18 @@ def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
             "generate() needs a causal language model of transformers, fitted as one; this is a "
             f"{type(base).__name__} with the likelihood {joint.likelihood.name!r}"
         )
-    for name in OURS:
-        if options.get(name) is not None:
-            raise ConfigError(f"generate() uses {name} itself; leave it out")
-    settings = copy.deepcopy(options.get("generation_config") or base.generation_config)
-    settings.update(**options)
+    # As transformers does: what is given goes before what the network's own settings say.
+    settings = copy.deepcopy(base.generation_config)
+    given = options.get("generation_config")
+    if given is not None:
+        settings.update(**{n: v for n, v in given.to_dict().items() if v is not None})
+    try:
+        unknown = settings.update(**{n: v for n, v in options.items() if n != "generation_config"})
+    except ValueError as error:  # settings that contradict one another
+        raise ConfigError(str(error)) from error
+    for name, advice in OURS.items():
+        if options.get(name) is not None or (name == "stop_strings" and settings.stop_strings):
+            raise ConfigError(f"generate() sets {name} itself: {advice}")
     mode = str(getattr(settings.get_generation_mode(options.get("assistant_model")), "value", ""))
     if mode not in MODES or options.get("custom_generate") is not None:
         found = "custom_generate" if mode in MODES else mode
@@ -107,6 +121,8 @@ def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
             f"{found} arranges the rows of a batch anew, and rows would meet the weights of other "
             f"draws; generate() takes {', '.join(MODES)}"
         )
+    if unknown:
+        raise ConfigError(f"transformers' generate() has no options {sorted(unknown)}")
     return settings
 
 
@@ -115,37 +131,65 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     if isinstance(inputs, str):
         raise DataError(f"pass prompts as a list: [{inputs[:40]!r}]")
     if isinstance(inputs, Mapping):
-        ids = torch.as_tensor(inputs["input_ids"])
-        mask = torch.as_tensor(inputs.get("attention_mask", torch.ones_like(ids))).bool()
-        prompts = [row[own] for row, own in zip(ids, mask, strict=True)]
+        prompts = [torch.as_tensor(row) for row in inputs["input_ids"]]
+        if "attention_mask" in inputs:
+            masks = [torch.as_tensor(row).bool() for row in inputs["attention_mask"]]
+            prompts = [row[own] for row, own in zip(prompts, masks, strict=True)]
     elif isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], str):
         if tokenizer is None:
             raise DataError(
                 "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
                 "load(), or a tensor of token ids here"
             )
-        prompts = [torch.as_tensor(ids) for ids in tokenizer(list(inputs))["input_ids"]]
+        rows = tokenizer(list(inputs))["input_ids"]
+        prompts = [torch.as_tensor(_open(ids, tokenizer)) for ids in rows]
     elif isinstance(inputs, Tensor) and inputs.dim() != 2:
         raise DataError(f"token ids must be (n, T), got shape {tuple(inputs.shape)}")
-    elif isinstance(inputs, Tensor | Sequence):
+    elif isinstance(inputs, Tensor | Sequence) and not any(isinstance(x, Mapping) for x in inputs):
         prompts = [torch.as_tensor(row) for row in inputs]
     else:
         raise DataError(
             "inputs must be a list of texts, a tensor of token ids (n, T), or a mapping with "
-            f"'input_ids', got {type(inputs).__name__}"
+            f"'input_ids', got {type(inputs).__name__}; of rows pass the texts alone: data['text']"
         )
     if not prompts:
         raise DataError("there are no prompts")
     for number, ids in enumerate(prompts):
-        if not len(ids) or ids.is_floating_point() or ids.dim() != 1:
-            raise DataError(f"prompt {number} has no tokens; give it at least one")
-    vocabulary = getattr(joint.base.config, "vocab_size", None)
-    highest = max(int(ids.max()) for ids in prompts)
-    if vocabulary is not None and highest >= vocabulary:
+        if ids.dim() != 1 or not len(ids) or ids.is_floating_point():
+            raise DataError(
+                f"prompt {number} is no list of token ids, or has none: {ids.tolist()!r:.60}; give "
+                "each prompt at least one"
+            )
+    vocabulary = getattr(joint.base.config, "vocab_size", math.inf)
+    lowest, highest = (f(int(f(ids)) for ids in prompts) for f in (min, max))
+    if lowest < 0 or highest >= vocabulary:
         raise DataError(
-            f"token ids must be below {vocabulary}, got {highest}; was another tokenizer used?"
+            f"token ids must be in 0..{vocabulary - 1}, got {lowest}..{highest}; was another "
+            "tokenizer used?"
         )
     return [ids.long() for ids in prompts]
+
+
+def _open(ids: list[int], tokenizer: Any) -> list[int]:
+    """The ids without a last one that ends a text: what follows is to go on with it."""
+    ends = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")}
+    return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
+
+
+def _set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationConfig) -> None:
+    """Give continuations a length, unless they have one; raise `DataError` for a prompt whose
+    continuation would leave the network's context."""
+    context = getattr(joint.base.config, "max_position_embeddings", math.inf)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = len(prompts[longest])
+    if settings.max_new_tokens is None and settings.max_length is None:
+        settings.max_new_tokens = max(1, min(defaults.MAX_NEW_TOKENS, context - size))
+    needed = size + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
+    if needed > context:
+        raise DataError(
+            f"prompt {longest} has {size} tokens, and with its continuation {needed}; the network "
+            f"has {context} positions: shorten it, or lower max_new_tokens"
+        )
 
 
 def _padding(settings: GenerationConfig, tokenizer: Any) -> int:
@@ -168,28 +212,26 @@ def _continuations(
     joint: JointModel,
     prompts: Sequence[Tensor],
     factors: FlatFactors,
-    pad: int,
+    settings: GenerationConfig,
     several: int,
-    options: Mapping[str, Any],
     bar: Any,
 ) -> list[list[Tensor]]:
     """For each prompt the continuations of all draws in turn, as `generate` gives them."""
     base: Any = joint.base
     device = next(base.parameters()).device
     draws = factors.draws or 1
+    pad = settings.pad_token_id
     ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
     with bind(joint.binding(factors)):
         found = base.generate(
             ids.repeat(draws, 1),
-            **{
-                "attention_mask": mask.long().repeat(draws, 1),
-                "pad_token_id": pad,
-                "disable_compile": True,  # the compiler cannot follow the binding
-                "stopping_criteria": StoppingCriteriaList([_Progress(bar)]),
-                **options,
-            },
+            attention_mask=mask.long().repeat(draws, 1),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
+            disable_compile=True,  # the compiler cannot follow the binding
+            return_dict_in_generate=False,
         )
     new = found[:, ids.shape[1] :].cpu().unflatten(0, (draws, len(prompts), several))
     return [[*own.flatten(0, 1)] for own in new.transpose(0, 1)]

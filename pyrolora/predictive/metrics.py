@@ -42,6 +42,11 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
     """
     if prediction.targets is None:
         raise DataError("evaluation needs labels, and the data has none; use predict() instead")
+    if outside is not None and type(outside) is not type(prediction):
+        raise DataError(
+            "outside must be data of the same kind as the data that it stands beside, got a "
+            f"{type(outside).__name__} beside a {type(prediction).__name__}"
+        )
     metrics = _metrics(prediction)
     if outside is not None:
         metrics["ood_auroc"] = auroc(prediction.uncertainty, outside.uncertainty)
@@ -50,10 +55,11 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
 
 def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
     """The area under the ROC curve of a score, P(a < b) + ½ P(a = b), for independent a from
-    ``low`` and b from ``high``; NaN when either is empty.
+    ``low`` and b from ``high``, without those that are NaN; NaN when either is empty.
 
     For out-of-distribution data: ``auroc(inside.entropy, outside.entropy)``.
     """
+    low, high = (scores[~scores.isnan()] for scores in (low, high))
     if not len(low) or not len(high):
         return float("nan")
     scores = torch.cat([low, high]).double()
@@ -73,11 +79,13 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
     probs, targets = prediction.probs, prediction.targets
     assert targets is not None
     classes = probs.shape[-1]
+    # The last bin has both its ends; torchmetrics gives a confidence of 1 a bin of its own.
+    inside = probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
     one_hot = torch.nn.functional.one_hot(targets, classes)
     return {
         "accuracy": float(multiclass_accuracy(probs, targets, classes, average="micro")),
         "nll": _nll(prediction),
-        "ece": float(multiclass_calibration_error(probs, targets, classes, ECE_BINS, "l1")),
+        "ece": float(multiclass_calibration_error(inside, targets, classes, ECE_BINS, "l1")),
         "brier": float((probs - one_hot).square().sum(-1).mean()),
         "error_auroc": auroc(
             prediction.entropy[prediction.predicted == targets],

@@ -18,8 +18,9 @@ def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFr
     Returns
     -------
     pandas.DataFrame
-        A row a bin (low, high]: ``low``, ``high``, ``count``, ``confidence`` (the mean of the
-        largest probability) and ``accuracy``; NaN in a bin without predictions.
+        A row a bin [low, high), the last with its upper end: ``low``, ``high``, ``count``,
+        ``confidence`` (the mean of the largest probability) and ``accuracy``; NaN in a bin without
+        predictions.
 
     Raises
     ------
@@ -38,7 +39,7 @@ def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFr
         raise DataError("reliability needs labels, and the data has none")
     confidence = prediction.probs.amax(-1).double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    index = torch.bucketize(confidence, edges[1:-1].contiguous())
+    index = torch.bucketize(confidence, edges[1:-1].contiguous(), right=True)
     count = index.bincount(minlength=bins)
     sums = torch.zeros(2, bins, dtype=torch.float64)
     right = 1 - prediction.loss.double()

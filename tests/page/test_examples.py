@@ -93,23 +93,6 @@ def test_lengths(data: Any, expected: tuple[str, list[int]]) -> None:
     assert Examples(data, network).lengths() == expected
 
 
-@pytest.mark.parametrize(
-    ("data", "expected"),
-    [
-        (reviews(3), reviews(3).select_columns("text").to_list()),
-        ([{"text": TEXT, "labels": "other"}], [{"text": TEXT}]),
-        (([TEXT], [7]), [{"text": TEXT}]),
-    ],
-)
-def test_inputs_have_no_labels(data: Any, expected: list[dict[str, Any]]) -> None:
-    assert Examples(data, bert()).inputs().to_list() == expected
-
-
-def test_inputs_of_tensors_have_no_labels() -> None:
-    (inputs,) = Examples((torch.ones(3, 4), torch.zeros(3)), mlp()).inputs()
-    assert torch.equal(inputs, torch.ones(3, 4))
-
-
 def test_one_example_is_data_again() -> None:
     alone = Examples(reviews(5), bert()).only(3)
     assert alone.to_list() == [reviews(5)[3]]

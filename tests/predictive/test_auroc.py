@@ -11,7 +11,8 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 
 import pyrolora
-from pyrolora.predictive import ClassPrediction, auroc, evaluate
+from pyrolora.errors import DataError
+from pyrolora.predictive import ClassPrediction, RegressionPrediction, auroc, evaluate
 
 
 def reference(low: Tensor, high: Tensor) -> float:
@@ -139,3 +140,15 @@ def test_a_posterior_scores_its_errors() -> None:
     scores = posterior.evaluate(reviews(40, 1), 4, seed=0)
     expected = reference(found.entropy[right], found.entropy[~right])
     assert scores["error_auroc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_scores_that_are_not_defined_do_not_count() -> None:
+    nan = float("nan")
+    found = auroc(torch.tensor([0.1, nan, 0.4]), torch.tensor([0.3, nan]))
+    assert found == auroc(torch.tensor([0.1, 0.4]), torch.tensor([0.3])) == 0.5
+
+
+def test_other_data_have_to_be_of_the_same_kind() -> None:
+    numbers = RegressionPrediction(None, None, torch.zeros(1, 2), noise_scale=1.0)
+    with pytest.raises(DataError, match="got a RegressionPrediction beside a ClassPrediction"):
+        evaluate(prediction([SURE, UNSURE], [0, 1]), numbers)

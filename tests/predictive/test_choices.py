@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import bert_choice, llama, questions, reviews, tokenizer
+from tokenizers import processors
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -94,7 +95,42 @@ def test_training_to_choose_is_seen_in_the_choices():
     assert (posterior.predict(rows, 0).probs[:, 1] > 0.9).all()
 
 
+def test_a_context_that_is_too_long_is_cut_from_the_left():
+    network = llama(initializer_range=0.4, max_position_embeddings=6)
+    posterior = pyrolora.fit(
+        network, [{"text": "the film"}] * 4, epochs=1, adapter=AdapterConfig(r=1),
+        tokenizer=tokenizer(), seed=0,
+    )  # fmt: skip
+    long = [{"question": "the " * 20 + "film is not", "choices": ["good", "dull"]}]
+    with torch.no_grad():
+        ids = [
+            tokenizer()(f"{long[0]['question']} {c}")["input_ids"][-6:] for c in ("good", "dull")
+        ]
+        factors = draw_factors(posterior.model, 0)
+        logits = posterior.model.network({"input_ids": torch.tensor(ids)}, factors)
+    own = logits[:, 3:5].log_softmax(-1)  # the choice and the end of the text
+    scores = own.gather(-1, torch.tensor(ids)[:, 4:, None]).sum((1, 2))
+    found = posterior.predict(long, 0).probs[0]
+    torch.testing.assert_close(found, scores.softmax(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_language_model_does_not_train_on_questions_alone(posterior):
+    with pytest.raises(DataError, match=r"join the question and the right choice"):
+        pyrolora.fit(llama(), ROWS, epochs=1, adapter=AdapterConfig(r=1), tokenizer=tokenizer())
+    with pytest.raises(DataError, match="join the question"):
+        posterior.to_arviz(4, data=ROWS, log_likelihood=True)
+
+
 def test_wrong_choices_are_refused_in_words(posterior):
+    with pytest.raises(DataError, match="missing values"):
+        posterior.predict([{**ROWS[0], "question": None}, ROWS[1]], 2)
+    bare = tokenizer()
+    bare.backend_tokenizer.post_processor = processors.Sequence([])
+    plain = pyrolora.fit(
+        llama(), [{"text": "the film"}] * 4, epochs=1, adapter=AdapterConfig(r=1), tokenizer=bare
+    )
+    with pytest.raises(DataError, match=r"nothing stands before the choice 'good'"):
+        plain.predict([{"question": "", "choices": ["good", "bad film"]}], 2)
     with pytest.raises(DataError, match=r"label of example 1 is 2, and it has 2 choices"):
         posterior.predict([ROWS[0], {**ROWS[1], "label": 2}], 2)
     with pytest.raises(DataError, match="adds no token"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import bert, gpt2, llama, reviews, tokenizer, tokens
+from transformers import GenerationConfig
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -29,10 +30,15 @@ def posterior():
     return fitted()
 
 
+def opened(text):
+    """The tokens of a prompt: without the [SEP] that ends a text."""
+    return tokenizer()(text)["input_ids"][:-1]
+
+
 def alone(posterior, seed, draws, prompt, **options):
     """The continuations that plain networks, one a draw, write to one prompt."""
     factors = draw_factors(posterior.model, draws, seed)
-    ids = torch.tensor([tokenizer()(prompt)["input_ids"]])
+    ids = torch.tensor([opened(prompt)])
     found = []
     for k in range(draws):
         setting = factors[k]
@@ -91,7 +97,7 @@ def test_scores_are_those_of_all_draws_on_the_continuations_alone(posterior):
     found = posterior.generate(PROMPTS, 3, seed=5, max_new_tokens=4, do_sample=True)
     factors = draw_factors(posterior.model, 3, 5)
     for i, prompt in enumerate(PROMPTS):
-        start = tokenizer()(prompt)["input_ids"]
+        start = opened(prompt)
         for k in range(3):
             new = found.sequences[i, k][found.mask[i, k]]
             ids = torch.tensor([[*start, *new.tolist()]])
@@ -129,7 +135,7 @@ def test_the_mean_adapter_is_one_function():
     assert (found.epistemic[found.mask].abs() < 1e-6).all()
     assert found.agreement.isnan().all()
     merged = posterior.merge()
-    ids = torch.tensor([tokenizer()("good")["input_ids"]])
+    ids = torch.tensor([opened("good")])
     out = merged.generate(ids, max_new_tokens=4, pad_token_id=0)[0, ids.shape[1] :]
     own = found.sequences[1, 0][found.mask[1, 0]]
     assert out[: len(own)].tolist() == own.tolist()
@@ -146,9 +152,11 @@ def test_agreement_is_the_mean_similarity_over_pairs_of_draws():
 
 def test_ids_and_padded_batches_are_prompts_too(posterior):
     texts = posterior.generate(PROMPTS, 2, seed=0, max_new_tokens=3)
-    ids = [tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+    ids = [opened(prompt) for prompt in PROMPTS]
     assert posterior.generate(ids, 2, seed=0, max_new_tokens=3).texts == texts.texts
-    padded = tokenizer()(PROMPTS, padding=True, return_tensors="pt")
+    ragged = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    assert posterior.generate(ragged, 2, seed=0, max_new_tokens=3).texts == texts.texts
+    padded = tokenizer().pad(ragged, padding_side="right", return_tensors="pt")
     assert posterior.generate(padded, 2, seed=0, max_new_tokens=3).texts == texts.texts
     one = posterior.generate(torch.tensor(ids[:1]), 2, seed=0, max_new_tokens=3)
     assert one.texts == texts.texts[:1]
@@ -164,6 +172,40 @@ def test_without_a_tokenizer_there_are_ids_alone():
     assert "text" not in found.to_pandas()
     with pytest.raises(DataError, match="there is no tokenizer"):
         posterior.generate(["the film"])
+
+
+def test_settings_of_the_network_hold_where_none_are_given(monkeypatch):
+    """Those of ``generation_config=`` go before them, and single options before both."""
+    posterior = fitted()
+    own = posterior.base.generation_config
+    reference = posterior.generate(PROMPTS, 3, seed=5, max_new_tokens=8)
+    end = int(reference.sequences[reference.mask][1])
+    monkeypatch.setattr(own, "eos_token_id", end)
+    monkeypatch.setattr(own, "num_beams", 2)
+    monkeypatch.setattr(own, "num_return_sequences", 2)
+    monkeypatch.setattr(own, "return_dict_in_generate", True)
+    plain = posterior.generate(PROMPTS, 3, seed=5, max_new_tokens=8)
+    given = GenerationConfig(max_new_tokens=8)
+    same = posterior.generate(PROMPTS, 3, seed=5, generation_config=given)
+    assert same.texts == plain.texts
+    torch.testing.assert_close(same.log_likelihood, plain.log_likelihood)
+    assert plain.sequences.shape[1] == 6
+    ended = [row[m].tolist() for row, m in zip(same.sequences[0], same.mask[0], strict=True)]
+    assert all(len(row) == 8 or row.index(end) == len(row) - 1 for row in ended)
+    one = posterior.generate(
+        PROMPTS, 3, seed=5, generation_config=given, num_beams=1, num_return_sequences=1
+    )
+    assert one.sequences.shape[1] == 3
+    assert given.num_beams is None, "what was given is changed"
+    assert own.pad_token_id == 0
+
+
+def test_lengths_come_from_the_options_then_the_network_then_the_default(monkeypatch):
+    posterior = fitted(llama(initializer_range=0.4, eos_token_id=None))
+    assert posterior.generate(["good"], 1, seed=0).sequences.shape[-1] == 30  # to the context's end
+    monkeypatch.setattr(posterior.base.generation_config, "max_new_tokens", 7)
+    assert posterior.generate(["good"], 1, seed=0).sequences.shape[-1] == 7
+    assert posterior.generate(["good"], 1, seed=0, max_new_tokens=5).sequences.shape[-1] == 5
 
 
 def test_a_table_has_a_row_a_continuation(posterior):
@@ -203,6 +245,14 @@ def test_other_guides_write_too(guide):
         ({"custom_generate": "some/where"}, "custom_generate"),
         ({"stopping_criteria": ["any"]}, "stopping_criteria"),
         ({"streamer": "any"}, "streamer"),
+        ({"attention_mask": torch.ones(1, 2)}, "as a mapping with input_ids and attention_mask"),
+        ({"stop_strings": "good"}, "stop_strings itself"),
+        ({"max_tokens": 3}, r"no options \['max_tokens'\]"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        (
+            {"num_return_sequences": 3, "num_beams": 2, "do_sample": True},
+            "smaller or equal",
+        ),
     ],
     ids=str,
 )
@@ -219,9 +269,18 @@ def test_wrong_inputs_are_refused_in_words(posterior):
         posterior.generate([])
     with pytest.raises(DataError, match=r"must be \(n, T\)"):
         posterior.generate(torch.zeros(3, dtype=torch.long))
-    with pytest.raises(DataError, match="prompt 1 has no tokens"):
+    with pytest.raises(DataError, match="prompt 1 is no list of token ids, or has none"):
         posterior.generate([[4, 5], []])
-    with pytest.raises(DataError, match="token ids must be below"):
+    with pytest.raises(DataError, match="prompt 0 is no list of token ids"):
+        posterior.generate([4, 5])
+    with pytest.raises(DataError, match=r"pass the texts alone"):
+        posterior.generate([{"text": "the film"}])
+    with pytest.raises(DataError, match=r"got -1\.\.4"):
+        posterior.generate([[4, -1]])
+    short = fitted(llama(max_position_embeddings=16))
+    with pytest.raises(DataError, match=r"prompt 1 has 9 tokens.*19; the network has 16"):
+        short.generate([[4], [4] * 9], max_new_tokens=10)
+    with pytest.raises(DataError, match=r"token ids must be in 0\.\."):
         posterior.generate([[4, 5000]])
     with pytest.raises(DataError, match="got int"):
         posterior.generate(3)

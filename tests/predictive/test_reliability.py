@@ -40,6 +40,14 @@ def test_the_calibration_error_is_its_weighted_gap():
     assert table["count"].sum() == 500
 
 
+def test_a_confidence_of_one_belongs_to_the_last_bin():
+    probs = torch.tensor([[1.0, 0.0]] * 50 + [[0.95, 0.05]] * 50)
+    targets = torch.tensor([0] * 40 + [1] * 10 + [0] * 50)  # 80 % and 100 % right
+    found = ClassPrediction(targets, probs.log()[None, range(100), targets], probs[None])
+    assert reliability_table(found)["count"].tolist() == [0] * 14 + [100]
+    assert evaluate(found)["ece"] == pytest.approx(0.975 - 0.9, abs=1e-6)
+
+
 def test_what_has_no_such_table_is_refused():
     numbers = RegressionPrediction(None, None, torch.zeros(1, 2), noise_scale=1.0)
     with pytest.raises(ConfigError, match=r"needs classes.*coverage"):
