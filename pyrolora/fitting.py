@@ -67,8 +67,8 @@ def fit(
         ``DataLoader`` (its data set is taken); a list of dicts; a tuple (inputs, labels). For
         multiple choice a column ``choices`` (a list of texts) beside ``question``, and ``label``,
         the number of the right one (of a network that scores choices: a causal language model
-        learns whole texts, and chooses in `Posterior.predict`); texts without labels for a masked language model get some
-        tokens hidden, always the same.
+        learns whole texts, and chooses in `Posterior.predict`); texts without labels for a masked
+        language model get some tokens hidden, always the same.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options.

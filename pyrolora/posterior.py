@@ -208,7 +208,8 @@ class Posterior:
         **generate_options
             Of transformers' ``generate``: ``max_new_tokens`` (what the network's own settings say,
             or 40, at most to the end of its context), ``do_sample``, ``temperature``,
-            ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling and both with beams.
+            ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling, and both with
+            beams.
 
         Raises
         ------
