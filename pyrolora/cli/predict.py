@@ -61,8 +61,10 @@ def predict(
 
 def _named(table: pd.DataFrame, posterior: Posterior) -> pd.DataFrame:
     """Classes under their names, where the network has names for them."""
-    names = getattr(getattr(posterior.base, "config", None), "id2label", None) or {}
-    if "predicted" not in table or all(name == f"LABEL_{i}" for i, name in names.items()):
+    from pyrolora.inference.labels import network_classes
+
+    names = network_classes(posterior.base)
+    if "predicted" not in table or not names:
         return table
     table["predicted"] = table["predicted"].map(names)
     return table.rename(columns={f"prob_{i}": f"prob_{name}" for i, name in names.items()})

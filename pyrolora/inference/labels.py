@@ -106,6 +106,14 @@ def numbered(data: datasets.Dataset, network: nn.Module) -> datasets.Dataset:
     return data.remove_columns(column).add_column(column, numbers)
 
 
+def network_classes(network: nn.Module) -> dict[int, str]:
+    """The names that the network has for its classes, by number; none where they are those that
+    transformers makes up."""
+    id2label = getattr(getattr(network, "config", None), "id2label", None) or {}
+    names = {int(number): str(name) for number, name in id2label.items()}
+    return {} if _unnamed(names.values()) else names
+
+
 def _unnamed(ids: Collection[str]) -> bool:
     """Whether these are the names that transformers makes up."""
     return set(ids) == {f"LABEL_{i}" for i in range(len(ids))}

@@ -12,6 +12,7 @@ from pyrolora import defaults
 from pyrolora.errors import DataError
 from pyrolora.inference.batches import CHOICES, choice_texts, context_columns, text_columns
 from pyrolora.inference.examples import as_dict, as_examples, is_plain
+from pyrolora.inference.labels import network_classes
 from pyrolora.model import INPUTS, LABELS
 
 LONGEST = 400
@@ -40,9 +41,7 @@ class Examples:
         self.plain = is_plain(self.rows)
         if self.plain:
             self.rows = self.rows.with_format(None)
-        names = getattr(getattr(network, "config", None), "id2label", None) or {}
-        made_up = all(name == f"LABEL_{number}" for number, name in names.items())
-        self.names = {} if made_up else {int(k): str(name) for k, name in names.items()}
+        self.names = network_classes(network)
         self.columns = self._columns()
 
     def __len__(self) -> int:

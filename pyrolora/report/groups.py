@@ -15,6 +15,7 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.inference import Prepared
+from pyrolora.inference.labels import network_classes
 from pyrolora.likelihoods import Classification, MultipleChoice
 from pyrolora.model import JointModel
 from pyrolora.predictive import predict, seeded
@@ -62,9 +63,10 @@ def inference_data(
         if data is not None:
             groups |= _data_groups(joint, data, FlatFactors.cat(kept), log_likelihood, shape)
     coords = {"layer": list(program.bank.specs), "block": program.block_names()}
-    names = class_names(joint)
-    if names is not None:
-        coords["class"] = names
+    names = network_classes(joint.base)
+    law = joint.likelihood
+    if names and isinstance(law, Classification) and not isinstance(law, MultipleChoice):
+        coords["class"] = [names[i] for i in range(len(names))]
     attrs: dict[str, str | int | float] = {
         "guide": full_name(options),
         "guide_options": str(options),
@@ -74,17 +76,6 @@ def inference_data(
         "num_examples": joint.num_examples,
     }
     return to_inference_data(groups, coords, attrs)
-
-
-def class_names(joint: JointModel) -> list[str] | None:
-    """The names that the network has for its classes; None for transformers' own LABEL_0, for a
-    plain network, and where the choices of each example are its own."""
-    law = joint.likelihood
-    id2label = getattr(getattr(joint.base, "config", None), "id2label", None)
-    if not id2label or not isinstance(law, Classification) or isinstance(law, MultipleChoice):
-        return None
-    names = [str(id2label[i]) for i in range(len(id2label))]
-    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
 def _count(program: Program, num_samples: int | None) -> int:
