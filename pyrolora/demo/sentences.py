@@ -111,7 +111,7 @@ def docstrings(library: str, *, held_out: bool | None = None) -> Iterator[str]:
             with warnings.catch_warnings():  # of other people's code: odd escapes
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # templates, and files in older encodings
+        except (SyntaxError, ValueError):  # templates, older encodings, null bytes
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
