@@ -217,9 +217,8 @@ class Posterior:
             When the network is no causal language model, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
-        members = self.model.program.members
         if num_samples is None:
-            num_samples = members if members > 1 else defaults.GENERATE_SAMPLES
+            num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
         with seeded(seed):
             factors = draw_factors(self.model, num_samples)
             return generate(self.model, inputs, factors, self.tokenizer, options=generate_options)
@@ -273,10 +272,11 @@ class Posterior:
     ) -> Prediction:
         whole_number("batch_size", batch_size, at_least=1)
         factors = draw_factors(self.model, num_samples, seed)
-        if choice_rows(data, self.model) is not None:
+        rows = choice_rows(data, self.model)
+        if rows is not None:
             return choose(
                 self.model,
-                data,
+                rows,
                 factors,
                 self.tokenizer,
                 need_labels=need_labels,

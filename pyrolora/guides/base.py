@@ -247,9 +247,9 @@ class Program(ParamModule, ABC):
         """How many members are trained on the same batch."""
         return 1
 
-    def usual_draws(self) -> int:
-        """How many draws a prediction has unless it is told: of an ensemble, every member once."""
-        return self.members if self.members > 1 else defaults.NUM_SAMPLES
+    def usual_draws(self, otherwise: int = defaults.NUM_SAMPLES) -> int:
+        """How many draws are taken unless it is told: of an ensemble, every member once."""
+        return self.members if self.members > 1 else otherwise
 
     def stored(self) -> int | None:
         """How many draws there are, where they are a list; None where they are drawn anew."""

@@ -84,7 +84,8 @@ def example_tables(prediction: Prediction, examples: Examples) -> list[Table]:
 
 @example_tables.register
 def _(prediction: ClassPrediction, examples: Examples) -> list[Table]:
-    confidence = prediction.probs.amax(-1)
+    confidence, predicted = prediction.probs.amax(-1), prediction.predicted
+    entropy, mutual = prediction.entropy, prediction.epistemic
 
     def row(i: int) -> dict[str, Any]:
         found: dict[str, Any] = {"example": i, "text": examples.text(i)}
@@ -92,10 +93,10 @@ def _(prediction: ClassPrediction, examples: Examples) -> list[Table]:
             found["target"] = examples.label(i, int(prediction.targets[i]))
         return {
             **found,
-            "predicted": examples.label(i, int(prediction.predicted[i])),
+            "predicted": examples.label(i, int(predicted[i])),
             "probability": float(confidence[i]),
-            "entropy": float(prediction.entropy[i]),
-            "mutual information": float(prediction.epistemic[i]),
+            "entropy": float(entropy[i]),
+            "mutual information": float(mutual[i]),
         }
 
     tables = _by_certainty(prediction, row)
@@ -110,24 +111,25 @@ def _(prediction: ClassPrediction, examples: Examples) -> list[Table]:
 @example_tables.register
 def _(prediction: RegressionPrediction, examples: Examples) -> list[Table]:
     low, high = prediction.interval(0.9)
-    errors = None if prediction.targets is None else prediction.targets - prediction.mean
+    mean, std, between = prediction.mean, prediction.std, prediction.epistemic
+    errors = None if prediction.targets is None else prediction.targets - mean
 
     def row(i: int) -> dict[str, Any]:
         found: dict[str, Any] = {"example": i, "text": examples.text(i)}
         if prediction.targets is not None and errors is not None:
             found["target"] = float(prediction.targets[i])
-            found["error in sd"] = float(errors[i] / prediction.std[i])
+            found["error in sd"] = float(errors[i] / std[i])
         return {
             **found,
-            "mean": float(prediction.mean[i]),
+            "mean": float(mean[i]),
             "90 % interval": f"{low[i]:.3g} to {high[i]:.3g}",
-            "sd": float(prediction.std[i]),
-            "sd between draws": float(prediction.epistemic[i]),
+            "sd": float(std[i]),
+            "sd between draws": float(between[i]),
         }
 
     tables = _by_certainty(prediction, row)
     if errors is not None:
-        order = _descending((errors / prediction.std).abs())
+        order = _descending((errors / std).abs())
         note = "The targets that lie furthest from the mean, in predictive standard deviations."
         tables.insert(0, _table("Confident errors", note, order, row))
     return tables
@@ -135,22 +137,23 @@ def _(prediction: RegressionPrediction, examples: Examples) -> list[Table]:
 
 @example_tables.register
 def _(prediction: TokenPrediction, examples: Examples) -> list[Table]:
-    mutual = prediction.epistemic.nanmean(-1)
+    mutual, entropy = prediction.epistemic.nanmean(-1), prediction.uncertainty
+    loss = prediction.loss
 
     def row(i: int) -> dict[str, Any]:
         found: dict[str, Any] = {"example": i, "text": examples.text(i)}
-        if prediction.loss is not None:
-            found["nats a token"] = float(prediction.loss[i])
+        if loss is not None:
+            found["nats a token"] = float(loss[i])
         return {
             **found,
-            "entropy": float(prediction.uncertainty[i]),
+            "entropy": float(entropy[i]),
             "mutual information": float(mutual[i]),
             "tokens": int(prediction.num_tokens[i]),
         }
 
     tables = _by_certainty(prediction, row)
-    if prediction.loss is not None:
-        order = _descending(prediction.loss - prediction.uncertainty)
+    if loss is not None:
+        order = _descending(loss - entropy)
         note = "The texts that cost most nats a token above what their entropy expects."
         tables.insert(0, _table("Confident errors", note, order, row))
     return tables

@@ -20,6 +20,7 @@ from pyrolora.inference.batches import (
     context_columns,
 )
 from pyrolora.inference.examples import as_examples, is_plain
+from pyrolora.inference.labels import no_labels
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel
 from pyrolora.predictive.predict import predict
@@ -123,10 +124,7 @@ def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor |
     column = next((name for name in ("label", LABELS) if name in rows.column_names), None)
     if column is None:
         if need_labels:
-            raise DataError(
-                f"the data has no labels; its columns are {rows.column_names}: name the number of "
-                "the right choice 'label'"
-            )
+            raise DataError(no_labels(rows))
         return None
     pairs = zip(rows[column], rows[CHOICES], strict=True)
     numbers = [choice_number(label, own) for label, own in pairs]

@@ -11,6 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolora.predictive.prediction import log_mean_exp
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -69,8 +71,7 @@ class Generation:
     @property
     def log_predictive(self) -> Tensor:
         """log mean_s p(continuation | prompt, draw s), (n, K), in nats."""
-        draws = torch.tensor(float(len(self.log_likelihood)))
-        return self.log_likelihood.logsumexp(0) - draws.log()
+        return log_mean_exp(self.log_likelihood)
 
     @property
     def agreement(self) -> Tensor:

@@ -25,6 +25,11 @@ from pyrolora.likelihoods import (
 from pyrolora.types import Batch
 
 
+def log_mean_exp(scores: Tensor) -> Tensor:
+    """log mean_s exp(score_s) over the first dimension."""
+    return scores.logsumexp(0) - torch.tensor(float(len(scores))).log()
+
+
 @dataclass(frozen=True)
 class Prediction(ABC):
     """S draws of the predictive law of n examples.
@@ -77,10 +82,7 @@ class Prediction(ABC):
     @property
     def log_predictive(self) -> Tensor | None:
         """log mean_s p(y_i | draw s), (n,), in nats."""
-        if self.log_likelihood is None:
-            return None
-        draws = torch.tensor(float(len(self.log_likelihood)))
-        return self.log_likelihood.logsumexp(0) - draws.log()
+        return None if self.log_likelihood is None else log_mean_exp(self.log_likelihood)
 
 
 @dataclass(frozen=True)
