@@ -7,7 +7,8 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 import transformers
 from torch import nn
+from tqdm.auto import tqdm
 
 from pyrolora.storage import as_json
 
@@ -124,6 +126,38 @@ def tag(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+# Time -------------------------------------------------------------------------------------------
+
+
+def milliseconds(action: Callable[[], object], device: torch.device) -> float:
+    """How long ``action`` takes, until the device has done its work."""
+    start = time.perf_counter()
+    action()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def take_turns(
+    actions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    label: str,
+) -> dict[str, list[float]]:
+    """Milliseconds of each action, in turns; round k starts with action k. The first ``warmup``
+    rounds do not count."""
+    names = list(actions)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in tqdm(range(warmup + rounds), desc=label):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            spent = milliseconds(actions[name], device)
+            if turn >= warmup:
+                times[name].append(spent)
+    return times
 
 
 # Output -----------------------------------------------------------------------------------------

@@ -25,13 +25,15 @@ def param_statement(
         return value  # a frozen tensor is a constant of the program
     if value is unconstrained:  # the mark below must not stay on the parameter: no pickle takes it
         value = unconstrained.view_as(unconstrained)
+    statement: Tensor = _stored(name, value, unconstrained, constraint=constraint, name=name)
+    return statement
 
-    def stored(*_: object, **__: object) -> Tensor:
-        # Where Pyro itself keeps it, on the tensor: SVI asks for it.
-        value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
-        return value
 
-    return effectful(stored, type="param")(name, constraint=constraint, name=name)
+@effectful(type="param")
+def _stored(_: str, value: Tensor, unconstrained: nn.Parameter, **__: object) -> Tensor:
+    """``value``, with its unconstrained half where Pyro itself keeps it: SVI asks for it."""
+    value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
+    return value
 
 
 class ParamModule(nn.Module):

@@ -184,10 +184,11 @@ class AdapterBank(ParamModule):
         """M (and B) as they are, as parameter statements."""
         return FlatFactors(self.param("A_loc"), self.param("B_loc"))
 
-    def shifted(self, latent: str, delta: Tensor) -> FlatFactors:
-        """The means plus ``delta`` (..., total of ``layout(latent)``) on the latent factors."""
-        means = self.means()
-        return self.replaced(latent, self.latent_part(latent, means) + delta)
+    def shifted(self, latent: str, delta: Tensor, means: FlatFactors | None = None) -> FlatFactors:
+        """The means plus ``delta`` (..., total of ``layout(latent)``) on the latent factors;
+        ``means`` are those of a program that has read them already."""
+        means = self.means() if means is None else means
+        return self.replaced(latent, self.latent_part(latent, means) + delta, means)
 
     def latent_part(self, latent: str, factors: FlatFactors) -> Tensor:
         """The entries of the latent factors, (..., total of ``layout(latent)``)."""
@@ -195,12 +196,12 @@ class AdapterBank(ParamModule):
             return torch.cat([factors.A, factors.B], dim=-1)
         return factors.A if latent == "A" else factors.B
 
-    def replaced(self, latent: str, value: Tensor) -> FlatFactors:
+    def replaced(self, latent: str, value: Tensor, means: FlatFactors | None = None) -> FlatFactors:
         """``value`` as the latent factors; the mean as the other one."""
-        means = self.means()
         if latent == "AB":
             sizes = [self.layouts["A"].total, self.layouts["B"].total]
             return FlatFactors(*value.split(sizes, dim=-1))
+        means = self.means() if means is None else means
         return FlatFactors(value, means.B) if latent == "A" else FlatFactors(means.A, value)
 
     def layer_factors(self, factors: FlatFactors, dtype: torch.dtype) -> dict[str, Factors]:

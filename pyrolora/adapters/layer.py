@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrolora.adapters.weight_noise import WeightNoise
+from pyrolora.adapters.adapted_linear import Frozen, adapted_linear, plain, product
+from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
 from pyrolora.errors import BindingError
 
 
@@ -29,29 +30,24 @@ class Factors:
     dropout: float = 0.0
     noise: WeightNoise | None = None
 
-    def add_to(self, out: Tensor, x: Tensor, training: bool) -> Tensor:
-        """``out + s B A x`` for x (..., in) and out (..., out)."""
-        if self.dropout and training:
-            x = F.dropout(x, self.dropout)
-        x = x.to(self.A.dtype)
-        hidden = _product(x.reshape(-1, x.shape[-1]), self.A.mT)
-        flat = out.reshape(-1, out.shape[-1])
-        if flat.dtype != hidden.dtype:
-            return (flat + _product(hidden, self.sB).to(flat.dtype)).view_as(out)
-        if self.sB.dim() == 2:
-            return torch.addmm(flat, hidden, self.sB).view_as(out)
-        draws = self.sB.shape[0]
-        blocks = flat.view(draws, -1, flat.shape[-1])
-        hidden = hidden.view(draws, -1, hidden.shape[-1])
-        return torch.baddbmm(blocks, hidden, self.sB).view_as(out)
+    def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
+        """What ``layer``, with the adapter, gives for x (..., in)."""
+        dropout = self.dropout if training else 0.0
+        frozen: Frozen | None = None
+        if self.noise is not None:
+            frozen = self.noise.frozen(layer, x, self.A, self.sB)
+        if frozen is not None:
+            x = x.to(product_dtype(x))
+        else:
+            frozen = plain(layer, x)
+        if frozen is not None:
+            return adapted_linear(frozen, x, self.A, self.sB, dropout)
+        return self.add_to(layer(x), F.dropout(x, dropout) if dropout else x)
 
-
-def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (S * m, k) times matrix (k, n), or times (S, k, n) draw by draw, as (S * m, n)."""
-    if matrix.dim() == 2:
-        return rows @ matrix
-    blocks = rows.view(matrix.shape[0], -1, rows.shape[-1])
-    return torch.bmm(blocks, matrix).flatten(0, 1)
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out + s B A x`` for x (..., in) and out (..., out), which stays as it is."""
+        hidden = product(x.reshape(-1, x.shape[-1]).to(self.A.dtype), self.A.mT)
+        return out + product(hidden, self.sB).to(out.dtype).view_as(out)
 
 
 @dataclass(frozen=True)
@@ -146,14 +142,11 @@ class AdapterLayer(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         binding = _binding_for_forward()
         factors = None if binding is None else binding.factors.get(self)
-        if factors is None or factors.noise is None:
-            out: Tensor = self.base_layer(x)
-        else:
-            out = factors.noise.linear(self.base_layer, x, factors.A, factors.sB)
         if binding is None or factors is None:
+            out: Tensor = self.base_layer(x)
             return out
         binding.used.add(self)
-        return factors.add_to(out, x, self.training)
+        return factors.apply(self.base_layer, x, self.training)
 
 
 class HeadSlot(Wrapper):

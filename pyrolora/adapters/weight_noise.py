@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from pyrolora.adapters.adapted_linear import PLAIN
 from pyrolora.errors import BindingError, ConfigError, positive
 
 # Numbers of one chunk of W + E: 4 MiB of float32. That is small beside the activations of a
@@ -63,12 +61,12 @@ class WeightNoise:
             raise ConfigError("weight noise needs at least one seed, got none")
         positive("the scale of weight noise", self.scale, or_zero=True)
 
-    def linear(self, layer: nn.Module, x: Tensor, A: Tensor, sB: Tensor) -> Tensor:
-        """What ``layer``, an ``nn.Linear`` or ``Conv1D``, gives for x (..., in) with W + E in place
-        of W; the gradient is that for x alone, as W and b are frozen.
+    def frozen(self, layer: nn.Module, x: Tensor, A: Tensor, sB: Tensor) -> Noisy | None:
+        """``layer``, an ``nn.Linear`` or ``Conv1D``, with W + E in place of W; the gradient is that
+        for x alone, as W and b are frozen. None at scale 0, where W is as good as W + E.
 
-        The layer is read, not called: its hooks do not run, but at scale 0, where it is called.
-        Autocast counts as in the layer: the product then runs in its dtype.
+        The layer is read, not called: its hooks do not run. Autocast counts as in the layer: the
+        product runs in its dtype, `product_dtype`.
 
         Parameters
         ----------
@@ -90,11 +88,10 @@ class WeightNoise:
         """
         weight = _plain_weight(layer)
         if self.scale == 0:
-            result: Tensor = layer(x)
-            return result
+            return None
         std = row_norms(weight, A, sB) * (self.scale / weight.shape[1] ** 0.5)
         std = self._per_draw(std, rows=x.shape[:-1].numel())
-        return _Linear.apply(x.to(_product_dtype(x)), weight, layer.bias, std, self)
+        return Noisy(weight, layer._parameters.get("bias"), std, self)
 
     def _per_draw(self, std: Tensor, rows: int) -> Tensor:
         """(S, out) of (out,) or (S, out), where S is the draws of the seeds or of the factors."""
@@ -127,34 +124,41 @@ class WeightNoise:
                 start += len(part)
 
 
-class _Linear(torch.autograd.Function):
-    """x (W + E)ᵀ + b, which keeps W by reference and the rows' standard deviations for backward."""
+@dataclass(frozen=True)
+class Noisy:
+    """x (W + E)ᵀ + b, which keeps W by reference and the rows' standard deviations (S, out)."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, noise: WeightNoise
-    ) -> Tensor:
-        ctx.save_for_backward(weight, std)
-        ctx.noise, ctx.shape = noise, x.shape
-        inputs = x.reshape(len(std), -1, x.shape[-1])
-        result = x.new_empty(*inputs.shape[:2], len(weight))
-        for draw, rows, chunk in noise._chunks(weight, std, x.dtype):
-            own = None if bias is None else bias[rows]
-            result[draw, :, rows] = F.linear(inputs[draw], chunk, own)
-        return result.view(*x.shape[:-1], -1)
+    weight: Tensor
+    bias: Tensor | None
+    std: Tensor
+    noise: WeightNoise
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        weight, std = ctx.saved_tensors
-        blocks = grad.reshape(len(std), -1, grad.shape[-1])
-        grad_x = grad.new_empty(len(std), blocks.shape[1], ctx.shape[-1])
+    def forward(self, rows: Tensor) -> Tensor:
+        inputs = rows.view(len(self.std), -1, rows.shape[-1])
+        result = rows.new_empty(len(rows), len(self.weight))
+        blocks = result.view(*inputs.shape[:2], -1)
+        for draw, part, chunk in self.noise._chunks(self.weight, self.std, rows.dtype):
+            out = blocks[draw, :, part]
+            if self.bias is None:
+                torch.mm(inputs[draw], chunk.T, out=out)
+            else:
+                torch.addmm(self.bias[part].to(rows.dtype), inputs[draw], chunk.T, out=out)
+        return result
+
+    def backward(self, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "weight noise has no second derivative; differentiate the guide inside of 'flat'"
+            )
+        blocks = grad.view(len(self.std), -1, grad.shape[-1])
+        result = grad.new_empty(len(grad), self.weight.shape[1])
+        inputs = result.view(*blocks.shape[:2], -1)
         # In place: autocast, under which backward may be called, leaves this product alone. In 16
         # bits every chunk rounds the sum again: an error of 0.5 % for 16 chunks, 0.2 % for one.
-        for draw, rows, chunk in ctx.noise._chunks(weight, std, grad.dtype):
-            first = rows.start == 0
-            grad_x[draw].addmm_(blocks[draw, :, rows], chunk, beta=0 if first else 1)
-        return grad_x.view(ctx.shape), None, None, None, None
+        for draw, part, chunk in self.noise._chunks(self.weight, self.std, grad.dtype):
+            first = part.start == 0
+            inputs[draw].addmm_(blocks[draw, :, part], chunk, beta=0 if first else 1)
+        return result
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def _generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """In what a linear layer multiplies x."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -207,7 +211,7 @@ def _plain_weight(layer: nn.Module) -> Tensor:
             "(a quantised base); load the base in bfloat16, or choose a guide that works on "
             "quantised layers: 'montec', 'map'"
         )
-    if type(layer).forward not in (nn.Linear.forward, Conv1D.forward):
+    if type(layer).forward not in PLAIN:
         raise ConfigError(
             f"weight noise knows nn.Linear and Conv1D, and {what} computes its output in a way of "
             "its own; leave such layers out with exclude_modules, or choose a guide that does "

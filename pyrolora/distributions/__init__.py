@@ -1,7 +1,13 @@
 """Distributions that the model/guide pairs need and Pyro does not have."""
 
 from pyrolora.distributions import kl  # noqa: F401  (registers the divergences)
-from pyrolora.distributions.column_normal import BlockGroup, ColumnNormal, map_blocks, split_blocks
+from pyrolora.distributions.column_normal import (
+    BlockGroup,
+    ColumnNormal,
+    StandardColumns,
+    map_blocks,
+    split_blocks,
+)
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
 from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
 
@@ -9,6 +15,7 @@ __all__ = [
     "BlockGroup",
     "ColumnNormal",
     "KroneckerNormal",
+    "StandardColumns",
     "VectorToLowerFactor",
     "WishartCholesky",
     "map_blocks",

@@ -155,7 +155,8 @@ class ColumnNormal(TorchDistribution):
     def mean(self) -> Tensor:
         if self.loc is not None:
             return self.loc
-        return self.scale_tril.new_zeros(self.batch_shape + self.event_shape)
+        zero = self.scale_tril.new_zeros(())
+        return zero.expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:
@@ -166,6 +167,66 @@ class ColumnNormal(TorchDistribution):
             torch.zeros_like(self.mean),
             self.groups,
         )
+
+
+class StandardColumns(ColumnNormal):
+    """`ColumnNormal` with S = I: all entries are independent, N(m, 1).
+
+    The law of priors. What S would cost, in draws, densities and divergences, falls away.
+
+    Parameters
+    ----------
+    like : Tensor
+        Any tensor of the dtype and on the device that the values are to have.
+    groups, loc
+        As in `ColumnNormal`.
+    """
+
+    arg_constraints: ClassVar = {}
+
+    def __init__(
+        self,
+        like: Tensor,
+        groups: Blocks,
+        loc: Tensor | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.like = like
+        self.groups = tuple(groups)
+        total = torch.Size([sum(group.total for group in self.groups)])
+        batch_shape = torch.Size() if loc is None else loc.shape[:-1]
+        self.loc = None if loc is None else loc.expand(batch_shape + total)
+        TorchDistribution.__init__(self, batch_shape, total, validate_args=validate_args)
+
+    @property
+    def scale_tril(self) -> Tensor:  # type: ignore[override]
+        """I, (*batch_shape, L, r, r)."""
+        rank = max(group.rank for group in self.groups)
+        eye = torch.eye(rank, dtype=self.like.dtype, device=self.like.device)
+        blocks = sum(group.count for group in self.groups)
+        return eye.expand(*self.batch_shape, blocks, rank, rank)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> StandardColumns:
+        new = self._get_checked_instance(StandardColumns, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new.like, new.groups = self.like, self.groups
+        new.loc = None if self.loc is None else self.loc.expand(batch_shape + self.event_shape)
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        standard = torch.randn(shape, dtype=self.like.dtype, device=self.like.device)
+        return standard if self.loc is None else standard + self.loc
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        centred = value if self.loc is None else value - self.loc
+        constant = 0.5 * self.event_shape[0] * math.log(2 * math.pi)
+        return -0.5 * centred.square().sum(-1) - constant
 
 
 @lru_cache(maxsize=64)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Independent, Normal, register_kl
 
-from pyrolora.distributions.column_normal import ColumnNormal, whiten
+from pyrolora.distributions.column_normal import ColumnNormal, StandardColumns, whiten
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
 from pyrolora.distributions.wishart_cholesky import WishartCholesky
 
@@ -20,13 +21,20 @@ def _kl_wishart(p: WishartCholesky, q: WishartCholesky) -> Tensor:
         KL = ½ ν_p (tr(V_q⁻¹ V_p) - r) - ½ ν_q log|V_q⁻¹ V_p|
              + log Γ_r(ν_q / 2) - log Γ_r(ν_p / 2) + ½ (ν_p - ν_q) ψ_r(ν_p / 2)
     """
-    r = p.rank
-    whitened = torch.linalg.solve_triangular(q.scale_tril, p.scale_tril, upper=False)
-    trace = whitened.square().sum((-2, -1))
-    log_det = 2 * whitened.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if p.scale_diag is not None and q.scale_diag is not None:
+        diagonal = p.scale_diag / q.scale_diag
+        trace = diagonal.square().sum(-1)
+    else:
+        whitened = q.whiten(p.scale_tril)
+        diagonal = whitened.diagonal(dim1=-2, dim2=-1)
+        trace = whitened.square().sum((-2, -1))
+    # Both from S_q⁻¹ S_p: its rounding errors cancel.
+    r, log_det = p.rank, 2 * diagonal.log().sum(-1)
+    divergence = 0.5 * p.df * (trace - r) - 0.5 * q.df * log_det
+    if _is_same(p.df, q.df):
+        return divergence
     return (
-        0.5 * p.df * (trace - r)
-        - 0.5 * q.df * log_det
+        divergence
         + torch.mvlgamma(0.5 * q.df, r)
         - torch.mvlgamma(0.5 * p.df, r)
         + 0.5 * (p.df - q.df) * torch.digamma(0.5 * p._chi_df()).sum(-1)
@@ -41,15 +49,68 @@ def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
     Row i of S_q⁻¹ S_p depends on the first i rows of both factors only, so that a lower rank cuts
     the sums by rows.
     """
-    if p.groups != q.groups:
-        raise ValueError(f"the matrices differ in shape: {p.groups} and {q.groups}")
+    _check_groups(p, q)
     whitened = torch.linalg.solve_triangular(q.scale_tril, p.scale_tril, upper=False)
+    apart = _apart(p, q)
+    if apart is not None:
+        apart = whiten(q.scale_tril, apart, q.groups)
+    return _column_divergence(whitened, apart, p)
+
+
+@register_kl(ColumnNormal, StandardColumns)
+def _kl_to_standard_columns(p: ColumnNormal, q: StandardColumns) -> Tensor:
+    """The same with S_q = I."""
+    _check_groups(p, q)
+    return _column_divergence(p.scale_tril, _apart(p, q), p)
+
+
+@register_kl(StandardColumns, StandardColumns)
+def _kl_standard_columns(p: StandardColumns, q: StandardColumns) -> Tensor:
+    """½ ‖M_p - M_q‖²."""
+    _check_groups(p, q)
+    apart = _apart(p, q)
+    if apart is None:
+        return p.like.new_zeros(torch.broadcast_shapes(p.batch_shape, q.batch_shape))
+    return 0.5 * apart.square().sum(-1)
+
+
+def _column_divergence(whitened: Tensor, apart: Tensor | None, p: ColumnNormal) -> Tensor:
+    """From S_q⁻¹ S_p (..., L, r, r) and S_q⁻¹ (M_p - M_q) (..., total)."""
     per_row = 0.5 * (whitened.square().sum(-1) - 1) - whitened.diagonal(dim1=-2, dim2=-1).log()
     divergence = (per_row * p.entry_weights()).sum((-2, -1))
-    if p.loc is None and q.loc is None:
-        return divergence
-    apart = whiten(q.scale_tril, p.mean - q.mean, q.groups)
-    return divergence + 0.5 * apart.square().sum(-1)
+    return divergence if apart is None else divergence + 0.5 * apart.square().sum(-1)
+
+
+def _apart(p: ColumnNormal, q: ColumnNormal) -> Tensor | None:
+    """M_p - M_q, up to its sign; None where both are zero."""
+    if p.loc is None or q.loc is None:
+        return q.loc if p.loc is None else p.loc
+    return p.loc - q.loc
+
+
+def _check_groups(p: ColumnNormal, q: ColumnNormal) -> None:
+    if p.groups != q.groups:
+        raise ValueError(f"the matrices differ in shape: {p.groups} and {q.groups}")
+
+
+@register_kl(Delta, Delta)
+def _kl_delta(p: Delta, q: Delta) -> Tensor:
+    """Of a point mass to a point mass: 0 at the same point (and not worth a look at the entries
+    where both are one tensor), else ∞."""
+    if _is_same(p.v, q.v):
+        return p.log_density - q.log_density
+    return p.log_density - q.log_prob(p.v)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are views of the same numbers, without reading them."""
+    return (
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a.device == b.device
+        and a.data_ptr() == b.data_ptr()
+    )
 
 
 @register_kl(KroneckerNormal, Independent)

@@ -97,11 +97,14 @@ class WishartCholesky(TorchDistribution):
         Degrees of freedom ν > r - 1, shape ``batch_shape`` after broadcasting.
     scale_tril : Tensor
         S, lower triangular with a positive diagonal, shape ``(*batch_shape, r, r)``.
+    scale_diag : Tensor
+        In its place the diagonal of a diagonal S, shape ``(*batch_shape, r)``: products with S and
+        S⁻¹ then go entry by entry.
 
     Raises
     ------
     ValueError
-        With ``validate_args``, when ν <= r - 1 or S is not a lower factor.
+        Unless S is given once; with ``validate_args``, when ν <= r - 1 or S is not a lower factor.
 
     References
     ----------
@@ -115,14 +118,30 @@ class WishartCholesky(TorchDistribution):
     support = lower_factor
     has_rsample = True
 
+    scale_diag: Tensor | None
+    _tril: Tensor | None
+
     def __init__(
-        self, df: Tensor | float, scale_tril: Tensor, *, validate_args: bool | None = None
+        self,
+        df: Tensor | float,
+        scale_tril: Tensor | None = None,
+        *,
+        scale_diag: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> None:
-        df = torch.as_tensor(df, dtype=scale_tril.dtype, device=scale_tril.device)
-        batch_shape = torch.broadcast_shapes(df.shape, scale_tril.shape[:-2])
+        if (scale_tril is None) == (scale_diag is None):
+            raise ValueError("WishartCholesky needs one of scale_tril and scale_diag")
+        scale, event_dims = (scale_tril, 2) if scale_diag is None else (scale_diag, 1)
+        assert scale is not None
+        df = torch.as_tensor(df, dtype=scale.dtype, device=scale.device)
+        batch_shape = scale.shape[:-event_dims]
+        if df.dim():  # torch's function is slow, and ν is one number mostly
+            batch_shape = torch.broadcast_shapes(df.shape, batch_shape)
         self.df = df.expand(batch_shape)
-        self.scale_tril = scale_tril.expand(batch_shape + scale_tril.shape[-2:])
-        super().__init__(batch_shape, scale_tril.shape[-2:], validate_args=validate_args)
+        scale = scale.expand(batch_shape + scale.shape[-event_dims:])
+        self._tril, self.scale_diag = (scale, None) if scale_diag is None else (None, scale)
+        event_shape = torch.Size([scale.shape[-1], scale.shape[-1]])
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
         if self._validate_args and not (self.df > self.rank - 1).all():
             raise ValueError(
                 f"WishartCholesky needs df > r - 1 = {self.rank - 1}, got {self.df.min():g}"
@@ -136,10 +155,34 @@ class WishartCholesky(TorchDistribution):
         new = self._get_checked_instance(WishartCholesky, _instance)
         batch_shape = torch.Size(batch_shape)
         new.df = self.df.expand(batch_shape)
-        new.scale_tril = self.scale_tril.expand(batch_shape + self.event_shape)
+        tril, diag = self._tril, self.scale_diag
+        new._tril = None if tril is None else tril.expand(batch_shape + self.event_shape)
+        new.scale_diag = None if diag is None else diag.expand(batch_shape + diag.shape[-1:])
         super(WishartCholesky, new).__init__(batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """S, (*batch_shape, r, r)."""
+        if self._tril is not None:
+            return self._tril
+        assert self.scale_diag is not None
+        return torch.diag_embed(self.scale_diag)
+
+    @property
+    def log_det_scale(self) -> Tensor:
+        """log|S|, ``batch_shape``."""
+        diag = self.scale_diag
+        if diag is None:
+            diag = self.scale_tril.diagonal(dim1=-2, dim2=-1)
+        return diag.log().sum(-1)
+
+    def whiten(self, matrix: Tensor) -> Tensor:
+        """S⁻¹ X, (..., r, r)."""
+        if self.scale_diag is not None:
+            return matrix / self.scale_diag.unsqueeze(-1)
+        return torch.linalg.solve_triangular(self.scale_tril, matrix, upper=False)
 
     def _chi_df(self) -> Tensor:
         """ν - i + 1 for i = 1..r, shape (*batch_shape, r)."""
@@ -152,20 +195,21 @@ class WishartCholesky(TorchDistribution):
         gamma = torch._standard_gamma((self._chi_df() / 2).expand(shape[:-1]))
         chi = (2 * gamma.clamp(min=torch.finfo(gamma.dtype).tiny)).sqrt()
         normal = torch.randn(shape, dtype=chi.dtype, device=chi.device)
-        return self.scale_tril @ (normal.tril(-1) + torch.diag_embed(chi))
+        factor = normal.tril(-1) + torch.diag_embed(chi)
+        if self.scale_diag is not None:
+            return self.scale_diag.unsqueeze(-1) * factor
+        return self.scale_tril @ factor
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         r, df = self.rank, self.df
-        whitened = torch.linalg.solve_triangular(self.scale_tril, value, upper=False)
         log_diagonal = value.diagonal(dim1=-2, dim2=-1).log()
-        log_det_scale = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return (
             ((self._chi_df() - 1) * log_diagonal).sum(-1)
-            - 0.5 * whitened.square().sum((-2, -1))
+            - 0.5 * self.whiten(value).square().sum((-2, -1))
             - (0.5 * df - 1) * r * math.log(2.0)
-            - df * log_det_scale
+            - df * self.log_det_scale
             - torch.mvlgamma(0.5 * df, r)
         )
 

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.distributions import ColumnNormal, WishartCholesky
+from pyrolora.distributions import ColumnNormal, StandardColumns, WishartCholesky
 from pyrolora.distributions.column_normal import whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.errors import ConfigError, positive, whole_number
@@ -173,6 +173,9 @@ class MonteCLoRAProgram(Program):
 
     _eye: Tensor
     _rows: Tensor
+    _df: Tensor
+    _scale: Tensor
+    _concentration: Tensor
 
     options: MonteCLoRA
 
@@ -193,48 +196,58 @@ class MonteCLoRAProgram(Program):
         if options.learn_sample_scale:
             scale = torch.full((blocks,), options.sample_scale)
             self.declare("sample_scale", scale, constraints.positive)
-        self.register_buffer("_eye", torch.eye(r).expand(blocks, r, r), persistent=False)
-        self.register_buffer("_rows", self.layout.rank_mask(), persistent=False)
+        # Constants of the program: made once, and moved with it.
+        constants = {
+            "eye": torch.eye(r).expand(blocks, r, r),
+            "rows": self.layout.rank_mask(),
+            "df": torch.tensor(self.df),
+            "scale": torch.full((blocks, r), self.df**-0.5),
+            "concentration": torch.full((blocks, options.num_components), options.concentration),
+        }
+        for name, value in constants.items():
+            self.register_buffer(f"_{name}", value, persistent=False)
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        options, eye = self.options, self._eye
-        alpha = torch.full_like(self._rows[:, :1], options.concentration, dtype=eye.dtype)
+        options, means, groups = self.options, self.bank.means(), self.layout.groups
         with tempered(kl_weight):
             with pyro.plate("blocks", len(self.layout), dim=-1):
-                weights = pyro.sample(
-                    "mixture_weights",
-                    dist.Dirichlet(alpha.expand(-1, options.num_components)),
+                weights = pyro.sample("mixture_weights", dist.Dirichlet(self._concentration))
+                tril = pyro.sample(
+                    "covariance_tril", WishartCholesky(self._df, scale_diag=self._scale)
                 )
-                tril = pyro.sample("covariance_tril", WishartCholesky(self.df, eye / self.df**0.5))
                 if options.cooperation:
                     pyro.factor("cooperation", -options.cooperation * weights.square().sum(-1))
-            prior_loc = self._prior_loc(weights, tril)
-            noise = pyro.sample("noise", ColumnNormal(eye, self.layout.groups, prior_loc))
-        return self.factors({"mixture_weights": weights, "covariance_tril": tril, "noise": noise})
+            loc = self._prior_loc(weights, tril, means)
+            noise = pyro.sample("noise", StandardColumns(self._scale, groups, loc))
+        sites = {"mixture_weights": weights, "covariance_tril": tril, "noise": noise}
+        return self._factors(sites, means)
 
     def guide(self, kl_weight: float = 1.0) -> None:
+        options, groups = self.options, self.layout.groups
         with tempered(kl_weight):
             with pyro.plate("blocks", len(self.layout), dim=-1):
                 pyro.sample("mixture_weights", dist.Dirichlet(self.param("concentration")))
-                tril = pyro.sample(
-                    "covariance_tril", WishartCholesky(self.df, self._scale_tril() / self.df**0.5)
-                )
-            law = self._eye if self.options.component_prior == "hierarchical" else tril
-            if self.options.learn_sample_scale:
-                ratio = self.param("sample_scale") / self.options.sample_scale
-                law = law * ratio[:, None, None]
-            if law.dim() > 3:  # inside a plate of draws: one law a draw, none a block
-                law = law.unsqueeze(-4)
-            pyro.sample("noise", ColumnNormal(law, self.layout.groups))
+                tril = pyro.sample("covariance_tril", self._covariance())
+            law: ColumnNormal
+            if options.component_prior == "isotropic":
+                law = ColumnNormal(self._widened(tril), groups)
+            elif options.learn_sample_scale:
+                law = ColumnNormal(self._widened(self._eye), groups)
+            else:
+                law = StandardColumns(self._scale, groups)
+            pyro.sample("noise", law)
 
     def factors(self, sites: Sites) -> FlatFactors:
+        return self._factors(sites, self.bank.means())
+
+    def _factors(self, sites: Sites, means: FlatFactors) -> FlatFactors:
         noise = flat(sites["noise"])
         gain = self._gain(sites["mixture_weights"])
         if self.options.component_prior == "hierarchical":
             delta = self.layout.transform(gain[..., None, None] * sites["covariance_tril"], noise)
         else:
             delta = self.layout.scale(gain, noise)
-        return self.bank.shifted(self.options.latent, delta)
+        return self.bank.shifted(self.options.latent, delta, means)
 
     def quantities(self, sites: Sites) -> Quantities:
         """Mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank, |m_k| over
@@ -257,17 +270,16 @@ class MonteCLoRAProgram(Program):
     def block_names(self) -> list[str]:
         return [block.name for block in self.layout.blocks]
 
-    def _prior_loc(self, weights: Tensor, tril: Tensor) -> Tensor | None:
+    def _prior_loc(self, weights: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
         """The mean of z in the model, where the noise is seen from M: a_j = 0."""
         if self.options.prior_mean == "learned":
             return None
-        means = -self.bank.latent_part(self.options.latent, self.bank.means())
-        gain = self._gain(weights)
+        latent, gain = self.bank.latent_part(self.options.latent, means), -self._gain(weights)
         if self.options.component_prior == "hierarchical":
             law = gain[..., None, None] * tril
-            loc = whiten(law, means.expand(*gain.shape[:-1], -1), self.layout.groups)
+            loc = whiten(law, latent.expand(*gain.shape[:-1], -1), self.layout.groups)
         else:
-            loc = self.layout.scale(1 / gain, means)
+            loc = self.layout.scale(1 / gain, latent)
         return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
 
     def _gain(self, weights: Tensor) -> Tensor:
@@ -278,13 +290,21 @@ class MonteCLoRAProgram(Program):
         """‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""
         return weights.amax(-1) if self.options.sparse else weights.norm(dim=-1)
 
-    def _scale_tril(self) -> Tensor:
-        """The factor of V, with I where a block of lower rank has no row."""
+    def _covariance(self) -> WishartCholesky:
+        """The guide's law of the factor of Σ; V is I where a block of lower rank has no row."""
         if self.options.covariance == "diagonal":
             diagonal = torch.where(self._rows, self.param("scale_diag"), 1.0)
-            return torch.diag_embed(diagonal)
+            return WishartCholesky(self._df, scale_diag=diagonal * self._scale)
         both = self._rows.unsqueeze(-1) & self._rows.unsqueeze(-2)
-        return torch.where(both, self.param("scale_tril"), self._eye)
+        tril = torch.where(both, self.param("scale_tril"), self._eye)
+        return WishartCholesky(self._df, tril * self._scale.unsqueeze(-1))
+
+    def _widened(self, law: Tensor) -> Tensor:
+        """The factor of z's covariance, (..., L, r, r), times ε / ε₀ where ε is learned."""
+        if self.options.learn_sample_scale:
+            ratio = self.param("sample_scale") / self.options.sample_scale
+            law = law * ratio[:, None, None]
+        return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate: one law a draw
 
     def _signal(self) -> Tensor:
         """(L, r): the root mean square of each row of the means; 0 for rows that do not exist."""

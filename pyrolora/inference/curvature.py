@@ -148,7 +148,8 @@ class _Recording(Factors):
     inputs: list[Tensor] = field(default_factory=list)
     updates: list[Tensor] = field(default_factory=list)
 
-    def add_to(self, out: Tensor, x: Tensor, training: bool) -> Tensor:
+    def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
+        out: Tensor = layer(x)
         x = x.to(self.A.dtype)
         update = x @ self.A.mT @ self.sB
         self.inputs.append(x.detach())

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.trace_struct import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
+
+Node = Mapping[str, Any]
+Nodes = Mapping[str, Any]
 
 
 class NamedELBO(TraceMeanField_ELBO):
@@ -45,19 +47,21 @@ class NamedELBO(TraceMeanField_ELBO):
         self._kl_weight = kwargs.get("kl_weight", 1.0)
         if is_validation_enabled() and not self._validated:
             traces = self._get_trace(model, guide, args, kwargs)
-            loss = self._bound(*traces)
+            loss = self._bound(*(trace.nodes for trace in traces))
             self._validated = True
             return loss
         with pyro.validation_enabled(False):
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-            replayed = poutine.replay(model, trace=guide_trace)
-            return self._bound(poutine.trace(replayed).get_trace(*args, **kwargs), guide_trace)
+            with _Sites() as drawn:
+                guide(*args, **kwargs)
+            with _Sites(drawn.sites) as scored:
+                model(*args, **kwargs)
+            return self._bound(scored.sites, drawn.sites)
 
-    def _bound(self, model_trace: Trace, guide_trace: Trace) -> Any:
-        """−ELBO from the traces."""
+    def _bound(self, model_sites: Nodes, guide_sites: Nodes) -> Any:
+        """−ELBO from the sites of both programs."""
         self.terms = {}
         loss: Any = 0.0
-        for name, site in model_trace.nodes.items():
+        for name, site in model_sites.items():
             if site["type"] != "sample" or site_is_subsample(site):
                 continue
             if site["is_observed"]:
@@ -68,13 +72,12 @@ class NamedELBO(TraceMeanField_ELBO):
                 else:  # a factor of the prior: logged without β, as the KLs are
                     self.terms[name] = term.detach() / self._kl_weight
             else:
-                term = guide_trace.nodes[name]["scale"] * self._kl(site, guide_trace, name)
+                term = guide_sites[name]["scale"] * self._kl(site, guide_sites[name])
                 loss = loss + term
                 self.terms[f"kl/{name}"] = term.detach() / self._kl_weight
         return loss
 
-    def _kl(self, site: dict[str, Any], guide_trace: Trace, name: str) -> Tensor:
-        guide_site = guide_trace.nodes[name]
+    def _kl(self, site: Node, guide_site: Node) -> Tensor:
         value = guide_site["value"]
         with torch.autocast(value.device.type, enabled=False):
             try:
@@ -83,6 +86,24 @@ class NamedELBO(TraceMeanField_ELBO):
                 return (guide_site["fn"].log_prob(value) - site["fn"].log_prob(value)).sum()
 
 
-def _log_prob(site: dict[str, Any]) -> Tensor:
+class _Sites(Messenger):
+    """What ``trace`` keeps of the sample statements, and what ``replay`` does with those that were
+    ``drawn`` before; no graph and no statement of a parameter, which the bound does not read."""
+
+    def __init__(self, drawn: Nodes | None = None) -> None:
+        super().__init__()
+        self.drawn = drawn or {}
+        self.sites: dict[str, Any] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.drawn and not msg["is_observed"]:
+            site = self.drawn[msg["name"]]
+            msg.update(done=True, value=site["value"], infer=site["infer"])
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.sites[msg["name"]] = msg.copy()
+
+
+def _log_prob(site: Node) -> Tensor:
     log_prob = site["fn"].log_prob(site["value"])
     return scale_and_mask(log_prob, scale=site["scale"], mask=site["mask"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,10 +100,13 @@ class SVITrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         assert data.labels is not None
+        args.logging_nan_inf_filter = False  # `check_step` stops; the filter waits for the device
         self.guide = guide
         self._evaluate_posterior = evaluate
-        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.tensor(0.0))
+        self._terms: tuple[str, ...] = ()
+        self._sums: Tensor | None = None  # of these terms, since the last log
         self._steps = 0
+        self._unchecked: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         super().__init__(
             model=Objective(joint, joint.likelihood.count(data.labels)),
             args=args,
@@ -113,7 +115,8 @@ class SVITrainer(Trainer):
             data_collator=data.collate,
             callbacks=[*callbacks],
         )
-        self.add_callback(_FiniteGradients(self))
+        self._trained = [(n, p) for n, p in joint.named_parameters() if p.requires_grad]
+        self.add_callback(_CheckStep(self))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_Progress(f"fitting {guide.name}"))
 
@@ -160,17 +163,34 @@ class SVITrainer(Trainer):
             if all(_is_finite(self.joint, name) for name in self.joint.program.scale_parameters()):
                 raise
             raise NonFiniteError(self.remedy("cannot be evaluated")) from error
-        if not torch.isfinite(loss):
-            raise NonFiniteError(self._describe_failure())
+        terms = self.model.estimator.terms
+        self._unchecked.append((loss.detach(), terms))
         share = _size(inputs) * self.accelerator.num_processes / num_items_in_batch
-        if not self._sums:  # the first since the last log, or since a resume
-            self._steps = self.state.global_step
-        for name, term in self.model.estimator.terms.items():
-            self._sums[name] = self._sums[name].to(term.device) + share * term
+        if self._sums is None:  # the first since the last log, or since a resume
+            self._steps, self._terms, self._sums = self.state.global_step, tuple(terms), 0 * loss
+        self._sums = self._sums.detach() + share * torch.stack([*terms.values()])
         return loss * share
 
-    def _describe_failure(self) -> str:
-        terms = self.model.estimator.terms
+    def check_step(self) -> None:
+        """Raise `NonFiniteError` before the optimiser sees a loss or a gradient that is not finite.
+
+        All that there is to look at is looked at once a step: each look at a number waits for the
+        device. Gradients not under float16, whose scaler meets infinities on purpose and skips such
+        steps.
+        """
+        losses, all_terms = zip(*self._unchecked, strict=True)
+        self._unchecked.clear()
+        named = [(n, p.grad) for n, p in self._trained if p.grad is not None]
+        grads = [] if self.args.fp16 else [torch.isfinite(grad).all() for _, grad in named]
+        finite = torch.stack([*map(torch.isfinite, losses), *grads]).tolist()
+        for good, terms in zip(finite, all_terms, strict=False):
+            if not good:
+                raise NonFiniteError(self._describe_failure(terms))
+        for good, (name, _) in zip(finite[len(losses) :], named, strict=False):
+            if not good:
+                raise NonFiniteError(self.remedy(f"has no finite gradient in {name!r}"))
+
+    def _describe_failure(self, terms: Mapping[str, Tensor]) -> str:
         bad = [name for name, term in terms.items() if not torch.isfinite(term)]
         sites = ", ".join("y" if name == "log_likelihood" else name for name in bad) or "the loss"
         return self.remedy(f"is not finite at site {sites}")
@@ -233,12 +253,12 @@ class SVITrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The Trainer's log, with each term of the ELBO averaged over the steps since the last."""
-        if "loss" in logs and self._sums:
+        if "loss" in logs and self._sums is not None:
             steps = max(self.state.global_step - self._steps, 1)
-            means = {name: float(total) / steps for name, total in self._sums.items()}
+            means = dict(zip(self._terms, (self._sums / steps).tolist(), strict=True))
             elbo = sum(-v if name.startswith("kl/") else v for name, v in means.items())
             logs |= {**means, "elbo": elbo}
-            self._sums.clear()
+            self._sums = None
         super().log(logs, start_time)
 
     # Checkpoints --------------------------------------------------------------------------------
@@ -285,22 +305,14 @@ class _Progress(ProgressCallback):
             self.training_bar.set_postfix(self.numbers)
 
 
-class _FiniteGradients(TrainerCallback):
-    """Stops before the optimiser sees a gradient that is not finite.
-
-    Not under float16, whose gradient scaler meets infinities on purpose and skips such steps.
-    """
+class _CheckStep(TrainerCallback):
+    """Has the trainer look at every step before it is made."""
 
     def __init__(self, trainer: SVITrainer) -> None:
         self.trainer = trainer
-        self.trained = [(n, p) for n, p in trainer.joint.named_parameters() if p.requires_grad]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.fp16:
-            return
-        for name, parameter in self.trained:
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise NonFiniteError(self.trainer.remedy(f"has no finite gradient in {name!r}"))
+        self.trainer.check_step()
 
 
 def save_state(joint: JointModel, path: Path, notes: dict[str, str] | None = None) -> None:

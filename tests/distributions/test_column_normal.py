@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyrolora.distributions import BlockGroup, ColumnNormal, map_blocks, split_blocks
+from pyrolora.distributions import (
+    BlockGroup,
+    ColumnNormal,
+    StandardColumns,
+    map_blocks,
+    split_blocks,
+)
 
 GROUPS = {
     "one": [BlockGroup(1, 3, 4)],
@@ -252,3 +258,40 @@ def test_map_blocks_applies_the_leading_block_of_each_law_to_its_matrix(groups):
     for index, (result, matrix) in enumerate(zip(actual, matrices(flat, groups), strict=True)):
         r = matrix.shape[0]
         torch.testing.assert_close(result, S[index, :r, :r] @ matrix)
+
+
+# Standard columns -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("located", [False, True])
+def test_standard_columns_are_columns_with_s_equal_to_i(groups, located, batch):
+    total, count = sum(g.total for g in groups), sum(g.count for g in groups)
+    rank = max(g.rank for g in groups)
+    like = torch.zeros(1, dtype=torch.float64)
+    loc = torch.randn(*batch, total, dtype=torch.float64) if located else None
+    eye = torch.eye(rank, dtype=torch.float64).expand(count, rank, rank)
+    law = StandardColumns(like, groups, loc)
+    whole = ColumnNormal(eye, groups, loc)
+    if not located:
+        law, whole = law.expand(batch), whole.expand(batch)
+    assert law.batch_shape == whole.batch_shape == batch
+    assert law.event_shape == whole.event_shape
+    values = []
+    for one in (law, whole):
+        torch.manual_seed(0)
+        values.append(one.rsample((3,)))
+    assert values[0].dtype == torch.float64
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(law.log_prob(values[0]), whole.log_prob(values[0]))
+    for name in ("mean", "variance", "scale_tril"):
+        torch.testing.assert_close(getattr(law, name), getattr(whole, name))
+    wide = law.expand((4, *batch))
+    torch.testing.assert_close(wide.log_prob(values[0][0].expand(4, *batch, total)),
+                               whole.log_prob(values[0][0]).expand(4, *batch))  # fmt: skip
+
+
+def test_standard_columns_refuse_a_value_of_another_shape():
+    law = StandardColumns(torch.zeros(1), [BlockGroup(1, 2, 3)], validate_args=True)
+    with pytest.raises(ValueError, match="event_shape"):
+        law.log_prob(torch.zeros(5))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Wishart, kl_divergence
 
-from pyrolora.distributions import BlockGroup, ColumnNormal, WishartCholesky
+from pyrolora.distributions import BlockGroup, ColumnNormal, StandardColumns, WishartCholesky
 
 DRAWS = 100_000
 GROUPS = [BlockGroup(2, 3, 4), BlockGroup(1, 1, 6), BlockGroup(2, 2, 2)]
@@ -133,6 +133,56 @@ def test_column_normal_kl_to_a_prior_with_one_mean_a_draw():
     assert torch.stack(alone).unique().numel() == 4
 
 
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("located", ["neither", "p", "q", "both"])
+@pytest.mark.parametrize("guide", ["general", "standard"])
+def test_kl_of_standard_columns_is_that_of_columns_with_s_equal_to_i(guide, located, batch):
+    like, eye = means(), torch.eye(3, dtype=torch.float64).expand(*batch, 5, 3, 3)
+    mp, mq = (means(*batch) if located in (name, "both") else None for name in "pq")
+    if guide == "general":
+        S = lower_factors(*batch, 5, 3)
+        p = reference = ColumnNormal(S, GROUPS, mp)
+    else:
+        p, reference = (
+            StandardColumns(like, GROUPS, mp).expand(batch),
+            ColumnNormal(eye, GROUPS, mp),
+        )
+    q = StandardColumns(like, GROUPS, mq).expand(batch)
+    actual = kl_divergence(p, q)
+    assert actual.shape == batch
+    torch.testing.assert_close(actual, kl_divergence(reference, ColumnNormal(eye, GROUPS, mq)))
+
+
+@pytest.mark.parametrize("diagonal", ["p", "q", "both"])
+@pytest.mark.parametrize("nu_q", [6.0, 9.5])
+def test_wishart_kl_of_a_diagonal_scale_is_that_of_its_matrix(diagonal, nu_q):
+    def law(nu, name):
+        S = lower_factors(2, 3)
+        if diagonal not in (name, "both"):
+            return WishartCholesky(nu, S), WishartCholesky(nu, S)
+        diag = S.diagonal(dim1=-2, dim2=-1)
+        return WishartCholesky(nu, scale_diag=diag), WishartCholesky(nu, torch.diag_embed(diag))
+
+    (p, p_whole), (q, q_whole) = law(6.0, "p"), law(nu_q, "q")
+    torch.testing.assert_close(kl_divergence(p, q), kl_divergence(p_whole, q_whole))
+
+
+def test_kl_of_point_masses_is_zero_at_the_same_point_and_infinite_elsewhere():
+    point = torch.tensor([1.0, -2.0])
+    p = dist.Delta(point, event_dim=1)
+    same, copy, other = (
+        dist.Delta(v, event_dim=1) for v in (point.view(2), point.clone(), point + 1)
+    )
+    assert kl_divergence(p, same) == kl_divergence(p, copy) == 0
+    assert kl_divergence(p, other) == math.inf
+    denser = dist.Delta(point, log_density=0.5, event_dim=1)
+    assert kl_divergence(denser, p) == kl_divergence(denser, dist.Delta(point.clone(), event_dim=1))
+    assert kl_divergence(denser, p) == 0.5
+    # Views of one storage are the same numbers only where they lie alike.
+    square = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert kl_divergence(dist.Delta(square), dist.Delta(square.mT))[0, 1] == math.inf
+
+
 # All -------------------------------------------------------------------------------------------
 
 
@@ -184,11 +234,14 @@ def test_kl_to_an_unbatched_prior_is_that_to_its_expansion(index):
 def test_kl_of_equal_laws_is_exactly_zero_at_unit_scale(batch, dtype):
     """The collapsed start of a guide at its prior costs exactly nothing."""
     eye = torch.eye(8, dtype=dtype).expand(*batch, 8, 8)
-    wishart = WishartCholesky(32.0, eye / math.sqrt(32.0))
+    diag = eye.diagonal(dim1=-2, dim2=-1)
+    prior = WishartCholesky(32.0, scale_diag=diag / math.sqrt(32.0))
     groups = [BlockGroup(1, 8, 3)]
     columns = ColumnNormal(eye.unsqueeze(-3), groups)
-    assert (kl_divergence(wishart, wishart) == 0).all()
-    assert (kl_divergence(columns, columns) == 0).all()
+    for guide in (prior, WishartCholesky(32.0, eye / math.sqrt(32.0))):
+        assert (kl_divergence(guide, prior) == 0).all()
+    for law in (columns, StandardColumns(eye, groups)):
+        assert (kl_divergence(columns, law) == 0).all()
 
 
 @KINDS

@@ -33,6 +33,37 @@ def assert_within_error(samples: torch.Tensor, expected: torch.Tensor, sigmas: f
     assert ((samples.mean(0) - expected).abs() <= sigmas * error + 1e-12).all()
 
 
+# A diagonal scale --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 3)])
+def test_a_diagonal_scale_gives_the_law_of_its_matrix(batch):
+    diag = 0.5 + torch.rand(*batch, 3, dtype=torch.float64)
+    law, whole = WishartCholesky(6.0, scale_diag=diag), WishartCholesky(6.0, torch.diag_embed(diag))
+    assert law.batch_shape == whole.batch_shape == batch
+    assert law.event_shape == whole.event_shape
+    drawn = []
+    for one in (law, whole, law.expand((5, *batch))):
+        torch.manual_seed(0)
+        drawn.append(one.rsample() if one.batch_shape == batch else one.log_prob(drawn[0]))
+    torch.testing.assert_close(drawn[0], drawn[1])
+    torch.testing.assert_close(law.log_prob(drawn[0]), whole.log_prob(drawn[0]))
+    torch.testing.assert_close(drawn[2], whole.log_prob(drawn[0]).expand(5, *batch))
+    for name in ("mean", "variance", "wishart_mean", "scale_tril", "log_det_scale"):
+        torch.testing.assert_close(getattr(law, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("given", [{}, {"scale_tril": torch.eye(2), "scale_diag": torch.ones(2)}])
+def test_the_scale_is_given_once(given):
+    with pytest.raises(ValueError, match="one of scale_tril and scale_diag"):
+        WishartCholesky(6.0, **given)
+
+
+def test_a_diagonal_scale_that_is_not_positive_raises():
+    with pytest.raises(ValueError, match="scale_tril"):
+        WishartCholesky(6.0, scale_diag=torch.tensor([1.0, -1.0]), validate_args=True)
+
+
 # Density ---------------------------------------------------------------------------------------
 
 

@@ -105,13 +105,13 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 def noises(monkeypatch: pytest.MonkeyPatch) -> list[WeightNoise]:
     """The noise of every perturbed product, one for each layer and forward pass."""
     used: list[WeightNoise] = []
-    original = WeightNoise.linear
+    original = WeightNoise.frozen
 
-    def linear(self: WeightNoise, *args: Any) -> Tensor:
+    def frozen(self: WeightNoise, *args: Any) -> Any:
         used.append(self)
         return original(self, *args)
 
-    monkeypatch.setattr(WeightNoise, "linear", linear)
+    monkeypatch.setattr(WeightNoise, "frozen", frozen)
     return used
 
 
@@ -164,7 +164,8 @@ def second_order(joint: JointModel, batch: dict[str, Tensor], rho: float, draws:
         for layer in layers:
             own = bound[layer]
             ones = torch.eye(layer.in_features, dtype=torch.float64).repeat(draws, 1)
-            noisy = own.noise.linear(layer.base_layer, ones, own.A, own.sB)
+            frozen = own.noise.frozen(layer.base_layer, ones, own.A, own.sB)
+            noisy = frozen.forward(ones)
             E.append((noisy - layer(ones)).view(draws, -1, layer.out_features).mT.flatten(1))
         outputs = joint.network({**batch, "inputs": x}, factors)
         losses = F.cross_entropy(outputs.flatten(0, 1), y.repeat(draws), reduction="none")
@@ -330,11 +331,11 @@ from pyrolora.guides import Flat
 from transformers import TrainingArguments
 torch.set_num_threads(1)
 torch.manual_seed(0)
-used, linear = [], WeightNoise.linear
+used, frozen = [], WeightNoise.frozen
 def spy(self, *args):
     used.append(self.scale)
-    return linear(self, *args)
-WeightNoise.linear = spy
+    return frozen(self, *args)
+WeightNoise.frozen = spy
 pyrolora.fit(
     mlp(), (torch.randn(24, 4), torch.arange(24) % 3), guide=Flat(rho=0.1),
     likelihood="classification", adapter=pyrolora.AdapterConfig(r=2),

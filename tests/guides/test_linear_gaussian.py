@@ -226,7 +226,8 @@ def prior_precision(problem: Layer, options: MonteCLoRA, alpha: Tensor, V: Tenso
 def found_by(problem: Layer) -> tuple[Tensor, Tensor]:
     """The guide's concentration and the factor of V."""
     program = problem.joint.program
-    alpha, tril = program.param("concentration")[0], program._scale_tril()[0]
+    alpha, tril = program.param("concentration")[0], program._covariance().scale_tril[0]
+    tril = tril * program.df**0.5
     return alpha.detach().double(), tril.detach().double()
 
 
