@@ -60,8 +60,12 @@ ARVIZ_DRAWS = 200
 KHAT_DRAWS = 200
 # During training, evaluation runs once an epoch and has to stay cheap.
 EVAL_SAMPLES = 4
-# Rows (draws x examples) of one pass through the network at prediction.
+# Of one pass through the network at prediction: rows (draws x examples), and tokens. A processor
+# is fastest while a layer's activations fit its cache (benchmarks/NOTES.md, prediction); on an
+# accelerator the bound is on memory: the logits of a language model, 8 GB at 128,000 words.
 PREDICT_ROWS = 128
+PREDICT_TOKENS = 16384
+PREDICT_TOKENS_CPU = 1024
 
 # The demo: both fits and their predictions in three minutes on two cores.
 DEMO_EPOCHS = 8

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -35,14 +36,29 @@ class Prepared:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def loader(self, batch_size: int) -> DataLoader[Any]:
-        """Batches in order; iterating leaves the global random numbers alone."""
+    def loader(self, batch_size: int, order: list[int] | None = None) -> DataLoader[Any]:
+        """Batches in order, or in the ``order`` of these numbers; iterating leaves the global
+        random numbers alone."""
         return DataLoader(
             self.examples,
             batch_size=batch_size,
+            sampler=order,
             collate_fn=self.collate,
             generator=torch.Generator(),
         )
+
+    def by_length(self) -> list[int] | None:
+        """The numbers of the examples, the longest text first, so that batches of neighbours have
+        little padding; None where that is no use, or cannot be told from a column of tokens."""
+        examples = self.examples
+        if not isinstance(examples, datasets.Dataset) or "input_ids" not in examples.column_names:
+            return None
+        tokens = examples.with_format(None)["input_ids"]
+        nested = isinstance(self.collate, ChoiceCollator)
+        lengths = [max(map(len, own)) if nested else len(own) for own in tokens]
+        if len({*lengths}) == 1:
+            return None
+        return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
 def prepare(

@@ -138,7 +138,8 @@ class Run:
         self.history.append(dict(numbers))
 
     def _batches(self, title: str) -> Iterator[Batch]:
-        loader = self.data.loader(self.args.per_device_train_batch_size)
+        order = self.data.by_length()  # what is summed over batches has none
+        loader = self.data.loader(self.args.per_device_train_batch_size, order)
         # Not ``disable=False``, which would overrule a user's TQDM_DISABLE.
         hidden = {"disable": True} if self.args.disable_tqdm else {}
         for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):

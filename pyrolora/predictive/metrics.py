@@ -1,16 +1,14 @@
-"""Scores of a prediction against its targets."""
+"""Scores of a prediction against its targets.
+
+torchmetrics is imported where it is used: its import takes longer than that of all of pyrolora,
+and a fit without evaluation needs none.
+"""
 
 from __future__ import annotations
 
 from functools import singledispatch
 
 import torch
-from torchmetrics.functional import mean_squared_error
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    multiclass_accuracy,
-    multiclass_calibration_error,
-)
 
 from pyrolora.errors import DataError
 from pyrolora.predictive.prediction import (
@@ -59,6 +57,8 @@ def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
 
     For out-of-distribution data: ``auroc(inside.entropy, outside.entropy)``.
     """
+    from torchmetrics.functional.classification import binary_auroc
+
     low, high = (scores[~scores.isnan()] for scores in (low, high))
     if not len(low) or not len(high):
         return float("nan")
@@ -76,6 +76,11 @@ def _metrics(prediction: Prediction) -> dict[str, float]:
 
 @_metrics.register
 def _(prediction: ClassPrediction) -> dict[str, float]:
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+    )
+
     probs, targets = prediction.probs, prediction.targets
     assert targets is not None
     classes = probs.shape[-1]
@@ -97,6 +102,8 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
 
 @_metrics.register
 def _(prediction: RegressionPrediction) -> dict[str, float]:
+    from torchmetrics.functional import mean_squared_error
+
     targets = prediction.targets
     assert targets is not None
     low, high = prediction.interval(0.9)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Self
 
 import pandas as pd
 import torch
@@ -23,6 +23,8 @@ from pyrolora.likelihoods import (
     TokenLikelihood,
 )
 from pyrolora.types import Batch
+
+_BY_DRAW = ("draws", "log_likelihood")  # tensors (S, n, ...); of the others n comes first
 
 
 def log_mean_exp(scores: Tensor) -> Tensor:
@@ -78,6 +80,15 @@ class Prediction(ABC):
     @abstractmethod
     def loss(self) -> Tensor | None:
         """What each prediction costs, (n,), or None without labels."""
+
+    def select(self, examples: Tensor) -> Self:
+        """The prediction of the examples of these numbers, (m,), in their order."""
+        chosen = {
+            part.name: value.index_select(1 if part.name in _BY_DRAW else 0, examples)
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), Tensor)
+        }
+        return replace(self, **chosen)
 
     @property
     def log_predictive(self) -> Tensor | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from problems import mlp
+from problems import bert, bert_choice, llama, mlp, questions, tokenizer
 from torch import Tensor, nn
 
 import pyrolora
-from pyrolora import AdapterConfig, Posterior
+from pyrolora import AdapterConfig, Posterior, defaults
 from pyrolora.guides import MAP, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
 from pyrolora.predictive import draw_factors
-from pyrolora.predictive.predict import passes
+from pyrolora.predictive.predict import pass_rows, passes
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 3
@@ -121,3 +123,92 @@ def test_a_draw_is_one_function_whatever_the_number_of_draws() -> None:
             whole = list(passes(posterior.model, {"inputs": X}, many, 100))
         torch.testing.assert_close(torch.cat(found), torch.cat(whole)[:count])
     assert (posterior.predict((X,), 1, seed=0).draws - mean).abs().max() > 1e-3
+
+
+# Texts of like length ---------------------------------------------------------------------------
+
+
+def texts(n: int = 17) -> datasets.Dataset:
+    """Of 1 to 9 words, long and short ones mixed."""
+    lengths = [1 + (7 * i) % 9 for i in range(n)]
+    rows = [{"text": " ".join(["good", "bad", "film"][:k] * k)[: 5 * k]} for k in lengths]
+    return datasets.Dataset.from_list(rows)
+
+
+def labelled_reviews() -> datasets.Dataset:
+    return texts().add_column("label", [i % 2 for i in range(17)])
+
+
+def labelled_questions() -> datasets.Dataset:
+    rows = questions(9).to_list()
+    return datasets.Dataset.from_list(
+        [
+            {**row, "question": " ".join([row["question"]] * (1 + i % 4))}
+            for i, row in enumerate(rows)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "data"),
+    [
+        (bert, labelled_reviews),
+        (llama, texts),
+        (bert_choice, labelled_questions),
+    ],
+    ids=["classes", "tokens", "choices"],
+)
+def test_examples_keep_their_order_and_their_values_though_batches_are_of_like_length(
+    network: Callable[[], nn.Module], data: Callable[[], datasets.Dataset],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    posterior = pyrolora.fit(network(), data(), tokenizer=tokenizer(), epochs=1, seed=0)
+    sizes: list[tuple[int, ...]] = []
+    inner = posterior.base.forward
+
+    def spy(input_ids: Tensor, **more: Any) -> Any:
+        sizes.append(tuple(input_ids.shape))
+        return inner(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(posterior.base, "forward", spy)
+    together = posterior.predict(data(), 3, batch_size=4, seed=0)
+    lengths = [size[-1] for size in sizes]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+    for i, row in enumerate(data()):
+        alone = posterior.predict([row], 3, seed=0)
+        torch.testing.assert_close(
+            together.uncertainty[i], alone.uncertainty[0], rtol=1e-4, atol=1e-6
+        )
+        if together.log_likelihood is not None:
+            torch.testing.assert_close(
+                together.log_likelihood[:, i], alone.log_likelihood[:, 0], rtol=1e-4, atol=1e-5
+            )
+        chosen = together.select(torch.tensor([i]))
+        for name in ("entropy", "aleatoric", "targets"):
+            found, whole = getattr(chosen, name), getattr(together, name)
+            assert (found is None) == (whole is None)
+            assert found is None or torch.equal(found[0].nan_to_num(), whole[i].nan_to_num())
+
+
+def test_an_order_is_made_of_columns_of_tokens_that_differ_in_length_alone() -> None:
+    posterior = pyrolora.fit(bert(), labelled_reviews(), tokenizer=tokenizer(), epochs=1)
+
+    def order(data: Any) -> list[int] | None:
+        return posterior._prepare(data, need_labels=False).by_length()
+
+    found = order(texts())
+    lengths = [len(ids) for ids in tokenizer()(texts()["text"][:])["input_ids"]]
+    assert found is not None
+    assert sorted(found) == list(range(17))
+    assert [lengths[i] for i in found] == sorted(lengths, reverse=True)
+    assert order(["good film", "bad book"]) is None
+    assert order((torch.full((3, 4), 5),)) is None
+
+
+def test_rows_of_a_pass_are_as_many_as_their_tokens_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "PREDICT_TOKENS_CPU", 40)
+    monkeypatch.setattr(defaults, "PREDICT_ROWS", 6)
+    for shape, rows in {(2, 10): 4, (2, 5): 6, (2, 50): 1, (2, 4, 5): 2}.items():
+        assert pass_rows({"input_ids": torch.zeros(shape, dtype=torch.long)}) == rows
+    assert pass_rows({"inputs": torch.zeros(2, 100)}) == 6
