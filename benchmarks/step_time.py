@@ -45,9 +45,11 @@ from pyrolora.model import JointGuide
 from pyrolora.parameters import param_statement
 from pyrolora.types import Batch
 
+LEAST = 5  # timed steps, however long they take
 # Of the networks whose sites, KL and factors are timed alone. With a narrow network there is next
 # to nothing to compute, and what remains is the price of the program itself.
 DEPTHS = (6, 24)
+PYRO_ROUNDS = 50
 NARROW = {"hidden_size": 24, "intermediate_size": 24}
 
 
@@ -57,7 +59,7 @@ NARROW = {"hidden_size": 24, "intermediate_size": 24}
 def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The times of every contestant's steps on one network."""
     network = case.shape.network(device)
-    data = case.shape.batches(args.warmup + args.steps, device)
+    data = case.shape.batches(args.warmup + 1 + args.steps, device)
     contestants = {name: CONTESTANTS[name](case, network) for name in args.contestants}
     check_same_start(contestants, data[0], case.shape)
     counts = dict.fromkeys(contestants, 0)
@@ -67,7 +69,10 @@ def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict
         counts[name] += 1
 
     actions = {name: lambda name=name: next_step(name) for name in contestants}
-    times = take_turns(actions, args.steps, args.warmup, device, case.name)
+    first = take_turns(actions, 1, args.warmup, device, f"{case.name}, first steps")
+    round_s = sum(sum(values) for values in first.values()) / 1e3
+    rounds = min(args.steps, max(LEAST, int(60 * args.minutes / round_s)))
+    times = take_turns(actions, rounds, 0, device, case.name)
     return {
         "case": case.name,
         "batch": case.shape.batch,
@@ -151,10 +156,10 @@ def pyro_share(args: argparse.Namespace, device: torch.device) -> list[dict[str,
             for name, guide in GUIDES.items():
                 program = guide.build(AdapterBank(specs, case.adapter)).to(device)
                 entries = program.bank.layouts["A"].total
-                rows.append({"guide": name, "adapters": len(specs), "entries of A": entries})
+                rows.append({"guide": name, "adapters": len(specs), "entries_of_A": entries})
                 key = f"{name}, {width}, {depth} layers"
                 actions[key] = pyro_action(program, guide.beta(NUM_EXAMPLES))
-    times = take_turns(actions, args.steps, args.warmup, device, "Pyro alone")
+    times = take_turns(actions, PYRO_ROUNDS, args.warmup, device, "Pyro alone")
     for row, values in zip(rows, times.values(), strict=True):
         row["ms"] = torch.tensor(values).median().item()
     return rows
@@ -179,7 +184,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rank", type=positive, default=8, help="rank r; lora_alpha is 2 r")
     parser.add_argument("--steps", type=positive, default=30, help="timed steps of each contestant")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before, not timed")
+    parser.add_argument(
+        "--minutes", type=float, default=5, help="fewer steps of a case that would take longer"
+    )
+    parser.add_argument("--warmup", type=int, default=2, help="steps before, not timed")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
     parser.add_argument(
         "--contestants",

@@ -1,0 +1,163 @@
+"""How much memory a training step takes: pyrolora's guides beside PEFT and the bare network.
+
+Each contestant makes three steps alone; the peak of the third, when the optimiser has its state,
+counts everything that is alive: the network's weights, the adapters, their optimiser, activations
+and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from common import (
+    RESULTS,
+    describe_network,
+    hardware,
+    markdown,
+    pick_device,
+    positive,
+    save_json,
+    show,
+    tag,
+    versions,
+)
+from contestants import CONTESTANTS, LORA
+from networks import Case, case, case_names
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+
+STEPS = 3
+OURS = "pyrolora map"
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make while it is on, and their peak.
+    Scratch memory inside of a kernel is not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf.untyped_storage())
+        return result
+
+    def add(self, storage: Any) -> None:
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.release, storage.nbytes())
+
+    def release(self, size: int) -> None:
+        self.now -= size
+
+
+def peak_of(name: str, case: Case, network: Any, device: torch.device) -> int:
+    """Bytes at the peak of the last step, the network's weights among them."""
+    data = case.shape.batches(STEPS, device)
+    if device.type == "cpu":
+        with LiveBytes() as live:
+            contestant = CONTESTANTS[name](case, network)
+            for batch in data:
+                live.peak = live.now
+                contestant.step(batch)
+        return live.peak + sum(p.numel() * p.element_size() for p in network.parameters())
+    contestant = CONTESTANTS[name](case, network)
+    for batch in data:
+        torch.accelerator.reset_peak_memory_stats(device)
+        contestant.step(batch)
+    return int(torch.accelerator.max_memory_allocated(device))
+
+
+def peaks(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
+    network = case.shape.network(device)
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    rows: list[dict[str, Any]] = []
+    for name in tqdm(names, desc=case.name):
+        found = peak_of(name, case, network, device)
+        gc.collect()
+        rows.append({"contestant": name, "peak_mb": found / 1e6})
+    frame = pd.DataFrame(rows).set_index("contestant")
+    for reference in (LORA, OURS):
+        if reference in frame.index:
+            frame[f"to {reference}"] = frame["peak_mb"] / frame["peak_mb"][reference]
+    return {
+        "case": case.name,
+        "batch": case.shape.batch,
+        "length": case.shape.length,
+        "dtype": str(case.shape.dtype).removeprefix("torch."),
+        "network": describe_network(network),
+        "weights_mb": weights / 1e6,
+        "peaks": frame.reset_index().to_dict("records"),
+    }
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Example: python benchmarks/memory.py --cases minilm roberta-base/all-linear",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--cases",
+        type=case,
+        nargs="+",
+        metavar="CASE",
+        help="networks and which layers get adapters, see networks.py; left out: all that the "
+        "device is for",
+    )
+    parser.add_argument("--rank", type=positive, default=8, help="rank r; lora_alpha is 2 r")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=list(CONTESTANTS),
+        default=list(CONTESTANTS),
+        metavar="NAME",
+        help=f"who takes part; quote the names: {', '.join(map(repr, CONTESTANTS))}",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = pick_device(args.device)
+    name = f"memory-{tag(device)}"
+    runs: list[dict[str, Any]] = []
+    text = "# The peak of memory in a training step\n"
+    for case_name in args.cases or case_names(device):
+        run = peaks(Case(case_name, args.rank), args.contestants, device)
+        runs.append(run)
+        frame = pd.DataFrame(run["peaks"])
+        show(frame, digits=3)
+        about = f"batch {run['batch']} x {run['length']} tokens, {run['dtype']}"
+        text += f"\n## {case_name}: {about}, weights {run['weights_mb']:.0f} MB\n\n"
+        text += markdown(frame)
+        save_json(
+            args.out / f"{name}.json",
+            {
+                "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+                "versions": versions(),
+                "hardware": hardware(),
+                "runs": runs,
+            },
+        )
+        (args.out / f"{name}.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
