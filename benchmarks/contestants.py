@@ -98,7 +98,8 @@ def _peft_model(case: Case, network: nn.Module, **options: Any) -> Any:
         target_modules=case.targets,
         **options,
     )
-    return peft.get_peft_model(twin(network), config)
+    # Without the last, PEFT computes the adapters of a bfloat16 network in float32.
+    return peft.get_peft_model(twin(network), config, autocast_adapter_dtype=False)
 
 
 def pyrolora_guide(guide: Guide) -> Maker:
@@ -124,8 +125,8 @@ CONTESTANTS: dict[str, Maker] = {
 
 
 def check_same_start(contestants: dict[str, Contestant], batch: Batch, shape: Any) -> None:
-    """At the start every adapter is zero: without dropout and KL all are the bare network; and
-    PEFT's adapters have as many entries as ours."""
+    """At the start every adapter is zero: without dropout and KL, PEFT's LoRA and `map` are the
+    bare network; and they train as many numbers."""
     losses, sizes = {}, {}
     for name in (BASE, LORA, "pyrolora map"):
         if name in contestants:

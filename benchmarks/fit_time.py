@@ -73,8 +73,7 @@ FITS = {
 
 
 def work(name: str, folder: str, data: str, steps: int, batch: int) -> None:
-    """One fit; what it prints at last are the seconds since this function began."""
-    start = time.perf_counter()
+    """One fit."""
     import datasets
     from transformers import TrainingArguments
 
@@ -92,7 +91,6 @@ def work(name: str, folder: str, data: str, steps: int, batch: int) -> None:
             dataloader_pin_memory=False,
         )
         FITS[name](folder, datasets.load_from_disk(data), args, f"{out}/adapter")
-    print(time.perf_counter() - start)
 
 
 # The parent -------------------------------------------------------------------------------------

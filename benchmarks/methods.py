@@ -14,15 +14,12 @@ import io
 import statistics
 import tempfile
 import time
-import weakref
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from common import RESULTS, hardware, markdown, positive, quiet_loading, save_json, show, versions
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from memory import LiveBytes
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 import pyrolora
@@ -38,33 +35,6 @@ GUIDES: dict[str, Guide] = {
 }
 SCORES = ("accuracy", "nll", "ece")
 MEMORY_BATCH = 32
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make while it is on, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self.add(leaf.untyped_storage())
-        return result
-
-    def add(self, storage: Any) -> None:
-        if storage in self.seen:
-            return
-        self.seen.add(storage)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.release, storage.nbytes())
-
-    def release(self, size: int) -> None:
-        self.now -= size
 
 
 def network_for(data: Any) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,9 @@ class Shape:
         set_seed(SEED)
         kind = AutoModelForCausalLM if self.causal else AutoModelForSequenceClassification
         with torch.device(device):
-            return kind.from_config(self.configuration(**changes), dtype=self.dtype)
+            network = kind.from_config(self.configuration(**changes), dtype=self.dtype)
+        network.config.use_cache = False  # as in training with the Trainer
+        return network
 
     def batches(self, count: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
         """Batches of random tokens, all of full length."""
@@ -171,7 +174,7 @@ def case(value: str) -> str:
     """An argparse type: the name of a case."""
     shape, slash, targets = value.partition("/")
     if shape not in SHAPES or (slash and targets != ALL_LINEAR):
-        raise ValueError(
+        raise argparse.ArgumentTypeError(
             f"{value!r} is no case; choose one of {', '.join(SHAPES)}, with '/{ALL_LINEAR}' behind "
             "it for adapters on all linear layers"
         )

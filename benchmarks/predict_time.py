@@ -1,8 +1,8 @@
 """What an ensemble of draws costs at prediction, against as many passes of the plain network.
 
 A few short texts, 16 draws of MonteCLoRA: the draws ride in one pass where they fit. In turns:
-`Posterior.predict`, everything counted from the lists of tokens to the probabilities; the same draws
-one pass each; and the plain network, called as often on a batch that is ready.
+`Posterior.predict`, everything counted from the lists of tokens to the probabilities; the same
+draws one pass each; and the plain network, called as often on a batch that is ready.
 """
 
 from __future__ import annotations

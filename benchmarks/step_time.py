@@ -45,7 +45,7 @@ from pyrolora.model import JointGuide
 from pyrolora.parameters import param_statement
 from pyrolora.types import Batch
 
-LEAST = 5  # timed steps, however long they take
+LEAST = 4  # timed steps, however long they take
 # Of the networks whose sites, KL and factors are timed alone. With a narrow network there is next
 # to nothing to compute, and what remains is the price of the program itself.
 DEPTHS = (6, 24)
@@ -187,7 +187,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=5, help="fewer steps of a case that would take longer"
     )
-    parser.add_argument("--warmup", type=int, default=2, help="steps before, not timed")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before, not timed")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
     parser.add_argument(
         "--contestants",

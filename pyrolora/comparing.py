@@ -36,7 +36,7 @@ def compare(
     outside
         Data of another distribution, whose labels do not matter: adds ``ood_auroc``.
     batch_size
-        Examples a pass.
+        Examples a batch.
     seed
         Makes the draws repeatable.
 

@@ -62,7 +62,7 @@ KHAT_DRAWS = 200
 EVAL_SAMPLES = 4
 # Of one pass through the network at prediction: rows (draws x examples), and tokens. A processor
 # is fastest while a layer's activations fit its cache (benchmarks/NOTES.md, prediction); on an
-# accelerator the bound is on memory: the logits of a language model, 8 GB at 128,000 words.
+# accelerator the bound is on memory: the logits of a language model, 8 GB a copy at 128,000 words.
 PREDICT_ROWS = 128
 PREDICT_TOKENS = 16384
 PREDICT_TOKENS_CPU = 1024

@@ -150,7 +150,7 @@ class Posterior:
             S. Each draw is one function, the same weights for all examples. None: 32; of an
             ensemble every member once.
         batch_size
-            Examples a pass.
+            Examples a batch. Draws share its passes where the device is faster so.
         seed
             Makes the draws repeatable.
 
@@ -428,7 +428,7 @@ class Posterior:
         num_samples
             As in `predict`.
         batch_size
-            Examples a pass.
+            Examples a batch. Draws share its passes where the device is faster so.
         seed
             Of the draws. None: a random one, which the page states.
 

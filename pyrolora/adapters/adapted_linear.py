@@ -41,21 +41,28 @@ class Plain:
 def plain(layer: nn.Module, x: Tensor) -> Plain | None:
     """The weights of ``layer``, where calling it means nothing but W x + b in the dtype of x; None
     of a quantised, parametrised, hooked or trained layer, under autocast, and inside of
-    ``torch.func``'s transformations."""
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    ``torch.func``'s transformations or forward-mode differentiation."""
+    weight, bias = layer._parameters.get("weight"), getattr(layer, "bias", None)
     if (
         type(layer).forward not in PLAIN
         or "forward" in layer.__dict__
         or any(getattr(layer, hooks) for hooks in HOOKS)
+        or torch.nn.modules.module._has_any_global_hook()
         or type(weight) is not nn.Parameter
         or weight.dtype != x.dtype
         or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        or (bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad))
         or torch.is_autocast_enabled(x.device.type)
         or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
     ):
         return None
-    return Plain(weight.T if isinstance(layer, Conv1D) else weight, bias)
+    return Plain(oriented(layer, weight), bias)
+
+
+def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
+    """(out, in), where ``Conv1D`` keeps (in, out)."""
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def adapted_linear(
@@ -79,52 +86,55 @@ def adapted_linear(
     dropout
         The probability that an entry of the adapter's x is zero.
     """
-    given = F.dropout(x, dropout) if dropout else None
+    rows, A, sB = x.reshape(-1, x.shape[-1]), A.to(x.dtype), sB.to(x.dtype)
+    given = F.dropout(rows, dropout) if dropout else None
     if torch.is_grad_enabled():
-        result: Tensor = _AdaptedLinear.apply(x, given, A.to(x.dtype), sB.to(x.dtype), frozen)
-        return result
-    return _forward(x, given, A.to(x.dtype), sB.to(x.dtype), frozen)[0]
+        result: Tensor = _AdaptedLinear.apply(rows, given, A, sB, frozen)
+    else:
+        result = _forward(rows, given, A, sB, frozen)[0]
+    # Out here, since what a Function returns as a view cannot be changed in place.
+    return result.view(*x.shape[:-1], sB.shape[-1])
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, given: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
+        ctx: Any, rows: Tensor, given: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
     ) -> Tensor:
-        result, hidden = _forward(x, given, A, sB, frozen)
-        ctx.save_for_backward(x if given is None else given, A, sB, hidden)
+        result, hidden = _forward(rows, given, A, sB, frozen)
+        ctx.save_for_backward(rows if given is None else given, A, sB, hidden)
         ctx.frozen, ctx.alone = frozen, given is None
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given, A, sB, hidden = ctx.saved_tensors
-        rows, wanted = _rows(given), ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for second derivatives, which run through x and A, too
-            hidden = product(rows, A.mT)
-        grad = _rows(grad)
-        back = product(grad, sB.mT)
-        grad_x = grad_given = None
-        if wanted[0]:
-            grad_x = ctx.frozen.backward(grad)
-            if ctx.alone:
-                add_product(grad_x, back, A)
-            grad_x = grad_x.view(given.shape)
-        if wanted[1]:
-            grad_given = product(back, A).view(given.shape)
-        grad_A = _outer(back, rows, A) if wanted[2] else None
-        grad_sB = _outer(hidden, grad, sB) if wanted[3] else None
-        return grad_x, grad_given, grad_A, grad_sB, None
+        wanted = ctx.needs_input_grad
+        grad_rows = grad_given = None
+        # Autocast may be on here that was off in forward, and would cast some of the products.
+        with torch.autocast(grad.device.type, enabled=False):
+            if torch.is_grad_enabled():  # for second derivatives, which run through x and A, too
+                hidden = product(given, A.mT)
+            back = product(grad, sB.mT)
+            if wanted[0]:
+                grad_rows = ctx.frozen.backward(grad)
+                if ctx.alone:
+                    add_product(grad_rows, back, A)
+            if wanted[1]:
+                grad_given = product(back, A)
+            grad_A = _outer(back, given, A) if wanted[2] else None
+            grad_sB = _outer(hidden, grad, sB) if wanted[3] else None
+        return grad_rows, grad_given, grad_A, grad_sB, None
 
 
 def _forward(
-    x: Tensor, given: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
+    rows: Tensor, given: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
 ) -> tuple[Tensor, Tensor]:
     """The result, and A x."""
-    hidden = product(_rows(x if given is None else given), A.mT)
-    result = frozen.forward(_rows(x))
+    hidden = product(rows if given is None else given, A.mT)
+    result = frozen.forward(rows)
     add_product(result, hidden, sB)
-    return result.view(*x.shape[:-1], -1), hidden
+    return result, hidden
 
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -142,6 +152,14 @@ def add_product(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
         _blocks(out, matrix).baddbmm_(_blocks(rows, matrix), matrix)
 
 
+def sum_with_product(out: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
+    """``out`` (S * m, n) plus `product` of the two."""
+    if matrix.dim() == 2:
+        return torch.addmm(out, rows, matrix)
+    summed = torch.baddbmm(_blocks(out, matrix), _blocks(rows, matrix), matrix)
+    return summed.flatten(0, 1)
+
+
 def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """Σ of the rows' outer products, (k, n); of each draw's own, (S, k, n), if ``like`` has S."""
     if like.dim() == 2:
@@ -149,10 +167,6 @@ def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     return torch.bmm(_blocks(left, like).mT, _blocks(right, like))
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def _blocks(rows: Tensor, like: Tensor) -> Tensor:
     """(S * m, k) as (S, m, k), where S is the first dimension of ``like``."""
-    return rows.view(like.shape[0], -1, rows.shape[-1])
+    return rows.reshape(like.shape[0], len(rows) // like.shape[0], rows.shape[-1])

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrolora.adapters.adapted_linear import Frozen, adapted_linear, plain, product
+from pyrolora.adapters.adapted_linear import (
+    Frozen,
+    adapted_linear,
+    plain,
+    product,
+    sum_with_product,
+)
 from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
 from pyrolora.errors import BindingError
 
@@ -47,7 +53,10 @@ class Factors:
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """``out + s B A x`` for x (..., in) and out (..., out), which stays as it is."""
         hidden = product(x.reshape(-1, x.shape[-1]).to(self.A.dtype), self.A.mT)
-        return out + product(hidden, self.sB).to(out.dtype).view_as(out)
+        flat = out.reshape(-1, out.shape[-1])
+        if flat.dtype != hidden.dtype:
+            return (flat + product(hidden, self.sB).to(flat.dtype)).view_as(out)
+        return sum_with_product(flat, hidden, self.sB).view_as(out)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters.adapted_linear import PLAIN
+from pyrolora.adapters.adapted_linear import PLAIN, oriented
 from pyrolora.errors import BindingError, ConfigError, positive
 
 # Numbers of one chunk of W + E: 4 MiB of float32. That is small beside the activations of a
@@ -91,7 +90,7 @@ class WeightNoise:
             return None
         std = row_norms(weight, A, sB) * (self.scale / weight.shape[1] ** 0.5)
         std = self._per_draw(std, rows=x.shape[:-1].numel())
-        return Noisy(weight, layer._parameters.get("bias"), std, self)
+        return Noisy(weight, getattr(layer, "bias", None), std, self)
 
     def _per_draw(self, std: Tensor, rows: int) -> Tensor:
         """(S, out) of (out,) or (S, out), where S is the draws of the seeds or of the factors."""
@@ -164,7 +163,7 @@ class Noisy:
 @torch.no_grad()
 def row_norms(weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
     """‖(W + s B A)[i, :]‖ in float32, (out,) or (S, out), for a weight (out, in) and factors
-    as in `WeightNoise.linear`.
+    as in `WeightNoise.frozen`.
 
     From ‖W_i‖² + 2 s W_i · (BA)_i + s² ‖(BA)_i‖², whose products are of rank r, so that neither
     B A nor a float32 copy of W is ever whole in memory.
@@ -217,4 +216,4 @@ def _plain_weight(layer: nn.Module) -> Tensor:
             "its own; leave such layers out with exclude_modules, or choose a guide that does "
             "not read weights: 'montec', 'map'"
         )
-    return weight.T if isinstance(layer, Conv1D) else weight
+    return oriented(layer, weight)

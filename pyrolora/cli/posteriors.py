@@ -25,7 +25,7 @@ NumSamples = Annotated[
         "of an ensemble."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Examples a pass.")]
+BatchSize = Annotated[int, typer.Option(help="Examples a batch.")]
 Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")]
 Text = Annotated[list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")]
 Label = Annotated[str | None, typer.Option(help="The target's column; otherwise as in the fit.")]

@@ -217,10 +217,10 @@ class MonteCLoRAProgram(Program):
                 )
                 if options.cooperation:
                     pyro.factor("cooperation", -options.cooperation * weights.square().sum(-1))
-            loc = self._prior_loc(weights, tril, means)
+            gain = self._gain(weights)
+            loc = self._prior_loc(gain, tril, means)
             noise = pyro.sample("noise", StandardColumns(self._scale, groups, loc))
-        sites = {"mixture_weights": weights, "covariance_tril": tril, "noise": noise}
-        return self._factors(sites, means)
+        return self._factors(gain, tril, noise, means)
 
     def guide(self, kl_weight: float = 1.0) -> None:
         options, groups = self.options, self.layout.groups
@@ -238,15 +238,17 @@ class MonteCLoRAProgram(Program):
             pyro.sample("noise", law)
 
     def factors(self, sites: Sites) -> FlatFactors:
-        return self._factors(sites, self.bank.means())
-
-    def _factors(self, sites: Sites, means: FlatFactors) -> FlatFactors:
-        noise = flat(sites["noise"])
         gain = self._gain(sites["mixture_weights"])
+        return self._factors(gain, sites["covariance_tril"], sites["noise"], self.bank.means())
+
+    def _factors(
+        self, gain: Tensor, tril: Tensor, noise: Tensor, means: FlatFactors
+    ) -> FlatFactors:
+        """The factors whose noise is ε₀ ‖π‖ z, or ε₀ ‖π‖ L z."""
         if self.options.component_prior == "hierarchical":
-            delta = self.layout.transform(gain[..., None, None] * sites["covariance_tril"], noise)
+            delta = self.layout.transform(gain[..., None, None] * tril, flat(noise))
         else:
-            delta = self.layout.scale(gain, noise)
+            delta = self.layout.scale(gain, flat(noise))
         return self.bank.shifted(self.options.latent, delta, means)
 
     def quantities(self, sites: Sites) -> Quantities:
@@ -270,16 +272,16 @@ class MonteCLoRAProgram(Program):
     def block_names(self) -> list[str]:
         return [block.name for block in self.layout.blocks]
 
-    def _prior_loc(self, weights: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
+    def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
         """The mean of z in the model, where the noise is seen from M: a_j = 0."""
         if self.options.prior_mean == "learned":
             return None
-        latent, gain = self.bank.latent_part(self.options.latent, means), -self._gain(weights)
+        latent = self.bank.latent_part(self.options.latent, means)
         if self.options.component_prior == "hierarchical":
-            law = gain[..., None, None] * tril
+            law = -gain[..., None, None] * tril
             loc = whiten(law, latent.expand(*gain.shape[:-1], -1), self.layout.groups)
         else:
-            loc = self.layout.scale(1 / gain, latent)
+            loc = self.layout.scale(-1 / gain, latent)
         return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
 
     def _gain(self, weights: Tensor) -> Tensor:

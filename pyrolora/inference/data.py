@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -53,9 +54,11 @@ class Prepared:
         examples = self.examples
         if not isinstance(examples, datasets.Dataset) or "input_ids" not in examples.column_names:
             return None
-        tokens = examples.with_format(None)["input_ids"]
-        nested = isinstance(self.collate, ChoiceCollator)
-        lengths = [max(map(len, own)) if nested else len(own) for own in tokens]
+        tokens = examples.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
+        if isinstance(self.collate, ChoiceCollator):
+            lengths = [max(map(len, choices)) for choices in tokens.to_pylist()]
+        else:
+            lengths = pc.list_value_length(tokens).to_pylist()
         if len({*lengths}) == 1:
             return None
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 Node = Mapping[str, Any]
-Nodes = Mapping[str, Any]
+Nodes = Mapping[str, Node]
 
 
 class NamedELBO(TraceMeanField_ELBO):
@@ -25,8 +25,8 @@ class NamedELBO(TraceMeanField_ELBO):
     The same estimator: Σ over latent sites of KL(q(site | parents) ‖ p(site | parents)), in closed
     form where one is registered, and log-densities at the draw elsewhere. Two differences: the
     terms of the last evaluation stay readable; and Pyro's validation, where it is on, checks the
-    first evaluation only. It costs more than the bound itself, much of it for log-densities of
-    latent sites that the bound does not need, and the programs have the same structure every time.
+    first evaluation only, as do its traces: later ones keep what the bound reads. Both cost more
+    than the bound itself, and the programs have the same structure every time.
 
     Attributes
     ----------
@@ -101,6 +101,8 @@ class _Sites(Messenger):
             msg.update(done=True, value=site["value"], infer=site["infer"])
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] in self.sites:
+            raise RuntimeError(f"multiple sample sites named '{msg['name']}'")
         self.sites[msg["name"]] = msg.copy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class SVITrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         assert data.labels is not None
+        args = copy.copy(args)
         args.logging_nan_inf_filter = False  # `check_step` stops; the filter waits for the device
         self.guide = guide
         self._evaluate_posterior = evaluate
@@ -166,9 +168,11 @@ class SVITrainer(Trainer):
         terms = self.model.estimator.terms
         self._unchecked.append((loss.detach(), terms))
         share = _size(inputs) * self.accelerator.num_processes / num_items_in_batch
+        parts = share * torch.stack([*terms.values()])
         if self._sums is None:  # the first since the last log, or since a resume
-            self._steps, self._terms, self._sums = self.state.global_step, tuple(terms), 0 * loss
-        self._sums = self._sums.detach() + share * torch.stack([*terms.values()])
+            self._steps, self._terms, self._sums = self.state.global_step, tuple(terms), parts
+        else:
+            self._sums = self._sums + parts
         return loss * share
 
     def check_step(self) -> None:

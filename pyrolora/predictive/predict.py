@@ -42,13 +42,13 @@ def predict(
     factors: FlatFactors,
     *,
     batch_size: int = defaults.BATCH_SIZE,
-    rows: int | None = None,
+    rows: int = defaults.PREDICT_ROWS,
 ) -> Prediction:
     """The prediction of the S draws of ``factors``, or of one setting, for every example.
 
     Every draw is one function: the same weights for all examples. Texts of like length share a
-    batch, and draws ride in one pass with the examples of a batch, at most ``rows`` rows (draws x
-    examples) at a time; None: as many as `pass_rows` finds.
+    batch, and draws ride in one pass with the examples of a batch, as many as `pass_rows` allows;
+    one at least, since a batch is not cut.
     """
     kind = PREDICTIONS[type(joint.likelihood)]
     device = next(joint.program.parameters()).device
@@ -58,21 +58,21 @@ def predict(
     with evaluating(joint):
         for batch in tqdm(loader, desc="predicting", delay=2, leave=False):
             placed = to_device(batch, device)
-            outputs = passes(joint, placed, factors, rows or pass_rows(placed))
+            outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             records.append(kind.reduce(joint.likelihood, outputs, placed))
     prediction = kind.collect(records, joint.likelihood)
     return prediction if order is None else prediction.select(torch.tensor(order).argsort())
 
 
-def pass_rows(batch: Mapping[str, Tensor]) -> int:
-    """The most rows (draws x examples) of one pass through the network: few enough that their
-    tokens are as many as the device is at its best with."""
+def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
+    """The most rows (draws x examples) of one pass through the network: ``rows``, or so few that
+    their tokens are as many as the device is at its best with."""
     ids = batch.get("input_ids")
     if ids is None:
-        return defaults.PREDICT_ROWS
+        return rows
     on_cpu = ids.device.type == "cpu"
     tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
-    return max(1, min(defaults.PREDICT_ROWS, tokens // max(1, ids[0].numel())))
+    return max(1, min(rows, tokens // max(1, ids[0].numel())))
 
 
 def passes(

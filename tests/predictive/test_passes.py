@@ -208,7 +208,6 @@ def test_an_order_is_made_of_columns_of_tokens_that_differ_in_length_alone() -> 
 
 def test_rows_of_a_pass_are_as_many_as_their_tokens_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(defaults, "PREDICT_TOKENS_CPU", 40)
-    monkeypatch.setattr(defaults, "PREDICT_ROWS", 6)
     for shape, rows in {(2, 10): 4, (2, 5): 6, (2, 50): 1, (2, 4, 5): 2}.items():
-        assert pass_rows({"input_ids": torch.zeros(shape, dtype=torch.long)}) == rows
-    assert pass_rows({"inputs": torch.zeros(2, 100)}) == 6
+        assert pass_rows({"input_ids": torch.zeros(shape, dtype=torch.long)}, 6) == rows
+    assert pass_rows({"inputs": torch.zeros(2, 100)}, 6) == 6

@@ -1,0 +1,166 @@
+"""The benchmarks of speed and memory on tiny networks: that they compare what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from pyrolora import zoo
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+}
+CASES = ["minilm", "minilm/all-linear", "llama-12", "llama-12/all-linear"]
+
+
+@pytest.fixture
+def networks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module of shapes, with tiny ones in it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("networks")
+    for name in ("minilm", "llama-12"):
+        tiny = dataclasses.replace(module.SHAPES[name], options=TINY, batch=4, length=6)
+        monkeypatch.setitem(module.SHAPES, name, tiny)
+    return module
+
+
+@pytest.fixture
+def script(networks: Any) -> Callable[[str], Any]:
+    """Loads a script by its file, under a name that no other module has."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(
+            f"benchmark_{name}", BENCHMARKS / f"{name}.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_contestant_trains_the_same_network_and_leaves_its_frozen_weights(
+    networks: Any, name: str
+) -> None:
+    contestants = importlib.import_module("contestants")
+    case = networks.Case(name, 2)
+    network = case.shape.network("cpu")
+    before = {n: p.clone() for n, p in network.named_parameters()}
+    made = {n: maker(case, network) for n, maker in contestants.CONTESTANTS.items()}
+    batches = case.shape.batches(2, torch.device("cpu"))
+    contestants.check_same_start(made, batches[0], case.shape)
+    for contestant in made.values():
+        groups = contestant.optimizer.param_groups
+        trained = [p for group in groups for p in group["params"]]
+        start = [p.detach().clone() for p in trained]
+        for batch in batches:
+            contestant.step(batch)
+        moved = [not torch.equal(p, s) for p, s in zip(trained, start, strict=True)]
+        assert any(moved) or (case.shape.causal and contestant is made["base"])
+    for n, p in network.named_parameters():
+        assert torch.equal(p, before[n]), n
+
+
+def test_contestants_that_differ_at_the_start_are_refused(networks: Any) -> None:
+    contestants = importlib.import_module("contestants")
+    case = networks.Case("minilm", 2)
+    network = case.shape.network("cpu")
+    made = {n: contestants.CONTESTANTS[n](case, network) for n in ("PEFT LoRA", "pyrolora map")}
+    (batch,) = case.shape.batches(1, torch.device("cpu"))
+    wider = contestants.CONTESTANTS["PEFT LoRA"](networks.Case("minilm", 3), network)
+    with pytest.raises(SystemExit, match="not the same"):
+        contestants.check_same_start({**made, "PEFT LoRA": wider}, batch, case.shape)
+    head = made["pyrolora map"].optimizer.param_groups[0]["params"][-1]
+    head.data.add_(torch.tensor([1.0, 0.0]) if head.dim() == 1 else 1.0)
+    with pytest.raises(SystemExit, match="not the same"):
+        contestants.check_same_start(made, batch, case.shape)
+
+
+def test_steps_have_a_row_a_contestant_and_ratios_of_the_same_round(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_time = script("step_time")
+    monkeypatch.setattr(step_time, "PYRO_ROUNDS", 1)
+    monkeypatch.setattr(step_time, "LEAST", 2)
+    command = ["--cases", *CASES[:3:2], "--minutes", "0", "--warmup", "1", "--device", "cpu"]
+    step_time.main([*command, "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "step_time-cpu.json").read_text())
+    assert [run["case"] for run in found["runs"]] == CASES[:3:2]
+    for run in found["runs"]:
+        rows = {row["contestant"]: row for row in run["steps"]}
+        assert set(rows) == set(step_time.CONTESTANTS)
+        own, lora = (run["milliseconds"][n] for n in ("pyrolora montec", "PEFT LoRA"))
+        assert len(own) == 2
+        ratios = torch.tensor([a / b for a, b in zip(own, lora, strict=True)])
+        assert rows["pyrolora montec"]["to PEFT LoRA"] == pytest.approx(ratios.mean().item())
+    assert len(found["pyro"]) == 4 * len(step_time.GUIDES)
+    assert (tmp_path / "step_time-cpu.md").read_text().count("## ") == 3
+
+
+def test_memory_counts_the_network_once_and_what_a_method_adds(
+    script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    memory = script("memory")
+    memory.main(["--cases", "minilm", "--device", "cpu", "--out", str(tmp_path)])
+    (run,) = json.loads((tmp_path / "memory-cpu.json").read_text())["runs"]
+    peaks = {row["contestant"]: row["peak_mb"] for row in run["peaks"]}
+    assert min(peaks.values()) > run["weights_mb"]
+    assert peaks["pyrolora montec"] > peaks["pyrolora map"] > peaks["base"]
+    assert run["peaks"][3]["to pyrolora map"] == 1
+
+    kept = []
+    with memory.LiveBytes() as live:
+        kept.append(torch.zeros(100))
+        temporary = kept[0] + torch.zeros(50).repeat(2)  # the 200 bytes go, and three of 400 stay
+        del temporary
+        kept[0].view(10, 10).add_(1)
+    assert (live.now, live.peak) == (400, 1200)
+
+
+def test_predictions_are_timed_against_as_many_passes(
+    script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    predict_time = script("predict_time")
+    options = ["--cases", "minilm", "--rounds", "2", "--draws", "3", "--device", "cpu"]
+    predict_time.main([*options, "--length", "5", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "predict_time-cpu.json").read_text())["times"]
+    assert [row["contestant"] for row in rows] == ["plain network", "predict", "one pass a draw"]
+    assert rows[0]["to plain network"] == 1
+
+
+@pytest.mark.parametrize("name", ["PEFT LoRA + Trainer", "pyrolora map", "pyrolora montec"])
+def test_whole_fits_train_and_save_an_adapter(
+    script: Callable[[str], Any], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fit_time = script("fit_time")
+    rows = {"text": ["Return the mean.", "Draw from it."] * 4, "label": [0, 1] * 4}
+    data = datasets.Dataset.from_dict(rows).cast_column("label", datasets.ClassLabel(2))
+    data.save_to_disk(tmp_path / "data")
+    saved = []
+    inner = fit_time.FITS[name]
+    monkeypatch.setitem(
+        fit_time.FITS,
+        name,
+        lambda *given: (inner(*given), saved.extend(p.name for p in Path(given[-1]).iterdir())),
+    )
+    fit_time.work(name, str(zoo.folder("encoder")), str(tmp_path / "data"), steps=2, batch=4)
+    assert any(file.endswith(".safetensors") for file in saved)
