@@ -1,6 +1,6 @@
 """How much memory a training step takes: pyrolora's guides beside PEFT and the bare network.
 
-Each contestant makes three steps alone; the peak of the third, when the optimiser has its state,
+Each contestant makes two steps alone; the peak of the second, when the optimiser has its state,
 counts everything that is alive: the network's weights, the adapters, their optimiser, activations
 and gradients.
 """
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-STEPS = 3
+STEPS = 2
 OURS = "pyrolora map"
 
 

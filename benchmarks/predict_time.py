@@ -86,7 +86,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draws", type=positive, default=16)
     parser.add_argument("--batch", type=positive, default=8, help="texts")
     parser.add_argument("--length", type=positive, default=16, help="tokens of a text")
-    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser.parse_args(argv)
