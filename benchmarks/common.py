@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import re
@@ -176,6 +177,13 @@ def quiet_loading() -> Any:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def with_earlier(path: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of the results' file at ``path``, and these in place of those of the same cases."""
+    earlier = json.loads(path.read_text())["runs"] if path.is_file() else []
+    by_case = {run["case"]: run for run in [*earlier, *runs]}
+    return list(by_case.values())
 
 
 def save_json(path: Path, payload: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from common import (
     show,
     tag,
     versions,
+    with_earlier,
 )
 from contestants import CONTESTANTS, LORA
 from networks import Case, case, case_names
@@ -133,20 +134,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def table(runs: list[dict[str, Any]]) -> str:
+    """The results in Markdown."""
+    parts = ["# The peak of memory in a training step\n"]
+    for run in runs:
+        about = f"batch {run['batch']} x {run['length']} tokens, {run['dtype']}"
+        parts.append(f"## {run['case']}: {about}, weights {run['weights_mb']:.0f} MB\n")
+        parts.append(markdown(pd.DataFrame(run["peaks"])))
+    return "\n".join(parts)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = pick_device(args.device)
     name = f"memory-{tag(device)}"
-    runs: list[dict[str, Any]] = []
-    text = "# The peak of memory in a training step\n"
     for case_name in args.cases or case_names(device):
         run = peaks(Case(case_name, args.rank), args.contestants, device)
-        runs.append(run)
-        frame = pd.DataFrame(run["peaks"])
-        show(frame, digits=3)
-        about = f"batch {run['batch']} x {run['length']} tokens, {run['dtype']}"
-        text += f"\n## {case_name}: {about}, weights {run['weights_mb']:.0f} MB\n\n"
-        text += markdown(frame)
+        show(pd.DataFrame(run["peaks"]), digits=3)
+        runs = with_earlier(args.out / f"{name}.json", [run])
         save_json(
             args.out / f"{name}.json",
             {
@@ -156,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
                 "runs": runs,
             },
         )
-        (args.out / f"{name}.md").write_text(text)
+        (args.out / f"{name}.md").write_text(table(runs))
 
 
 if __name__ == "__main__":

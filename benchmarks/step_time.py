@@ -26,6 +26,7 @@ from common import (
     tag,
     take_turns,
     versions,
+    with_earlier,
 )
 from contestants import (
     BASE,
@@ -218,11 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     share = pyro_share(args, device)
     show(pd.DataFrame(share))
-    runs: list[dict[str, Any]] = []
     name = f"step_time-{tag(device)}"
     for case_name in args.cases or case_names(device):
-        runs.append(steps_of(Case(case_name, args.rank), args, device))
-        show(pd.DataFrame(runs[-1]["steps"]))
+        run = steps_of(Case(case_name, args.rank), args, device)
+        show(pd.DataFrame(run["steps"]))
+        runs = with_earlier(args.out / f"{name}.json", [run])
         save_json(  # after each case: nothing is lost if a later one fails
             args.out / f"{name}.json",
             {

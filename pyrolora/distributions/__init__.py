@@ -9,12 +9,14 @@ from pyrolora.distributions.column_normal import (
     split_blocks,
 )
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
+from pyrolora.distributions.logits_categorical import LogitsCategorical
 from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
 
 __all__ = [
     "BlockGroup",
     "ColumnNormal",
     "KroneckerNormal",
+    "LogitsCategorical",
     "StandardColumns",
     "VectorToLowerFactor",
     "WishartCholesky",

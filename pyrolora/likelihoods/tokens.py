@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrolora.distributions import LogitsCategorical
 from pyrolora.errors import DataError
 from pyrolora.likelihoods.base import IGNORED, Likelihood
 from pyrolora.types import Batch
@@ -26,7 +27,7 @@ class TokenLikelihood(Likelihood):
     """What errors call the network."""
 
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
-        tokens = dist.Categorical(logits=self.token_logits(output), validate_args=False)
+        tokens = LogitsCategorical(self.token_logits(output), validate_args=False)
         return tokens.mask(self.token_mask(batch)).to_event(1)
 
     def targets(self, batch: Batch) -> Tensor | None:
