@@ -42,7 +42,7 @@ class Aim:
             "what": self.what,
             "at_most": limit,
             "worst": worst,
-            "verdict": "reached" if round(worst, 2) <= limit else "not reached",
+            "verdict": "reached" if worst <= limit else "not reached",
             "by_case": ", ".join(f"{name} {value:.2f}" for name, value in self.values.items()),
         }
 
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     names = ("step_time", "memory", "predict_time", "fit_time")
     found = [json.loads((args.results / f"{n}-{args.device}.json").read_text()) for n in names]
     frame = pd.DataFrame([aim.row(args.device == "cpu") for aim in aims(*found)])
-    table = markdown(frame, digits=2)
+    table = markdown(frame, digits=3)
     print(table)
     text = args.notes.read_text(encoding="utf-8")
     if len(BLOCK.findall(text)) != 1:
