@@ -3,13 +3,16 @@ ready for training steps on the same network."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from networks import Case, twin
+from common import RESULTS, positive
+from networks import Case, case, twin
 from torch import Tensor, nn
 
 from pyrolora.adapters import attach
@@ -142,3 +145,32 @@ def check_same_start(contestants: dict[str, Contestant], batch: Batch, shape: An
     spread = max(losses.values(), default=0) - min(losses.values(), default=0)
     if spread > (1e-2 if shape.large else 1e-4) or len(set(sizes.values())) > 1:
         raise SystemExit(f"the contestants are not the same: losses {losses}, trained {sizes}")
+
+
+def argument_parser(description: str | None, example: str) -> argparse.ArgumentParser:
+    """What the scripts that compare them by case have in common."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"Example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--cases",
+        type=case,
+        nargs="+",
+        metavar="CASE",
+        help="networks and which layers get adapters, see networks.py; left out: all that the "
+        "device is for",
+    )
+    parser.add_argument("--rank", type=positive, default=8, help="rank r; lora_alpha is 2 r")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        choices=list(CONTESTANTS),
+        default=list(CONTESTANTS),
+        metavar="NAME",
+        help=f"who takes part; quote the names: {', '.join(map(repr, CONTESTANTS))}",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    return parser

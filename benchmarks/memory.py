@@ -7,29 +7,25 @@ and gradients.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from common import (
-    RESULTS,
     describe_network,
     hardware,
     markdown,
     pick_device,
-    positive,
     save_json,
     show,
     tag,
     versions,
     with_earlier,
 )
-from contestants import CONTESTANTS, LORA
-from networks import Case, case, case_names
+from contestants import CONTESTANTS, LORA, argument_parser
+from networks import Case, case_names
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
@@ -106,34 +102,6 @@ def peaks(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
     }
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Example: python benchmarks/memory.py --cases minilm roberta-base/all-linear",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument(
-        "--cases",
-        type=case,
-        nargs="+",
-        metavar="CASE",
-        help="networks and which layers get adapters, see networks.py; left out: all that the "
-        "device is for",
-    )
-    parser.add_argument("--rank", type=positive, default=8, help="rank r; lora_alpha is 2 r")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
-    parser.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=list(CONTESTANTS),
-        default=list(CONTESTANTS),
-        metavar="NAME",
-        help=f"who takes part; quote the names: {', '.join(map(repr, CONTESTANTS))}",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    return parser.parse_args(argv)
-
-
 def table(runs: list[dict[str, Any]]) -> str:
     """The results in Markdown."""
     parts = ["# The peak of memory in a training step\n"]
@@ -145,7 +113,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    example = "python benchmarks/memory.py --cases minilm roberta-base/all-linear"
+    args = argument_parser(__doc__, example).parse_args(argv)
     device = pick_device(args.device)
     name = f"memory-{tag(device)}"
     for case_name in args.cases or case_names(device):

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from common import (
-    RESULTS,
     describe_network,
     hardware,
     markdown,
@@ -34,9 +32,10 @@ from contestants import (
     GUIDES,
     LORA,
     NUM_EXAMPLES,
+    argument_parser,
     check_same_start,
 )
-from networks import Case, adapted_layers, case, case_names
+from networks import Case, adapted_layers, case_names
 from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank
@@ -170,35 +169,14 @@ def pyro_share(args: argparse.Namespace, device: torch.device) -> list[dict[str,
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Example: python benchmarks/step_time.py --cases roberta-base minilm/all-linear",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argument_parser(
+        __doc__, "python benchmarks/step_time.py --cases roberta-base minilm/all-linear"
     )
-    parser.add_argument(
-        "--cases",
-        type=case,
-        nargs="+",
-        metavar="CASE",
-        help="networks and which layers get adapters, see networks.py; left out: all that the "
-        "device is for",
-    )
-    parser.add_argument("--rank", type=positive, default=8, help="rank r; lora_alpha is 2 r")
     parser.add_argument("--steps", type=positive, default=30, help="timed steps of each contestant")
     parser.add_argument(
         "--minutes", type=float, default=5, help="fewer steps of a case that would take longer"
     )
     parser.add_argument("--warmup", type=int, default=1, help="steps before, not timed")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto: the accelerator")
-    parser.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=list(CONTESTANTS),
-        default=list(CONTESTANTS),
-        metavar="NAME",
-        help=f"who takes part; quote the names: {', '.join(map(repr, CONTESTANTS))}",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser.parse_args(argv)
 
 

@@ -133,9 +133,9 @@ class Noisy:
     noise: WeightNoise
 
     def forward(self, rows: Tensor) -> Tensor:
-        inputs = rows.view(len(self.std), -1, rows.shape[-1])
+        inputs = self._by_draw(rows)
         result = rows.new_empty(len(rows), len(self.weight))
-        blocks = result.view(*inputs.shape[:2], -1)
+        blocks = self._by_draw(result)
         for draw, part, chunk in self.noise._chunks(self.weight, self.std, rows.dtype):
             out = blocks[draw, :, part]
             if self.bias is None:
@@ -149,15 +149,19 @@ class Noisy:
             raise ConfigError(
                 "weight noise has no second derivative; differentiate the guide inside of 'flat'"
             )
-        blocks = grad.view(len(self.std), -1, grad.shape[-1])
+        blocks = self._by_draw(grad)
         result = grad.new_empty(len(grad), self.weight.shape[1])
-        inputs = result.view(*blocks.shape[:2], -1)
+        inputs = self._by_draw(result)
         # In place: autocast, under which backward may be called, leaves this product alone. In 16
         # bits every chunk rounds the sum again: an error of 0.5 % for 16 chunks, 0.2 % for one.
         for draw, part, chunk in self.noise._chunks(self.weight, self.std, grad.dtype):
             first = part.start == 0
             inputs[draw].addmm_(blocks[draw, :, part], chunk, beta=0 if first else 1)
         return result
+
+    def _by_draw(self, rows: Tensor) -> Tensor:
+        """(S * m, k) as (S, m, k)."""
+        return rows.view(len(self.std), len(rows) // len(self.std), rows.shape[-1])
 
 
 @torch.no_grad()

@@ -372,6 +372,16 @@ def test_inputs_that_are_not_contiguous_and_single_rows_give_the_same_result(sma
     torch.testing.assert_close(linear(noise, layer, x[1, 2], A, sB), result[1, 2])
 
 
+@pytest.mark.parametrize("rows", [(0,), (0, 3)])
+def test_no_rows_give_no_rows(rows):
+    weight, A, sB = problem()
+    x = torch.randn(*rows, IN, requires_grad=True)
+    result = adapted(WeightNoise((5,), 0.3, 1), weight, x, A, sB)
+    assert result.shape == (*rows, OUT)
+    result.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_checkpointing_gives_the_same_gradients(small_chunks):
     weight, A, sB = problem()
     noise = WeightNoise((5,), 0.3, 1)
