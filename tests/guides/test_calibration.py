@@ -40,8 +40,9 @@ def p_value(draws: Tensor, truth: Tensor) -> float:
 
 
 def narrower(draws: Tensor) -> Tensor:
-    """The draws of a posterior whose scale is 1.5 times too small."""
-    return draws.mean(0) + (draws - draws.mean(0)) / 1.5
+    """The draws of a posterior whose scale is half of what it should be: with 128 ranks the test
+    finds that always (in 1,500 simulations), a scale 1.5 times too small in four cases of five."""
+    return draws.mean(0) + (draws - draws.mean(0)) / 2
 
 
 def test_meanfield_is_calibrated_where_the_posterior_factorises():
