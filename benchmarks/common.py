@@ -161,6 +161,18 @@ def take_turns(
     return times
 
 
+def time_table(times: Mapping[str, list[float]], references: Iterable[str]) -> pd.DataFrame:
+    """One row a contestant: median and quartiles, and the median over rounds of the ratio to each
+    reference in the same round."""
+    values = pd.DataFrame(times)
+    frame = values.quantile([0.25, 0.5, 0.75]).T
+    frame.columns = pd.Index(["q25_ms", "median_ms", "q75_ms"])
+    for reference in references:
+        if reference in values:
+            frame[f"to {reference}"] = values.div(values[reference], axis=0).median()
+    return frame.rename_axis("contestant").reset_index()
+
+
 # Output -----------------------------------------------------------------------------------------
 
 
@@ -184,6 +196,12 @@ def with_earlier(path: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]
     earlier = json.loads(path.read_text())["runs"] if path.is_file() else []
     by_case = {run["case"]: run for run in [*earlier, *runs]}
     return list(by_case.values())
+
+
+def provenance(args: argparse.Namespace) -> dict[str, Any]:
+    """What a result was made with: the arguments, but for its place, versions, hardware."""
+    given = {name: value for name, value in vars(args).items() if name != "out"}
+    return {"arguments": given, "versions": versions(), "hardware": hardware()}
 
 
 def save_json(path: Path, payload: Mapping[str, Any]) -> None:

@@ -15,17 +15,17 @@ import pandas as pd
 import torch
 from common import (
     describe_network,
-    hardware,
     markdown,
     pick_device,
+    provenance,
     save_json,
     show,
     tag,
-    versions,
     with_earlier,
 )
 from contestants import CONTESTANTS, LORA, argument_parser
-from networks import Case, case_names
+from networks import Case, case_names, title
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
@@ -62,6 +62,10 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def weight_bytes(network: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
 def peak_of(name: str, case: Case, network: Any, device: torch.device) -> int:
     """Bytes at the peak of the last step, the network's weights among them."""
     data = case.shape.batches(STEPS, device)
@@ -71,7 +75,7 @@ def peak_of(name: str, case: Case, network: Any, device: torch.device) -> int:
             for batch in data:
                 live.peak = live.now
                 contestant.step(batch)
-        return live.peak + sum(p.numel() * p.element_size() for p in network.parameters())
+        return live.peak + weight_bytes(network)
     contestant = CONTESTANTS[name](case, network)
     for batch in data:
         torch.accelerator.reset_peak_memory_stats(device)
@@ -81,7 +85,6 @@ def peak_of(name: str, case: Case, network: Any, device: torch.device) -> int:
 
 def peaks(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
     network = case.shape.network(device)
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
     rows: list[dict[str, Any]] = []
     for name in tqdm(names, desc=case.name):
         found = peak_of(name, case, network, device)
@@ -92,12 +95,9 @@ def peaks(case: Case, names: list[str], device: torch.device) -> dict[str, Any]:
         if reference in frame.index:
             frame[f"to {reference}"] = frame["peak_mb"] / frame["peak_mb"][reference]
     return {
-        "case": case.name,
-        "batch": case.shape.batch,
-        "length": case.shape.length,
-        "dtype": str(case.shape.dtype).removeprefix("torch."),
+        **case.describe(),
         "network": describe_network(network),
-        "weights_mb": weights / 1e6,
+        "weights_mb": weight_bytes(network) / 1e6,
         "peaks": frame.reset_index().to_dict("records"),
     }
 
@@ -106,8 +106,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     """The results in Markdown."""
     parts = ["# The peak of memory in a training step\n"]
     for run in runs:
-        about = f"batch {run['batch']} x {run['length']} tokens, {run['dtype']}"
-        parts.append(f"## {run['case']}: {about}, weights {run['weights_mb']:.0f} MB\n")
+        parts.append(f"## {title(run)}, weights {run['weights_mb']:.0f} MB\n")
         parts.append(markdown(pd.DataFrame(run["peaks"])))
     return "\n".join(parts)
 
@@ -124,9 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         save_json(
             args.out / f"{name}.json",
             {
-                "arguments": {k: v for k, v in vars(args).items() if k != "out"},
-                "versions": versions(),
-                "hardware": hardware(),
+                **provenance(args),
                 "runs": runs,
             },
         )

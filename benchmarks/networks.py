@@ -163,6 +163,20 @@ class Case:
     def adapter(self) -> AdapterConfig:
         return AdapterConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=self.targets)
 
+    def describe(self) -> dict[str, Any]:
+        """What a result says of its case."""
+        return {
+            "case": self.name,
+            "batch": self.shape.batch,
+            "length": self.shape.length,
+            "dtype": str(self.shape.dtype).removeprefix("torch."),
+        }
+
+
+def title(run: Mapping[str, Any]) -> str:
+    """A result's case in words."""
+    return f"{run['case']}: batch {run['batch']} x {run['length']} tokens, {run['dtype']}"
+
 
 def case_names(device: torch.device) -> list[str]:
     """The cases that a device is for."""

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 from common import (
     RESULTS,
-    hardware,
     markdown,
     pick_device,
     positive,
+    provenance,
     save_json,
     show,
     tag,
     take_turns,
-    versions,
+    time_table,
 )
 from contestants import NUM_EXAMPLES
 from networks import Case, case, twin
@@ -67,12 +66,10 @@ def times_of(case: Case, args: argparse.Namespace, device: torch.device) -> pd.D
             network(**batch)
 
     actions = {"plain network": plain, "predict": predict, "one pass a draw": one_by_one}
-    values = pd.DataFrame(take_turns(actions, args.rounds, 2, device, case.name))
-    frame = values.quantile([0.25, 0.5, 0.75]).T
-    frame.columns = pd.Index(["q25_ms", "median_ms", "q75_ms"])
-    frame["to plain network"] = values.div(values["plain network"], axis=0).median()
-    frame.insert(0, "case", case.name)
-    return frame.rename_axis("contestant").reset_index()
+    times = take_turns(actions, args.rounds, 2, device, case.name)
+    frame = time_table(times, ("plain network",))
+    frame.insert(1, "case", case.name)
+    return frame
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -100,12 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         frames.append(times_of(Case(name, args.rank), args, device))
         show(frames[-1])
     whole = pd.concat(frames, ignore_index=True)
-    payload: dict[str, Any] = {
-        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
-        "versions": versions(),
-        "hardware": hardware(),
-        "times": whole.to_dict("records"),
-    }
+    payload = {**provenance(args), "times": whole.to_dict("records")}
     save_json(args.out / f"predict_time-{tag(device)}.json", payload)
     title = f"# {args.draws} draws for {args.batch} texts of {args.length} tokens\n\n"
     (args.out / f"predict_time-{tag(device)}.md").write_text(title + markdown(whole))

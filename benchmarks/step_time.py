@@ -15,15 +15,15 @@ import pandas as pd
 import torch
 from common import (
     describe_network,
-    hardware,
     markdown,
     pick_device,
     positive,
+    provenance,
     save_json,
     show,
     tag,
     take_turns,
-    versions,
+    time_table,
     with_earlier,
 )
 from contestants import (
@@ -35,7 +35,7 @@ from contestants import (
     argument_parser,
     check_same_start,
 )
-from networks import Case, adapted_layers, case_names
+from networks import Case, adapted_layers, case_names, title
 from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank
@@ -74,27 +74,12 @@ def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict
     rounds = min(args.steps, max(LEAST, int(60 * args.minutes / round_s)))
     times = take_turns(actions, rounds, 0, device, case.name)
     return {
-        "case": case.name,
-        "batch": case.shape.batch,
-        "length": case.shape.length,
-        "dtype": str(case.shape.dtype).removeprefix("torch."),
+        **case.describe(),
         "adapters": len(adapted_layers(case)),
         "network": describe_network(network),
-        "steps": summary(times).to_dict("records"),
+        "steps": time_table(times, (LORA, BASE)).to_dict("records"),
         "milliseconds": times,
     }
-
-
-def summary(times: dict[str, list[float]]) -> pd.DataFrame:
-    """One row a contestant: median and quartiles; and the median over rounds of the ratio to each
-    reference in the same round."""
-    values = pd.DataFrame(times)
-    frame = values.quantile([0.25, 0.5, 0.75]).T
-    frame.columns = pd.Index(["q25_ms", "median_ms", "q75_ms"])
-    for reference in (LORA, BASE):
-        if reference in values:
-            frame[f"to {reference}"] = values.div(values[reference], axis=0).median()
-    return frame.rename_axis("contestant").reset_index()
 
 
 # Pyro's own share -------------------------------------------------------------------------------
@@ -184,8 +169,7 @@ def table(runs: list[dict[str, Any]], share: list[dict[str, Any]]) -> str:
     """The results in Markdown: milliseconds and ratios to PEFT LoRA by case; Pyro's share."""
     parts = ["# A training step\n"]
     for run in runs:
-        about = f"batch {run['batch']} x {run['length']} tokens, {run['dtype']}"
-        parts.append(f"## {run['case']}: {about}, {run['adapters']} adapters\n")
+        parts.append(f"## {title(run)}, {run['adapters']} adapters\n")
         parts.append(markdown(pd.DataFrame(run["steps"])))
     parts.append("## Everything in a step but the network\n")
     parts.append(markdown(pd.DataFrame(share)))
@@ -205,9 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         save_json(  # after each case: nothing is lost if a later one fails
             args.out / f"{name}.json",
             {
-                "arguments": {k: v for k, v in vars(args).items() if k != "out"},
-                "versions": versions(),
-                "hardware": hardware(),
+                **provenance(args),
                 "pyro": share,
                 "runs": runs,
             },
