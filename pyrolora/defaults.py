@@ -34,6 +34,20 @@ PRIOR_SCALE = 0.2
 INIT_SCALE = 0.02
 MEANFIELD_KL_WEIGHT = 0.2
 
+# A low-rank covariance: each direction costs a copy of the factors.
+COVARIANCE_RANK = 8
+
+# SWAG, in fits of a few epochs: the second half at half the first learning rate; 20 iterates as in
+# the paper, of which half as many directions.
+SWAG_START = 0.5
+SWAG_SNAPSHOTS = 20
+SWAG_RANK = 10
+
+# MC dropout: PEFT's usual lora_dropout. One mask an example is what a layer of dropout has; eight a
+# batch have most of its lower variance.
+DROPOUT = 0.1
+DROPOUT_DRAWS = 8
+
 # Flat-LoRA: the paper's range is 0.05 to 0.1.
 RHO = 0.05
 

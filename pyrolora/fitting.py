@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
-from pyrolora.adapters import as_adapter_config, attach
+from pyrolora.adapters import Attachment, as_adapter_config, attach, plain_copy
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide, as_guide, available, full_name
 from pyrolora.inference import (
@@ -59,8 +59,8 @@ def fit(
         A transformers model, a hub id or local folder of one, or any ``nn.Module`` with linear
         layers (then name the ``likelihood``). Its own weights are not changed. Or a `Posterior`,
         such as `from_peft` reads: its means and task head stay as they are, and the guide adds
-        their spread (``"montec"``, ``"meanfield"``, ``"laplace"``; for ``"nuts"`` they are what
-        its model is given).
+        their spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; for ``"nuts"``
+        they are what its model is given).
     data
         Training data: ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its ``validation``
         becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch ``Dataset`` or
@@ -119,8 +119,11 @@ def fit(
     with _arguments(training, shortcuts) as args:
         set_seed(args.seed)
         if given is None:
-            config = as_adapter_config(adapter)
             network, tokenizer = load_network(model, data, tokenizer, likelihood)
+            if options.adapts:
+                config = as_adapter_config(adapter)
+            else:
+                config, network = _without_adapters(options, adapter), _trained_copy(network)
             law = likelihood_for(network, likelihood)
         else:
             _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
@@ -138,7 +141,12 @@ def fit(
         if given is None:
             law.start(prepared.labels)
         modes = {module: module.training for module in network.modules()}
-        attachment = attach(network, config) if given is None else given.model.attachment.again()
+        if given is not None:
+            attachment = given.model.attachment.again()
+        elif options.adapts:
+            attachment = attach(network, config)
+        else:
+            attachment = Attachment(network, [], [])
 
         def joint_for(kind: Guide) -> JointModel:
             joint = build(network, attachment, config, kind, copy.deepcopy(law), len(prepared))
@@ -185,6 +193,30 @@ def fit(
     return posterior
 
 
+def _without_adapters(options: Guide, adapter: Any) -> AdapterConfig:
+    if adapter is not None:
+        raise ConfigError(
+            f"guide {options.name!r} trains the network itself and has no adapters; leave "
+            "adapter= out"
+        )
+    return AdapterConfig()
+
+
+def _trained_copy(network: nn.Module) -> nn.Module:
+    if getattr(network, "is_quantized", False):
+        raise ConfigError(
+            f"this {type(network).__name__} is quantised, and its weights take no gradient; load "
+            "it without a quantisation_config, or choose a guide with adapters"
+        )
+    copied = plain_copy(network)
+    if not any(parameter.requires_grad for parameter in copied.parameters()):
+        raise ConfigError(
+            f"no weight of this {type(network).__name__} takes a gradient, and full fine-tuning "
+            "trains those that do; call model.requires_grad_(True)"
+        )
+    return copied
+
+
 def _check_post_hoc(
     given: Posterior,
     options: Guide,
@@ -200,6 +232,11 @@ def _check_post_hoc(
         raise ConfigError(
             f"guide {full_name(options)!r} has nothing to infer when the adapter is given; choose "
             f"one of {able}, or fit the network anew"
+        )
+    if not given.bank.specs:
+        raise ConfigError(
+            "full fine-tuning leaves no adapter to infer the spread of; fit the network "
+            "posterior.base with a guide of your choice"
         )
     if given.model.program.members > 1:
         raise ConfigError(

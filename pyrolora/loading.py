@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from pyrolora.adapters import AdapterBank, Attachment, LayerSpec
+from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, plain_copy
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, from_options
 from pyrolora.inference import load_language_model
@@ -67,13 +67,16 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
         config = AdapterConfig(**meta["adapter"])
         num_examples = operator.index(meta["num_examples"])
         history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
-        if not specs or num_examples < 1:
+        if bool(specs) != guide.adapts or num_examples < 1:
             raise ValueError("no layers, or no examples")
         network = model
         if not isinstance(network, nn.Module):
             name = base.get("name_or_path") if model is None else str(model)
             network = load_base({**base, "name_or_path": name})
-        check_base(network, heads, base)
+        elif not guide.adapts:
+            network = plain_copy(network)
+        if guide.adapts:  # else every weight is in the file
+            check_base(network, heads, base)
         likelihood = likelihood_for(network, meta["likelihood"])
         attachment = Attachment(network, specs, heads)
         joint = build(network, attachment, config, guide, likelihood, num_examples)

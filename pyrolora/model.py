@@ -57,6 +57,7 @@ class JointModel(nn.Module):
         self.likelihood = likelihood
         self.num_examples = num_examples
         self.attachment = attachment
+        self._foreign = ("base.",) if program.bank.specs else ()
         self.heads = nn.ModuleDict(
             {
                 _key(name): _copies(wrapper.base_layer, program.members)
@@ -127,7 +128,7 @@ class JointModel(nn.Module):
                 "load it again with pyrolora.load(path, model)"
             )
         device = _device_of(self)
-        dtype = next(iter(self.attachment.layers.values())).weight.dtype
+        dtype = next((layer.weight for layer in self.attachment.layers.values()), factors.A).dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         elif not dtype.is_floating_point:  # a quantised weight
@@ -214,15 +215,13 @@ class JointModel(nn.Module):
         self.heads.requires_grad_(False)
 
     def own_state(self) -> dict[str, Tensor]:
-        """All tensors that belong to the posterior: adapters, heads, likelihood; not the base."""
-        state = self.state_dict()
-        return {
-            name: t.detach().clone() for name, t in state.items() if not name.startswith("base.")
-        }
+        """All tensors that belong to the posterior: adapters, heads, likelihood; not the base,
+        unless it is what was trained."""
+        return {name: tensor.detach().clone() for name, tensor in self._own()}
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `own_state`; every tensor has to be there, in its shape."""
-        own = {n: t for n, t in self.state_dict().items() if not n.startswith("base.")}
+        own = dict(self._own())
         if set(own) != set(state):
             missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
             raise CheckpointError(
@@ -238,6 +237,10 @@ class JointModel(nn.Module):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        state: Mapping[str, Tensor] = self.state_dict()
+        return ((name, t) for name, t in state.items() if not name.startswith(self._foreign))
 
 
 class JointGuide(nn.Module):

@@ -392,7 +392,8 @@ class Posterior:
         Raises
         ------
         ConfigError
-            For a guide without a density: ``"map"``, ``"ensemble"``, ``"nuts"``.
+            For a guide without a density of its own: ``"map"``, ``"ensemble"``, ``"nuts"``,
+            ``"dropout"``, ``"full"``, and ``"swag"`` without a prior.
         DataError
             When ``data`` has another number of examples than the fit.
         """
@@ -495,6 +496,11 @@ class Posterior:
         ConfigError
             When the folder holds something else, or the draw is no low-rank adapter.
         """
+        if not self.bank.specs:
+            raise ConfigError(
+                f"{full_name(self.options)!r} has no adapter; write the network itself with "
+                "posterior.merge().save_pretrained(path)"
+            )
         if isinstance(draw, Iterable) and not isinstance(draw, str):
             for number in draw:
                 self.to_peft(Path(path) / f"draw-{number}", number)

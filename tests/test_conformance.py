@@ -35,7 +35,19 @@ from torch import nn
 import pyrolora
 from pyrolora import AdapterConfig, guides
 from pyrolora.errors import ConfigError
-from pyrolora.guides import MAP, NUTS, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
+from pyrolora.guides import (
+    MAP,
+    NUTS,
+    SWAG,
+    Dropout,
+    Ensemble,
+    Flat,
+    Guide,
+    Laplace,
+    LowRank,
+    MeanField,
+    MonteCLoRA,
+)
 from pyrolora.predictive import Conformal, risk_coverage
 from pyrolora.storage import read_adapter
 
@@ -104,7 +116,7 @@ PROBLEMS = {
         {"likelihood": "regression", "adapter": AdapterConfig(r=1)},
     ),
 }
-WITHOUT_DENSITY = {"map", "ensemble", "nuts"}
+WITHOUT_DENSITY = {"map", "ensemble", "nuts", "dropout", "full"}
 VARIANTS: dict[str, Guide] = {
     **{name: guides.as_guide(name) for name in guides.available()},
     "map with a prior": MAP(prior_scale=0.5),
@@ -124,6 +136,10 @@ VARIANTS: dict[str, Guide] = {
     "montec with two draws a batch": MonteCLoRA(draws_per_batch=2),
     "montec around zero": MonteCLoRA(prior_mean="zero", draws_per_batch=2),
     "mean field on both": MeanField(latent="AB", draws_per_batch=5, kl_warmup=0.5),
+    "low rank on both": LowRank(latent="AB", rank=3, draws_per_batch=2),
+    "swag with a prior": SWAG(prior_scale=0.5, latent="A", rank=2, snapshots=2),
+    "flat swag": Flat(inner=SWAG(latent="B")),
+    "dropout of ranks": Dropout(unit="rank", p=0.5, draws_per_batch=1),
     "flat montec, also at prediction": Flat(inner=MonteCLoRA(), rho=0.1, at_prediction=True),
     "flat ensemble": Flat(inner=Ensemble(members=2)),
     "ensemble side by side": Ensemble(members=3, side_by_side=True),
@@ -140,6 +156,12 @@ VARIANTS: dict[str, Guide] = {
         max_tree_depth=2,
     ),
 }
+
+
+def has_prior(guide: Guide) -> bool:
+    """SWAG may go without a prior."""
+    inner = getattr(guide, "inner", guide)
+    return not isinstance(inner, SWAG) or inner.prior_scale is not None
 
 
 def predicted_from(folder: Path, problem: str) -> Any:
@@ -178,7 +200,7 @@ def test_conformance(
         epochs=2,
         batch_size=5,
         seed=1,
-        **case.options,
+        **{k: v for k, v in case.options.items() if k != "adapter" or guide.adapts},
     )
     assert all(torch.isfinite(t).all() for t in posterior.model.own_state().values())
 
@@ -214,7 +236,7 @@ def test_conformance(
     assert sizes["chain"] * sizes["draw"] == 4
     assert idata["log_likelihood"]["y"].shape == (sizes["chain"], sizes["draw"], 7)
     assert len(posterior.summary(8)) >= len(posterior.bank.specs)
-    if WITHOUT_DENSITY & set(guides.full_name(guide).split("+")):
+    if WITHOUT_DENSITY & set(guides.full_name(guide).split("+")) or not has_prior(guide):
         with pytest.raises(ConfigError, match="khat"):
             posterior.khat(case.data(12))
     else:
@@ -228,10 +250,14 @@ def test_conformance(
 
     merged = posterior.merge()
     assert type(merged) is type(network)
-    posterior.to_peft(tmp_path / "peft")
-    read = read_adapter(tmp_path / "peft", case.network())
-    for layer, (A, B) in posterior.factors().items():
-        torch.testing.assert_close(read.matrices[layer], (A.float(), B.float()))
+    if guide.adapts:
+        posterior.to_peft(tmp_path / "peft")
+        read = read_adapter(tmp_path / "peft", case.network())
+        for layer, (A, B) in posterior.factors().items():
+            torch.testing.assert_close(read.matrices[layer], (A.float(), B.float()))
+    else:
+        with pytest.raises(ConfigError, match="merge"):
+            posterior.to_peft(tmp_path / "peft")
     assert all(torch.equal(before[n], t) for n, t in network.state_dict().items())
     posterior.detach()
     assert list(network.state_dict()) == list(before)

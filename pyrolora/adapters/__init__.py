@@ -1,7 +1,7 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
-from pyrolora.adapters.inject import Attachment, attach, unwrap
+from pyrolora.adapters.inject import Attachment, attach, plain_copy, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
 from pyrolora.adapters.lora_config import as_adapter_config
 from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, plain_parameters
@@ -22,6 +22,7 @@ __all__ = [
     "attach",
     "bind",
     "current_binding",
+    "plain_copy",
     "plain_parameters",
     "unwrap",
 ]

@@ -51,7 +51,7 @@ class Layout:
             BlockGroup(len(group), rank, columns) for (_, rank, columns), group in by_shape.items()
         )
         self.total = sum(group.total for group in self.groups)
-        self.rank = max(block.rank for block in self.blocks)
+        self.rank = max((block.rank for block in self.blocks), default=0)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -153,7 +153,7 @@ class AdapterBank(ParamModule):
     Parameters
     ----------
     specs
-        The adapted layers.
+        The adapted layers; none where the network itself is trained.
     config
         The adapter configuration.
     """
@@ -172,7 +172,8 @@ class AdapterBank(ParamModule):
     def start(self) -> Tensor:
         """A new random start of all A; B starts at zero."""
         kind, blocks = self.config.init_lora_weights, self.layouts["A"].blocks
-        return torch.cat([initial_factor(kind, b.rank, b.columns).flatten() for b in blocks])
+        starts = [initial_factor(kind, b.rank, b.columns).flatten() for b in blocks]
+        return torch.cat(starts) if starts else torch.zeros(0)
 
     def layout(self, latent: str) -> Layout:
         """The layout of the latent factors: ``"A"``, ``"B"``, or ``"AB"`` (A's blocks first)."""
@@ -206,6 +207,8 @@ class AdapterBank(ParamModule):
 
     def layer_factors(self, factors: FlatFactors, dtype: torch.dtype) -> dict[str, Factors]:
         """Per layer the matrices of its two products: one cast and one scaling for all layers."""
+        if not self.specs:
+            return {}
         scalings = {spec.scaling for spec in self.specs.values()}
         sB = factors.B
         if len(scalings) == 1:
@@ -242,7 +245,7 @@ class AdapterBank(ParamModule):
         for name, (A, B) in self.matrices(factors).items():
             squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0)
             norms.append(self.specs[name].scaling * squared.sqrt())
-        return torch.stack(norms, dim=-1)
+        return torch.stack(norms, dim=-1) if norms else factors.A
 
 
 def _pooled(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:

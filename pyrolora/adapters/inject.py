@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,11 @@ _networks: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 
 
 class Attachment:
-    """The wrappers that one posterior uses in a network.
+    """The wrappers that one posterior uses in a network, if it has adapters.
 
     Several attachments share a network: a layer that two of them target is wrapped once, and stays
-    wrapped until the last of them is detached. While one is attached, the network's own parameters
-    take no gradient.
+    wrapped until the last of them is detached. While one with adapters is attached, the network's
+    own parameters take no gradient.
     """
 
     def __init__(self, network: nn.Module, specs: list[LayerSpec], heads: list[str]) -> None:
@@ -49,7 +50,8 @@ class Attachment:
         self.attached = True
         self._requires_grad = shared.requires_grad
         shared.attachments.add(self)
-        network.requires_grad_(False)
+        if specs:
+            network.requires_grad_(False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy (``copy.deepcopy``, pickle) is an attachment of the copied network."""
@@ -92,6 +94,16 @@ def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
     """Wrap the layers that ``config`` selects, and the task head."""
     heads = find_heads(network, config)
     return Attachment(network, find_targets(network, config, heads), heads)
+
+
+def plain_copy(network: nn.Module) -> nn.Module:
+    """A copy of the network as it was before it was wrapped, with its own gradient flags."""
+    copied, shared = copy.deepcopy(network), _networks.get(network)
+    unwrap(copied)
+    if shared is not None:
+        for name, parameter in plain_parameters(copied):
+            parameter.requires_grad_(shared.requires_grad[name])
+    return copied
 
 
 def unwrap(network: nn.Module) -> None:

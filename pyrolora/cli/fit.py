@@ -40,7 +40,8 @@ def fit(
         str,
         typer.Option(
             help="How to infer the posterior: map (plain LoRA), montec (MonteCLoRA), meanfield, "
-            "flat (Flat-LoRA), laplace, ensemble, nuts; flat around another one: flat+montec."
+            "lowrank, laplace, swag, ensemble, dropout, nuts, flat (Flat-LoRA), or full (every "
+            "weight, no adapter); flat around another one: flat+montec."
         ),
     ] = "montec",
     eval_data: Annotated[
@@ -57,7 +58,8 @@ def fit(
         Path | None,
         typer.Option(
             help="An adapter that is trained already: a folder that PEFT saved, or that of a fit. "
-            "Its weights stay, and the guide (montec, meanfield, laplace, nuts) adds their spread."
+            "Its weights stay, and the guide (montec, meanfield, lowrank, laplace, nuts) adds "
+            "their spread."
         ),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = defaults.EPOCHS,

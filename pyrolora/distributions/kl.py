@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Independent, Normal, register_kl
+from torch.distributions import Independent, LowRankMultivariateNormal, Normal, register_kl
 
 from pyrolora.distributions.column_normal import ColumnNormal, StandardColumns, whiten
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
@@ -122,8 +122,27 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: Independent) -> Tensor:
 
     The rotations are orthogonal, so that Σ_i log S_i² is the log-determinant of p.
     """
+    return (_per_entry(p, q) - p.scale.log()).sum(-1)
+
+
+@register_kl(LowRankMultivariateNormal, Independent)
+def _kl_low_rank_normal(p: LowRankMultivariateNormal, q: Independent) -> Tensor:
+    """To independent normals N(μ_i, σ_i²), for p = N(m, D + W Wᵀ) with n variances v and K columns
+    of W, by the matrix determinant lemma:
+
+        KL = ½ Σ_i [ (v_i + (m_i - μ_i)²) / σ_i² - 1 + log(σ_i² / D_i) ] - ½ log|I + Wᵀ D⁻¹ W|
+    """
+    diagonal, factor = p._unbroadcasted_cov_diag, p._unbroadcasted_cov_factor
+    small = torch.eye(factor.shape[-1]).to(factor)
+    small = small + factor.mT @ (factor / diagonal.unsqueeze(-1))
+    log_det = torch.linalg.cholesky(small).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return (_per_entry(p, q) - 0.5 * diagonal.log()).sum(-1) - log_det
+
+
+def _per_entry(p: KroneckerNormal | LowRankMultivariateNormal, q: Independent) -> Tensor:
+    """½ [ (v_i + (m_i - μ_i)²) / σ_i² - 1 ] + log σ_i, with v the variances of p."""
     base = q.base_dist
     if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:
-        raise NotImplementedError("the KL of a KroneckerNormal is known to Normal(...).to_event(1)")
+        raise NotImplementedError("this KL is known to Normal(...).to_event(1)")
     moments = (p.variance + (p.loc - base.loc).square()) / base.scale.square()
-    return (0.5 * (moments - 1) + base.scale.log() - p.scale.log()).sum(-1)
+    return 0.5 * (moments - 1) + base.scale.log()

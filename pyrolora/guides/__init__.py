@@ -8,16 +8,24 @@ from typing import Any
 
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.guides.base import Fit, Guide, Program, averaged, spread
+from pyrolora.guides.dropout import Dropout
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.flat import Flat
+from pyrolora.guides.full import Full
 from pyrolora.guides.laplace import Laplace
+from pyrolora.guides.lowrank import LowRank
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.nuts import NUTS
+from pyrolora.guides.swag import SWAG
 
 _REGISTRY: dict[str, type[Guide]] = {
-    kind.name: kind for kind in (MAP, MonteCLoRA, Flat, MeanField, Laplace, Ensemble, NUTS)
+    kind.name: kind
+    for kind in (
+        *(MAP, MonteCLoRA, Flat, MeanField, LowRank),
+        *(Laplace, SWAG, Ensemble, Dropout, NUTS, Full),
+    )
 }
 
 
@@ -67,11 +75,15 @@ def full_name(guide: Guide) -> str:
 __all__ = [
     "MAP",
     "NUTS",
+    "SWAG",
+    "Dropout",
     "Ensemble",
     "Fit",
     "Flat",
+    "Full",
     "Guide",
     "Laplace",
+    "LowRank",
     "MeanField",
     "MonteCLoRA",
     "Program",

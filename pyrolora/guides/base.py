@@ -52,8 +52,8 @@ class Fit(Protocol):
     def program(self) -> Any:
         """The guide's own program in it."""
 
-    def svi(self) -> None:
-        """Train the pair of `joint`."""
+    def svi(self, *, final: bool = True) -> None:
+        """Train the pair of `joint`; with ``final`` what it leaves is the result."""
 
     def point(self, guide: Guide, number: int | None = None) -> Any:
         """A joint model of its own with ``guide``, a point mass, trained from its own start (of
@@ -85,6 +85,8 @@ class Guide(ABC):
     """Options of a method."""
 
     name: ClassVar[str]
+    adapts: ClassVar[bool] = True
+    """Whether the network gets adapters; without, its own weights are trained."""
 
     @abstractmethod
     def build(self, bank: AdapterBank) -> Program:
@@ -101,6 +103,10 @@ class Guide(ABC):
     def scale_rate(self) -> float:
         """The learning rate of scales: of the posterior, and of the noise of a regression."""
         return defaults.SCALE_LEARNING_RATE
+
+    def rate_held_from(self) -> float:
+        """The share of the training steps after which the learning rate stays what it is."""
+        return 1.0
 
     def post_hoc(self) -> str | None:
         """How it infers a posterior whose means are given: ``"trained"`` (SVI of the scales),
@@ -194,6 +200,10 @@ class Program(ParamModule, ABC):
         Of how many chains the stored draws are.
     linearised
         Whether predictions are linear in the draws, around the mean adapter.
+    layers_independent
+        Whether the guide's draws of one layer say nothing of another.
+    has_prior
+        Whether the model's law of the latent sites is another than the guide's.
     """
 
     options: Guide
@@ -202,6 +212,8 @@ class Program(ParamModule, ABC):
     members: int = 1
     chains: int = 1
     linearised: bool = False
+    layers_independent: bool = True
+    has_prior: bool = True
 
     def __init__(self, bank: AdapterBank, options: Guide) -> None:
         super().__init__()
@@ -246,6 +258,9 @@ class Program(ParamModule, ABC):
     def side_by_side(self) -> int:
         """How many members are trained on the same batch."""
         return 1
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Called after each of the ``steps`` steps of the optimiser, counted from 1."""
 
     def usual_draws(self, otherwise: int = defaults.NUM_SAMPLES) -> int:
         """How many draws are taken unless it is told: of an ensemble, every member once."""
@@ -297,6 +312,8 @@ class WrappingProgram(Program):
         self.members = inner.members
         self.chains = inner.chains
         self.linearised = inner.linearised
+        self.layers_independent = inner.layers_independent
+        self.has_prior = inner.has_prior
 
     @property
     def bank(self) -> AdapterBank:  # type: ignore[override]
@@ -322,6 +339,9 @@ class WrappingProgram(Program):
 
     def side_by_side(self) -> int:
         return self.inner.side_by_side()
+
+    def after_step(self, step: int, steps: int) -> None:
+        self.inner.after_step(step, steps)
 
 
 def spread(stored: int, num_samples: int) -> Tensor:

@@ -1,33 +1,116 @@
-"""What programs share whose sites are the latent factors themselves."""
+"""What guides share whose sites are the latent factors themselves."""
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import pyro
+import pyro.distributions as dist
 import torch
+from torch import Tensor
 
-from pyrolora.adapters import FlatFactors
-from pyrolora.guides.base import Program, Quantities, Sites, flat
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.errors import positive
+from pyrolora.guides.base import (
+    LATENTS,
+    Program,
+    Quantities,
+    Sites,
+    Variational,
+    flat,
+    require,
+    tempered,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianGuide(Variational):
+    """Options of a Gaussian guide over the entries of the factors, with the prior N(0, σ₀²).
+
+    Parameters
+    ----------
+    prior_scale
+        σ₀, in the units of the factors.
+    init_scale
+        The start of every σ_i: a small one lets the network learn before the noise.
+    latent
+        ``"A"``, ``"B"``, or ``"AB"``.
+    """
+
+    guide_only = (*Variational.guide_only, "init_scale")
+
+    prior_scale: float = defaults.PRIOR_SCALE
+    init_scale: float = defaults.INIT_SCALE
+    latent: str = "A"
+    kl_weight: float = defaults.MEANFIELD_KL_WEIGHT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("prior_scale", self.prior_scale)
+        positive("init_scale", self.init_scale)
+        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
 
 
 class FactorProgram(Program):
-    """A program with the sites ``A`` and ``B``, those that are latent: all entries of a factor,
-    flat. A factor that is not latent is its mean."""
+    """A program whose sites are the latent factors, flat. A factor that is not latent is its mean.
+
+    The sites are ``A`` and ``B``, or, where their law is a joint one, the one site ``AB``.
+    """
+
+    joint_law: ClassVar[bool] = False
 
     options: Any  # those of a guide with ``latent``
 
+    def __init__(self, bank: AdapterBank, options: Any) -> None:
+        super().__init__(bank, options)
+        self.sites: tuple[str, ...] = tuple(options.latent)
+        if self.joint_law:
+            self.sites = (options.latent,)
+
+    @abstractmethod
+    def prior(self, site: str) -> dist.TorchDistribution:
+        """The law of that site in the model."""
+
+    @abstractmethod
+    def law(self, site: str) -> dist.TorchDistribution:
+        """The law of that site in the guide."""
+
+    def model(self, kl_weight: float = 1.0) -> FlatFactors:
+        with tempered(kl_weight):
+            return self.factors({site: pyro.sample(site, self.prior(site)) for site in self.sites})
+
+    def guide(self, kl_weight: float = 1.0) -> None:
+        with tempered(kl_weight):
+            for site in self.sites:
+                pyro.sample(site, self.law(site))
+
     def factors(self, sites: Sites) -> FlatFactors:
-        value = torch.cat([flat(sites[factor]) for factor in self.options.latent], dim=-1)
+        value = torch.cat([flat(sites[site]) for site in self.sites], dim=-1)
         return self.bank.replaced(self.options.latent, value)
 
     def quantities(self, sites: Sites) -> Quantities:
         """‖A‖ and ‖B‖ of each layer, (S, L), which no rotation of the ranks changes."""
+        drawn = self.factors(sites)
         norms = [
             matrix.square().sum((-2, -1)).sqrt()
             for factor in self.options.latent
-            for matrix in self.bank.layouts[factor].matrices(flat(sites[factor])).values()
+            for matrix in self.bank.layouts[factor].matrices(getattr(drawn, factor)).values()
         ]
         return {"factor_norm": (torch.stack(norms, dim=-1), ("block",))}
 
     def block_names(self) -> list[str]:
         return [block.name for block in self.bank.layout(self.options.latent).blocks]
+
+    def loc(self, site: str) -> Tensor:
+        """The means of the entries of a site."""
+        return self.bank.latent_part(site, self.bank.means())
+
+    def normal_prior(self, site: str, scale: float | Tensor) -> dist.TorchDistribution:
+        """N(0, scale²) on every entry of a site."""
+        zeros = torch.zeros(
+            self.bank.layout(site).total, device=self.bank.get_parameter("A_loc").device
+        )
+        return dist.Normal(zeros, scale).to_event(1)

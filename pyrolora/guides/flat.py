@@ -64,9 +64,11 @@ class Flat(Guide):
     def __post_init__(self) -> None:
         positive("rho", self.rho)
         require(
-            isinstance(self.inner, Guide) and not isinstance(self.inner, Flat | NUTS),
+            isinstance(self.inner, Guide)
+            and not isinstance(self.inner, Flat | NUTS)
+            and self.inner.adapts,
             "inner",
-            "another guide that is trained, such as pyrolora.guides.MonteCLoRA()",
+            "another guide that trains adapters, such as pyrolora.guides.MonteCLoRA()",
             self.inner,
         )
 
@@ -86,6 +88,9 @@ class Flat(Guide):
 
     def scale_rate(self) -> float:
         return self.inner.scale_rate()
+
+    def rate_held_from(self) -> float:
+        return self.inner.rate_held_from()
 
     def post_hoc(self) -> str | None:
         return "trained" if self.inner.post_hoc() == "trained" else None

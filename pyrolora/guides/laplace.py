@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.adapters import AdapterBank
 from pyrolora.distributions import KroneckerNormal
 from pyrolora.errors import ConfigError, positive
 from pyrolora.guides.base import (
@@ -19,7 +18,6 @@ from pyrolora.guides.base import (
     Guide,
     Law,
     require,
-    tempered,
 )
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.map import MAP
@@ -150,19 +148,15 @@ class LaplaceProgram(FactorProgram):
                     self.register_buffer(f"{name}_{factor}_{i}", eye)
                 self.register_buffer(f"values_{factor}_{i}", torch.zeros(group.shape))
 
-    def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        sites = {}
-        with tempered(kl_weight):
-            for factor in self.options.latent:
-                zeros = torch.zeros_like(self._mean(factor))
-                law = dist.Normal(zeros, self.precision.rsqrt()).to_event(1)
-                sites[factor] = pyro.sample(factor, law)
-        return self.factors(sites)
+    def prior(self, site: str) -> dist.TorchDistribution:
+        return self.normal_prior(site, self.precision.rsqrt())
 
-    def guide(self, kl_weight: float = 1.0) -> None:
-        with tempered(kl_weight):
-            for factor in self.options.latent:
-                pyro.sample(factor, self._law(factor))
+    def law(self, site: str) -> dist.TorchDistribution:
+        values = self._buffers_of("values", site)
+        scale = torch.cat([(v + self.precision).rsqrt().flatten() for v in values])
+        rows, columns = (self._buffers_of(name, site) for name in ("rows", "columns"))
+        groups = self.bank.layouts[site].groups
+        return KroneckerNormal(self.loc(site), scale, rows, columns, groups)
 
     @torch.no_grad()
     def curve(self, curvature: Any) -> None:
@@ -178,18 +172,7 @@ class LaplaceProgram(FactorProgram):
     def evidence(self) -> tuple[list[Tensor], list[Tensor]]:
         """The eigenvalues of H, and θ̄: what the marginal likelihood of λ depends on."""
         values = [v for factor in self.options.latent for v in self._buffers_of("values", factor)]
-        return values, [self._mean(factor).detach() for factor in self.options.latent]
-
-    def _law(self, factor: str) -> dist.TorchDistribution:
-        values = self._buffers_of("values", factor)
-        scale = torch.cat([(v + self.precision).rsqrt().flatten() for v in values])
-        rows, columns = (self._buffers_of(name, factor) for name in ("rows", "columns"))
-        groups = self.bank.layouts[factor].groups
-        return KroneckerNormal(self._mean(factor), scale, rows, columns, groups)
-
-    def _mean(self, factor: str) -> Tensor:
-        means = self.bank.means()
-        return means.A if factor == "A" else means.B
+        return values, [self.loc(factor).detach() for factor in self.options.latent]
 
     def _buffers_of(self, name: str, factor: str) -> list[Tensor]:
         groups = self.bank.layouts[factor].groups

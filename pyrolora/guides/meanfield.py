@@ -4,25 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch.distributions import constraints
 
-from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import positive
-from pyrolora.guides.base import (
-    LATENTS,
-    Variational,
-    require,
-    tempered,
-)
-from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.adapters import AdapterBank
+from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanField(Variational):
+class MeanField(GaussianGuide):
     """A factorised Gaussian over the latent factors (the model of BLoB, with ``latent="A"``).
 
         prior  θ_i ~ N(0, σ₀²)          guide  θ_i ~ N(m_i, σ_i²)
@@ -51,25 +42,13 @@ class MeanField(Variational):
     """
 
     name = "meanfield"
-    guide_only = (*Variational.guide_only, "init_scale")
-
-    prior_scale: float = defaults.PRIOR_SCALE
-    init_scale: float = defaults.INIT_SCALE
-    latent: str = "A"
-    kl_weight: float = defaults.MEANFIELD_KL_WEIGHT
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("prior_scale", self.prior_scale)
-        positive("init_scale", self.init_scale)
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
 
     def build(self, bank: AdapterBank) -> MeanFieldProgram:
         return MeanFieldProgram(bank, self)
 
 
 class MeanFieldProgram(FactorProgram):
-    """One scale for each latent entry."""
+    """Sites ``A`` and ``B``, those that are latent; one scale for each of their entries."""
 
     options: MeanField
 
@@ -79,21 +58,8 @@ class MeanFieldProgram(FactorProgram):
             start = torch.full((bank.layouts[factor].total,), options.init_scale)
             self.declare(f"{factor}_scale", start, constraints.positive)
 
-    def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        sites = {}
-        with tempered(kl_weight):
-            for factor in self.options.latent:
-                sites[factor] = pyro.sample(factor, self._prior(factor))
-        return self.factors(sites)
+    def prior(self, site: str) -> dist.TorchDistribution:
+        return self.normal_prior(site, self.options.prior_scale)
 
-    def guide(self, kl_weight: float = 1.0) -> None:
-        means = self.bank.means()
-        with tempered(kl_weight):
-            for factor in self.options.latent:
-                mean = means.A if factor == "A" else means.B
-                law = dist.Normal(mean, self.param(f"{factor}_scale"))
-                pyro.sample(factor, law.to_event(1))
-
-    def _prior(self, factor: str) -> dist.TorchDistribution:
-        zeros = torch.zeros_like(self.get_parameter(f"{factor}_scale"))
-        return dist.Normal(zeros, self.options.prior_scale).to_event(1)
+    def law(self, site: str) -> dist.TorchDistribution:
+        return dist.Normal(self.loc(site), self.param(f"{site}_scale")).to_event(1)

@@ -67,10 +67,10 @@ class Run:
     def program(self) -> Program:
         return self.joint.program
 
-    def svi(self) -> None:
-        """Train the pair of `joint`."""
+    def svi(self, *, final: bool = True) -> None:
+        """Train the pair of `joint`; with ``final`` what it leaves is the result."""
         self._train(self.joint, self.guide, self.args)
-        self._scored = True
+        self._scored = final
 
     def conclude(self) -> None:
         """Score `joint` on the evaluation data, where no training has done it."""

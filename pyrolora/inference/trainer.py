@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
@@ -237,6 +239,22 @@ class SVITrainer(Trainer):
         )
         return self.optimizer
 
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The schedule of the arguments, up to the share of the steps where the guide holds it."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        held = round(self.guide.rate_held_from() * num_training_steps)
+        if held < num_training_steps:
+            if not isinstance(scheduler, LambdaLR):
+                raise ConfigError(
+                    f"{self.guide.name!r} holds the learning rate while it collects, and the "
+                    f"schedule {self.args.lr_scheduler_type.value!r} follows a metric; choose "
+                    "'linear', 'cosine' or 'constant'"
+                )
+            scheduler.lr_lambdas = [partial(_until, held, rate) for rate in scheduler.lr_lambdas]
+        return scheduler
+
     # Evaluation and logging ---------------------------------------------------------------------
 
     def evaluate(
@@ -310,13 +328,16 @@ class _Progress(ProgressCallback):
 
 
 class _CheckStep(TrainerCallback):
-    """Has the trainer look at every step before it is made."""
+    """Has the trainer look at every step before it is made, and the program after it."""
 
     def __init__(self, trainer: SVITrainer) -> None:
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.joint.program.after_step(state.global_step, state.max_steps)
 
 
 def save_state(joint: JointModel, path: Path, notes: dict[str, str] | None = None) -> None:
@@ -334,6 +355,10 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
+
+
+def _until(last: int, rate: Callable[[int], float], step: int) -> float:
+    return rate(min(step, last))
 
 
 def _scales(joint: JointModel) -> list[nn.Parameter]:

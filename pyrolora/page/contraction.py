@@ -46,12 +46,13 @@ class Contraction:
 @torch.no_grad()
 def contractions(program: Program) -> list[Contraction]:
     """The contraction of every block whose prior has a spread, from draws of both; none where there
-    is no such prior: of plain LoRA, and of an ensemble, whose members are given.
+    is no such prior: of plain LoRA, of an ensemble, whose members are given, and of a guide that is
+    its own prior.
 
     Over entries the Monte Carlo error of 64 draws averages out; what it adds to the shift is taken
     off.
     """
-    if program.members > 1:
+    if program.members > 1 or not program.has_prior:
         return []
     blocks = [block.name for factor in "AB" for block in program.bank.layouts[factor].blocks]
     with evaluating(program):

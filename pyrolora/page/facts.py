@@ -61,7 +61,8 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
     sites = {name: draw[0].numel() for name, draw in posterior.sample(1, seed=0).items()}
     entries = sum(spec.rank * (spec.in_features + spec.out_features) for spec in specs)
     named = posterior.model.named_parameters()
-    trained = sum(p.numel() for n, p in named if p.requires_grad and not n.startswith("base."))
+    frozen = ("base.",) if specs else ()
+    trained = sum(p.numel() for n, p in named if p.requires_grad and not n.startswith(frozen))
     config = getattr(posterior.base, "config", None)
     source = getattr(config, "name_or_path", "")
     return {
@@ -69,7 +70,7 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
         "network": type(posterior.base).__name__ + (f" ({source})" if source else ""),
         "weights of the network": f"{sum(p.numel() for p in posterior.base.parameters()):,}",
         "adapted layers": f"{len(specs)}",
-        "rank": ", ".join(map(str, ranks)),
+        "rank": ", ".join(map(str, ranks)) or "none",
         "entries of the adapters": f"{entries:,}",
         "trained parameters": f"{trained:,}",
         "latent sites": ", ".join(f"{name} ({size:,})" for name, size in sites.items()),

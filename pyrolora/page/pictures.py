@@ -102,6 +102,8 @@ def posterior_pictures(idata: Any) -> Iterator[Picture]:
     """What the draws of the posterior have to show."""
     group = idata["posterior"]
     sizes = dict(group.sizes)
+    if not sizes["layer"]:
+        return
     yield picture(
         "Adapter norms",
         "The size of each layer's update, mean and 90 % interval over draws.",

@@ -47,6 +47,16 @@ def judge(
             "pass the data that the posterior was fitted on"
         )
     _check_drawn(joint.program, options)
+    if not joint.program.has_prior:
+        raise ConfigError(
+            f"khat judges a guide by the model's prior, and {full_name(options)!r} has none: the "
+            "law of its draws is the same in model and guide; SWAG has one with prior_scale="
+        )
+    if per_layer and not joint.program.layers_independent:
+        raise ConfigError(
+            f"per_layer judges the guide's law of a layer given the others, and the layers of "
+            f"{full_name(options)!r} are not independent; leave per_layer out"
+        )
     joint.align()
     beta = options.beta(joint.num_examples)
     with evaluating(joint):
@@ -174,5 +184,5 @@ def _check_width(sites: Mapping[str, Any], options: Guide) -> None:
     if any(isinstance(site["fn"], pyro.distributions.Delta) for site in sites.values()):
         raise ConfigError(
             f"khat needs a guide with width, and {full_name(options)!r} is a point; fit with "
-            "'montec', 'meanfield' or 'laplace'"
+            "'montec', 'meanfield', 'lowrank' or 'laplace'"
         )

@@ -7,7 +7,12 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from torch.distributions import MultivariateNormal, Wishart, kl_divergence
+from torch.distributions import (
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Wishart,
+    kl_divergence,
+)
 
 from pyrolora.distributions import BlockGroup, ColumnNormal, StandardColumns, WishartCholesky
 
@@ -329,3 +334,34 @@ def test_isotropic_prior_costs_so_many_nats_a_column_at_unit_scale(nu, cost):
     error = per_column.std() / math.sqrt(draws)
     assert (per_column.mean() - exact).abs() <= 5 * error
     assert per_column.mean().item() == pytest.approx(cost, abs=0.05 + 5 * error.item())
+
+
+# Low-rank normals --------------------------------------------------------------------------------
+
+
+def low_rank(n=9, rank=3, *batch):
+    factor = 0.5 * torch.randn(*batch, n, rank, dtype=torch.float64)
+    diagonal = 0.2 + torch.rand(*batch, n, dtype=torch.float64)
+    return torch.randn(*batch, n, dtype=torch.float64), factor, diagonal
+
+
+@pytest.mark.parametrize("batch", [(), (2, 1)], ids=str)
+def test_low_rank_kl_is_that_of_the_dense_normals(batch):
+    loc, factor, diagonal = low_rank(9, 3, *batch)
+    p = LowRankMultivariateNormal(loc, factor, diagonal)
+    q = dist.Normal(torch.randn(9).double(), 0.5 + torch.rand(9).double()).to_event(1)
+    dense = MultivariateNormal(q.mean, q.variance.diag())
+    expected = kl_divergence(MultivariateNormal(loc, p.covariance_matrix), dense)
+    torch.testing.assert_close(kl_divergence(p, q), expected)
+    assert expected.min() > 1
+
+
+def test_low_rank_kl_of_pyros_law_in_single_precision_and_many_dimensions():
+    """Of 200,000 entries: within 0.2 nats of double precision, of 650,000."""
+    loc, factor, diagonal = low_rank(200_000, 8)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        parts = [t.to(dtype) for t in (loc, 0.1 * factor, diagonal)]
+        q = dist.Normal(torch.zeros(200_000, dtype=dtype), 0.2).to_event(1)
+        found.append(kl_divergence(dist.LowRankMultivariateNormal(*parts), q).item())
+    assert found[1] == pytest.approx(found[0], abs=0.2 * max(1, found[0] / 650_000))

@@ -187,7 +187,7 @@ def test_neither_padding_nor_the_size_of_batches_changes_the_posterior():
 
 
 def laws(posterior: Posterior) -> list[Any]:
-    return [posterior.model.program._law(factor) for factor in "AB"]
+    return [posterior.model.program.law(factor) for factor in "AB"]
 
 
 # laplace-torch -----------------------------------------------------------------------------------

@@ -17,10 +17,14 @@ from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.guides import (
     MAP,
     NUTS,
+    SWAG,
+    Dropout,
     Ensemble,
     Flat,
+    Full,
     Guide,
     Laplace,
+    LowRank,
     MeanField,
     MonteCLoRA,
     as_guide,
@@ -59,13 +63,23 @@ CHANGED: dict[str, Guide] = {
         inner=MeanField(prior_scale=0.5, kl_weight=0.9, latent="B"), chains=3,
         target_accept_prob=0.7, **SHORT,
     ),
+    "lowrank": LowRank(
+        rank=3, prior_scale=0.3, init_scale=0.01, latent="AB", kl_weight=0.5,
+        kl_weight_against="mean", kl_warmup=0.1, draws_per_batch=2, scale_learning_rate=0.02,
+    ),
+    "swag": SWAG(start=0.2, snapshots=12, rank=4, prior_scale=0.4, latent="A"),
+    "dropout": Dropout(p=0.2, unit="rank", draws_per_batch=3),
+    "full": Full(),
     "nuts+montec": NUTS(inner=MonteCLoRA.paper(sample_scale=0.3), chains=1, **SHORT),
     "nuts+map": NUTS(inner=MAP(prior_scale=0.2), chains=1, **SHORT),
 }  # fmt: skip
 
 
 def test_the_registry_has_every_guide_by_its_name() -> None:
-    assert set(available()) == {"map", "montec", "flat", "meanfield", "laplace", "ensemble", "nuts"}
+    assert set(available()) == {
+        *("map", "montec", "flat", "meanfield", "lowrank", "laplace", "swag"),
+        *("ensemble", "dropout", "nuts", "full"),
+    }
     for name in available():
         kind = guide_class(name)
         assert kind.name == name
@@ -101,7 +115,9 @@ def test_every_option_survives_json(name: str) -> None:
     assert full_name(again) == name
 
 
-@pytest.mark.parametrize("name", ["map", "montec", "meanfield", "ensemble"])
+@pytest.mark.parametrize(
+    "name", ["map", "montec", "meanfield", "lowrank", "swag", "ensemble", "dropout"]
+)
 def test_these_options_are_all_off_their_defaults(name: str) -> None:
     """Otherwise one that is lost would go unnoticed."""
     guide, fields = CHANGED[name], dataclasses.fields(CHANGED[name])
@@ -114,7 +130,8 @@ def test_these_options_are_all_off_their_defaults(name: str) -> None:
 def test_options_come_back_with_a_posterior(name: str, tmp_path: Path) -> None:
     guide = CHANGED[name]
     posterior = pyrolora.fit(
-        mlp(), (X, Y), guide=guide, likelihood="classification", adapter=AdapterConfig(r=1),
+        mlp(), (X, Y), guide=guide, likelihood="classification",
+        adapter=AdapterConfig(r=1) if guide.adapts else None,
         epochs=1, learning_rate=0.05, batch_size=4,
     )  # fmt: skip
     posterior.save(tmp_path)

@@ -1,0 +1,103 @@
+"""MC dropout: draws are masks, and each is one function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.errors import whole_number
+from pyrolora.guides.base import Guide, Program, Quantities, Sites, flat, require
+
+UNITS = ("input", "rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropout(Guide):
+    """Dropout on the adapters, kept at prediction.
+
+        z_u ~ Bernoulli(1 − p) for every unit u of a layer,   A = M · z / (1 − p)
+
+    in model and guide alike. A unit is an input of the adapter (a column of A, what PEFT's
+    ``lora_dropout`` drops), or one of its ranks (a row). M, B and the task head are parameters
+    that model and guide share, and E[A] = M. A draw is one mask: for all tokens of a text, all
+    examples of a batch, and the whole of a generated text. ``AdapterConfig.lora_dropout``, which is
+    for training alone and differs from token to token, comes on top.
+
+    Parameters
+    ----------
+    p
+        The share of units that a mask takes out.
+    unit
+        ``"input"`` or ``"rank"``.
+    draws_per_batch
+        G: the examples of a training batch fall into G equal groups with a mask each.
+
+    References
+    ----------
+    Y. Gal, Z. Ghahramani (2016), "Dropout as a Bayesian Approximation: Representing Model
+    Uncertainty in Deep Learning", ICML.
+    """
+
+    name = "dropout"
+
+    p: float = defaults.DROPOUT
+    unit: str = "input"
+    draws_per_batch: int = defaults.DROPOUT_DRAWS
+
+    def __post_init__(self) -> None:
+        require(0 < self.p < 1, "p", "between 0 and 1", self.p)
+        require(self.unit in UNITS, "unit", f"one of {UNITS}", self.unit)
+        whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
+
+    def build(self, bank: AdapterBank) -> DropoutProgram:
+        return DropoutProgram(bank, self)
+
+    def post_hoc(self) -> str | None:
+        return None
+
+
+class DropoutProgram(Program):
+    """The site ``mask``: 0 or 1 for every unit, flat, layer after layer as in the bank."""
+
+    has_prior = False
+
+    options: Dropout
+    _unit_of_entry: Tensor
+    _keep: Tensor
+
+    def __init__(self, bank: AdapterBank, options: Dropout) -> None:
+        super().__init__(bank, options)
+        self.draws_per_batch = options.draws_per_batch
+        units, total = [], 0
+        for block in bank.layouts["A"].blocks:
+            rows = torch.arange(block.rank).unsqueeze(-1).expand(-1, block.columns)
+            columns = torch.arange(block.columns).expand(block.rank, -1)
+            units.append(total + (columns if options.unit == "input" else rows).flatten())
+            total += block.columns if options.unit == "input" else block.rank
+        self.register_buffer("_unit_of_entry", torch.cat(units), persistent=False)
+        self.register_buffer("_keep", torch.full((total,), 1 - options.p), persistent=False)
+
+    def model(self, kl_weight: float = 1.0) -> FlatFactors:
+        return self.factors({"mask": self._mask()})
+
+    def guide(self, kl_weight: float = 1.0) -> None:
+        self._mask()
+
+    def factors(self, sites: Sites) -> FlatFactors:
+        means, mask = self.bank.means(), flat(sites["mask"])
+        kept = mask[..., self._unit_of_entry] / (1 - self.options.p)
+        return FlatFactors(means.A * kept, means.B)
+
+    def quantities(self, sites: Sites) -> Quantities:
+        """The share of units that a draw keeps."""
+        return {"kept": (sites["mask"].mean(-1), ())}
+
+    def _mask(self) -> Tensor:
+        mask: Tensor = pyro.sample("mask", dist.Bernoulli(self._keep).to_event(1))
+        return mask

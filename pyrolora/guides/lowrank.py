@@ -1,0 +1,81 @@
+"""A Gaussian with a diagonal and a few directions: the correlations that mean field has not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch.distributions import constraints
+
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank
+from pyrolora.errors import whole_number
+from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(GaussianGuide):
+    """A Gaussian over all latent factors at once, with K directions beside its diagonal.
+
+        prior  θ ~ N(0, σ₀² I)          guide  θ ~ N(m, S (I + F Fᵀ) S),  S = diag(σ)
+
+    for the n entries θ of A, of B, or of both, over all layers; F is (n, K), in units of σ. The
+    directions are those in which entries move together: of a layer, of A and B, of layers. With
+    v_i = σ_i² (1 + Σ_k F_ik²) the variances, the KL is a closed form of O(n K²):
+
+        ½ Σ_i [(v_i + m_i²) / σ₀² − 1 + log(σ₀² / σ_i²)] − ½ log|I + Fᵀ F|
+
+    Parameters
+    ----------
+    rank
+        K. The memory is that of K more copies of the factors, and as many for AdamW's moments.
+    prior_scale
+        σ₀, in the units of the factors.
+    init_scale
+        The start of every σ_i: a small one lets the network learn before the noise.
+    latent
+        ``"A"``, ``"B"``, or ``"AB"``.
+
+    References
+    ----------
+    V. M.-H. Ong, D. J. Nott, M. S. Smith (2018), "Gaussian Variational Approximation With a Factor
+    Covariance Structure", Journal of Computational and Graphical Statistics, arXiv 1701.03208.
+    """
+
+    name = "lowrank"
+    guide_only = (*GaussianGuide.guide_only, "rank")
+
+    rank: int = defaults.COVARIANCE_RANK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("rank", self.rank, at_least=1)
+
+    def build(self, bank: AdapterBank) -> LowRankProgram:
+        return LowRankProgram(bank, self)
+
+
+class LowRankProgram(FactorProgram):
+    """One site, named by what is latent: ``A``, ``B`` or ``AB``."""
+
+    joint_law = True
+    layers_independent = False
+
+    options: LowRank
+
+    def __init__(self, bank: AdapterBank, options: LowRank) -> None:
+        super().__init__(bank, options)
+        total = bank.layout(options.latent).total
+        self.declare("scale", torch.full((total,), options.init_scale), constraints.positive)
+        # Not zero, where the directions have no gradient; together a hundredth of the variance.
+        start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
+        self.declare("directions", start)
+
+    def prior(self, site: str) -> dist.TorchDistribution:
+        return self.normal_prior(site, self.options.prior_scale)
+
+    def law(self, site: str) -> dist.TorchDistribution:
+        scale = self.param("scale")
+        factor = scale.unsqueeze(-1) * self.param("directions")
+        return dist.LowRankMultivariateNormal(self.loc(site), factor, scale.square())

@@ -1,0 +1,188 @@
+"""SWAG: a Gaussian from the moments of what the optimiser passes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank
+from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.guides.base import LATENTS, Fit, Guide, require
+from pyrolora.guides.factor_program import FactorProgram
+
+SMALLEST_VARIANCE = 1e-12
+"""Of an entry that did not move, so that the law has a density."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SWAG(Guide):
+    """A Gaussian around the mean of T iterates of plain LoRA, with their own covariance.
+
+    The last part of the training holds its learning rate and passes through θ_1 .. θ_T, evenly
+    spaced. With θ̄ and v their mean and variance, entry by entry, and D the last K deviations
+    θ_t − θ̄ as columns,
+
+        guide  θ ~ N(θ̄, ½ [diag(v) + D Dᵀ / (K − 1)])
+
+    over the entries θ of A, of B, or of both, of all layers. The other factor, the task head and
+    the noise of a regression are the means of theirs. How wide it is depends on the learning rate
+    and the batch size: a large step, a wide posterior.
+
+    Parameters
+    ----------
+    start
+        The share of the training steps after which iterates are collected, and the learning rate
+        stays what it is. With the Trainer's linear schedule that is 1 − ``start`` times the first.
+    snapshots
+        T, or as many as there are steps.
+    rank
+        K <= T. The memory is that of K more copies of the factors.
+    prior_scale
+        σ₀ of the prior N(0, σ₀² I), also that of the training; None: plain LoRA, and the Pyro
+        model has the guide's own law for its prior.
+    latent
+        ``"A"``, ``"B"``, or ``"AB"``.
+
+    References
+    ----------
+    W. J. Maddox et al. (2019), "A Simple Baseline for Bayesian Uncertainty in Deep Learning",
+    NeurIPS, arXiv 1902.02476. E. Onal et al. (2024), "Gaussian Stochastic Weight Averaging for
+    Bayesian Low-Rank Adaptation of Large Language Models", arXiv 2405.03425.
+    """
+
+    name = "swag"
+
+    start: float = defaults.SWAG_START
+    snapshots: int = defaults.SWAG_SNAPSHOTS
+    rank: int = defaults.SWAG_RANK
+    prior_scale: float | None = None
+    latent: str = "AB"
+
+    def __post_init__(self) -> None:
+        require(0 <= self.start < 1, "start", "in [0, 1)", self.start)
+        whole_number("snapshots", self.snapshots, at_least=2)
+        whole_number("rank", self.rank, at_least=2)
+        require(self.rank <= self.snapshots, "rank", "at most snapshots", self.rank)
+        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
+        if self.prior_scale is not None:
+            positive("prior_scale", self.prior_scale)
+
+    def build(self, bank: AdapterBank) -> SWAGProgram:
+        return SWAGProgram(bank, self)
+
+    def infer(self, fit: Fit) -> None:
+        joint = fit.joint
+        fit.program.begin([*joint.heads.parameters(), *joint.likelihood.parameters()])
+        try:
+            fit.svi(final=False)
+        finally:
+            fit.program.conclude()
+
+    def rate_held_from(self) -> float:
+        return self.start
+
+    def post_hoc(self) -> str | None:
+        return None
+
+
+class SWAGProgram(FactorProgram):
+    """One site, named by what is latent: ``A``, ``B`` or ``AB``. While it is trained the program is
+    the point mass of plain LoRA.
+
+    Buffers: the number of iterates, ``count``; the mean over them of all that is trained,
+    ``iterate_mean``,
+    which is empty but for the time of a training; and of the latent entries ``variance`` (n,) and
+    ``deviations`` (K, n), of which ``variance`` is a sum of squares, and ``deviations`` are the
+    iterates themselves, until `conclude`.
+    """
+
+    joint_law = True
+    layers_independent = False
+
+    options: SWAG
+    count: Tensor
+    iterate_mean: Tensor
+    variance: Tensor
+    deviations: Tensor
+
+    def __init__(self, bank: AdapterBank, options: SWAG) -> None:
+        super().__init__(bank, options)
+        self.has_prior = options.prior_scale is not None
+        total = bank.layout(options.latent).total
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.register_buffer("iterate_mean", torch.zeros(0))
+        self.register_buffer("variance", torch.zeros(total))
+        self.register_buffer("deviations", torch.zeros(options.rank, total))
+        self._trained: list[nn.Parameter] | None = None
+
+    def prior(self, site: str) -> dist.TorchDistribution:
+        if self.options.prior_scale is None:
+            return self.law(site)
+        return self.normal_prior(site, self.options.prior_scale)
+
+    def law(self, site: str) -> dist.TorchDistribution:
+        mean = self.loc(site)
+        if self._trained is not None:
+            return dist.Delta(mean, event_dim=1)
+        variance = (0.5 * self.variance).clamp(min=SMALLEST_VARIANCE)
+        return dist.LowRankMultivariateNormal(mean, self.deviations.mT, variance)
+
+    def scale_parameters(self) -> list[str]:
+        return []
+
+    def begin(self, others: Iterable[nn.Parameter]) -> None:
+        """Be a point mass, and collect the iterates of the bank and of these other parameters."""
+        self._trained = [*self.bank.parameters(), *others]
+        self.iterate_mean = torch.zeros_like(parameters_to_vector(self._trained))
+
+    @torch.no_grad()
+    def after_step(self, step: int, steps: int) -> None:
+        if self._trained is None:
+            return
+        first = round(self.options.start * steps)
+        wanted = min(self.options.snapshots, steps - first)
+        if wanted < 2:
+            raise ConfigError(
+                f"swag needs two steps after start={self.options.start:g} of the training, and of "
+                f"{steps} there are {steps - first}; train longer, or start earlier"
+            )
+        # The t-th of T snapshots is made at step first + t (steps - first) / T.
+        if step > first and (step - first) * wanted % (steps - first) < wanted:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Welford's update of mean and squares, and the iterate in place of the oldest one."""
+        assert self._trained is not None
+        bank = self.bank
+        latent = bank.latent_part(self.options.latent, bank.means())
+        iterate = parameters_to_vector(self._trained)
+        before = latent - self._latent_mean()
+        row = int(self.count) % self.options.rank
+        self.count += 1
+        self.iterate_mean += (iterate - self.iterate_mean) / self.count
+        self.variance += before * (latent - self._latent_mean())
+        self.deviations[row] = latent
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Put the means in place of the last iterate, and make a law of the moments."""
+        assert self._trained is not None
+        count, kept = int(self.count), min(int(self.count), self.options.rank)
+        if count > 1:
+            self.variance /= count - 1
+            self.deviations[:kept] -= self._latent_mean()
+            self.deviations *= (2 * (kept - 1)) ** -0.5
+            vector_to_parameters(self.iterate_mean, self._trained)
+        self.iterate_mean = self.iterate_mean[:0].clone()
+        self._trained = None
+
+    def _latent_mean(self) -> Tensor:
+        sizes = [self.bank.layouts[factor].total for factor in "AB"]
+        A, B = self.iterate_mean[: sum(sizes)].split(sizes)
+        return {"A": A, "B": B, "AB": self.iterate_mean[: sum(sizes)]}[self.options.latent]

@@ -1,0 +1,88 @@
+"""The low-rank Gaussian: its site, its start, its draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear import layer
+from problems import bert, reviews, tokenizer
+
+import pyrolora
+from pyrolora import AdapterConfig
+from pyrolora.errors import ConfigError
+from pyrolora.guides import LowRank
+from pyrolora.inference import NamedELBO
+from pyrolora.model import JointGuide
+
+
+@pytest.mark.parametrize("latent", ["A", "B", "AB"])
+def test_draws_have_the_covariance_of_the_docstring(latent):
+    """S (I + F Fᵀ) S around the means, over both factors at once; the other factor is its mean."""
+    problem = layer(LowRank(latent=latent, rank=2, init_scale=0.4))
+    program = problem.joint.program
+    program.assign("directions", torch.randn_like(program.get_parameter("directions")))
+    draws = program.draw(40_000)
+    assert set(draws) == {latent}
+    means = program.bank.means()
+    S, F = (program.param(name).detach().double() for name in ("scale", "directions"))
+    covariance = S.diag() @ (torch.eye(len(S)).double() + F @ F.T) @ S.diag()
+    sd = covariance.diagonal().sqrt()
+    value = draws[latent].double()
+    assert ((value.mean(0) - program.loc(latent).detach()).abs() / sd).max() < 5 / 40_000**0.5
+    errors = (value.T.cov() - covariance) / torch.outer(sd, sd)
+    assert errors.abs().max() < 6 * (2 / 40_000) ** 0.5
+    factors = program.factors(draws)
+    for factor in {"A", "B"} - set(latent):
+        assert torch.equal(getattr(factors, factor), getattr(means, factor))
+
+
+def test_the_bound_has_the_closed_form_of_the_docstring():
+    problem = layer(LowRank(latent="AB", rank=3, prior_scale=0.8, init_scale=0.3))
+    program, elbo = problem.joint.program, NamedELBO()
+    program.assign("directions", torch.randn_like(program.get_parameter("directions")))
+    elbo.differentiable_loss(problem.joint, JointGuide(program), problem.batch)
+    S, F = (program.param(name).detach().double() for name in ("scale", "directions"))
+    m = torch.cat([problem.mean("A"), problem.mean("B")])
+    variances = S**2 * (1 + F.square().sum(-1))
+    terms = (variances + m**2) / 0.8**2 - 1 + (0.8**2 / S**2).log()
+    expected = 0.5 * terms.sum() - 0.5 * (torch.eye(3).double() + F.T @ F).logdet()
+    assert elbo.terms["kl/AB"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_directions_start_small_and_are_learnt():
+    network = bert(initializer_range=0.3)
+    options = LowRank(rank=4)
+    posterior = pyrolora.fit(
+        network,
+        reviews(24),
+        guide=options,
+        tokenizer=tokenizer(),
+        adapter=AdapterConfig(r=2),
+        epochs=4,
+        batch_size=8,
+        seed=0,
+    )
+    program = posterior.model.program
+    directions = program.param("directions").detach()
+    torch.manual_seed(0)
+    start = options.build(program.bank).param("directions").detach()
+    assert start.square().sum(-1).mean() == pytest.approx(0.01, rel=0.2)
+    assert (directions.square().sum(-1).mean() - 0.01).abs() > 1e-4
+    assert set(program.scale_parameters()) == {"scale", "directions"}
+
+
+def test_a_layer_is_not_judged_alone():
+    problem = layer(LowRank())
+    posterior = problem.fit(LowRank())
+    data = (problem.inputs, problem.labels)
+    with pytest.raises(ConfigError, match="not independent"):
+        posterior.khat(data, 25, per_layer=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"rank": 2.5}, {"prior_scale": 0.0}, {"latent": "C"}], ids=str
+)
+def test_options_that_make_no_sense_are_refused(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=name):
+        LowRank(**options)
