@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from pyrolora import defaults
 from pyrolora.adapters import Attachment, as_adapter_config, attach, plain_copy
 from pyrolora.errors import ConfigError, NonFiniteError
-from pyrolora.guides import Guide, as_guide, available, full_name
+from pyrolora.guides import Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import (
     Prepared,
     Run,
@@ -31,18 +32,20 @@ from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
+from pyrolora.storage import check_base, describe_base
 from pyrolora.types import AdapterConfig
 
 
 def fit(
     model: str | Path | nn.Module | Posterior,
     data: Any,
-    guide: str | Guide = "montec",
+    guide: str | Guide | None = None,
     *,
     eval_data: Any = None,
     tokenizer: Any = None,
     likelihood: str | None = None,
     adapter: AdapterConfig | Any = None,
+    prior: Posterior | None = None,
     epochs: float | None = None,
     learning_rate: float | None = None,
     batch_size: int | None = None,
@@ -71,7 +74,7 @@ def fit(
         language model get some tokens hidden, always the same.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
-        object with its options.
+        object with its options. None: ``"montec"``, or that of ``prior``.
     eval_data
         Scored every epoch by the predictive mean over draws; where draws come at the end
         (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too.
@@ -81,6 +84,18 @@ def fit(
         A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
+    prior
+        A posterior of the same network from earlier data, which becomes the prior of the latent
+        factors:
+
+            q(θ) = argmin −Σ_new log p(y|θ) + β KL(q ‖ q_earlier)
+
+        so that the new data are learnt and the earlier ones are not forgotten, without them. The
+        fit starts at the earlier means and scales. What has no prior (the factor that is not
+        latent, the task head, the noise of a regression) stays as it is; with ``latent="AB"`` both
+        factors move. For ``"montec"``, ``"meanfield"``, ``"lowrank"``, and ``"flat"`` around them,
+        with the options of the earlier fit but for the weight of the KL and what is of the training
+        alone.
     epochs, learning_rate, batch_size, seed
         Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
         Trainer, the seed sets the process's random generators.
@@ -107,8 +122,11 @@ def fit(
     """
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
-    options = as_guide(guide)
     given = model if isinstance(model, Posterior) else None
+    options = as_guide(_chosen(guide, prior))
+    if prior is not None:
+        _check_prior(prior, options, given, adapter, likelihood)
+    source = prior if given is None else given
     shortcuts = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -118,17 +136,21 @@ def fit(
     }
     with _arguments(training, shortcuts) as args:
         set_seed(args.seed)
-        if given is None:
-            network, tokenizer = load_network(model, data, tokenizer, likelihood)
+        if given is not None:
+            _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
+            network = given.base
+        else:
+            name = likelihood if prior is None else prior.likelihood.name
+            network, tokenizer = load_network(model, data, tokenizer, name)
+        if source is not None:
+            config, law = source.bank.config, copy.deepcopy(source.likelihood)
+            tokenizer = source.tokenizer if tokenizer is None else tokenizer
+        else:
             if options.adapts:
                 config = as_adapter_config(adapter)
             else:
                 config, network = _without_adapters(options, adapter), _trained_copy(network)
             law = likelihood_for(network, likelihood)
-        else:
-            _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
-            config, network, law = given.bank.config, given.base, copy.deepcopy(given.likelihood)
-            tokenizer = given.tokenizer if tokenizer is None else tokenizer
         options.check(law)
         prepared = prepare(data, network, law, tokenizer)
         if eval_data is None and isinstance(data, dict) and "validation" in data:
@@ -138,11 +160,11 @@ def fit(
             held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
         _check_evaluation(args, training, held_out)
         assert prepared.labels is not None
-        if given is None:
+        if source is None:
             law.start(prepared.labels)
         modes = {module: module.training for module in network.modules()}
-        if given is not None:
-            attachment = given.model.attachment.again()
+        if source is not None:
+            attachment = _attached_as(source, network)
         elif options.adapts:
             attachment = attach(network, config)
         else:
@@ -150,11 +172,15 @@ def fit(
 
         def joint_for(kind: Guide) -> JointModel:
             joint = build(network, attachment, config, kind, copy.deepcopy(law), len(prepared))
-            if given is not None:
-                joint.adopt(given.model)
-                joint.likelihood.load_state_dict(law.state_dict())
+            if source is not None:
+                joint.adopt(source.model)
                 joint.freeze()
+            if given is not None:
+                joint.likelihood.load_state_dict(law.state_dict())
                 joint.likelihood.requires_grad_(options.post_hoc() == "trained")
+            if prior is not None:
+                joint.likelihood.requires_grad_(False)
+                joint.program.succeed(prior.model.program)
             return joint
 
         def posterior_of(joint: JointModel, kind: Guide) -> Posterior:
@@ -191,6 +217,60 @@ def fit(
             raise
         _save(posterior, args, output_dir)
     return posterior
+
+
+def _chosen(guide: str | Guide | None, prior: Posterior | None) -> str | Guide:
+    """The guide; where it is not named, or by its name alone, that of the earlier posterior."""
+    if not (prior is None or isinstance(prior, Posterior)):
+        raise ConfigError(
+            f"prior must be a Posterior of an earlier fit, got {prior!r}; the prior scale of a "
+            "guide is an option of the guide, as in MeanField(prior_scale=0.2)"
+        )
+    if prior is not None and guide in (None, full_name(prior.options)):
+        return prior.options
+    return "montec" if guide is None else guide
+
+
+def _check_prior(
+    prior: Posterior, options: Guide, given: Posterior | None, adapter: Any, likelihood: str | None
+) -> None:
+    """An earlier posterior brings adapters, heads and likelihood, and its guide has to be of the
+    kind that follows."""
+    if given is not None:
+        raise ConfigError(
+            "with prior= the network is what is fitted, and model= is a Posterior; pass "
+            "posterior.base, or leave prior= out for a fit that keeps the means"
+        )
+    for name, value in {"adapter": adapter, "likelihood": likelihood}.items():
+        if value is not None:
+            raise ConfigError(f"{name}= comes with the prior; leave it out")
+    names = full_name(prior.options), full_name(options)
+    if names[0] != names[1] or not options.takes_prior():
+        able = ", ".join(n for n in available() if as_guide(n).takes_prior())
+        raise ConfigError(
+            f"a posterior of {names[0]!r} cannot be the prior of {names[1]!r}: both have to be the "
+            f"same one of {able}, or 'flat' around it"
+        )
+    earlier, later = (getattr(guide, "inner", guide) for guide in (prior.options, options))
+    free = {field.name for field in dataclasses.fields(Variational)}
+    for field in dataclasses.fields(later):
+        values = getattr(earlier, field.name), getattr(later, field.name)
+        if field.name not in free and values[0] != values[1]:
+            raise ConfigError(
+                f"{field.name}={values[1]!r}, and in the prior it is {values[0]!r}; it has to be "
+                "the same"
+            )
+
+
+def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
+    """The layers and heads of that posterior in its own network, or in one with the same
+    weights."""
+    attachment = source.model.attachment
+    if network is source.base:
+        return attachment.again()
+    heads = list(attachment.heads)
+    check_base(network, heads, describe_base(source.base, heads))
+    return Attachment(network, attachment.specs, heads)
 
 
 def _without_adapters(options: Guide, adapter: Any) -> AdapterConfig:

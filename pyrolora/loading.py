@@ -80,6 +80,8 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
         likelihood = likelihood_for(network, meta["likelihood"])
         attachment = Attachment(network, specs, heads)
         joint = build(network, attachment, config, guide, likelihood, num_examples)
+        if meta.get("prior") is not None:  # folders of earlier versions have no such entry
+            joint.program.await_prior(from_options(meta["prior"]["name"], meta["prior"]["options"]))
         joint.load_own_state(state)
     except BaseException as error:
         if attachment is not None:

@@ -453,8 +453,10 @@ class Posterior:
         """Write the posterior to a folder: tensors as safetensors, the rest as JSON, the tokenizer
         beside them; the base network is not copied. `pyrolora.load` reads it again."""
         specs = list(self.bank.specs.values())
+        previous = self.model.program.previous
         meta = {
-            "guide": {"name": full_name(self.options), "options": dataclasses.asdict(self.options)},
+            "guide": _described(self.options),
+            "prior": None if previous is None else _described(previous.options),
             "likelihood": self.likelihood.name,
             "adapter": dataclasses.asdict(self.bank.config),
             "layers": [dataclasses.asdict(spec) for spec in specs],
@@ -560,3 +562,7 @@ class Posterior:
             splits=defaults.SCORE_SPLITS,
             need_labels=need_labels,
         )
+
+
+def _described(guide: Guide) -> dict[str, Any]:
+    return {"name": full_name(guide), "options": dataclasses.asdict(guide)}

@@ -37,13 +37,14 @@ def fit(
     ],
     output_dir: Annotated[Path, typer.Option(help="The run's folder.")],
     guide: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="How to infer the posterior: map (plain LoRA), montec (MonteCLoRA), meanfield, "
             "lowrank, laplace, swag, ensemble, dropout, nuts, flat (Flat-LoRA), or full (every "
-            "weight, no adapter); flat around another one: flat+montec."
+            "weight, no adapter); flat around another one: flat+montec.",
+            show_default="montec, or that of --prior",
         ),
-    ] = "montec",
+    ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Data to score after every epoch and at the end.")
     ] = None,
@@ -60,6 +61,14 @@ def fit(
             help="An adapter that is trained already: a folder that PEFT saved, or that of a fit. "
             "Its weights stay, and the guide (montec, meanfield, lowrank, laplace, nuts) adds "
             "their spread."
+        ),
+    ] = None,
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder of an earlier fit of the same model (montec, meanfield, lowrank): its "
+            "posterior is the prior here, so that the new data are learnt and the earlier ones not "
+            "forgotten. The guide is that of the earlier fit."
         ),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = defaults.EPOCHS,
@@ -102,6 +111,7 @@ def fit(
     pyrolora fit pairs.csv --text premise --text claim --label verdict \\
         --model roberta-base --output-dir run --set guide.kl_weight=0.1
     pyrolora fit train.jsonl --model FOLDER --given ADAPTER --guide laplace --output-dir run
+    pyrolora fit later.jsonl --model FOLDER --prior run --output-dir run-2
 
     Labels may be numbers (classes from 0 on, or real values for a regression) or
     names of classes. The run's folder then holds run.json (the command, every
@@ -116,11 +126,16 @@ def fit(
     if eval_data is not None:
         held_out = labelled(eval_data, eval_split, defaults.FIT_SPLITS, **columns)
         chosen["training"].setdefault("eval_strategy", "epoch")
+    for name, folder in {"--given": given, "--prior": prior}.items():
+        if folder is not None:
+            _check_source(name, folder, chosen)
     options, config, training = _built(
-        chosen, guide, output_dir, epochs, learning_rate, batch_size, seed
+        chosen, guide, prior, output_dir, epochs, learning_rate, batch_size, seed
     )
     if given is not None:
-        _check_given(context, given, options, chosen)
+        _check_given(context, options)
+    if chosen["adapter"] and not options.adapts:
+        raise ConfigError(f"--set adapter: guide {options.name!r} has no adapters; leave it out")
     from pyrolora.guides import full_name
 
     record = {
@@ -134,6 +149,7 @@ def fit(
         "model": _place(model),
         "model_files": _files(model),
         "given": None if given is None else _place(str(given)),
+        "prior": None if prior is None else _place(str(prior)),
         "guide": {"name": full_name(options), **dataclasses.asdict(options)},
         "adapter": dataclasses.asdict(config),
         "likelihood": likelihood,
@@ -157,8 +173,9 @@ def fit(
             options,
             held_out,
             likelihood,
-            config,
+            config if options.adapts else None,
             given,
+            prior,
         )
         if not training.should_save:  # of several processes the first goes on
             return
@@ -176,7 +193,8 @@ def fit(
 
 def _built(
     chosen: dict[str, dict[str, Any]],
-    guide: str,
+    guide: str | None,
+    prior: Path | None,
     output_dir: Path,
     epochs: float,
     learning_rate: float,
@@ -185,11 +203,10 @@ def _built(
 ) -> tuple[Any, Any, TrainingArguments]:
     """The guide, the adapters and the Trainer's arguments, from options."""
     say("loading libraries")
-    from pyrolora.guides import as_guide
     from pyrolora.inference import training_arguments
     from pyrolora.types import AdapterConfig
 
-    options = settings.refined(as_guide(guide), chosen["guide"])
+    options = settings.refined(_guide(guide, prior), chosen["guide"])
     config = settings.build(AdapterConfig, "adapter", chosen["adapter"])
     settings.check_training(chosen["training"])
     try:
@@ -206,6 +223,18 @@ def _built(
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"--set training: {error}") from error
     return options, config, training
+
+
+def _guide(name: str | None, prior: Path | None) -> Any:
+    """The guide of that name; of an earlier fit with its options."""
+    from pyrolora.guides import as_guide, from_options
+    from pyrolora.storage import read_folder
+
+    if prior is not None:
+        earlier = read_folder(prior)[0]["guide"]
+        if name in (None, earlier["name"]):
+            return from_options(earlier["name"], earlier["options"])
+    return as_guide("montec" if name is None else name)
 
 
 def _place(name: str) -> str:
@@ -231,6 +260,7 @@ def _fitted(
     likelihood: str | None,
     config: Any,
     given: Path | None,
+    prior: Path | None,
 ) -> tuple[Posterior, dict[str, Any]]:
     """The posterior, fitted from the beginning or from the last checkpoint, and what to note."""
     from pyrolora.fitting import fit as infer
@@ -247,8 +277,12 @@ def _fitted(
         say(f"going on with the members in {run.folder}")
         training.resume_from_checkpoint = True
     source: Any = model
+    earlier = None
     if given is not None:
         source, config, likelihood = _given(given, model, examples, likelihood), None, None
+    if prior is not None:
+        earlier = _given(prior, model, examples, likelihood)
+        source, config, likelihood = earlier.base, None, None
     started = time.perf_counter()
     try:
         posterior = infer(
@@ -258,6 +292,7 @@ def _fitted(
             eval_data=held_out,
             likelihood=likelihood,
             adapter=config,
+            prior=earlier,
             training=training,
         )
     except NonFiniteError as error:
@@ -292,13 +327,14 @@ def _given(folder: Path, model: str, examples: Any, likelihood: str | None) -> P
     return load(folder, network)
 
 
-def _check_given(
-    context: typer.Context, folder: Path, options: Any, chosen: dict[str, dict[str, Any]]
-) -> None:
+def _check_source(name: str, folder: Path, chosen: dict[str, dict[str, Any]]) -> None:
     if not folder.is_dir():
-        raise ConfigError(f"--given: there is no folder {str(folder)!r}")
+        raise ConfigError(f"{name}: there is no folder {str(folder)!r}")
     if chosen["adapter"]:
-        raise ConfigError("--set adapter: the adapter is --given; leave one of them out")
+        raise ConfigError(f"--set adapter: the adapter is that of {name}; leave one of them out")
+
+
+def _check_given(context: typer.Context, options: Any) -> None:
     if options.post_hoc() == "computed":
         for name in ("epochs", "learning_rate"):
             source: Any = context.get_parameter_source(name)

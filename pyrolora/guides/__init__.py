@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyrolora.errors import ConfigError, UnknownNameError
-from pyrolora.guides.base import Fit, Guide, Program, averaged, spread
+from pyrolora.guides.base import Fit, Guide, Program, Variational, averaged, spread
 from pyrolora.guides.dropout import Dropout
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.flat import Flat
@@ -87,6 +87,7 @@ __all__ = [
     "MeanField",
     "MonteCLoRA",
     "Program",
+    "Variational",
     "as_guide",
     "available",
     "averaged",

@@ -7,6 +7,7 @@ parameters), ``model``, ``guide``, ``factors`` and ``quantities``.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -113,6 +114,10 @@ class Guide(ABC):
         ``"computed"`` (without SVI), or None: it cannot."""
         return "trained"
 
+    def takes_prior(self) -> bool:
+        """Whether the guide of an earlier fit may be its prior."""
+        return False
+
     def check(self, likelihood: Law) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise `ConfigError` for a likelihood that this method cannot serve."""
 
@@ -204,9 +209,12 @@ class Program(ParamModule, ABC):
         Whether the guide's draws of one layer say nothing of another.
     has_prior
         Whether the model's law of the latent sites is another than the guide's.
+    previous
+        The program of an earlier posterior, whose guide is the prior here; None: the options' own.
     """
 
-    options: Guide
+    options: Any
+    previous: Any
     progress: float = 1.0
     draws_per_batch: int = 1
     members: int = 1
@@ -219,6 +227,7 @@ class Program(ParamModule, ABC):
         super().__init__()
         self.bank = bank
         self.options = options
+        self.register_module("previous", None)
         if isinstance(options, Variational):
             self.draws_per_batch = options.draws_per_batch
 
@@ -258,6 +267,24 @@ class Program(ParamModule, ABC):
     def side_by_side(self) -> int:
         """How many members are trained on the same batch."""
         return 1
+
+    @torch.no_grad()
+    def succeed(self, previous: Any) -> None:
+        """Take the guide of ``previous``, a program of the same kind, for the prior, and start from
+        it: what it had as its means and scales. What has no prior, a factor that is not latent,
+        becomes a constant."""
+        for name, parameter in previous.named_parameters(recurse=False):
+            self.get_parameter(name).copy_(parameter)
+        for factor in "AB":
+            latent = factor in self.options.latent
+            self.bank.get_parameter(f"{factor}_loc").requires_grad_(latent)
+        self.previous = copy.deepcopy(previous).requires_grad_(False)
+        self.previous.previous = None
+
+    def await_prior(self, options: Guide) -> None:
+        """`succeed` a program of these options whose tensors are yet to be loaded."""
+        bank = AdapterBank(list(self.bank.specs.values()), self.bank.config)
+        self.succeed(options.build(bank))
 
     def after_step(self, step: int, steps: int) -> None:
         """Called after each of the ``steps`` steps of the optimiser, counted from 1."""
@@ -339,6 +366,16 @@ class WrappingProgram(Program):
 
     def side_by_side(self) -> int:
         return self.inner.side_by_side()
+
+    @property
+    def previous(self) -> Any:
+        return self.inner.previous
+
+    def succeed(self, previous: Any) -> None:
+        self.inner.succeed(previous.inner)
+
+    def await_prior(self, options: Guide) -> None:
+        self.inner.await_prior(options)
 
     def after_step(self, step: int, steps: int) -> None:
         self.inner.after_step(step, steps)

@@ -53,6 +53,9 @@ class GaussianGuide(Variational):
         positive("init_scale", self.init_scale)
         require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
 
+    def takes_prior(self) -> bool:
+        return True
+
 
 class FactorProgram(Program):
     """A program whose sites are the latent factors, flat. A factor that is not latent is its mean.
@@ -61,8 +64,6 @@ class FactorProgram(Program):
     """
 
     joint_law: ClassVar[bool] = False
-
-    options: Any  # those of a guide with ``latent``
 
     def __init__(self, bank: AdapterBank, options: Any) -> None:
         super().__init__(bank, options)
@@ -79,8 +80,9 @@ class FactorProgram(Program):
         """The law of that site in the guide."""
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
+        prior = self.prior if self.previous is None else self.previous.law
         with tempered(kl_weight):
-            return self.factors({site: pyro.sample(site, self.prior(site)) for site in self.sites})
+            return self.factors({site: pyro.sample(site, prior(site)) for site in self.sites})
 
     def guide(self, kl_weight: float = 1.0) -> None:
         with tempered(kl_weight):

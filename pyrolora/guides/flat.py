@@ -89,6 +89,9 @@ class Flat(Guide):
     def scale_rate(self) -> float:
         return self.inner.scale_rate()
 
+    def takes_prior(self) -> bool:
+        return self.inner.takes_prior()
+
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
 

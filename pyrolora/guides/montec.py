@@ -60,6 +60,10 @@ class MonteCLoRA(Variational):
     above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² a column, with S = ε₀ ‖π‖ I, or
     ε₀ ‖π‖ L in the hierarchical form.
 
+    After an earlier posterior (``fit(..., prior=)``) the model is that one's guide: its Dirichlet,
+    its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z differs
+    from the guide's in its mean, and in ε where that is learned, whatever the component prior.
+
     Parameters
     ----------
     num_components
@@ -150,16 +154,22 @@ class MonteCLoRA(Variational):
         }
         return cls(**{**options, **changes})
 
+    def takes_prior(self) -> bool:
+        return True
+
     def build(self, bank: AdapterBank) -> MonteCLoRAProgram:
         return MonteCLoRAProgram(bank, self)
 
     def infer(self, fit: Fit) -> None:
-        around_zero = self.prior_mean == "zero" and self.component_prior == "hierarchical"
+        inverse = self.prior_mean == "zero" and self.component_prior == "hierarchical"
+        where = "with prior_mean='zero' and component_prior='hierarchical'"
+        if fit.program.previous is not None:
+            inverse, where = True, "after an earlier posterior"
         rank, df = fit.program.layout.rank, fit.program.df
-        if around_zero and df <= rank + 1:
+        if inverse and df <= rank + 1:
             raise ConfigError(
-                f"with prior_mean='zero' and component_prior='hierarchical' the KL is finite for "
-                f"df_per_rank > {1 + 1 / rank:g} at rank {rank}, got {self.df_per_rank!r}"
+                f"{where} the KL is finite for df_per_rank > {1 + 1 / rank:g} at rank {rank}, got "
+                f"{self.df_per_rank!r}"
             )
         super().infer(fit)
 
@@ -208,34 +218,24 @@ class MonteCLoRAProgram(Program):
             self.register_buffer(f"_{name}", value, persistent=False)
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        options, means, groups = self.options, self.bank.means(), self.layout.groups
+        options, means = self.options, self.bank.means()
         with tempered(kl_weight):
             with pyro.plate("blocks", len(self.layout), dim=-1):
-                weights = pyro.sample("mixture_weights", dist.Dirichlet(self._concentration))
-                tril = pyro.sample(
-                    "covariance_tril", WishartCholesky(self._df, scale_diag=self._scale)
-                )
+                weights = pyro.sample("mixture_weights", self._weights_prior())
+                tril = pyro.sample("covariance_tril", self._covariance_prior())
                 if options.cooperation:
                     pyro.factor("cooperation", -options.cooperation * weights.square().sum(-1))
             gain = self._gain(weights)
             loc = self._prior_loc(gain, tril, means)
-            noise = pyro.sample("noise", StandardColumns(self._scale, groups, loc))
+            noise = pyro.sample("noise", self._noise_prior(tril, loc))
         return self._factors(gain, tril, noise, means)
 
     def guide(self, kl_weight: float = 1.0) -> None:
-        options, groups = self.options, self.layout.groups
         with tempered(kl_weight):
             with pyro.plate("blocks", len(self.layout), dim=-1):
                 pyro.sample("mixture_weights", dist.Dirichlet(self.param("concentration")))
                 tril = pyro.sample("covariance_tril", self._covariance())
-            law: ColumnNormal
-            if options.component_prior == "isotropic":
-                law = ColumnNormal(self._widened(tril), groups)
-            elif options.learn_sample_scale:
-                law = ColumnNormal(self._widened(self._eye), groups)
-            else:
-                law = StandardColumns(self._scale, groups)
-            pyro.sample("noise", law)
+            pyro.sample("noise", self._noise(tril))
 
     def factors(self, sites: Sites) -> FlatFactors:
         gain = self._gain(sites["mixture_weights"])
@@ -273,16 +273,46 @@ class MonteCLoRAProgram(Program):
         return [block.name for block in self.layout.blocks]
 
     def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
-        """The mean of z in the model, where the noise is seen from M: a_j = 0."""
-        if self.options.prior_mean == "learned":
-            return None
+        """The mean of z in the model, where the noise is seen from M: at a_j = 0, or at the mean
+        of the earlier posterior."""
         latent = self.bank.latent_part(self.options.latent, means)
+        if self.previous is not None:
+            bank = self.previous.bank
+            latent = latent - bank.latent_part(self.options.latent, bank.means())
+        elif self.options.prior_mean == "learned":
+            return None
         if self.options.component_prior == "hierarchical":
             law = -gain[..., None, None] * tril
             loc = whiten(law, latent.expand(*gain.shape[:-1], -1), self.layout.groups)
         else:
             loc = self.layout.scale(-1 / gain, latent)
         return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
+
+    def _weights_prior(self) -> dist.TorchDistribution:
+        if self.previous is None:
+            return dist.Dirichlet(self._concentration)
+        return dist.Dirichlet(self.previous.param("concentration"))
+
+    def _covariance_prior(self) -> WishartCholesky:
+        if self.previous is None:
+            return WishartCholesky(self._df, scale_diag=self._scale)
+        law: WishartCholesky = self.previous._covariance()
+        return law
+
+    def _noise_prior(self, tril: Tensor, loc: Tensor | None) -> ColumnNormal:
+        if self.previous is None:
+            return StandardColumns(self._scale, self.layout.groups, loc)
+        law: ColumnNormal = self.previous._noise(tril, loc)
+        return law
+
+    def _noise(self, tril: Tensor, loc: Tensor | None = None) -> ColumnNormal:
+        """The guide's law of z given the factor of Σ; around ``loc``, if there is one."""
+        groups = self.layout.groups
+        if self.options.component_prior == "isotropic":
+            return ColumnNormal(self._widened(tril), groups, loc)
+        if self.options.learn_sample_scale:
+            return ColumnNormal(self._widened(self._eye), groups, loc)
+        return StandardColumns(self._scale, groups, loc)
 
     def _gain(self, weights: Tensor) -> Tensor:
         """ε₀ ‖π‖ of every block, (..., L)."""

@@ -96,7 +96,7 @@ def test_a_given_adapter_keeps_its_weights(place, tmp_path, given):
     [
         (("--guide", "laplace"), ("--epochs", "trains nothing")),
         (("--guide", "map"), ("montec", "nothing to infer")),
-        (("--set", "adapter.r=4"), ("adapter is --given",)),
+        (("--set", "adapter.r=4"), ("adapter is that of --given",)),
         (("--given", "nowhere"), ("no folder 'nowhere'",)),
     ],
 )
@@ -129,3 +129,42 @@ def test_a_draw_is_merged_by_its_number(place, tmp_path):
     refused(pyrolora_("export", tmp_path / "two", tmp_path / "x", "--draw", 2), "there are 2 draws")
     arviz = ("export", tmp_path / "two", tmp_path / "x.nc", "--to", "arviz")
     refused(pyrolora_(*arviz, "--draw", 1), "--num-samples")
+
+
+# An earlier fit as the prior ---------------------------------------------------------------------
+
+
+def test_an_earlier_fit_is_the_prior_of_the_next(place, tmp_path):
+    first = fit(place, tmp_path / "first", "--guide", "meanfield", "--set", "guide.latent=AB")
+    done(*first)
+    done(*fit(place, tmp_path / "second", "--prior", tmp_path / "first"))
+    found = pyrolora.load(tmp_path / "second")
+    assert found.options == MeanField(latent="AB")
+    earlier = pyrolora.load(tmp_path / "first")
+    previous = found.model.program.previous
+    assert torch.equal(previous.bank.A_loc, earlier.bank.A_loc)
+    assert not torch.equal(found.bank.A_loc, earlier.bank.A_loc)
+    weaker = ("--prior", tmp_path / "first", "--set", "guide.kl_weight=0.05")
+    done(*fit(place, tmp_path / "third", *weaker))
+    options = pyrolora.load(tmp_path / "third").options
+    assert options == MeanField(latent="AB", kl_weight=0.05)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--prior", "nowhere"), ("--prior", "no folder")),
+        (("--prior", "encoder"), ("no saved posterior",)),
+        (("--prior", "run"), ("cannot be the prior", "meanfield")),
+        (("--guide", "full", "--set", "adapter.r=2"), ("has no adapters",)),
+    ],
+)
+def test_what_cannot_be_a_prior_says_why(place, tmp_path, more, words):
+    more = [place / part if part in ("nowhere", "encoder", "run") else part for part in more]
+    refused(pyrolora_(*fit(place, tmp_path / "fit", *more)), *words)
+
+
+def test_full_fine_tuning(place, tmp_path):
+    done(*fit(place, tmp_path / "fit", "--guide", "full"))
+    done("evaluate", tmp_path / "fit", place / "test.jsonl")
+    assert not pyrolora.load(tmp_path / "fit").bank.specs
