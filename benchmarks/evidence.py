@@ -119,9 +119,15 @@ def defaults_only(frame: Table) -> Table:
 
 
 def standard(frame: Table) -> Table:
-    """The defaults, trained with the defaults of a job."""
+    """The defaults, trained with the defaults of a job, or at the method's own rate."""
     rows = defaults_only(frame)
-    return rows[(rows[RECIPE] == STANDARD).all(axis=1)]
+    recipe = rows[RECIPE].assign(
+        learning_rate=rows["learning_rate"].where(
+            rows["learning_rate"] != rows["guide"].map(study.OWN_RATE),
+            STANDARD["learning_rate"],
+        )
+    )
+    return rows[(recipe == STANDARD).all(axis=1)]
 
 
 def plain_lora(frame: Table) -> Table:

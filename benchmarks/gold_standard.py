@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,20 @@ from torch import Tensor, nn
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.guides import MAP, NUTS, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
+from pyrolora.guides import (
+    MAP,
+    NUTS,
+    SWAG,
+    Dropout,
+    Ensemble,
+    Flat,
+    Full,
+    Guide,
+    Laplace,
+    LowRank,
+    MeanField,
+    MonteCLoRA,
+)
 from pyrolora.inference import prepare
 from pyrolora.predictive import draw_factors, predict
 
@@ -187,7 +200,8 @@ class Bench:
     def fit(self, start: nn.Module | Posterior, guide: Guide, **training: Any) -> Posterior:
         """A fit of the network, or around the means of a posterior; all examples a batch."""
         if isinstance(start, nn.Module):
-            training |= {"likelihood": "classification", "adapter": ADAPTER}
+            adapter = ADAPTER if guide.adapts else None
+            training |= {"likelihood": "classification", "adapter": adapter}
         return pyrolora.fit(
             start, self.problem.train, guide, batch_size=TRAIN, seed=self.seed, **training
         )
@@ -197,6 +211,13 @@ class Bench:
     ) -> Posterior:
         """`fit` for a guide that takes steps."""
         return self.fit(start, guide, epochs=epochs or self.budget.epochs, learning_rate=2e-2)
+
+    def noisy(self, start: nn.Module, guide: Guide) -> Posterior:
+        """`trained` on batches of a third, whose noise is what spreads SWAG's iterates."""
+        epochs = max(self.budget.epochs // 3, 1)
+        batch = {"batch_size": TRAIN // 3, "epochs": epochs, "learning_rate": 2e-2}
+        options = {"likelihood": "classification", "adapter": ADAPTER, "seed": self.seed}
+        return pyrolora.fit(start, self.problem.train, guide, **batch, **options)
 
     def predicted(self, posterior: Posterior, factors: FlatFactors | None = None) -> Predicted:
         """Of the test inputs, with draws of the posterior, or with ``factors``."""
@@ -262,7 +283,7 @@ def about(posterior: Posterior) -> Row:
         norms = posterior.bank.update_norms(posterior.model.program.mean())
     row = {"update": float(norms.norm())}
     bounds = [entry["elbo"] for entry in posterior.history if "elbo" in entry]
-    if isinstance(posterior.options, MeanField | MonteCLoRA):
+    if isinstance(posterior.options, LowRank | MeanField | MonteCLoRA):
         row["elbo"] = sum(bounds[-BOUNDS:]) / BOUNDS
     return row
 
@@ -346,15 +367,19 @@ def under_a_prior(bench: Bench, plain: Posterior) -> None:
     for latent in ("A", "B", "AB"):
         model = MeanField(latent=latent, prior_scale=PRIOR_SCALE, kl_weight=1.0)
         field = replace(model, draws_per_batch=10, scale_learning_rate=0.05)
+        low = LowRank(rank=10, **{f.name: getattr(field, f.name) for f in fields(field)})
         laplace = Laplace(latent=latent, prior_scale=PRIOR_SCALE)
         sampled = replace(laplace, linearised=False)
         bench.nuts(latent, start, model)
         bench.add("map", latent, bench.predicted(start), **about(start))
         bench.guide("meanfield", latent, partial(bench.trained, start, field))
+        bench.guide("lowrank", latent, partial(bench.trained, start, low))
         found = bench.guide("laplace", latent, partial(bench.fit, start, laplace))
         bench.guide("laplace, sampled", latent, partial(bench.fit, start, sampled))
         gaussians(bench, latent, found, "full", "blocks", "diagonal")
     bench.guide("meanfield, own means", "AB", partial(bench.trained, network, field))
+    swag = SWAG(prior_scale=PRIOR_SCALE)
+    bench.guide("swag, own means", "AB", partial(bench.noisy, network, swag))
     bench.guide("meanfield, plain LoRA", "AB", partial(bench.trained, plain, field))
     bench.guide("laplace, plain LoRA", "AB", partial(bench.fit, plain, laplace))
 
@@ -392,7 +417,12 @@ def monteclora(bench: Bench, plain: Posterior) -> None:
 def without_target(bench: Bench) -> None:
     """Guides that have no prior, and so no posterior: beside that of A and B, for its size."""
     epochs = bench.budget.plain_epochs
-    for name, options in (("ensemble", Ensemble()), ("flat+map", Flat(at_prediction=True))):
+    for name, options in (
+        ("ensemble", Ensemble()),
+        ("flat+map", Flat(at_prediction=True)),
+        ("dropout", Dropout()),
+        ("full", Full()),
+    ):
         fit = partial(bench.trained, bench.problem.network, options, epochs)
         bench.guide(name, "(AB)", fit)
 

@@ -29,11 +29,13 @@ from pyrolora.guides import Ensemble, Guide, as_guide
 
 REFERENCE = "map"
 GUIDES: dict[str, Guide] = {
-    **{n: as_guide(n) for n in ("map", "montec", "meanfield", "flat", "flat+montec", "laplace")},
-    "ensemble": as_guide("ensemble"),
+    **{n: as_guide(n) for n in ("map", "montec", "meanfield", "lowrank", "flat", "flat+montec")},
+    **{name: as_guide(name) for name in ("laplace", "swag", "dropout", "ensemble")},
     "ensemble side by side": Ensemble(side_by_side=True),
+    "full": as_guide("full"),
 }
 SCORES = ("accuracy", "nll", "ece")
+OWN_RATE = {"full": 1e-4}  # where all weights move, the rate of adapters is far too high
 MEMORY_BATCH = 32
 
 
@@ -74,7 +76,7 @@ def one_fit(guide: Guide, data: Any, args: argparse.Namespace, seed: int) -> dic
         guide,
         tokenizer=tokenizer,
         epochs=args.epochs,
-        learning_rate=args.learning_rate,
+        learning_rate=OWN_RATE.get(guide.name, args.learning_rate),
         seed=seed,
     )
     fitted = time.perf_counter()

@@ -70,7 +70,8 @@ STORE = "study.jsonl"
 PEFT = "peft-montec"
 # The layers of the first trials: with the feed-forward layers LoRA has more room to overfit.
 ADAPTER = pyrolora.AdapterConfig(target_modules=("query", "key", "value", "dense"))
-POINTS = ("map", "flat", PEFT)  # one draw is all there is
+POINTS = ("map", "flat", PEFT, "full")  # one draw is all there is
+OWN_RATE = {"full": 1e-4}  # where all weights move, the rate of adapters is far too high
 FOLLOWED = "map"  # scored after every epoch: the rival that is stopped in time
 
 Row = dict[str, Any]
@@ -182,7 +183,7 @@ def fit_pyrolora(job: Job, network: Any, tokenizer: Any, splits: Splits, place: 
         splits.train,
         guides.from_options(job.guide, job.options),
         tokenizer=tokenizer,
-        adapter=ADAPTER,
+        adapter=ADAPTER if guides.guide_class(job.guide.partition("+")[0]).adapts else None,
         training=arguments(job, place),
         callbacks=[curve] if job.guide == FOLLOWED else [],
         **extra,
@@ -338,6 +339,8 @@ def read_store(path: Path) -> dict[str, Row]:
         except json.JSONDecodeError:
             print(f"{path}: skipped a line that is not complete")
             continue
+        # An option of adapters that is newer than the row was at its default.
+        row["settings"]["adapter"] = dataclasses.asdict(ADAPTER) | row["settings"]["adapter"]
         rows[key(row["settings"])] = row
     return rows
 
@@ -475,7 +478,11 @@ def _quiet() -> None:
 
 CHOOSING = ("cola", "mrpc", "rte")
 CONFIRMING = ("sst2", "trec", "stsb", "openbookqa", "arc_easy")
-METHODS = ("map", "montec", "flat", "flat+montec", "meanfield", "laplace", PEFT, "ensemble")
+MORE = ("lowrank", "swag", "dropout", "full")
+METHODS = (
+    *("map", "montec", "flat", "flat+montec", "meanfield", "laplace", PEFT, "ensemble"),
+    *MORE,
+)
 BEST = ("map", "montec", "flat", "flat+montec", "meanfield")
 RATES = (3e-4, 1e-3, 3e-3)
 BATCHES = (16, 32)
@@ -511,7 +518,18 @@ def one() -> Iterator[Job]:
     """Every method on four tasks, 200 and 1,000 examples."""
     for examples, method in itertools.product((200, 1000), METHODS):
         for task in ("cola", "sst2", "mrpc", "rte"):
-            yield Job(task, examples, method)
+            yield standard(task, examples, method)
+
+
+def more() -> Iterator[Job]:
+    """The methods that came later, on one task; LoRA is there already."""
+    for examples, method in itertools.product((200, 1000), MORE):
+        yield standard("sst2", examples, method)
+
+
+def standard(task: str, examples: int, method: str) -> Job:
+    """A method with its defaults, at the study's learning rate or at its own."""
+    return Job(task, examples, method, learning_rate=OWN_RATE.get(method, Job.learning_rate))
 
 
 def confirm() -> Iterator[Job]:
@@ -554,6 +572,7 @@ STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "choose": choose,
     "confirm": confirm,
     "one": one,
+    "more": more,
     "grid": grid,
     "two": two,
 }
