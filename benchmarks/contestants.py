@@ -16,7 +16,7 @@ from networks import Case, case, twin
 from torch import Tensor, nn
 
 from pyrolora.adapters import attach
-from pyrolora.guides import MAP, Flat, Guide, MeanField, MonteCLoRA
+from pyrolora.guides import MAP, Dropout, Flat, Guide, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference.trainer import Objective
 from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
@@ -30,6 +30,8 @@ GUIDES: dict[str, Guide] = {
     "montec": MonteCLoRA(),
     "montec hierarchical": MonteCLoRA(component_prior="hierarchical"),
     "meanfield": MeanField(),
+    "lowrank": LowRank(),
+    "dropout": Dropout(),
     "flat": Flat(),
     "flat+montec": Flat(inner=MonteCLoRA()),
 }
