@@ -37,7 +37,8 @@ class Laplace(Guide):
 
     with H, a block for each factor of each layer, the generalised Gauss-Newton matrix of
     −log p(y|θ) in Kronecker-factored form (KFAC-expand for sequences; for language models with
-    sampled labels). Layers are independent, and A and B of a layer are.
+    sampled labels). Layers are independent, and A and B of a layer are. Where the adapters have a
+    start that is taken off again, the prior is around it.
 
     Parameters
     ----------
@@ -154,8 +155,10 @@ class LaplaceProgram(FactorProgram):
         sites = {}
         with tempered(kl_weight):
             for factor in self.options.latent:
-                zeros = torch.zeros_like(self._mean(factor))
-                law = dist.Normal(zeros, self.precision.rsqrt()).to_event(1)
+                loc, origin = torch.zeros_like(self._mean(factor)), self.bank.origin
+                if origin is not None:
+                    loc = self.bank.latent_part(factor, origin)
+                law = dist.Normal(loc, self.precision.rsqrt()).to_event(1)
                 sites[factor] = pyro.sample(factor, law)
         return self.factors(sites)
 
@@ -176,9 +179,14 @@ class LaplaceProgram(FactorProgram):
                         self.get_buffer(f"{name}_{factor}_{i}")[number] = tensor
 
     def evidence(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The eigenvalues of H, and θ̄: what the marginal likelihood of λ depends on."""
+        """The eigenvalues of H, and θ̄ from the centre of the prior: what the marginal likelihood
+        of λ depends on."""
         values = [v for factor in self.options.latent for v in self._buffers_of("values", factor)]
-        return values, [self._mean(factor).detach() for factor in self.options.latent]
+        means, origin = [self._mean(f).detach() for f in self.options.latent], self.bank.origin
+        if origin is not None:
+            centres = (self.bank.latent_part(f, origin) for f in self.options.latent)
+            means = [mean - centre for mean, centre in zip(means, centres, strict=True)]
+        return values, means
 
     def _law(self, factor: str) -> dist.TorchDistribution:
         values = self._buffers_of("values", factor)
