@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import frozen_weight
 from pyrolora.errors import ConfigError
-from pyrolora.model import JointModel, evaluating
+from pyrolora.model import LABELS, JointModel, evaluating
 from pyrolora.types import Batch
 
 
 def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of −(1/b) Σ log p(y_i | x_i) in the weight W of each adapted layer, at the
-    network without adapters and with the posterior's heads.
+    """The gradient of −(1/m) Σ log p(y_i | x_i) in the weight W of each adapted layer, at the
+    network without adapters and with the posterior's heads; m counts the observations in the batch,
+    examples or labelled tokens, as transformers' own losses do.
 
     The network runs in evaluation mode and in its own dtype, and is left as it was: the weights'
     flags, their ``grad``, the modes. Memory: a copy of the adapted layers' weights.
@@ -27,7 +28,7 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
     joint
         The model; of its factors nothing is read.
     batch
-        b examples with labels, on the model's device.
+        Examples with labels, on the model's device.
 
     Returns
     -------
@@ -50,7 +51,8 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
         torch.autocast(device.type, enabled=False),
     ):
         output = joint.run(batch, bare)
-        loss = -joint.likelihood.log_prob(output, batch).mean()
+        observations = joint.likelihood.count(batch[LABELS])
+        loss = -joint.likelihood.log_prob(output, batch).sum() / observations
         gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     found = {}
     for name, gradient in zip(weights, gradients, strict=True):

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 from problems import batch_of, bert, gpt2, tokens
 from torch import Tensor, nn
 
+import pyrolora
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec, attach, frozen_weight, start_of
 from pyrolora.adapters.targets import find_targets, linear_layers
 from pyrolora.errors import ConfigError
@@ -124,6 +125,30 @@ def test_the_start_is_pefts(name, make, shapes):
         taken = weights[layer].weight - (update.T if shapes is GPT2 else update)
         assert (taken - left).abs().max() < error * update.abs().max() + 1e-6
         assert update.norm() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")  # PEFT's
+@pytest.mark.parametrize(("make", "shapes"), [(bert, BERT), (gpt, GPT2)])
+def test_the_start_of_a_fit_is_pefts_with_the_networks_own_loss(make, shapes):
+    """With one batch for all data, so that both see the same."""
+    data = tokens(6) if shapes is BERT else tokens(6).remove_columns("labels")
+    options = {"r": 3, "lora_alpha": 5.0, "modules_to_save": [], "init_lora_weights": "lora-ga"}
+    posterior = pyrolora.fit(
+        make(initializer_range=0.3),
+        data,
+        "map",
+        adapter=AdapterConfig(**options, **shapes),
+        epochs=1,
+        batch_size=6,
+    )
+    bank = posterior.bank
+    A, B = (bank.layouts[f].matrices(getattr(bank.origin, f)) for f in "AB")
+    for name, (other_a, other_b, _) in pefts_start(
+        make(initializer_range=0.3), "lora-ga", shapes
+    ).items():
+        for own, other in ((A[name], other_a), (B[name], other_b.T)):
+            signs = (own * other).sum(1, keepdim=True).sign()
+            assert (signs * own - other).abs().max() < 1e-3 * own.abs().max()
 
 
 def test_olora_of_a_conv1d_is_the_decomposition_of_its_weight_as_out_by_in():
