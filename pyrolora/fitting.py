@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
-from pyrolora.adapters import Attachment, as_adapter_config, attach, plain_copy
+from pyrolora.adapters import (
+    Attachment,
+    Start,
+    as_adapter_config,
+    attach,
+    plain_copy,
+    start_of,
+)
 from pyrolora.errors import ConfigError, NonFiniteError
-from pyrolora.guides import Guide, Variational, as_guide, available, full_name
+from pyrolora.guides import MAP, Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import (
     Prepared,
     Run,
@@ -26,8 +33,9 @@ from pyrolora.inference import (
     prepare,
     to_device,
     training_arguments,
+    weight_gradients,
 )
-from pyrolora.likelihoods import likelihood_for
+from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
@@ -171,7 +179,8 @@ def fit(
             attachment = Attachment(network, [], [])
 
         def joint_for(kind: Guide) -> JointModel:
-            joint = build(network, attachment, config, kind, copy.deepcopy(law), len(prepared))
+            own = copy.deepcopy(law)
+            joint = build(network, attachment, config, kind, own, len(prepared), start)
             if source is not None:
                 joint.adopt(source.model)
                 joint.freeze()
@@ -186,7 +195,15 @@ def fit(
         def posterior_of(joint: JointModel, kind: Guide) -> Posterior:
             return Posterior(joint, kind, tokenizer=tokenizer, settings=_settings(args))
 
+        start: Start | None = None  # what an earlier posterior has, it brings
         try:
+            if source is None:
+                start = start_of(
+                    attachment.layers,
+                    attachment.specs,
+                    config.init_lora_weights,
+                    partial(_gradients, network, attachment, config, law, prepared, args),
+                )
             joint = joint_for(options)
             _check_output(joint, prepared)
             if given is not None and list(law.parameters()):
@@ -338,6 +355,24 @@ def _check_post_hoc(
 def _save(posterior: Posterior, args: TrainingArguments, output_dir: str | Path | None) -> None:
     if output_dir is not None and args.should_save:  # of several processes the first
         posterior.save(output_dir)
+
+
+def _gradients(
+    network: nn.Module,
+    attachment: Attachment,
+    config: AdapterConfig,
+    law: Likelihood,
+    data: Prepared,
+    args: TrainingArguments,
+) -> dict[str, Tensor]:
+    """The gradient of each adapted layer's weight on one batch, of examples that the seed chose."""
+    joint = build(network, attachment, config, MAP(), copy.deepcopy(law), len(data))
+    _check_output(joint, data)
+    joint.to(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(data), generator=generator)[: args.per_device_train_batch_size]
+    (batch,) = data.loader(len(order), order.tolist())
+    return weight_gradients(joint, to_device(batch, args.device))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, plain_copy
+from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, from_options
 from pyrolora.inference import load_language_model
@@ -28,9 +28,10 @@ def build(
     guide: Guide,
     likelihood: Likelihood,
     num_examples: int,
+    start: Start | None = None,
 ) -> JointModel:
     """The joint model of a network with its wrapped layers; everything eager, on its device."""
-    bank = AdapterBank(attachment.specs, config)
+    bank = AdapterBank(attachment.specs, config, start)
     joint = JointModel(network, attachment, guide.build(bank), likelihood, num_examples)
     device = next(network.parameters()).device
     for part in (joint.program, joint.heads, joint.likelihood):
@@ -143,9 +144,9 @@ def from_peft(
     try:
         joint = build(network, attachment, adapter.config, guide, law, num_examples=1)
         bank = joint.program.bank
-        A, B = (bank.layouts[factor].blocks for factor in "AB")
-        bank.assign("A_loc", torch.cat([adapter.matrices[b.layer][0].flatten() for b in A]))
-        bank.assign("B_loc", torch.cat([adapter.matrices[b.layer][1].mT.flatten() for b in B]))
+        flat = bank.flattened(adapter.matrices)
+        bank.assign("A_loc", flat.A)
+        bank.assign("B_loc", flat.B)
         for name, (head,) in joint.named_heads().items():
             head.load_state_dict(adapter.heads[name])
     except BaseException:

@@ -124,7 +124,8 @@ class Posterior:
         self, draws: Mapping[str, Tensor] | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (A, B): of shape (S, r, in) and (S, out, r) where they vary with the draws of
-        `sample`; without draws, of the mean adapter."""
+        `sample`; without draws, of the mean adapter. The update is s B A: means of updates, and a
+        start that is not random, make more ranks of it than r."""
         program = self.model.program
         flat = program.mean() if draws is None else program.factors(draws)
         return {name: (A.detach(), B.detach()) for name, (A, B) in self.bank.matrices(flat).items()}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Batch = Mapping[str, "Tensor"]
 """Column name -> tensor whose first dimension counts examples; the targets are ``labels``."""
 
-INITIALIZERS = ("kaiming", "gaussian")
+INITIALIZERS = ("kaiming", "gaussian", "lora-ga", "pissa", "olora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,11 @@ class AdapterConfig:
         Modules that the posterior owns a trainable copy of. ``None``: the task head of a
         transformers model. An empty list: none.
     init_lora_weights
-        How the mean of A starts (B starts at zero): ``"kaiming"``, PEFT's default, or
-        ``"gaussian"``, N(0, 1/r^2) as PEFT has it.
+        How the means start. With B at zero and a random A: ``"kaiming"``, PEFT's default, or
+        ``"gaussian"``, N(0, 1/r^2) as PEFT has it. Or with both from the singular vectors of the
+        gradient of W on one batch (``"lora-ga"``), of W itself (``"pissa"``), or its QR
+        decomposition (``"olora"``). Such a start A₀, B₀ is taken off again: the layer computes
+        ``W x + s (B A - B₀ A₀) x``, with W as it was, and priors around zero are around A₀, B₀.
     rank_pattern, alpha_pattern
         Other ranks and alphas for the layers whose name ends with a match of the key.
     use_rslora

@@ -103,13 +103,11 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A tiny GPT-2, whose layers are transformers' ``Conv1D``."""
     torch.manual_seed(seed)
-    config = GPT2Config(
-        n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=len(WORDS), pad_token_id=0
-    )
-    return GPT2LMHeadModel(config).eval()
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, **changes}
+    return GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(WORDS), pad_token_id=0)).eval()
 
 
 def mlp(inputs: int = 4, outputs: int = 3, seed: int = 0) -> nn.Sequential:

@@ -364,7 +364,10 @@ def test_targets_that_the_network_does_not_have(case: str, steps: list[int]) -> 
         ({"lora_dropout": 1.0}, "lora_dropout, [0; 1), 1.0"),
         ({"lora_dropout": -0.1}, "lora_dropout, [0; 1), -0.1"),
         ({"lora_dropout": NAN}, "lora_dropout, nan"),
-        ({"init_lora_weights": "zeros"}, "init_lora_weights, 'zeros', kaiming, gaussian"),
+        (
+            {"init_lora_weights": "zeros"},
+            "init_lora_weights, 'zeros', kaiming, gaussian, lora-ga, pissa, olora",
+        ),
     ],
 )
 def test_adapter_options_out_of_range(options: dict[str, Any], words: str) -> None:
@@ -378,7 +381,10 @@ def test_adapter_options_out_of_range(options: dict[str, Any], words: str) -> No
     [
         ({"use_dora": True}, "LoraConfig(use_dora=True), leave it out"),
         ({"bias": "all"}, "LoraConfig(bias='all'), leave it out"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights, 'olora', kaiming"),
+        (
+            {"init_lora_weights": "orthogonal"},
+            "init_lora_weights, 'orthogonal', kaiming, lora-ga, pissa",
+        ),
     ],
 )
 def test_variants_of_lora_in_a_peft_config(
@@ -386,6 +392,62 @@ def test_variants_of_lora_in_a_peft_config(
 ) -> None:
     adapter = peft.LoraConfig(target_modules=["query"], **options)
     refused(ConfigError, words, steps, bert(), tokens(), adapter=adapter)
+
+
+class Unused(nn.Module):
+    """Two linear layers, of which the second one's product is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + 0.0 * self.second(x)
+
+
+class Coded(nn.Linear):
+    """A weight that is stored as whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.float(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "words"),
+    [
+        (mlp(), {"init_lora_weights": "lora-ga", "r": 2}, "2 r = 4, layer '2', 3, r <= 1"),
+        (Unused(), {"init_lora_weights": "lora-ga"}, "'second', is zero, exclude_modules"),
+        (
+            nn.Sequential(Coded()),
+            {"init_lora_weights": "lora-ga"},
+            "layer '0', torch.int8, unquantised, 'kaiming'",
+        ),
+        (
+            nn.Sequential(Coded()),
+            {"init_lora_weights": "pissa"},
+            "layer '0', torch.int8, unquantised, 'kaiming'",
+        ),
+    ],
+    ids=["rank", "unused", "quantised, gradient", "quantised, weight"],
+)
+def test_a_start_that_cannot_be_had(
+    network: nn.Module, options: dict[str, Any], words: str, steps: list[int]
+) -> None:
+    adapter = AdapterConfig(**{"r": 1, **options})
+    how = {"likelihood": "classification", "adapter": adapter}
+    refused(ConfigError, words, steps, network, (X, Y), **how)
+
+
+def test_a_start_from_a_gradient_meets_labels_that_do_not_fit_as_any_fit_does(
+    steps: list[int],
+) -> None:
+    adapter = AdapterConfig(r=1, init_lora_weights="lora-ga")
+    how = {"likelihood": "classification", "adapter": adapter}
+    refused(DataError, "3", steps, mlp(outputs=2), (X, Y), **how)
 
 
 @pytest.mark.parametrize("adapter", [8, {"r": 8}, "lora"])

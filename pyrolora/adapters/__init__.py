@@ -1,6 +1,7 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
+from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, plain_copy, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
 from pyrolora.adapters.lora_config import as_adapter_config
@@ -18,11 +19,14 @@ __all__ = [
     "HeadSlot",
     "LayerSpec",
     "Layout",
+    "Start",
     "as_adapter_config",
     "attach",
     "bind",
     "current_binding",
+    "frozen_weight",
     "plain_copy",
     "plain_parameters",
+    "start_of",
     "unwrap",
 ]

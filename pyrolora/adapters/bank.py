@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrolora.adapters.initializers import initial_factor
+from pyrolora.adapters.initializers import Start, initial_factor, is_random
 from pyrolora.adapters.layer import Factors
 from pyrolora.adapters.targets import LayerSpec
 from pyrolora.adapters.weight_noise import WeightNoise
@@ -148,7 +148,9 @@ class AdapterBank(ParamModule):
     """The adapter means of all layers, stacked: two parameters, ``A_loc`` and ``B_loc``.
 
     The programs of a guide read the means here, make factors of them, and own the Pyro sites; the
-    layers of the network only ever receive factors.
+    layers of the network only ever receive factors. A start that is not random is kept in the
+    buffers ``A_start`` and ``B_start``, and the update of a layer is then s (B A − B₀ A₀): the
+    network's W, which others share, stays as it is.
 
     Parameters
     ----------
@@ -156,9 +158,17 @@ class AdapterBank(ParamModule):
         The adapted layers; none where the network itself is trained.
     config
         The adapter configuration.
+    start
+        Layer -> (A₀, B₀), where ``config`` asks for a start that is not random: zeros, for a state
+        dict to fill, without it.
     """
 
-    def __init__(self, specs: Sequence[LayerSpec], config: AdapterConfig) -> None:
+    A_start: Tensor | None
+    B_start: Tensor | None
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], config: AdapterConfig, start: Start | None = None
+    ) -> None:
         super().__init__()
         self.specs = {spec.name: spec for spec in specs}
         self.config = config
@@ -166,14 +176,40 @@ class AdapterBank(ParamModule):
             "A": Layout([Block(s.name, "A", s.rank, s.in_features) for s in specs]),
             "B": Layout([Block(s.name, "B", s.rank, s.out_features) for s in specs]),
         }
-        self.declare("A_loc", self.start())
-        self.declare("B_loc", torch.zeros(self.layouts["B"].total))
+        given = None if start is None else self.flattened(start)
+        for factor, layout in self.layouts.items():
+            fixed = None
+            if not is_random(config.init_lora_weights):
+                fixed = torch.zeros(layout.total) if given is None else getattr(given, factor)
+            self.register_buffer(f"{factor}_start", fixed)
+        first = self.start()
+        self.declare("A_loc", first.A)
+        self.declare("B_loc", first.B)
 
-    def start(self) -> Tensor:
-        """A new random start of all A; B starts at zero."""
+    def start(self) -> FlatFactors:
+        """The one start that weights or gradients gave; else a new random A, with B at zero."""
+        if self.origin is not None:
+            return self.origin
         kind, blocks = self.config.init_lora_weights, self.layouts["A"].blocks
         starts = [initial_factor(kind, b.rank, b.columns).flatten() for b in blocks]
-        return torch.cat(starts) if starts else torch.zeros(0)
+        A = torch.cat(starts) if starts else torch.zeros(0)
+        return FlatFactors(A, torch.zeros(self.layouts["B"].total))
+
+    @property
+    def origin(self) -> FlatFactors | None:
+        """The factors of the network as it was, around which priors are centred: A₀ and B₀, or
+        None: zero."""
+        if self.A_start is None or self.B_start is None:
+            return None
+        return FlatFactors(self.A_start, self.B_start)
+
+    def flattened(self, matrices: Start) -> FlatFactors:
+        """Layer -> (A (r, in), B (out, r)), as flat vectors."""
+        A, B = (self.layouts[factor].blocks for factor in "AB")
+        return FlatFactors(
+            torch.cat([matrices[block.layer][0].flatten() for block in A]),
+            torch.cat([matrices[block.layer][1].mT.flatten() for block in B]),
+        )
 
     def layout(self, latent: str) -> Layout:
         """The layout of the latent factors: ``"A"``, ``"B"``, or ``"AB"`` (A's blocks first)."""
@@ -209,17 +245,8 @@ class AdapterBank(ParamModule):
         """Per layer the matrices of its two products: one cast and one scaling for all layers."""
         if not self.specs:
             return {}
-        scalings = {spec.scaling for spec in self.specs.values()}
-        sB = factors.B
-        if len(scalings) == 1:
-            sB = sB * scalings.pop()
-        else:
-            per_block = [self.specs[b.layer].scaling for b in self.layouts["B"].blocks]
-            sB = self.layouts["B"].scale(sB.new_tensor(per_block), sB)
-        A = self.layouts["A"].matrices(factors.A.to(dtype))
-        B = self.layouts["B"].matrices(sB.to(dtype))
-        if factors.pooled:
-            A, B = _pooled(A, B)
+        terms = [(A.to(dtype), self._scaled(B).to(dtype)) for A, B in self._terms(factors)]
+        A, B = self._joined(terms, factors.pooled)
         noises: list[WeightNoise | None] = [None] * len(self.specs)
         if factors.seeds is not None and factors.noise_scale:
             seeds = tuple(factors.seeds.flatten().tolist())
@@ -230,12 +257,10 @@ class AdapterBank(ParamModule):
         }
 
     def matrices(self, factors: FlatFactors) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (A (..., r, in), B (..., out, r)), unscaled; for pooled factors the two of
-        rank S r whose product is the mean of the updates."""
-        A = self.layouts["A"].matrices(factors.A)
-        B = self.layouts["B"].matrices(factors.B)
-        if factors.pooled:
-            A, B = _pooled(A, B)
+        """Layer -> (A (..., r, in), B (..., out, r)), unscaled, whose product is the update: for
+        pooled factors those of rank S r that give the mean of the updates, and r ranks more where
+        there is an `origin`."""
+        A, B = self._joined(self._terms(factors), factors.pooled)
         return {name: (A[name], B[name].mT) for name in self.specs}
 
     def update_norms(self, factors: FlatFactors) -> Tensor:
@@ -246,6 +271,43 @@ class AdapterBank(ParamModule):
             squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0)
             norms.append(self.specs[name].scaling * squared.sqrt())
         return torch.stack(norms, dim=-1) if norms else factors.A
+
+    def _terms(self, factors: FlatFactors) -> list[tuple[Tensor, Tensor]]:
+        """Flat pairs whose products add up to the update: A and B; or, with a start,
+
+            B A − B₀ A₀ = B (A − A₀) + (B − B₀) A₀,
+
+        whose right side is exactly zero at the start and has no difference of large products.
+        """
+        A, B, origin = factors.A, factors.B, self.origin
+        if origin is None:
+            return [(A, B)]
+        moved = B - origin.B
+        if factors.pooled:
+            return [(A - origin.A, B), (origin.A, moved.mean(0))]
+        return [(A - origin.A, B), (origin.A.expand_as(A), moved)]
+
+    def _joined(
+        self, terms: Sequence[tuple[Tensor, Tensor]], pooled: bool
+    ) -> tuple[Matrices, Matrices]:
+        """The matrices of all terms as those of one product, their ranks one after the other."""
+        (A, B), *others = (
+            (self.layouts["A"].matrices(a), self.layouts["B"].matrices(b)) for a, b in terms
+        )
+        if pooled:
+            A, B = _pooled(A, B)
+        for a, b in others:
+            A = {name: torch.cat([A[name], a[name]], -2) for name in A}
+            B = {name: torch.cat([B[name], b[name]], -2) for name in B}
+        return A, B
+
+    def _scaled(self, B: Tensor) -> Tensor:
+        """s B of every layer."""
+        scalings = {spec.scaling for spec in self.specs.values()}
+        if len(scalings) == 1:
+            return B * scalings.pop()
+        per_block = [self.specs[b.layer].scaling for b in self.layouts["B"].blocks]
+        return self.layouts["B"].scale(B.new_tensor(per_block), B)
 
 
 def _pooled(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:

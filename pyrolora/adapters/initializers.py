@@ -1,14 +1,27 @@
-"""How the means of the factors start, by name. B always starts at zero: the function unchanged."""
+"""How the means of the factors start, by name: at random, or from the weight or its gradient.
+
+A random A comes with B at zero, which leaves the function unchanged. The other starts A₀, B₀ are
+those of PEFT 0.21, which takes s B₀ A₀ off the weight; here the bank takes it off the update.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from pyrolora.adapters.adapted_linear import oriented
+from pyrolora.adapters.targets import LayerSpec, unwrapped
+from pyrolora.errors import ConfigError
 from pyrolora.types import INITIALIZERS
+
+Start = Mapping[str, tuple[Tensor, Tensor]]
+"""Layer -> (A₀ (r, in), B₀ (out, r))."""
+
+STABLE_GAMMA = 16
+"""γ of LoRA-GA, as in its paper and in PEFT."""
 
 
 def kaiming(rank: int, columns: int) -> Tensor:
@@ -21,10 +34,129 @@ def gaussian(rank: int, columns: int) -> Tensor:
     return torch.randn(rank, columns) / rank
 
 
-_REGISTRY: dict[str, Callable[[int, int], Tensor]] = {"kaiming": kaiming, "gaussian": gaussian}
-assert tuple(_REGISTRY) == INITIALIZERS
+def lora_ga(layer: nn.Module, gradient: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """From the singular vectors of the gradient G = U S Vᵀ, (out, in), of the layer's weight:
+
+        A₀ = (v_1 .. v_r)ᵀ,   B₀ = (σ_r+1 u_r+1 .. σ_2r u_2r) · m^¼ / √γ
+
+    The first step on B then is along the r strongest directions of G, that on A along the next r.
+    The singular values in B₀ are PEFT's, the paper has none; and so is m, the first size of the
+    weight as the layer stores it: out, but in of a ``Conv1D``.
+
+    References
+    ----------
+    S. Wang, L. Yu, J. Li (2024), "LoRA-GA: Low-Rank Adaptation with Gradient Approximation",
+    NeurIPS, arXiv 2407.05000.
+    """
+    r, least = spec.rank, min(gradient.shape)
+    if 2 * r > least:
+        raise ConfigError(
+            f"init_lora_weights='lora-ga' takes 2 r = {2 * r} singular vectors of a gradient, and "
+            f"that of layer {spec.name!r} has {least} (in {spec.in_features}, out "
+            f"{spec.out_features}); choose r <= {least // 2}, give this layer its own rank with "
+            "rank_pattern, or leave it out with exclude_modules"
+        )
+    if not gradient.isfinite().all() or not gradient.any():
+        found = "is zero" if gradient.isfinite().all() else "is not finite"
+        raise ConfigError(
+            f"init_lora_weights='lora-ga' needs a gradient, and that of layer {spec.name!r} on the "
+            f"first batch {found}; take a larger batch_size, leave the layer out with "
+            "exclude_modules, or start from 'kaiming'"
+        )
+    U, S, V = torch.svd_lowrank(gradient, q=min(4 * r, least), niter=4)
+    scale = layer.get_parameter("weight").shape[0] ** 0.25 / STABLE_GAMMA**0.5
+    return V[:, :r].T, U[:, r : 2 * r] * S[r : 2 * r] * scale
+
+
+def pissa(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """From the r largest singular values of W = U S Vᵀ, (out, in):
+
+        A₀ = (S_r / s)^½ V_rᵀ,   B₀ = U_r (S_r / s)^½
+
+    References
+    ----------
+    F. Meng, Z. Wang, M. Zhang (2024), "PiSSA: Principal Singular Values and Singular Vectors
+    Adaptation of Large Language Models", NeurIPS, arXiv 2404.02948.
+    """
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (S[: spec.rank] / spec.scaling).sqrt()
+    return root[:, None] * Vh[: spec.rank], U[:, : spec.rank] * root
+
+
+def olora(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """From W = Q R, (out, in): A₀ the first r rows of R, B₀ the first r columns of Q.
+
+    References
+    ----------
+    K. Büyükakyüz (2024), "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models",
+    arXiv 2406.01775.
+    """
+    Q, R = torch.linalg.qr(weight)
+    return R[: spec.rank], Q[:, : spec.rank]
+
+
+_RANDOM: dict[str, Callable[[int, int], Tensor]] = {"kaiming": kaiming, "gaussian": gaussian}
+_FROM_GRADIENT = {"lora-ga": lora_ga}
+_FROM_WEIGHT = {"pissa": pissa, "olora": olora}
+assert (*_RANDOM, *_FROM_GRADIENT, *_FROM_WEIGHT) == INITIALIZERS
+
+
+def is_random(name: str) -> bool:
+    """Whether A starts at random, with B at zero."""
+    return name in _RANDOM
 
 
 def initial_factor(name: str, rank: int, columns: int) -> Tensor:
-    """The start of one A, (rank, columns)."""
-    return _REGISTRY[name](rank, columns)
+    """The start of one A, (rank, columns), of a name that `is_random`."""
+    return _RANDOM[name](rank, columns)
+
+
+def start_of(
+    layers: Mapping[str, nn.Module],
+    specs: Sequence[LayerSpec],
+    name: str,
+    gradients: Callable[[], Mapping[str, Tensor]],
+) -> Start | None:
+    """The start that weights or gradients give, in float32; None where it is random.
+
+    Parameters
+    ----------
+    layers
+        The adapted layers, wrapped or not, by name.
+    specs
+        Their shapes.
+    name
+        ``init_lora_weights``.
+    gradients
+        Layer -> the gradient of its weight, in the weight's shape; called where it is needed.
+
+    Raises
+    ------
+    ConfigError
+        For a weight that is no plain one, a rank that is too high, a gradient of zero.
+    """
+    if is_random(name):
+        return None
+    bases = {spec.name: unwrapped(layers[spec.name]) for spec in specs}
+    matrices: Mapping[str, Tensor] = {n: frozen_weight(n, base) for n, base in bases.items()}
+    if name in _FROM_GRADIENT:
+        matrices = gradients()
+    make = {**_FROM_GRADIENT, **_FROM_WEIGHT}[name]
+    start = {}
+    for spec in specs:
+        layer, matrix = bases[spec.name], matrices[spec.name].detach()
+        A, B = make(layer, oriented(layer, matrix).float(), spec)
+        start[spec.name] = A.clone(), B.clone()  # not views, which keep all of the decomposition
+    return start
+
+
+def frozen_weight(name: str, layer: nn.Module) -> nn.Parameter:
+    """The weight of a linear layer, if it can be read and has a gradient."""
+    weight = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        kind = "none of its own" if weight is None else f"a {type(weight).__name__}, {weight.dtype}"
+        raise ConfigError(
+            f"a start from weights or gradients needs plain ones, and the weight of layer {name!r} "
+            f"is {kind}; load the network unquantised, or choose init_lora_weights='kaiming'"
+        )
+    return weight

@@ -8,6 +8,9 @@ from typing import Any
 from pyrolora.errors import ConfigError
 from pyrolora.types import AdapterConfig
 
+_NAMES = {True: "kaiming", "lora_ga": "lora-ga"}
+"""PEFT's names of initialisers to ours, where they differ."""
+
 
 def as_adapter_config(adapter: Any) -> AdapterConfig:
     """An `AdapterConfig` from None, one of ours, or a ``peft.LoraConfig``.
@@ -32,6 +35,8 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
     plain = type(adapter)()
     for field in dataclasses.fields(adapter):
         value = getattr(adapter, field.name)
+        if field.name == "lora_ga_config" and value == type(value)():
+            continue  # the start as PEFT has it by default, which is ours
         if field.name not in taken | neutral and value != getattr(plain, field.name):
             raise ConfigError(
                 f"pyrolora does not support LoraConfig({field.name}={value!r}); leave it out"
@@ -39,8 +44,8 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
     options = {name: getattr(adapter, name) for name in taken}
     options["target_modules"] = _in_order(options["target_modules"]) or "auto"
     options["exclude_modules"] = _in_order(options["exclude_modules"]) or None
-    if options["init_lora_weights"] is True:
-        options["init_lora_weights"] = "kaiming"
+    start = options["init_lora_weights"]
+    options["init_lora_weights"] = _NAMES.get(start, start)
     return AdapterConfig(**options)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import whole_number
+from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides.base import Fit, Guide, Program, Quantities, Sites
 from pyrolora.guides.map import MAP
 
@@ -24,7 +24,9 @@ class Ensemble(Guide):
         member ~ Uniform{1..K},   A = A_member,  B = B_member,  head = head_member
 
     in model and guide alike. The mean adapter is the mean of the updates s B_k A_k (of rank K r)
-    with the mean of the heads. Of a regression's noise the members have one scale,
+    with the mean of the heads. Where the start comes from a gradient or from the weights
+    (``init_lora_weights="lora-ga"``, ...) all members have the same A and B to begin with, and
+    differ by the order of the data alone. Of a regression's noise the members have one scale,
     σ² = mean σ_k²: the predictive variance is that of the mixture.
 
     Parameters
@@ -52,6 +54,12 @@ class Ensemble(Guide):
         whole_number("members", self.members, at_least=2)
 
     def build(self, bank: AdapterBank) -> EnsembleProgram:
+        if self.side_by_side and bank.origin is not None:
+            raise ConfigError(
+                "side by side, from the one start of init_lora_weights="
+                f"{bank.config.init_lora_weights!r} and on the same batches, all members stay the "
+                "same; leave side_by_side out, or start from 'kaiming'"
+            )
         return EnsembleProgram(bank, self)
 
     def infer(self, fit: Fit) -> None:
@@ -79,9 +87,9 @@ class EnsembleProgram(Program):
         self.members = options.members
         bank.requires_grad_(False)
         means = bank.means()
-        starts = [means.A, *(bank.start() for _ in range(self.members - 1))]
-        self.declare("A_locs", torch.stack(starts))
-        self.declare("B_locs", means.B.expand(self.members, -1))
+        starts = [means, *(bank.start() for _ in range(self.members - 1))]
+        self.declare("A_locs", torch.stack([start.A for start in starts]))
+        self.declare("B_locs", torch.stack([start.B for start in starts]))
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         return self.factors({"member": self._member()})

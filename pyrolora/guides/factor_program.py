@@ -111,8 +111,10 @@ class FactorProgram(Program):
         return self.bank.latent_part(site, self.bank.means())
 
     def normal_prior(self, site: str, scale: float | Tensor) -> dist.TorchDistribution:
-        """N(0, scale²) on every entry of a site."""
-        zeros = torch.zeros(
-            self.bank.layout(site).total, device=self.bank.get_parameter("A_loc").device
-        )
-        return dist.Normal(zeros, scale).to_event(1)
+        """N(0, scale²) on every entry of a site; around the start, where that is taken off."""
+        if self.bank.origin is not None:
+            centre = self.bank.latent_part(site, self.bank.origin)
+        else:
+            device = self.bank.get_parameter("A_loc").device
+            centre = torch.zeros(self.bank.layout(site).total, device=device)
+        return dist.Normal(centre, scale).to_event(1)

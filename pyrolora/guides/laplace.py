@@ -35,7 +35,8 @@ class Laplace(Guide):
 
     with H, a block for each factor of each layer, the generalised Gauss-Newton matrix of
     −log p(y|θ) in Kronecker-factored form (KFAC-expand for sequences; for language models with
-    sampled labels). Layers are independent, and A and B of a layer are.
+    sampled labels). Layers are independent, and A and B of a layer are. Where the adapters have a
+    start that is taken off again, the prior is around it.
 
     Parameters
     ----------
@@ -170,9 +171,14 @@ class LaplaceProgram(FactorProgram):
                         self.get_buffer(f"{name}_{factor}_{i}")[number] = tensor
 
     def evidence(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The eigenvalues of H, and θ̄: what the marginal likelihood of λ depends on."""
+        """The eigenvalues of H, and θ̄ from the centre of the prior: what the marginal likelihood
+        of λ depends on."""
         values = [v for factor in self.options.latent for v in self._buffers_of("values", factor)]
-        return values, [self.loc(factor).detach() for factor in self.options.latent]
+        means = []
+        for factor in self.options.latent:
+            prior: Any = self.prior(factor)
+            means.append((self.loc(factor) - prior.mean).detach())
+        return values, means
 
     def _buffers_of(self, name: str, factor: str) -> list[Tensor]:
         groups = self.bank.layouts[factor].groups

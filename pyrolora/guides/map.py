@@ -29,7 +29,8 @@ class MAP(Variational):
     Without a prior the model has the same point mass (the empirical-Bayes prior mean with no
     spread), its KL is zero, and the fit is LoRA as PEFT and the Trainer do it. With
     ``prior_scale`` σ₀ every entry has the prior N(0, σ₀²), and the fit is MAP:
-    −log p(y|A, B) + β (‖A‖² + ‖B‖²) / (2 σ₀²) + constant.
+    −log p(y|A, B) + β (‖A‖² + ‖B‖²) / (2 σ₀²) + constant. (Where the adapters have a start that is
+    taken off again, the prior is around it.)
 
     Parameters
     ----------
@@ -96,5 +97,6 @@ class MAPProgram(Program):
     def _prior(self, factor: str, mean: Tensor) -> dist.TorchDistribution:
         if self.options.prior_scale is None or factor not in self.options.latent:
             return dist.Delta(mean, event_dim=1)
-        scale = mean.new_tensor(self.options.prior_scale)
-        return dist.Normal(0.0, scale).expand(mean.shape).to_event(1)
+        scale, origin = mean.new_tensor(self.options.prior_scale), self.bank.origin
+        loc = 0.0 if origin is None else self.bank.latent_part(factor, origin)
+        return dist.Normal(loc, scale).expand(mean.shape).to_event(1)

@@ -20,7 +20,8 @@ class MeanField(GaussianGuide):
 
     for the entries θ of A, of B, or of both; a factor that is not latent is its mean. The means
     are the LoRA weights, m and σ are learned, and the KL is a closed form:
-    Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½.
+    Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½. (Where the adapters have a start that is taken
+    off again, the prior is around it, and m_i is the distance.)
 
     A draw is one setting of the weights for all tokens of a sequence, and for all examples of
     its group (``draws_per_batch``).

@@ -58,7 +58,8 @@ class MonteCLoRA(Variational):
     The means M, B and the task head are parameters that model and guide share. With
     ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
     above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² a column, with S = ε₀ ‖π‖ I, or
-    ε₀ ‖π‖ L in the hierarchical form.
+    ε₀ ‖π‖ L in the hierarchical form. (Where the adapters have a start A₀, B₀ that is taken off
+    again, zero is there: a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j has the price.)
 
     After an earlier posterior (``fit(..., prior=)``) the model is that one's guide: its Dirichlet,
     its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z differs
@@ -273,14 +274,16 @@ class MonteCLoRAProgram(Program):
         return [block.name for block in self.layout.blocks]
 
     def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
-        """The mean of z in the model, where the noise is seen from M: at a_j = 0, or at the mean
-        of the earlier posterior."""
-        latent = self.bank.latent_part(self.options.latent, means)
+        """The mean of z in the model, where the noise is seen from M: at a_j = 0, at the start of
+        a_j, or at the mean of the earlier posterior."""
+        centre = self.bank.origin
         if self.previous is not None:
-            bank = self.previous.bank
-            latent = latent - bank.latent_part(self.options.latent, bank.means())
+            centre = self.previous.bank.means()
         elif self.options.prior_mean == "learned":
             return None
+        latent = self.bank.latent_part(self.options.latent, means)
+        if centre is not None:
+            latent = latent - self.bank.latent_part(self.options.latent, centre)
         if self.options.component_prior == "hierarchical":
             law = -gain[..., None, None] * tril
             loc = whiten(law, latent.expand(*gain.shape[:-1], -1), self.layout.groups)
@@ -341,9 +344,9 @@ class MonteCLoRAProgram(Program):
     def _signal(self) -> Tensor:
         """(L, r): the root mean square of each row of the means; 0 for rows that do not exist."""
         rows = []
-        means = self.bank.matrices(self.bank.means())
+        means = self.bank.means()
+        matrices = {f: self.bank.layouts[f].matrices(getattr(means, f).detach()) for f in "AB"}
         for block in self.layout.blocks:
-            A, B = means[block.layer]
-            signal = (A if block.factor == "A" else B.mT).detach().square().mean(-1).sqrt()
+            signal = matrices[block.factor][block.layer].square().mean(-1).sqrt()
             rows.append(torch.nn.functional.pad(signal, (0, self.layout.rank - block.rank)))
         return torch.stack(rows)

@@ -17,6 +17,7 @@ from pyrolora.inference.curvature import (
 )
 from pyrolora.inference.data import Prepared, prepare
 from pyrolora.inference.elbo import NamedELBO
+from pyrolora.inference.gradients import weight_gradients
 from pyrolora.inference.network import load_language_model, load_network
 from pyrolora.inference.run import Run
 from pyrolora.inference.trainer import Objective, SVITrainer, read_state
@@ -42,4 +43,5 @@ __all__ = [
     "read_state",
     "to_device",
     "training_arguments",
+    "weight_gradients",
 ]

@@ -28,6 +28,7 @@ def test_nothing_set_is_nothing_for_every_part() -> None:
         ('{"key": 4}', {"key": 4}),
         ('"4"', "4"),
         ("gaussian", "gaussian"),
+        ("lora-ga", "lora-ga"),
         (".*attention.*(query|key)", ".*attention.*(query|key)"),
         ("a=b", "a=b"),
         ("", ""),

@@ -38,17 +38,18 @@ def arguments(tmp_path, **changes) -> TrainingArguments:
     return TrainingArguments(**{**options, **changes})
 
 
-def peft_run(network, data, args, start, r=4):
-    """LoRA by PEFT and the Trainer from given factors: layer -> (A, B), and the head."""
-    config = peft.LoraConfig(r=r, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS")
-    model = peft.get_peft_model(network, config)
+def peft_run(network, data, args, start=None, r=4, init=True):
+    """LoRA by PEFT and the Trainer, from given factors or from PEFT's own: layer -> (A, B), and the
+    head."""
+    options = {"target_modules": TARGETS, "task_type": "SEQ_CLS", "init_lora_weights": init}
+    model = peft.get_peft_model(network, peft.LoraConfig(r=r, lora_alpha=8, **options))
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
         if isinstance(module, peft.tuners.lora.Linear)
     }
     with torch.no_grad():
-        for name, module in layers.items():
+        for name, module in layers.items() if start is not None else ():
             module.lora_A["default"].weight.copy_(start[name][0])
             module.lora_B["default"].weight.copy_(start[name][1])
     trainer = Trainer(model=model, args=args, train_dataset=data)
@@ -108,6 +109,32 @@ def test_map_equals_peft_and_trainer(tmp_path, accumulation, optim):
     own = posterior.model.named_heads()["classifier"][0].state_dict()
     for key, value in head.items():
         torch.testing.assert_close(own[key], value, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_map_from_the_weights_equals_peft_and_trainer(tmp_path, init):
+    """PEFT takes its start off the weights, we take it off the update: the same function, before
+    and after six steps. Rounding of W − s B₀ A₀ is PEFT's alone, and steps of AdamW enlarge it."""
+    data, network = tokens(40), bert(initializer_range=0.3)
+    changes = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.5}
+    other = copy.deepcopy(network)
+    posterior = pyrolora.fit(
+        network,
+        data,
+        guide="map",
+        adapter=AdapterConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=init),
+        training=arguments(tmp_path / "ours", **changes),
+    )
+    expected, head = peft_run(other, data, arguments(tmp_path / "peft", **changes), init=init)
+    bank = posterior.bank
+    A, B = (bank.layouts[f].matrices(bank.get_parameter(f"{f}_loc").detach()) for f in "AB")
+    for name, (other_a, other_b) in expected.items():
+        torch.testing.assert_close(A[name], other_a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(B[name].mT, other_b, atol=1e-5, rtol=1e-4)
+    assert bank.update_norms(bank.means()).max() > 0.1, "nothing was trained"
+    own = posterior.model.named_heads()["classifier"][0].state_dict()
+    for key, value in head.items():
+        torch.testing.assert_close(own[key], value, atol=1e-5, rtol=1e-4)
 
 
 def one_step(tmp_path, guide, batch_size, accumulation, data):

@@ -1,0 +1,79 @@
+"""The gradient of the loss in the frozen weights, for adapters that start from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pyrolora.adapters import frozen_weight
+from pyrolora.errors import ConfigError
+from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.types import Batch
+
+
+def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
+    """The gradient of −(1/m) Σ log p(y_i | x_i) in the weight W of each adapted layer, at the
+    network without adapters and with the posterior's heads; m counts the observations in the batch,
+    examples or labelled tokens, as transformers' own losses do.
+
+    The network runs in evaluation mode and in its own dtype, and is left as it was: the weights'
+    flags, their ``grad``, the modes. Memory: a copy of the adapted layers' weights.
+
+    Parameters
+    ----------
+    joint
+        The model; of its factors nothing is read.
+    batch
+        Examples with labels, on the model's device.
+
+    Returns
+    -------
+    dict
+        Layer -> the gradient, in the shape and the dtype of the layer's weight.
+
+    Raises
+    ------
+    ConfigError
+        For a weight that is no plain one, or has no part in the output.
+    """
+    layers = joint.attachment.layers
+    weights = {name: frozen_weight(name, layer.base_layer) for name, layer in layers.items()}
+    device = next(iter(weights.values())).device
+    bare = replace(joint.binding(joint.program.bank.means()), factors={})
+    with (
+        evaluating(joint),
+        _trained([*weights.values()]),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        output = joint.run(batch, bare)
+        observations = joint.likelihood.count(batch[LABELS])
+        loss = -joint.likelihood.log_prob(output, batch).sum() / observations
+        gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
+    found = {}
+    for name, gradient in zip(weights, gradients, strict=True):
+        if gradient is None:
+            raise ConfigError(
+                f"the start needs a gradient, and layer {name!r} has none: the network does not "
+                "use its weight for these inputs; leave it out with exclude_modules, or choose "
+                "init_lora_weights='kaiming'"
+            )
+        found[name] = gradient
+    return found
+
+
+@contextmanager
+def _trained(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let the weights take a gradient for the block."""
+    flags = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
