@@ -100,6 +100,11 @@ class Posterior:
         return self.model.program.bank
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> its rank; where ranks have moved between layers, that of the end."""
+        return self.bank.ranks()
+
+    @property
     def likelihood(self) -> Likelihood:
         """The law of the targets."""
         return self.model.likelihood

@@ -1,5 +1,6 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
+from pyrolora.adapters.allocation import moved
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.inject import Attachment, attach, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
@@ -22,6 +23,7 @@ __all__ = [
     "attach",
     "bind",
     "current_binding",
+    "moved",
     "plain_parameters",
     "unwrap",
 ]

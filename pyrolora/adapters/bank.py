@@ -156,23 +156,42 @@ class AdapterBank(ParamModule):
         The adapted layers.
     config
         The adapter configuration.
+
+    Attributes
+    ----------
+    active
+        Which ranks of which layers are in use, (L, r_max) booleans, where ``config`` moves ranks
+        between layers; else None: all are. The others, idle, have zeros in A and B.
     """
+
+    active: Tensor | None
 
     def __init__(self, specs: Sequence[LayerSpec], config: AdapterConfig) -> None:
         super().__init__()
         self.specs = {spec.name: spec for spec in specs}
         self.config = config
+        slots = {spec.name: _slots(spec, config) for spec in specs}
         self.layouts: Mapping[str, Layout] = {
-            "A": Layout([Block(s.name, "A", s.rank, s.in_features) for s in specs]),
-            "B": Layout([Block(s.name, "B", s.rank, s.out_features) for s in specs]),
+            "A": Layout([Block(s.name, "A", slots[s.name], s.in_features) for s in specs]),
+            "B": Layout([Block(s.name, "B", slots[s.name], s.out_features) for s in specs]),
         }
+        first = torch.tensor([spec.rank for spec in specs]).unsqueeze(-1)
+        active = torch.arange(self.layouts["A"].rank) < first
+        self.register_buffer("active", None if config.allocation is None else active)
         self.declare("A_loc", self.start())
         self.declare("B_loc", torch.zeros(self.layouts["B"].total))
 
     def start(self) -> Tensor:
-        """A new random start of all A; B starts at zero."""
-        kind, blocks = self.config.init_lora_weights, self.layouts["A"].blocks
-        return torch.cat([initial_factor(kind, b.rank, b.columns).flatten() for b in blocks])
+        """A new random start of the active ranks of all A; B starts at zero."""
+        kind = self.config.init_lora_weights
+        parts = []
+        for block in self.layouts["A"].blocks:
+            rank = self.specs[block.layer].rank  # what the law of the start depends on
+            times = -(-block.rank // rank)
+            rows = [initial_factor(kind, rank, block.columns) for _ in range(times)]
+            parts.append(torch.cat(rows)[: block.rank].flatten())
+        start = torch.cat(parts)
+        return start if self.active is None else self.kept("A", start.to(self.active.device))
 
     def layout(self, latent: str) -> Layout:
         """The layout of the latent factors: ``"A"``, ``"B"``, or ``"AB"`` (A's blocks first)."""
@@ -207,7 +226,7 @@ class AdapterBank(ParamModule):
     def layer_factors(self, factors: FlatFactors, dtype: torch.dtype) -> dict[str, Factors]:
         """Per layer the matrices of its two products: one cast and one scaling for all layers."""
         scalings = {spec.scaling for spec in self.specs.values()}
-        sB = factors.B
+        sB = self.kept("B", factors.B)
         if len(scalings) == 1:
             sB = sB * scalings.pop()
         else:
@@ -227,13 +246,98 @@ class AdapterBank(ParamModule):
         }
 
     def matrices(self, factors: FlatFactors) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (A (..., r, in), B (..., out, r)), unscaled; for pooled factors the two of
-        rank S r whose product is the mean of the updates."""
-        A = self.layouts["A"].matrices(factors.A)
-        B = self.layouts["B"].matrices(factors.B)
+        """Layer -> (A (..., r, in), B (..., out, r)), unscaled, r the active ranks; for pooled
+        factors the two of rank S r whose product is the mean of the updates."""
+        A, B = self.in_use("A", factors.A), self.in_use("B", factors.B)
         if factors.pooled:
             A, B = _pooled(A, B)
         return {name: (A[name], B[name].mT) for name in self.specs}
+
+    # Which ranks are in use ----------------------------------------------------------------------
+
+    def moves(self) -> bool:
+        """Whether training moves ranks between layers: not where the means are given."""
+        return self.active is not None and self.get_parameter("A_loc").requires_grad
+
+    def ranks(self) -> dict[str, int]:
+        """Layer -> how many ranks are active."""
+        return dict(zip(self.specs, self.mask().sum(-1).tolist(), strict=True))
+
+    def slots(self) -> Tensor:
+        """(L, r_max) booleans, layers in the order of ``specs``: the ranks that there are."""
+        return self.layouts["A"].rank_mask()[self._places("A")]
+
+    def mask(self) -> Tensor:
+        """(L, r_max) booleans, layers in the order of ``specs``: the active ranks."""
+        return self.slots() if self.active is None else self.active
+
+    def rows(self, latent: str) -> Tensor | None:
+        """`mask` in the order of the blocks of ``layout(latent)``; None where all are active."""
+        if self.active is None:
+            return None
+        return torch.cat([self.active[self._numbers(factor)] for factor in latent])
+
+    def entries(self, latent: str) -> Tensor | None:
+        """(total,) booleans: which entries are of active ranks; None where all are."""
+        rows = self.rows(latent)
+        return None if rows is None else self._spread(latent, rows)
+
+    def kept(self, factor: str, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``value`` (..., total) of a factor with zeros in all ranks but the active ones, or those
+        of ``mask`` (..., L, r_max)."""
+        rows = self.rows(factor) if mask is None else mask[..., self._numbers(factor), :]
+        if rows is None:
+            return value
+        return map_blocks(torch.mul, rows[..., None], value, self.layouts[factor].groups)
+
+    def in_use(self, factor: str, value: Tensor) -> Matrices:
+        """Layer -> the active rows, (..., r, columns), of a factor (..., total)."""
+        found = self.layouts[factor].matrices(value)
+        if self.active is None:
+            return found
+        rows = dict(zip(self.specs, self.active, strict=True))
+        return {n: matrix[..., rows[n][: matrix.shape[-2]], :] for n, matrix in found.items()}
+
+    @torch.no_grad()
+    def activate(self, mask: Tensor) -> dict[str, Tensor]:
+        """Make the ranks of ``mask`` (L, r_max) the active ones. A new one gets a new row of A, and
+        B = 0: the function stays. One that goes has zeros in both.
+
+        Returns
+        -------
+        dict
+            ``A_loc`` and ``B_loc`` -> (total,) booleans: the entries of ranks that came or went.
+        """
+        assert self.active is not None
+        mask = mask.to(self.active.device)
+        changed = mask != self.active
+        self.active.copy_(mask)
+        found = {}
+        for factor, value in (("A", self.start()), ("B", torch.zeros(()))):
+            name = f"{factor}_loc"
+            entries = self._spread(factor, changed[self._numbers(factor)])
+            parameter = self.get_parameter(name)
+            parameter.copy_(torch.where(entries, value.to(parameter), parameter))
+            found[name] = entries
+        return found
+
+    def _numbers(self, factor: str) -> list[int]:
+        """Of each block of a factor, the number of its layer."""
+        numbers = {name: number for number, name in enumerate(self.specs)}
+        return [numbers[block.layer] for block in self.layouts[factor].blocks]
+
+    def _places(self, factor: str) -> list[int]:
+        """Of each layer, the number of its block."""
+        places = {block.layer: place for place, block in enumerate(self.layouts[factor].blocks)}
+        return [places[name] for name in self.specs]
+
+    def _spread(self, latent: str, rows: Tensor) -> Tensor:
+        """(total,): each entry has the boolean of its row, of (blocks, r_max)."""
+        layout = self.layout(latent)
+        ones = torch.ones(layout.total, dtype=torch.bool, device=rows.device)
+        return map_blocks(torch.mul, rows[..., None], ones, layout.groups)
+
+    # Norms ---------------------------------------------------------------------------------------
 
     def update_norms(self, factors: FlatFactors) -> Tensor:
         """‖s B A‖_F per draw and layer, (S, L), from the r x r Gram matrices BᵀB and A Aᵀ: no
@@ -243,6 +347,13 @@ class AdapterBank(ParamModule):
             squared = ((B.mT @ B) * (A @ A.mT)).sum((-2, -1)).clamp(min=0)
             norms.append(self.specs[name].scaling * squared.sqrt())
         return torch.stack(norms, dim=-1)
+
+
+def _slots(spec: LayerSpec, config: AdapterConfig) -> int:
+    """How many ranks of a layer are laid out."""
+    if config.allocation is None:
+        return spec.rank
+    return config.allocation.slots(spec.rank, min(spec.in_features, spec.out_features))
 
 
 def _pooled(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:

@@ -25,7 +25,7 @@ class FactorProgram(Program):
         norms = [
             matrix.square().sum((-2, -1)).sqrt()
             for factor in self.options.latent
-            for matrix in self.bank.layouts[factor].matrices(flat(sites[factor])).values()
+            for matrix in self.bank.in_use(factor, flat(sites[factor])).values()
         ]
         return {"factor_norm": (torch.stack(norms, dim=-1), ("block",))}
 

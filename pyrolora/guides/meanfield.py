@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pyro
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora import defaults
@@ -91,8 +92,13 @@ class MeanFieldProgram(FactorProgram):
         with tempered(kl_weight):
             for factor in self.options.latent:
                 mean = means.A if factor == "A" else means.B
-                law = dist.Normal(mean, self.param(f"{factor}_scale"))
+                law = dist.Normal(mean, self._scale(factor))
                 pyro.sample(factor, law.to_event(1))
+
+    def _scale(self, factor: str) -> Tensor:
+        """σ; of idle ranks the prior's, so that their KL is zero."""
+        scale, active = self.param(f"{factor}_scale"), self.bank.entries(factor)
+        return scale if active is None else torch.where(active, scale, self.options.prior_scale)
 
     def _prior(self, factor: str) -> dist.TorchDistribution:
         zeros = torch.zeros_like(self.get_parameter(f"{factor}_scale"))

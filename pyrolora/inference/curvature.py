@@ -123,8 +123,9 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
             "attention_mask is 0 everywhere; pass the training examples"
         )
     found = {}
-    for name, (A, B) in bank.matrices(means).items():
-        A, B, s = A.detach(), B.detach(), bank.specs[name].scaling
+    left, right = (bank.layouts[f].matrices(bank.kept(f, getattr(means, f))) for f in "AB")
+    for name, spec in bank.specs.items():
+        A, B, s = left[name].detach(), right[name].detach().mT, spec.scaling
         X = sums[name].inputs.div_(sums[name].positions)
         G = sums[name].gradients.mul_(s**2)
         found[f"{name}.A"] = Kronecker(B.T @ G @ B, X)

@@ -99,11 +99,11 @@ def _variables(
     variables: Variables = {"adapter_norm": (norms, ("layer",)), **program.quantities(sites)}
     if factors:
         size = len(next(iter(sites.values())))
-        ranks = {name: spec.rank for name, spec in bank.specs.items()}
+        ranks, most = bank.ranks(), bank.layouts["A"].rank
         for name, (A, B) in bank.matrices(drawn).items():
             A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
             # A layer of lower rank has a dimension of its own.
-            rank = "rank" if ranks[name] == max(ranks.values()) else f"rank[{name}]"
+            rank = "rank" if ranks[name] == most else f"rank[{name}]"
             variables[f"A[{name}]"] = (A, (rank, f"in[{name}]"))
             variables[f"B[{name}]"] = (B, (f"out[{name}]", rank))
     return variables
