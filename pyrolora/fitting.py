@@ -21,6 +21,7 @@ from pyrolora.guides import Guide, as_guide, available, full_name
 from pyrolora.inference import (
     Prepared,
     Run,
+    check_allocation,
     load_network,
     prepare,
     to_device,
@@ -154,6 +155,8 @@ def fit(
 
         try:
             joint = joint_for(options)
+            if given is None:
+                check_allocation(joint, held_out)
             _check_output(joint, prepared)
             if given is not None and list(law.parameters()):
                 law.start(prepared.labels, _outputs(joint, prepared, args))
@@ -166,6 +169,7 @@ def fit(
                 args,
                 callbacks,
                 None if held_out is None else partial(_score, data=held_out, args=args),
+                held_out,
                 posterior_of,
             )
             posterior = posterior_of(joint, options)
