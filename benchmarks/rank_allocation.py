@@ -218,10 +218,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seeds", type=positive, default=5, help="tasks, and fits of each")
-    parser.add_argument("--train", type=positive, default=3000, help="training examples")
+    parser.add_argument("--train", type=positive, default=12000, help="training examples")
     parser.add_argument("--held-out", type=positive, default=500, help="examples for the ablation")
-    parser.add_argument("--epochs", type=positive, default=20)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--epochs", type=positive, default=8)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--quick", action="store_true", help="one seed, few examples: a try")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the files")
     args = parser.parse_args(argv)

@@ -75,7 +75,8 @@ def fit(
         object with its options.
     eval_data
         Scored every epoch by the predictive mean over draws; where draws come at the end
-        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too.
+        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too. ``rank_allocation="alora"`` judges
+        ranks by it.
     tokenizer
         For raw text and padding; loaded with a model that is given by its name.
     likelihood

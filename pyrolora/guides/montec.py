@@ -76,8 +76,8 @@ class MonteCLoRA(Variational):
         ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing), or
         ``"zero"``.
     df_per_rank
-        ν / r >= 1, with r the highest rank of the adapters. For the hierarchical form around zero
-        ν > r + 1: below, E[Σ⁻¹] and with it the KL is infinite.
+        ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the
+        hierarchical form around zero ν > r + 1: below, E[Σ⁻¹] and with it the KL is infinite.
     concentration
         α₀.
     init_covariance
