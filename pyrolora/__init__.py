@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from pyrolora.errors import PyroLoraError
-from pyrolora.types import AdapterConfig
+from pyrolora.types import AdapterConfig, RankAllocation
 
 if TYPE_CHECKING:
     from pyrolora import distributions, guides, likelihoods
@@ -54,6 +54,7 @@ __all__ = [
     "Posterior",
     "Prediction",
     "PyroLoraError",
+    "RankAllocation",
     "compare",
     "distributions",
     "fit",

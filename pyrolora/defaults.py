@@ -51,6 +51,21 @@ DROPOUT_DRAWS = 8
 # Flat-LoRA: the paper's range is 0.05 to 0.1.
 RHO = 0.05
 
+# Rank allocation. Eight rounds of a tenth can move more than half of the budget, with training in
+# between that shows what the last one was worth; none before the first tenth of the training, when
+# B has hardly left zero, and none in its second half, which new ranks need to learn in. Slots for
+# twice the rank: what the products of the adapters then cost, and what a layer can win.
+ALLOCATION_ROUNDS = 8
+ALLOCATION_SHARE = 0.1
+ALLOCATION_START = 0.1
+ALLOCATION_END = 0.5
+ALLOCATION_GROWTH = 2.0
+# An ablation compares on the same examples, so that few are enough; it runs them twice a rank.
+ALLOCATION_EXAMPLES = 64
+# The spread of the squared norm of a row is known to a third from 16 draws of one entry, and better
+# from more entries.
+ALLOCATION_DRAWS = 16
+
 # Deep ensembles: most of the gain is there with five members (Lakshminarayanan et al. 2017).
 MEMBERS = 5
 

@@ -29,6 +29,7 @@ from pyrolora.guides import MAP, Guide, Variational, as_guide, available, full_n
 from pyrolora.inference import (
     Prepared,
     Run,
+    check_allocation,
     load_network,
     prepare,
     to_device,
@@ -85,7 +86,8 @@ def fit(
         object with its options. None: ``"montec"``, or that of ``prior``.
     eval_data
         Scored every epoch by the predictive mean over draws; where draws come at the end
-        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too.
+        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too. ``rank_allocation="alora"`` judges
+        ranks by it.
     tokenizer
         For raw text and padding; loaded with a model that is given by its name.
     likelihood
@@ -205,6 +207,8 @@ def fit(
                     partial(_gradients, network, attachment, config, law, prepared, args),
                 )
             joint = joint_for(options)
+            if given is None:
+                check_allocation(joint, held_out)
             _check_output(joint, prepared)
             if given is not None and list(law.parameters()):
                 law.start(prepared.labels, _outputs(joint, prepared, args))
@@ -217,6 +221,7 @@ def fit(
                 args,
                 callbacks,
                 None if held_out is None else partial(_score, data=held_out, args=args),
+                held_out,
                 posterior_of,
             )
             posterior = posterior_of(joint, options)

@@ -60,7 +60,7 @@ class Posterior:
         The guide's options.
     history
         The log of the fit, one dict an entry: ``loss``, ``elbo``, ``log_likelihood``,
-        ``kl/<site>``, evaluation metrics, by ``step`` and ``epoch``.
+        ``kl/<site>``, evaluation metrics, ``ranks_moved``, by ``step`` and ``epoch``.
     tokenizer
         What turns raw text to tokens, or None.
     settings
@@ -98,6 +98,11 @@ class Posterior:
     def bank(self) -> AdapterBank:
         """The adapter means; of an ensemble only their layout, since each member has its own."""
         return self.model.program.bank
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Layer -> its rank; where ranks have moved between layers, that of the end."""
+        return self.bank.ranks()
 
     @property
     def likelihood(self) -> Likelihood:

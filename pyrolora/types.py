@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pyrolora import defaults
 from pyrolora.errors import ConfigError, positive, whole_number
 
 if TYPE_CHECKING:
@@ -14,7 +17,81 @@ if TYPE_CHECKING:
 Batch = Mapping[str, "Tensor"]
 """Column name -> tensor whose first dimension counts examples; the targets are ``labels``."""
 
-INITIALIZERS = ("kaiming", "gaussian", "lora-ga", "pissa", "olora")
+RANDOM_STARTS = ("kaiming", "gaussian")
+"""Those by which a rank can start at any time: a random row of A, and B at zero."""
+INITIALIZERS = (*RANDOM_STARTS, "lora-ga", "pissa", "olora")
+IMPORTANCES = ("alora", "snr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankAllocation:
+    """How the budget of ranks moves between layers while the adapters are trained.
+
+    Every layer starts with its rank r and has slots for ``growth * r`` (no more than it is wide).
+    In each of ``rounds`` steps, evenly spaced between two shares of the training, the least useful
+    of the active ranks lose their place, but for a layer's last one, and layers that lost none get
+    as many, in turn, those of the highest mean importance first. A new rank has a random row of A
+    and B = 0, so that the function stays; the scaling of a layer stays what it was at rank r.
+
+    Parameters
+    ----------
+    importance
+        How a rank is judged. ``"alora"``: by ablation on a batch of ``eval_data``, the
+        log-likelihood of the mean adapter, less that without the rank, plus that of the rank alone.
+        ``"snr"``: by the signal-to-noise ratio of its update under the posterior, without a pass
+        through the network; for guides with a width.
+    rounds
+        How many.
+    share
+        The share of all active ranks that loses its place in a round.
+    start, end
+        The shares of the training steps after which the first round and the last one come.
+    growth
+        The slots of a layer, relative to its r; they cost what active ranks do.
+
+    References
+    ----------
+    Z. Liu, J. Lyn, W. Zhu, X. Tian (2024), "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning
+    Large Language Models", NAACL, arXiv 2403.16187.
+    """
+
+    importance: str = "alora"
+    rounds: int = defaults.ALLOCATION_ROUNDS
+    share: float = defaults.ALLOCATION_SHARE
+    start: float = defaults.ALLOCATION_START
+    end: float = defaults.ALLOCATION_END
+    growth: float = defaults.ALLOCATION_GROWTH
+
+    def __post_init__(self) -> None:
+        if self.importance not in IMPORTANCES:
+            raise ConfigError(
+                f"unknown importance {self.importance!r} of ranks; "
+                f"choose one of {', '.join(IMPORTANCES)}"
+            )
+        whole_number("rounds", self.rounds, at_least=1)
+        for name in ("share", "growth"):
+            positive(name, getattr(self, name))
+        for name in ("start", "end"):
+            positive(name, getattr(self, name), or_zero=True)
+        if self.share > 1:
+            raise ConfigError(f"share must be a share of the ranks, at most 1, got {self.share!r}")
+        if not self.start <= self.end < 1:
+            raise ConfigError(
+                "start and end must be shares of the training, 0 <= start <= end < 1, got "
+                f"start={self.start!r} and end={self.end!r}"
+            )
+        if self.growth <= 1:
+            raise ConfigError(f"growth must be above 1, or no layer can win, got {self.growth!r}")
+
+    def slots(self, rank: int, width: int) -> int:
+        """How many ranks a layer that starts with ``rank`` can have."""
+        return min(math.ceil(self.growth * rank), width)
+
+    def steps(self, total: int) -> set[int]:
+        """After which of ``total`` steps ranks move; rounds that fall on one step are one."""
+        gap = (self.end - self.start) / max(self.rounds - 1, 1)
+        shares = (self.start + i * gap for i in range(self.rounds))
+        return {max(1, round(total * share)) for share in shares}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +126,9 @@ class AdapterConfig:
         Other ranks and alphas for the layers whose name ends with a match of the key.
     use_rslora
         Scale by ``lora_alpha / sqrt(r)``.
+    rank_allocation
+        ``"uniform"``: ranks stay as they are. ``"alora"`` or ``"snr"``: the layers share one
+        budget, and training moves it to where it is of use; a `RankAllocation` has the options.
 
     Raises
     ------
@@ -66,6 +146,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    rank_allocation: str | RankAllocation | Mapping[str, Any] = "uniform"
 
     def __post_init__(self) -> None:
         for key, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -84,3 +165,34 @@ class AdapterConfig:
                 f"unknown init_lora_weights {self.init_lora_weights!r}; "
                 f"choose one of {', '.join(INITIALIZERS)}"
             )
+        self._check_allocation()
+
+    def _check_allocation(self) -> None:
+        given = self.rank_allocation
+        if isinstance(given, Mapping):  # of JSON
+            names = [field.name for field in dataclasses.fields(RankAllocation)]
+            for name in given:
+                if name not in names:
+                    raise ConfigError(
+                        f"rank_allocation has no option {name!r}; it has {', '.join(names)}"
+                    )
+            object.__setattr__(self, "rank_allocation", RankAllocation(**given))
+        elif not isinstance(given, RankAllocation) and given not in ("uniform", *IMPORTANCES):
+            raise ConfigError(
+                f"unknown rank_allocation {given!r}; choose one of "
+                f"{', '.join(('uniform', *IMPORTANCES))}, or a RankAllocation(...)"
+            )
+        if self.allocation is not None and self.init_lora_weights not in RANDOM_STARTS:
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} gives the ranks of the start, and "
+                f"rank_allocation adds later ones; choose one of {', '.join(RANDOM_STARTS)}, or "
+                "rank_allocation='uniform'"
+            )
+
+    @property
+    def allocation(self) -> RankAllocation | None:
+        """How ranks move; None where they do not."""
+        if isinstance(self.rank_allocation, RankAllocation):
+            return self.rank_allocation
+        kind = str(self.rank_allocation)
+        return None if kind == "uniform" else RankAllocation(importance=kind)

@@ -164,3 +164,17 @@ def test_whole_fits_train_and_save_an_adapter(
     )
     fit_time.work(name, str(zoo.folder("encoder")), str(tmp_path / "data"), steps=2, batch=4)
     assert any(file.endswith(".safetensors") for file in saved)
+
+
+def test_ranks_are_compared_at_one_budget_and_scored_twice(
+    script: Callable[[str], Any], tmp_path: Path
+) -> None:
+    script("rank_allocation").main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "rank_allocation.json").read_text())
+    rows = {row["ranks of"]: row for row in found["rows"]}
+    assert rows["uniform 2"]["ranks"] == [2] * 6
+    assert rows["teacher's"]["ranks"] == [1, 1, 6, 1, 1, 1]
+    assert sum(rows["alora"]["ranks"]) == sum(rows["snr"]["ranks"]) == 12
+    (scores,) = found["scores"]
+    assert all(torch.tensor(scores[name]).shape == (6, 6) for name in ("alora", "snr"))
+    assert "| uniform 2 |" in (tmp_path / "rank_allocation.md").read_text()

@@ -38,8 +38,8 @@ FLOORS = {
 }
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"
-# The configuration checks its values, so that floor 0 has an order within: errors, then types.
-WITHIN_A_FLOOR = {("types", "errors")}
+# The configuration checks its values and has defaults: floor 0 has an order within, types last.
+WITHIN_A_FLOOR = {("types", "errors"), ("types", "defaults")}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 

@@ -1,5 +1,6 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
+from pyrolora.adapters.allocation import moved
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, plain_copy, unwrap
@@ -25,6 +26,7 @@ __all__ = [
     "bind",
     "current_binding",
     "frozen_weight",
+    "moved",
     "plain_copy",
     "plain_parameters",
     "start_of",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyrolora.adapters.initializers import Start, initial_factor, is_random
+from pyrolora.adapters.initializers import Start, initial_factor
 from pyrolora.adapters.layer import Factors
 from pyrolora.adapters.targets import LayerSpec
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.distributions import BlockGroup, map_blocks, split_blocks
 from pyrolora.parameters import ParamModule
-from pyrolora.types import AdapterConfig
+from pyrolora.types import RANDOM_STARTS, AdapterConfig
 
 Matrices = Mapping[str, Tensor]
 """Layer -> (..., r, columns)."""
@@ -161,10 +161,17 @@ class AdapterBank(ParamModule):
     start
         Layer -> (A₀, B₀), where ``config`` asks for a start that is not random: zeros, for a state
         dict to fill, without it.
+
+    Attributes
+    ----------
+    active
+        Which ranks of which layers are in use, (L, r_max) booleans, where ``config`` moves ranks
+        between layers; else None: all are. The others, idle, have zeros in A and B.
     """
 
     A_start: Tensor | None
     B_start: Tensor | None
+    active: Tensor | None
 
     def __init__(
         self, specs: Sequence[LayerSpec], config: AdapterConfig, start: Start | None = None
@@ -172,28 +179,40 @@ class AdapterBank(ParamModule):
         super().__init__()
         self.specs = {spec.name: spec for spec in specs}
         self.config = config
+        slots = {spec.name: _slots(spec, config) for spec in specs}
         self.layouts: Mapping[str, Layout] = {
-            "A": Layout([Block(s.name, "A", s.rank, s.in_features) for s in specs]),
-            "B": Layout([Block(s.name, "B", s.rank, s.out_features) for s in specs]),
+            "A": Layout([Block(s.name, "A", slots[s.name], s.in_features) for s in specs]),
+            "B": Layout([Block(s.name, "B", slots[s.name], s.out_features) for s in specs]),
         }
         given = None if start is None else self.flattened(start)
         for factor, layout in self.layouts.items():
             fixed = None
-            if not is_random(config.init_lora_weights):
+            if config.init_lora_weights not in RANDOM_STARTS:
                 fixed = torch.zeros(layout.total) if given is None else getattr(given, factor)
             self.register_buffer(f"{factor}_start", fixed)
+        ranks = torch.tensor([spec.rank for spec in specs]).unsqueeze(-1)
+        active = torch.arange(self.layouts["A"].rank) < ranks
+        self.register_buffer("active", None if config.allocation is None else active)
         first = self.start()
         self.declare("A_loc", first.A)
         self.declare("B_loc", first.B)
 
     def start(self) -> FlatFactors:
-        """The one start that weights or gradients gave; else a new random A, with B at zero."""
+        """The one start that weights or gradients gave; else a new random A in the active ranks,
+        with B at zero."""
         if self.origin is not None:
             return self.origin
-        kind, blocks = self.config.init_lora_weights, self.layouts["A"].blocks
-        starts = [initial_factor(kind, b.rank, b.columns).flatten() for b in blocks]
-        A = torch.cat(starts) if starts else torch.zeros(0)
-        return FlatFactors(A, torch.zeros(self.layouts["B"].total))
+        kind = self.config.init_lora_weights
+        parts = [torch.zeros(0)]
+        for block in self.layouts["A"].blocks:
+            rank = self.specs[block.layer].rank  # what the law of the start depends on
+            times = -(-block.rank // rank)
+            rows = [initial_factor(kind, rank, block.columns) for _ in range(times)]
+            parts.append(torch.cat(rows)[: block.rank].flatten())
+        A = torch.cat(parts)
+        if self.active is not None:
+            A = self.kept("A", A.to(self.active.device))
+        return FlatFactors(A, A.new_zeros(self.layouts["B"].total))
 
     @property
     def origin(self) -> FlatFactors | None:
@@ -245,8 +264,11 @@ class AdapterBank(ParamModule):
         """Per layer the matrices of its two products: one cast and one scaling for all layers."""
         if not self.specs:
             return {}
-        terms = [(A.to(dtype), self._scaled(B).to(dtype)) for A, B in self._terms(factors)]
-        A, B = self._joined(terms, factors.pooled)
+        terms = [
+            (A.to(dtype), self._scaled(self.kept("B", B)).to(dtype))
+            for A, B in self._terms(factors)
+        ]
+        A, B = self._joined(terms, factors.pooled, self._all)
         noises: list[WeightNoise | None] = [None] * len(self.specs)
         if factors.seeds is not None and factors.noise_scale:
             seeds = tuple(factors.seeds.flatten().tolist())
@@ -257,11 +279,97 @@ class AdapterBank(ParamModule):
         }
 
     def matrices(self, factors: FlatFactors) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (A (..., r, in), B (..., out, r)), unscaled, whose product is the update: for
-        pooled factors those of rank S r that give the mean of the updates, and r ranks more where
-        there is an `origin`."""
-        A, B = self._joined(self._terms(factors), factors.pooled)
+        """Layer -> (A (..., r, in), B (..., out, r)), unscaled, r the active ranks, whose product
+        is the update: for pooled factors those of rank S r that give the mean of the updates, and
+        r ranks more where there is an `origin`."""
+        A, B = self._joined(self._terms(factors), factors.pooled, self.in_use)
         return {name: (A[name], B[name].mT) for name in self.specs}
+
+    # Which ranks are in use ----------------------------------------------------------------------
+
+    def moves(self) -> bool:
+        """Whether training moves ranks between layers: not where the means are given."""
+        return self.active is not None and self.get_parameter("A_loc").requires_grad
+
+    def ranks(self) -> dict[str, int]:
+        """Layer -> how many ranks are active."""
+        return dict(zip(self.specs, self.mask().sum(-1).tolist(), strict=True))
+
+    def slots(self) -> Tensor:
+        """(L, r_max) booleans, layers in the order of ``specs``: the ranks that there are."""
+        return self.layouts["A"].rank_mask()[self._places("A")]
+
+    def mask(self) -> Tensor:
+        """(L, r_max) booleans, layers in the order of ``specs``: the active ranks."""
+        return self.slots() if self.active is None else self.active
+
+    def rows(self, latent: str) -> Tensor | None:
+        """`mask` in the order of the blocks of ``layout(latent)``; None where all are active."""
+        if self.active is None:
+            return None
+        return torch.cat([self.active[self._numbers(factor)] for factor in latent])
+
+    def entries(self, latent: str) -> Tensor | None:
+        """(total,) booleans: which entries are of active ranks; None where all are."""
+        rows = self.rows(latent)
+        return None if rows is None else self._spread(latent, rows)
+
+    def kept(self, factor: str, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``value`` (..., total) of a factor with zeros in all ranks but the active ones, or those
+        of ``mask`` (..., L, r_max)."""
+        rows = self.rows(factor) if mask is None else mask[..., self._numbers(factor), :]
+        if rows is None:
+            return value
+        return map_blocks(torch.mul, rows[..., None], value, self.layouts[factor].groups)
+
+    def in_use(self, factor: str, value: Tensor) -> Matrices:
+        """Layer -> the active rows, (..., r, columns), of a factor (..., total)."""
+        found = self.layouts[factor].matrices(value)
+        if self.active is None:
+            return found
+        rows = dict(zip(self.specs, self.active, strict=True))
+        return {n: matrix[..., rows[n][: matrix.shape[-2]], :] for n, matrix in found.items()}
+
+    @torch.no_grad()
+    def activate(self, mask: Tensor) -> dict[str, Tensor]:
+        """Make the ranks of ``mask`` (L, r_max) the active ones. A new one gets a new row of A, and
+        B = 0: the function stays. One that goes has zeros in both.
+
+        Returns
+        -------
+        dict
+            ``A_loc`` and ``B_loc`` -> (total,) booleans: the entries of ranks that came or went.
+        """
+        assert self.active is not None
+        mask = mask.to(self.active.device)
+        changed = mask != self.active
+        self.active.copy_(mask)
+        found = {}
+        for factor, value in (("A", self.start().A), ("B", torch.zeros(()))):
+            name = f"{factor}_loc"
+            entries = self._spread(factor, changed[self._numbers(factor)])
+            parameter = self.get_parameter(name)
+            parameter.copy_(torch.where(entries, value.to(parameter), parameter))
+            found[name] = entries
+        return found
+
+    def _numbers(self, factor: str) -> list[int]:
+        """Of each block of a factor, the number of its layer."""
+        numbers = {name: number for number, name in enumerate(self.specs)}
+        return [numbers[block.layer] for block in self.layouts[factor].blocks]
+
+    def _places(self, factor: str) -> list[int]:
+        """Of each layer, the number of its block."""
+        places = {block.layer: place for place, block in enumerate(self.layouts[factor].blocks)}
+        return [places[name] for name in self.specs]
+
+    def _spread(self, latent: str, rows: Tensor) -> Tensor:
+        """(total,): each entry has the boolean of its row, of (blocks, r_max)."""
+        layout = self.layout(latent)
+        ones = torch.ones(layout.total, dtype=torch.bool, device=rows.device)
+        return map_blocks(torch.mul, rows[..., None], ones, layout.groups)
+
+    # Norms ---------------------------------------------------------------------------------------
 
     def update_norms(self, factors: FlatFactors) -> Tensor:
         """‖s B A‖_F per draw and layer, (S, L), from the r x r Gram matrices BᵀB and A Aᵀ: no
@@ -288,18 +396,22 @@ class AdapterBank(ParamModule):
         return [(A - origin.A, B), (origin.A.expand_as(A), moved)]
 
     def _joined(
-        self, terms: Sequence[tuple[Tensor, Tensor]], pooled: bool
+        self,
+        terms: Sequence[tuple[Tensor, Tensor]],
+        pooled: bool,
+        split: Callable[[str, Tensor], Matrices],
     ) -> tuple[Matrices, Matrices]:
         """The matrices of all terms as those of one product, their ranks one after the other."""
-        (A, B), *others = (
-            (self.layouts["A"].matrices(a), self.layouts["B"].matrices(b)) for a, b in terms
-        )
+        (A, B), *others = ((split("A", a), split("B", b)) for a, b in terms)
         if pooled:
             A, B = _pooled(A, B)
         for a, b in others:
             A = {name: torch.cat([A[name], a[name]], -2) for name in A}
             B = {name: torch.cat([B[name], b[name]], -2) for name in B}
         return A, B
+
+    def _all(self, factor: str, value: Tensor) -> Matrices:
+        return self.layouts[factor].matrices(value)
 
     def _scaled(self, B: Tensor) -> Tensor:
         """s B of every layer."""
@@ -308,6 +420,13 @@ class AdapterBank(ParamModule):
             return B * scalings.pop()
         per_block = [self.specs[b.layer].scaling for b in self.layouts["B"].blocks]
         return self.layouts["B"].scale(B.new_tensor(per_block), B)
+
+
+def _slots(spec: LayerSpec, config: AdapterConfig) -> int:
+    """How many ranks of a layer are laid out."""
+    if config.allocation is None:
+        return spec.rank
+    return config.allocation.slots(spec.rank, min(spec.in_features, spec.out_features))
 
 
 def _pooled(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyrolora.adapters.adapted_linear import oriented
 from pyrolora.adapters.targets import LayerSpec, unwrapped
 from pyrolora.errors import ConfigError
-from pyrolora.types import INITIALIZERS
+from pyrolora.types import INITIALIZERS, RANDOM_STARTS
 
 Start = Mapping[str, tuple[Tensor, Tensor]]
 """Layer -> (A₀ (r, in), B₀ (out, r))."""
@@ -98,16 +98,12 @@ def olora(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Te
 _RANDOM: dict[str, Callable[[int, int], Tensor]] = {"kaiming": kaiming, "gaussian": gaussian}
 _FROM_GRADIENT = {"lora-ga": lora_ga}
 _FROM_WEIGHT = {"pissa": pissa, "olora": olora}
+assert tuple(_RANDOM) == RANDOM_STARTS
 assert (*_RANDOM, *_FROM_GRADIENT, *_FROM_WEIGHT) == INITIALIZERS
 
 
-def is_random(name: str) -> bool:
-    """Whether A starts at random, with B at zero."""
-    return name in _RANDOM
-
-
 def initial_factor(name: str, rank: int, columns: int) -> Tensor:
-    """The start of one A, (rank, columns), of a name that `is_random`."""
+    """The start of one A, (rank, columns), of a name in `RANDOM_STARTS`."""
     return _RANDOM[name](rank, columns)
 
 
@@ -135,7 +131,7 @@ def start_of(
     ConfigError
         For a weight that is no plain one, a rank that is too high, a gradient of zero.
     """
-    if is_random(name):
+    if name in RANDOM_STARTS:
         return None
     bases = {spec.name: unwrapped(layers[spec.name]) for spec in specs}
     matrices: Mapping[str, Tensor] = {n: frozen_weight(n, base) for n, base in bases.items()}

@@ -99,7 +99,8 @@ def fit(
             "--set",
             metavar="PART.OPTION=VALUE",
             help="Any other option, as in Python: guide.kl_weight=0.1, adapter.r=4, "
-            "training.gradient_accumulation_steps=2 (transformers.TrainingArguments). Repeatable.",
+            "adapter.rank_allocation=snr, training.gradient_accumulation_steps=2 "
+            "(transformers.TrainingArguments). Repeatable.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -99,7 +99,7 @@ class FactorProgram(Program):
         norms = [
             matrix.square().sum((-2, -1)).sqrt()
             for factor in self.options.latent
-            for matrix in self.bank.layouts[factor].matrices(getattr(drawn, factor)).values()
+            for matrix in self.bank.in_use(factor, getattr(drawn, factor)).values()
         ]
         return {"factor_norm": (torch.stack(norms, dim=-1), ("block",))}
 

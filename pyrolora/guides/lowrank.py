@@ -76,6 +76,10 @@ class LowRankProgram(FactorProgram):
         return self.normal_prior(site, self.options.prior_scale)
 
     def law(self, site: str) -> dist.TorchDistribution:
-        scale = self.param("scale")
-        factor = scale.unsqueeze(-1) * self.param("directions")
+        scale, directions = self.param("scale"), self.param("directions")
+        active = self.bank.entries(site)
+        if active is not None:  # idle ranks have the prior's law, so that their KL is zero
+            scale = torch.where(active, scale, self.options.prior_scale)
+            directions = torch.where(active.unsqueeze(-1), directions, 0.0)
+        factor = scale.unsqueeze(-1) * directions
         return dist.LowRankMultivariateNormal(self.loc(site), factor, scale.square())

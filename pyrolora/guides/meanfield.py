@@ -63,4 +63,7 @@ class MeanFieldProgram(FactorProgram):
         return self.normal_prior(site, self.options.prior_scale)
 
     def law(self, site: str) -> dist.TorchDistribution:
-        return dist.Normal(self.loc(site), self.param(f"{site}_scale")).to_event(1)
+        scale, active = self.param(f"{site}_scale"), self.bank.entries(site)
+        if active is not None:  # idle ranks have the prior's law, so that their KL is zero
+            scale = torch.where(active, scale, self.options.prior_scale)
+        return dist.Normal(self.loc(site), scale).to_event(1)

@@ -81,8 +81,8 @@ class MonteCLoRA(Variational):
         ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing), or
         ``"zero"``.
     df_per_rank
-        ν / r >= 1, with r the highest rank of the adapters. For the hierarchical form around zero
-        ν > r + 1: below, E[Σ⁻¹] and with it the KL is infinite.
+        ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the
+        hierarchical form around zero ν > r + 1: below, E[Σ⁻¹] and with it the KL is infinite.
     concentration
         α₀.
     init_covariance
@@ -226,7 +226,7 @@ class MonteCLoRAProgram(Program):
                 tril = pyro.sample("covariance_tril", self._covariance_prior())
                 if options.cooperation:
                     pyro.factor("cooperation", -options.cooperation * weights.square().sum(-1))
-            gain = self._gain(weights)
+            gain, tril = self._gain(weights), self._cut(tril)
             loc = self._prior_loc(gain, tril, means)
             noise = pyro.sample("noise", self._noise_prior(tril, loc))
         return self._factors(gain, tril, noise, means)
@@ -235,12 +235,13 @@ class MonteCLoRAProgram(Program):
         with tempered(kl_weight):
             with pyro.plate("blocks", len(self.layout), dim=-1):
                 pyro.sample("mixture_weights", dist.Dirichlet(self.param("concentration")))
-                tril = pyro.sample("covariance_tril", self._covariance())
+                tril = self._cut(pyro.sample("covariance_tril", self._covariance()))
             pyro.sample("noise", self._noise(tril))
 
     def factors(self, sites: Sites) -> FlatFactors:
         gain = self._gain(sites["mixture_weights"])
-        return self._factors(gain, sites["covariance_tril"], sites["noise"], self.bank.means())
+        tril = self._cut(sites["covariance_tril"])
+        return self._factors(gain, tril, sites["noise"], self.bank.means())
 
     def _factors(
         self, gain: Tensor, tril: Tensor, noise: Tensor, means: FlatFactors
@@ -255,7 +256,7 @@ class MonteCLoRAProgram(Program):
     def quantities(self, sites: Sites) -> Quantities:
         """Mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank, |m_k| over
         sd(a_k), with |m_k| the root mean square of the means and sd = ε ‖π‖ √Σ_kk."""
-        tril = sites["covariance_tril"]
+        tril = self._cut(sites["covariance_tril"])
         covariance = tril @ tril.mT
         scale = self._spread(sites["mixture_weights"])
         if self.options.learn_sample_scale:
@@ -326,27 +327,43 @@ class MonteCLoRAProgram(Program):
         return weights.amax(-1) if self.options.sparse else weights.norm(dim=-1)
 
     def _covariance(self) -> WishartCholesky:
-        """The guide's law of the factor of Σ; V is I where a block of lower rank has no row."""
+        """The guide's law of the factor of Σ; V is I where a block of lower rank has no row, and
+        where a rank is idle."""
+        rows = self._in_use()
         if self.options.covariance == "diagonal":
-            diagonal = torch.where(self._rows, self.param("scale_diag"), 1.0)
+            diagonal = torch.where(rows, self.param("scale_diag"), 1.0)
             return WishartCholesky(self._df, scale_diag=diagonal * self._scale)
-        both = self._rows.unsqueeze(-1) & self._rows.unsqueeze(-2)
+        both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
         tril = torch.where(both, self.param("scale_tril"), self._eye)
         return WishartCholesky(self._df, tril * self._scale.unsqueeze(-1))
+
+    def _in_use(self) -> Tensor:
+        """(L, r) booleans: the rows that each block has, less those of idle ranks."""
+        rows = self.bank.rows(self.options.latent)
+        return self._rows if rows is None else rows
+
+    def _cut(self, tril: Tensor) -> Tensor:
+        """The factor of Σ, (..., L, r, r), with the identity's rows and columns for idle ranks:
+        their noise then has its prior, and no part in that of the others."""
+        rows = self.bank.rows(self.options.latent)
+        if rows is None:
+            return tril
+        return torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), tril, self._eye)
 
     def _widened(self, law: Tensor) -> Tensor:
         """The factor of z's covariance, (..., L, r, r), times ε / ε₀ where ε is learned."""
         if self.options.learn_sample_scale:
             ratio = self.param("sample_scale") / self.options.sample_scale
-            law = law * ratio[:, None, None]
+            law = law * torch.where(self._in_use(), ratio[:, None], 1.0).unsqueeze(-1)
         return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate: one law a draw
 
     def _signal(self) -> Tensor:
-        """(L, r): the root mean square of each row of the means; 0 for rows that do not exist."""
+        """(L, r): the root mean square of each row of the means; 0 for rows that do not exist, or
+        are idle."""
         rows = []
         means = self.bank.means()
         matrices = {f: self.bank.layouts[f].matrices(getattr(means, f).detach()) for f in "AB"}
         for block in self.layout.blocks:
             signal = matrices[block.factor][block.layer].square().mean(-1).sqrt()
             rows.append(torch.nn.functional.pad(signal, (0, self.layout.rank - block.rank)))
-        return torch.stack(rows)
+        return torch.where(self._in_use(), torch.stack(rows), 0.0)

@@ -1,5 +1,6 @@
 """Inference: the ELBO, the Trainer around it, and the data that both take."""
 
+from pyrolora.inference.allocation import AllocateRanks, check_allocation
 from pyrolora.inference.arguments import (
     checkpoint_step,
     checkpoints,
@@ -7,7 +8,7 @@ from pyrolora.inference.arguments import (
     member_folders,
     training_arguments,
 )
-from pyrolora.inference.batches import to_device
+from pyrolora.inference.batches import pass_rows, to_device
 from pyrolora.inference.curvature import (
     Eigen,
     Kronecker,
@@ -18,11 +19,13 @@ from pyrolora.inference.curvature import (
 from pyrolora.inference.data import Prepared, prepare
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.gradients import weight_gradients
+from pyrolora.inference.importance import ablation, signal_to_noise
 from pyrolora.inference.network import load_language_model, load_network
 from pyrolora.inference.run import Run
 from pyrolora.inference.trainer import Objective, SVITrainer, read_state
 
 __all__ = [
+    "AllocateRanks",
     "Eigen",
     "Kronecker",
     "NamedELBO",
@@ -30,7 +33,9 @@ __all__ = [
     "Prepared",
     "Run",
     "SVITrainer",
+    "ablation",
     "best_precision",
+    "check_allocation",
     "checkpoint_step",
     "checkpoints",
     "kfac",
@@ -39,8 +44,10 @@ __all__ = [
     "load_network",
     "log_marginal_likelihood",
     "member_folders",
+    "pass_rows",
     "prepare",
     "read_state",
+    "signal_to_noise",
     "to_device",
     "training_arguments",
     "weight_gradients",

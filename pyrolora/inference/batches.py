@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 
+from pyrolora import defaults
 from pyrolora.errors import DataError
 from pyrolora.inference.examples import as_dict, is_text
 from pyrolora.likelihoods import (
@@ -285,3 +286,14 @@ def choice_number(label: Any, choices: Any) -> Any:
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on ``device``."""
     return {k: t.to(device) if isinstance(t, Tensor) else t for k, t in batch.items()}
+
+
+def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
+    """The most rows (draws x examples) of one pass through the network: ``rows``, or so few that
+    their tokens are as many as the device is at its best with."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        return rows
+    on_cpu = ids.device.type == "cpu"
+    tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
+    return max(1, min(rows, tokens // max(1, ids[0].numel())))

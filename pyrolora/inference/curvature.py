@@ -123,7 +123,7 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
             "attention_mask is 0 everywhere; pass the training examples"
         )
     found = {}
-    factors = {f: bank.layouts[f].matrices(getattr(means, f).detach()) for f in "AB"}
+    factors = {f: bank.layouts[f].matrices(bank.kept(f, getattr(means, f).detach())) for f in "AB"}
     for name, spec in bank.specs.items():
         A, B, s = factors["A"][name], factors["B"][name].mT, spec.scaling
         X = sums[name].inputs.div_(sums[name].positions)

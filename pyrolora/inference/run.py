@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from pyrolora import defaults
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide, Program
+from pyrolora.inference.allocation import AllocateRanks
 from pyrolora.inference.arguments import MEMBER, checkpoints, last_checkpoint, member_folders
 from pyrolora.inference.batches import to_device
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
@@ -46,6 +47,8 @@ class Run:
     score
         The metrics of a joint model on the evaluation data by that many draws, or None without
         such data.
+    held_out
+        The evaluation data, or None.
     posterior
         Makes a posterior of a joint model, for an error to carry.
     history
@@ -59,6 +62,7 @@ class Run:
     args: TrainingArguments
     callbacks: Sequence[TrainerCallback]
     score: Score | None
+    held_out: Prepared | None
     posterior: Callable[[JointModel, Guide], Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     _scored: bool = False
@@ -165,6 +169,8 @@ class Run:
             evaluate=None if score is None else lambda: score(joint, defaults.EVAL_SAMPLES),
             callbacks=tuple(self.callbacks),
         )
+        if joint.program.bank.moves() and joint.program.previous is None:
+            trainer.add_callback(AllocateRanks(joint, self.held_out))
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's own, with our binding carried over

@@ -97,6 +97,6 @@ def _moments(bank: AdapterBank, draws: Iterator[FlatFactors]) -> list[tuple[Tens
         centre = sums[f] / DRAWS
         variance = (squares[f] / DRAWS - centre.square()).clamp(min=0) * DRAWS / (DRAWS - 1)
         layout = bank.layouts[f]
-        means, variances = layout.matrices(first + centre), layout.matrices(variance)
+        means, variances = bank.in_use(f, first + centre), bank.in_use(f, variance)
         pairs += [(means[b.layer], variances[b.layer]) for b in layout.blocks]
     return pairs

@@ -57,9 +57,9 @@ class Subject(Protocol):
 def posterior_facts(posterior: Subject) -> dict[str, str]:
     """The guide, the network under it, the adapters, and how they were fitted."""
     specs = posterior.bank.specs.values()
-    ranks = sorted({spec.rank for spec in specs})
+    ranks = posterior.bank.ranks()
     sites = {name: draw[0].numel() for name, draw in posterior.sample(1, seed=0).items()}
-    entries = sum(spec.rank * (spec.in_features + spec.out_features) for spec in specs)
+    entries = sum(ranks[spec.name] * (spec.in_features + spec.out_features) for spec in specs)
     named = posterior.model.named_parameters()
     frozen = ("base.",) if specs else ()
     trained = sum(p.numel() for n, p in named if p.requires_grad and not n.startswith(frozen))
@@ -70,7 +70,7 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
         "network": type(posterior.base).__name__ + (f" ({source})" if source else ""),
         "weights of the network": f"{sum(p.numel() for p in posterior.base.parameters()):,}",
         "adapted layers": f"{len(specs)}",
-        "rank": ", ".join(map(str, ranks)) or "none",
+        "rank": ", ".join(map(str, sorted({*ranks.values()}))) or "none",
         "entries of the adapters": f"{entries:,}",
         "trained parameters": f"{trained:,}",
         "latent sites": ", ".join(f"{name} ({size:,})" for name, size in sites.items()),

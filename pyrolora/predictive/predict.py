@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import whole_number
-from pyrolora.inference import Prepared, to_device
+from pyrolora.inference import Prepared, pass_rows, to_device
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
@@ -62,17 +62,6 @@ def predict(
             records.append(kind.reduce(joint.likelihood, outputs, placed))
     prediction = kind.collect(records, joint.likelihood)
     return prediction if order is None else prediction.select(torch.tensor(order).argsort())
-
-
-def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
-    """The most rows (draws x examples) of one pass through the network: ``rows``, or so few that
-    their tokens are as many as the device is at its best with."""
-    ids = batch.get("input_ids")
-    if ids is None:
-        return rows
-    on_cpu = ids.device.type == "cpu"
-    tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
-    return max(1, min(rows, tokens // max(1, ids[0].numel())))
 
 
 def passes(

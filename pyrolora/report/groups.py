@@ -99,11 +99,10 @@ def _variables(
     variables: Variables = {"adapter_norm": (norms, ("layer",)), **program.quantities(sites)}
     if factors:
         size = len(next(iter(sites.values())))
-        highest = max(spec.rank for spec in bank.specs.values())
         for name, (A, B) in bank.matrices(drawn).items():
             A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
             # A layer of another rank has a dimension of its own.
-            rank = "rank" if A.shape[-2] == highest else f"rank[{name}]"
+            rank = "rank" if A.shape[-2] == bank.layouts["A"].rank else f"rank[{name}]"
             variables[f"A[{name}]"] = (A, (rank, f"in[{name}]"))
             variables[f"B[{name}]"] = (B, (f"out[{name}]", rank))
     return variables

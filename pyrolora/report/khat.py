@@ -66,13 +66,15 @@ def judge(
         _check_width(sites, options)
         drawn = {name: site["value"] for name, site in sites.items()}
         free = {name: _free_entries(site) // num_samples for name, site in sites.items()}
+        used = _in_use(joint.program, sites)
         if not per_layer:
-            return _psis(joint, data, drawn, beta, sum(free.values()))
+            size = sum(round(free[n] * float(used[n].float().mean())) for n in sites)
+            return _psis(joint, data, drawn, beta, size)
         centre = {name: _centre(site) for name, site in sites.items()}
         found = {}
         for layer, own in _masks(joint.program, sites).items():
             values = {n: torch.where(own[n], drawn[n], centre[n]) for n in sites}
-            size = sum(round(free[n] * float(own[n].float().mean())) for n in sites)
+            size = sum(round(free[n] * float((own[n] & used[n]).float().mean())) for n in sites)
             found[layer] = _psis(joint, data, values, beta, size)
         return found
 
@@ -162,6 +164,22 @@ def _masks(program: Program, sites: Mapping[str, Any]) -> dict[str, dict[str, Te
         layer: {n: owner[n] == i if n in owner else everywhere for n in sites}
         for i, layer in enumerate(layers)
     }
+
+
+def _in_use(program: Program, sites: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Site -> booleans that say which entries are of active ranks; the guide's law of the others is
+    their prior, or has no bearing on the factors."""
+    found = {
+        n: torch.ones((), dtype=torch.bool, device=s["value"].device) for n, s in sites.items()
+    }
+    latent = "".join(dict.fromkeys(name.rpartition(".")[2] for name in program.block_names()))
+    active = program.bank.entries(latent) if latent else None
+    if active is not None:
+        for name, site in sites.items():
+            if not _is_blocked(site) and site["fn"].event_dim:
+                length = site["value"].shape[-1]
+                found[name], active = active[:length], active[length:]
+    return found
 
 
 def _check_drawn(program: Program, options: Guide) -> None:

@@ -13,7 +13,7 @@ from problems import bert
 from torch import nn
 
 from pyrolora.adapters import AdapterBank, Block, FlatFactors, LayerSpec, Layout, attach
-from pyrolora.types import AdapterConfig
+from pyrolora.types import AdapterConfig, RankAllocation
 
 # Layers of several shapes, ranks and scalings, such that equal shapes are not neighbours.
 SPECS = [
@@ -415,3 +415,107 @@ def test_the_bank_of_an_attachment_fits_its_layers():
         W = attachment.layers[name].weight
         assert (B @ A).shape == W.shape
         assert A.shape[0] == (2 if name.endswith("query") else 4)
+
+
+# Ranks that are idle ---------------------------------------------------------------------------
+
+
+def allocated(specs=SPECS, growth=2.0, **options):
+    allocation = RankAllocation(growth=growth)
+    return AdapterBank(specs, AdapterConfig(rank_allocation=allocation, **options))
+
+
+def some_active(of):
+    """A mask that is not the start, and not the leading ranks."""
+    mask = of.slots() & (torch.rand(of.slots().shape) < 0.5)
+    mask[:, 0] |= ~mask.any(-1)
+    return mask
+
+
+def test_a_uniform_bank_has_the_tensors_that_it_had():
+    assert list(bank().state_dict()) == ["A_loc", "B_loc"]
+    assert bank().active is None
+    assert bank().ranks() == {s.name: s.rank for s in SPECS}
+
+
+def test_layers_start_with_their_ranks_and_have_slots_for_more():
+    of = allocated()
+    assert of.ranks() == {s.name: s.rank for s in SPECS}
+    sizes = {s.name: min(2 * s.rank, s.in_features, s.out_features) for s in SPECS}
+    assert dict(zip(of.specs, of.slots().sum(-1).tolist(), strict=True)) == sizes
+    assert {b.layer: b.rank for b in of.layouts["B"].blocks} == sizes
+    for name, (A, B) in of.matrices(of.means()).items():
+        spec = of.specs[name]
+        assert A.shape == (spec.rank, spec.in_features)
+        assert B.shape == (spec.out_features, spec.rank)
+        assert (A != 0).all()
+    assert (of.means().A[~of.entries("A")] == 0).all()
+
+
+def test_the_law_of_the_start_is_that_of_the_rank_not_of_the_slots():
+    of = allocated(LARGE, init_lora_weights="gaussian")
+    of.activate(of.slots())
+    for name, (A, _) in of.matrices(of.means()).items():
+        assert len(A) == 2 * of.specs[name].rank
+        law = scipy.stats.norm(0, 1 / of.specs[name].rank)
+        assert scipy.stats.kstest(A.detach().flatten().numpy(), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("specs", [SPECS, EQUAL], ids=["differing", "equal"])
+@pytest.mark.parametrize("draws", [(), (3,)])
+def test_idle_ranks_add_nothing_and_get_no_gradient(specs, draws):
+    of = allocated(specs)
+    of.activate(some_active(of))
+    flat = random_factors(of, draws, draws)
+    A, B = flat.A.requires_grad_(), flat.B.requires_grad_()
+    found = of.layer_factors(FlatFactors(A, B), torch.float32)
+    matrices = of.matrices(FlatFactors(A, B))
+    for name, spec in of.specs.items():
+        own_a, own_b = matrices[name]
+        assert own_a.shape[-2] == of.ranks()[name]
+        update = found[name].sB.mT @ found[name].A
+        torch.testing.assert_close(update, spec.scaling * (own_b @ own_a))
+    sum((f.sB.mT @ f.A).square().sum() for f in found.values()).backward()
+    for factor, tensor in (("A", A), ("B", B)):
+        active = of.entries(factor)
+        assert (tensor.grad[..., ~active] == 0).all()
+        assert (tensor.grad[..., active] != 0).all()
+
+
+def test_a_rank_that_comes_leaves_the_function_and_one_that_goes_leaves_zeros():
+    of = allocated()
+    of.assign("B_loc", of.kept("B", torch.randn(of.layouts["B"].total)))
+    before = {n: B @ A for n, (A, B) in of.matrices(of.means()).items()}
+    start = {n: (A.clone(), B.clone()) for n, (A, B) in of.matrices(of.means()).items()}
+    mask = of.mask().clone()
+    mask[0, 2], mask[1, 1] = True, False  # "a" has two of four, "b" three of three
+    changed = of.activate(mask)
+    after = of.matrices(of.means())
+    torch.testing.assert_close(after["a"][1] @ after["a"][0], before["a"])
+    assert torch.equal(after["a"][0][:2], start["a"][0])
+    assert (after["a"][0][2] != 0).all()
+    assert torch.equal(after["b"][0], start["b"][0][[0, 2]])
+    assert torch.equal(after["b"][1], start["b"][1][:, [0, 2]])
+    assert changed["A_loc"].sum() == 4 + 5
+    assert changed["B_loc"].sum() == 6 + 3
+    for factor in "AB":
+        loc = of.get_parameter(f"{factor}_loc")
+        assert (loc[~of.entries(factor)] == 0).all()
+    mask[1, 1], mask[1, 2] = True, False  # back again: another row, and B at zero
+    of.activate(mask)
+    A, B = of.matrices(of.means())["b"]
+    assert (A[1] != start["b"][0][1]).any()
+    assert (B[:, 1] == 0).all()
+
+
+def test_pooled_draws_of_active_ranks_are_the_mean_of_their_updates():
+    of = allocated()
+    of.activate(some_active(of))
+    each = random_factors(of, (3,), (3,))
+    pooled = replace(each, pooled=True)
+    layers, matrices = of.layer_factors(pooled, torch.float32), of.matrices(pooled)
+    for name, (A, B) in of.matrices(each).items():
+        update = (B @ A).mean(0)
+        torch.testing.assert_close(matrices[name][1] @ matrices[name][0], update)
+        expected = of.specs[name].scaling * update
+        torch.testing.assert_close(layers[name].sB.mT @ layers[name].A, expected)

@@ -60,6 +60,17 @@ def test_a_guide_and_the_one_inside_take_their_options(place, tmp_path, name, se
     done("evaluate", tmp_path / "fit", place / "test.jsonl", "--num-samples", 2)
 
 
+def test_ranks_that_move_are_an_option_of_the_adapter(place, tmp_path):
+    chosen = ("--set", "adapter.rank_allocation=alora", "--set", "adapter.r=2")
+    command = fit(place, tmp_path / "fit", *chosen)
+    done(*command, "--eval-data", place / "test.jsonl")
+    posterior = pyrolora.load(tmp_path / "fit")
+    assert posterior.bank.config.rank_allocation == "alora"
+    assert sum(posterior.ranks.values()) == 2 * len(posterior.ranks)
+    assert len(set(posterior.ranks.values())) > 1
+    refused(pyrolora_(*fit(place, tmp_path / "no", *chosen)), "held-out", "'snr'")
+
+
 @pytest.mark.parametrize(
     ("guide", "setting", "words"),
     [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pyrolora import AdapterConfig
+from pyrolora import AdapterConfig, RankAllocation
 from pyrolora.cli.settings import TAKEN, build, check_training, parse
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MonteCLoRA
@@ -73,6 +73,14 @@ def test_options_are_built_with_their_defaults() -> None:
     assert build(AdapterConfig, "adapter", {}) == AdapterConfig()
 
 
+def test_ranks_that_move_are_a_name_or_their_options() -> None:
+    parsed = parse(["adapter.rank_allocation=alora"])["adapter"]
+    assert build(AdapterConfig, "adapter", parsed) == AdapterConfig(rank_allocation="alora")
+    parsed = parse(['adapter.rank_allocation={"importance": "snr", "rounds": 4}'])["adapter"]
+    expected = RankAllocation(importance="snr", rounds=4)
+    assert build(AdapterConfig, "adapter", parsed).allocation == expected
+
+
 def test_an_unknown_option_is_named_with_those_that_there_are() -> None:
     with pytest.raises(ConfigError) as caught:
         build(AdapterConfig, "adapter", {"rank": 4})
@@ -99,6 +107,9 @@ def test_an_unknown_option_is_named_with_those_that_there_are() -> None:
         (MonteCLoRA, "guide", "sparse", 1),
         (AdapterConfig, "adapter", "use_rslora", "no"),
         (AdapterConfig, "adapter", "target_modules", 3),
+        (AdapterConfig, "adapter", "rank_allocation", 3),
+        (AdapterConfig, "adapter", "rank_allocation", "adalora"),
+        (AdapterConfig, "adapter", "rank_allocation", {"rank": 3}),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_refused(

@@ -1,0 +1,65 @@
+"""Where the budget of ranks goes next: from the importance of each rank to the active ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def moved(importance: Tensor, active: Tensor, slots: Tensor, share: float) -> Tensor:
+    """The ranks that are active after one round.
+
+    The least important ranks, a ``share`` of all active ones and one at least, lose their place;
+    every layer keeps its best one. Layers that lost none get as many, in turn, the one of the
+    highest mean importance first, while they have slots; where these are too few, less is moved.
+
+    Parameters
+    ----------
+    importance
+        (L, r_max); of active ranks alone it is read.
+    active
+        (L, r_max) booleans.
+    slots
+        (L, r_max) booleans: the ranks that a layer can have.
+    share
+        In (0, 1].
+
+    Returns
+    -------
+    Tensor
+        (L, r_max) booleans, as many of them true as of ``active``.
+    """
+    losers = _least(importance, active)[: max(1, round(share * int(active.sum())))]
+    free = (slots & ~active).sum(-1).tolist()
+    while losers and _room(free, losers) < len(losers):
+        losers.pop()
+    after = active.clone()
+    for layer, rank in losers:
+        after[layer, rank] = False
+    means = torch.where(active, importance, 0.0).sum(-1) / active.sum(-1)
+    lost = {layer for layer, _ in losers}
+    takers = [i for i in means.argsort(descending=True, stable=True).tolist() if i not in lost]
+    left = len(losers)
+    for layer in itertools.cycle(takers) if left else ():
+        vacant = (slots[layer] & ~after[layer]).nonzero()
+        if len(vacant):
+            after[layer, vacant[0]] = True
+            left -= 1
+        if left == 0:
+            break
+    return after
+
+
+def _least(importance: Tensor, active: Tensor) -> list[tuple[int, int]]:
+    """(layer, rank) of the active ranks in ascending order, without the best of each layer."""
+    best = importance.masked_fill(~active, -torch.inf).argmax(-1).tolist()
+    places = [(i, k) for i, k in active.nonzero().tolist() if k != best[i]]
+    return sorted(places, key=lambda place: float(importance[place]))
+
+
+def _room(free: list[int], losers: list[tuple[int, int]]) -> int:
+    """How many ranks the layers can take that lose none."""
+    lost = {layer for layer, _ in losers}
+    return sum(count for layer, count in enumerate(free) if layer not in lost)

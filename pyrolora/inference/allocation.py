@@ -1,0 +1,124 @@
+"""Moves ranks between layers while the adapters are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor
+from transformers import TrainerCallback
+
+from pyrolora import defaults
+from pyrolora.adapters import moved
+from pyrolora.errors import ConfigError
+from pyrolora.guides import Program, full_name
+from pyrolora.inference.batches import to_device
+from pyrolora.inference.data import Prepared
+from pyrolora.inference.importance import ablation, signal_to_noise
+from pyrolora.model import JointModel
+from pyrolora.types import Batch, RankAllocation
+
+
+def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
+    """Raise `ConfigError` where the ranks of this model cannot move as configured."""
+    allocation = joint.program.bank.config.allocation
+    if allocation is None:
+        return
+    if joint.program.members > 1:
+        raise ConfigError(
+            f"rank_allocation={allocation.importance!r} gives all draws the same ranks, and each "
+            f"member of {full_name(joint.program.options)!r} would have its own; use "
+            "rank_allocation='uniform', or another guide"
+        )
+    if allocation.importance == "alora" and held_out is None:
+        raise ConfigError(
+            "rank_allocation='alora' judges ranks on held-out data, and there are none; pass "
+            "eval_data=, or use rank_allocation='snr'"
+        )
+
+
+class AllocateRanks(TrainerCallback):
+    """Moves the budget of ranks as the adapter configuration has it, after the optimiser's step.
+
+    The same in all processes, and after a resume: the ranks in use are in the saved state, and the
+    random numbers of a round depend on the seed and on the step alone.
+
+    Parameters
+    ----------
+    joint
+        The model that is trained.
+    held_out
+        The evaluation data, of which ``"alora"`` takes a batch, always the same.
+
+    Raises
+    ------
+    ConfigError
+        Where ranks are to be judged by their noise, and the guide has none.
+    """
+
+    def __init__(self, joint: JointModel, held_out: Prepared | None) -> None:
+        allocation = joint.program.bank.config.allocation
+        assert allocation is not None
+        self.joint = joint
+        self.allocation: RankAllocation = allocation
+        self.batch: Batch | None = None
+        if allocation.importance == "snr":
+            _check_width(joint.program)
+        else:
+            assert held_out is not None
+            count = min(defaults.ALLOCATION_EXAMPLES, len(held_out))
+            numbers = [i * len(held_out) // count for i in range(count)]
+            self.batch = held_out.collate([held_out.examples[i] for i in numbers])
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step not in self.allocation.steps(state.max_steps):
+            return
+        bank = self.joint.program.bank
+        before = bank.mask().cpu().clone()
+        with torch.random.fork_rng():
+            torch.manual_seed((args.seed + state.global_step) % (defaults.MAX_SEED + 1))
+            importance = broadcast(self.importance()).cpu()
+            after = moved(importance, before, bank.slots(), self.allocation.share)
+            for name, entries in bank.activate(after).items():
+                _forget(optimizer, bank.get_parameter(name), entries)
+        ranks = bank.ranks().values()
+        # Not the Trainer's `log`, which would take this step's own turn to log.
+        state.log_history.append(
+            {
+                "ranks_moved": int((after & ~before).sum()),
+                "lowest_rank": min(ranks),
+                "highest_rank": max(ranks),
+                "step": state.global_step,
+                "epoch": state.epoch,
+            }
+        )
+
+    def importance(self) -> Tensor:
+        """(L, r_max) of the ranks as they are."""
+        if self.batch is None:
+            return signal_to_noise(self.joint.program)
+        device = self.joint.program.bank.get_parameter("A_loc").device
+        return ablation(self.joint, to_device(self.batch, device))
+
+
+@torch.no_grad()
+def _check_width(program: Program) -> None:
+    with torch.random.fork_rng():
+        factors = program.factors(program.draw(2))
+    if all(t.dim() == 1 or torch.equal(t[0], t[1]) for t in (factors.A, factors.B)):
+        raise ConfigError(
+            "rank_allocation='snr' judges ranks by the width of the posterior in training, and "
+            f"what is trained here, {full_name(program.options)!r}, is a point; use "
+            "rank_allocation='alora' with eval_data=, or the guide 'montec' or 'meanfield'"
+        )
+
+
+@torch.no_grad()
+def _forget(optimizer: Any, parameter: torch.nn.Parameter, entries: Tensor) -> None:
+    """Zeros for these entries in what the optimiser keeps by entry, such as its moments."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(entries, 0.0)

@@ -1,0 +1,102 @@
+"""What each rank of the adapters is worth: by ablation on data, or by the posterior alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.guides import Program
+from pyrolora.inference.batches import pass_rows
+from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.types import Batch
+
+
+@torch.no_grad()
+def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS) -> Tensor:
+    """AB-LoRA's importance of every rank, in nats an observation:
+
+        score(all ranks) − score(all but this one) + score(this one alone)
+
+    with the score the mean log-likelihood of ``batch`` under the mean adapter, in evaluation mode.
+    Twice as many evaluations as there are ranks; they share passes as draws do.
+
+    Parameters
+    ----------
+    joint
+        The model.
+    batch
+        Labelled examples, on the model's device.
+    rows
+        Most rows (settings x examples) of one pass through the network.
+
+    Returns
+    -------
+    Tensor
+        (L, r_max), layers in the order of the bank's specs; NaN for ranks that are not active.
+
+    References
+    ----------
+    Z. Liu et al. (2024), "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language
+    Models", NAACL, arXiv 2403.16187.
+    """
+    bank = joint.program.bank
+    means = bank.means()
+    active = bank.mask().to(means.B.device)
+    observations = joint.likelihood.count(batch[LABELS])
+    step = max(1, pass_rows(batch, rows) // len(next(iter(batch.values()))))
+
+    def score(masks: Tensor) -> Tensor:
+        """(S,) of the settings with the ranks of ``masks`` (S, L, r_max)."""
+        scores = []
+        for part in masks.split(step):
+            factors = FlatFactors(means.A, bank.kept("B", means.B, part))
+            output = joint.network(batch, factors)
+            scores.append(joint.likelihood.log_prob(output, batch).double().sum(-1))
+        return torch.cat(scores) / observations
+
+    found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+    with evaluating(joint):
+        whole = score(active[None])
+        for places in active.nonzero().split(step):
+            alone = torch.zeros(len(places), *active.shape, dtype=torch.bool, device=active.device)
+            alone[torch.arange(len(places)), places[:, 0], places[:, 1]] = True
+            found[places[:, 0], places[:, 1]] = whole - score(active & ~alone) + score(alone)
+    return found
+
+
+@torch.no_grad()
+def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRAWS) -> Tensor:
+    """The squared signal-to-noise ratio of the update b_k a_kᵀ of every rank:
+
+        ‖E b_k‖² ‖E a_k‖² / (E[‖b_k‖² ‖a_k‖²] − ‖E b_k‖² ‖E a_k‖²)
+
+    with a_k row k of A, b_k column k of B, independent under the guide, and expectations as means
+    over draws; 0 where the signal is zero. Without a pass through the network.
+
+    Returns
+    -------
+    Tensor
+        (L, r_max), layers in the order of the bank's specs; NaN for ranks that are not active.
+        Without bound for a guide without width.
+    """
+    bank = program.bank
+    with evaluating(program):
+        factors = program.factors(program.draw(num_samples))
+    squares, signals = [], []
+    for factor in "AB":
+        square, signal = {}, {}
+        for name, drawn in bank.layouts[factor].matrices(getattr(factors, factor)).items():
+            drawn = drawn.double().expand(num_samples, *drawn.shape[-2:])
+            square[name] = drawn.square().sum(-1)
+            signal[name] = drawn.mean(0).square().sum(-1)
+        squares.append(square)
+        signals.append(signal)
+    active = bank.mask().to(factors.A.device)
+    found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+    for own, name in zip(found, bank.specs, strict=True):
+        signal_of_both = signals[0][name] * signals[1][name]
+        noise = ((squares[0][name] * squares[1][name]).mean(0) - signal_of_both).clamp(min=0)
+        own[: len(noise)] = torch.where(signal_of_both > 0, signal_of_both / noise, 0.0)
+    return found.masked_fill(~active, torch.nan)

@@ -1,0 +1,375 @@
+"""Ranks that move in training: when, how many, what they leave alone; after a kill; refusals."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import bert, mlp, tokens
+from transformers import TrainerCallback, TrainingArguments
+
+import pyrolora
+from pyrolora import AdapterConfig, types
+from pyrolora.errors import ConfigError
+from pyrolora.guides import MAP, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
+from pyrolora.types import RankAllocation
+
+KINDS = ["alora", "snr"]
+
+
+def arguments(tmp_path, **changes) -> TrainingArguments:
+    options = {
+        "output_dir": str(tmp_path),
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**options, **changes})
+
+
+def allocation(kind="alora", **options):
+    return RankAllocation(**{"importance": kind, "rounds": 4, "share": 0.3, **options})
+
+
+def fitted(tmp_path, kind="alora", guide="meanfield", callbacks=(), changes=None, **options):
+    return pyrolora.fit(
+        bert(initializer_range=0.3, hidden_dropout_prob=0.1),
+        tokens(24),
+        guide=guide,
+        eval_data=tokens(10, seed=1),
+        adapter=AdapterConfig(r=3, rank_allocation=allocation(kind, **options)),
+        training=arguments(tmp_path, **(changes or {})),
+        callbacks=callbacks,
+    )
+
+
+class Watch(TrainerCallback):
+    """The ranks in use, the means and the optimiser's state after every step."""
+
+    def __init__(self):
+        self.masks, self.idle = [], []
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        bank = model.joint.program.bank
+        self.masks.append(bank.mask().clone())
+        for factor in "AB":
+            parameter, idle = bank.get_parameter(f"{factor}_loc"), ~bank.entries(factor)
+            kept = [t for t in optimizer.state.get(parameter, {}).values() if t.dim()]
+            self.idle += [float(t.detach()[idle].abs().max()) for t in (parameter, *kept)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_move_on_schedule_within_the_budget(tmp_path, kind):
+    watch = Watch()
+    posterior = fitted(tmp_path, kind, callbacks=[watch], start=0.25, end=0.75)
+    entries = [entry for entry in posterior.history if "ranks_moved" in entry]
+    assert [entry["step"] for entry in entries] == [3, 5, 7, 9]
+    assert all(entry["ranks_moved"] == 5 for entry in entries)  # 0.3 of 18
+    json.dumps(posterior.history)
+    ranks = posterior.ranks
+    assert sum(ranks.values()) == 18
+    assert set(ranks) == set(posterior.bank.specs)
+    assert min(ranks.values()) >= 1
+    assert max(ranks.values()) <= 6
+    assert len(set(ranks.values())) > 1
+    assert (entries[-1]["lowest_rank"], entries[-1]["highest_rank"]) == (
+        min(ranks.values()),
+        max(ranks.values()),
+    )
+    masks = [*watch.masks, posterior.bank.mask()]
+    changes = [i for i in range(1, 13) if not torch.equal(masks[i], masks[i - 1])]
+    assert changes == [3, 5, 7, 9]
+    logged = [entry["step"] for entry in posterior.history if "loss" in entry]
+    assert logged == list(range(1, 13)), "a round took the turn of a log"
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        MAP(prior_scale=0.5),
+        MeanField(latent="AB"),
+        MonteCLoRA(latent="AB", learn_sample_scale=True),
+        MonteCLoRA(component_prior="hierarchical", covariance="full", prior_mean="zero"),
+    ],
+    ids=["map", "mean field", "montec", "hierarchical"],
+)
+def test_idle_ranks_stay_at_zero_and_the_optimiser_knows_nothing_of_them(tmp_path, guide):
+    watch = Watch()
+    fitted(tmp_path, guide=guide, callbacks=[watch], changes={"weight_decay": 0.1})
+    assert set(watch.idle) == {0.0}
+
+
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
+def test_the_scales_of_idle_ranks_are_not_trained(tmp_path, covariance):
+    """A rank that was never in use has the covariance that it started with."""
+    guide = MonteCLoRA(covariance=covariance, kl_weight=1.0)
+    watch = Watch()
+    posterior = fitted(tmp_path, guide=guide, callbacks=[watch])
+    program = posterior.model.program
+    used = torch.stack([*watch.masks, posterior.bank.mask()]).any(0)
+    assert not used.all()
+    if covariance == "diagonal":
+        scales = program.param("scale_diag")
+    else:
+        scales = program.param("scale_tril").diagonal(dim1=-2, dim2=-1)
+    start = guide.init_covariance**0.5
+    torch.testing.assert_close(scales[~used], torch.full_like(scales[~used], start))
+    assert (scales[used] - start).abs().min() > 1e-4
+
+
+def test_idle_ranks_cost_no_kl(tmp_path):
+    """Mean field with three times the slots has the bound of a uniform rank: Σ log(σ₀/σ) +
+    (σ² + m²) / 2σ₀² − ½ over the entries in use."""
+    data = (torch.randn(8, 4), torch.arange(8) % 3)
+    widths = []
+    for rank_allocation in ("uniform", allocation("snr", growth=3.0)):
+        posterior = pyrolora.fit(
+            mlp(), data, guide=MeanField(latent="AB", kl_weight=1.0), likelihood="classification",
+            adapter=AdapterConfig(r=1, rank_allocation=rank_allocation, modules_to_save=[]),
+            training=arguments(tmp_path, max_steps=1, learning_rate=1e-12),
+        )  # fmt: skip
+        entry = next(entry for entry in posterior.history if "kl/A" in entry)
+        means = posterior.bank.means().A.detach()
+        of_means = float(means.square().sum()) / (2 * posterior.options.prior_scale**2)
+        widths.append((entry["kl/A"] - of_means, entry["kl/B"]))
+    assert widths[0] == pytest.approx(widths[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_resumes_to_the_same_result(tmp_path, kind):
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:  # between rounds, of which there have been two
+                raise Killed
+
+    changes = {"save_strategy": "steps", "save_steps": 1}
+    whole = fitted(tmp_path / "a", kind, changes=changes)
+    with pytest.raises(Killed):
+        fitted(tmp_path / "b", kind, changes=changes, callbacks=[Kill()])
+    resumed = fitted(tmp_path / "b", kind, changes={**changes, "resume_from_checkpoint": True})
+    state = resumed.model.own_state()
+    for name, value in whole.model.own_state().items():
+        assert torch.equal(state[name], value), name
+    assert resumed.ranks == whole.ranks
+    moves = [[h for h in p.history if "ranks_moved" in h] for p in (resumed, whole)]
+    assert moves[0] == moves[1]
+    assert len(moves[0]) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_leaves_the_random_numbers_of_the_training_alone(tmp_path, kind):
+    """With no room to move, a fit is the one without slots to judge."""
+    data = (torch.randn(16, 4), torch.arange(16) % 3)
+    states = []
+    for rank_allocation in (allocation(kind), "uniform"):
+        posterior = pyrolora.fit(
+            mlp(), data, guide="meanfield", likelihood="classification", eval_data=data,
+            adapter=AdapterConfig(r=3, target_modules=["2"], rank_allocation=rank_allocation),
+            training=arguments(tmp_path),
+        )  # fmt: skip
+        states.append(posterior.model.own_state())
+    assert states[0].pop("program.bank.active").all()
+    for name, value in states[1].items():
+        assert torch.equal(states[0][name], value), name
+
+
+@pytest.mark.parametrize("guide", ["laplace", Flat(inner=MonteCLoRA()), "flat"])
+def test_the_ranks_of_a_point_estimate_are_those_of_its_posterior(tmp_path, guide):
+    posterior = fitted(tmp_path, guide=guide)
+    assert sum(posterior.ranks.values()) == 18
+    assert len(set(posterior.ranks.values())) > 1
+    assert len([h for h in posterior.history if "ranks_moved" in h]) == 4
+    for name, (A, B) in posterior.factors(posterior.sample(3)).items():
+        assert A.shape[-2] == B.shape[-1] == posterior.ranks[name]
+
+
+def test_the_idle_entries_of_laplace_have_their_prior(tmp_path):
+    posterior = fitted(tmp_path, guide=Laplace(prior_scale=3.0))
+    draws = posterior.sample(4000, seed=0)
+    for factor in "AB":
+        idle = ~posterior.bank.entries(factor)
+        spread = draws[factor].std(0)
+        torch.testing.assert_close(
+            spread[idle], torch.full_like(spread[idle], 3.0), rtol=0.06, atol=0
+        )
+        assert spread[~idle].min() < 2.7
+
+
+@pytest.mark.parametrize("guide", ["laplace", "meanfield", "montec"])
+def test_a_spread_for_given_ranks_moves_none(tmp_path, guide):
+    given = fitted(tmp_path, guide="map")
+    means = given.factors()
+    again = pyrolora.fit(given, tokens(24), guide=guide)
+    assert again.ranks == given.ranks
+    assert torch.equal(again.bank.mask(), given.bank.mask())
+    assert not [h for h in again.history if "ranks_moved" in h]
+    for name, (A, B) in again.factors().items():
+        assert torch.equal(A, means[name][0])
+        assert torch.equal(B, means[name][1])
+
+
+def test_a_new_round_of_the_same_seed_is_the_same(tmp_path):
+    one, two = (fitted(tmp_path, "snr", guide="montec") for _ in range(2))
+    state = two.model.own_state()
+    assert all(torch.equal(value, state[n]) for n, value in one.model.own_state().items())
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+def refused(steps, words, **options):
+    with pytest.raises(ConfigError) as caught:
+        pyrolora.fit(bert(), tokens(), **options)
+    for word in words:
+        assert word in str(caught.value)
+    assert not steps
+
+
+def test_ablation_without_held_out_data_is_refused(steps):
+    adapter = AdapterConfig(rank_allocation="alora")
+    refused(steps, ("'alora'", "held-out", "eval_data=", "'snr'"), adapter=adapter)
+
+
+@pytest.mark.parametrize("guide", ["map", "flat", "laplace", MAP(prior_scale=1.0)])
+def test_the_width_of_a_point_is_refused(steps, guide):
+    adapter = AdapterConfig(rank_allocation="snr")
+    refused(
+        steps, ("'snr'", "map", "is a point", "'alora'"), adapter=adapter, guide=guide,
+        eval_data=tokens(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "guide", ["ensemble", Ensemble(side_by_side=True), Flat(inner=Ensemble(members=2))]
+)
+def test_the_ranks_of_members_are_refused(steps, guide, kind):
+    adapter = AdapterConfig(rank_allocation=kind)
+    words = (repr(kind), "member", "ensemble", "'uniform'")
+    refused(steps, words, adapter=adapter, guide=guide, eval_data=tokens())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"importance": "magnitude"}, ("'magnitude'", "alora, snr")),
+        ({"rounds": 0}, ("rounds", ">= 1", "0")),
+        ({"rounds": 2.5}, ("rounds", "2.5")),
+        ({"share": 0}, ("share", "> 0")),
+        ({"share": 1.5}, ("share", "at most 1", "1.5")),
+        ({"share": "half"}, ("share", "'half'")),
+        ({"start": -0.1}, ("start", "-0.1")),
+        ({"start": 0.6}, ("start=0.6", "end=0.5")),
+        ({"end": 1.0}, ("end=1.0", "< 1")),
+        ({"growth": 1}, ("growth", "above 1", "1")),
+        ({"growth": float("nan")}, ("growth", "nan")),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    for make in (
+        lambda: RankAllocation(**options),
+        lambda: AdapterConfig(rank_allocation=options),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("given", ["adalora", 3, None, ["alora"]])
+def test_what_is_no_allocation_is_refused(given):
+    with pytest.raises(ConfigError, match=r"rank_allocation .*uniform, alora, snr"):
+        AdapterConfig(rank_allocation=given)
+
+
+def test_an_option_that_an_allocation_does_not_have_is_named():
+    with pytest.raises(ConfigError, match=r"no option 'speed'.*rounds"):
+        AdapterConfig(rank_allocation={"speed": 3})
+
+
+def test_an_allocation_is_what_its_json_says():
+    config = AdapterConfig(rank_allocation=allocation("snr", growth=3.0))
+    told = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert AdapterConfig(**told) == config
+    assert AdapterConfig(rank_allocation="snr").allocation == RankAllocation(importance="snr")
+    assert AdapterConfig().allocation is None
+    assert copy.deepcopy(config) == config
+
+
+def test_a_start_that_is_not_random_is_refused(monkeypatch):
+    monkeypatch.setattr(types, "INITIALIZERS", (*types.INITIALIZERS, "from the data"))
+    AdapterConfig(init_lora_weights="from the data")
+    with pytest.raises(ConfigError, match=r"from the data.*rank_allocation.*kaiming, gaussian"):
+        AdapterConfig(init_lora_weights="from the data", rank_allocation="snr")
+
+
+def test_the_steps_of_the_rounds():
+    assert RankAllocation(rounds=5).steps(100) == {10, 20, 30, 40, 50}
+    assert RankAllocation(rounds=1, start=0.2).steps(100) == {20}
+    assert RankAllocation(rounds=8, start=0.0).steps(4) == {1, 2}
+
+
+# Several processes -------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, sys, torch, pyrolora
+sys.path.insert(0, {tests!r})
+from problems import mlp
+from pyrolora import AdapterConfig, RankAllocation
+from pyrolora.guides import MAP
+from transformers import TrainingArguments
+torch.set_num_threads(1)
+torch.manual_seed(0)
+data = (torch.randn(12, 4), torch.arange(12) % 3)
+allocation = RankAllocation(rounds=1, share=0.3, start=0.5)
+posterior = pyrolora.fit(
+    mlp(), data, guide=MAP(prior_scale=0.3), likelihood="classification", eval_data=data,
+    adapter=AdapterConfig(r=2, rank_allocation=allocation),
+    training=TrainingArguments(
+        output_dir={out!r}, max_steps=6, learning_rate=0.05, per_device_train_batch_size={batch},
+        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False, seed=3, ddp_find_unused_parameters=False,
+    ),
+)
+posterior.save({out!r} + "/posterior-" + os.environ.get("RANK", "0"))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # else its threads may abort the exit
+"""
+
+
+def test_every_process_has_the_same_ranks(tmp_path):
+    """Two processes with six examples each, against one with twelve."""
+    found = {}
+    for processes in (1, 2):
+        out, script = tmp_path / str(processes), tmp_path / f"{processes}.py"
+        tests = str(Path(__file__).parents[1])
+        script.write_text(SCRIPT.format(tests=tests, out=str(out), batch=12 // processes))
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for number in range(processes):
+            state = pyrolora.load(out / f"posterior-{number}", mlp()).model.own_state()
+            found[processes, number] = state
+    one = found[1, 0]
+    assert one["program.bank.active"].sum() == 4
+    assert one["program.bank.active"].sum(-1).tolist() != [2, 2]
+    for state in (found[2, 0], found[2, 1]):
+        for name, value in one.items():
+            torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
