@@ -464,7 +464,7 @@ def test_an_unknown_guide_is_answered_with_the_names(steps: list[int]) -> None:
     refused(UnknownNameError, words, steps, bert(), tokens(), guide="montecarlo")
 
 
-@pytest.mark.parametrize("guide", [guides.MAP, 3, None])
+@pytest.mark.parametrize("guide", [guides.MAP, 3])
 def test_a_guide_of_another_kind_is_answered_with_the_names(guide: Any, steps: list[int]) -> None:
     words = ", ".join(["guide must be", *guides.available()])
     refused(ConfigError, words, steps, bert(), tokens(), guide=guide)
