@@ -49,9 +49,9 @@ def network_for(data: Any) -> tuple[Any, Any]:
 
 
 def peak_bytes(guide: Guide, data: Any) -> int:
-    """The peak of one fit of two batches, an epoch."""
+    """The peak of one fit of four batches, an epoch."""
     network, tokenizer = network_for(data)
-    rows = data["train"].select(range(2 * MEMORY_BATCH))
+    rows = data["train"].select(range(4 * MEMORY_BATCH))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,

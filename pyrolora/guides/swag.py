@@ -162,6 +162,8 @@ class SWAGProgram(FactorProgram):
         bank = self.bank
         latent = bank.latent_part(self.options.latent, bank.means())
         iterate = parameters_to_vector(self._trained)
+        if not torch.isfinite(iterate).all():  # the next step will stop the training
+            return
         before = latent - self._latent_mean()
         row = int(self.count) % self.options.rank
         self.count += 1
@@ -179,6 +181,8 @@ class SWAGProgram(FactorProgram):
             self.deviations[:kept] -= self._latent_mean()
             self.deviations *= (2 * (kept - 1)) ** -0.5
             vector_to_parameters(self.iterate_mean, self._trained)
+        else:
+            self.deviations.zero_()
         self.iterate_mean = self.iterate_mean[:0].clone()
         self._trained = None
 

@@ -245,6 +245,7 @@ class SVITrainer(Trainer):
         """The schedule of the arguments, up to the share of the steps where the guide holds it."""
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         held = round(self.guide.rate_held_from() * num_training_steps)
+        held = max(held, self.args.get_warmup_steps(num_training_steps))
         if held < num_training_steps:
             if not isinstance(scheduler, LambdaLR):
                 raise ConfigError(

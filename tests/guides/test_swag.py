@@ -175,7 +175,53 @@ def test_the_posterior_of_a_failed_fit_can_be_used_and_saved(tmp_path):
             output_dir=tmp_path,
         )
     found = pyrolora.load(tmp_path, bert())
+    assert found.predict(reviews(3), 2).probs.shape == (3, 2)
     assert found.model.own_state().keys() == caught.value.posterior.model.own_state().keys()
+
+
+@pytest.mark.parametrize("last", [5, 10, 11, 12])
+def test_a_fit_that_is_stopped_early_has_the_spread_of_what_it_collected(last):
+    """None of no iterate, and none of a single one."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == last
+
+    posterior = pyrolora.fit(
+        bert(initializer_range=0.3),
+        reviews(24),
+        guide=SWAG(),
+        tokenizer=tokenizer(),
+        epochs=5,
+        batch_size=6,
+        callbacks=[Stop()],
+    )
+    program = posterior.model.program
+    assert int(program.count) == max(0, last - 10)
+    spread = program.draw(100)["AB"].std(0).max()
+    assert (spread > 1e-5) == (last == 12)
+
+
+def test_a_rate_is_not_held_before_its_warm_up(tmp_path):
+    iterates = Iterates()
+    training = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        warmup_steps=5,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    pyrolora.fit(
+        bert(),
+        reviews(24),
+        guide=SWAG(start=0.0),
+        tokenizer=tokenizer(),
+        training=training,
+        callbacks=[iterates],
+    )
+    assert iterates.rates[-1] == pytest.approx(1e-2)
 
 
 def test_khat_needs_a_prior():
