@@ -54,7 +54,7 @@ GUIDES: dict[str, Guide] = {
         num_samples=4, warmup_steps=2, max_tree_depth=2, chains=1,
     ),
 }  # fmt: skip
-POINTS = {"map", "laplace", "swag", "nuts", "nuts on both"}
+POINTS = {"map", "laplace", "swag", "dropout", "nuts", "nuts on both"}
 CASES = [
     *((network, guide, "alora") for network in NETWORKS for guide in GUIDES),
     *(("encoder", guide, "snr") for guide in GUIDES if guide not in POINTS),
@@ -208,3 +208,30 @@ def test_generated_text_and_a_page_of_a_posterior_with_differing_ranks(tmp_path:
     assert torch.isfinite(found.log_predictive).all()
     page = fitted("encoder", "montec", "snr").report(tmp_path / "page.html", data(6), seed=0)
     assert page.is_file()
+
+
+def test_an_earlier_posterior_keeps_its_ranks() -> None:
+    """And needs no evaluation data, since none move."""
+    first = fitted("encoder", "mean field", "alora")
+    later = pyrolora.fit(first.base, data(12, seed=2), prior=first, epochs=1)
+    assert later.ranks == first.ranks
+    assert len({*first.ranks.values()}) > 1
+
+
+def test_idle_ranks_are_zero_in_the_mean_of_swags_iterates() -> None:
+    """Also where ranks still move while iterates are collected."""
+    posterior = pyrolora.fit(
+        NETWORKS["encoder"](),
+        data(24),
+        guide=SWAG(start=0.2),
+        eval_data=data(6, seed=1),
+        tokenizer=tokenizer(),
+        adapter=AdapterConfig(r=3, rank_allocation=RankAllocation(end=0.9, share=0.3)),
+        epochs=4,
+        batch_size=6,
+    )
+    bank = posterior.bank
+    for factor in "AB":
+        idle = bank.get_parameter(f"{factor}_loc")[~bank.entries(factor)]
+        assert len(idle)
+        assert not idle.any()

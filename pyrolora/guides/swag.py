@@ -181,6 +181,9 @@ class SWAGProgram(FactorProgram):
             self.deviations[:kept] -= self._latent_mean()
             self.deviations *= (2 * (kept - 1)) ** -0.5
             vector_to_parameters(self.iterate_mean, self._trained)
+            for factor in "AB":  # ranks may have gone idle between the iterates
+                mean = self.bank.get_parameter(f"{factor}_loc")
+                mean.copy_(self.bank.kept(factor, mean))
         else:
             self.deviations.zero_()
         self.iterate_mean = self.iterate_mean[:0].clone()

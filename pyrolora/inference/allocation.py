@@ -23,7 +23,7 @@ from pyrolora.types import Batch, RankAllocation
 def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
     """Raise `ConfigError` where the ranks of this model cannot move as configured."""
     allocation = joint.program.bank.config.allocation
-    if allocation is None:
+    if allocation is None or joint.program.previous is not None:
         return
     if joint.program.members > 1:
         raise ConfigError(
@@ -108,10 +108,11 @@ class AllocateRanks(TrainerCallback):
 def _check_width(program: Program) -> None:
     with torch.random.fork_rng():
         factors = program.factors(program.draw(2))
-    if all(t.dim() == 1 or torch.equal(t[0], t[1]) for t in (factors.A, factors.B)):
+    point = all(t.dim() == 1 or torch.equal(t[0], t[1]) for t in (factors.A, factors.B))
+    if point or not program.has_prior:
         raise ConfigError(
             "rank_allocation='snr' judges ranks by the width of the posterior in training, and "
-            f"what is trained here, {full_name(program.options)!r}, is a point; use "
+            f"{full_name(program.options)!r} infers none there; use "
             "rank_allocation='alora' with eval_data=, or the guide 'montec' or 'meanfield'"
         )
 

@@ -250,7 +250,7 @@ def test_ablation_without_held_out_data_is_refused(steps):
 def test_the_width_of_a_point_is_refused(steps, guide):
     adapter = AdapterConfig(rank_allocation="snr")
     refused(
-        steps, ("'snr'", "map", "is a point", "'alora'"), adapter=adapter, guide=guide,
+        steps, ("'snr'", "map", "infers none there", "'alora'"), adapter=adapter, guide=guide,
         eval_data=tokens(),
     )  # fmt: skip
 
