@@ -100,6 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=positive, default=16, help="draws at prediction")
     parser.add_argument("--rounds", type=positive, default=3, help="seeds, 0 and on")
     parser.add_argument("--guides", nargs="+", choices=list(GUIDES), default=list(GUIDES))
+    parser.add_argument("--name", default="methods", help="of the files that are written")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     show(table, digits=3)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
     save_json(
-        args.out / "methods.json",
+        args.out / f"{args.name}.json",
         {
             "arguments": settings,
             "options": {name: str(GUIDES[name]) for name in args.guides},
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             "fits": fits,
         },
     )
-    (args.out / "methods.md").write_text(markdown(table))
+    (args.out / f"{args.name}.md").write_text(markdown(table))
 
 
 def summary(fits: list[dict[str, Any]], memory: dict[str, int]) -> pd.DataFrame:
