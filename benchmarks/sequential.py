@@ -1,7 +1,7 @@
 """Data that come in turn: is the first half forgotten while the second is learnt?
 
-TREC's questions in two halves that differ: those that begin with "what", and then all others (who,
-where, how many, when). Each method learns the first half, then the second without seeing the first
+TREC's questions in two halves that differ: by their first word, those that begin with "what", and
+then all others (who, where, how many, when); or by their label, three of the six classes each. Each method learns the first half, then the second without seeing the first
 again: plain LoRA goes on from where it was (the adapter merged, a new one on top), with its head
 trained further or kept; the others take their posterior as the prior. Both halves at once are what
 there was to reach. Every model is scored on both halves of the test questions.
@@ -50,7 +50,12 @@ SCORES = ("accuracy", "nll", "ece")
 Row = dict[str, Any]
 
 
-def halves(folder: Path, split: str, examples: int | None, seed: int) -> dict[str, Any]:
+def is_first(row: Row, by: str) -> bool:
+    """Whether a question belongs to the first half."""
+    return row["label"] < 3 if by == "label" else row["sentence"].lower().startswith(FIRST)
+
+
+def halves(folder: Path, split: str, by: str, examples: int | None, seed: int) -> dict[str, Any]:
     """``first`` and ``second``, each with as many examples, picked by ``seed``; None: all."""
     path = folder / TASK / f"{split}.jsonl"
     if not path.is_file():
@@ -61,7 +66,7 @@ def halves(folder: Path, split: str, examples: int | None, seed: int) -> dict[st
         own = [
             {"sentence": row["sentence"], "label": row["label"]}
             for row in rows
-            if row["sentence"].lower().startswith(FIRST) == (name == "first")
+            if is_first(row, by) == (name == "first")
         ]
         data = datasets.Dataset.from_list(own)
         if examples is not None:
@@ -75,8 +80,8 @@ class Course:
 
     def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.args, self.seed = args, seed
-        self.train = halves(args.data, "train", args.examples, seed)
-        self.test = halves(args.data, "test", None, seed)
+        self.train = halves(args.data, "train", args.halves, args.examples, seed)
+        self.test = halves(args.data, "test", args.halves, None, seed)
         self.rows: list[Row] = []
 
     def fit(self, network: Any, data: Any, guide: Any, **options: Any) -> Posterior:
@@ -122,7 +127,8 @@ class Course:
             lambda: self.fit(plain.merge(), second, "map", adapter=kept),
         )
         self.add("LoRA", "both at once", lambda: self.fit(self.network(), both, "map"))
-        for name, options in GUIDES.items():
+        for name in self.args.guides:
+            options = GUIDES[name]
             guide = replace(options, kl_weight=self.args.kl_weight or options.kl_weight)
             earlier = self.add(
                 name, "first", lambda guide=guide: self.fit(self.network(), first, guide)
@@ -162,6 +168,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=existing_folder, required=True, help="with trec/")
     parser.add_argument("--model", type=model_folder, required=True, help="of a pretrained encoder")
+    parser.add_argument("--halves", choices=("word", "label"), default="word")
+    parser.add_argument("--guides", nargs="+", choices=GUIDES, default=list(GUIDES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--examples", type=positive, default=300, help="of each half")
     parser.add_argument("--epochs", type=positive, default=5)
