@@ -1,10 +1,11 @@
 """Data that come in turn: is the first half forgotten while the second is learnt?
 
 TREC's questions in two halves that differ: by their first word, those that begin with "what", and
-then all others (who, where, how many, when); or by their label, three of the six classes each. Each method learns the first half, then the second without seeing the first
-again: plain LoRA goes on from where it was (the adapter merged, a new one on top), with its head
-trained further or kept; the others take their posterior as the prior. Both halves at once are what
-there was to reach. Every model is scored on both halves of the test questions.
+then all others (who, where, how many, when); or by their label, three of the six classes each.
+Each method learns the first half, then the second without seeing the first again: plain LoRA goes
+on from where it was (the adapter merged, a new one on top), with its head trained further or kept;
+the others take their posterior as the prior. Both halves at once are what there was to reach. Every
+model is scored on both halves of the test questions.
 """
 
 from __future__ import annotations
