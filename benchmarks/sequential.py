@@ -146,15 +146,15 @@ class Course:
 
 
 def table(rows: list[Row]) -> pd.DataFrame:
-    """Means over seeds; accuracy with its standard deviation."""
+    """Means over seeds; accuracy with its standard deviation, if there are several."""
     frame = pd.DataFrame(rows)
     names = [name for name in frame.columns if name not in ("method", "stage", "seed")]
     groups = frame.groupby(["method", "stage"], sort=False)[names]
-    means, sds = groups.mean(), groups.std().fillna(0)
+    means, sds = groups.mean(), groups.std()
     shown = pd.DataFrame(index=means.index)
     for half in ("first", "second"):
         shown[f"{half} half: accuracy"] = [
-            f"{m:.3f} ± {s:.3f}"
+            f"{m:.3f}" if pd.isna(s) else f"{m:.3f} ± {s:.3f}"
             for m, s in zip(means[f"{half}_accuracy"], sds[f"{half}_accuracy"], strict=True)
         ]
         shown[f"{half}: nll"] = means[f"{half}_nll"]

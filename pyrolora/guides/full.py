@@ -17,6 +17,8 @@ class Full(Guide):
     The network that is passed to ``fit`` stays as it is: a copy of it is trained, which is the
     posterior's ``base``, and whose weights `Posterior.save` writes, all of them. Weights in half
     precision are trained in half precision; load the network in float32 where that is too coarse.
+    The default learning rate is that of adapters, 1e-3; where all weights move, 1e-4 or less is
+    usual.
     """
 
     name = "full"

@@ -164,13 +164,14 @@ class MonteCLoRA(Variational):
     def infer(self, fit: Fit) -> None:
         inverse = self.prior_mean == "zero" and self.component_prior == "hierarchical"
         where = "with prior_mean='zero' and component_prior='hierarchical'"
-        if fit.program.previous is not None:
+        previous = fit.program.previous is not None
+        if previous:
             inverse, where = True, "after an earlier posterior"
         rank, df = fit.program.layout.rank, fit.program.df
         if inverse and df <= rank + 1:
             raise ConfigError(
                 f"{where} the KL is finite for df_per_rank > {1 + 1 / rank:g} at rank {rank}, got "
-                f"{self.df_per_rank!r}"
+                f"{self.df_per_rank!r}" + ("; fit that one anew with more" if previous else "")
             )
         super().infer(fit)
 
@@ -224,7 +225,7 @@ class MonteCLoRAProgram(Program):
             with pyro.plate("blocks", len(self.layout), dim=-1):
                 weights = pyro.sample("mixture_weights", self._weights_prior())
                 tril = pyro.sample("covariance_tril", self._covariance_prior())
-                if options.cooperation:
+                if options.cooperation and self.previous is None:
                     pyro.factor("cooperation", -options.cooperation * weights.square().sum(-1))
             gain, tril = self._gain(weights), self._cut(tril)
             loc = self._prior_loc(gain, tril, means)

@@ -113,7 +113,8 @@ def _check_width(program: Program) -> None:
         raise ConfigError(
             "rank_allocation='snr' judges ranks by the width of the posterior in training, and "
             f"{full_name(program.options)!r} infers none there; use "
-            "rank_allocation='alora' with eval_data=, or the guide 'montec' or 'meanfield'"
+            "rank_allocation='alora' with eval_data=, or the guide 'montec', 'meanfield' or "
+            "'lowrank'"
         )
 
 

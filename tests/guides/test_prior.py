@@ -179,6 +179,15 @@ def log_ratio(program: Any, previous: Any, count: int) -> Tensor:
         return density(program, placed[0]) - density(previous, placed[1])
 
 
+def test_the_cooperation_of_the_earlier_fit_does_not_count_again():
+    options = MonteCLoRA(cooperation=2.0, df_per_rank=8)
+    problem = layer(options)
+    program = problem.joint.program
+    assert "cooperation" in poutine.trace(program.model).get_trace().nodes
+    program.succeed(layer(options).joint.program)
+    assert "cooperation" not in poutine.trace(program.model).get_trace().nodes
+
+
 # On a network ------------------------------------------------------------------------------------
 
 GUIDES = {
