@@ -83,7 +83,7 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
         joint = build(network, attachment, config, guide, likelihood, num_examples)
         if meta.get("prior") is not None:  # folders of earlier versions have no such entry
             joint.program.await_prior(from_options(meta["prior"]["name"], meta["prior"]["options"]))
-        joint.align()
+            joint.align()
         joint.load_own_state(state)
     except BaseException as error:
         if attachment is not None:

@@ -71,9 +71,9 @@ class FactorProgram(Program):
         if self.joint_law:
             self.sites = (options.latent,)
 
-    @abstractmethod
     def prior(self, site: str) -> dist.TorchDistribution:
         """The law of that site in the model."""
+        return self.normal_prior(site, self.options.prior_scale)
 
     @abstractmethod
     def law(self, site: str) -> dist.TorchDistribution:
@@ -109,6 +109,12 @@ class FactorProgram(Program):
     def loc(self, site: str) -> Tensor:
         """The means of the entries of a site."""
         return self.bank.latent_part(site, self.bank.means())
+
+    def in_use(self, site: str, scale: Tensor) -> Tensor:
+        """The scales of the entries of a site; those of idle ranks the prior's, so that their KL is
+        zero."""
+        active = self.bank.entries(site)
+        return scale if active is None else torch.where(active, scale, self.options.prior_scale)
 
     def normal_prior(self, site: str, scale: float | Tensor) -> dist.TorchDistribution:
         """N(0, scale²) on every entry of a site; around the start, where that is taken off."""

@@ -72,14 +72,10 @@ class LowRankProgram(FactorProgram):
         start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
         self.declare("directions", start)
 
-    def prior(self, site: str) -> dist.TorchDistribution:
-        return self.normal_prior(site, self.options.prior_scale)
-
     def law(self, site: str) -> dist.TorchDistribution:
-        scale, directions = self.param("scale"), self.param("directions")
+        scale, directions = self.in_use(site, self.param("scale")), self.param("directions")
         active = self.bank.entries(site)
-        if active is not None:  # idle ranks have the prior's law, so that their KL is zero
-            scale = torch.where(active, scale, self.options.prior_scale)
+        if active is not None:
             directions = torch.where(active.unsqueeze(-1), directions, 0.0)
         factor = scale.unsqueeze(-1) * directions
         return dist.LowRankMultivariateNormal(self.loc(site), factor, scale.square())

@@ -59,11 +59,6 @@ class MeanFieldProgram(FactorProgram):
             start = torch.full((bank.layouts[factor].total,), options.init_scale)
             self.declare(f"{factor}_scale", start, constraints.positive)
 
-    def prior(self, site: str) -> dist.TorchDistribution:
-        return self.normal_prior(site, self.options.prior_scale)
-
     def law(self, site: str) -> dist.TorchDistribution:
-        scale, active = self.param(f"{site}_scale"), self.bank.entries(site)
-        if active is not None:  # idle ranks have the prior's law, so that their KL is zero
-            scale = torch.where(active, scale, self.options.prior_scale)
+        scale = self.in_use(site, self.param(f"{site}_scale"))
         return dist.Normal(self.loc(site), scale).to_event(1)

@@ -124,7 +124,7 @@ class SWAGProgram(FactorProgram):
     def prior(self, site: str) -> dist.TorchDistribution:
         if self.options.prior_scale is None:
             return self.law(site)
-        return self.normal_prior(site, self.options.prior_scale)
+        return super().prior(site)
 
     def law(self, site: str) -> dist.TorchDistribution:
         mean = self.loc(site)
