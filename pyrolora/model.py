@@ -65,7 +65,16 @@ class JointModel(nn.Module):
             }
         )
         self.heads.float().requires_grad_(True)
+        self._frozen_statistics = running_statistics(base) if program.bank.specs else []
         self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
+
+    def train(self, mode: bool = True) -> JointModel:
+        """As of a module; but the running statistics of a network that gets adapters belong to its
+        weights, and stay as they are."""
+        super().train(mode)
+        for module in self._frozen_statistics:
+            module.eval()
+        return self
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
         """Run the model on one batch, a mapping with ``labels`` (or without: y is then sampled).
@@ -260,6 +269,12 @@ class JointGuide(nn.Module):
             averaged("groups", groups),
         ):
             self.program.guide(kl_weight)
+
+
+def running_statistics(module: nn.Module) -> list[nn.Module]:
+    """The normalisations in ``module`` that keep running statistics of what they see, such as batch
+    normalisation."""
+    return [m for m in module.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
 
 
 @contextmanager

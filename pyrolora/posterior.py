@@ -30,9 +30,9 @@ from pyrolora.predictive import (
     evaluate,
     generate,
     predict,
-    seeded,
 )
 from pyrolora.report import PSIS, inference_data, judge, summary
+from pyrolora.seeding import seeded
 from pyrolora.storage import (
     describe_base,
     merged,

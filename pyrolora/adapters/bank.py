@@ -304,15 +304,24 @@ class AdapterBank(ParamModule):
         return self.slots() if self.active is None else self.active
 
     def rows(self, latent: str) -> Tensor | None:
-        """`mask` in the order of the blocks of ``layout(latent)``; None where all are active."""
-        if self.active is None:
-            return None
-        return torch.cat([self.active[self._numbers(factor)] for factor in latent])
+        """`mask` by the blocks of ``layout(latent)``; None where all are active."""
+        return None if self.active is None else self.by_block(latent, self.active)
 
     def entries(self, latent: str) -> Tensor | None:
         """(total,) booleans: which entries are of active ranks; None where all are."""
-        rows = self.rows(latent)
-        return None if rows is None else self._spread(latent, rows)
+        return None if self.active is None else self.spread(latent, self.active)
+
+    def by_block(self, latent: str, ranks: Tensor) -> Tensor:
+        """(L, r_max), layers in the order of ``specs``, in that of the blocks of
+        ``layout(latent)``."""
+        return torch.cat([ranks[self._numbers(factor)] for factor in latent])
+
+    def spread(self, latent: str, ranks: Tensor) -> Tensor:
+        """(total,) of ``layout(latent)``: each entry has the boolean of its rank, of (L, r_max)."""
+        layout = self.layout(latent)
+        rows = self.by_block(latent, ranks)
+        ones = torch.ones(layout.total, dtype=torch.bool, device=rows.device)
+        return map_blocks(torch.mul, rows[..., None], ones, layout.groups)
 
     def kept(self, factor: str, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """``value`` (..., total) of a factor with zeros in all ranks but the active ones, or those
@@ -347,7 +356,7 @@ class AdapterBank(ParamModule):
         found = {}
         for factor, value in (("A", self.start().A), ("B", torch.zeros(()))):
             name = f"{factor}_loc"
-            entries = self._spread(factor, changed[self._numbers(factor)])
+            entries = self.spread(factor, changed)
             parameter = self.get_parameter(name)
             parameter.copy_(torch.where(entries, value.to(parameter), parameter))
             found[name] = entries
@@ -362,12 +371,6 @@ class AdapterBank(ParamModule):
         """Of each layer, the number of its block."""
         places = {block.layer: place for place, block in enumerate(self.layouts[factor].blocks)}
         return [places[name] for name in self.specs]
-
-    def _spread(self, latent: str, rows: Tensor) -> Tensor:
-        """(total,): each entry has the boolean of its row, of (blocks, r_max)."""
-        layout = self.layout(latent)
-        ones = torch.ones(layout.total, dtype=torch.bool, device=rows.device)
-        return map_blocks(torch.mul, rows[..., None], ones, layout.groups)
 
     # Norms ---------------------------------------------------------------------------------------
 

@@ -139,6 +139,7 @@ def fit(
         raise ConfigError(f"--set adapter: guide {options.name!r} has no adapters; leave it out")
     from pyrolora.guides import full_name
 
+    new_adapters = options.adapts and given is None and prior is None
     record = {
         "data": _place(data),
         "data_digest": fingerprint(data, examples),
@@ -152,7 +153,7 @@ def fit(
         "given": None if given is None else _place(str(given)),
         "prior": None if prior is None else _place(str(prior)),
         "guide": {"name": full_name(options), **dataclasses.asdict(options)},
-        "adapter": dataclasses.asdict(config),
+        "adapter": dataclasses.asdict(config) if new_adapters else None,
         "likelihood": likelihood,
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -174,7 +175,7 @@ def fit(
             options,
             held_out,
             likelihood,
-            config if options.adapts else None,
+            config if new_adapters else None,
             given,
             prior,
         )
@@ -280,10 +281,10 @@ def _fitted(
     source: Any = model
     earlier = None
     if given is not None:
-        source, config, likelihood = _given(given, model, examples, likelihood), None, None
+        source, likelihood = _given(given, model, examples, likelihood), None
     if prior is not None:
         earlier = _given(prior, model, examples, likelihood)
-        source, config, likelihood = earlier.base, None, None
+        source, likelihood = earlier.base, None
     started = time.perf_counter()
     try:
         posterior = infer(

@@ -268,6 +268,28 @@ class Program(ParamModule, ABC):
         """How many members are trained on the same batch."""
         return 1
 
+    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
+        """Own parameter -> booleans that broadcast to it: its entries that belong to the ranks of
+        ``rows``, (L, r_max)."""
+        return {}
+
+    @torch.no_grad()
+    def renew(self, rows: Tensor) -> dict[str, Tensor]:
+        """Have what belongs to the ranks of ``rows``, (L, r_max), as it is at a start: others came
+        in their place.
+
+        Returns
+        -------
+        dict
+            Own parameter -> booleans of its shape: the entries that are new.
+        """
+        fresh, found = self.options.build(self.bank), {}
+        for name, entries in self.of_ranks(rows.to(self.bank.mask().device)).items():
+            parameter, start = self.get_parameter(name), fresh.get_parameter(name)
+            found[name] = entries.expand_as(parameter)
+            parameter.copy_(torch.where(entries, start.to(parameter), parameter))
+        return found
+
     @torch.no_grad()
     def succeed(self, previous: Any) -> None:
         """Take the guide of ``previous``, a program of the same kind, for the prior, and start from
@@ -366,6 +388,9 @@ class WrappingProgram(Program):
 
     def side_by_side(self) -> int:
         return self.inner.side_by_side()
+
+    def renew(self, rows: Tensor) -> dict[str, Tensor]:
+        return {f"inner.{name}": entries for name, entries in self.inner.renew(rows).items()}
 
     @property
     def previous(self) -> Any:

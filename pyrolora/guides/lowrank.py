@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora import defaults
@@ -71,6 +72,10 @@ class LowRankProgram(FactorProgram):
         # Not zero, where the directions have no gradient; together a hundredth of the variance.
         start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
         self.declare("directions", start)
+
+    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
+        entries = self.bank.spread(self.options.latent, rows)
+        return {"scale": entries, "directions": entries.unsqueeze(-1)}
 
     def law(self, site: str) -> dist.TorchDistribution:
         scale, directions = self.in_use(site, self.param("scale")), self.param("directions")

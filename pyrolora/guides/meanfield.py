@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
+from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
@@ -58,6 +59,9 @@ class MeanFieldProgram(FactorProgram):
         for factor in options.latent:
             start = torch.full((bank.layouts[factor].total,), options.init_scale)
             self.declare(f"{factor}_scale", start, constraints.positive)
+
+    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
+        return {f"{site}_scale": self.bank.spread(site, rows) for site in self.sites}
 
     def law(self, site: str) -> dist.TorchDistribution:
         scale = self.in_use(site, self.param(f"{site}_scale"))

@@ -61,6 +61,9 @@ class MonteCLoRA(Variational):
     ε₀ ‖π‖ L in the hierarchical form. (Where the adapters have a start A₀, B₀ that is taken off
     again, zero is there: a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j has the price.)
 
+    Where ranks move between layers, Σ and its V are cut to a layer's active ranks. Their Σ has the
+    mean above and is no Wishart, once ranks are idle between them.
+
     After an earlier posterior (``fit(..., prior=)``) the model is that one's guide: its Dirichlet,
     its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z differs
     from the guide's in its mean, and in ε where that is learned, whatever the component prior.
@@ -275,6 +278,13 @@ class MonteCLoRAProgram(Program):
     def block_names(self) -> list[str]:
         return [block.name for block in self.layout.blocks]
 
+    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
+        own = self.bank.by_block(self.options.latent, rows)
+        if self.options.covariance == "diagonal":
+            return {"scale_diag": own}
+        row, column = torch.tril_indices(self.layout.rank, self.layout.rank, -1, device=own.device)
+        return {"scale_tril": torch.cat([own, own[:, row] | own[:, column]], -1)}
+
     def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
         """The mean of z in the model, where the noise is seen from M: at a_j = 0, at the start of
         a_j, or at the mean of the earlier posterior."""
@@ -300,7 +310,7 @@ class MonteCLoRAProgram(Program):
 
     def _covariance_prior(self) -> WishartCholesky:
         if self.previous is None:
-            return WishartCholesky(self._df, scale_diag=self._scale)
+            return WishartCholesky(self._df, scale_diag=self._column_scale())
         law: WishartCholesky = self.previous._covariance()
         return law
 
@@ -330,13 +340,22 @@ class MonteCLoRAProgram(Program):
     def _covariance(self) -> WishartCholesky:
         """The guide's law of the factor of Σ; V is I where a block of lower rank has no row, and
         where a rank is idle."""
-        rows = self._in_use()
+        rows, scale = self._in_use(), self._column_scale()
         if self.options.covariance == "diagonal":
             diagonal = torch.where(rows, self.param("scale_diag"), 1.0)
-            return WishartCholesky(self._df, scale_diag=diagonal * self._scale)
+            return WishartCholesky(self._df, scale_diag=diagonal * scale)
         both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
         tril = torch.where(both, self.param("scale_tril"), self._eye)
-        return WishartCholesky(self._df, tril * self._scale.unsqueeze(-1))
+        return WishartCholesky(self._df, tril * scale.unsqueeze(-2))
+
+    def _column_scale(self) -> Tensor:
+        """(L, r): what the columns of V's factor are multiplied by for E[Σ] = V. 1/√ν; and where
+        ranks are idle, row k of the standard Bartlett factor, cut to the c idle ranks before it
+        less, has the mean square ν − c."""
+        rows = self.bank.rows(self.options.latent)
+        if rows is None:
+            return self._scale
+        return (self.df - (~rows).cumsum(-1) * rows).rsqrt()
 
     def _in_use(self) -> Tensor:
         """(L, r) booleans: the rows that each block has, less those of idle ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -83,6 +84,12 @@ class SWAG(Guide):
             fit.svi(final=False)
         finally:
             fit.program.conclude()
+        if int(fit.program.count) < 2:
+            warnings.warn(
+                "the training ended before swag had two iterates, so that the posterior is a point "
+                "mass: the network as it was at the end",
+                stacklevel=2,
+            )
 
     def rate_held_from(self) -> float:
         return self.start
@@ -96,10 +103,9 @@ class SWAGProgram(FactorProgram):
     the point mass of plain LoRA.
 
     Buffers: the number of iterates, ``count``; the mean over them of all that is trained,
-    ``iterate_mean``,
-    which is empty but for the time of a training; and of the latent entries ``variance`` (n,) and
-    ``deviations`` (K, n), of which ``variance`` is a sum of squares, and ``deviations`` are the
-    iterates themselves, until `conclude`.
+    ``iterate_mean``, which is empty but for the time of a training; and of the latent entries
+    ``variance`` (n,) and ``deviations`` (K, n). Until `conclude`, ``variance`` is a sum of squares,
+    and ``deviations`` are the iterates themselves.
     """
 
     joint_law = True
@@ -181,9 +187,6 @@ class SWAGProgram(FactorProgram):
             self.deviations[:kept] -= self._latent_mean()
             self.deviations *= (2 * (kept - 1)) ** -0.5
             vector_to_parameters(self.iterate_mean, self._trained)
-            for factor in "AB":  # ranks may have gone idle between the iterates
-                mean = self.bank.get_parameter(f"{factor}_loc")
-                mean.copy_(self.bank.kept(factor, mean))
         else:
             self.deviations.zero_()
         self.iterate_mean = self.iterate_mean[:0].clone()

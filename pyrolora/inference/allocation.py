@@ -17,6 +17,7 @@ from pyrolora.inference.batches import to_device
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.importance import ablation, signal_to_noise
 from pyrolora.model import JointModel
+from pyrolora.seeding import seeded
 from pyrolora.types import Batch, RankAllocation
 
 
@@ -30,6 +31,12 @@ def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
             f"rank_allocation={allocation.importance!r} gives all draws the same ranks, and each "
             f"member of {full_name(joint.program.options)!r} would have its own; use "
             "rank_allocation='uniform', or another guide"
+        )
+    if joint.program.options.rate_held_from() < allocation.end:
+        raise ConfigError(
+            f"{full_name(joint.program.options)!r} collects iterates from "
+            f"{joint.program.options.rate_held_from():g} of the training on, and ranks move up to "
+            f"end={allocation.end:g} of it; pass RankAllocation(end=...) of no more"
         )
     if allocation.importance == "alora" and held_out is None:
         raise ConfigError(
@@ -78,12 +85,14 @@ class AllocateRanks(TrainerCallback):
             return
         bank = self.joint.program.bank
         before = bank.mask().cpu().clone()
-        with torch.random.fork_rng():
-            torch.manual_seed((args.seed + state.global_step) % (defaults.MAX_SEED + 1))
+        program = self.joint.program
+        with seeded((args.seed + state.global_step) % (defaults.MAX_SEED + 1)):
             importance = broadcast(self.importance()).cpu()
             after = moved(importance, before, bank.slots(), self.allocation.share)
             for name, entries in bank.activate(after).items():
                 _forget(optimizer, bank.get_parameter(name), entries)
+            for name, entries in program.renew(after != before).items():
+                _forget(optimizer, program.get_parameter(name), entries)
         ranks = bank.ranks().values()
         # Not the Trainer's `log`, which would take this step's own turn to log.
         state.log_history.append(
@@ -106,7 +115,7 @@ class AllocateRanks(TrainerCallback):
 
 @torch.no_grad()
 def _check_width(program: Program) -> None:
-    with torch.random.fork_rng():
+    with seeded(0):
         factors = program.factors(program.draw(2))
     point = all(t.dim() == 1 or torch.equal(t[0], t[1]) for t in (factors.A, factors.B))
     if point or not program.has_prior:

@@ -177,6 +177,7 @@ class Run:
         try:
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         except NonFiniteError as error:
+            trainer.restore_statistics()
             error.posterior = self.posterior(joint, guide)
             raise
         finally:

@@ -19,7 +19,7 @@ from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.elbo import NamedELBO
-from pyrolora.model import JointGuide, JointModel
+from pyrolora.model import JointGuide, JointModel, running_statistics
 from pyrolora.types import Batch
 
 STATE_FILE = "adapters.safetensors"
@@ -102,6 +102,11 @@ class SVITrainer(Trainer):
                 f"'torchrun --nproc_per_node {args.n_gpu} script.py', or show one GPU with "
                 "CUDA_VISIBLE_DEVICES=0"
             )
+        if args.load_best_model_at_end and guide.rate_held_from() < 1:
+            raise ConfigError(
+                f"{guide.name!r} is made of the iterates up to the end of the training, and "
+                "load_best_model_at_end=True goes back from there; leave it out"
+            )
         assert data.labels is not None
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # `check_step` stops; the filter waits for the device
@@ -119,6 +124,7 @@ class SVITrainer(Trainer):
             data_collator=data.collate,
             callbacks=[*callbacks],
         )
+        self._statistics = _buffers_of(joint)
         self._trained = [(n, p) for n, p in joint.named_parameters() if p.requires_grad]
         self.add_callback(_CheckStep(self))
         if self.pop_callback(ProgressCallback) is not None:
@@ -195,6 +201,14 @@ class SVITrainer(Trainer):
         for good, (name, _) in zip(finite[len(losses) :], named, strict=False):
             if not good:
                 raise NonFiniteError(self.remedy(f"has no finite gradient in {name!r}"))
+        self._statistics = _buffers_of(self.joint)
+
+    def restore_statistics(self) -> None:
+        """Put the running statistics of the last good step back: unlike parameters, they take a
+        batch in when it is read."""
+        for module, buffers in self._statistics:
+            for name, value in buffers.items():
+                module.get_buffer(name).copy_(value)
 
     def _describe_failure(self, terms: Mapping[str, Tensor]) -> str:
         bad = [name for name, term in terms.items() if not torch.isfinite(term)]
@@ -356,6 +370,15 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
+
+
+def _buffers_of(joint: JointModel) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """Copies of the running statistics that training changes."""
+    return [
+        (module, {name: buffer.clone() for name, buffer in module.named_buffers()})
+        for module in running_statistics(joint)
+        if module.training
+    ]
 
 
 def _until(last: int, rate: Callable[[int], float], step: int) -> float:

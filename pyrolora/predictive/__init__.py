@@ -5,7 +5,7 @@ from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
-from pyrolora.predictive.predict import draw_factors, predict, seeded
+from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.prediction import (
     ClassPrediction,
     Prediction,
@@ -32,5 +32,4 @@ __all__ = [
     "predict",
     "reliability_table",
     "risk_coverage",
-    "seeded",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from pyrolora.inference import Prepared, pass_rows, to_device
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
+from pyrolora.seeding import seeded
 
 
 def draw_factors(
@@ -79,14 +79,3 @@ def passes(
     for start in range(0, len(counts), step):
         output = joint.network(batch, settings[start : start + step])
         yield output.repeat_interleave(counts[start : start + step].to(output.device), 0)
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """A context whose random numbers depend on ``seed`` alone, if there is one."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -18,8 +18,9 @@ from pyrolora.inference import Prepared
 from pyrolora.inference.labels import network_classes
 from pyrolora.likelihoods import Classification, MultipleChoice
 from pyrolora.model import JointModel
-from pyrolora.predictive import predict, seeded
+from pyrolora.predictive import predict
 from pyrolora.report.arviz import to_inference_data
+from pyrolora.seeding import seeded
 
 DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
 

@@ -19,8 +19,9 @@ from pyrolora.errors import ConfigError, DataError, whole_number
 from pyrolora.guides import Guide, Program, full_name
 from pyrolora.inference import Prepared
 from pyrolora.model import JointModel, evaluating
-from pyrolora.predictive import predict, seeded
+from pyrolora.predictive import predict
 from pyrolora.report.psis import PSIS, psis_khat, yardstick
+from pyrolora.seeding import seeded
 
 FEWEST_DRAWS = 25  # of which a fifth is the tail, which needs five
 DRAWS_AT_ONCE = 50

@@ -99,7 +99,9 @@ def test_a_given_adapter_keeps_its_weights(place, tmp_path, given):
     for layer, (A, B) in later.factors().items():
         assert torch.equal(A, before[layer][0])
         assert torch.equal(B, before[layer][1])
-    assert json.loads((tmp_path / "later" / "run.json").read_text())["options"]["given"]
+    recorded = json.loads((tmp_path / "later" / "run.json").read_text())["options"]
+    assert recorded["given"]
+    assert recorded["adapter"] is None, "the given one is used"
 
 
 @pytest.mark.parametrize(

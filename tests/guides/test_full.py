@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from problems import bert, gpt2, reviews, tokenizer, tokens
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Flat, Full
 
 
@@ -52,6 +52,66 @@ def test_full_equals_the_trainer(tmp_path):
     assert [p.requires_grad for p in posterior.base.parameters()] == [
         p.requires_grad for p in network.parameters()
     ]
+
+
+class Normalised(torch.nn.Module):
+    """A network with batch normalisation, whose output turns to NaN in a training pass."""
+
+    def __init__(self, calls: int = 10**6) -> None:
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6)
+        self.last, self.left = torch.nn.Linear(6, 3), calls
+
+    def forward(self, inputs):
+        self.left -= self.training
+        broken = self.training and self.left < 0
+        return self.last(self.norm(self.first(inputs * torch.nan if broken else inputs)))
+
+    def statistics(self):
+        return {name: buffer.clone() for name, buffer in self.norm.named_buffers()}
+
+
+POINTS = (torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3)
+
+
+def fit_points(network, guide, **options):
+    return pyrolora.fit(
+        network, POINTS, guide=guide, likelihood="classification", epochs=3, batch_size=8, **options
+    )
+
+
+def test_running_statistics_move_with_the_weights_that_they_belong_to(tmp_path):
+    """Of full fine-tuning in the copy; those of a network that gets adapters stay, so that a loaded
+    posterior predicts what the fitted one does."""
+    network = Normalised()
+    before = network.statistics()
+    full = fit_points(network, "full")
+    assert full.base.statistics()["num_batches_tracked"] == 12
+    posterior = fit_points(network, "map", adapter=AdapterConfig(r=2), output_dir=tmp_path)
+    for name, value in network.statistics().items():
+        assert torch.equal(value, before[name])
+    found = posterior.predict(POINTS[0], 1).probs
+    posterior.detach()
+    loaded = pyrolora.load(tmp_path, network).predict(POINTS[0], 1).probs
+    torch.testing.assert_close(loaded, found)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
+def test_a_failed_fit_keeps_the_running_statistics_of_the_last_good_step():
+    good = fit_points(Normalised(), "full", callbacks=[_StopAfter(3)]).base.statistics()
+    with pytest.raises(NonFiniteError) as caught:
+        fit_points(Normalised(calls=3), "full")
+    found = caught.value.posterior.base.statistics()
+    assert found["num_batches_tracked"] == 3
+    assert {name for name, value in found.items() if value.isfinite().all()} == set(good)
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_tied_weights_stay_tied_and_come_back_from_a_folder(tmp_path):

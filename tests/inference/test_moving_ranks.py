@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 import pyrolora
 from pyrolora import AdapterConfig, types
 from pyrolora.errors import ConfigError
-from pyrolora.guides import MAP, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
+from pyrolora.guides import MAP, SWAG, Ensemble, Flat, Laplace, LowRank, MeanField, MonteCLoRA
 from pyrolora.types import RankAllocation
 
 KINDS = ["alora", "snr"]
@@ -114,20 +115,106 @@ def test_idle_ranks_stay_at_zero_and_the_optimiser_knows_nothing_of_them(tmp_pat
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
 def test_the_scales_of_idle_ranks_are_not_trained(tmp_path, covariance):
-    """A rank that was never in use has the covariance that it started with."""
+    """An idle rank, of before or to come, has the covariance that one starts with."""
     guide = MonteCLoRA(covariance=covariance, kl_weight=1.0)
     watch = Watch()
     posterior = fitted(tmp_path, guide=guide, callbacks=[watch])
     program = posterior.model.program
-    used = torch.stack([*watch.masks, posterior.bank.mask()]).any(0)
-    assert not used.all()
+    idle, used = ~posterior.bank.mask(), torch.stack(watch.masks).all(0)
+    assert (idle & torch.stack(watch.masks).any(0)).any()
     if covariance == "diagonal":
         scales = program.param("scale_diag")
     else:
         scales = program.param("scale_tril").diagonal(dim1=-2, dim2=-1)
     start = guide.init_covariance**0.5
-    torch.testing.assert_close(scales[~used], torch.full_like(scales[~used], start))
+    torch.testing.assert_close(scales[idle], torch.full_like(scales[idle], start))
     assert (scales[used] - start).abs().min() > 1e-4
+
+
+class Renewed(TrainerCallback):
+    """Of the ranks that came in a round, the scales and what the optimiser knows of them."""
+
+    def __init__(self):
+        self.before, self.came, self.stayed = None, {}, {}
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        program = model.joint.program
+        now = program.bank.mask().clone()
+        if self.before is not None and not torch.equal(now, self.before):
+            for name, entries in program.of_ranks(now & ~self.before).items():
+                parameter = program.get_parameter(name)
+                moments = optimizer.state[parameter]["exp_avg"]
+                for found, mine in ((self.came, entries), (self.stayed, ~entries)):
+                    mine = mine.expand_as(parameter)
+                    pair = (parameter.detach()[mine].clone(), moments[mine].clone())
+                    found.setdefault(name, []).append(pair)
+        self.before = now
+
+
+@pytest.mark.parametrize(
+    ("guide", "starts"),
+    [
+        (MeanField(latent="AB"), {"A_scale": "init_scale", "B_scale": "init_scale"}),
+        (LowRank(latent="AB"), {"scale": "init_scale", "directions": None}),
+        (MonteCLoRA(latent="AB"), {"scale_diag": "init_covariance"}),
+        (MonteCLoRA(covariance="full"), {"scale_tril": "init_covariance"}),
+        (Flat(inner=MeanField()), {}),
+    ],
+    ids=["mean field", "low rank", "montec", "full covariance", "flat"],
+)
+def test_a_rank_that_comes_has_nothing_of_the_one_before_it(tmp_path, guide, starts):
+    """Its scales start anew, without moments; those of the others go on."""
+    watch = Renewed()
+    fitted(tmp_path, "snr", guide=guide, callbacks=[watch])
+    assert watch.came.keys() == starts.keys()
+    for name, option in starts.items():
+        assert len(watch.came[name]) == 4
+        for values, moments in watch.came[name]:
+            assert len(values)
+            assert not moments.any()
+            if option == "init_scale":
+                torch.testing.assert_close(values, torch.full_like(values, guide.init_scale).log())
+            elif name == "scale_diag":
+                start = 0.5 * math.log(guide.init_covariance)
+                torch.testing.assert_close(values, torch.full_like(values, start))
+            elif name == "directions":  # new random numbers of the scale of the start
+                assert values.std() == pytest.approx(0.1 * guide.rank**-0.5, rel=0.1)
+        for values, moments in watch.stayed[name]:
+            assert moments.any()
+            assert len(values.unique()) > 1
+
+
+def test_the_covariance_of_moved_ranks_has_the_mean_that_the_guide_states():
+    """E[Σ] = V over the active ranks, wherever idle ones lie between them; E[Σ] = I in the
+    model."""
+    config = AdapterConfig(r=3, rank_allocation=allocation("snr", growth=2.0))
+    mask = torch.tensor(
+        [[False, True, False, True, True, False], [True, False, False, False, False, True]]
+    )
+    for covariance in ("diagonal", "full"):
+        guide = MonteCLoRA(covariance=covariance, df_per_rank=1)
+        joint = pyrolora.fit(
+            torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6)),
+            (torch.randn(8, 6), torch.arange(8) % 6), guide=guide, likelihood="classification",
+            adapter=dataclasses.replace(config, modules_to_save=[]), epochs=1,
+        ).model  # fmt: skip
+        program = joint.program
+        program.bank.activate(mask)
+        if covariance == "diagonal":
+            program.assign("scale_diag", torch.rand(2, 6) + 0.5)
+            tril = program.param("scale_diag").diag_embed()
+        else:
+            program.assign("scale_tril", torch.randn(2, 6, 6).tril(-1) + torch.eye(6))
+            tril = program.param("scale_tril")
+        both = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+        tril = torch.where(both, tril, torch.eye(6)).detach()
+        for law, expected in (
+            (program._covariance(), tril @ tril.mT),
+            (program._covariance_prior(), torch.eye(6).expand(2, 6, 6)),
+        ):
+            drawn = program._cut(law.sample((60_000,)))
+            found = (drawn @ drawn.mT).mean(0)
+            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
 
 def test_idle_ranks_cost_no_kl(tmp_path):
@@ -262,6 +349,14 @@ def test_the_width_of_a_point_is_refused(steps, guide):
 def test_the_ranks_of_members_are_refused(steps, guide, kind):
     adapter = AdapterConfig(rank_allocation=kind)
     words = (repr(kind), "member", "ensemble", "'uniform'")
+    refused(steps, words, adapter=adapter, guide=guide, eval_data=tokens())
+
+
+@pytest.mark.parametrize("guide", [SWAG(), SWAG(start=0.4), Flat(inner=SWAG(start=0.4))])
+def test_iterates_of_ranks_that_move_are_refused(steps, guide):
+    """A slot would have the moments of two ranks."""
+    adapter = AdapterConfig(rank_allocation=allocation("alora", end=0.6))
+    words = ("swag", "end=0.6", "RankAllocation(end=...)")
     refused(steps, words, adapter=adapter, guide=guide, eval_data=tokens())
 
 

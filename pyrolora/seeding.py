@@ -1,0 +1,20 @@
+"""Random numbers that depend on a seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """A context whose random numbers depend on ``seed`` alone, if there is one; torch's generators,
+    of the CPU and of the present GPU, are then as they were before."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
