@@ -1,11 +1,16 @@
 """Data that come in turn: is the first half forgotten while the second is learnt?
 
-TREC's questions in two halves that differ: by their first word, those that begin with "what", and
-then all others (who, where, how many, when); or by their label, three of the six classes each.
+TREC's questions in two halves that differ. By default the task is whether a question asks for a
+person or a place: the first half has questions for descriptions (no) and persons (yes), the second
+those for things (no) and places (yes). Or the task is the six classes, and the halves differ by
+their first word, those that begin with "what", and then all others (who, where, how many, when); or
+by their label, three of the classes each.
+
 Each method learns the first half, then the second without seeing the first again: plain LoRA goes
-on from where it was (the adapter merged, a new one on top), with its head trained further or kept;
-the others take their posterior as the prior. Both halves at once are what there was to reach. Every
-model is scored on both halves of the test questions.
+on from where it was (the adapter merged, a new one on top), for as many epochs or for fewer, with
+its head trained further or kept; the others take their posterior as the prior, with several weights
+of the KL. Both halves at once are what there was to reach. Every model is scored on both halves of
+the test questions.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from common import (
     save_json,
     show,
 )
-from tasks import load_network
+from tasks import TASKS, load_network
 from tqdm.auto import tqdm
 
 import pyrolora
@@ -42,18 +47,29 @@ from pyrolora.posterior import Posterior
 
 TASK = "trec"
 FIRST = "what"
+KINDS = {"first": ("DESC", "HUM"), "second": ("ENTY", "LOC")}
+NAMES = ("HUM", "LOC")
 GUIDES: dict[str, guides.Guide] = {
     "montec": guides.MonteCLoRA(latent="AB"),
     "meanfield": guides.MeanField(latent="AB"),
     "lowrank": guides.LowRank(latent="AB"),
 }
+KL_WEIGHTS = (0.1, 0.2, 0.5)
 SCORES = ("accuracy", "nll", "ece")
 Row = dict[str, Any]
 
 
-def is_first(row: Row, by: str) -> bool:
-    """Whether a question belongs to the first half."""
-    return row["label"] < 3 if by == "label" else row["sentence"].lower().startswith(FIRST)
+def in_half(row: Row, by: str) -> str | None:
+    """Which half a question belongs to, if to any."""
+    if by == "name":
+        return next((half for half, kinds in KINDS.items() if row["label_name"] in kinds), None)
+    first = row["label"] < 3 if by == "label" else row["sentence"].lower().startswith(FIRST)
+    return "first" if first else "second"
+
+
+def label(row: Row, by: str) -> int:
+    """The target of a question: its class, or whether it asks for a person or a place."""
+    return int(row["label_name"] in NAMES) if by == "name" else row["label"]
 
 
 def halves(folder: Path, split: str, by: str, examples: int | None, seed: int) -> dict[str, Any]:
@@ -65,9 +81,9 @@ def halves(folder: Path, split: str, by: str, examples: int | None, seed: int) -
     found = {}
     for name in ("first", "second"):
         own = [
-            {"sentence": row["sentence"], "label": row["label"]}
+            {"sentence": row["sentence"], "label": label(row, by)}
             for row in rows
-            if is_first(row, by) == (name == "first")
+            if in_half(row, by) == name
         ]
         data = datasets.Dataset.from_list(own)
         if examples is not None:
@@ -85,14 +101,16 @@ class Course:
         self.test = halves(args.data, "test", args.halves, None, seed)
         self.rows: list[Row] = []
 
-    def fit(self, network: Any, data: Any, guide: Any, **options: Any) -> Posterior:
+    def fit(
+        self, network: Any, data: Any, guide: Any, epochs: int | None = None, **options: Any
+    ) -> Posterior:
         args = self.args
         return pyrolora.fit(
             network,
             data,
             guide,
             tokenizer=self.tokenizer,
-            epochs=args.epochs,
+            epochs=epochs or args.epochs,
             learning_rate=args.learning_rate,
             batch_size=args.batch_size,
             seed=self.seed,
@@ -100,7 +118,10 @@ class Course:
         )
 
     def network(self) -> Any:
-        network, self.tokenizer = load_network(self.args.model, TASK, self.seed, "float32")
+        classes = 2 if self.args.halves == "name" else TASKS[TASK].classes
+        network, self.tokenizer = load_network(
+            self.args.model, TASK, self.seed, "float32", num_labels=classes
+        )
         return network
 
     def add(self, method: str, stage: str, fit: Callable[[], Posterior]) -> Posterior:
@@ -120,6 +141,12 @@ class Course:
         first, second = self.train["first"], self.train["second"]
         both = datasets.concatenate_datasets([first, second])
         plain = self.add("LoRA", "first", lambda: self.fit(self.network(), first, "map"))
+        for epochs in self.args.fewer_epochs:
+            self.add(
+                f"LoRA, {epochs} epochs",
+                "then second",
+                lambda epochs=epochs: self.fit(plain.merge(), second, "map", epochs),
+            )
         self.add("LoRA", "then second", lambda: self.fit(plain.merge(), second, "map"))
         kept = AdapterConfig(modules_to_save=[])
         self.add(
@@ -129,16 +156,19 @@ class Course:
         )
         self.add("LoRA", "both at once", lambda: self.fit(self.network(), both, "map"))
         for name in self.args.guides:
-            options = GUIDES[name]
-            guide = replace(options, kl_weight=self.args.kl_weight or options.kl_weight)
+            guide = GUIDES[name]
             earlier = self.add(
                 name, "first", lambda guide=guide: self.fit(self.network(), first, guide)
             )
-            self.add(
-                name,
-                "then second",
-                lambda earlier=earlier: self.fit(earlier.base, second, None, prior=earlier),
-            )
+            for weight in self.args.kl_weights:
+                later = replace(guide, kl_weight=weight)
+                self.add(
+                    f"{name}, KL weight {weight:g}",
+                    "then second",
+                    lambda earlier=earlier, later=later: self.fit(
+                        earlier.base, second, later, prior=earlier
+                    ),
+                )
             self.add(
                 name, "both at once", lambda guide=guide: self.fit(self.network(), both, guide)
             )
@@ -169,15 +199,24 @@ def main() -> None:
     )
     parser.add_argument("--data", type=existing_folder, required=True, help="with trec/")
     parser.add_argument("--model", type=model_folder, required=True, help="of a pretrained encoder")
-    parser.add_argument("--halves", choices=("word", "label"), default="word")
+    parser.add_argument("--halves", choices=("name", "word", "label"), default="name")
     parser.add_argument("--guides", nargs="+", choices=GUIDES, default=list(GUIDES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--examples", type=positive, default=300, help="of each half")
-    parser.add_argument("--epochs", type=positive, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--examples", type=positive, default=500, help="of each half")
+    parser.add_argument("--epochs", type=positive, default=8, help="of each fit")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--draws", type=positive, default=8, help="of a prediction")
-    parser.add_argument("--kl-weight", type=float, help="of all guides; else each one's default")
+    parser.add_argument(
+        "--fewer-epochs",
+        type=positive,
+        nargs="+",
+        default=[2, 3, 5],
+        help="of LoRA's second fits that end early",
+    )
+    parser.add_argument(
+        "--kl-weights", type=float, nargs="+", default=KL_WEIGHTS, help="of the second fits"
+    )
     parser.add_argument("--name", default="sequential", help="of the files that are written")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -93,11 +93,13 @@ def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
     )
 
 
-def load_network(folder: Path, name: str, seed: int, dtype: str) -> tuple[nn.Module, Any]:
+def load_network(
+    folder: Path, name: str, seed: int, dtype: str, num_labels: int | None = None
+) -> tuple[nn.Module, Any]:
     """The encoder with a new head for the task, the same for all methods of a seed."""
     set_seed(seed)
     kind: Any = AutoModelForSequenceClassification
-    options: dict[str, Any] = {"num_labels": TASKS[name].classes}
+    options: dict[str, Any] = {"num_labels": num_labels or TASKS[name].classes}
     if TASKS[name].kind == "multiple choice":
         kind, options = AutoModelForMultipleChoice, {}
     with quiet_loading():

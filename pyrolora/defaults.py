@@ -51,10 +51,11 @@ DROPOUT_DRAWS = 8
 # Flat-LoRA: the paper's range is 0.05 to 0.1.
 RHO = 0.05
 
-# Rank allocation. Eight rounds of a tenth can move more than half of the budget, with training in
-# between that shows what the last one was worth; none before the first tenth of the training, when
-# B has hardly left zero, and none in its second half, which new ranks need to learn in. Slots for
-# twice the rank: what the products of the adapters then cost, and what a layer can win.
+# Rank allocation. Eight rounds, with training in between that shows what the last one was worth;
+# none before the first tenth of the training, when B has hardly left zero, and none in its second
+# half, in which the ranks that stay learn the rest. Where ranks move, a tenth of them a round can
+# move more than half of the budget. Slots for twice the rank: what the products of the adapters
+# then cost, and what a layer can win.
 ALLOCATION_ROUNDS = 8
 ALLOCATION_SHARE = 0.1
 ALLOCATION_START = 0.1

@@ -60,7 +60,7 @@ class Posterior:
         The guide's options.
     history
         The log of the fit, one dict an entry: ``loss``, ``elbo``, ``log_likelihood``,
-        ``kl/<site>``, evaluation metrics, ``ranks_moved``, by ``step`` and ``epoch``.
+        ``kl/<site>``, evaluation metrics, ``ranks_lost``, by ``step`` and ``epoch``.
     tokenizer
         What turns raw text to tokens, or None.
     settings

@@ -21,20 +21,27 @@ RANDOM_STARTS = ("kaiming", "gaussian")
 """Those by which a rank can start at any time: a random row of A, and B at zero."""
 INITIALIZERS = (*RANDOM_STARTS, "lora-ga", "pissa", "olora")
 IMPORTANCES = ("alora", "snr")
+SCHEDULES = ("prune", "move")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankAllocation:
-    """How the budget of ranks moves between layers while the adapters are trained.
+    """How the layers share one budget of ranks, which is settled while the adapters are trained.
 
-    Every layer starts with its rank r and has slots for ``growth * r`` (no more than it is wide).
-    In each of ``rounds`` steps, evenly spaced between two shares of the training, the least useful
-    of the active ranks lose their place, but for a layer's last one, and layers that lost none get
-    as many, in turn, those of the highest mean importance first. A new rank has a random row of A
-    and B = 0, so that the function stays; the scaling of a layer stays what it was at rank r.
+    The budget is the sum of the ranks r that the configuration gives, and every layer has slots for
+    ``growth * r`` ranks (no more than it is wide). In each of ``rounds`` steps, evenly spaced
+    between two shares of the training, the least useful of the active ranks lose their place,
+    wherever they are, but for a layer's last one. The scaling of a layer stays what it was at
+    rank r.
 
     Parameters
     ----------
+    schedule
+        ``"prune"``: all slots are active at the start, and each round takes as many ranks out as
+        the others, until the budget is left (AdaLoRA's way). ``"move"``: every layer starts with
+        its r, and layers that lost none in a round get as many as were lost, in turn, those of the
+        highest mean importance first (ALoRA's own); a new rank has a random row of A and B = 0, so
+        that the function stays.
     importance
         How a rank is judged. ``"alora"``: by ablation on a batch of ``eval_data``, the
         log-likelihood of the mean adapter, less that without the rank, plus that of the rank alone.
@@ -43,7 +50,8 @@ class RankAllocation:
     rounds
         How many.
     share
-        The share of all active ranks that loses its place in a round.
+        Of ``"move"`` alone: the share of all active ranks that loses its place in a round; None:
+        the default.
     start, end
         The shares of the training steps after which the first round and the last one come.
     growth
@@ -52,12 +60,14 @@ class RankAllocation:
     References
     ----------
     Z. Liu, J. Lyn, W. Zhu, X. Tian (2024), "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning
-    Large Language Models", NAACL, arXiv 2403.16187.
+    Large Language Models", NAACL, arXiv 2403.16187. Q. Zhang et al. (2023), "AdaLoRA: Adaptive
+    Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR, arXiv 2303.10512.
     """
 
     importance: str = "alora"
+    schedule: str = "prune"
     rounds: int = defaults.ALLOCATION_ROUNDS
-    share: float = defaults.ALLOCATION_SHARE
+    share: float | None = None
     start: float = defaults.ALLOCATION_START
     end: float = defaults.ALLOCATION_END
     growth: float = defaults.ALLOCATION_GROWTH
@@ -68,13 +78,25 @@ class RankAllocation:
                 f"unknown importance {self.importance!r} of ranks; "
                 f"choose one of {', '.join(IMPORTANCES)}"
             )
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                f"unknown schedule {self.schedule!r} of ranks; choose one of {', '.join(SCHEDULES)}"
+            )
         whole_number("rounds", self.rounds, at_least=1)
-        for name in ("share", "growth"):
-            positive(name, getattr(self, name))
+        positive("growth", self.growth)
         for name in ("start", "end"):
             positive(name, getattr(self, name), or_zero=True)
-        if self.share > 1:
-            raise ConfigError(f"share must be a share of the ranks, at most 1, got {self.share!r}")
+        if self.share is not None:
+            positive("share", self.share)
+            if self.schedule == "prune":
+                raise ConfigError(
+                    f"share={self.share!r} is of schedule='move'; how many ranks schedule='prune' "
+                    "takes out follows from rounds and growth"
+                )
+            if self.share > 1:
+                raise ConfigError(
+                    f"share must be a share of the ranks, at most 1, got {self.share!r}"
+                )
         if not self.start <= self.end < 1:
             raise ConfigError(
                 "start and end must be shares of the training, 0 <= start <= end < 1, got "
@@ -87,11 +109,12 @@ class RankAllocation:
         """How many ranks a layer that starts with ``rank`` can have."""
         return min(math.ceil(self.growth * rank), width)
 
-    def steps(self, total: int) -> set[int]:
-        """After which of ``total`` steps ranks move; rounds that fall on one step are one."""
+    def steps(self, total: int) -> list[int]:
+        """After which of ``total`` steps ranks lose their place; rounds that fall on one step are
+        one."""
         gap = (self.end - self.start) / max(self.rounds - 1, 1)
         shares = (self.start + i * gap for i in range(self.rounds))
-        return {max(1, round(total * share)) for share in shares}
+        return sorted({max(1, round(total * share)) for share in shares})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +151,8 @@ class AdapterConfig:
         Scale by ``lora_alpha / sqrt(r)``.
     rank_allocation
         ``"uniform"``: ranks stay as they are. ``"alora"`` or ``"snr"``: the layers share one
-        budget, and training moves it to where it is of use; a `RankAllocation` has the options.
+        budget, and training finds where it is of use, by ablation on ``eval_data`` or by the
+        posterior's signal-to-noise ratio; a `RankAllocation` has the options.
 
     Raises
     ------

@@ -67,7 +67,7 @@ def data(n: int, seed: int = 0) -> Any:
 
 
 def fitted(network: str, guide: str, kind: str) -> Posterior:
-    allocation = RankAllocation(importance=kind, rounds=4, share=0.3)
+    allocation = RankAllocation(importance=kind, rounds=4)
     return pyrolora.fit(
         NETWORKS[network](), data(12), guide=GUIDES[guide], eval_data=data(6, seed=1),
         tokenizer=tokenizer(), adapter=AdapterConfig(r=3, rank_allocation=allocation),
@@ -219,14 +219,14 @@ def test_an_earlier_posterior_keeps_its_ranks() -> None:
 
 
 def test_idle_ranks_are_zero_in_the_mean_of_swags_iterates() -> None:
-    """The last ranks move at the step after which iterates are collected."""
+    """The last ranks go at the step after which iterates are collected."""
     posterior = pyrolora.fit(
         NETWORKS["encoder"](),
         data(24),
         guide=SWAG(start=0.5),
         eval_data=data(6, seed=1),
         tokenizer=tokenizer(),
-        adapter=AdapterConfig(r=3, rank_allocation=RankAllocation(end=0.5, share=0.3)),
+        adapter=AdapterConfig(r=3, rank_allocation=RankAllocation(end=0.5)),
         epochs=4,
         batch_size=6,
     )

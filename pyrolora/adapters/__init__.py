@@ -1,6 +1,6 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
-from pyrolora.adapters.allocation import moved
+from pyrolora.adapters.allocation import moved, pruned
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, plain_copy, unwrap
@@ -29,6 +29,7 @@ __all__ = [
     "moved",
     "plain_copy",
     "plain_parameters",
+    "pruned",
     "start_of",
     "unwrap",
 ]

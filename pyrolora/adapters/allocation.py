@@ -1,4 +1,4 @@
-"""Where the budget of ranks goes next: from the importance of each rank to the active ones."""
+"""Which ranks are active after a round: from the importance of each of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,31 @@ import torch
 from torch import Tensor
 
 
+def pruned(importance: Tensor, active: Tensor, budget: int) -> Tensor:
+    """The ``budget`` most important ranks, or more: every layer keeps its best one.
+
+    Parameters
+    ----------
+    importance
+        (L, r_max); of active ranks alone it is read.
+    active
+        (L, r_max) booleans.
+    budget
+        How many are to be active.
+
+    Returns
+    -------
+    Tensor
+        (L, r_max) booleans.
+    """
+    after = active.clone()
+    for layer, rank in _least(importance, active)[: max(0, int(active.sum()) - budget)]:
+        after[layer, rank] = False
+    return after
+
+
 def moved(importance: Tensor, active: Tensor, slots: Tensor, share: float) -> Tensor:
-    """The ranks that are active after one round.
+    """The ranks that are active after a round that moves some.
 
     The least important ranks, a ``share`` of all active ones and one at least, lose their place;
     every layer keeps its best one. Layers that lost none get as many, in turn, the one of the

@@ -165,8 +165,8 @@ class AdapterBank(ParamModule):
     Attributes
     ----------
     active
-        Which ranks of which layers are in use, (L, r_max) booleans, where ``config`` moves ranks
-        between layers; else None: all are. The others, idle, have zeros in A and B.
+        Which ranks of which layers are in use, (L, r_max) booleans, where ``config`` has the layers
+        share a budget; else None: all are. The others, idle, have zeros in A and B.
     """
 
     A_start: Tensor | None
@@ -190,9 +190,12 @@ class AdapterBank(ParamModule):
             if config.init_lora_weights not in RANDOM_STARTS:
                 fixed = torch.zeros(layout.total) if given is None else getattr(given, factor)
             self.register_buffer(f"{factor}_start", fixed)
-        ranks = torch.tensor([spec.rank for spec in specs]).unsqueeze(-1)
-        active = torch.arange(self.layouts["A"].rank) < ranks
-        self.register_buffer("active", None if config.allocation is None else active)
+        active = None
+        if config.allocation is not None:
+            ranks = torch.tensor([spec.rank for spec in specs]).unsqueeze(-1)
+            own = torch.arange(self.layouts["A"].rank) < ranks
+            active = own if config.allocation.schedule == "move" else self.slots()
+        self.register_buffer("active", active)
         first = self.start()
         self.declare("A_loc", first.A)
         self.declare("B_loc", first.B)
@@ -288,12 +291,16 @@ class AdapterBank(ParamModule):
     # Which ranks are in use ----------------------------------------------------------------------
 
     def moves(self) -> bool:
-        """Whether training moves ranks between layers: not where the means are given."""
+        """Whether training changes which ranks are in use: not where the means are given."""
         return self.active is not None and self.get_parameter("A_loc").requires_grad
 
     def ranks(self) -> dict[str, int]:
         """Layer -> how many ranks are active."""
         return dict(zip(self.specs, self.mask().sum(-1).tolist(), strict=True))
+
+    def budget(self) -> int:
+        """The sum of the ranks that the configuration gives."""
+        return sum(spec.rank for spec in self.specs.values())
 
     def slots(self) -> Tensor:
         """(L, r_max) booleans, layers in the order of ``specs``: the ranks that there are."""

@@ -1,7 +1,8 @@
-"""Moves ranks between layers while the adapters are trained."""
+"""Settles which ranks the layers have while the adapters are trained."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from pyrolora import defaults
-from pyrolora.adapters import moved
+from pyrolora.adapters import moved, pruned
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Program, full_name
 from pyrolora.inference.batches import to_device
@@ -46,7 +47,7 @@ def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
 
 
 class AllocateRanks(TrainerCallback):
-    """Moves the budget of ranks as the adapter configuration has it, after the optimiser's step.
+    """The rounds of the adapter configuration's `RankAllocation`, after the optimiser's step.
 
     The same in all processes, and after a resume: the ranks in use are in the saved state, and the
     random numbers of a round depend on the seed and on the step alone.
@@ -81,14 +82,21 @@ class AllocateRanks(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step not in self.allocation.steps(state.max_steps):
+        steps = self.allocation.steps(state.max_steps)
+        if state.global_step not in steps:
             return
         bank = self.joint.program.bank
         before = bank.mask().cpu().clone()
         program = self.joint.program
         with seeded((args.seed + state.global_step) % (defaults.MAX_SEED + 1)):
             importance = broadcast(self.importance()).cpu()
-            after = moved(importance, before, bank.slots(), self.allocation.share)
+            if self.allocation.schedule == "prune":
+                surplus = int(bank.slots().sum()) - bank.budget()
+                left = surplus * (len(steps) - 1 - steps.index(state.global_step)) / len(steps)
+                after = pruned(importance, before, bank.budget() + round(left))
+            else:
+                share = self.allocation.share or defaults.ALLOCATION_SHARE
+                after = moved(importance, before, bank.slots(), share)
             for name, entries in bank.activate(after).items():
                 _forget(optimizer, bank.get_parameter(name), entries)
             for name, entries in program.renew(after != before).items():
@@ -97,13 +105,24 @@ class AllocateRanks(TrainerCallback):
         # Not the Trainer's `log`, which would take this step's own turn to log.
         state.log_history.append(
             {
-                "ranks_moved": int((after & ~before).sum()),
+                "ranks_lost": int((before & ~after).sum()),
                 "lowest_rank": min(ranks),
                 "highest_rank": max(ranks),
                 "step": state.global_step,
                 "epoch": state.epoch,
             }
         )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bank = self.joint.program.bank
+        above = int(bank.mask().sum()) - bank.budget()
+        if above > 0:
+            warnings.warn(
+                f"the training ended before the last round of rank_allocation, with {above} ranks "
+                f"more than the budget of {bank.budget()}; end the rounds earlier, with "
+                "RankAllocation(end=...)",
+                stacklevel=2,
+            )
 
     def importance(self) -> Tensor:
         """(L, r_max) of the ranks as they are."""

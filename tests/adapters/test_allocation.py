@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyrolora.adapters import moved
+from pyrolora.adapters import moved, pruned
 
 
 def case(layers, most, seed):
@@ -42,6 +42,21 @@ def test_what_is_lost_is_worth_least_of_what_may_be_lost(seed):
     may = active.clone()
     may[torch.arange(6), best] = False
     kept = may & ~lost
+    if lost.any() and kept.any():
+        assert importance[lost].max() <= importance[kept].min()
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("budget", [0, 6, 9, 14, 99])
+def test_pruning_leaves_the_best_of_all_layers_and_one_of_each(seed, budget):
+    importance, active, _ = case(layers=6, most=5, seed=seed)
+    after = pruned(importance, active, budget)
+    assert after.sum() == min(int(active.sum()), max(budget, 6))
+    assert not (after & ~active).any()
+    best = importance.nan_to_num(-torch.inf).argmax(-1)
+    assert after[torch.arange(6), best].all(), "a layer's best rank went"
+    lost, kept = active & ~after, after.clone()
+    kept[torch.arange(6), best] = False
     if lost.any() and kept.any():
         assert importance[lost].max() <= importance[kept].min()
 

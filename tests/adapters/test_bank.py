@@ -420,8 +420,8 @@ def test_the_bank_of_an_attachment_fits_its_layers():
 # Ranks that are idle ---------------------------------------------------------------------------
 
 
-def allocated(specs=SPECS, growth=2.0, **options):
-    allocation = RankAllocation(growth=growth)
+def allocated(specs=SPECS, growth=2.0, schedule="move", **options):
+    allocation = RankAllocation(growth=growth, schedule=schedule)
     return AdapterBank(specs, AdapterConfig(rank_allocation=allocation, **options))
 
 
@@ -452,8 +452,18 @@ def test_layers_start_with_their_ranks_and_have_slots_for_more():
     assert (of.means().A[~of.entries("A")] == 0).all()
 
 
-def test_the_law_of_the_start_is_that_of_the_rank_not_of_the_slots():
-    of = allocated(LARGE, init_lora_weights="gaussian")
+def test_what_will_be_pruned_starts_with_every_slot_in_use():
+    of = allocated(schedule="prune")
+    assert torch.equal(of.mask(), of.slots())
+    assert of.budget() == sum(s.rank for s in SPECS) < sum(of.ranks().values())
+    for A, B in of.matrices(of.means()).values():
+        assert (A != 0).all()
+        assert not B.any()
+
+
+@pytest.mark.parametrize("schedule", ["move", "prune"])
+def test_the_law_of_the_start_is_that_of_the_rank_not_of_the_slots(schedule):
+    of = allocated(LARGE, init_lora_weights="gaussian", schedule=schedule)
     of.activate(of.slots())
     for name, (A, _) in of.matrices(of.means()).items():
         assert len(A) == 2 * of.specs[name].rank

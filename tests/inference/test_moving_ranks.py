@@ -1,9 +1,11 @@
-"""Ranks that move in training: when, how many, what they leave alone; after a kill; refusals."""
+"""Ranks that go, or move, in training: when, how many, what they leave alone; after a kill;
+refusals."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -19,7 +21,7 @@ import pyrolora
 from pyrolora import AdapterConfig, types
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, SWAG, Ensemble, Flat, Laplace, LowRank, MeanField, MonteCLoRA
-from pyrolora.types import RankAllocation
+from pyrolora.types import SCHEDULES, RankAllocation
 
 KINDS = ["alora", "snr"]
 
@@ -41,8 +43,10 @@ def arguments(tmp_path, **changes) -> TrainingArguments:
     return TrainingArguments(**{**options, **changes})
 
 
-def allocation(kind="alora", **options):
-    return RankAllocation(**{"importance": kind, "rounds": 4, "share": 0.3, **options})
+def allocation(kind="alora", schedule="move", **options):
+    share = 0.3 if schedule == "move" else None
+    named = {"importance": kind, "schedule": schedule, "rounds": 4, "share": share}
+    return RankAllocation(**{**named, **options})
 
 
 def fitted(tmp_path, kind="alora", guide="meanfield", callbacks=(), changes=None, **options):
@@ -69,16 +73,16 @@ class Watch(TrainerCallback):
         for factor in "AB":
             parameter, idle = bank.get_parameter(f"{factor}_loc"), ~bank.entries(factor)
             kept = [t for t in optimizer.state.get(parameter, {}).values() if t.dim()]
-            self.idle += [float(t.detach()[idle].abs().max()) for t in (parameter, *kept)]
+            self.idle += [float(t.detach()[idle].abs().sum()) for t in (parameter, *kept)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_move_on_schedule_within_the_budget(tmp_path, kind):
     watch = Watch()
     posterior = fitted(tmp_path, kind, callbacks=[watch], start=0.25, end=0.75)
-    entries = [entry for entry in posterior.history if "ranks_moved" in entry]
+    entries = [entry for entry in posterior.history if "ranks_lost" in entry]
     assert [entry["step"] for entry in entries] == [3, 5, 7, 9]
-    assert all(entry["ranks_moved"] == 5 for entry in entries)  # 0.3 of 18
+    assert all(entry["ranks_lost"] == 5 for entry in entries)  # 0.3 of 18
     json.dumps(posterior.history)
     ranks = posterior.ranks
     assert sum(ranks.values()) == 18
@@ -97,6 +101,36 @@ def test_ranks_move_on_schedule_within_the_budget(tmp_path, kind):
     assert logged == list(range(1, 13)), "a round took the turn of a log"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_are_pruned_on_schedule_to_the_budget(tmp_path, kind):
+    """From 36 to 18, in four rounds; in each the least important ones, and none comes."""
+    watch = Watch()
+    posterior = fitted(tmp_path, kind, callbacks=[watch], schedule="prune", start=0.25, end=0.75)
+    entries = [entry for entry in posterior.history if "ranks_lost" in entry]
+    assert [(entry["step"], entry["ranks_lost"]) for entry in entries] == [
+        (3, 4), (5, 5), (7, 5), (9, 4)
+    ]  # fmt: skip
+    masks = [*watch.masks, posterior.bank.mask()]
+    assert masks[0].all()
+    assert not any((later & ~earlier).any() for earlier, later in itertools.pairwise(masks))
+    ranks = posterior.ranks
+    assert sum(ranks.values()) == 18
+    assert 1 <= min(ranks.values()) < max(ranks.values()) <= 6
+
+
+def test_a_training_that_ends_before_the_last_round_says_so(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    with pytest.warns(UserWarning, match="9 ranks more than the budget of 18"):
+        posterior = fitted(
+            tmp_path, "snr", callbacks=[Stop()], schedule="prune", start=0.25, end=0.75
+        )
+    assert sum(posterior.ranks.values()) == 27
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
     "guide",
     [
@@ -107,9 +141,10 @@ def test_ranks_move_on_schedule_within_the_budget(tmp_path, kind):
     ],
     ids=["map", "mean field", "montec", "hierarchical"],
 )
-def test_idle_ranks_stay_at_zero_and_the_optimiser_knows_nothing_of_them(tmp_path, guide):
+def test_idle_ranks_stay_at_zero_and_the_optimiser_knows_nothing_of_them(tmp_path, guide, schedule):
     watch = Watch()
-    fitted(tmp_path, guide=guide, callbacks=[watch], changes={"weight_decay": 0.1})
+    changes = {"weight_decay": 0.1}
+    fitted(tmp_path, guide=guide, callbacks=[watch], changes=changes, schedule=schedule)
     assert set(watch.idle) == {0.0}
 
 
@@ -235,8 +270,9 @@ def test_idle_ranks_cost_no_kl(tmp_path):
     assert widths[0] == pytest.approx(widths[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_resumes_to_the_same_result(tmp_path, kind):
+def test_a_killed_run_resumes_to_the_same_result(tmp_path, kind, schedule):
     class Killed(Exception):
         pass
 
@@ -246,15 +282,16 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, kind):
                 raise Killed
 
     changes = {"save_strategy": "steps", "save_steps": 1}
-    whole = fitted(tmp_path / "a", kind, changes=changes)
+    whole = fitted(tmp_path / "a", kind, changes=changes, schedule=schedule)
     with pytest.raises(Killed):
-        fitted(tmp_path / "b", kind, changes=changes, callbacks=[Kill()])
-    resumed = fitted(tmp_path / "b", kind, changes={**changes, "resume_from_checkpoint": True})
+        fitted(tmp_path / "b", kind, changes=changes, callbacks=[Kill()], schedule=schedule)
+    changes["resume_from_checkpoint"] = True
+    resumed = fitted(tmp_path / "b", kind, changes=changes, schedule=schedule)
     state = resumed.model.own_state()
     for name, value in whole.model.own_state().items():
         assert torch.equal(state[name], value), name
     assert resumed.ranks == whole.ranks
-    moves = [[h for h in p.history if "ranks_moved" in h] for p in (resumed, whole)]
+    moves = [[h for h in p.history if "ranks_lost" in h] for p in (resumed, whole)]
     assert moves[0] == moves[1]
     assert len(moves[0]) == 4
 
@@ -281,7 +318,7 @@ def test_the_ranks_of_a_point_estimate_are_those_of_its_posterior(tmp_path, guid
     posterior = fitted(tmp_path, guide=guide)
     assert sum(posterior.ranks.values()) == 18
     assert len(set(posterior.ranks.values())) > 1
-    assert len([h for h in posterior.history if "ranks_moved" in h]) == 4
+    assert len([h for h in posterior.history if "ranks_lost" in h]) == 4
     for name, (A, B) in posterior.factors(posterior.sample(3)).items():
         assert A.shape[-2] == B.shape[-1] == posterior.ranks[name]
 
@@ -305,7 +342,7 @@ def test_a_spread_for_given_ranks_moves_none(tmp_path, guide):
     again = pyrolora.fit(given, tokens(24), guide=guide)
     assert again.ranks == given.ranks
     assert torch.equal(again.bank.mask(), given.bank.mask())
-    assert not [h for h in again.history if "ranks_moved" in h]
+    assert not [h for h in again.history if "ranks_lost" in h]
     for name, (A, B) in again.factors().items():
         assert torch.equal(A, means[name][0])
         assert torch.equal(B, means[name][1])
@@ -367,7 +404,9 @@ def test_iterates_of_ranks_that_move_are_refused(steps, guide):
         ({"rounds": 0}, ("rounds", ">= 1", "0")),
         ({"rounds": 2.5}, ("rounds", "2.5")),
         ({"share": 0}, ("share", "> 0")),
-        ({"share": 1.5}, ("share", "at most 1", "1.5")),
+        ({"share": 0.2}, ("share=0.2", "schedule='move'", "rounds and growth")),
+        ({"schedule": "grow"}, ("'grow'", "prune, move")),
+        ({"schedule": "move", "share": 1.5}, ("share", "at most 1", "1.5")),
         ({"share": "half"}, ("share", "'half'")),
         ({"start": -0.1}, ("start", "-0.1")),
         ({"start": 0.6}, ("start=0.6", "end=0.5")),
@@ -414,9 +453,9 @@ def test_a_start_that_is_not_random_is_refused(monkeypatch):
 
 
 def test_the_steps_of_the_rounds():
-    assert RankAllocation(rounds=5).steps(100) == {10, 20, 30, 40, 50}
-    assert RankAllocation(rounds=1, start=0.2).steps(100) == {20}
-    assert RankAllocation(rounds=8, start=0.0).steps(4) == {1, 2}
+    assert RankAllocation(rounds=5).steps(100) == [10, 20, 30, 40, 50]
+    assert RankAllocation(rounds=1, start=0.2).steps(100) == [20]
+    assert RankAllocation(rounds=8, start=0.0).steps(4) == [1, 2]
 
 
 # Several processes -------------------------------------------------------------------------------
@@ -431,7 +470,7 @@ from transformers import TrainingArguments
 torch.set_num_threads(1)
 torch.manual_seed(0)
 data = (torch.randn(12, 4), torch.arange(12) % 3)
-allocation = RankAllocation(rounds=1, share=0.3, start=0.5)
+allocation = RankAllocation(schedule="move", rounds=1, share=0.3, start=0.5)
 posterior = pyrolora.fit(
     mlp(), data, guide=MAP(prior_scale=0.3), likelihood="classification", eval_data=data,
     adapter=AdapterConfig(r=2, rank_allocation=allocation),
