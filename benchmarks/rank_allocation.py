@@ -1,11 +1,11 @@
-"""Ranks that move between layers, on a task where equal ranks waste their budget.
+"""Layers that share one budget of ranks, on a task where equal ranks waste it.
 
 A residual network of equal layers with random frozen weights. Its teacher is the same network with
 a low-rank update of each weight: of rank 6 in one layer, and of rank 1 in the others, all of their
-directions of one strength. The students have 2 ranks a layer to begin with, 12 in all, where the
-teacher has 11: they stay (uniform), or move by either importance. Beside them, with the same
-scaling: 6 ranks a layer, and the ranks that the teacher has. Both importances are then taken of
-one posterior, that with 6 ranks a layer.
+directions of one strength. The students end with 12 ranks, where the teacher has 11: 2 a layer
+(uniform); or, by either importance, those that are left of 6 a layer, or those that moved from 2 a
+layer. Beside them, with the same scaling: 6 ranks a layer, and the ranks that the teacher has. Both
+importances are then taken of one posterior, that with 6 ranks a layer.
 """
 
 from __future__ import annotations
@@ -89,14 +89,19 @@ def adapters(quick: bool) -> dict[str, AdapterConfig]:
         options = {"target_modules": targets, "lora_alpha": SCALING * rank, **options}
         return AdapterConfig(r=rank, **options)
 
-    def moving(importance: str) -> RankAllocation:
-        return RankAllocation(importance=importance, rounds=rounds, growth=HIGH / RANK)
+    def shared(importance: str, schedule: str = "prune") -> AdapterConfig:
+        allocation = RankAllocation(
+            importance=importance, schedule=schedule, rounds=rounds, growth=HIGH / RANK
+        )
+        return config(RANK, rank_allocation=allocation)
 
     own = rf"layers\.{RICH}"
     return {
         f"uniform {RANK}": config(RANK),
-        "alora": config(RANK, rank_allocation=moving("alora")),
-        "snr": config(RANK, rank_allocation=moving("snr")),
+        "alora": shared("alora"),
+        "snr": shared("snr"),
+        "alora, moved": shared("alora", "move"),
+        "snr, moved": shared("snr", "move"),
         "teacher's": config(LOW, rank_pattern={own: HIGH}, alpha_pattern={own: SCALING * HIGH}),
         f"uniform {HIGH}": config(HIGH),
     }
