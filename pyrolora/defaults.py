@@ -62,8 +62,7 @@ ALLOCATION_START = 0.1
 ALLOCATION_END = 0.5
 ALLOCATION_GROWTH = 2.0
 # An ablation runs its examples twice a rank, always the same ones. 64 are too few to tell ranks
-# apart: benchmarks/rank_allocation.py lost a third of the gain with them (on other seeds than its
-# own).
+# apart on the task of benchmarks/rank_allocation.py.
 ALLOCATION_EXAMPLES = 256
 # The spread of the squared norm of a row is known to a third from 16 draws of one entry, and better
 # from more entries.
