@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainingArguments,
 )
 
 WORDS = [
@@ -47,6 +48,24 @@ class Rows(TorchDataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+
+def arguments(folder: Any, **changes: Any) -> TrainingArguments:
+    """A short training on the CPU that writes nothing and shows nothing."""
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**options, **changes})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from problems import batch_of, bert, mlp, reviews, tokenizer, tokens
+from problems import arguments, batch_of, bert, mlp, reviews, tokenizer, tokens
 from pyro.infer import Predictive
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,22 +41,6 @@ def fitted(guide: Any, network: nn.Module | None = None, **options: Any) -> Post
     }
     data = options.pop("data", (X, CLASSES))
     return pyrolora.fit(network or mlp(), data, guide=guide, **{**defaults_, **options})
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    options = {
-        "output_dir": str(folder),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**options, **changes})
 
 
 def member(posterior: Posterior, k: int) -> dict[str, Tensor]:
@@ -407,7 +391,9 @@ def run(folder: Path, resume: bool = False, kill: Kill | None = None, **changes:
     adapter = AdapterConfig(r=2, target_modules=["0"], modules_to_save=["2"], lora_dropout=0.3)
     return fitted(
         changes.pop("guide", Ensemble(members=K)),
-        training=arguments(folder, **SAVING, **changes, resume_from_checkpoint=resume),
+        training=arguments(
+            folder, **{"learning_rate": 0.05, **SAVING, **changes}, resume_from_checkpoint=resume
+        ),
         callbacks=[] if kill is None else [kill],
         adapter=adapter,
         **SHORT,

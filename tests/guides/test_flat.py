@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from memory import LiveBytes
-from problems import bert, gpt2, mlp, tokens
+from problems import arguments, bert, gpt2, mlp, tokens
 from pyro import poutine
 from pyro.infer import MCMC, Predictive
 from pyro.infer import NUTS as Sampler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -83,22 +83,6 @@ def fitted(guide: Guide | str, network: nn.Module | None = None, **options: Any)
     return pyrolora.fit(
         network, data, guide=guide, likelihood="classification", adapter=CONFIG, **options
     )
-
-
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
-    options = {
-        "output_dir": str(folder),
-        "max_steps": 5,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**options, **changes})
 
 
 @pytest.fixture
@@ -311,7 +295,10 @@ def test_the_scale_rises_by_half_a_cosine_over_the_optimiser_steps(accumulation,
     data = (torch.randn(14, 4), torch.arange(14) % 3)
     pyrolora.fit(
         mlp(), data, guide=Flat(rho=0.1), likelihood="classification", adapter=CONFIG,
-        training=arguments(tmp_path, gradient_accumulation_steps=accumulation),
+        training=arguments(
+            tmp_path, max_steps=5, per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+        ),
         callbacks=[recorder],
     )  # fmt: skip
     pieces = [scales(piece) for piece in recorder.pieces()]
@@ -373,7 +360,7 @@ def test_two_processes_have_the_schedule_of_one(tmp_path):
 def test_gradient_checkpointing_gives_the_same_parameters(tmp_path, noises):
     fits, passes = [], []
     for on in (False, True):
-        args = arguments(tmp_path, gradient_checkpointing=on, per_device_train_batch_size=4)
+        args = arguments(tmp_path, max_steps=5, gradient_checkpointing=on)
         fits.append(
             pyrolora.fit(bert(), tokens(8), guide=Flat(rho=0.5), adapter=CONFIG, training=args)
         )

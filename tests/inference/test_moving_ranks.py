@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import bert, mlp, tokens
-from transformers import TrainerCallback, TrainingArguments
+from problems import arguments, bert, mlp, tokens
+from transformers import TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig, types
@@ -24,23 +24,6 @@ from pyrolora.guides import MAP, SWAG, Ensemble, Flat, Laplace, LowRank, MeanFie
 from pyrolora.types import SCHEDULES, RankAllocation
 
 KINDS = ["alora", "snr"]
-
-
-def arguments(tmp_path, **changes) -> TrainingArguments:
-    options = {
-        "output_dir": str(tmp_path),
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**options, **changes})
 
 
 def allocation(kind="alora", schedule="move", **options):
@@ -56,7 +39,7 @@ def fitted(tmp_path, kind="alora", guide="meanfield", callbacks=(), changes=None
         guide=guide,
         eval_data=tokens(10, seed=1),
         adapter=AdapterConfig(r=3, rank_allocation=allocation(kind, **options)),
-        training=arguments(tmp_path, **(changes or {})),
+        training=arguments(tmp_path, **{"max_steps": 12, **(changes or {})}),
         callbacks=callbacks,
     )
 
@@ -305,7 +288,7 @@ def test_a_round_leaves_the_random_numbers_of_the_training_alone(tmp_path, kind)
         posterior = pyrolora.fit(
             mlp(), data, guide="meanfield", likelihood="classification", eval_data=data,
             adapter=AdapterConfig(r=3, target_modules=["2"], rank_allocation=rank_allocation),
-            training=arguments(tmp_path),
+            training=arguments(tmp_path, max_steps=12),
         )  # fmt: skip
         states.append(posterior.model.own_state())
     assert states[0].pop("program.bank.active").all()

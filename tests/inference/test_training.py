@@ -11,7 +11,7 @@ import textwrap
 import peft
 import pytest
 import torch
-from problems import bert, llama, mlp, reviews, tokenizer, tokens
+from problems import arguments, bert, llama, mlp, reviews, tokenizer, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyrolora
@@ -19,23 +19,6 @@ from pyrolora import AdapterConfig
 from pyrolora.guides import MAP, MonteCLoRA
 
 TARGETS = ["query", "key", "value"]
-
-
-def arguments(tmp_path, **changes) -> TrainingArguments:
-    options = {
-        "output_dir": str(tmp_path),
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**options, **changes})
 
 
 def peft_run(network, data, args, start=None, r=4, init=True):
