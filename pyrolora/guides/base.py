@@ -101,9 +101,10 @@ class Guide(ABC):
         """The weight of the KL at ``progress`` (0..1) through the training steps."""
         return 1.0
 
-    def scale_rate(self) -> float:
-        """The learning rate of scales: of the posterior, and of the noise of a regression."""
-        return defaults.SCALE_LEARNING_RATE
+    def scale_rate(self, learning_rate: float) -> float:
+        """The learning rate of scales, of the posterior and of the noise of a regression, in a fit
+        with that of the means."""
+        return defaults.SCALE_RATE * learning_rate
 
     def rate_held_from(self) -> float:
         """The share of the training steps after which the learning rate stays what it is."""
@@ -140,7 +141,8 @@ class Variational(Guide):
         variance the part that all examples share falls as 1/G. 1 is one draw a batch.
     scale_learning_rate
         Learning rate of scales, of the posterior and of the noise of a regression; the means take
-        the fit's ``learning_rate``.
+        the fit's ``learning_rate``. None: ten times that, so that the noise grows at the pace at
+        which the means are learnt.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
@@ -154,7 +156,7 @@ class Variational(Guide):
     kl_weight_against: str = "sum"
     kl_warmup: float = 0.0
     draws_per_batch: int = 1
-    scale_learning_rate: float = defaults.SCALE_LEARNING_RATE
+    scale_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         positive("kl_weight", self.kl_weight)
@@ -162,10 +164,11 @@ class Variational(Guide):
         require(against in AGAINST, "kl_weight_against", f"one of {AGAINST}", against)
         require(0 <= self.kl_warmup <= 1, "kl_warmup", "in [0, 1]", self.kl_warmup)
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
-        positive("scale_learning_rate", self.scale_learning_rate)
+        if self.scale_learning_rate is not None:
+            positive("scale_learning_rate", self.scale_learning_rate)
 
-    def scale_rate(self) -> float:
-        return self.scale_learning_rate
+    def scale_rate(self, learning_rate: float) -> float:
+        return self.scale_learning_rate or super().scale_rate(learning_rate)
 
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
         factor = num_examples if self.kl_weight_against == "mean" else 1
