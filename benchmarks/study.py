@@ -61,7 +61,7 @@ from transformers import (
 )
 
 import pyrolora
-from pyrolora import defaults, guides
+from pyrolora import guides
 from pyrolora.inference import prepare, training_arguments
 from pyrolora.predictive import auroc, draw_factors, evaluate, predict
 from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
@@ -347,13 +347,14 @@ def read_store(path: Path) -> dict[str, Row]:
 
 
 def _as_relative(settings: Row, options: Row) -> None:
-    """Rows from before the rate of scales was relative had 0.01: where that is what the default is
-    now, or where there are no scales, it is the default."""
+    """Rows from before the rate of scales followed that of the means had 0.01: where that is what
+    the default is now, or where there are no scales, it is the default."""
     if "inner" in options:
         _as_relative(settings, options["inner"])
     fixed = options.get("scale_learning_rate")
     scaleless = settings["guide"] in POINTS and TASKS[settings["task"]].kind != "regression"
-    same = fixed and math.isclose(fixed, defaults.SCALE_RATE * settings["learning_rate"])
+    default = guides.MonteCLoRA().scale_rate(settings["learning_rate"])
+    same = fixed and math.isclose(fixed, default)
     if scaleless or same:
         options |= {"scale_learning_rate": None} if fixed else {}
 

@@ -11,9 +11,10 @@ SEED = 42
 MAX_SEED = 2**32 - 1  # NumPy's generator, which the Trainer seeds too, takes no more
 
 # The scales of the posterior (Dirichlet, Wishart, sample scale, noise) are logarithms: one unit is
-# a factor e, so they need larger steps than weights, and no weight decay. Relative to the rate of
-# the means, or a fit with large steps has learnt by heart before there is noise, and one with small
-# steps has noise before it has learnt: docs/evidence.md#montec
+# a factor e, so they need larger steps than weights, and no weight decay (BLoB: 1e-2). Less where
+# the means take small steps, or there is noise before they have learnt; no more where they take
+# large ones, or nothing is learnt: docs/evidence.md#montec
+SCALE_LEARNING_RATE = 1e-2
 SCALE_RATE = 10.0
 
 # MonteCLoRA. The paper finds 4 components enough.

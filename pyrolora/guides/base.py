@@ -104,7 +104,7 @@ class Guide(ABC):
     def scale_rate(self, learning_rate: float) -> float:
         """The learning rate of scales, of the posterior and of the noise of a regression, in a fit
         with that of the means."""
-        return defaults.SCALE_RATE * learning_rate
+        return min(defaults.SCALE_LEARNING_RATE, defaults.SCALE_RATE * learning_rate)
 
     def rate_held_from(self) -> float:
         """The share of the training steps after which the learning rate stays what it is."""
@@ -141,8 +141,8 @@ class Variational(Guide):
         variance the part that all examples share falls as 1/G. 1 is one draw a batch.
     scale_learning_rate
         Learning rate of scales, of the posterior and of the noise of a regression; the means take
-        the fit's ``learning_rate``. None: ten times that, so that the noise grows at the pace at
-        which the means are learnt.
+        the fit's ``learning_rate``. None: ten times that, so that noise does not grow before the
+        means have learnt, but no more than 1e-2.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
