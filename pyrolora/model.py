@@ -65,7 +65,7 @@ class JointModel(nn.Module):
             }
         )
         self.heads.float().requires_grad_(True)
-        self._frozen_statistics = running_statistics(base) if program.bank.specs else []
+        self._frozen_statistics = _running_statistics(base) if program.bank.specs else []
         self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
 
     def train(self, mode: bool = True) -> JointModel:
@@ -75,6 +75,11 @@ class JointModel(nn.Module):
         for module in self._frozen_statistics:
             module.eval()
         return self
+
+    def trained_statistics(self) -> list[nn.Module]:
+        """The normalisations whose running statistics training changes."""
+        frozen = {id(module) for module in self._frozen_statistics}
+        return [module for module in _running_statistics(self) if id(module) not in frozen]
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
         """Run the model on one batch, a mapping with ``labels`` (or without: y is then sampled).
@@ -271,7 +276,7 @@ class JointGuide(nn.Module):
             self.program.guide(kl_weight)
 
 
-def running_statistics(module: nn.Module) -> list[nn.Module]:
+def _running_statistics(module: nn.Module) -> list[nn.Module]:
     """The normalisations in ``module`` that keep running statistics of what they see, such as batch
     normalisation."""
     return [m for m in module.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]

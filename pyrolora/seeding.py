@@ -11,10 +11,10 @@ import torch
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """A context whose random numbers depend on ``seed`` alone, if there is one; torch's generators,
-    of the CPU and of the present GPU, are then as they were before."""
+    of the CPU and of all GPUs, are then as they were before."""
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

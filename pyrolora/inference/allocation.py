@@ -118,9 +118,9 @@ class AllocateRanks(TrainerCallback):
         above = int(bank.mask().sum()) - bank.budget()
         if above > 0:
             warnings.warn(
-                f"the training ended before the last round of rank_allocation, with {above} ranks "
-                f"more than the budget of {bank.budget()}; end the rounds earlier, with "
-                "RankAllocation(end=...)",
+                f"the posterior has {above} ranks more than the budget of {bank.budget()}: the "
+                "training ended before the last round of rank_allocation, or went back to a "
+                "checkpoint from before it; end the rounds earlier, with RankAllocation(end=...)",
                 stacklevel=2,
             )
 

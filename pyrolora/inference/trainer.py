@@ -19,7 +19,7 @@ from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.elbo import NamedELBO
-from pyrolora.model import JointGuide, JointModel, running_statistics
+from pyrolora.model import JointGuide, JointModel
 from pyrolora.types import Batch
 
 STATE_FILE = "adapters.safetensors"
@@ -124,7 +124,7 @@ class SVITrainer(Trainer):
             data_collator=data.collate,
             callbacks=[*callbacks],
         )
-        self._statistics = _buffers_of(joint)
+        self._statistics: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._trained = [(n, p) for n, p in joint.named_parameters() if p.requires_grad]
         self.add_callback(_CheckStep(self))
         if self.pop_callback(ProgressCallback) is not None:
@@ -201,7 +201,14 @@ class SVITrainer(Trainer):
         for good, (name, _) in zip(finite[len(losses) :], named, strict=False):
             if not good:
                 raise NonFiniteError(self.remedy(f"has no finite gradient in {name!r}"))
-        self._statistics = _buffers_of(self.joint)
+        self.remember_statistics()
+
+    def remember_statistics(self) -> None:
+        """Copy the running statistics that training changes."""
+        self._statistics = [
+            (module, {name: buffer.clone() for name, buffer in module.named_buffers()})
+            for module in self.joint.trained_statistics()
+        ]
 
     def restore_statistics(self) -> None:
         """Put the running statistics of the last good step back: unlike parameters, they take a
@@ -348,6 +355,9 @@ class _CheckStep(TrainerCallback):
     def __init__(self, trainer: SVITrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.remember_statistics()
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_step()
 
@@ -370,15 +380,6 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
-
-
-def _buffers_of(joint: JointModel) -> list[tuple[nn.Module, dict[str, Tensor]]]:
-    """Copies of the running statistics that training changes."""
-    return [
-        (module, {name: buffer.clone() for name, buffer in module.named_buffers()})
-        for module in running_statistics(joint)
-        if module.training
-    ]
 
 
 def _until(last: int, rate: Callable[[int], float], step: int) -> float:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from problems import arguments, bert, gpt2, reviews, tokenizer, tokens
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -86,21 +86,13 @@ def test_running_statistics_move_with_the_weights_that_they_belong_to(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
-def test_a_failed_fit_keeps_the_running_statistics_of_the_last_good_step():
-    good = fit_points(Normalised(), "full", callbacks=[_StopAfter(3)]).base.statistics()
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_failed_fit_keeps_the_running_statistics_of_the_last_good_step(steps):
     with pytest.raises(NonFiniteError) as caught:
-        fit_points(Normalised(calls=3), "full")
+        fit_points(Normalised(calls=steps), "full")
     found = caught.value.posterior.base.statistics()
-    assert found["num_batches_tracked"] == 3
-    assert {name for name, value in found.items() if value.isfinite().all()} == set(good)
-
-
-class _StopAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
+    assert found["num_batches_tracked"] == steps
+    assert all(value.isfinite().all() for value in found.values())
 
 
 def test_tied_weights_stay_tied_and_come_back_from_a_folder(tmp_path):
