@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.guides import MAP, MonteCLoRA
+from pyrolora.guides import MAP, Flat, MonteCLoRA
 
 TARGETS = ["query", "key", "value"]
 
@@ -342,3 +342,10 @@ def test_scales_have_their_own_learning_rate_and_no_weight_decay(tmp_path):
     assert len(scales["params"]) == 2  # concentration, scale_diag
     assert len(decayed["params"]) == 3  # A, B, the head's weight
     assert len(plain["params"]) == 1  # the head's bias
+
+
+@pytest.mark.parametrize("guide", [MAP(), MonteCLoRA(), Flat(inner=MonteCLoRA())], ids=str)
+def test_the_rate_of_scales_follows_a_small_rate_of_the_means(guide):
+    assert guide.scale_rate(3e-4) == pytest.approx(3e-3)
+    assert guide.scale_rate(1e-3) == pytest.approx(1e-2)
+    assert guide.scale_rate(1e-1) == pytest.approx(1e-2)
