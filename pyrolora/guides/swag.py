@@ -151,7 +151,7 @@ class SWAGProgram(FactorProgram):
     def after_step(self, step: int, steps: int) -> None:
         if self._trained is None:
             return
-        first = max(1, round(self.options.start * steps))  # no round of ranks comes later
+        first = round(self.options.start * steps)
         wanted = min(self.options.snapshots, steps - first)
         if wanted < 2:
             raise ConfigError(

@@ -33,12 +33,6 @@ def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
             f"member of {full_name(joint.program.options)!r} would have its own; use "
             "rank_allocation='uniform', or another guide"
         )
-    if joint.program.options.rate_held_from() < allocation.end:
-        raise ConfigError(
-            f"{full_name(joint.program.options)!r} collects iterates from "
-            f"{joint.program.options.rate_held_from():g} of the training on, and ranks move up to "
-            f"end={allocation.end:g} of it; pass RankAllocation(end=...) of no more"
-        )
     if allocation.importance == "alora" and held_out is None:
         raise ConfigError(
             "rank_allocation='alora' judges ranks on held-out data, and there are none; pass "
@@ -62,7 +56,8 @@ class AllocateRanks(TrainerCallback):
     Raises
     ------
     ConfigError
-        Where ranks are to be judged by their noise, and the guide has none.
+        Where ranks are to be judged by their noise, and the guide has none; where a guide collects
+        iterates while ranks still change.
     """
 
     def __init__(self, joint: JointModel, held_out: Prepared | None) -> None:
@@ -78,6 +73,17 @@ class AllocateRanks(TrainerCallback):
             count = min(defaults.ALLOCATION_EXAMPLES, len(held_out))
             numbers = [i * len(held_out) // count for i in range(count)]
             self.batch = held_out.collate([held_out.examples[i] for i in numbers])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        guide = self.joint.program.options
+        held = round(guide.rate_held_from() * state.max_steps)
+        last = self.allocation.steps(state.max_steps)[-1]
+        if held < last:
+            raise ConfigError(
+                f"{full_name(guide)!r} collects iterates after step {held} of {state.max_steps}, "
+                f"and with end={self.allocation.end:g} ranks still change after step {last}; pass "
+                "RankAllocation(end=...) of less, or collect later"
+            )
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any

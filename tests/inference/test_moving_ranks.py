@@ -372,11 +372,14 @@ def test_the_ranks_of_members_are_refused(steps, guide, kind):
     refused(steps, words, adapter=adapter, guide=guide, eval_data=tokens())
 
 
-@pytest.mark.parametrize("guide", [SWAG(), SWAG(start=0.4), Flat(inner=SWAG(start=0.4))])
-def test_iterates_of_ranks_that_move_are_refused(steps, guide):
+@pytest.mark.parametrize(
+    ("guide", "end"),
+    [(SWAG(), 0.6), (Flat(inner=SWAG(start=0.4)), 0.6), (SWAG(start=0.0), 0.0)],
+)
+def test_iterates_of_ranks_that_move_are_refused(steps, guide, end):
     """A slot would have the moments of two ranks."""
-    adapter = AdapterConfig(rank_allocation=allocation("alora", end=0.6))
-    words = ("swag", "end=0.6", "RankAllocation(end=...)")
+    adapter = AdapterConfig(rank_allocation=allocation("alora", start=0.0, end=end))
+    words = ("swag", f"end={end:g}", "RankAllocation(end=...)")
     refused(steps, words, adapter=adapter, guide=guide, eval_data=tokens())
 
 
