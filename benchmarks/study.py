@@ -354,9 +354,9 @@ def _as_relative(settings: Row, options: Row) -> None:
     fixed = options.get("scale_learning_rate")
     scaleless = settings["guide"] in POINTS and TASKS[settings["task"]].kind != "regression"
     default = guides.MonteCLoRA().scale_rate(settings["learning_rate"])
-    same = fixed and math.isclose(fixed, default)
-    if scaleless or same:
-        options |= {"scale_learning_rate": None} if fixed else {}
+    same = math.isclose(fixed or 0.0, default)
+    if fixed and (scaleless or same):
+        options["scale_learning_rate"] = None
 
 
 def append(path: Path, row: Row) -> None:

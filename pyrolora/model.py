@@ -41,6 +41,11 @@ class JointModel(nn.Module):
         The law of the targets.
     num_examples
         n: the b examples of a batch are scaled by n / b.
+
+    Attributes
+    ----------
+    trained_statistics
+        The normalisations whose running statistics training changes.
     """
 
     def __init__(
@@ -65,7 +70,9 @@ class JointModel(nn.Module):
             }
         )
         self.heads.float().requires_grad_(True)
-        self._frozen_statistics = _running_statistics(base) if program.bank.specs else []
+        of_base, of_heads = (_running_statistics(part) for part in (base, self.heads))
+        self._frozen_statistics = of_base if program.bank.specs else []
+        self.trained_statistics = of_heads if program.bank.specs else [*of_base, *of_heads]
         self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
 
     def train(self, mode: bool = True) -> JointModel:
@@ -75,11 +82,6 @@ class JointModel(nn.Module):
         for module in self._frozen_statistics:
             module.eval()
         return self
-
-    def trained_statistics(self) -> list[nn.Module]:
-        """The normalisations whose running statistics training changes."""
-        frozen = {id(module) for module in self._frozen_statistics}
-        return [module for module in _running_statistics(self) if id(module) not in frozen]
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
         """Run the model on one batch, a mapping with ``labels`` (or without: y is then sampled).

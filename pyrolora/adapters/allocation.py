@@ -25,10 +25,8 @@ def pruned(importance: Tensor, active: Tensor, budget: int) -> Tensor:
     Tensor
         (L, r_max) booleans.
     """
-    after = active.clone()
-    for layer, rank in _least(importance, active)[: max(0, int(active.sum()) - budget)]:
-        after[layer, rank] = False
-    return after
+    surplus = max(0, int(active.sum()) - budget)
+    return _without(active, _least(importance, active)[:surplus])
 
 
 def moved(importance: Tensor, active: Tensor, slots: Tensor, share: float) -> Tensor:
@@ -58,9 +56,7 @@ def moved(importance: Tensor, active: Tensor, slots: Tensor, share: float) -> Te
     free = (slots & ~active).sum(-1).tolist()
     while losers and _room(free, losers) < len(losers):
         losers.pop()
-    after = active.clone()
-    for layer, rank in losers:
-        after[layer, rank] = False
+    after = _without(active, losers)
     means = torch.where(active, importance, 0.0).sum(-1) / active.sum(-1)
     lost = {layer for layer, _ in losers}
     takers = [i for i in means.argsort(descending=True, stable=True).tolist() if i not in lost]
@@ -80,6 +76,13 @@ def _least(importance: Tensor, active: Tensor) -> list[tuple[int, int]]:
     best = importance.masked_fill(~active, -torch.inf).argmax(-1).tolist()
     places = [(i, k) for i, k in active.nonzero().tolist() if k != best[i]]
     return sorted(places, key=lambda place: float(importance[place]))
+
+
+def _without(active: Tensor, losers: list[tuple[int, int]]) -> Tensor:
+    after = active.clone()
+    for layer, rank in losers:
+        after[layer, rank] = False
+    return after
 
 
 def _room(free: list[int], losers: list[tuple[int, int]]) -> int:

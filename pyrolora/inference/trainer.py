@@ -207,7 +207,7 @@ class SVITrainer(Trainer):
         """Copy the running statistics that training changes."""
         self._statistics = [
             (module, {name: buffer.clone() for name, buffer in module.named_buffers()})
-            for module in self.joint.trained_statistics()
+            for module in self.joint.trained_statistics
         ]
 
     def restore_statistics(self) -> None:
