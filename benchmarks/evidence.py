@@ -36,7 +36,17 @@ RECIPE = ["epochs", "learning_rate", "batch"]
 STANDARD = pd.Series({name: getattr(study.Job, name) for name in RECIPE})
 COOLED = ["nll", "ece", "brier"]  # what a temperature changes
 METRICS = [
-    *("accuracy", *COOLED, "error_auroc", "ood_auroc", "mcc", "rmse", "pearson", "crps"),
+    *(
+        "accuracy",
+        *COOLED,
+        "ece_exact",
+        "error_auroc",
+        "ood_auroc",
+        "mcc",
+        "rmse",
+        "pearson",
+        "crps",
+    ),
     *("coverage", "held_out_nll", "fit_s", "predict_s", *(f"{name}_ts" for name in COOLED)),
 ]
 ABOUT = ["hardware", "versions", "side_by_side"]
@@ -239,12 +249,15 @@ def measures(frame: Table) -> Table:
     cells = 100 * cells.unstack("guide").reindex(columns=["map", "montec"]).dropna()
     whole = cells.groupby("task")["map"].transform("size") == GRID
     by_task = cells[whole].groupby("task")
+    # Of accuracy and confidence, which options hardly change: any fit of montec tells it.
+    usual = fits[(fits["guide"] == "montec") & (fits[RECIPE] == STANDARD).all(axis=1)]
+    chance = usual.groupby("task")["ece_exact"].mean().rename("ECE by chance")
     own = {"growth": growth, "spread": by_task.max() - by_task.min(), "median": by_task.median()}
     parts = [
         part.reindex(columns=["map", "montec"]).rename(columns=NAMES).add_prefix(f"{name} ")
         for name, part in own.items()
     ]
-    found = pd.concat([ratios, to_best, *parts], axis=1)
+    found = pd.concat([ratios, to_best, chance, *parts], axis=1)
     found = found.astype({"seeds": "Int64", "seeds to best": "Int64"})
     return ordered(found.rename_axis("task").reset_index(), "task")
 
@@ -439,7 +452,7 @@ def candidates(frame: Table) -> Table:
         return rows
     rows["changes"] = rows["changes"].replace("", "**the defaults**")
     rows["ratio"] = rows["nll"] / rows["nll_lora"]
-    by = ["guide", "changes", "examples", "epochs", "learning_rate"]
+    by = ["guide", "changes", "examples", *RECIPE]
     groups = rows.groupby([*by, "task"])
     texts = [groups[name].mean().map("{:.3f}".format) for name in ("nll", "ece", "accuracy")]
     wide = (texts[0] + " / " + texts[1] + " / " + texts[2]).unstack("task", fill_value="")
@@ -447,6 +460,23 @@ def candidates(frame: Table) -> Table:
     ratio = groups["ratio"].agg(geometric).groupby(by)
     wide["NLL to LoRA's"], wide["tasks"] = ratio.agg(geometric), ratio.count()
     return readable(ordered(wide.reset_index(), "guide", "NLL to LoRA's"))
+
+
+@entry(TABLES, "options", "confirm grid narrower")
+def options(frame: Table) -> Table:
+    """Other options of montec on tasks that chose nothing, beside the defaults in the same fits."""
+    fits = with_classes(frame)
+    fits = fits[(fits["guide"] == "montec") & fits["task"].isin(CONFIRMING)]
+    default = fits["changes"] == ""
+    both = fits[~default].merge(
+        fits[default], on=[*UNIT, *RECIPE], suffixes=("", " by default"), validate="many_to_one"
+    )
+    groups = both.groupby(["changes", "task", *RECIPE], sort=False)
+    shown = [
+        f"{name}{whose}" for name in ("nll", "ece", "accuracy") for whose in ("", " by default")
+    ]
+    means = groups[shown].mean().assign(seeds=groups["seed"].nunique())
+    return readable(means.reset_index().sort_values("changes", kind="stable"))
 
 
 @entry(TABLES, "draws", "confirm one")

@@ -45,13 +45,17 @@ from tasks import (
     HELD_OUT,
     SCORED,
     TASKS,
+    TEXTS,
     Splits,
     identity,
     load_network,
     load_task,
     mean_words,
 )
-from torchmetrics.functional.classification import multiclass_matthews_corrcoef
+from torchmetrics.functional.classification import (
+    multiclass_calibration_error,
+    multiclass_matthews_corrcoef,
+)
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
@@ -65,6 +69,7 @@ from pyrolora import guides
 from pyrolora.inference import prepare, training_arguments
 from pyrolora.predictive import auroc, draw_factors, evaluate, predict
 from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
+from pyrolora.predictive.reliability import ECE_BINS
 
 STORE = "study.jsonl"
 PEFT = "peft-montec"
@@ -144,6 +149,8 @@ def _run(job: Job, place: Place) -> Row:
     scored = fitted.predict(splits.scored, draws)
     predict_s = time.perf_counter() - start
     results = scores(scored)
+    if isinstance(scored, ClassPrediction):
+        results["ece_exact"] = exact_ece(scored)
     if splits.outside is not None:
         results["ood_auroc"] = auroc(scored.entropy, fitted.predict(splits.outside, draws).entropy)
     results["by_draws"] = {str(count): scores(few) for count, few in fewer(scored)}
@@ -285,6 +292,21 @@ def scores(prediction: Prediction) -> dict[str, float]:
     elif isinstance(prediction, RegressionPrediction):
         results["pearson"] = float(pearsonr(prediction.mean, prediction.targets).statistic)
     return results
+
+
+def exact_ece(prediction: ClassPrediction, times: int = 200) -> float:
+    """The ECE that chance leaves with so many examples: its mean over labels that are drawn from
+    the predicted probabilities, which then are exact."""
+    law = torch.distributions.Categorical(prediction.probs.double())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        labels = law.sample((times,))
+    classes = prediction.probs.shape[-1]
+    inside = prediction.probs.clamp(max=1 - torch.finfo(prediction.probs.dtype).eps)
+    found = [
+        multiclass_calibration_error(inside, drawn, classes, ECE_BINS, "l1") for drawn in labels
+    ]
+    return float(torch.stack(found).mean())
 
 
 def fewer(prediction: Prediction) -> Iterator[tuple[int, Prediction]]:
@@ -490,7 +512,7 @@ def _quiet() -> None:
 
 # The stages -------------------------------------------------------------------------------------
 
-CHOOSING = ("cola", "mrpc", "rte")
+CHOOSING = ("cola", "mrpc", "rte", "books")
 CONFIRMING = ("sst2", "trec", "stsb", "openbookqa", "arc_easy")
 MORE = ("lowrank", "swag", "dropout", "full")
 METHODS = (
@@ -504,11 +526,14 @@ BATCHES = (16, 32)
 
 # Settings of which the defaults were one. ``AROUND_M`` is what the default was before the study.
 AROUND_M = {"prior_mean": "learned", "init_covariance": 1.0}
+# Noise that stops at half the default's scale, at the same price of M and from the same start.
+NARROWER = {"sample_scale": 0.15, "kl_weight": 0.05, "init_covariance": 0.04}
 CANDIDATES: tuple[tuple[str, Row], ...] = (
     ("map", {}),
     ("montec", {}),
     ("montec", {**AROUND_M, "sample_scale": 0.2, "kl_weight": 0.01}),
     ("montec", {"sample_scale": 0.1, "kl_weight": 0.05}),
+    ("montec", NARROWER),
     ("montec", {"init_covariance": 1.0, "sample_scale": 0.05, "kl_weight": 0.01}),
     ("montec", {"init_covariance": 1.0, "sample_scale": 0.1, "kl_weight": 0.01}),
     ("montec", {"init_covariance": 1.0, "sample_scale": 0.1, "kl_weight": 0.1}),
@@ -520,12 +545,23 @@ CANDIDATES: tuple[tuple[str, Row], ...] = (
     ("flat", {"rho": 0.1}),
     ("flat+montec", {"rho": 0.1}),
 )
+# How far the noise grows, at the same price of M and from the same start: ε √V is 0.03 at first.
+WIDTHS: tuple[tuple[str, Row], ...] = (
+    ("map", {}),
+    ("montec", {}),
+    ("montec", NARROWER),
+    ("montec", {"sample_scale": 0.2, "kl_weight": 0.1, "init_covariance": 0.0225}),
+    ("montec", {"sample_scale": 0.1, "kl_weight": 0.02, "init_covariance": 0.1}),
+)
+CORNERS = ((3e-4, 32), (1e-3, 32), (3e-3, 16))  # the slowest fit, the usual one, the longest
 
 
 def choose() -> Iterator[Job]:
     """What the defaults were chosen from."""
     for task, (guide, options) in itertools.product(CHOOSING, CANDIDATES):
         yield Job(task, 1000, guide, options)
+    for (guide, options), (rate, batch) in itertools.product(WIDTHS, CORNERS):
+        yield Job("books", 1000, guide, options, learning_rate=rate, batch=batch)
 
 
 def one() -> Iterator[Job]:
@@ -582,6 +618,13 @@ def two() -> Iterator[Job]:
         yield Job(task, 0, method)
 
 
+def narrower() -> Iterator[Job]:
+    """What the runner-up does on tasks that chose nothing."""
+    for job in itertools.chain(confirm(), grid()):
+        if job.guide == "montec":
+            yield dataclasses.replace(job, options=NARROWER)
+
+
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "choose": choose,
     "confirm": confirm,
@@ -589,6 +632,7 @@ STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "more": more,
     "grid": grid,
     "two": two,
+    "narrower": narrower,
 }
 
 
@@ -612,8 +656,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--data",
         type=existing_folder,
         required=True,
-        help="folder with TASK/train.jsonl, TASK/validation.jsonl (ARC: test.jsonl), and "
-        "trec/test.jsonl",
+        help="folder with TASK/train.jsonl, TASK/validation.jsonl (ARC: test.jsonl), "
+        f"trec/test.jsonl, and {TEXTS}/*.txt.xz for the task books",
     )
     parser.add_argument(
         "--minutes", type=float, required=True, help="no fit starts that would end later"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,10 @@ SCORED = 500
 OUTSIDE = 200
 MAX_TOKENS = 128
 SHUFFLE = 0  # the scored examples are the same for every seed of a fit
+# Of "books": the texts, a class each, and the passages that each gives for training and scoring.
+TEXTS = "lm_text"
+PASSAGE_WORDS = 16
+PASSAGES = (400, 80)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Task:
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {
+    "books": Task(("sentence",), classes=13),
     "cola": Task(("sentence",), score="mcc"),
     "mrpc": Task(PAIR),
     "rte": Task(PAIR),
@@ -62,8 +70,17 @@ class Splits:
 
 
 def task_files(folder: Path, name: str) -> list[Path]:
-    """The training file, the scored file, and the file of the other distribution."""
-    files = [folder / name / f"{split}.jsonl" for split in ("train", TASKS[name].scored)]
+    """The training file and the scored file (of "books" the texts), and that of the other
+    distribution."""
+    if name == "books":
+        files = sorted((folder / TEXTS).glob("*.txt.xz"))
+        if len(files) != TASKS[name].classes:
+            raise SystemExit(
+                f"{folder / TEXTS} has {len(files)} files *.txt.xz; the task {name!r} takes "
+                f"{TASKS[name].classes}"
+            )
+    else:
+        files = [folder / name / f"{split}.jsonl" for split in ("train", TASKS[name].scored)]
     files.append(folder / "trec" / "test.jsonl")
     for path in files:
         if not path.is_file():
@@ -79,7 +96,8 @@ def identity(folder: Path, name: str) -> str:
 def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
     """``examples`` training examples picked by ``seed``; 0 for all but the held-out ones."""
     task = TASKS[name]
-    train, scored, trec = (_read(path) for path in task_files(folder, name))
+    *files, trec = task_files(folder, name)
+    train, scored = passages(files) if name == "books" else map(_read, files)
     columns = [*task.columns, "label"]
     train = train.select_columns(columns).shuffle(seed=seed)
     size = min(examples or len(train), len(train) - HELD_OUT)
@@ -89,8 +107,24 @@ def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
         train.select(range(size)),
         train.select(range(size, size + HELD_OUT)),
         _few(scored.select_columns(columns), SCORED),
-        _outside(_few(trec, OUTSIDE), task) if task.outside else None,
+        _outside(_few(_read(trec), OUTSIDE), task) if task.outside else None,
     )
+
+
+def passages(texts: Sequence[Path]) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Which text is a passage from? Those that are scored are of the last fifth of a text."""
+    pick = random.Random(SHUFFLE)
+    rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for label, path in enumerate(texts):
+        words = lzma.decompress(path.read_bytes()).decode().split()
+        starts = range(0, len(words) - PASSAGE_WORDS + 1, PASSAGE_WORDS)
+        cut = 4 * len(starts) // 5
+        for part, own, size in zip(rows, (starts[:cut], starts[cut:]), PASSAGES, strict=True):
+            for start in sorted(pick.sample(own, min(size, len(own)))):
+                passage = " ".join(words[start : start + PASSAGE_WORDS])
+                part.append({"sentence": passage, "label": label})
+    train, scored = (datasets.Dataset.from_list(part) for part in rows)
+    return train, scored
 
 
 def load_network(

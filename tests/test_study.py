@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import lzma
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -133,6 +134,19 @@ def test_temperature_one_changes_nothing_and_a_high_one_flattens(study: Any) -> 
     torch.testing.assert_close(flat.probs, torch.full((20, 3), 1 / 3).double(), rtol=0, atol=1e-5)
 
 
+def test_the_ece_of_exact_probabilities_is_that_of_chance(study: Any) -> None:
+    """One bin, n examples of confidence p: E|k / n - p| with k from Binomial(n, p)."""
+    n, p = 200, 0.7
+    probs = torch.tensor([p, 1 - p]).expand(1, n, 2)
+    given = ClassPrediction(torch.zeros(n, dtype=torch.long), None, probs)
+    counts = torch.arange(n + 1.0)
+    law = torch.distributions.Binomial(n, torch.tensor(p)).log_prob(counts).exp()
+    expected = float((law * (counts / n - p).abs()).sum())
+    assert study.exact_ece(given, times=4000) == pytest.approx(expected, rel=0.05)
+    certain = ClassPrediction(given.targets, None, torch.tensor([1.0, 0.0]).expand(1, n, 2))
+    assert study.exact_ece(certain) == pytest.approx(0.0, abs=1e-6)
+
+
 # A fit from end to end --------------------------------------------------------------------------
 
 
@@ -191,11 +205,38 @@ def test_seeds_share_what_is_scored_and_no_example_has_two_uses(study: Any, plac
     assert len(study.load_task(place.data, "cola", 0, 0).train) == 40 - 16
 
 
+def test_passages_of_texts(study: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = importlib.import_module("tasks")
+    monkeypatch.setitem(tasks.TASKS, "books", tasks.Task(("sentence",), classes=2))
+    monkeypatch.setattr(tasks, "PASSAGES", (20, 6))
+    folder = place.data / "lm_text"
+    folder.mkdir()
+    for text in "ab":
+        words = " ".join(f"{text}{number}" for number in range(16 * 100 + 5))
+        (folder / f"{text}.txt.xz").write_bytes(lzma.compress(words.encode()))
+    splits = study.load_task(place.data, "books", 0, 0)
+    assert (len(splits.train), len(splits.held_out), len(splits.scored)) == (24, 16, 12)
+    for part, beginning, end in (
+        *((part, 0, 80 * 16) for part in (splits.train, splits.held_out)),
+        (splits.scored, 80 * 16, 100 * 16),
+    ):
+        for row in part:
+            words = row["sentence"].split()
+            first = int(words[0][1:])
+            text = "ab"[row["label"]]
+            assert words == [f"{text}{number}" for number in range(first, first + 16)]
+            assert first % 16 == 0
+            assert beginning <= first < end
+    (folder / "b.txt.xz").unlink()
+    with pytest.raises(SystemExit, match="has 1 files"):
+        study.load_task(place.data, "books", 0, 0)
+
+
 @pytest.mark.parametrize("guide", ["map", "montec", "peft-montec"])
 def test_a_fit_gives_a_row(study: Any, place: Any, guide: str) -> None:
     results = study.run(study.Job("cola", 16, guide, epochs=2, draws=2), place)
     scores = {"accuracy", "nll", "ece", "brier", "error_auroc", "aurc", "mcc"}
-    ours = {"held_out_nll", "nll_ts", "ece_ts", "brier_ts", "temperature", "ood_auroc"}
+    ours = {"held_out_nll", "ece_exact", "nll_ts", "ece_ts", "brier_ts", "temperature", "ood_auroc"}
     about = {"curve", "by_draws", "fit_s", "predict_s", "train_size", "scored_size", "draws"}
     assert set(results) == scores | ours | about
     sizes = [results[name] for name in ("train_size", "scored_size", "draws")]
@@ -329,6 +370,18 @@ def test_candidates_are_compared_at_equal_settings(study: Any, evidence: Any) ->
     assert table["NLL to LoRA's"].tolist()[:2] == pytest.approx([0.5, 0.6])
     assert table["tasks"].tolist() == [1, 2, 0]
     assert table.filter(like="mrpc").squeeze().tolist() == ["", "0.200 / 0.100 / 0.800", ""]
+
+
+def test_other_options_stand_beside_the_defaults(study: Any, evidence: Any) -> None:
+    other = {"options": {"kl_weight": 7.0}}
+    rows = [row(study, "sst2", "montec", seed=seed, nll=0.4) for seed in (0, 1)]
+    rows += [row(study, "sst2", "montec", seed=0, nll=0.5, **other)]
+    rows += [row(study, "sst2", "montec", seed=1, nll=0.7, **other)]
+    rows += [row(study, "sst2", "montec", learning_rate=3e-3, **other)]  # no default to it
+    rows += [row(study, "cola", "montec", **given) for given in ({}, other)]  # chooses
+    (line,) = evidence.options(evidence.frame_of(rows)).to_dict("records")
+    assert (line["options"], line["task"], line["seeds"]) == ("kl_weight=7.0", "sst2", 2)
+    assert (line["nll"], line["nll by default"]) == pytest.approx((0.6, 0.4))
 
 
 def confirming(study: Any, nll: dict[int, float], ece: float, accuracy: float) -> list[Any]:
