@@ -36,18 +36,9 @@ RECIPE = ["epochs", "learning_rate", "batch"]
 STANDARD = pd.Series({name: getattr(study.Job, name) for name in RECIPE})
 COOLED = ["nll", "ece", "brier"]  # what a temperature changes
 METRICS = [
-    *(
-        "accuracy",
-        *COOLED,
-        "ece_exact",
-        "error_auroc",
-        "ood_auroc",
-        "mcc",
-        "rmse",
-        "pearson",
-        "crps",
-    ),
-    *("coverage", "held_out_nll", "fit_s", "predict_s", *(f"{name}_ts" for name in COOLED)),
+    *("accuracy", *COOLED, "ece_exact", "error_auroc", "ood_auroc", "mcc", "rmse", "pearson"),
+    *("crps", "coverage", "held_out_nll", "fit_s", "predict_s"),
+    *(f"{name}_ts" for name in COOLED),
 ]
 ABOUT = ["hardware", "versions", "side_by_side"]
 SETTINGS = [*UNIT, *RECIPE, "guide", "options", "changes", "draws"]
