@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import datasets
@@ -52,10 +53,7 @@ from tasks import (
     load_task,
     mean_words,
 )
-from torchmetrics.functional.classification import (
-    multiclass_calibration_error,
-    multiclass_matthews_corrcoef,
-)
+from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
@@ -68,8 +66,9 @@ import pyrolora
 from pyrolora import guides
 from pyrolora.inference import prepare, training_arguments
 from pyrolora.predictive import auroc, draw_factors, evaluate, predict
+from pyrolora.predictive.metrics import calibration_error
 from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
-from pyrolora.predictive.reliability import ECE_BINS
+from pyrolora.seeding import seeded
 
 STORE = "study.jsonl"
 PEFT = "peft-montec"
@@ -298,15 +297,9 @@ def exact_ece(prediction: ClassPrediction, times: int = 200) -> float:
     """The ECE that chance leaves with so many examples: its mean over labels that are drawn from
     the predicted probabilities, which then are exact."""
     law = torch.distributions.Categorical(prediction.probs.double())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         labels = law.sample((times,))
-    classes = prediction.probs.shape[-1]
-    inside = prediction.probs.clamp(max=1 - torch.finfo(prediction.probs.dtype).eps)
-    found = [
-        multiclass_calibration_error(inside, drawn, classes, ECE_BINS, "l1") for drawn in labels
-    ]
-    return float(torch.stack(found).mean())
+    return fmean(calibration_error(prediction.probs, drawn) for drawn in labels)
 
 
 def fewer(prediction: Prediction) -> Iterator[tuple[int, Prediction]]:

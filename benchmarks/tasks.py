@@ -42,11 +42,12 @@ class Task:
     score: str = "accuracy"
     classes: int = 2  # 1: regression
     outside: bool = True  # whether TREC's questions are another distribution
+    texts: bool = False  # whether the classes are the texts of ``TEXTS``
 
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {
-    "books": Task(("sentence",), classes=13),
+    "books": Task(("sentence",), classes=13, texts=True),
     "cola": Task(("sentence",), score="mcc"),
     "mrpc": Task(PAIR),
     "rte": Task(PAIR),
@@ -70,9 +71,9 @@ class Splits:
 
 
 def task_files(folder: Path, name: str) -> list[Path]:
-    """The training file and the scored file (of "books" the texts), and that of the other
+    """The training file and the scored file, or the texts; and the file of the other
     distribution."""
-    if name == "books":
+    if TASKS[name].texts:
         files = sorted((folder / TEXTS).glob("*.txt.xz"))
         if len(files) != TASKS[name].classes:
             raise SystemExit(
@@ -97,7 +98,7 @@ def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
     """``examples`` training examples picked by ``seed``; 0 for all but the held-out ones."""
     task = TASKS[name]
     *files, trec = task_files(folder, name)
-    train, scored = passages(files) if name == "books" else map(_read, files)
+    train, scored = passages(files) if task.texts else map(_read, files)
     columns = [*task.columns, "label"]
     train = train.select_columns(columns).shuffle(seed=seed)
     size = min(examples or len(train), len(train) - HELD_OUT)

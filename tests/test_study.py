@@ -207,7 +207,7 @@ def test_seeds_share_what_is_scored_and_no_example_has_two_uses(study: Any, plac
 
 def test_passages_of_texts(study: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = importlib.import_module("tasks")
-    monkeypatch.setitem(tasks.TASKS, "books", tasks.Task(("sentence",), classes=2))
+    monkeypatch.setitem(tasks.TASKS, "books", tasks.Task(("sentence",), classes=2, texts=True))
     monkeypatch.setattr(tasks, "PASSAGES", (20, 6))
     folder = place.data / "lm_text"
     folder.mkdir()

@@ -69,6 +69,15 @@ def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
     return float(binary_auroc(ranks / len(scores), truth))
 
 
+def calibration_error(probs: torch.Tensor, targets: torch.Tensor) -> float:
+    """The expected calibration error of probabilities (n, classes), in 15 bins of equal width."""
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    # The last bin has both its ends; torchmetrics gives a confidence of 1 a bin of its own.
+    inside = probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
+    return float(multiclass_calibration_error(inside, targets, probs.shape[-1], ECE_BINS, "l1"))
+
+
 @singledispatch
 def _metrics(prediction: Prediction) -> dict[str, float]:
     raise TypeError(f"no metrics for {type(prediction).__name__}")
@@ -76,21 +85,16 @@ def _metrics(prediction: Prediction) -> dict[str, float]:
 
 @_metrics.register
 def _(prediction: ClassPrediction) -> dict[str, float]:
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_calibration_error,
-    )
+    from torchmetrics.functional.classification import multiclass_accuracy
 
     probs, targets = prediction.probs, prediction.targets
     assert targets is not None
     classes = probs.shape[-1]
-    # The last bin has both its ends; torchmetrics gives a confidence of 1 a bin of its own.
-    inside = probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
     one_hot = torch.nn.functional.one_hot(targets, classes)
     return {
         "accuracy": float(multiclass_accuracy(probs, targets, classes, average="micro")),
         "nll": _nll(prediction),
-        "ece": float(multiclass_calibration_error(inside, targets, classes, ECE_BINS, "l1")),
+        "ece": calibration_error(probs, targets),
         "brier": float((probs - one_hot).square().sum(-1).mean()),
         "error_auroc": auroc(
             prediction.entropy[prediction.predicted == targets],
