@@ -238,12 +238,14 @@ def measures(frame: Table) -> Table:
     cells = grid_cells(frame[frame["examples"] == EXAMPLES])
     cells = cells.groupby([*UNIT, *RECIPE, "guide"])["accuracy"].first()
     cells = 100 * cells.unstack("guide").reindex(columns=["map", "montec"]).dropna()
-    whole = cells.groupby("task")["map"].transform("size") == GRID
-    by_task = cells[whole].groupby("task")
+    whole = cells.groupby(UNIT)["map"].transform("size") == GRID
+    by_seed = cells[whole].groupby(UNIT)
+    spread, median = by_seed.max() - by_seed.min(), by_seed.median()
     # Of accuracy and confidence, which options hardly change: any fit of montec tells it.
     usual = fits[(fits["guide"] == "montec") & (fits[RECIPE] == STANDARD).all(axis=1)]
     chance = usual.groupby("task")["ece_exact"].mean().rename("ECE by chance")
-    own = {"growth": growth, "spread": by_task.max() - by_task.min(), "median": by_task.median()}
+    own = {"growth": growth}
+    own |= {"spread": spread.groupby("task").mean(), "median": median.groupby("task").mean()}
     parts = [
         part.reindex(columns=["map", "montec"]).rename(columns=NAMES).add_prefix(f"{name} ")
         for name, part in own.items()
@@ -404,13 +406,16 @@ def regression(frame: Table) -> Table:
 
 @entry(TABLES, "grid", "grid")
 def grid(frame: Table) -> Table:
-    """Sensitivity to learning rate and batch size."""
-    groups = grid_cells(frame).groupby(["task", "examples", "guide"], sort=False)
-    table = pd.DataFrame({"cells": groups.size()})
+    """Sensitivity to learning rate and batch size: means over the seeds with the most cells."""
+    groups = grid_cells(frame).groupby([*UNIT, "guide"], sort=False)
+    by_seed = pd.DataFrame({"cells": groups.size()})
     for name in ("accuracy", "nll"):
-        table[f"{name}, median"] = groups[name].median()
-        table[f"{name}, spread"] = groups[name].max() - groups[name].min()
-    return readable(table.reset_index())
+        by_seed[f"{name}, median"] = groups[name].median()
+        by_seed[f"{name}, spread"] = groups[name].max() - groups[name].min()
+    by = ["task", "examples", "guide"]
+    by_seed = by_seed[by_seed["cells"] == by_seed.groupby(by)["cells"].transform("max")]
+    table = by_seed.groupby(by, sort=False)
+    return readable(table.mean().assign(seeds=table.size()).astype({"cells": int}).reset_index())
 
 
 @entry(TABLES, "epochs", "confirm")

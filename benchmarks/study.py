@@ -590,16 +590,23 @@ def confirm() -> Iterator[Job]:
         yield Job(task, 1000, "map", epochs=16)
     for seed, task, method in itertools.product((1, 2), CONFIRMING, ("map", "montec")):
         yield Job(task, 1000, method, seed=seed)
+    for seed, task, method in itertools.product((1, 2), ("trec", "sst2"), ("map", "montec")):
+        for epochs in (3, 16):
+            yield Job(task, 1000, method, epochs=epochs, seed=seed)
 
 
 def grid() -> Iterator[Job]:
     """Sensitivity to learning rate and batch size, on two tasks, and on one with few examples."""
+    cells = [*itertools.product(RATES, BATCHES)]
     for methods in (BEST[:2], BEST[2:4]):
         for (task, examples), method in itertools.product(
             (("trec", 1000), ("sst2", 1000), ("sst2", 200)), methods
         ):
-            for rate, batch in itertools.product(RATES, BATCHES):
+            for rate, batch in cells:
                 yield Job(task, examples, method, learning_rate=rate, batch=batch)
+    for seed, task, method in itertools.product((1, 2), ("trec", "sst2"), BEST[:2]):
+        for rate, batch in cells:
+            yield Job(task, 1000, method, learning_rate=rate, batch=batch, seed=seed)
 
 
 def two() -> Iterator[Job]:

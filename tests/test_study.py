@@ -402,7 +402,8 @@ def over_grid(study: Any, montec: tuple[float, float]) -> list[Any]:
     for job in study.grid():
         low, high = (0.7, 0.8) if job.guide == "map" else montec
         place = study.RATES.index(job.learning_rate) / 2
-        fields = {name: getattr(job, name) for name in ("examples", "learning_rate", "batch")}
+        names = ("examples", "learning_rate", "batch", "seed")
+        fields = {name: getattr(job, name) for name in names}
         accuracy = low + place * (high - low)
         standard = (job.examples, job.learning_rate, job.batch) == (1000, 1e-3, 32)
         if job.guide in ("map", "montec") and job.task == "sst2" and not standard:
@@ -420,6 +421,26 @@ def test_targets_that_are_reached(study: Any, evidence: Any) -> None:
     assert table["measured"].tolist() == pytest.approx(numbers, abs=1e-5)
     assert table["LoRA's own"].dropna().tolist() == pytest.approx([1.3 / 0.9])
     assert table["tasks"].tolist() == 6 * ["sst2, openbookqa, arc_easy"] + 2 * ["sst2"]
+
+
+def test_a_spread_over_the_grid_is_within_a_seed(study: Any, evidence: Any) -> None:
+    rows = []
+    for seed, rate, batch in itertools.product(range(3), study.RATES, study.BATCHES):
+        cell = {"learning_rate": rate, "batch": batch, "seed": seed}
+        if seed == 2 and batch == 32:
+            continue  # not a whole grid
+        for guide, spread in (("map", 0.1), ("montec", 0.04)):
+            accuracy = 0.6 + 0.1 * seed + spread * study.RATES.index(rate) / 2
+            rows.append(row(study, "sst2", guide, accuracy=accuracy, **cell))
+    frame = evidence.frame_of(rows)
+    table = evidence.grid(frame).set_index("method")
+    assert table["cells"].tolist() == [6, 6]
+    assert table["seeds"].tolist() == [2, 2]
+    assert table["accuracy, spread"].tolist() == pytest.approx([0.1, 0.04])
+    assert table["accuracy, median"].tolist() == pytest.approx([0.7, 0.67])
+    measured = evidence.measures(frame).squeeze()
+    assert (measured["spread LoRA"], measured["spread montec"]) == pytest.approx((10, 4))
+    assert (measured["median LoRA"], measured["median montec"]) == pytest.approx((70, 67))
 
 
 def test_targets_that_are_not_reached(study: Any, evidence: Any) -> None:
