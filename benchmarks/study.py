@@ -547,6 +547,32 @@ WIDTHS: tuple[tuple[str, Row], ...] = (
     ("montec", {"sample_scale": 0.1, "kl_weight": 0.02, "init_covariance": 0.1}),
 )
 CORNERS = ((3e-4, 32), (1e-3, 32), (3e-3, 16))  # the slowest fit, the usual one, the longest
+# The other options, one at a time.
+FORMS: tuple[tuple[str, Row], ...] = (
+    ("montec", {"draws_per_batch": 8}),
+    ("montec", {"latent": "AB"}),
+    ("montec", {"latent": "B"}),
+    ("montec", {"learn_sample_scale": True}),
+    ("montec", {"component_prior": "hierarchical"}),
+    ("montec", {"component_prior": "hierarchical", "learn_sample_scale": True}),
+    ("montec", {"covariance": "full"}),
+    ("montec", {"df_per_rank": 16}),
+    ("montec", {"num_components": 1}),
+    ("montec", {"num_components": 16}),
+    ("montec", {"kl_warmup": 0.5}),
+    ("meanfield", {}),
+    ("meanfield", {"draws_per_batch": 8}),
+    ("meanfield", {"latent": "AB"}),
+    ("meanfield", {"prior_scale": 0.1}),
+    ("meanfield", {"kl_weight": 0.05}),
+    ("meanfield", {"kl_weight": 1.0}),
+    ("flat", {}),
+    ("flat", {"rho": 0.1}),
+    ("flat", {"rho": 0.2}),
+)
+# Of fits of 500 steps and more: scales that travel no further than in 256.
+SLOWER = {"scale_learning_rate": 5e-3}
+LONG = ((3e-3, 16, 8), (1e-3, 16, 8), (1e-3, 32, 16))
 
 
 def choose() -> Iterator[Job]:
@@ -555,6 +581,10 @@ def choose() -> Iterator[Job]:
         yield Job(task, 1000, guide, options)
     for (guide, options), (rate, batch) in itertools.product(WIDTHS, CORNERS):
         yield Job("books", 1000, guide, options, learning_rate=rate, batch=batch)
+    for guide, options in FORMS:
+        yield Job("books", 1000, guide, options)
+    for options, (rate, batch, epochs) in itertools.product(({}, SLOWER), LONG):
+        yield Job("books", 1000, "montec", options, epochs, rate, batch)
 
 
 def one() -> Iterator[Job]:
@@ -619,10 +649,12 @@ def two() -> Iterator[Job]:
 
 
 def narrower() -> Iterator[Job]:
-    """What the runner-up does on tasks that chose nothing."""
+    """What the runner-up does on tasks that chose nothing; and slower scales, in long fits."""
     for job in itertools.chain(confirm(), grid()):
         if job.guide == "montec":
             yield dataclasses.replace(job, options=NARROWER)
+    for task, (rate, batch, epochs) in itertools.product(("trec", "sst2"), LONG):
+        yield Job(task, 1000, "montec", SLOWER, epochs, rate, batch)
 
 
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
