@@ -356,19 +356,21 @@ def read_store(path: Path) -> dict[str, Row]:
             continue
         # An option of adapters that is newer than the row was at its default.
         row["settings"]["adapter"] = dataclasses.asdict(ADAPTER) | row["settings"]["adapter"]
-        _as_relative(row["settings"], row["settings"]["options"])
+        _as_relative(row, row["settings"]["options"])
         rows[key(row["settings"])] = row
     return rows
 
 
-def _as_relative(settings: Row, options: Row) -> None:
+def _as_relative(row: Row, options: Row) -> None:
     """Rows from before the rate of scales followed that of the means had 0.01: where that is what
     the default is now, or where there are no scales, it is the default."""
     if "inner" in options:
-        _as_relative(settings, options["inner"])
-    fixed = options.get("scale_learning_rate")
+        _as_relative(row, options["inner"])
+    settings, fixed = row["settings"], options.get("scale_learning_rate")
     scaleless = settings["guide"] in POINTS and TASKS[settings["task"]].kind != "regression"
-    default = guides.MonteCLoRA().scale_rate(settings["learning_rate"])
+    size = row["results"].get("train_size", settings["examples"])
+    steps = math.ceil(size / settings["batch"]) * settings["epochs"]
+    default = guides.MonteCLoRA().scale_rate(settings["learning_rate"], steps)
     same = math.isclose(fixed or 0.0, default)
     if fixed and (scaleless or same):
         options["scale_learning_rate"] = None
@@ -570,8 +572,9 @@ FORMS: tuple[tuple[str, Row], ...] = (
     ("flat", {"rho": 0.1}),
     ("flat", {"rho": 0.2}),
 )
-# Of fits of 500 steps and more: scales that travel no further than in 256.
-SLOWER = {"scale_learning_rate": 5e-3}
+# Of fits of 500 steps and more: the rate of shorter ones, and half of it, so that scales travel no
+# further than in 256 steps.
+SCALE_RATES: tuple[Row, ...] = ({}, {"scale_learning_rate": 1e-2}, {"scale_learning_rate": 5e-3})
 LONG = ((3e-3, 16, 8), (1e-3, 16, 8), (1e-3, 32, 16))
 
 
@@ -583,7 +586,7 @@ def choose() -> Iterator[Job]:
         yield Job("books", 1000, guide, options, learning_rate=rate, batch=batch)
     for guide, options in FORMS:
         yield Job("books", 1000, guide, options)
-    for options, (rate, batch, epochs) in itertools.product(({}, SLOWER), LONG):
+    for options, (rate, batch, epochs) in itertools.product(SCALE_RATES, LONG):
         yield Job("books", 1000, "montec", options, epochs, rate, batch)
 
 
@@ -649,12 +652,13 @@ def two() -> Iterator[Job]:
 
 
 def narrower() -> Iterator[Job]:
-    """What the runner-up does on tasks that chose nothing; and slower scales, in long fits."""
+    """The runner-up, and other rates of scales in long fits, on tasks that chose nothing."""
     for job in itertools.chain(confirm(), grid()):
         if job.guide == "montec":
             yield dataclasses.replace(job, options=NARROWER)
-    for task, (rate, batch, epochs) in itertools.product(("trec", "sst2"), LONG):
-        yield Job(task, 1000, "montec", SLOWER, epochs, rate, batch)
+    for task, options in itertools.product(("trec", "sst2"), SCALE_RATES):
+        for rate, batch, epochs in LONG:
+            yield Job(task, 1000, "montec", options, epochs, rate, batch)
 
 
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {

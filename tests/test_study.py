@@ -116,6 +116,18 @@ def classes(logits: torch.Tensor, targets: torch.Tensor) -> ClassPrediction:
     return ClassPrediction(targets, log_probs.gather(1, targets[:, None]).mT, log_probs.exp()[None])
 
 
+def test_a_rate_of_scales_of_old_rows_is_the_default_where_it_still_is(
+    study: Any, tmp_path: Path
+) -> None:
+    store = tmp_path / "rows.jsonl"
+    for guide, batch in itertools.product(("montec", "map"), (32, 16)):  # 256 and 504 steps
+        made = row(study, "sst2", guide, batch=batch, train_size=1000)
+        made["settings"]["options"]["scale_learning_rate"] = 0.01
+        study.append(store, made)
+    found = [made["settings"]["options"] for made in study.read_store(store).values()]
+    assert [options["scale_learning_rate"] for options in found] == [None, 0.01, None, None]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.5])
 def test_the_temperature_of_the_labels_is_found(study: Any, temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -101,10 +101,11 @@ class Guide(ABC):
         """The weight of the KL at ``progress`` (0..1) through the training steps."""
         return 1.0
 
-    def scale_rate(self, learning_rate: float) -> float:
+    def scale_rate(self, learning_rate: float, steps: int) -> float:
         """The learning rate of scales, of the posterior and of the noise of a regression, in a fit
-        with that of the means."""
-        return min(defaults.SCALE_LEARNING_RATE, defaults.SCALE_RATE * learning_rate)
+        of so many steps with that of the means."""
+        highest = defaults.SCALE_LEARNING_RATE * min(1.0, defaults.SCALE_STEPS / steps) ** 0.5
+        return min(highest, defaults.SCALE_RATE * learning_rate)
 
     def rate_held_from(self) -> float:
         """The share of the training steps after which the learning rate stays what it is."""
@@ -142,7 +143,7 @@ class Variational(Guide):
     scale_learning_rate
         Learning rate of scales, of the posterior and of the noise of a regression; the means take
         the fit's ``learning_rate``. None: ten times that, so that noise does not grow before the
-        means have learnt, but no more than 1e-2.
+        means have learnt, but no more than 1e-2, or 1e-2 √(256 / T) in a fit of T > 256 steps.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
@@ -167,8 +168,8 @@ class Variational(Guide):
         if self.scale_learning_rate is not None:
             positive("scale_learning_rate", self.scale_learning_rate)
 
-    def scale_rate(self, learning_rate: float) -> float:
-        return self.scale_learning_rate or super().scale_rate(learning_rate)
+    def scale_rate(self, learning_rate: float, steps: int) -> float:
+        return self.scale_learning_rate or super().scale_rate(learning_rate, steps)
 
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
         factor = num_examples if self.kl_weight_against == "mean" else 1

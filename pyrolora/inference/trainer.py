@@ -253,7 +253,7 @@ class SVITrainer(Trainer):
                 {
                     "params": groups["scales"],
                     "weight_decay": 0.0,
-                    "lr": self.guide.scale_rate(self.args.learning_rate),
+                    "lr": self.guide.scale_rate(self.args.learning_rate, self.state.max_steps),
                 },
             ],
             **options,

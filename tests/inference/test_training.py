@@ -345,7 +345,27 @@ def test_scales_have_their_own_learning_rate_and_no_weight_decay(tmp_path):
 
 
 @pytest.mark.parametrize("guide", [MAP(), MonteCLoRA(), Flat(inner=MonteCLoRA())], ids=str)
-def test_the_rate_of_scales_follows_a_small_rate_of_the_means(guide):
-    assert guide.scale_rate(3e-4) == pytest.approx(3e-3)
-    assert guide.scale_rate(1e-3) == pytest.approx(1e-2)
-    assert guide.scale_rate(1e-1) == pytest.approx(1e-2)
+def test_the_rate_of_scales_follows_a_small_rate_of_the_means_and_the_length_of_the_fit(guide):
+    assert guide.scale_rate(3e-4, 100) == pytest.approx(3e-3)
+    assert guide.scale_rate(1e-3, 256) == pytest.approx(1e-2)
+    assert guide.scale_rate(1e-1, 256) == pytest.approx(1e-2)
+    assert guide.scale_rate(1e-3, 1024) == pytest.approx(5e-3)
+    assert guide.scale_rate(3e-4, 1024) == pytest.approx(3e-3)
+    own = MonteCLoRA(scale_learning_rate=0.05)
+    assert own.scale_rate(1e-3, 10**6) == Flat(inner=own).scale_rate(1e-3, 10**6) == 0.05
+
+
+def test_a_long_fit_has_a_lower_rate_of_scales_whatever_it_counts_in(tmp_path):
+    class Once(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            self.steps, self.rate = state.max_steps, optimizer.param_groups[-1]["initial_lr"]
+            control.should_training_stop = True
+
+    data = tokens()
+    by_epochs = {"max_steps": -1, "num_train_epochs": 1024, "per_device_train_batch_size": 1000}
+    for length in ({"max_steps": 1024}, by_epochs):
+        once = Once()
+        training = arguments(tmp_path, **length)
+        pyrolora.fit(bert(), data, "montec", training=training, callbacks=[once])
+        assert once.steps == 1024
+        assert once.rate == pytest.approx(5e-3)
