@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from itertools import chain
@@ -46,11 +47,18 @@ MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "i
 
 
 class Collator:
-    """Examples to a batch: what the network takes, padded by the tokenizer where lengths differ."""
+    """Examples to a batch: what the network takes, padded by the tokenizer where lengths differ.
+
+    On the right, whatever the tokenizer's own side: what is left of a token changes its position,
+    and gives the first token a padding to be predicted from. XLNet, which classifies by the last
+    position whatever stands there, gets its padding where its tokenizer has it.
+    """
 
     def __init__(self, network: nn.Module, likelihood: Likelihood, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.network_name = type(network).__name__
+        config = getattr(network, "config", None)
+        self.pads_right = getattr(config, "summary_type", None) != "last"
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.taken = {*inspect.signature(network.forward).parameters, INPUTS}
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
@@ -59,7 +67,7 @@ class Collator:
 
     def example(self, example: Any) -> dict[str, Any]:
         """One example with nothing but inputs and ``labels``; a causal language model's labels
-        are its tokens, less the padding, unless they are given."""
+        are its tokens, less the padding and what a padding would predict, unless they are given."""
         row = as_dict(example, self.input_name)
         labels = row.pop(LABELS, None)
         kept = {name: value for name, value in row.items() if name in self.taken}
@@ -70,8 +78,9 @@ class Collator:
             )
         if labels is None and self.copies_tokens and "input_ids" in kept:
             ids = torch.as_tensor(kept["input_ids"])
-            mask = torch.as_tensor(kept.get("attention_mask", torch.ones_like(ids)))
-            labels = ids.masked_fill(mask == 0, IGNORED).tolist()
+            seen = torch.as_tensor(kept.get("attention_mask", torch.ones_like(ids))) != 0
+            seen[1:] &= seen[:-1].clone()
+            labels = ids.masked_fill(~seen, IGNORED).tolist()
         return kept if labels is None else {**kept, LABELS: labels}
 
     def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
@@ -92,7 +101,11 @@ class Collator:
             )
         scalar = LABELS in rows[0] and np.ndim(rows[0][LABELS]) == 0
         labels = [row.pop(LABELS) for row in rows] if scalar else None
-        padded = DataCollatorForSeq2Seq(self.tokenizer)(rows)
+        tokenizer = self.tokenizer
+        if self.pads_right and tokenizer.padding_side != "right":
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.padding_side = "right"
+        padded = DataCollatorForSeq2Seq(tokenizer)(rows)
         batch = {name: tensor for name, tensor in padded.items() if tensor is not None}
         if labels is not None:
             batch[LABELS] = torch.as_tensor(np.asarray(labels))

@@ -39,12 +39,13 @@ class TokenLikelihood(Likelihood):
         return output[..., : output.shape[-2] - self.shift, :]
 
     def token_mask(self, batch: Batch) -> Tensor:
-        """(b, T-d) booleans: which tokens count; without labels all that are not padding."""
+        """(b, T-d) booleans: which tokens count; without labels all that are not padding, and that
+        no padding predicts."""
         labels = batch.get("labels")
         if labels is not None:
             return labels[..., self.shift :].ne(IGNORED)
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        return mask[..., self.shift :].bool()
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        return mask[..., self.shift :] & mask[..., : mask.shape[-1] - self.shift]
 
     def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
         """One vector, e_y − p with y drawn from p at each token that counts: E[v vᵀ] is the
