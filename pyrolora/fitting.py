@@ -36,12 +36,13 @@ from pyrolora.inference import (
     training_arguments,
     weight_gradients,
 )
+from pyrolora.inference.labels import network_classes
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
-from pyrolora.storage import check_base, describe_base
+from pyrolora.storage import check_base, describe_base, load_base
 from pyrolora.types import AdapterConfig
 
 
@@ -69,10 +70,11 @@ def fit(
     ----------
     model
         A transformers model, a hub id or local folder of one, or any ``nn.Module`` with linear
-        layers (then name the ``likelihood``). Its own weights are not changed. Or a `Posterior`,
-        such as `from_peft` reads: its means and task head stay as they are, and the guide adds
-        their spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; for ``"nuts"``
-        they are what its model is given).
+        layers (then name the ``likelihood``). Its own weights are not changed; one that is named
+        gets a head for the classes of ``data``, or, with ``prior``, of the earlier data. Or a
+        `Posterior`, such as `from_peft` reads: its means and task head stay as they are, and the
+        guide adds their spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; for
+        ``"nuts"`` they are what its model is given).
     data
         Training data: ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its ``validation``
         becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch ``Dataset`` or
@@ -149,9 +151,10 @@ def fit(
         if given is not None:
             _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
             network = given.base
+        elif prior is not None and isinstance(model, str | Path):
+            network = _as_in(prior, model)
         else:
-            name = likelihood if prior is None else prior.likelihood.name
-            network, tokenizer = load_network(model, data, tokenizer, name)
+            network, tokenizer = load_network(model, data, tokenizer, likelihood)
         if source is not None:
             config, law = source.bank.config, copy.deepcopy(source.likelihood)
             tokenizer = source.tokenizer if tokenizer is None else tokenizer
@@ -284,14 +287,27 @@ def _check_prior(
             )
 
 
+def _as_in(prior: Posterior, name: str | Path) -> nn.Module:
+    """The network of an earlier posterior, from that place: its classes are those of the earlier
+    data, of which later data may have others, or few."""
+    described = describe_base(prior.base, prior.model.attachment.heads)
+    return load_base({**described, "name_or_path": str(name)})
+
+
 def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
-    """The layers and heads of that posterior in its own network, or in one with the same
-    weights."""
+    """The layers and heads of that posterior in its own network, or in one with the same weights
+    and the same names of classes."""
     attachment = source.model.attachment
     if network is source.base:
         return attachment.again()
     heads = list(attachment.heads)
     check_base(network, heads, describe_base(source.base, heads))
+    names, known = network_classes(network), network_classes(source.base)
+    if names and known and names != known:
+        raise ConfigError(
+            f"the network's classes are {list(names.values())}, and those of the earlier fit "
+            f"{list(known.values())}; load it with id2label={known}"
+        )
     return Attachment(network, attachment.specs, heads)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet, .txt (a text a line)"
 LABELS = ("label", "labels")
 CHOICES = "choices"
+TEXT_TABLES = (".csv", ".tsv")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 MAX_CELL = 2**31 - 1  # characters; the csv module's own limit is less than a book
 
 
@@ -90,10 +94,35 @@ def with_columns(
 
 
 def labelled(
-    source: str, split: str | None, defaults: Sequence[str], text: Sequence[str], label: str | None
+    source: str,
+    split: str | None,
+    defaults: Sequence[str],
+    text: Sequence[str],
+    label: str | None,
+    names: Collection[str] = (),
 ) -> datasets.Dataset:
-    """`read_data` in its chosen columns, with numbers where labels are numbers."""
-    return numbers_as_numbers(with_columns(read_data(source, split, defaults), text, label, source))
+    """`read_data` in its chosen columns, its labels `as_told`."""
+    data = with_columns(read_data(source, split, defaults), text, label, source)
+    return as_told(data, source, names)
+
+
+def as_told(data: datasets.Dataset, source: str, names: Collection[str]) -> datasets.Dataset:
+    """The data with numbers for labels where a table of text, CSV or TSV, has numbers alone, and
+    none of them is among ``names``, those of classes that are known."""
+    if Path(source).suffix.lower() not in TEXT_TABLES or label_names(data) & {*names}:
+        return data
+    return numbers_as_numbers(data)
+
+
+def label_names(data: datasets.Dataset) -> set[str]:
+    """The labels that are text."""
+    return {
+        cell
+        for name in LABELS
+        if name in data.column_names
+        for cell in data.unique(name)
+        if isinstance(cell, str)
+    }
 
 
 def fingerprint(source: str, data: datasets.Dataset) -> str:
@@ -213,13 +242,18 @@ def _from_file(path: Path) -> datasets.Dataset:
 
 
 def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
-    """A text column of labels turned to whole or real numbers, if every one is a number: the
-    columns of CSV files are text."""
+    """A text column of labels turned to whole or real numbers, if every one is a number (NaN and
+    infinity are, beside others): the columns of CSV files are text."""
     for name in LABELS:
         cells = data[name][:] if name in data.column_names else []
         filled = [cell for cell in cells if cell is not None]
         if not filled or not all(isinstance(cell, str) for cell in filled):
             continue
+        rest = [cell for cell in filled if not _NUMBER.fullmatch(cell.strip())]
+        if len(rest) == len(filled) or not all(
+            _NOT_FINITE.fullmatch(cell.strip()) for cell in rest
+        ):
+            continue  # names, though Python would read 'nan' and '1_0' as numbers
         for kind in (int, float):
             try:
                 values = [None if cell is None else kind(cell) for cell in cells]

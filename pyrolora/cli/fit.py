@@ -12,7 +12,7 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import settings
-from pyrolora.cli.files import KINDS, fingerprint, labelled
+from pyrolora.cli.files import KINDS, fingerprint, label_names, labelled
 from pyrolora.cli.output import metrics_table, print_json, program
 from pyrolora.cli.runs import LAST_GOOD, Run, say
 from pyrolora.errors import ConfigError, NonFiniteError, PyroLoraError
@@ -122,10 +122,12 @@ def fit(
     """
     chosen = settings.parse(set_ or [])
     columns: dict[str, Any] = {"text": text or [], "label": label}
-    examples = labelled(data, split, ("train",), **columns)
+    names = set().union(*(Run(folder).classes() for folder in (given, prior) if folder))
+    examples = labelled(data, split, ("train",), **columns, names=names)
     held_out = None
     if eval_data is not None:
-        held_out = labelled(eval_data, eval_split, defaults.FIT_SPLITS, **columns)
+        names |= label_names(examples)
+        held_out = labelled(eval_data, eval_split, defaults.FIT_SPLITS, **columns, names=names)
         chosen["training"].setdefault("eval_strategy", "epoch")
     for name, folder in {"--given": given, "--prior": prior}.items():
         if folder is not None:
@@ -318,15 +320,16 @@ def _fitted(
 
 
 def _given(folder: Path, model: str, examples: Any, likelihood: str | None) -> Posterior:
-    """The posterior whose adapter is given."""
+    """The posterior whose adapter is given. A saved one knows its classes; those of PEFT's adapter
+    are taken to be the data's."""
     from pyrolora.inference import load_network
     from pyrolora.loading import from_peft, load
     from pyrolora.storage import PEFT_FILE
 
+    if not (folder / PEFT_FILE).is_file():
+        return load(folder, model)
     network, tokenizer = load_network(model, examples, likelihood=likelihood)
-    if (folder / PEFT_FILE).is_file():
-        return from_peft(folder, network, likelihood=likelihood, tokenizer=tokenizer)
-    return load(folder, network)
+    return from_peft(folder, network, likelihood=likelihood, tokenizer=tokenizer)
 
 
 def _check_source(name: str, folder: Path, chosen: dict[str, dict[str, Any]]) -> None:

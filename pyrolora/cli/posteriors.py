@@ -67,13 +67,15 @@ def labelled(
     folder: Path, source: str, split: str | None, text: Sequence[str] | None, label: str | None
 ) -> Any:
     """Data with its target, in the columns that were given, or those of the fit."""
-    columns = Run(folder).columns()
+    run = Run(folder)
+    columns = run.columns()
     return files.labelled(
         source,
         split,
         defaults.SCORE_SPLITS,
         text or columns.get("text", []),
         label or columns.get("label"),
+        run.classes(),
     )
 
 

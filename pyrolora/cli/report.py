@@ -75,4 +75,4 @@ def _examples(
     if label is None and columns.get("label") in original.column_names:
         label = columns["label"]
     chosen = files.with_columns(original, text or columns.get("text", []), label, source)
-    return files.numbers_as_numbers(chosen)
+    return files.as_told(chosen, source, Run(run).classes())

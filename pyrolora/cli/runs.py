@@ -46,6 +46,17 @@ class Run:
         record = self.record or {}
         return dict(record.get("options", {}).get("columns", {}))
 
+    def classes(self) -> set[str]:
+        """The names of the classes of the posterior that is there; what is damaged has none, and
+        says so when it is loaded."""
+        from pyrolora.storage import META_FILE
+
+        try:
+            meta = json.loads((self.folder / META_FILE).read_text(encoding="utf-8"))
+            return {str(name) for name in meta["base"]["config"]["id2label"].values()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return set()
+
     def start(self, options: Mapping[str, Any], command: str, *, write: bool) -> bool:
         """Make the folder this run's, or find that it is; whether it was there before.
 

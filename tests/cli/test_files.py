@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,14 @@ import pandas as pd
 import pytest
 from problems import reviews
 
-from pyrolora.cli.files import fingerprint, numbers_as_numbers, read_data, with_columns, writer
+from pyrolora.cli.files import (
+    fingerprint,
+    labelled,
+    numbers_as_numbers,
+    read_data,
+    with_columns,
+    writer,
+)
 from pyrolora.errors import ConfigError, DataError
 
 ROWS = [
@@ -304,6 +312,9 @@ def test_columns_that_cannot_go_together(text: list[str], label: str | None) -> 
         (["1.5", "-2"], [1.5, -2.0]),
         (["1e-3", "0"], [1e-3, 0.0]),
         (["good", "1"], ["good", "1"]),
+        (["1_0", "1_1"], ["1_0", "1_1"]),
+        (["nan", "inf"], ["nan", "inf"]),
+        (["-inf", "1"], [-math.inf, 1.0]),
         ([None, "1"], [None, 1]),
         ([3, 4], [3, 4]),
     ],
@@ -315,6 +326,20 @@ def test_labels_of_text_are_numbers_if_every_one_is(name: str, cells: Any, value
     assert found[name][:] == values
     assert [type(value) for value in found[name]] == [type(value) for value in values]
     assert found["text"][:] == ["1", "2"], "a text of digits is a text"
+
+
+def test_known_names_stay_names_and_only_tables_of_text_are_read_for_numbers(
+    tmp_path: Path,
+) -> None:
+    table = written(tmp_path, "data.csv", "text,label\na,1\nb,2\n")
+    lines = written(tmp_path, "data.jsonl", '{"text": "a", "label": "1"}\n')
+
+    def labels(source: str, names: set[str]) -> Any:
+        return labelled(source, None, (), [], None, names)["label"][:]
+
+    assert labels(table, set()) == labels(table, {"LABEL_0", "good"}) == [1, 2]
+    assert labels(table, {"1", "2", "x"}) == labels(table, {"1"}) == ["1", "2"]
+    assert labels(lines, set()) == ["1"]
 
 
 # The same data? -----------------------------------------------------------------------------------

@@ -163,6 +163,41 @@ def test_an_earlier_fit_is_the_prior_of_the_next(place, tmp_path):
     assert options == MeanField(latent="AB", kl_weight=0.05)
 
 
+def test_classes_keep_their_names_in_files_that_hold_few_of_them(place, tmp_path):
+    """Names of digits are names still, and the classes of an earlier fit those of the next."""
+
+    def table(name: str, *labels: str) -> Any:
+        rows = [f"the {word} film,{labels[i % len(labels)]}" for i, word in enumerate("abcdef")]
+        (tmp_path / name).write_text("\n".join(["text,label", *rows]))
+        return tmp_path / name
+
+    def fitted(name: str, data: Any, *more: Any) -> Any:
+        model = ("--model", place / "encoder", "--output-dir", tmp_path / name)
+        done("fit", data, *model, *more)
+        return tmp_path / name
+
+    few = table("few.csv", "2", "1")
+    first = fitted(
+        "first", table("all.csv", "1", "2", "x"), "--guide", "meanfield", "--eval-data", few
+    )
+    names = {0: "1", 1: "2", 2: "x"}
+    posterior = pyrolora.load(first)
+    assert posterior.base.config.id2label == names
+    rows = [{"text": f"the {w} film", "label": "21"[i % 2]} for i, w in enumerate("abcdef")]
+    expected = posterior.evaluate(rows, 0)["nll"]
+    for command in (("evaluate", first, few), ("compare", few, first)):
+        found = json.loads(done(*command, "--num-samples", 0, "--json").out)
+        nll = found["nll"] if "nll" in found else found["posteriors"]["first"]["nll"]
+        assert nll == pytest.approx(expected, rel=1e-5)
+    history = [entry["eval_nll"] for entry in posterior.history if "eval_nll" in entry]
+    assert abs(history[-1] - expected) < 0.05, "draws, not the mean"
+    second = fitted("second", few, "--prior", first)
+    third = fitted("third", few, "--given", first, "--guide", "laplace")
+    for later in (second, third):
+        assert pyrolora.load(later).base.config.id2label == names
+    assert pyrolora.load(third).predict(rows, 0).targets.tolist() == [1, 0] * 3
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.distributions.column_normal import whiten
-from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.errors import CheckpointError, ConfigError, DataError
 from pyrolora.guides import MAP, Flat, Guide, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
 from pyrolora.model import JointGuide
@@ -237,6 +237,31 @@ def test_the_network_may_be_another_copy_and_no_other_network():
         torch.testing.assert_close(again.model.own_state()[name], tensor)
     with pytest.raises(CheckpointError, match="not the one that was adapted"):
         pyrolora.fit(bert(seed=1, initializer_range=0.3), reviews(24), prior=first)
+
+
+def named(*names: str) -> list[dict[str, str]]:
+    """Texts with these labels in turn."""
+    return [
+        {"text": f"the {w} film", "label": names[i % len(names)]} for i, w in enumerate("abcdef")
+    ]
+
+
+def test_the_classes_are_those_of_the_earlier_data(tmp_path):
+    folder = str(tmp_path / "network")
+    bert().bert.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    first = pyrolora.fit(
+        folder, named("apple", "pear", "plum"), "meanfield", adapter=TEXTS["adapter"]
+    )
+    second = pyrolora.fit(folder, named("plum", "pear"), prior=first, epochs=1)
+    assert second.base.config.id2label == {0: "apple", 1: "pear", 2: "plum"}
+    assert second.predict(named("plum", "pear"), 0).targets.tolist() == [2, 1] * 3
+    with pytest.raises(DataError, match=r"'quince' is none of the network's classes.*apple"):
+        pyrolora.fit(folder, named("pear", "quince"), prior=first)
+    other = bert(3, id2label={0: "pear", 1: "plum", 2: "quince"})
+    other.load_state_dict(first.base.state_dict(), strict=False)
+    with pytest.raises(ConfigError, match=r"classes are \['pear', 'plum', 'quince'\].*'apple'"):
+        pyrolora.fit(other, named("pear", "plum"), prior=first, tokenizer=tokenizer())
 
 
 def test_a_strong_prior_holds_the_earlier_posterior():
