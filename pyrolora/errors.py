@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -47,13 +48,13 @@ class NonFiniteError(PyroLoraError, ArithmeticError):
 
 def whole_number(name: str, value: Any, *, at_least: int) -> None:
     """Raise `ConfigError` unless ``value`` is a whole number of at least ``at_least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
         raise ConfigError(f"{name} must be a whole number >= {at_least}, got {value!r}")
 
 
 def positive(name: str, value: Any, *, or_zero: bool = False) -> None:
     """Raise `ConfigError` unless ``value`` is a finite number > 0 (or 0, where that is allowed)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (value == 0 and not or_zero):
         expected = ">= 0" if or_zero else "> 0"
         raise ConfigError(f"{name} must be a finite number {expected}, got {value!r}")

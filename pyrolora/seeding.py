@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pyrolora.errors import whole_number
+
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
@@ -15,6 +17,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
+    whole_number("seed", seed, at_least=0)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

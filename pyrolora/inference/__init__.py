@@ -16,7 +16,7 @@ from pyrolora.inference.curvature import (
     kfac,
     log_marginal_likelihood,
 )
-from pyrolora.inference.data import Prepared, prepare
+from pyrolora.inference.data import Prepared, check_finite, prepare
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.gradients import weight_gradients
 from pyrolora.inference.importance import ablation, signal_to_noise
@@ -36,6 +36,7 @@ __all__ = [
     "ablation",
     "best_precision",
     "check_allocation",
+    "check_finite",
     "checkpoint_step",
     "checkpoints",
     "kfac",

@@ -86,8 +86,12 @@ class Collator:
     def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         rows = [self.example(example) for example in examples]
         if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
-            return self._padded(rows)
-        return dict(default_data_collator(rows))
+            batch = self._padded(rows)
+        else:
+            batch = dict(default_data_collator(rows))
+        if LABELS in batch:
+            batch[LABELS] = whole_as_long(batch[LABELS])
+        return batch
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self.tokenizer is None:
@@ -152,6 +156,11 @@ class ChoiceCollator(Collator):
         if labels[0] is not None:
             batch[LABELS] = torch.as_tensor(np.asarray(labels))
         return batch
+
+
+def whole_as_long(labels: Tensor) -> Tensor:
+    """Labels of any whole type as torch's losses take them."""
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def collator_for(network: nn.Module, likelihood: Likelihood, tokenizer: Any) -> Collator:

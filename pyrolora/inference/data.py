@@ -19,6 +19,7 @@ from pyrolora.inference.batches import (
     collator_for,
     has_choices,
     tokenised,
+    whole_as_long,
 )
 from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
 from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
@@ -42,7 +43,7 @@ class Prepared:
         random numbers alone."""
         return DataLoader(
             self.examples,
-            batch_size=batch_size,
+            batch_size=int(batch_size),  # torch takes none of NumPy's
             sampler=order,
             collate_fn=self.collate,
             generator=torch.Generator(),
@@ -116,9 +117,9 @@ def prepare(
             "texts here; join the question and the right choice in one column, 'text'. predict() "
             "and evaluate() let it choose"
         )
+    if isinstance(examples, datasets.Dataset) and collate.labels_are_classes:
+        examples = numbered(examples, network)
     if is_plain(examples):
-        if collate.labels_are_classes:
-            examples = numbered(examples, network)
         examples = tokenised(examples, collate)
     if isinstance(likelihood, MaskedLM):
         first = collate.example(examples[0])
@@ -129,6 +130,7 @@ def prepare(
     if labels is None and need_labels:
         raise DataError(no_labels(examples))
     if labels is not None:
+        labels = whole_as_long(labels)
         likelihood.check_labels(labels, network)
     if isinstance(collate, ChoiceCollator):
         _check_choices(examples, collate, labels)
@@ -167,12 +169,20 @@ def _check_features(examples: Any, collate: Collator) -> None:
         ]
     seen = 0
     for batch in batches:
-        for name, tensor in batch.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = (~torch.isfinite(tensor)).flatten(1 if tensor.dim() > 1 else 0)
-                row = int((bad.any(-1) if bad.dim() > 1 else bad).nonzero()[0])
-                raise DataError(
-                    f"{name!r} of example {seen + row} is not finite (NaN or infinity); "
-                    "remove or fill such examples"
-                )
-        seen += len(next(iter(batch.values())))
+        size = len(next(iter(batch.values())))
+        check_finite(batch, range(seen, seen + size))
+        seen += size
+
+
+def check_finite(batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
+    """Raise `DataError` for features that are not finite, of the example of that number."""
+    for name, tensor in batch.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if not torch.isfinite(tensor).all():
+            bad = (~torch.isfinite(tensor)).flatten(1 if tensor.dim() > 1 else 0)
+            row = int((bad.any(-1) if bad.dim() > 1 else bad).nonzero()[0])
+            raise DataError(
+                f"{name!r} of example {numbers[row]} is not finite (NaN or infinity); remove or "
+                "fill such examples"
+            )

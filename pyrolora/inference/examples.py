@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from pyrolora.errors import DataError
@@ -19,6 +19,8 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     """Something with ``len`` and ``[i]``."""
     if isinstance(data, DataLoader):
         return as_examples(data.dataset, input_name, splits)
+    if isinstance(data, Subset) and isinstance(data.dataset, datasets.Dataset):
+        return data.dataset.select(data.indices)
     if isinstance(data, datasets.DatasetDict):
         for split in splits:
             if split in data:

@@ -64,10 +64,12 @@ class TokenLikelihood(Likelihood):
                 f"{labels.dtype} and shape {tuple(labels.shape)}; leave 'labels' out to learn from "
                 "the text alone"
             )
-        counted = labels[labels.ne(IGNORED)]
+        counted = labels[..., self.shift :][labels[..., self.shift :].ne(IGNORED)]
         if counted.numel() == 0:
+            first = " or a text's first, which nothing predicts" if self.shift else ""
             raise DataError(
-                "every token is labelled -100 (ignored); there is nothing to learn from"
+                f"every token is labelled -100 (ignored){first}; there is nothing to learn from, "
+                "or to score"
             )
         if counted.min() < 0 or (vocabulary is not None and counted.max() >= vocabulary):
             raise DataError(

@@ -40,7 +40,8 @@ class Conformal:
     ConfigError
         For a prediction of texts, or a mass outside of (0, 1).
     DataError
-        Without labels, or with fewer than mass / (1 − mass) examples: no threshold would do.
+        Without labels, with predictions that are NaN, or with fewer than mass / (1 − mass)
+        examples: no threshold would do.
     """
 
     def __init__(self, calibration: Prediction, mass: float = 0.9) -> None:
@@ -95,5 +96,12 @@ def _scores(prediction: Prediction) -> Tensor:
     if targets is None:
         raise DataError("calibration needs labels, and the data has none")
     if isinstance(prediction, ClassPrediction):
-        return 1 - prediction.probs.gather(-1, targets[:, None]).squeeze(-1)
-    return (targets - prediction.mean).abs() / prediction.std
+        scores = 1 - prediction.probs.gather(-1, targets[:, None]).squeeze(-1)
+    else:
+        scores = (targets - prediction.mean).abs() / prediction.std
+    if scores.isnan().any():
+        raise DataError(
+            f"the prediction of example {int(scores.isnan().nonzero()[0])} of the calibration is "
+            "NaN, which no threshold holds; leave such examples out, or fit again"
+        )
+    return scores

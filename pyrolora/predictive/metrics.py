@@ -89,6 +89,8 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
 
     probs, targets = prediction.probs, prediction.targets
     assert targets is not None
+    if probs.shape[-1] == 1:  # where there is nothing to choose from
+        probs = torch.nn.functional.pad(probs, (0, 1))
     classes = probs.shape[-1]
     one_hot = torch.nn.functional.one_hot(targets, classes)
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import whole_number
-from pyrolora.inference import Prepared, pass_rows, to_device
+from pyrolora.inference import Prepared, check_finite, pass_rows, to_device
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
@@ -48,15 +48,17 @@ def predict(
 
     Every draw is one function: the same weights for all examples. Texts of like length share a
     batch, and draws ride in one pass with the examples of a batch, as many as `pass_rows` allows;
-    one at least, since a batch is not cut.
+    one at least, since a batch is not cut. Features that are not finite are a `DataError`.
     """
     kind = PREDICTIONS[type(joint.likelihood)]
     device = next(joint.program.parameters()).device
     order = data.by_length()
+    numbers: Sequence[int] = range(len(data)) if order is None else order
     loader = data.loader(batch_size, order)
     records = []
     with evaluating(joint):
-        for batch in tqdm(loader, desc="predicting", delay=2, leave=False):
+        for i, batch in enumerate(tqdm(loader, desc="predicting", delay=2, leave=False)):
+            check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
             placed = to_device(batch, device)
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             records.append(kind.reduce(joint.likelihood, outputs, placed))

@@ -37,13 +37,14 @@ def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFr
         )
     if prediction.loss is None:
         raise DataError("reliability needs labels, and the data has none")
-    confidence = prediction.probs.amax(-1).double()
+    confidence = prediction.probs.amax(-1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    index = torch.bucketize(confidence, edges[1:-1].contiguous(), right=True)
+    inner = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype)[1:-1]  # as torchmetrics' ECE
+    index = torch.bucketize(confidence, inner.contiguous(), right=True)
     count = index.bincount(minlength=bins)
     sums = torch.zeros(2, bins, dtype=torch.float64)
     right = 1 - prediction.loss.double()
-    sums = sums.index_add(1, index, torch.stack([confidence, right]))
+    sums = sums.index_add(1, index, torch.stack([confidence.double(), right]))
     means = sums / count  # 0 / 0 is NaN
     return pd.DataFrame(
         {

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
@@ -64,11 +65,13 @@ def as_json(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null, tuples lists."""
+    """What JSON can hold: NaN and infinity become null, tuples lists, NumPy's numbers Python's."""
     if isinstance(value, Mapping):
         return {str(key): finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
+    if isinstance(value, np.generic):
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -234,3 +234,19 @@ def test_names_for_a_network_without_names_are_told_to_be_numbered() -> None:
 def test_names_are_no_regression(encoder: Path) -> None:
     with pytest.raises(DataError, match="numbers"):
         fit(encoder, named(), likelihood="regression")
+
+
+def test_rows_made_on_access_have_the_networks_numbers_too(posterior: Posterior) -> None:
+    turned = class_label(["good", "bad"], 10, seed=1)  # the network: bad, good
+    lazy = turned.with_transform(lambda rows: {**tokenizer()(rows["text"]), "label": rows["label"]})
+    expected = posterior.predict(turned, 0)
+    found = posterior.predict(lazy, 0)
+    assert found.targets.tolist() == expected.targets.tolist() != turned["label"][:]
+    torch.testing.assert_close(found.probs, expected.probs)
+    part = torch.utils.data.Subset(turned, [3, 1, 0])
+    assert posterior.predict(part, 0).targets.tolist() == expected.targets[[3, 1, 0]].tolist()
+    other = class_label(["good", "bad"], 10, seed=1).cast_column(
+        "label", datasets.ClassLabel(names=["good", "awful"])
+    )
+    with pytest.raises(DataError, match="'awful' is none of the network's classes"):
+        posterior.predict(other.with_transform(lambda rows: {**tokenizer()(rows["text"])}), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -85,3 +87,16 @@ def test_what_cannot_be_calibrated_is_refused():
     empty = torch.zeros(1, 1)
     with pytest.raises(ConfigError, match="too many to list"):
         Conformal(TokenPrediction(None, None, empty, empty, torch.ones(1)))
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_prediction_that_is_nan_calibrates_nothing(kind):
+    draws = torch.rand(3, 40, 2) if kind == 0 else torch.randn(3, 40)
+    draws[:, 7] = torch.nan
+    found: Any
+    if kind == 0:
+        found = ClassPrediction(torch.zeros(40).long(), None, draws)
+    else:
+        found = RegressionPrediction(torch.zeros(40), None, draws, 1.0)
+    with pytest.raises(DataError, match="example 7 of the calibration is NaN"):
+        Conformal(found)

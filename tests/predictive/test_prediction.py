@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from problems import bert, llama, mlp, reviews, tokenizer, tokens
+from problems import Rows, bert, bert_choice, llama, mlp, reviews, tokenizer, tokens
 from torch.nn import functional as F
 
 import pyrolora
 from pyrolora import AdapterConfig
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import MonteCLoRA
 from pyrolora.likelihoods import Classification, Regression
 from pyrolora.predictive import ClassPrediction, RegressionPrediction, draw_factors, evaluate
@@ -234,3 +235,75 @@ def test_a_point_mass_is_run_once_whatever_the_number_of_draws(monkeypatch):
     assert len(calls) == 1
     assert prediction.draws.shape == (50, 16, 2)
     assert torch.equal(prediction.draws[:1], posterior.predict(tokens(), num_samples=0).draws)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "uint16", "bool"])
+def test_labels_of_any_whole_type_are_scored(kind):
+    inputs = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    codes = np.arange(12) % 2
+    small = (inputs, codes.astype(kind))
+    found = pyrolora.fit(
+        mlp(outputs=2), small, "map", likelihood="classification", adapter=AdapterConfig(r=2),
+        epochs=1, eval_data=small,
+    )  # fmt: skip
+    expected = found.evaluate((inputs, codes), 0)
+    rows = Rows([(x, torch.tensor(y)) for x, y in zip(*small, strict=True)])
+    assert found.evaluate(small, 0) == found.evaluate(rows, 0) == expected
+
+
+def test_features_that_are_not_finite_are_found_wherever_they_are():
+    data = (torch.randn(12, 4), torch.arange(12) % 3)
+    adapter = AdapterConfig(r=2)
+    found = pyrolora.fit(mlp(), data, "map", likelihood="classification", adapter=adapter)
+    inputs = torch.randn(1600, 4)
+    inputs[1500, 2] = torch.nan
+    rows = Rows([(x, 0) for x in inputs])
+    with pytest.raises(DataError, match="example 1500 is not finite"):
+        found.predict(rows, 0)
+
+
+def test_where_there_is_one_choice_it_is_right():
+    data = [{"question": "the film", "choices": ["is good"], "label": 0}] * 3
+    adapter = AdapterConfig(r=2)
+    options = {"tokenizer": tokenizer(), "adapter": adapter, "epochs": 1}
+    chooser = pyrolora.fit(bert_choice(), data, "map", **options)
+    writer = pyrolora.fit(llama(), [{"text": "the film is good"}] * 3, "map", **options)
+    for posterior in (chooser, writer):
+        metrics = posterior.evaluate(data, 0)
+        assert (metrics["accuracy"], metrics["ece"]) == pytest.approx((1, 0), abs=1e-6)
+        assert (metrics["nll"], metrics["brier"]) == pytest.approx((0, 0), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"input_ids": [5]}, {"input_ids": [6]}],
+        [{"input_ids": [5, 6], "labels": [5, -100]}],
+    ],
+)
+def test_texts_in_which_nothing_is_predicted_are_refused(data):
+    options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2), "epochs": 1}
+    with pytest.raises(DataError, match="a text's first, which nothing predicts"):
+        pyrolora.fit(llama(), data, "map", **options)
+    writer = pyrolora.fit(llama(), [{"text": "the film is good"}], "map", **options)
+    with pytest.raises(DataError, match="nothing to learn from, or to score"):
+        writer.evaluate(data, 0)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    adapter = AdapterConfig(r=np.int64(2), lora_alpha=np.int64(4))
+    guide = MonteCLoRA(num_components=np.int64(3), sample_scale=np.float32(0.5))
+    inputs = np.random.default_rng(0).normal(size=(12, 4))
+    data = (inputs, np.arange(12) % 3)
+    found = pyrolora.fit(
+        mlp(), data, guide, likelihood="classification", adapter=adapter, epochs=np.int64(1)
+    )
+    four, seed, size = np.int64(4), np.int32(1), np.int16(5)
+    probs = found.predict(data, four, seed=seed, batch_size=size).probs
+    torch.testing.assert_close(probs, found.predict(data, 4, seed=1, batch_size=5).probs)
+    found.save(tmp_path)
+    again = pyrolora.load(tmp_path, mlp())
+    assert (again.bank.config.r, again.options.num_components) == (2, 3)
+    for wrong in (1.5, True, -1, "a"):
+        with pytest.raises(ConfigError, match="seed must be a whole number >= 0"):
+            found.predict(data, 4, seed=wrong)

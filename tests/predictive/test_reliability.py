@@ -56,3 +56,14 @@ def test_what_has_no_such_table_is_refused():
         reliability_table(ClassPrediction(None, None, torch.full((1, 3, 2), 0.5)))
     with pytest.raises(ConfigError, match="bins must be a whole number"):
         reliability_table(prediction(4), bins=0)
+
+
+def test_confidences_on_the_edges_fall_where_the_ece_has_them():
+    top = torch.arange(8, 15) / 15  # as float32 rounds them
+    probs = torch.stack([top, 1 - top], -1).repeat(20, 1)
+    targets = (torch.arange(len(probs)) % 3 == 0).long()
+    picked = probs.gather(1, targets[:, None]).mT.log()
+    found = ClassPrediction(targets, picked, probs[None])
+    table = reliability_table(found).dropna()
+    gaps = (table["accuracy"] - table["confidence"]).abs() * table["count"] / len(probs)
+    assert evaluate(found)["ece"] == pytest.approx(gaps.sum(), abs=1e-6)
