@@ -370,7 +370,8 @@ def _as_relative(row: Row, options: Row) -> None:
     scaleless = settings["guide"] in POINTS and TASKS[settings["task"]].kind != "regression"
     size = row["results"].get("train_size", settings["examples"])
     steps = math.ceil(size / settings["batch"]) * settings["epochs"]
-    default = guides.MonteCLoRA().scale_rate(settings["learning_rate"], steps)
+    cold = guides.MonteCLoRA(kl_weight=options.get("kl_weight", 1.0))
+    default = cold.scale_rate(settings["learning_rate"], steps, size)
     same = math.isclose(fixed or 0.0, default)
     if fixed and (scaleless or same):
         options["scale_learning_rate"] = None

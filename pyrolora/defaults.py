@@ -13,8 +13,8 @@ MAX_SEED = 2**32 - 1  # NumPy's generator, which the Trainer seeds too, takes no
 # The scales of the posterior (Dirichlet, Wishart, sample scale, noise) are logarithms: one unit is
 # a factor e, so they need larger steps than weights, and no weight decay (BLoB: 1e-2). Less where
 # the means take small steps, or there is noise before they have learnt; no more where they take
-# large ones, or nothing is learnt. In fits of T > 256 steps 1/√T as much, the rate of a constant
-# step that is best over a horizon of T, or the noise of a long fit outgrows what was learnt:
+# large ones, or nothing is learnt. In fits of T > 256 steps to a cold posterior, less by √T, as the
+# best constant step over a horizon is, or the noise outgrows what was learnt:
 # docs/evidence.md#montec
 SCALE_LEARNING_RATE = 1e-2
 SCALE_RATE = 10.0

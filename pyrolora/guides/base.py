@@ -101,10 +101,12 @@ class Guide(ABC):
         """The weight of the KL at ``progress`` (0..1) through the training steps."""
         return 1.0
 
-    def scale_rate(self, learning_rate: float, steps: int) -> float:
+    def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
         """The learning rate of scales, of the posterior and of the noise of a regression, in a fit
         of so many steps with that of the means."""
-        highest = defaults.SCALE_LEARNING_RATE * min(1.0, defaults.SCALE_STEPS / steps) ** 0.5
+        highest = defaults.SCALE_LEARNING_RATE
+        if self.beta(num_examples) < 1:
+            highest *= min(1.0, defaults.SCALE_STEPS / steps) ** 0.5
         return min(highest, defaults.SCALE_RATE * learning_rate)
 
     def rate_held_from(self) -> float:
@@ -143,7 +145,9 @@ class Variational(Guide):
     scale_learning_rate
         Learning rate of scales, of the posterior and of the noise of a regression; the means take
         the fit's ``learning_rate``. None: ten times that, so that noise does not grow before the
-        means have learnt, but no more than 1e-2, or 1e-2 √(256 / T) in a fit of T > 256 steps.
+        means have learnt, but no more than 1e-2, or, where β < 1, than 1e-2 √(256 / T) in a fit of
+        T > 256 steps: the noise of a cold posterior outgrows what is learnt. At β = 1 the optimum
+        is what is asked for, and near it the better the sooner.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
@@ -168,8 +172,8 @@ class Variational(Guide):
         if self.scale_learning_rate is not None:
             positive("scale_learning_rate", self.scale_learning_rate)
 
-    def scale_rate(self, learning_rate: float, steps: int) -> float:
-        return self.scale_learning_rate or super().scale_rate(learning_rate, steps)
+    def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
+        return self.scale_learning_rate or super().scale_rate(learning_rate, steps, num_examples)
 
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
         factor = num_examples if self.kl_weight_against == "mean" else 1

@@ -86,8 +86,8 @@ class Flat(Guide):
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
         return self.inner.beta(num_examples, progress)
 
-    def scale_rate(self, learning_rate: float, steps: int) -> float:
-        return self.inner.scale_rate(learning_rate, steps)
+    def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
+        return self.inner.scale_rate(learning_rate, steps, num_examples)
 
     def takes_prior(self) -> bool:
         return self.inner.takes_prior()

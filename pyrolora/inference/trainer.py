@@ -239,6 +239,9 @@ class SVITrainer(Trainer):
             return self.optimizer
         objective = self.model
         scales = {id(p) for p in _scales(objective.joint)}
+        rate = self.guide.scale_rate(
+            self.args.learning_rate, self.state.max_steps, objective.joint.num_examples
+        )
         decayed = set(self.get_decay_parameter_names(objective))
         groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "scales": []}
         for name, parameter in objective.named_parameters():
@@ -250,11 +253,7 @@ class SVITrainer(Trainer):
             [
                 {"params": groups["decayed"], "weight_decay": self.args.weight_decay},
                 {"params": groups["plain"], "weight_decay": 0.0},
-                {
-                    "params": groups["scales"],
-                    "weight_decay": 0.0,
-                    "lr": self.guide.scale_rate(self.args.learning_rate, self.state.max_steps),
-                },
+                {"params": groups["scales"], "weight_decay": 0.0, "lr": rate},
             ],
             **options,
         )

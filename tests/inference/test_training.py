@@ -344,15 +344,27 @@ def test_scales_have_their_own_learning_rate_and_no_weight_decay(tmp_path):
     assert len(plain["params"]) == 1  # the head's bias
 
 
-@pytest.mark.parametrize("guide", [MAP(), MonteCLoRA(), Flat(inner=MonteCLoRA())], ids=str)
-def test_the_rate_of_scales_follows_a_small_rate_of_the_means_and_the_length_of_the_fit(guide):
-    assert guide.scale_rate(3e-4, 100) == pytest.approx(3e-3)
-    assert guide.scale_rate(1e-3, 256) == pytest.approx(1e-2)
-    assert guide.scale_rate(1e-1, 256) == pytest.approx(1e-2)
-    assert guide.scale_rate(1e-3, 1024) == pytest.approx(5e-3)
-    assert guide.scale_rate(3e-4, 1024) == pytest.approx(3e-3)
+WARM = MonteCLoRA(kl_weight=1.0)
+TOWARDS_WARM = MonteCLoRA(kl_weight=0.01, kl_weight_against="mean")  # 1 with 100 examples
+
+
+@pytest.mark.parametrize(
+    ("guide", "long"),
+    [(MAP(), 1e-2), (WARM, 1e-2), (TOWARDS_WARM, 1e-2), (MonteCLoRA(), 5e-3)],
+    ids=str,
+)
+def test_the_rate_of_scales_follows_that_of_the_means_and_the_length_of_a_cold_fit(guide, long):
+    for kind in (guide, Flat(inner=guide)):
+        assert kind.scale_rate(3e-4, 100, 100) == pytest.approx(3e-3)
+        assert kind.scale_rate(1e-3, 256, 100) == pytest.approx(1e-2)
+        assert kind.scale_rate(1e-1, 256, 100) == pytest.approx(1e-2)
+        assert kind.scale_rate(1e-3, 1024, 100) == pytest.approx(long)
+        assert kind.scale_rate(3e-4, 1024, 100) == pytest.approx(3e-3)
+
+
+def test_a_rate_of_scales_that_is_given_is_the_rate():
     own = MonteCLoRA(scale_learning_rate=0.05)
-    assert own.scale_rate(1e-3, 10**6) == Flat(inner=own).scale_rate(1e-3, 10**6) == 0.05
+    assert own.scale_rate(1e-3, 10**6, 9) == Flat(inner=own).scale_rate(1e-3, 10**6, 9) == 0.05
 
 
 def test_a_long_fit_has_a_lower_rate_of_scales_whatever_it_counts_in(tmp_path):
