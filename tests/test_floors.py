@@ -16,7 +16,7 @@ FLOORS = {
     "types": 0,
     "errors": 0,
     "defaults": 0,
-    "seeding": 0,
+    "seeding": 1,
     "parameters": 1,
     "distributions": 1,
     "adapters": 2,
