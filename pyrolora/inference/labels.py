@@ -83,21 +83,22 @@ def _label_column(examples: Any) -> str | None:
 def numbered(data: datasets.Dataset, network: nn.Module) -> datasets.Dataset:
     """Labels that are names, or numbers of names in another order than the network's, turned to
     the network's numbers."""
-    lazy = None if is_plain(data) else data.format
-    data_as_stored = data.with_format(None)
-    column = _label_column(data_as_stored)
+    stored, form = data.with_format(None), data.format
+    column = _label_column(stored)
     id2label = getattr(getattr(network, "config", None), "id2label", None)
     if column is None or not id2label:
         return data
     ids = {name: int(number) for number, name in id2label.items()}
-    feature, rows = data.features[column], data_as_stored[column]
+    feature, rows = data.features[column], stored[column]
     if isinstance(feature, datasets.ClassLabel):
         known = [ids.get(name) for name in feature.names]
         if not any(number is not None for number in known) or known == list(range(len(known))):
             return data  # the network's names say nothing of these, or the same
         rows = [None if row is None or row < 0 else feature.names[row] for row in rows]
-    elif lazy or not is_text(feature) or (_unnamed(ids) and not set(ids) & set(rows)):
-        return data  # a transform may turn texts into numbers by itself
+    elif not is_plain(data):
+        return data  # the transform may turn texts into numbers by itself
+    elif not is_text(feature) or (_unnamed(ids) and not set(ids) & set(rows)):
+        return data
     unknown = sorted({name for name in rows if name is not None and name not in ids})
     if unknown:
         raise DataError(
@@ -105,11 +106,9 @@ def numbered(data: datasets.Dataset, network: nn.Module) -> datasets.Dataset:
             "rename it, or leave such examples out"
         )
     numbers = [None if name is None else ids[name] for name in rows]
-    if lazy:
-        made = data_as_stored.remove_columns(column).add_column(column, numbers)
-        kwargs, rest = lazy["format_kwargs"], lazy["output_all_columns"]
-        return made.with_transform(kwargs["transform"], lazy["columns"], rest)
-    return data.remove_columns(column).add_column(column, numbers)
+    made = stored.remove_columns(column).add_column(column, numbers)
+    kind, columns, rest = form["type"], form["columns"], form["output_all_columns"]
+    return made.with_format(kind, columns, rest, **form["format_kwargs"])
 
 
 def network_classes(network: nn.Module) -> dict[int, str]:

@@ -64,13 +64,13 @@ class TokenLikelihood(Likelihood):
                 f"{labels.dtype} and shape {tuple(labels.shape)}; leave 'labels' out to learn from "
                 "the text alone"
             )
-        counted = labels[..., self.shift :][labels[..., self.shift :].ne(IGNORED)]
-        if counted.numel() == 0:
+        if self.count(labels) == 0:
             first = " or a text's first, which nothing predicts" if self.shift else ""
             raise DataError(
                 f"every token is labelled -100 (ignored){first}; there is nothing to learn from, "
                 "or to score"
             )
+        counted = labels[labels.ne(IGNORED)]
         if counted.min() < 0 or (vocabulary is not None and counted.max() >= vocabulary):
             raise DataError(
                 f"token labels must be in 0..{(vocabulary or 0) - 1} or -100, got "
