@@ -42,7 +42,7 @@ from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
-from pyrolora.storage import check_base, describe_base, load_base
+from pyrolora.storage import check_base, describe_base
 from pyrolora.types import AdapterConfig
 
 
@@ -151,10 +151,10 @@ def fit(
         if given is not None:
             _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
             network = given.base
-        elif prior is not None and isinstance(model, str | Path):
-            network = _as_in(prior, model)
         else:
-            network, tokenizer = load_network(model, data, tokenizer, likelihood)
+            name = likelihood if prior is None else prior.likelihood.name
+            like = None if prior is None else prior.base
+            network, tokenizer = load_network(model, data, tokenizer, name, like)
         if source is not None:
             config, law = source.bank.config, copy.deepcopy(source.likelihood)
             tokenizer = source.tokenizer if tokenizer is None else tokenizer
@@ -285,13 +285,6 @@ def _check_prior(
                 f"{field.name}={values[1]!r}, and in the prior it is {values[0]!r}; it has to be "
                 "the same"
             )
-
-
-def _as_in(prior: Posterior, name: str | Path) -> nn.Module:
-    """The network of an earlier posterior, from that place: its classes are those of the earlier
-    data, of which later data may have others, or few."""
-    described = describe_base(prior.base, prior.model.attachment.heads)
-    return load_base({**described, "name_or_path": str(name)})
 
 
 def _attached_as(source: Posterior, network: nn.Module) -> Attachment:

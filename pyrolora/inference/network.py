@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,15 @@ _LOADERS: dict[str | None, Any] = {
 
 
 def load_network(
-    model: Any, data: Any, tokenizer: Any = None, likelihood: str | None = None
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    likelihood: str | None = None,
+    like: nn.Module | None = None,
 ) -> tuple[nn.Module, Any]:
     """The network and its tokenizer; loaded, if it is given by a hub id or folder, as the class
-    that ``data`` and ``likelihood`` call for, with the names of its labels.
+    that ``data`` and ``likelihood`` call for, with the names of its labels, or with the outputs of
+    the network ``like``.
 
     Raises
     ------
@@ -61,7 +66,7 @@ def load_network(
         )
     name = str(model)
     with _explained(name):
-        network, tokenizer = _loaded(name, data, tokenizer, likelihood)
+        network, tokenizer = _loaded(name, data, tokenizer, likelihood, like)
     return _checked_padding(network), tokenizer
 
 
@@ -99,10 +104,10 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _loaded(
-    name: str, data: Any, tokenizer: Any, likelihood: str | None
+    name: str, data: Any, tokenizer: Any, likelihood: str | None, like: nn.Module | None
 ) -> tuple[PreTrainedModel, Any]:
     """The network of a likelihood that `_implied` knows, else a classifier with as many classes as
-    the labels have, or with one output for real-valued labels."""
+    the labels, or ``like``, have, or with one output for real-valued labels."""
     config = AutoConfig.from_pretrained(name)
     tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
     examples = as_examples(data, INPUTS, ("train",))
@@ -110,7 +115,11 @@ def _loaded(
     loader = _LOADERS.get(likelihood or _implied(name, architecture, examples))
     if loader is not None:
         return loader.from_pretrained(name, dtype="auto"), tokenizer
-    outputs = _outputs(examples, likelihood, config)
+    known = getattr(getattr(like, "config", None), "id2label", None)
+    if known:
+        outputs = _named(known[number] for number in sorted(known))
+    else:
+        outputs = _outputs(examples, likelihood, config)
     classes = outputs.get("num_labels", len(outputs.get("id2label", config.id2label)))
     if architecture.endswith("ForSequenceClassification") and classes != config.num_labels:
         raise ConfigError(
@@ -148,10 +157,15 @@ def _outputs(examples: Any, likelihood: str | None, config: Any) -> dict[str, An
     if names is not None and set(names) <= set(config.id2label.values()):
         return {}
     if names is not None:
-        return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        return _named(names)
     labels = raw_labels(examples)
     real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
     return {"num_labels": 1 if real else max(int(labels.max()) + 1, 2)}
+
+
+def _named(names: Iterable[str]) -> dict[str, Any]:
+    id2label = dict(enumerate(names))
+    return {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
 
 
 def _checked_padding(network: nn.Module) -> nn.Module:

@@ -256,6 +256,9 @@ def test_the_classes_are_those_of_the_earlier_data(tmp_path):
     second = pyrolora.fit(folder, named("plum", "pear"), prior=first, epochs=1)
     assert second.base.config.id2label == {0: "apple", 1: "pear", 2: "plum"}
     assert second.predict(named("plum", "pear"), 0).targets.tolist() == [2, 1] * 3
+    first.tokenizer = None  # of tokens that were made elsewhere: then it is that of the folder
+    third = pyrolora.fit(folder, named("plum", "pear"), prior=first, epochs=1)
+    assert third.predict(named("plum", "pear"), 0).targets.tolist() == [2, 1] * 3
     with pytest.raises(DataError, match=r"'quince' is none of the network's classes.*apple"):
         pyrolora.fit(folder, named("pear", "quince"), prior=first)
     other = bert(3, id2label={0: "pear", 1: "plum", 2: "quince"})
