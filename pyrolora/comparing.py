@@ -10,6 +10,10 @@ import pandas as pd
 
 from pyrolora import defaults
 from pyrolora.errors import ConfigError
+from pyrolora.inference.examples import as_examples
+from pyrolora.inference.labels import has_names, network_classes
+from pyrolora.likelihoods import Classification, MultipleChoice
+from pyrolora.model import INPUTS
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import evaluate
 
@@ -52,7 +56,8 @@ def compare(
     Raises
     ------
     ConfigError
-        For an empty mapping, something that is not a posterior, or likelihoods that differ.
+        For an empty mapping, something that is not a posterior, likelihoods that differ, or labels
+        without names for networks that number their classes differently.
     """
     if not isinstance(posteriors, Mapping) or not posteriors:
         raise ConfigError(
@@ -65,6 +70,7 @@ def compare(
     laws = {posterior.likelihood.name for posterior in posteriors.values()}
     if len(laws) > 1:
         raise ConfigError(f"the posteriors have different likelihoods, {sorted(laws)}")
+    _check_classes(posteriors, data)
     rows, losses = {}, {}
     for name, posterior in posteriors.items():
         options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
@@ -86,3 +92,24 @@ def compare(
         deviation = float(difference.std()) if len(loss) > 1 else math.nan
         rows[name]["difference_se"] = deviation / math.sqrt(len(loss))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("posterior")
+
+
+def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
+    """Raise `ConfigError` where a label that is a number would be another class to each network;
+    names are turned to each network's numbers."""
+    orders: dict[tuple[tuple[int, str], ...], str] = {}
+    for name, posterior in posteriors.items():
+        if isinstance(posterior.likelihood, Classification) and not isinstance(
+            posterior.likelihood, MultipleChoice
+        ):
+            classes = network_classes(posterior.base)
+            if classes:
+                orders.setdefault(tuple(sorted(classes.items())), name)
+    if len(orders) < 2 or has_names(as_examples(data, INPUTS, defaults.SCORE_SPLITS)):
+        return
+    (one, first), (other, second) = list(orders.items())[:2]
+    raise ConfigError(
+        f"the networks number their classes differently, {first!r} {dict(one)} and {second!r} "
+        f"{dict(other)}, and the data's labels are numbers; give them names: "
+        "data.cast_column('label', datasets.ClassLabel(names=[...]))"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, full_name
-from pyrolora.inference import Prepared, prepare
+from pyrolora.inference import prepare
 from pyrolora.inference.examples import without_labels
 from pyrolora.likelihoods import Likelihood, TokenLikelihood
 from pyrolora.model import INPUTS, JointGuide, JointModel
@@ -277,10 +277,17 @@ class Posterior:
         need_labels: bool,
     ) -> Prediction:
         whole_number("batch_size", batch_size, at_least=1)
-        factors = draw_factors(self.model, num_samples, seed)
+        read = self._reader(data, batch_size, need_labels=need_labels)
+        return read(draw_factors(self.model, num_samples, seed))
+
+    def _reader(
+        self, data: Any, batch_size: int = defaults.BATCH_SIZE, *, need_labels: bool
+    ) -> Callable[[FlatFactors], Prediction]:
+        """What draws say of data that are checked already; of ``choices`` before a language model,
+        what they choose."""
         rows = choice_rows(data, self.model)
         if rows is not None:
-            return choose(
+            return lambda factors: choose(
                 self.model,
                 rows,
                 factors,
@@ -288,8 +295,15 @@ class Posterior:
                 need_labels=need_labels,
                 batch_size=batch_size,
             )
-        prepared = self._prepare(data, need_labels=need_labels)
-        return predict(self.model, prepared, factors, batch_size=batch_size)
+        prepared = prepare(
+            data,
+            self.base,
+            self.likelihood,
+            self.tokenizer,
+            splits=defaults.SCORE_SPLITS,
+            need_labels=need_labels,
+        )
+        return lambda factors: predict(self.model, prepared, factors, batch_size=batch_size)
 
     # ArviZ --------------------------------------------------------------------------------------
 
@@ -324,6 +338,7 @@ class Posterior:
             and, with labels, ``observed_data`` for these examples. Of a language model there is no
             ``posterior_predictive``, since other texts than the given ones are not drawn here, and
             so no ``az.plot_ppc``; in its ``observed_data`` a token that does not count is -100.
+            Of data with ``choices`` ``y`` is what it chooses (`predict_choices`).
         log_likelihood
             With ``data``: adds the pointwise log-likelihood. ``az.loo`` is about the training data,
             and exact for draws of the posterior itself. With the means, a head and a noise that
@@ -341,7 +356,7 @@ class Posterior:
         return inference_data(
             self.model,
             self.options,
-            None if data is None else self._prepare(data, need_labels=log_likelihood),
+            None if data is None else self._reader(data, need_labels=log_likelihood),
             num_samples,
             log_likelihood=log_likelihood,
             factors=factors,
@@ -558,16 +573,6 @@ class Posterior:
             return data
         name = getattr(self.base, "main_input_name", INPUTS)
         return without_labels(data, name, defaults.SCORE_SPLITS)
-
-    def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
-        return prepare(
-            data,
-            self.base,
-            self.likelihood,
-            self.tokenizer,
-            splits=defaults.SCORE_SPLITS,
-            need_labels=need_labels,
-        )
 
 
 def _described(guide: Guide) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import datasets
 import numpy as np
 import pytest
 from problems import bert, llama, mlp, reviews, tokenizer, tokens
@@ -64,6 +65,25 @@ def test_language_models_are_compared_by_text():
     table = pyrolora.compare(models, reviews(6), 2, seed=0)
     assert {"perplexity", "nll_difference"} <= set(table.columns)
     assert table["nll_difference"].min() == 0
+
+
+def test_networks_that_number_their_classes_differently(posteriors):
+    def named(names):
+        network = bert(initializer_range=0.3)
+        network.config.id2label = dict(enumerate(names))
+        network.config.label2id = {name: i for i, name in enumerate(names)}
+        return pyrolora.fit(
+            network, tokens(8), guide="map", epochs=1, adapter=AdapterConfig(r=1), seed=0
+        )
+
+    both = {"up": named(["bad", "good"]), "down": named(["good", "bad"])}
+    with pytest.raises(ConfigError, match=r"'up' \{0: 'bad', 1: 'good'\} and 'down'.*are numbers"):
+        pyrolora.compare(both, tokens(6))
+    names = datasets.ClassLabel(names=["good", "bad"])
+    data = tokens(6).cast_column("labels", names)
+    table = pyrolora.compare(both, data, 0)
+    assert table.loc["down", "nll"] == pytest.approx(both["down"].evaluate(tokens(6), 0)["nll"])
+    assert len(pyrolora.compare({"up": both["up"], **posteriors}, tokens(6), 2)) == 3
 
 
 def test_what_cannot_be_compared_is_refused(posteriors):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -47,7 +48,8 @@ MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "i
 
 
 class Collator:
-    """Examples to a batch: what the network takes, padded by the tokenizer where lengths differ.
+    """Examples to a batch: what the network takes, in its precision, padded by the tokenizer where
+    lengths differ.
 
     On the right, whatever the tokenizer's own side: what is left of a token changes its position,
     and gives the first token a padding to be predicted from. XLNet, which classifies by the last
@@ -60,16 +62,26 @@ class Collator:
         config = getattr(network, "config", None)
         self.pads_right = getattr(config, "summary_type", None) != "last"
         self.input_name = getattr(network, "main_input_name", INPUTS)
+        self.longest = table_of_positions(network)
+        floats = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
+        self.dtype = next(floats, torch.get_default_dtype())
         self.taken = {*inspect.signature(network.forward).parameters, INPUTS}
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
         self.copies_tokens = isinstance(likelihood, CausalLM)
         self.labels_are_classes = not isinstance(likelihood, TokenLikelihood | MultipleChoice)
+
+    def tokens(self, *texts: list[str]) -> Mapping[str, Any]:
+        """Texts, or pairs of texts, to tokens, cut at the tokenizer's limit or at the network's."""
+        limit = getattr(self.tokenizer, "model_max_length", math.inf)
+        shorter = self.longest is not None and self.longest < limit
+        return self.tokenizer(*texts, truncation=True, max_length=self.longest if shorter else None)
 
     def example(self, example: Any) -> dict[str, Any]:
         """One example with nothing but inputs and ``labels``; a causal language model's labels
         are its tokens, less the padding and what a padding would predict, unless they are given."""
         row = as_dict(example, self.input_name)
         labels = row.pop(LABELS, None)
+        self._check_length(row)
         kept = {name: value for name, value in row.items() if name in self.taken}
         if any(isinstance(value, str) for value in kept.values()) or not kept:
             raise DataError(
@@ -83,12 +95,27 @@ class Collator:
             labels = ids.masked_fill(~seen, IGNORED).tolist()
         return kept if labels is None else {**kept, LABELS: labels}
 
+    def _check_length(self, row: Mapping[str, Any]) -> None:
+        ids = row.get("input_ids")
+        if self.longest is None or ids is None:
+            return
+        size = max(map(len, ids)) if _is_nested(ids) else len(ids)
+        if size > self.longest:
+            raise DataError(
+                f"an example has {size} tokens, and {self.network_name} has {self.longest} "
+                "positions; tokenise with truncation=True, "
+                f"max_length={self.longest}, or pass the raw text"
+            )
+
     def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         rows = [self.example(example) for example in examples]
         if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
             batch = self._padded(rows)
         else:
             batch = dict(default_data_collator(rows))
+        for name, tensor in batch.items():
+            if name != LABELS and tensor.is_floating_point():
+                batch[name] = tensor.to(self.dtype)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
         return batch
@@ -158,6 +185,20 @@ class ChoiceCollator(Collator):
         return batch
 
 
+def table_of_positions(network: nn.Module) -> int | None:
+    """The most tokens that the network's table of positions has room for; None without a table.
+
+    RoBERTa and its kin count positions from the number of the padding on.
+    """
+    size: Any = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    for name, module in network.named_modules() if isinstance(size, int) else ():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in own or own == "wpe"):
+            taken = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(int(size), module.num_embeddings - taken)
+    return None
+
+
 def whole_as_long(labels: Tensor) -> Tensor:
     """Labels of any whole type as torch's losses take them."""
     return labels if labels.is_floating_point() else labels.long()
@@ -189,9 +230,9 @@ def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
         data = data.rename_column("label", LABELS)
     if not any(name in data.column_names for name in (*MODEL_INPUTS, INPUTS)):
         if isinstance(collate, ChoiceCollator):
-            data = _tokenise_choices(data, collate.tokenizer)
+            data = _tokenise_choices(data, collate)
         elif text := text_columns(data):
-            data = _tokenise(data, text, collate.tokenizer)
+            data = _tokenise(data, text, collate)
     kept = [name for name in data.column_names if name in {*collate.taken, LABELS}]
     if not set(kept) - {LABELS}:
         raise DataError(
@@ -227,10 +268,10 @@ def check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) ->
             raise DataError(f"the text column {name!r} has missing values; fill or remove them")
 
 
-def _tokenise(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> datasets.Dataset:
-    check_text(data, text, tokenizer)
+def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:
+    check_text(data, text, collate.tokenizer)
     return data.map(
-        lambda rows: tokenizer(*(rows[name] for name in text), truncation=True),
+        lambda rows: collate.tokens(*(rows[name] for name in text)),
         batched=True,
         remove_columns=[name for name in data.column_names if name != LABELS],
         desc="tokenising",
@@ -254,7 +295,7 @@ def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
     return known or tuple(text)
 
 
-def _tokenise_choices(data: datasets.Dataset, tokenizer: Any) -> datasets.Dataset:
+def _tokenise_choices(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
     """Pairs (context, choice), in the nesting of the choices."""
     if CHOICES not in data.column_names:
         raise DataError(
@@ -262,15 +303,14 @@ def _tokenise_choices(data: datasets.Dataset, tokenizer: Any) -> datasets.Datase
             f"tokens (choices, T) as 'input_ids', got the columns {data.column_names}"
         )
     context = context_columns(data)
-    check_text(data, context, tokenizer)
+    check_text(data, context, collate.tokenizer)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         choices = [choice_texts(own) for own in rows[CHOICES]]
         contexts = [" ".join(parts) for parts in zip(*(rows[c] for c in context), strict=True)]
-        encoded = tokenizer(
+        encoded = collate.tokens(
             [text for text, own in zip(contexts, choices, strict=True) for _ in own],
             list(chain.from_iterable(choices)),
-            truncation=True,
         )
         made: dict[str, list[Any]] = {}
         for name, values in encoded.items():

@@ -14,17 +14,22 @@ from torch.utils.data import Dataset as TorchDataset
 from pyrolora.errors import DataError
 from pyrolora.model import LABELS
 
+TABLES = ("pandas", "polars", "arrow")
+"""Formats in which a row of a ``datasets.Dataset`` is a table, and no dict."""
+
 
 def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     """Something with ``len`` and ``[i]``."""
     if isinstance(data, DataLoader):
         return as_examples(data.dataset, input_name, splits)
+    if isinstance(data, datasets.Dataset) and data.format["type"] in TABLES:
+        return data.with_format(None, data.format["columns"])
     if isinstance(data, Subset) and isinstance(data.dataset, datasets.Dataset):
-        return data.dataset.select(data.indices)
+        return as_examples(data.dataset.select(data.indices), input_name, splits)
     if isinstance(data, datasets.DatasetDict):
         for split in splits:
             if split in data:
-                return data[split]
+                return as_examples(data[split], input_name, splits)
         raise DataError(
             f"the DatasetDict has no split {' or '.join(map(repr, splits))}; it has "
             f"{sorted(data)}: pass one of them, as data['{next(iter(data), 'name')}']"
@@ -58,10 +63,11 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
 
 
 def _from_list(rows: list[Any]) -> datasets.Dataset:
-    if rows and isinstance(rows[0], str):
+    if rows and all(isinstance(row, str) for row in rows):
         return datasets.Dataset.from_dict({"text": rows})
-    if rows and not isinstance(rows[0], Mapping):
-        raise DataError(f"a list must hold dicts or texts, got {type(rows[0]).__name__}")
+    if not all(isinstance(row, Mapping) for row in rows):
+        kinds = sorted({type(row).__name__ for row in rows})
+        raise DataError(f"a list must hold dicts, or texts, got {' and '.join(kinds)}")
     return datasets.Dataset.from_list([dict(row) for row in rows])
 
 
@@ -83,8 +89,6 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
         tensors = [torch.as_tensor(part) for part in parts]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"a tuple must hold tensors or lists of numbers: {error}") from error
-    if tensors[0].dtype == torch.float64:  # NumPy's default; networks compute in float32
-        tensors[0] = tensors[0].to(torch.get_default_dtype())
     return TensorExamples(dict(zip(names, tensors, strict=False)))
 
 

@@ -63,6 +63,15 @@ def class_names(examples: Any) -> list[str] | None:
     return names
 
 
+def has_names(examples: Any) -> bool:
+    """Whether the labels are names, or numbers with names."""
+    if not isinstance(examples, datasets.Dataset):
+        return False
+    column = _label_column(examples.with_format(None))
+    feature = None if column is None else examples.features[column]
+    return isinstance(feature, datasets.ClassLabel) or is_text(feature)
+
+
 def has_class_labels(examples: Any) -> bool:
     """Whether there is one label an example, not one a token."""
     if is_plain(examples):

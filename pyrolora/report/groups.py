@@ -14,11 +14,10 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, Program, full_name, spread
-from pyrolora.inference import Prepared
 from pyrolora.inference.labels import network_classes
 from pyrolora.likelihoods import Classification, MultipleChoice
 from pyrolora.model import JointModel
-from pyrolora.predictive import predict
+from pyrolora.predictive import Prediction
 from pyrolora.report.arviz import to_inference_data
 from pyrolora.seeding import seeded
 
@@ -32,14 +31,15 @@ Variables = dict[str, tuple[Tensor, tuple[str, ...]]]
 def inference_data(
     joint: JointModel,
     options: Guide,
-    data: Prepared | None,
+    read: Callable[[FlatFactors], Prediction] | None,
     num_samples: int | None = None,
     *,
     log_likelihood: bool = False,
     factors: bool = False,
     seed: int | None = None,
 ) -> Any:
-    """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it."""
+    """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it.
+    ``read`` makes the prediction of the data from draws."""
     program = joint.program
     num_samples = _count(program, num_samples)
     joint.align()
@@ -49,7 +49,7 @@ def inference_data(
         for sites in program.draws(num_samples, DRAWS_AT_ONCE):
             drawn = program.factors(sites)
             pieces.append(_variables(program, sites, drawn, factors))
-            if data is not None:
+            if read is not None:
                 kept.append(drawn)
         groups: dict[str, Any] = {
             "posterior": {
@@ -61,8 +61,8 @@ def inference_data(
         if stored is not None:
             statistics = program.statistics(spread(stored, num_samples))
             groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
-        if data is not None:
-            groups |= _data_groups(joint, data, FlatFactors.cat(kept), log_likelihood, shape)
+        if read is not None:
+            groups |= _data_groups(read(FlatFactors.cat(kept)), log_likelihood, shape)
     coords = {"layer": list(program.bank.specs), "block": program.block_names()}
     names = network_classes(joint.base)
     law = joint.likelihood
@@ -110,14 +110,9 @@ def _variables(
 
 
 def _data_groups(
-    joint: JointModel,
-    data: Prepared,
-    factors: FlatFactors,
-    log_likelihood: bool,
-    shape: Callable[[Tensor], np.ndarray],
+    prediction: Prediction, log_likelihood: bool, shape: Callable[[Tensor], np.ndarray]
 ) -> dict[str, Any]:
     """What the draws say of data, and the data."""
-    prediction = predict(joint, data, factors)
     groups: dict[str, Any] = {
         "posterior_predictive": {
             name: (shape(draws), dims)

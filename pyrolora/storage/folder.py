@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from pyrolora.errors import CheckpointError
+from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.inference import read_state
 
 FORMAT = "pyrolora-posterior"
@@ -37,7 +37,14 @@ def write_folder(
     Tensors and tokenizer get names of their own content; the JSON that names them is replaced in
     one move at the end, and only then are older files removed. A save that dies leaves the older
     posterior in the folder whole.
+
+    Raises
+    ------
+    ConfigError
+        When ``path`` is a file.
     """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"a posterior is saved to a folder, and {path} is a file; name another")
     path.mkdir(parents=True, exist_ok=True)
     content = save({name: tensor.contiguous().cpu() for name, tensor in state.items()})
     digest = hashlib.sha256(content).hexdigest()

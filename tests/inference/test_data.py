@@ -7,13 +7,31 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from problems import WORDS, Rows, bert, llama, mlp, reviews, tokenizer, tokens
-from torch import Tensor
+from problems import (
+    WORDS,
+    Rows,
+    bert,
+    bert_choice,
+    gpt2,
+    llama,
+    mlp,
+    reviews,
+    tokenizer,
+    tokens,
+)
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from pyrolora.errors import DataError
 from pyrolora.inference import Prepared, prepare
-from pyrolora.likelihoods import CausalLM, Classification, Regression
+from pyrolora.likelihoods import (
+    CausalLM,
+    Classification,
+    Likelihood,
+    MultipleChoice,
+    Regression,
+)
 
 PAIRS = [
     ("sentence1", "sentence2"),
@@ -362,3 +380,87 @@ def test_a_tuple_of_texts_and_labels_is_raw_text() -> None:
     found, expected = next(iter(prepared.loader(2))), next(iter(rows.loader(2)))
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+LONG = " ".join(["the good film"] * 20)
+
+
+def unlimited() -> Any:
+    """The tokenizer with the limit that one without a limit has."""
+    made = tokenizer()
+    made.model_max_length = int(1e30)
+    return made
+
+
+def roberta() -> RobertaForSequenceClassification:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(
+        **sizes, intermediate_size=16, vocab_size=len(WORDS), max_position_embeddings=14,
+        pad_token_id=1, num_labels=2,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("network", "law", "longest"),
+    [
+        (bert(max_position_embeddings=12), Classification(), 12),
+        (gpt2(n_positions=12), CausalLM(), 12),
+        (roberta(), Classification(), 12),  # which counts from the padding's number, 1, on
+        (llama(max_position_embeddings=12), CausalLM(), 62),  # no table: the length is free
+    ],
+    ids=["bert", "gpt2", "roberta", "llama"],
+)
+def test_texts_are_cut_where_the_networks_table_of_positions_ends(
+    network: nn.Module, law: Likelihood, longest: int
+) -> None:
+    rows = [{"text": LONG, "label": 0}, {"text": "dull", "label": 1}]
+    prepared = prepare(rows, network, law, unlimited())
+    (batch,) = prepared.loader(2)
+    assert batch["input_ids"].shape == (2, longest)
+    inputs = {n: t for n, t in batch.items() if n in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.isfinite(network(**inputs).logits).all()
+
+
+def test_tokens_beyond_the_table_of_positions_are_refused() -> None:
+    rows = [{**unlimited()(LONG), "label": 0}]
+    network = bert(max_position_embeddings=12)
+    with pytest.raises(DataError, match=r"62 tokens, .* has 12 positions.*max_length=12"):
+        prepare(rows, network, Classification(), tokenizer())
+    choices = [{"input_ids": [[2, 3], unlimited()(LONG)["input_ids"]], "label": 0}]
+    network = bert_choice(max_position_embeddings=12)
+    with pytest.raises(DataError, match="62 tokens"):
+        prepare(choices, network, MultipleChoice(), tokenizer())
+
+
+@pytest.mark.parametrize("form", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+def test_features_come_in_the_networks_precision(form: torch.dtype, own: torch.dtype) -> None:
+    x, y = torch.randn(6, 4).to(form), torch.arange(6) % 3
+    rows = [(x[i], int(y[i])) for i in range(6)]
+    for data in ((x, y), Rows(rows), TensorDataset(x, y)):
+        for batch in prepare(data, mlp().to(own), Classification()).loader(4):
+            (features,) = (t for n, t in batch.items() if n != "labels")
+            assert features.dtype == own
+            assert batch["labels"].dtype == torch.long
+
+
+def test_real_labels_keep_their_precision() -> None:
+    data = (torch.randn(6, 4), torch.randn(6))
+    (batch,) = prepare(data, mlp(outputs=1).to(torch.bfloat16), Regression()).loader(6)
+    assert torch.equal(batch["labels"], data[1])
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow"])
+def test_rows_that_come_as_tables_are_read_as_rows(form: str) -> None:
+    plain = reviews(7)
+    for data in (plain.with_format(form), datasets.DatasetDict(train=plain.with_format(form))):
+        prepared = prepare(data, bert(), Classification(), tokenizer())
+        assert_same(batches(prepared), by_hand(plain))
+
+
+@pytest.mark.parametrize("rows", [["good", {"text": "bad"}], [{"text": "good"}, "bad"]])
+def test_a_list_of_this_and_that_is_refused(rows: list[Any]) -> None:
+    with pytest.raises(DataError, match="got dict and str"):
+        prepare(rows, llama(), CausalLM(), tokenizer())

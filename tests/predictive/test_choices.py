@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from problems import bert_choice, llama, questions, reviews, tokenizer
@@ -117,8 +118,18 @@ def test_a_context_that_is_too_long_is_cut_from_the_left():
 def test_a_language_model_does_not_train_on_questions_alone(posterior):
     with pytest.raises(DataError, match=r"join the question and the right choice"):
         pyrolora.fit(llama(), ROWS, epochs=1, adapter=AdapterConfig(r=1), tokenizer=tokenizer())
-    with pytest.raises(DataError, match="join the question"):
-        posterior.to_arviz(4, data=ROWS, log_likelihood=True)
+
+
+def test_arviz_has_what_is_chosen(posterior):
+    rows = [*ROWS, *ROWS]
+    idata = posterior.to_arviz(4, data=rows, log_likelihood=True, seed=0)
+    chosen = posterior.predict_choices(rows, 4, seed=0)
+    found = idata["posterior_predictive"]["probs"].to_numpy()[0]
+    np.testing.assert_allclose(found, chosen.draws, rtol=1e-4, atol=1e-6)
+    assert set(idata["posterior_predictive"]["y"].to_numpy()[0, :, 1]) <= {0, 1}
+    scores = idata["log_likelihood"]["y"].to_numpy()[0]
+    np.testing.assert_allclose(scores, chosen.log_likelihood, rtol=1e-4, atol=1e-6)
+    assert idata["observed_data"]["y"].to_numpy().tolist() == [1, 0, 1, 0]
 
 
 def test_wrong_choices_are_refused_in_words(posterior):

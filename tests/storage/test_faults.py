@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, PyroLoraError
-from pyrolora.errors import CheckpointError
+from pyrolora.errors import CheckpointError, ConfigError
 
 META = "posterior.json"
 
@@ -93,6 +93,15 @@ def test_the_undamaged_copy_loads(folder: Path) -> None:
 
 
 # The folder ---------------------------------------------------------------------------------------
+
+
+def test_a_file_is_no_folder_to_save_to(tmp_path: Path) -> None:
+    file = tmp_path / "posterior"
+    file.write_text("mine")
+    posterior = pyrolora.fit(bert(), tokens(8), guide="map", epochs=1, adapter=AdapterConfig(r=1))
+    with pytest.raises(ConfigError, match="is a file"):
+        posterior.save(file)
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: None])
