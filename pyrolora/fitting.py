@@ -445,7 +445,16 @@ def _arguments(
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.pop("output_dir", None)
+        if folder is not None:
+            _make(folder)  # now, not when there is something to lose
         yield training_arguments(folder or scratch, save=folder is not None, **given)
+
+
+def _make(folder: str | Path) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={str(folder)!r} cannot be made a folder: {error}") from error
 
 
 def _check_evaluation(

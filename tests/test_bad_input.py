@@ -582,6 +582,16 @@ def test_an_output_folder_beside_training_arguments(tmp_path: Path, steps: list[
     refused(ConfigError, "output_dir, training=", steps, bert(), tokens(), **options)
 
 
+@pytest.mark.parametrize("guide", ["map", "nuts"])
+def test_an_output_folder_that_cannot_be(guide: str, tmp_path: Path, steps: list[int]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for bad in (file, file / "below"):
+        words = f"output_dir='{bad}' cannot be made a folder"
+        refused(ConfigError, words, steps, bert(), tokens(), guide=guide, output_dir=bad)
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
