@@ -79,8 +79,9 @@ def compare(
         if outside is not None:
             other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
         rows[name] = evaluate(inside, other)
-        assert inside.log_predictive is not None
-        losses[name] = -inside.log_predictive.double()
+        scores = inside.counted().log_predictive
+        assert scores is not None
+        losses[name] = -scores.double()
     best = losses[min(losses, key=lambda name: float(losses[name].mean()))]
     for name, loss in losses.items():
         if len(loss) != len(best):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import Attachment, Binding, FlatFactors, bind, current_binding
+from pyrolora.adapters import Attachment, Binding, FlatFactors, bind, current_binding, is_quantised
 from pyrolora.errors import BindingError, CheckpointError, ConfigError
 from pyrolora.guides import Program, averaged
 from pyrolora.likelihoods import Likelihood
@@ -93,13 +93,18 @@ class JointModel(nn.Module):
             with torch.autocast(_device_of(self).type, enabled=False):
                 with averaged("groups", groups):
                     factors = self.program.model(kl_weight)
-                for name, parameter in self.heads.named_parameters():
-                    param_statement(f"heads.{name}", parameter)
+                for part, module in self._trained().items():
+                    for name, parameter in module.named_parameters():
+                        param_statement(f"{part}.{name}", parameter)
             if groups > 1:  # the rows are shared out, not repeated
                 output = self.run(batch, self.binding(factors))
             else:
                 output = self.network(batch, factors)
             return self.likelihood(output, batch, self.num_examples)
+
+    def _trained(self) -> dict[str, nn.Module]:
+        """What is trained beside the program: the heads, or, without adapters, the network."""
+        return {"heads": self.heads} if self.program.bank.specs else {"base": self.base}
 
     def network(self, batch: Batch, factors: FlatFactors) -> Tensor:
         """The likelihood's view of the network's output under ``factors``: (b, ...), or
@@ -147,7 +152,7 @@ class JointModel(nn.Module):
         dtype = next((layer.weight for layer in self.attachment.layers.values()), factors.A).dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        elif not dtype.is_floating_point:  # a quantised weight
+        elif is_quantised(dtype):
             dtype = factors.A.dtype
         with torch.autocast(device.type, enabled=False):
             per_layer = self.program.bank.layer_factors(factors, dtype)

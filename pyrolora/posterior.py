@@ -15,7 +15,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, full_name
-from pyrolora.inference import prepare
+from pyrolora.inference import Prepared, prepare
 from pyrolora.inference.examples import without_labels
 from pyrolora.likelihoods import Likelihood, TokenLikelihood
 from pyrolora.model import INPUTS, JointGuide, JointModel
@@ -132,7 +132,13 @@ class Posterior:
         `sample`; without draws, of the mean adapter. The update is s B A: means of updates, and a
         start that is not random, make more ranks of it than r."""
         program = self.model.program
-        flat = program.mean() if draws is None else program.factors(draws)
+        try:
+            flat = program.mean() if draws is None else program.factors(draws)
+        except KeyError as error:
+            raise ConfigError(
+                f"the draws have no site {error}, they have {sorted(draws or {})}; pass what "
+                "sample(n) returns"
+            ) from error
         return {name: (A.detach(), B.detach()) for name, (A, B) in self.bank.matrices(flat).items()}
 
     # Prediction ---------------------------------------------------------------------------------
@@ -295,14 +301,7 @@ class Posterior:
                 need_labels=need_labels,
                 batch_size=batch_size,
             )
-        prepared = prepare(
-            data,
-            self.base,
-            self.likelihood,
-            self.tokenizer,
-            splits=defaults.SCORE_SPLITS,
-            need_labels=need_labels,
-        )
+        prepared = self._prepare(data, need_labels=need_labels)
         return lambda factors: predict(self.model, prepared, factors, batch_size=batch_size)
 
     # ArviZ --------------------------------------------------------------------------------------
@@ -498,6 +497,12 @@ class Posterior:
         draw
             ``"mean"``: the mean adapter (of an ensemble: the mean of the updates, and of the
             heads); or the number k of a draw, as in `to_peft`.
+
+        Raises
+        ------
+        ConfigError
+            When a layer's weight is quantised, parametrised or offloaded, or the draw is no
+            adapter.
         """
         return merged(self.model, self._setting(draw))
 
@@ -573,6 +578,16 @@ class Posterior:
             return data
         name = getattr(self.base, "main_input_name", INPUTS)
         return without_labels(data, name, defaults.SCORE_SPLITS)
+
+    def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
+        return prepare(
+            data,
+            self.base,
+            self.likelihood,
+            self.tokenizer,
+            splits=defaults.SCORE_SPLITS,
+            need_labels=need_labels,
+        )
 
 
 def _described(guide: Guide) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    whole_number("seed", seed, at_least=0)
+    whole_number("seed", seed, at_least=0, at_most=2**64 - 1)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield

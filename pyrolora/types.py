@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyrolora import defaults
-from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.errors import ConfigError, positive, share, true_or_false, whole_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,9 +129,9 @@ class AdapterConfig:
     r, lora_alpha
         Rank, and the numerator of the scaling.
     target_modules
-        ``"auto"`` (the attention projections of a known architecture, else every linear layer),
-        ``"all-linear"``, a list of names or of name suffixes, or one string: a regular expression
-        for the whole name, or a suffix.
+        ``"auto"``, or None (the attention projections of a known architecture, else every linear
+        layer), ``"all-linear"``, names or name suffixes, or one string: a regular expression for
+        the whole name, or a suffix.
     exclude_modules
         Taken out of the targets; by the same rules.
     lora_dropout
@@ -162,7 +162,7 @@ class AdapterConfig:
 
     r: int = 8
     lora_alpha: float = 16.0
-    target_modules: str | Sequence[str] = "auto"
+    target_modules: str | Sequence[str] | None = "auto"
     exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
     modules_to_save: Sequence[str] | None = None
@@ -173,6 +173,11 @@ class AdapterConfig:
     rank_allocation: str | RankAllocation | Mapping[str, Any] = "uniform"
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(
+                    f"{name} must be a mapping of names to numbers, got {getattr(self, name)!r}"
+                )
         for key, rank in {"r": self.r, **self.rank_pattern}.items():
             whole_number(f"the rank {key!r}", rank, at_least=1)
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
@@ -182,8 +187,12 @@ class AdapterConfig:
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "
                 f"write [{self.modules_to_save!r}]"
             )
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if self.target_modules is None:  # PEFT's default
+            object.__setattr__(self, "target_modules", "auto")
+        share("lora_dropout", self.lora_dropout, "[0, 1)")
+        true_or_false("use_rslora", self.use_rslora)
         if self.init_lora_weights not in INITIALIZERS:
             raise ConfigError(
                 f"unknown init_lora_weights {self.init_lora_weights!r}; "
@@ -220,3 +229,13 @@ class AdapterConfig:
             return self.rank_allocation
         kind = str(self.rank_allocation)
         return None if kind == "uniform" else RankAllocation(importance=kind)
+
+
+def _names(option: str, value: Any) -> str | list[str] | tuple[str, ...] | None:
+    """Names in an order of their own, which a saved posterior has to have: sets are sorted."""
+    if value is None or isinstance(value, str):
+        return value
+    listed = isinstance(value, Collection) and not isinstance(value, Mapping)
+    if not listed or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{option} must be names of modules, got {value!r}")
+    return value if isinstance(value, list | tuple) else sorted(value)

@@ -364,6 +364,14 @@ def test_targets_that_the_network_does_not_have(case: str, steps: list[int]) -> 
         ({"lora_dropout": 1.0}, "lora_dropout, [0; 1), 1.0"),
         ({"lora_dropout": -0.1}, "lora_dropout, [0; 1), -0.1"),
         ({"lora_dropout": NAN}, "lora_dropout, nan"),
+        ({"lora_dropout": None}, "lora_dropout, None"),
+        ({"use_rslora": "no"}, "use_rslora, True or False, 'no'"),
+        ({"rank_pattern": None}, "rank_pattern, mapping, None"),
+        ({"alpha_pattern": [4]}, "alpha_pattern, mapping, [4]"),
+        ({"target_modules": 5}, "target_modules, names of modules, 5"),
+        ({"target_modules": {"query": 1}}, "target_modules, names of modules"),
+        ({"exclude_modules": [1]}, "exclude_modules, names of modules, [1]"),
+        ({"modules_to_save": 5}, "modules_to_save, names of modules, 5"),
         (
             {"init_lora_weights": "zeros"},
             "init_lora_weights, 'zeros', kaiming, gaussian, lora-ga, pissa, olora",
@@ -475,10 +483,11 @@ def test_an_unknown_likelihood_is_answered_with_the_names(steps: list[int]) -> N
     refused(UnknownNameError, words, steps, bert(), tokens(), likelihood="poisson")
 
 
+FLAGS = ["no", "False", 1, None]
 COMMON: dict[str, list[Any]] = {
     "kl_weight": [-1.0, NAN, INF],
     "kl_weight_against": ["median"],
-    "kl_warmup": [-0.1, 1.1, NAN],
+    "kl_warmup": [-0.1, 1.1, NAN, None, "0.1"],
     "scale_learning_rate": [0.0, -1.0, NAN, INF],
     "draws_per_batch": [0, -1, 1.5],
 }
@@ -495,20 +504,43 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "init_scale": [0.0, -1.0, NAN, INF],
         "latent": ["C", "BA"],
     },
-    guides.Flat: {"rho": [0.0, -0.1, NAN, INF], "inner": ["montec", None, guides.Flat()]},
+    guides.Flat: {
+        "rho": [0.0, -0.1, NAN, INF],
+        "inner": ["montec", None, guides.Flat()],
+        "at_prediction": FLAGS,
+    },
     guides.Laplace: {
         "prior_scale": [0.0, -1.0, NAN, INF],
         "tune": ["evidence"],
         "linearised": ["yes", 1],
         "latent": ["C"],
     },
-    guides.Ensemble: {"members": [0, 1, 2.5]},
+    guides.Ensemble: {"members": [0, 1, 2.5], "side_by_side": FLAGS},
+    guides.SWAG: {
+        "start": [-0.1, 1.0, NAN, "half"],
+        "snapshots": [1, 2.5],
+        "rank": [1, 100],
+        "latent": ["C"],
+        "prior_scale": [0.0, -1.0, NAN, INF],
+    },
+    guides.Dropout: {
+        "p": [0.0, 1.0, NAN, "half", None],
+        "unit": ["token"],
+        "draws_per_batch": [0, 1.5],
+    },
+    guides.LowRank: {
+        **COMMON,
+        "rank": [0, 1.5],
+        "prior_scale": [0.0, -1.0, NAN, INF],
+        "init_scale": [0.0, -1.0, NAN, INF],
+        "latent": ["C"],
+    },
     guides.NUTS: {
         "inner": [guides.MAP(), guides.Flat(), guides.Laplace(), guides.Ensemble(), "montec"],
         "chains": [0, 1.5],
         "num_samples": [0],
         "warmup_steps": [0],
-        "target_accept_prob": [0.0, 1.0, NAN],
+        "target_accept_prob": [0.0, 1.0, NAN, "high"],
         "max_tree_depth": [0],
     },
     guides.MonteCLoRA: {
@@ -523,6 +555,8 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "init_covariance": [0.0, -1.0, NAN, INF],
         "cooperation": [-0.1, NAN, INF],
         "latent": ["C"],
+        "learn_sample_scale": FLAGS,
+        "sparse": FLAGS,
     },
 }
 OPTION_CASES = [
@@ -542,8 +576,7 @@ def test_guide_options_out_of_range(kind: Any, name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("kind", OUT_OF_RANGE)
 def test_every_option_of_a_guide_that_has_a_range_is_tested(kind: Any) -> None:
-    fields = {f.name for f in dataclasses.fields(kind) if not isinstance(f.default, bool)}
-    assert fields == set(OUT_OF_RANGE[kind])
+    assert {f.name for f in dataclasses.fields(kind)} == set(OUT_OF_RANGE[kind])
 
 
 @pytest.mark.parametrize("kind", OUT_OF_RANGE)
@@ -580,6 +613,17 @@ def test_a_shortcut_beside_training_arguments(
 def test_an_output_folder_beside_training_arguments(tmp_path: Path, steps: list[int]) -> None:
     options = {"training": arguments(tmp_path), "output_dir": tmp_path}
     refused(ConfigError, "output_dir, training=", steps, bert(), tokens(), **options)
+
+
+def test_targets_as_peft_keeps_them_are_saved(tmp_path: Path) -> None:
+    """As a set, whose order a file cannot have; None is PEFT's default."""
+    options = {"target_modules": {"value", "query"}, "modules_to_save": {"classifier"}}
+    adapter = AdapterConfig(r=1, **options)
+    pyrolora.fit(bert(), tokens(), "map", epochs=1, adapter=adapter, output_dir=tmp_path)
+    config = pyrolora.load(tmp_path, bert()).bank.config
+    assert config.target_modules == ["query", "value"]
+    assert config == adapter
+    assert AdapterConfig(target_modules=None) == AdapterConfig()
 
 
 @pytest.mark.parametrize("guide", ["map", "nuts"])
@@ -690,6 +734,17 @@ def test_a_failed_fit_leaves_an_older_posterior_of_the_network_working() -> None
     torch.testing.assert_close(older.predict(tokens(), num_samples=0).probs, expected)
     older.detach()
     assert not any(isinstance(module, Wrapper) for module in network.modules())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70, 1.5, "0"])
+def test_a_seed_that_no_generator_takes(seed: Any, posterior: Posterior) -> None:
+    with pytest.raises(ConfigError, match="seed must be"):
+        posterior.predict(tokens(4), 2, seed=seed)
+
+
+def test_draws_of_something_else_have_no_factors(posterior: Posterior) -> None:
+    with pytest.raises(ConfigError, match=r"have no site 'mixture_weights', they have \['x'\]"):
+        posterior.factors({"x": torch.zeros(2)})
 
 
 # Using a posterior --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
+from pyrolora.adapters.adapted_linear import is_quantised
 from pyrolora.adapters.allocation import moved, pruned
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
@@ -26,6 +27,7 @@ __all__ = [
     "bind",
     "current_binding",
     "frozen_weight",
+    "is_quantised",
     "moved",
     "plain_copy",
     "plain_parameters",

@@ -14,6 +14,12 @@ PLAIN = (nn.Linear.forward, Conv1D.forward)
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
+def is_quantised(dtype: torch.dtype) -> bool:
+    """Whether numbers of this kind are weights only up to scales that are kept elsewhere; float8,
+    too."""
+    return not dtype.is_floating_point or dtype.itemsize < 2
+
+
 class Frozen(Protocol):
     """The part of the layer that is not trained."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters.adapted_linear import oriented
+from pyrolora.adapters.adapted_linear import is_quantised, oriented
 from pyrolora.adapters.targets import LayerSpec, unwrapped
 from pyrolora.errors import ConfigError
 from pyrolora.types import INITIALIZERS, RANDOM_STARTS
@@ -149,7 +149,7 @@ def start_of(
 def frozen_weight(name: str, layer: nn.Module) -> nn.Parameter:
     """The weight of a linear layer, if it can be read and has a gradient."""
     weight = layer._parameters.get("weight")
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+    if type(weight) is not nn.Parameter or is_quantised(weight.dtype):
         kind = "none of its own" if weight is None else f"a {type(weight).__name__}, {weight.dtype}"
         raise ConfigError(
             f"a start from weights or gradients needs plain ones, and the weight of layer {name!r} "

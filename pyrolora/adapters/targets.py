@@ -180,6 +180,7 @@ def _select(network: nn.Module, config: AdapterConfig, names: list[str]) -> list
         output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
         output = None if output is None else unwrapped(output)
         return [name for name in names if unwrapped(network.get_submodule(name)) is not output]
+    assert wanted is not None
     return [name for name in names if _matches(name, wanted)]
 
 

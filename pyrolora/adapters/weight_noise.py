@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters.adapted_linear import PLAIN, oriented
+from pyrolora.adapters.adapted_linear import PLAIN, is_quantised, oriented
 from pyrolora.errors import BindingError, ConfigError, positive
 
 # Numbers of one chunk of W + E: 4 MiB of float32. That is small beside the activations of a
@@ -207,8 +207,7 @@ def _plain_weight(layer: nn.Module) -> Tensor:
             "is parametrised, quantised or offloaded); load the base whole and plain, or choose "
             "a guide that does not read weights: 'montec', 'map'"
         )
-    # Float8 is quantised, too: its numbers are the weights only up to scales kept elsewhere.
-    if not weight.is_floating_point() or weight.element_size() < 2:
+    if is_quantised(weight.dtype):
         raise ConfigError(
             f"weight noise needs a floating-point weight of 16 bits or more, got {weight.dtype} "
             "(a quantised base); load the base in bfloat16, or choose a guide that works on "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.errors import ConfigError, positive, share, whole_number
 from pyrolora.parameters import ParamModule
 
 LATENTS = ("A", "B", "AB")
@@ -167,7 +167,7 @@ class Variational(Guide):
         positive("kl_weight", self.kl_weight)
         against = self.kl_weight_against
         require(against in AGAINST, "kl_weight_against", f"one of {AGAINST}", against)
-        require(0 <= self.kl_warmup <= 1, "kl_warmup", "in [0, 1]", self.kl_warmup)
+        share("kl_warmup", self.kl_warmup, "[0, 1]")
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
         if self.scale_learning_rate is not None:
             positive("scale_learning_rate", self.scale_learning_rate)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import whole_number
+from pyrolora.errors import share, whole_number
 from pyrolora.guides.base import Guide, Program, Quantities, Sites, flat, require
 
 UNITS = ("input", "rank")
@@ -51,7 +51,7 @@ class Dropout(Guide):
     draws_per_batch: int = defaults.DROPOUT_DRAWS
 
     def __post_init__(self) -> None:
-        require(0 < self.p < 1, "p", "between 0 and 1", self.p)
+        share("p", self.p, "(0, 1)")
         require(self.unit in UNITS, "unit", f"one of {UNITS}", self.unit)
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, whole_number
+from pyrolora.errors import ConfigError, true_or_false, whole_number
 from pyrolora.guides.base import Fit, Guide, Program, Quantities, Sites
 from pyrolora.guides.map import MAP
 
@@ -52,6 +52,7 @@ class Ensemble(Guide):
 
     def __post_init__(self) -> None:
         whole_number("members", self.members, at_least=2)
+        true_or_false("side_by_side", self.side_by_side)
 
     def build(self, bank: AdapterBank) -> EnsembleProgram:
         if self.side_by_side and bank.origin is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, positive
+from pyrolora.errors import ConfigError, positive, true_or_false
 from pyrolora.guides.base import Fit, Guide, Law, Program, Sites, WrappingProgram, require
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
@@ -63,6 +63,7 @@ class Flat(Guide):
 
     def __post_init__(self) -> None:
         positive("rho", self.rho)
+        true_or_false("at_prediction", self.at_prediction)
         require(
             isinstance(self.inner, Guide)
             and not isinstance(self.inner, Flat | NUTS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrolora.adapters import AdapterBank
 from pyrolora.distributions import KroneckerNormal
-from pyrolora.errors import ConfigError, positive
+from pyrolora.errors import ConfigError, positive, true_or_false
 from pyrolora.guides.base import (
     LATENTS,
     Fit,
@@ -71,10 +71,8 @@ class Laplace(Guide):
     def __post_init__(self) -> None:
         require(self.tune in (None, *TUNING), "tune", f"one of {TUNING}", self.tune)
         require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
-        linear = self.linearised
-        require(
-            linear is None or isinstance(linear, bool), "linearised", "True, False or None", linear
-        )
+        if self.linearised is not None:
+            true_or_false("linearised", self.linearised)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
             if self.tune is not None:

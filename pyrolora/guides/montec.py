@@ -16,7 +16,7 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.distributions import ColumnNormal, StandardColumns, WishartCholesky
 from pyrolora.distributions.column_normal import whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
-from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
 from pyrolora.guides.base import (
     LATENTS,
     Fit,
@@ -132,6 +132,8 @@ class MonteCLoRA(Variational):
             positive(name, getattr(self, name))
         positive("cooperation", self.cooperation, or_zero=True)
         require(self.df_per_rank >= 1, "df_per_rank", ">= 1", self.df_per_rank)
+        for name in ("learn_sample_scale", "sparse"):
+            true_or_false(name, getattr(self, name))
         for name, choices in (
             ("component_prior", COMPONENT_PRIORS),
             ("covariance", COVARIANCES),

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, whole_number
-from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram, require
+from pyrolora.errors import ConfigError, share, whole_number
+from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
@@ -72,8 +72,7 @@ class NUTS(Guide):
         for name in ("chains", "warmup_steps", "max_tree_depth"):
             whole_number(name, getattr(self, name), at_least=1)
         whole_number("num_samples", self.num_samples, at_least=4)  # R-hat halves each chain
-        accept = self.target_accept_prob
-        require(0 < accept < 1, "target_accept_prob", "between 0 and 1", accept)
+        share("target_accept_prob", self.target_accept_prob, "(0, 1)")
         inner = self.inner
         if not isinstance(inner, Variational) or getattr(inner, "prior_scale", 0) is None:
             raise ConfigError(

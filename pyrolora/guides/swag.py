@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
-from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.errors import ConfigError, positive, share, whole_number
 from pyrolora.guides.base import LATENTS, Fit, Guide, require
 from pyrolora.guides.factor_program import FactorProgram
 
@@ -66,7 +66,7 @@ class SWAG(Guide):
     latent: str = "AB"
 
     def __post_init__(self) -> None:
-        require(0 <= self.start < 1, "start", "in [0, 1)", self.start)
+        share("start", self.start, "[0, 1)")
         whole_number("snapshots", self.snapshots, at_least=2)
         whole_number("rank", self.rank, at_least=2)
         require(self.rank <= self.snapshots, "rank", "at most snapshots", self.rank)

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from pyrolora import defaults
-from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.errors import positive, whole_number
 
 MEMBER = "member-"
 _NAME = re.compile(r"checkpoint-\d+")
@@ -48,18 +48,16 @@ def training_arguments(
     positive("epochs", epochs)
     positive("learning_rate", learning_rate)
     whole_number("batch_size", batch_size, at_least=1)
-    whole_number("seed", seed, at_least=0)
-    if seed > defaults.MAX_SEED:
-        raise ConfigError(f"seed must be at most {defaults.MAX_SEED}, got {seed}")
+    whole_number("seed", seed, at_least=0, at_most=defaults.MAX_SEED)
     whole_number(
         "gradient_accumulation_steps", more.get("gradient_accumulation_steps", 1), at_least=1
     )
     options: dict[str, Any] = {
-        "num_train_epochs": epochs,
-        "learning_rate": learning_rate,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "seed": seed,
+        "num_train_epochs": float(epochs),
+        "learning_rate": float(learning_rate),
+        "per_device_train_batch_size": int(batch_size),
+        "per_device_eval_batch_size": int(batch_size),
+        "seed": int(seed),
         "save_strategy": "steps" if save else "no",
         "save_steps": 0.1,
         "save_total_limit": 2,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from pyrolora import defaults
+from pyrolora.adapters import is_quantised
 from pyrolora.errors import DataError
 from pyrolora.inference.examples import as_dict, is_text
 from pyrolora.likelihoods import (
@@ -63,8 +64,8 @@ class Collator:
         self.pads_right = getattr(config, "summary_type", None) != "last"
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.longest = table_of_positions(network)
-        floats = (weight.dtype for weight in network.parameters() if weight.is_floating_point())
-        self.dtype = next(floats, torch.get_default_dtype())
+        kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
+        self.dtype = next(kinds, torch.get_default_dtype())
         self.taken = {*inspect.signature(network.forward).parameters, INPUTS}
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
         self.copies_tokens = isinstance(likelihood, CausalLM)

@@ -67,7 +67,7 @@ def _from_list(rows: list[Any]) -> datasets.Dataset:
         return datasets.Dataset.from_dict({"text": rows})
     if not all(isinstance(row, Mapping) for row in rows):
         kinds = sorted({type(row).__name__ for row in rows})
-        raise DataError(f"a list must hold dicts, or texts, got {' and '.join(kinds)}")
+        raise DataError(f"a list must hold dicts or texts, got {' and '.join(kinds)}")
     return datasets.Dataset.from_list([dict(row) for row in rows])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,8 @@ class Run:
         """Draws of NUTS on `joint`, and which of its steps diverged."""
         whole = self.data.collate([self.data.examples[i] for i in range(len(self.data))])
         set_seed(self.args.seed)
-        shown = not self.args.disable_tqdm
+        # Pyro says ``disable=False`` to its bar, which overrules a user's TQDM_DISABLE.
+        shown = not (self.args.disable_tqdm or os.environ.get("TQDM_DISABLE"))
         return nuts(self.joint, self._placed(whole), beta, progress=shown, **options)
 
     def log(self, **numbers: float) -> None:

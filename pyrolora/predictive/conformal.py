@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyrolora.errors import ConfigError, DataError
+from pyrolora.errors import ConfigError, DataError, share
 from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
 
 
@@ -45,8 +45,7 @@ class Conformal:
     """
 
     def __init__(self, calibration: Prediction, mass: float = 0.9) -> None:
-        if not 0 < mass < 1:
-            raise ConfigError(f"mass must be between 0 and 1, got {mass!r}")
+        share("mass", mass, "(0, 1)")
         scores = _scores(calibration)
         place = math.ceil((len(scores) + 1) * mass - 1e-9)
         if place > len(scores):
@@ -56,7 +55,8 @@ class Conformal:
             )
         self.mass = mass
         self.kind = type(calibration)
-        self.threshold = float(scores.sort().values[place - 1])
+        self._score = float(scores.sort().values[place - 1])
+        self.threshold = self._score + 1 if self.kind is ClassPrediction else self._score
 
     def __call__(self, prediction: Prediction) -> Tensor:
         """The sets of other examples: booleans (n, C), which may all be false in a row whose
@@ -66,9 +66,9 @@ class Conformal:
                 f"calibrated on a {self.kind.__name__}, got a {type(prediction).__name__}"
             )
         if isinstance(prediction, ClassPrediction):
-            return 1 - prediction.probs <= self.threshold
+            return prediction.probs >= -self._score
         assert isinstance(prediction, RegressionPrediction)
-        width = self.threshold * prediction.std
+        width = self._score * prediction.std
         return torch.stack([prediction.mean - width, prediction.mean + width], dim=-1)
 
     def evaluate(self, prediction: Prediction) -> dict[str, float]:
@@ -87,16 +87,18 @@ class Conformal:
 
 
 def _scores(prediction: Prediction) -> Tensor:
-    targets = prediction.targets
+    """s; of classes s − 1 = −p̄_y, since 1 − p̄ would round to 1 what is hardly probable, and what
+    is impossible."""
     if not isinstance(prediction, ClassPrediction | RegressionPrediction):
         raise ConfigError(
             "conformal sets are of classes or of numbers; the texts of a language model are too "
             "many to list: let it choose between given ones"
         )
+    targets = prediction.targets
     if targets is None:
         raise DataError("calibration needs labels, and the data has none")
     if isinstance(prediction, ClassPrediction):
-        scores = 1 - prediction.probs.gather(-1, targets[:, None]).squeeze(-1)
+        scores = -prediction.probs.gather(-1, targets[:, None]).squeeze(-1)
     else:
         scores = (targets - prediction.mean).abs() / prediction.std
     if scores.isnan().any():

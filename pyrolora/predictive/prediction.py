@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolora.errors import ConfigError
+from pyrolora.errors import share
 from pyrolora.likelihoods import (
     IGNORED,
     CausalLM,
@@ -89,6 +89,10 @@ class Prediction(ABC):
             if isinstance(value := getattr(self, part.name), Tensor)
         }
         return replace(self, **chosen)
+
+    def counted(self) -> Self:
+        """The prediction of the examples in which something is predicted."""
+        return self
 
     @property
     def log_predictive(self) -> Tensor | None:
@@ -381,6 +385,9 @@ class TokenPrediction(Prediction):
         scores = self.log_predictive
         return None if scores is None else -scores / self.num_tokens
 
+    def counted(self) -> Self:
+        return self.select(self.num_tokens.nonzero().flatten())
+
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         return {}  # the texts that the model might have written are not drawn
 
@@ -397,8 +404,7 @@ class TokenPrediction(Prediction):
 
 
 def _tail(mass: float) -> float:
-    if not 0 < mass < 1:
-        raise ConfigError(f"the mass of an interval must be between 0 and 1, got {mass!r}")
+    share("the mass of an interval", mass, "(0, 1)")
     return (1 - mass) / 2
 
 

@@ -40,6 +40,7 @@ def aurc(prediction: Prediction) -> float:
 
 
 def _risk(prediction: Prediction) -> Tensor:
+    prediction = prediction.counted()
     loss = prediction.loss
     if loss is None:
         raise DataError("the risk needs labels, and the data has none")

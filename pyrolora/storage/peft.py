@@ -110,10 +110,11 @@ def write_adapter(
     Raises
     ------
     ConfigError
-        When the folder holds something else, or PEFT's rules cannot tell the heads from other
-        modules of the network.
+        When the folder holds something else, a layer stands under several names of which PEFT
+        knows one, or PEFT's rules cannot tell the heads from other modules of the network.
     """
     _check_folder(path)
+    _check_names(specs, base)
     ranks = {name: matrices[name][0].shape[0] for name in specs}
     scalings = {name: spec.scaling for name, spec in specs.items()}
     config = as_json(_describe(ranks, scalings, list(heads), base)).encode()
@@ -130,6 +131,18 @@ def write_adapter(
     (path / CONFIG_FILE).unlink(missing_ok=True)  # no adapter, rather than a mixture of two
     scratch.replace(path / WEIGHTS_FILE)
     write_whole(path / CONFIG_FILE, config)
+
+
+def _check_names(specs: Iterable[str], base: nn.Module) -> None:
+    """PEFT lists a module once, under the first of its names."""
+    first: dict[nn.Module, str] = {}
+    for name, module in walk(base):
+        known = first.setdefault(unwrapped(module), name)
+        if name in specs and known != name:
+            raise ConfigError(
+                f"{known!r} and {name!r} are one layer, each with an adapter of its own, and PEFT "
+                f"has one adapter a layer; fit with exclude_modules=[{name!r}], or use merge()"
+            )
 
 
 def _own(tensor: Tensor) -> Tensor:

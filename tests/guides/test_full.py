@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import pyro
 import pytest
 import torch
-from problems import arguments, bert, gpt2, reviews, tokenizer, tokens
+from problems import arguments, batch_of, bert, gpt2, reviews, tokenizer, tokens
+from pyro.infer import SVI, Trace_ELBO
 from transformers import Trainer
 
 import pyrolora
@@ -153,3 +155,10 @@ def test_a_page_of_a_posterior_without_adapters(tmp_path):
     page = posterior.report(tmp_path / "page.html", tokens(8)).read_text()
     trained = sum(p.numel() for p in posterior.base.parameters())
     assert f"{trained:,}" in page
+
+
+def test_the_pair_trains_the_weights_by_pyros_own_svi():
+    posterior = pyrolora.fit(bert(initializer_range=0.3), tokens(16), guide="full", epochs=1)
+    svi = SVI(posterior.model, posterior.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(batch_of(tokens(16))) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pyrolora import defaults
@@ -74,6 +75,15 @@ def test_values_out_of_range_are_refused_by_name(
 def test_values_at_the_edge_of_the_range_pass(name: str, value: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {name: value}
     training_arguments(tmp_path, **options)
+
+
+def test_numpys_numbers_are_taken_as_pythons(tmp_path: Path) -> None:
+    given = {"epochs": np.int64(3), "seed": np.int64(1), "batch_size": np.int32(8)}
+    args = training_arguments(tmp_path, learning_rate=np.float32(0.5), **given)
+    found = (args.num_train_epochs, args.seed, args.per_device_train_batch_size)
+    assert found == (3.0, 1, 8)
+    assert [type(value) for value in found] == [float, int, int]
+    assert type(args.learning_rate) is float
 
 
 # Checkpoints --------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_what_cannot_be_calibrated_is_refused():
     Conformal(nine, 0.9)
     with pytest.raises(DataError, match=r"mass 0\.9 need at least 9 calibration examples, got 8"):
         Conformal(classes(8, 1.0, generator), 0.9)
-    with pytest.raises(ConfigError, match="mass must be between 0 and 1, got 1"):
+    with pytest.raises(ConfigError, match=r"mass must be a number in \(0, 1\), got 1"):
         Conformal(nine, 1)
     with pytest.raises(ConfigError, match="calibrated on a ClassPrediction, got a Regression"):
         Conformal(nine)(numbers(3, generator))
@@ -100,3 +100,20 @@ def test_a_prediction_that_is_nan_calibrates_nothing(kind):
         found = RegressionPrediction(torch.zeros(40), None, draws, 1.0)
     with pytest.raises(DataError, match="example 7 of the calibration is NaN"):
         Conformal(found)
+
+
+def test_a_choice_that_does_not_exist_is_in_no_set():
+    """The right choice of the second example is so improbable that 1 - p rounds to 1."""
+    probs = torch.tensor([[[1.0, 0.0, 0.0], [1 - 1e-9, 1e-9, 0.0]]])
+    calibration = ClassPrediction(torch.tensor([0, 1]), None, probs)
+    conformal = Conformal(calibration, 0.6)
+    assert conformal.threshold == pytest.approx(1)
+    assert conformal(calibration).tolist() == [[True, False, False], [True, True, False]]
+
+
+def test_what_is_no_prediction_is_refused():
+    with pytest.raises(ConfigError, match="conformal sets are of classes or of numbers"):
+        Conformal(object())
+    for mass in (0.0, 1.0, float("nan"), "high"):
+        with pytest.raises(ConfigError, match="mass must be a number in"):
+            Conformal(classes(9, 1.0, torch.Generator()), mass)

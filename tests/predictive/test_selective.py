@@ -72,3 +72,17 @@ def test_texts_are_ordered_by_their_mean_entropy_and_lose_nats_a_token():
 def test_without_labels_there_is_no_risk():
     with pytest.raises(DataError, match="needs labels"):
         risk_coverage(ClassPrediction(None, None, torch.full((1, 3, 2), 0.5)))
+
+
+def test_a_text_in_which_nothing_counts_is_left_out():
+    posterior = pyrolora.fit(llama(), texts := tokens(6).remove_columns("labels"), epochs=1)
+    rows = [{**row, "labels": row["input_ids"]} for row in texts]
+    silent = {**rows[0], "labels": [-100] * len(rows[0]["input_ids"])}
+    alone, beside = (posterior.predict(r, 2, seed=0) for r in (rows, [silent, *rows]))
+    assert len(beside.num_tokens) == 7
+    assert aurc(beside) == pytest.approx(aurc(alone))
+    assert len(risk_coverage(beside)) == 6
+    both = {"a": posterior, "b": pyrolora.fit(llama(seed=1), texts, epochs=1)}
+    found, expected = (pyrolora.compare(both, r, 2, seed=0) for r in ([silent, *rows], rows))
+    for name in ("nll_difference", "difference_se"):
+        assert found[name].tolist() == pytest.approx(expected[name].tolist())

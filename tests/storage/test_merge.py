@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
 from pyrolora.adapters.layer import Wrapper
+from pyrolora.errors import ConfigError
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
@@ -205,3 +206,88 @@ def test_an_adapted_output_layer_that_is_tied_to_the_embedding_merges() -> None:
     expected = mean_logits(posterior, "gpt2")
     assert (expected - logits(posterior.base, "gpt2")).abs().max() > 1e-2
     torch.testing.assert_close(logits(posterior.merge(), "gpt2"), expected, atol=1e-5, rtol=1e-5)
+
+
+class Codes(nn.Linear):
+    """A linear layer that keeps numbers of another kind, and their scale beside them."""
+
+    def __init__(self, layer: nn.Linear, kind: torch.dtype, highest: float) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / highest
+        codes = layer.weight.detach() / scale
+        codes = codes.to(kind) if kind.is_floating_point else codes.round().to(kind)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def quantised(kind: torch.dtype) -> nn.Sequential:
+    network = mlp()
+    highest = 127.0 if kind is torch.int8 else 400.0
+    return nn.Sequential(Codes(network[0], kind, highest), nn.Tanh(), network[2])
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("guide", ["map", "montec", "ensemble"])
+def test_a_quantised_network_keeps_adapters_in_their_own_precision(
+    kind: torch.dtype, guide: str, tmp_path: Path
+) -> None:
+    network = quantised(kind)
+    options = {"epochs": 5, "learning_rate": 0.05, "seed": 0, "likelihood": "classification"}
+    posterior = pyrolora.fit(network, (X, Y), guide, adapter=AdapterConfig(r=2), **options)
+    found = posterior.predict((X, Y), 1, seed=0).probs
+    draws = posterior.sample(1, seed=0)
+    (A0, B0), (A2, B2) = (
+        tuple(m.reshape(-1, *m.shape[-2:])[0] for m in pair)  # the mean factor has no draws
+        for pair in posterior.factors(draws).values()
+    )
+    scaling = [spec.scaling for spec in posterior.bank.specs.values()]
+    with torch.no_grad():
+        plain = posterior.detach()
+        hidden = (plain[0](X) + scaling[0] * X @ A0.T @ B0.T).tanh()
+        expected = plain[2](hidden) + scaling[1] * hidden @ A2.T @ B2.T
+    torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match=rf"of '0' is no plain one.*{kind}.*to_peft"):
+        posterior.merge()
+    posterior.to_peft(tmp_path)
+
+
+def test_a_parametrised_layer_is_not_merged() -> None:
+    network = mlp()
+    torch.nn.utils.parametrizations.weight_norm(network[0])
+    posterior = pyrolora.fit(
+        network, (X, Y), "map", epochs=1, likelihood="classification", adapter=AdapterConfig(r=2)
+    )
+    with pytest.raises(ConfigError, match=r"of '0' is no plain one.*parametrised"):
+        posterior.merge()
+
+
+def test_a_layer_under_two_names_gets_a_weight_for_each(tmp_path: Path) -> None:
+    lin = nn.Linear(4, 4)
+    options = {"epochs": 20, "learning_rate": 0.02, "seed": 0, "likelihood": "classification"}
+    apart = nn.Sequential(nn.Sequential(lin), nn.Tanh(), nn.Sequential(lin), nn.Linear(4, 3))
+    beside = nn.Sequential(lin, nn.Tanh(), lin, nn.Linear(4, 3))
+    for network, adapted in ((apart, ["0.0", "2.0", "3"]), (beside, ["0", "3"])):
+        posterior = pyrolora.fit(network, (X, Y), "map", adapter=AdapterConfig(r=2), **options)
+        assert list(posterior.bank.specs) == adapted
+        expected = posterior.predict((X, Y), 0).probs
+        with torch.no_grad():
+            found = posterior.merge()(X).softmax(-1)
+        torch.testing.assert_close(found, expected)
+        if network is apart:
+            with pytest.raises(ConfigError, match=r"'0.0' and '2.0' are one layer"):
+                posterior.to_peft(tmp_path)
+        else:
+            posterior.to_peft(tmp_path)
+        posterior.detach()
+
+
+def test_what_is_merged_in_inference_mode_can_be_trained() -> None:
+    posterior = fitted("plain")
+    with torch.inference_mode():
+        network = posterior.merge()
+    network(X).sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
