@@ -43,10 +43,11 @@ class Laplace(Guide):
     prior_scale
         λ^(−½), also the prior of the MAP fit; None: plain LoRA, and λ is tuned afterwards.
     tune
-        Without ``prior_scale``: λ by the ``"marginal_likelihood"`` of the training data, or by the
-        negative log-likelihood of the ``eval_data`` (``"validation"``). None: by the marginal
-        likelihood, which is that of the linearised model, for linearised predictions; else by
-        validation.
+        Without ``prior_scale``: λ by the negative log-likelihood of the ``eval_data``
+        (``"validation"``), or by the ``"marginal_likelihood"`` of the training data, which is that
+        of the linearised model. None: by validation; by the marginal likelihood where predictions
+        are linearised and there is no ``eval_data``. The latter takes layers as independent, which
+        they are not, and often ends with a posterior that is far too wide.
     linearised
         Predict with f(x; θ̄) + J(x) (θ − θ̄), the model whose posterior this is, in place of
         f(x; θ). None: where the likelihood allows it, which a language model's does not. The Pyro
@@ -85,7 +86,7 @@ class Laplace(Guide):
         start = MAP()
         if self.prior_scale is not None:
             start = MAP(prior_scale=self.prior_scale, latent=self.latent)
-        tune = self._tuning(fit.joint.likelihood)
+        tune = self._tuning(fit)
         if tune == "validation" and not fit.can_validate:
             raise ConfigError(
                 "the prior of 'laplace' is to be tuned on held-out data here, and there are none; "
@@ -102,11 +103,11 @@ class Laplace(Guide):
             program.precision.fill_(min(GRID, key=lambda λ: _score(fit, λ)))
         fit.log(prior_precision=float(program.precision))
 
-    def _tuning(self, likelihood: Law) -> str | None:
+    def _tuning(self, fit: Fit) -> str | None:
         if self.prior_scale is not None or self.tune is not None:
             return self.tune
-        linear = likelihood.linearisable and self.linearised is not False
-        return "marginal_likelihood" if linear else "validation"
+        linear = fit.joint.likelihood.linearisable and self.linearised is not False
+        return "marginal_likelihood" if linear and not fit.can_validate else "validation"
 
     def post_hoc(self) -> str | None:
         return "computed"

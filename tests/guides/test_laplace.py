@@ -34,7 +34,7 @@ def data(n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, (x[:, 0] + 0.7 * torch.randn(n, generator=generator) > 0).long()
 
 
-def classifier(guide: Any, epochs: int = 20) -> Posterior:
+def classifier(guide: Any, epochs: int = 20, **options: Any) -> Posterior:
     """A small classifier's posterior."""
     return pyrolora.fit(
         mlp(outputs=2),
@@ -44,6 +44,7 @@ def classifier(guide: Any, epochs: int = 20) -> Posterior:
         adapter=AdapterConfig(r=2),
         epochs=epochs,
         learning_rate=0.05,
+        **options,
     )
 
 
@@ -82,6 +83,15 @@ def test_validation_picks_the_best_of_its_grid():
     assert found == pytest.approx(best)
     assert max(scores.values()) > scores[best] + 0.1, "the choice matters"
     assert posterior.history[-1]["eval_nll"] == pytest.approx(scores[best], rel=1e-5)
+
+
+def test_held_out_data_tune_where_there_are_some():
+    options: dict[str, Any] = {"epochs": 60, "eval_data": data(seed=1)}
+    default, named = (classifier(g, **options) for g in (Laplace(), Laplace(tune="validation")))
+    evidence = classifier(Laplace(tune="marginal_likelihood"), **options)
+    precision = [buffers(found)["precision"] for found in (default, named, evidence)]
+    assert precision[0] == precision[1] != precision[2]
+    assert buffers(classifier(Laplace(), epochs=60))["precision"] == precision[2]
 
 
 def test_validation_without_data_is_refused_before_any_step(steps):
