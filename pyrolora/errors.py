@@ -35,6 +35,17 @@ class CheckpointError(PyroLoraError, ValueError):
     """A saved posterior that is damaged, or that belongs to another model or version."""
 
 
+class SaveError(PyroLoraError, OSError):
+    """A fit that is done, and whose posterior could not be written.
+
+    ``posterior`` is that posterior; save it elsewhere.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.posterior: Any = None
+
+
 class NonFiniteError(PyroLoraError, ArithmeticError):
     """Training met a NaN or an infinity and was stopped before the parameters were touched.
 

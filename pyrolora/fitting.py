@@ -24,7 +24,7 @@ from pyrolora.adapters import (
     plain_copy,
     start_of,
 )
-from pyrolora.errors import ConfigError, NonFiniteError
+from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.guides import MAP, Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import (
     Prepared,
@@ -62,7 +62,7 @@ def fit(
     seed: int | None = None,
     output_dir: str | Path | None = None,
     training: TrainingArguments | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    callbacks: Sequence[TrainerCallback] | TrainerCallback = (),
 ) -> Posterior:
     """Infer the posterior of a network's low-rank adapters.
 
@@ -118,7 +118,7 @@ def fit(
         schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
         its own defaults then hold (a learning rate of 5e-5), and saving is up to you.
     callbacks
-        Trainer callbacks.
+        Trainer callbacks, or one.
 
     Returns
     -------
@@ -131,9 +131,13 @@ def fit(
         Before any training step, for what cannot be fitted.
     NonFiniteError
         When the objective stops being finite; its ``posterior`` has the last good state.
+    SaveError
+        When the posterior cannot be written to ``output_dir``; it is the error's ``posterior``.
     """
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
+    if isinstance(callbacks, TrainerCallback):
+        callbacks = [callbacks]
     given = model if isinstance(model, Posterior) else None
     options = as_guide(_chosen(guide, prior))
     if prior is not None:
@@ -233,7 +237,10 @@ def fit(
             run.conclude()
         except NonFiniteError as error:  # its posterior is usable
             error.posterior.history = run.history
-            _save(error.posterior, args, output_dir)
+            try:
+                _save(error.posterior, args, output_dir)
+            except SaveError as unsaved:
+                error.add_note(str(unsaved))
             raise
         except BaseException:
             attachment.detach()
@@ -367,8 +374,17 @@ def _check_post_hoc(
 
 
 def _save(posterior: Posterior, args: TrainingArguments, output_dir: str | Path | None) -> None:
-    if output_dir is not None and args.should_save:  # of several processes the first
+    if output_dir is None or not args.should_save:  # of several processes the first
+        return
+    try:
         posterior.save(output_dir)
+    except OSError as error:
+        unsaved = SaveError(
+            f"the fit is done, and its posterior could not be written to {output_dir}: {error}; "
+            "error.posterior is it (sys.last_value.posterior in a notebook): save it elsewhere"
+        )
+        unsaved.posterior = posterior
+        raise unsaved from error
 
 
 def _gradients(

@@ -577,7 +577,7 @@ class Posterior:
         if isinstance(self.likelihood, TokenLikelihood):
             return data
         name = getattr(self.base, "main_input_name", INPUTS)
-        return without_labels(data, name, defaults.SCORE_SPLITS)
+        return without_labels(data, name, (*defaults.SCORE_SPLITS, "train"))
 
     def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
         return prepare(

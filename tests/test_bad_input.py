@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from pyrolora.errors import (
     BindingError,
     ConfigError,
     DataError,
+    NonFiniteError,
+    SaveError,
     TargetError,
     UnknownNameError,
 )
@@ -734,6 +737,58 @@ def test_a_failed_fit_leaves_an_older_posterior_of_the_network_working() -> None
     torch.testing.assert_close(older.predict(tokens(), num_samples=0).probs, expected)
     older.detach()
     assert not any(isinstance(module, Wrapper) for module in network.modules())
+
+
+def full_disk(*given: Any, **options: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_posterior_that_cannot_be_written_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pyrolora.posterior.write_folder", full_disk)
+        with pytest.raises(SaveError, match="No space left") as caught:
+            pyrolora.fit(bert(), tokens(), "map", epochs=1, output_dir=tmp_path)
+    kept = caught.value.posterior
+    kept.save(tmp_path / "elsewhere")
+    again = pyrolora.load(tmp_path / "elsewhere", bert())
+    torch.testing.assert_close(again.predict(tokens(), 0).probs, kept.predict(tokens(), 0).probs)
+
+
+def test_a_save_that_fails_does_not_hide_why_the_fit_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyrolora.posterior.write_folder", full_disk)
+    options = {"epochs": 3, "learning_rate": 1e38, "output_dir": tmp_path}
+    with pytest.raises(NonFiniteError) as caught:
+        pyrolora.fit(bert(), tokens(), "map", **options)
+    assert isinstance(caught.value.posterior, Posterior)
+    assert any("No space left" in note for note in caught.value.__notes__)
+
+
+def test_one_callback_needs_no_list() -> None:
+    with pytest.raises(RuntimeError, match="stop"):
+        pyrolora.fit(bert(), tokens(), epochs=1, callbacks=Interrupt(RuntimeError))
+
+
+@pytest.mark.parametrize(
+    ("labels", "warned"),
+    [
+        (lambda x: 2.0 + x, False),
+        (lambda x: 2000 + 5 * x, True),
+        (lambda x: 1e4 * x, True),
+        (lambda x: 2.0 + 0 * x, True),
+    ],
+    ids=["near", "far", "wide", "constant"],
+)
+def test_labels_that_a_network_does_not_reach_are_told(labels: Any, warned: bool) -> None:
+    data = (X, labels(torch.linspace(-2, 2, len(X))))
+    options = {"likelihood": "regression", "epochs": 1, "adapter": AdapterConfig(r=1)}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        pyrolora.fit(mlp(outputs=1), data, "map", **options)
+    assert any("standardise them" in str(w.message) for w in found) == warned
 
 
 @pytest.mark.parametrize("seed", [-1, 2**70, 1.5, "0"])

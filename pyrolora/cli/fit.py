@@ -304,7 +304,10 @@ def _fitted(
         message = str(error).replace("error.posterior", str(run.folder / LAST_GOOD))
         raise NonFiniteError(message) from error
     except KeyboardInterrupt:
-        say(f"the same command goes on from the last checkpoint in {run.folder}")
+        if last_checkpoint(run.folder) or member_folders(run.folder):
+            say(f"the same command goes on from the last checkpoint in {run.folder}")
+        else:
+            say(f"there is no checkpoint in {run.folder} yet; the same command starts anew")
         raise
     except Exception:
         if training.should_save:

@@ -24,6 +24,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, positive, share, whole_number
 from pyrolora.parameters import ParamModule
+from pyrolora.seeding import DRAWING
 
 LATENTS = ("A", "B", "AB")
 AGAINST = ("sum", "mean")
@@ -351,7 +352,8 @@ class Program(ParamModule, ABC):
             yield self._sampled(min(at_once, num_samples - start))
 
     def _sampled(self, num_samples: int) -> dict[str, Tensor]:
-        with poutine.block(), poutine.trace() as trace, pyro.plate("draws", num_samples, dim=-2):
+        plate = pyro.plate("draws", num_samples, dim=-2)
+        with DRAWING, poutine.block(), poutine.trace() as trace, plate:
             self.guide()
         return {
             name: _without_plate(site["value"], site["fn"].event_dim, len(site["cond_indep_stack"]))

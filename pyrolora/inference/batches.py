@@ -30,6 +30,7 @@ from pyrolora.likelihoods import (
 from pyrolora.model import INPUTS, LABELS
 
 CHOICES = "choices"
+REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 # Text columns of well-known data sets, the pairs first.
 TEXT_COLUMNS = (
@@ -66,7 +67,8 @@ class Collator:
         self.longest = table_of_positions(network)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.get_default_dtype())
-        self.taken = {*inspect.signature(network.forward).parameters, INPUTS}
+        parameters = inspect.signature(network.forward).parameters.values()
+        self.taken = {INPUTS} | {p.name for p in parameters if p.kind not in REST}
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
         self.copies_tokens = isinstance(likelihood, CausalLM)
         self.labels_are_classes = not isinstance(likelihood, TokenLikelihood | MultipleChoice)
@@ -236,11 +238,25 @@ def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
             data = _tokenise(data, text, collate)
     kept = [name for name in data.column_names if name in {*collate.taken, LABELS}]
     if not set(kept) - {LABELS}:
+        _check_columns(data)
         raise DataError(
             f"none of the columns {data.column_names} is an input of {collate.network_name}; "
             f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
     return data.select_columns(kept)
+
+
+def _check_columns(data: datasets.Dataset) -> None:
+    """Say what is wrong with columns that would be text."""
+    for name in dict.fromkeys(chain.from_iterable(TEXT_COLUMNS)):
+        feature = data.features.get(name)
+        if isinstance(feature, datasets.Value) and feature.dtype == "null":
+            raise DataError(f"the text column {name!r} has missing values alone")
+        if isinstance(feature, datasets.List | datasets.LargeList | datasets.Sequence):
+            raise DataError(
+                f"the column {name!r} holds lists; join them to texts, or tokenise them yourself, "
+                "with is_split_into_words=True"
+            )
 
 
 def text_columns(data: datasets.Dataset) -> tuple[str, ...]:

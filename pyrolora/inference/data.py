@@ -21,9 +21,9 @@ from pyrolora.inference.batches import (
     tokenised,
     whole_as_long,
 )
-from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
+from pyrolora.inference.examples import TensorExamples, as_examples, is_plain, unlabelled
 from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
-from pyrolora.likelihoods import CausalLM, Likelihood, MaskedLM
+from pyrolora.likelihoods import CausalLM, Classification, Likelihood, MaskedLM
 from pyrolora.model import INPUTS, LABELS
 
 
@@ -92,7 +92,8 @@ def prepare(
     splits
         The first of these that a ``DatasetDict`` has is taken.
     need_labels
-        Whether missing labels are an error.
+        Whether missing labels are an error; else data that are labelled in part, or with -1 alone,
+        have none.
 
     Raises
     ------
@@ -126,9 +127,12 @@ def prepare(
         asked = not need_labels and _has_masks(examples, collate, tokenizer)
         if LABELS not in first and "input_ids" in first and not asked:
             examples = hidden(examples, collate.example, tokenizer)
-    labels = all_labels(examples, collate.example)
+    labels = all_labels(examples, collate.example, partly=not need_labels)
     if labels is None and need_labels:
         raise DataError(no_labels(examples))
+    secret = isinstance(likelihood, Classification) and labels is not None and _all_hidden(labels)
+    if not need_labels and (labels is None or secret):
+        labels, examples = None, unlabelled(examples)
     if labels is not None:
         labels = whole_as_long(labels)
         likelihood.check_labels(labels, network)
@@ -136,6 +140,11 @@ def prepare(
         _check_choices(examples, collate, labels)
     _check_features(examples, collate)
     return Prepared(examples, collate, labels)
+
+
+def _all_hidden(labels: Tensor) -> bool:
+    """Whether they are the -1 of a test split whose labels are kept secret (GLUE's are)."""
+    return not labels.is_floating_point() and bool((labels == -1).all())
 
 
 def _has_masks(examples: Any, collate: Collator, tokenizer: Any) -> bool:

@@ -133,17 +133,22 @@ def _unnamed(ids: Collection[str]) -> bool:
     return set(ids) == {f"LABEL_{i}" for i in range(len(ids))}
 
 
-def all_labels(examples: Any, as_row: Callable[[Any], Mapping[str, Any]]) -> Tensor | None:
-    """All labels, (n,), or (n, T) for sequences, ragged ones filled with -100; None without."""
+def all_labels(
+    examples: Any, as_row: Callable[[Any], Mapping[str, Any]], *, partly: bool = False
+) -> Tensor | None:
+    """All labels, (n,), or (n, T) for sequences, ragged ones filled with -100; None without, or,
+    if ``partly`` is allowed, where some have none."""
     if isinstance(examples, TensorExamples) and LABELS in examples.columns:
         return examples.columns[LABELS]
-    if LABELS not in as_row(examples[0]):
-        return None
     if is_plain(examples) and LABELS in examples.column_names:
         rows = list(examples.with_format(None)[LABELS])
+    elif LABELS not in as_row(examples[0]):
+        return None
     else:
         rows = [as_row(examples[i]).get(LABELS) for i in range(len(examples))]
     missing = [i for i, row in enumerate(rows) if row is None]
+    if len(missing) == len(rows) or (missing and partly):
+        return None
     if missing:
         raise DataError(f"{len(missing)} examples have no label, the first is example {missing[0]}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,12 +16,18 @@ from pyrolora.errors import DataError
 from pyrolora.likelihoods.base import Likelihood
 from pyrolora.types import Batch
 
+FAR = 5
+"""How many standard deviations of the labels from where the network starts they may lie."""
+WIDE = 100
+"""The largest standard deviation of labels that a head is sure to learn."""
+
 
 class Regression(Likelihood):
     """y ~ N(f, σ²), with f (..., b) the network's single output and σ, ``noise_scale``, learned.
 
-    σ starts at the standard deviation of the training labels: what a network that knows nothing
-    leaves unexplained.
+    σ starts at the standard deviation of the training labels, which a network leaves unexplained
+    that knows nothing but their mean. A new head starts near 0, and moves by no more than the
+    learning rate a step: labels far from 0, or of a large spread, are to be standardised.
     """
 
     name = "regression"
@@ -73,6 +80,17 @@ class Regression(Likelihood):
             raise DataError(
                 "regression needs a network with one output, (n,) or (n, 1); this one gave shape "
                 f"{tuple(output.shape)}"
+            )
+        y = labels.double().flatten()
+        mean, deviation = float(y.mean()), float(y.std(correction=0))
+        first = float(output.mean())
+        if len(y) > 1 and (abs(first - mean) > FAR * deviation or deviation > WIDE):
+            warnings.warn(
+                f"the labels have mean {mean:.4g} and standard deviation {deviation:.4g}, and the "
+                f"network starts at {first:.4g}: training may not get there; standardise them, "
+                "y -> (y - mean) / deviation, and scale the predictions back",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def pool(self, others: Sequence[Likelihood]) -> None:

@@ -128,6 +128,8 @@ def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor |
         return None
     pairs = zip(rows[column], rows[CHOICES], strict=True)
     numbers = [choice_number(label, own) for label, own in pairs]
+    if not need_labels and any(number in (None, -1) for number in numbers):
+        return None
     for number, (found, own) in enumerate(zip(numbers, choices, strict=True)):
         if not isinstance(found, int) or not 0 <= found < len(own):
             raise DataError(

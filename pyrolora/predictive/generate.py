@@ -130,12 +130,16 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     """The prompts' ids, without padding."""
     if isinstance(inputs, str):
         raise DataError(f"pass prompts as a list: [{inputs[:40]!r}]")
-    if isinstance(inputs, Mapping):
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
         prompts = [torch.as_tensor(row) for row in inputs["input_ids"]]
         if "attention_mask" in inputs:
             masks = [torch.as_tensor(row).bool() for row in inputs["attention_mask"]]
+            if [m.shape for m in masks] != [row.shape for row in prompts]:
+                raise DataError("input_ids and attention_mask differ in shape")
             prompts = [row[own] for row, own in zip(prompts, masks, strict=True)]
     elif isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], str):
+        if not all(isinstance(text, str) for text in inputs):
+            raise DataError("the prompts have to be texts, all of them")
         if tokenizer is None:
             raise DataError(
                 "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
@@ -146,7 +150,13 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     elif isinstance(inputs, Tensor) and inputs.dim() != 2:
         raise DataError(f"token ids must be (n, T), got shape {tuple(inputs.shape)}")
     elif isinstance(inputs, Tensor | Sequence) and not any(isinstance(x, Mapping) for x in inputs):
-        prompts = [torch.as_tensor(row) for row in inputs]
+        try:
+            prompts = [torch.as_tensor(row) for row in inputs]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"a prompt is a text or a list of token ids ({error}); of a chat make a text, with "
+                "tokenizer.apply_chat_template(messages, tokenize=False)"
+            ) from error
     else:
         raise DataError(
             "inputs must be a list of texts, a tensor of token ids (n, T), or a mapping with "
@@ -184,6 +194,11 @@ def _set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationCo
     size = len(prompts[longest])
     if settings.max_new_tokens is None and settings.max_length is None:
         settings.max_new_tokens = max(1, min(defaults.MAX_NEW_TOKENS, context - size))
+    if settings.max_new_tokens is None and settings.max_length <= size:
+        raise DataError(
+            f"prompt {longest} has {size} tokens, which max_length={settings.max_length} counts, "
+            "too: nothing would be written; give max_new_tokens"
+        )
     needed = size + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
     if needed > context:
         raise DataError(
@@ -224,15 +239,18 @@ def _continuations(
     ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
+    settings.disable_compile = True  # the compiler cannot follow the binding
+    settings.return_dict_in_generate = False
     with bind(joint.binding(factors)):
-        found = base.generate(
-            ids.repeat(draws, 1),
-            attention_mask=mask.long().repeat(draws, 1),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
-            disable_compile=True,  # the compiler cannot follow the binding
-            return_dict_in_generate=False,
-        )
+        try:
+            found = base.generate(
+                ids.repeat(draws, 1),
+                attention_mask=mask.long().repeat(draws, 1),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
+            )
+        except ValueError as error:  # of a setting
+            raise ConfigError(f"transformers' generate(): {error}") from error
     new = found[:, ids.shape[1] :].cpu().unflatten(0, (draws, len(prompts), several))
     return [[*own.flatten(0, 1)] for own in new.transpose(0, 1)]
 

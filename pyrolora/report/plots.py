@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyrolora.errors import DataError, whole_number
 from pyrolora.predictive import (
     ClassPrediction,
     Prediction,
@@ -44,6 +45,7 @@ def reliability_diagram(
     bins
         Number of bins of the confidence, which is the largest probability.
     """
+    whole_number("bins", bins, at_least=1)
     probs, targets = np.asarray(probs), np.asarray(targets)
     confidence, right = probs.max(-1), probs.argmax(-1) == targets
     index = (confidence * bins).astype(int).clip(0, bins - 1)
@@ -75,6 +77,8 @@ def entropy_histogram(
     given = {"in distribution" if outside is not None else None: np.asarray(inside)}
     if outside is not None:
         given["out of distribution"] = np.asarray(outside)
+    if not all(values.size for values in given.values()):
+        raise DataError("a histogram needs at least one entropy of either data")
     low = min(float(values.min()) for values in given.values())
     high = max(float(values.max()) for values in given.values())
     if 0 < low < high / 2:

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from problems import reviews
+from problems import bert, llama, reviews, tokenizer
 
+import pyrolora
+from pyrolora import AdapterConfig
+from pyrolora.errors import DataError
+from pyrolora.inference import prepare
 from pyrolora.inference.examples import without_labels
+from pyrolora.likelihoods import Classification
 
 TEXT = "the film is good"
 
@@ -39,3 +44,36 @@ def test_labels_are_left_out(data: Any, expected: list[dict[str, Any]]) -> None:
 def test_tensors_are_inputs_alone() -> None:
     (inputs,) = without_labels((torch.ones(3, 4), torch.zeros(3)), "inputs", ("test",))
     assert torch.equal(inputs, torch.ones(3, 4))
+
+
+HALF = [{"text": "the film is good", "label": None}, {"text": "the book is dull", "label": 1}]
+
+
+@pytest.mark.parametrize("rows", [HALF, HALF[::-1], [{**row, "label": -1} for row in HALF]])
+def test_predictions_do_without_labels_that_are_not_all_there(rows: list[Any]) -> None:
+    posterior = pyrolora.fit(
+        bert(), reviews(8), "map", tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
+    )
+    found = posterior.predict(rows, 0)
+    assert found.targets is None
+    texts = [row["text"] for row in rows]
+    torch.testing.assert_close(found.probs, posterior.predict(texts, 0).probs)
+    message = "must be >= 0, got -1" if rows[0]["label"] == -1 else "1 examples have no label, the"
+    with pytest.raises(DataError, match=message):
+        posterior.evaluate(rows, 0)
+
+
+def test_choices_do_without_labels_that_are_not_all_there() -> None:
+    posterior = pyrolora.fit(
+        llama(), reviews(8), "map", tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
+    )
+    rows = [{"question": "the film is", "choices": ["good", "dull"], "label": n} for n in (None, 1)]
+    assert posterior.predict(rows, 0).targets is None
+    with pytest.raises(DataError, match="the label of example 0 is None"):
+        posterior.evaluate(rows, 0)
+
+
+def test_columns_that_hold_no_text_are_named() -> None:
+    for value, words in ((None, "'text' has missing values"), (["good", "film"], "holds lists")):
+        with pytest.raises(DataError, match=words):
+            prepare([{"text": value, "label": 1}] * 2, bert(), Classification(), tokenizer())

@@ -287,3 +287,25 @@ def test_wrong_inputs_are_refused_in_words(posterior):
     classifier = pyrolora.fit(bert(), tokens(), epochs=1, adapter=AdapterConfig(r=1), seed=0)
     with pytest.raises(ConfigError, match=r"causal language model.*BertForSequenceClassification"):
         classifier.generate(["the film"])
+
+
+def test_settings_that_transformers_refuses_are_refused_in_words(posterior):
+    with pytest.raises(DataError, match="prompt 1 has 4 tokens, which max_length=4 counts"):
+        posterior.generate([[4], [4] * 4], 2, max_length=4)
+    for word, options in (
+        ("temperature", {"temperature": 0.0, "do_sample": True}),
+        ("penalty", {"repetition_penalty": -1.0}),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            posterior.generate([[4, 5]], 2, **options)
+
+
+def test_prompts_of_other_kinds_are_refused_in_words(posterior):
+    with pytest.raises(DataError, match="have to be texts, all of them"):
+        posterior.generate(["the film", None])
+    with pytest.raises(DataError, match="apply_chat_template"):
+        posterior.generate([[{"role": "user", "content": "the film"}]])
+    with pytest.raises(DataError, match="attention_mask differ in shape"):
+        posterior.generate({"input_ids": [[4, 5]], "attention_mask": [[1]]})
+    with pytest.raises(DataError, match="a mapping with 'input_ids'"):
+        posterior.generate({"tokens": [[4, 5]]})

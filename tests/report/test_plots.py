@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pyrolora.errors import DataError
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.predictive import ClassPrediction, RegressionPrediction
 from pyrolora.report import entropy_histogram, reliability_diagram, risk_coverage_curve
 
@@ -137,3 +137,10 @@ def test_entropies_far_from_zero_fill_their_picture(ax: Axes) -> None:
     assert [bar.get_x() for bar in ax.containers[0]] == [2, 2.25, 2.5, 2.75]
     entropy_histogram(torch.tensor([0.0, 0.0]), ax=ax, bins=1)
     assert ax.containers[-1][0].get_width() == 1
+
+
+def test_what_cannot_be_drawn_is_refused(ax: Axes) -> None:
+    with pytest.raises(ConfigError, match="bins must be a whole number >= 1, got 0"):
+        reliability_diagram(binary([0.9]), [0], ax=ax, bins=0)
+    with pytest.raises(DataError, match="at least one entropy"):
+        entropy_histogram([], ax=ax)
