@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from pyrolora import defaults
 from pyrolora.errors import ConfigError
 from pyrolora.inference.examples import as_examples
 from pyrolora.inference.labels import has_names, network_classes
-from pyrolora.likelihoods import Classification, MultipleChoice
+from pyrolora.likelihoods import Classification
 from pyrolora.model import INPUTS
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import evaluate
@@ -98,19 +99,18 @@ def compare(
 def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
     """Raise `ConfigError` where a label that is a number would be another class to each network;
     names are turned to each network's numbers."""
-    orders: dict[tuple[tuple[int, str], ...], str] = {}
-    for name, posterior in posteriors.items():
-        if isinstance(posterior.likelihood, Classification) and not isinstance(
-            posterior.likelihood, MultipleChoice
-        ):
-            classes = network_classes(posterior.base)
-            if classes:
-                orders.setdefault(tuple(sorted(classes.items())), name)
-    if len(orders) < 2 or has_names(as_examples(data, INPUTS, defaults.SCORE_SPLITS)):
-        return
-    (one, first), (other, second) = list(orders.items())[:2]
-    raise ConfigError(
-        f"the networks number their classes differently, {first!r} {dict(one)} and {second!r} "
-        f"{dict(other)}, and the data's labels are numbers; give them names: "
-        "data.cast_column('label', datasets.ClassLabel(names=[...]))"
-    )
+    orders = {
+        name: network_classes(posterior.base)
+        for name, posterior in posteriors.items()
+        if isinstance(posterior.likelihood, Classification)
+    }
+    for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
+        names = set(first.values())
+        if first == second or names != set(second.values()):
+            continue
+        if not has_names(as_examples(data, INPUTS, defaults.SCORE_SPLITS), names):
+            raise ConfigError(
+                f"the networks number their classes differently, {one!r} {first} and {other!r} "
+                f"{second}, and the data's labels are numbers; give them names: "
+                "data.cast_column('label', datasets.ClassLabel(names=[...]))"
+            )

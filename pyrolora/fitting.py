@@ -88,8 +88,8 @@ def fit(
         object with its options. None: ``"montec"``, or that of ``prior``.
     eval_data
         Scored every epoch by the predictive mean over draws; where draws come at the end
-        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too. ``rank_allocation="alora"`` judges
-        ranks by it.
+        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too. ``"laplace"`` sets the scale of its
+        prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
     tokenizer
         For raw text and padding; loaded with a model that is given by its name.
     likelihood
@@ -216,7 +216,7 @@ def fit(
             joint = joint_for(options)
             if given is None:
                 check_allocation(joint, held_out)
-            _check_output(joint, prepared)
+            _check_output(joint, prepared, untrained=source is None)
             if given is not None and list(law.parameters()):
                 law.start(prepared.labels, _outputs(joint, prepared, args))
                 joint.likelihood.load_state_dict(law.state_dict())
@@ -378,7 +378,7 @@ def _save(posterior: Posterior, args: TrainingArguments, output_dir: str | Path 
         return
     try:
         posterior.save(output_dir)
-    except OSError as error:
+    except Exception as error:  # tokenizers have no kind of their own for a full disk
         unsaved = SaveError(
             f"the fit is done, and its posterior could not be written to {output_dir}: {error}; "
             "error.posterior is it (sys.last_value.posterior in a notebook): save it elsewhere"
@@ -406,13 +406,17 @@ def _gradients(
 
 
 @torch.no_grad()
-def _check_output(joint: JointModel, data: Prepared) -> None:
-    """One pass with two examples: the network runs, calls its adapted layers, fits the labels."""
+def _check_output(joint: JointModel, data: Prepared, *, untrained: bool = False) -> None:
+    """One pass with two examples: the network runs, calls its adapted layers, fits the labels, and
+    can be trained from where it starts."""
     assert data.labels is not None
     examples = [data.examples[i] for i in range(min(2, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)
     with evaluating(joint):
-        joint.likelihood.check_output(joint.network(batch, joint.program.mean()), data.labels)
+        output = joint.network(batch, joint.program.mean())
+        joint.likelihood.check_output(output, data.labels)
+        if untrained:
+            joint.likelihood.check_start(output, data.labels)
 
 
 @torch.no_grad()
@@ -461,9 +465,10 @@ def _arguments(
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.pop("output_dir", None)
+        args = training_arguments(folder or scratch, save=folder is not None, **given)
         if folder is not None:
             _make(folder)  # now, not when there is something to lose
-        yield training_arguments(folder or scratch, save=folder is not None, **given)
+        yield args
 
 
 def _make(folder: str | Path) -> None:

@@ -16,7 +16,7 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Prepared, prepare
-from pyrolora.inference.examples import without_labels
+from pyrolora.inference.examples import as_examples, without_labels
 from pyrolora.likelihoods import Likelihood, TokenLikelihood
 from pyrolora.model import INPUTS, JointGuide, JointModel
 from pyrolora.page import page_file, report_on
@@ -574,10 +574,11 @@ class Posterior:
     def inputs_of(self, data: Any) -> Any:
         """Data as `predict` takes it, without labels, which may be of other classes; those of texts
         stay, since they say which tokens count."""
-        if isinstance(self.likelihood, TokenLikelihood):
-            return data
         name = getattr(self.base, "main_input_name", INPUTS)
-        return without_labels(data, name, (*defaults.SCORE_SPLITS, "train"))
+        splits = (*defaults.SCORE_SPLITS, "train")
+        if isinstance(self.likelihood, TokenLikelihood):
+            return as_examples(data, name, splits)
+        return without_labels(data, name, splits)
 
     def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
         return prepare(

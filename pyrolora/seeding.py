@@ -17,10 +17,12 @@ this, so that posteriors can serve several threads."""
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """A context whose random numbers depend on ``seed`` alone, if there is one; torch's generators,
-    of the CPU and of all GPUs, are then as they were before."""
+    """A context whose random numbers are drawn in this thread alone, and depend on ``seed`` alone,
+    if there is one; torch's generators, of the CPU and of all GPUs, are then as they were before.
+    """
     if seed is None:
-        yield
+        with DRAWING:
+            yield
         return
     whole_number("seed", seed, at_least=0, at_most=2**64 - 1)
     with DRAWING, torch.random.fork_rng(range(torch.cuda.device_count())):

@@ -743,11 +743,16 @@ def full_disk(*given: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
+def full_tokenizer(*given: Any, **options: Any) -> None:
+    raise Exception("No space left on device")  # as Rust's tokenizers say it
+
+
+@pytest.mark.parametrize("fault", [full_disk, full_tokenizer])
 def test_a_posterior_that_cannot_be_written_is_not_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pyrolora.posterior.write_folder", full_disk)
+        patch.setattr("pyrolora.posterior.write_folder", fault)
         with pytest.raises(SaveError, match="No space left") as caught:
             pyrolora.fit(bert(), tokens(), "map", epochs=1, output_dir=tmp_path)
     kept = caught.value.posterior
@@ -789,6 +794,19 @@ def test_labels_that_a_network_does_not_reach_are_told(labels: Any, warned: bool
         warnings.simplefilter("always")
         pyrolora.fit(mlp(outputs=1), data, "map", **options)
     assert any("standardise them" in str(w.message) for w in found) == warned
+
+
+def test_what_is_not_trained_is_not_told_where_it_may_not_get() -> None:
+    network = mlp(outputs=1)
+    with torch.no_grad():
+        network[2].bias += 5000
+        data = (X, network(X).flatten() + torch.linspace(-1, 1, len(X)))
+    options = {"likelihood": "regression", "epochs": 1, "adapter": AdapterConfig(r=1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        given = pyrolora.fit(network, data, "map", **options)
+        data[1][:] *= 300
+        pyrolora.fit(given, data, "laplace", eval_data=data)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**70, 1.5, "0"])

@@ -83,6 +83,11 @@ def test_networks_that_number_their_classes_differently(posteriors):
     data = tokens(6).cast_column("labels", names)
     table = pyrolora.compare(both, data, 0)
     assert table.loc["down", "nll"] == pytest.approx(both["down"].evaluate(tokens(6), 0)["nll"])
+    others = tokens(6).cast_column("labels", datasets.ClassLabel(names=["x", "y"]))
+    with pytest.raises(ConfigError, match="number their classes differently"):
+        pyrolora.compare(both, others)
+    shouted = {"up": both["up"], "loud": named(["BAD", "GOOD"])}  # no word of another order
+    assert len(pyrolora.compare(shouted, tokens(6), 0)) == 2
     assert len(pyrolora.compare({"up": both["up"], **posteriors}, tokens(6), 2)) == 3
 
 

@@ -42,6 +42,14 @@ def test_threads_get_the_draws_of_their_seeds(posterior, use):
         torch.testing.assert_close(own, expected[seed])
 
 
+def test_threads_draw_without_seeds_beside_others_with_seeds(posterior):
+    expected = draws(posterior, 0)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: draws(posterior, seed), [None, None, 0] * 200))
+    assert all(torch.equal(own, expected) for own in found[2::3])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_threads_write_what_their_seeds_write():
     posterior = pyrolora.fit(llama(initializer_range=0.4), reviews(8), GUIDE, **OPTIONS)
 
@@ -51,6 +59,7 @@ def test_threads_write_what_their_seeds_write():
 
     expected = [written(seed) for seed in (0, 1)]
     assert expected[0] != expected[1]
+    seeds = [None, 0, None, 1] * 4
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(written, SEEDS[:12]))
-    assert found == [expected[seed] for seed in SEEDS[:12]]
+        found = list(pool.map(written, seeds))
+    assert found[1::2] == [expected[seed] for seed in seeds[1::2]]

@@ -46,7 +46,10 @@ def fit(
         ),
     ] = None,
     eval_data: Annotated[
-        str | None, typer.Option(help="Data to score after every epoch and at the end.")
+        str | None,
+        typer.Option(
+            help="Data to score after every epoch and at the end; laplace sets its prior by it."
+        ),
     ] = None,
     likelihood: Annotated[
         str | None,

@@ -352,8 +352,12 @@ class Program(ParamModule, ABC):
             yield self._sampled(min(at_once, num_samples - start))
 
     def _sampled(self, num_samples: int) -> dict[str, Tensor]:
-        plate = pyro.plate("draws", num_samples, dim=-2)
-        with DRAWING, poutine.block(), poutine.trace() as trace, plate:
+        with (
+            DRAWING,  # first: a plate is on the stack from its making on
+            poutine.block(),
+            poutine.trace() as trace,
+            pyro.plate("draws", num_samples, dim=-2),
+        ):
             self.guide()
         return {
             name: _without_plate(site["value"], site["fn"].event_dim, len(site["cond_indep_stack"]))

@@ -68,6 +68,7 @@ class Collator:
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.get_default_dtype())
         parameters = inspect.signature(network.forward).parameters.values()
+        self.takes_labels = True
         self.taken = {INPUTS} | {p.name for p in parameters if p.kind not in REST}
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
         self.copies_tokens = isinstance(likelihood, CausalLM)
@@ -80,8 +81,9 @@ class Collator:
         return self.tokenizer(*texts, truncation=True, max_length=self.longest if shorter else None)
 
     def example(self, example: Any) -> dict[str, Any]:
-        """One example with nothing but inputs and ``labels``; a causal language model's labels
-        are its tokens, less the padding and what a padding would predict, unless they are given."""
+        """One example with nothing but inputs and ``labels``, if these are taken; a causal language
+        model's labels are its tokens, less the padding and what a padding would predict, unless
+        they are given."""
         row = as_dict(example, self.input_name)
         labels = row.pop(LABELS, None)
         self._check_length(row)
@@ -91,6 +93,8 @@ class Collator:
                 f"an example with {sorted(row)} has no input of {self.network_name} in numbers; "
                 f"it takes {sorted(self.taken)}, or raw text as a datasets.Dataset with a tokenizer"
             )
+        if not self.takes_labels:
+            return kept
         if labels is None and self.copies_tokens and "input_ids" in kept:
             ids = torch.as_tensor(kept["input_ids"])
             seen = torch.as_tensor(kept.get("attention_mask", torch.ones_like(ids))) != 0
@@ -116,12 +120,17 @@ class Collator:
             batch = self._padded(rows)
         else:
             batch = dict(default_data_collator(rows))
-        for name, tensor in batch.items():
-            if name != LABELS and tensor.is_floating_point():
-                batch[name] = tensor.to(self.dtype)
+        batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
         return batch
+
+    def converted(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Features in the network's precision."""
+        return {
+            name: t.to(self.dtype) if t.is_floating_point() and name != LABELS else t
+            for name, t in batch.items()
+        }
 
     def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         if self.tokenizer is None:
@@ -200,6 +209,13 @@ def table_of_positions(network: nn.Module) -> int | None:
             taken = 0 if module.padding_idx is None else module.padding_idx + 1
             return min(int(size), module.num_embeddings - taken)
     return None
+
+
+def context_length(network: nn.Module) -> float:
+    """The most tokens that the network reads: its table's, or what it was made for."""
+    table = table_of_positions(network)
+    config = getattr(network, "config", None)
+    return getattr(config, "max_position_embeddings", math.inf) if table is None else table
 
 
 def whole_as_long(labels: Tensor) -> Tensor:
@@ -287,7 +303,7 @@ def check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) ->
 
 def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:
     check_text(data, text, collate.tokenizer)
-    return data.map(
+    return data.with_format(None).map(
         lambda rows: collate.tokens(*(rows[name] for name in text)),
         batched=True,
         remove_columns=[name for name in data.column_names if name != LABELS],
@@ -338,7 +354,9 @@ def _tokenise_choices(data: datasets.Dataset, collate: Collator) -> datasets.Dat
             made[LABELS] = [choice_number(label, own) for label, own in pairs]
         return made
 
-    return data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenising")
+    return data.with_format(None).map(
+        encode, batched=True, remove_columns=data.column_names, desc="tokenising"
+    )
 
 
 def choice_texts(choices: Any) -> list[str]:

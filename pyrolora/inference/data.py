@@ -21,9 +21,15 @@ from pyrolora.inference.batches import (
     tokenised,
     whole_as_long,
 )
-from pyrolora.inference.examples import TensorExamples, as_examples, is_plain, unlabelled
+from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
 from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
-from pyrolora.likelihoods import CausalLM, Classification, Likelihood, MaskedLM
+from pyrolora.likelihoods import (
+    CausalLM,
+    Classification,
+    Likelihood,
+    MaskedLM,
+    TokenLikelihood,
+)
 from pyrolora.model import INPUTS, LABELS
 
 
@@ -92,8 +98,8 @@ def prepare(
     splits
         The first of these that a ``DatasetDict`` has is taken.
     need_labels
-        Whether missing labels are an error; else data that are labelled in part, or with -1 alone,
-        have none.
+        Whether missing labels are an error; else examples that are labelled in part, or with -1
+        alone, have none. Of tokens the labels say which count: there all or none are given.
 
     Raises
     ------
@@ -127,12 +133,14 @@ def prepare(
         asked = not need_labels and _has_masks(examples, collate, tokenizer)
         if LABELS not in first and "input_ids" in first and not asked:
             examples = hidden(examples, collate.example, tokenizer)
-    labels = all_labels(examples, collate.example, partly=not need_labels)
+    optional = not need_labels and not isinstance(likelihood, TokenLikelihood)
+    labels = all_labels(examples, collate.example, partly=optional)
     if labels is None and need_labels:
         raise DataError(no_labels(examples))
-    secret = isinstance(likelihood, Classification) and labels is not None and _all_hidden(labels)
-    if not need_labels and (labels is None or secret):
-        labels, examples = None, unlabelled(examples)
+    if optional and isinstance(likelihood, Classification) and _are_secret(labels):
+        labels = None
+    if optional and labels is None:
+        collate.takes_labels = False
     if labels is not None:
         labels = whole_as_long(labels)
         likelihood.check_labels(labels, network)
@@ -142,9 +150,9 @@ def prepare(
     return Prepared(examples, collate, labels)
 
 
-def _all_hidden(labels: Tensor) -> bool:
-    """Whether they are the -1 of a test split whose labels are kept secret (GLUE's are)."""
-    return not labels.is_floating_point() and bool((labels == -1).all())
+def _are_secret(labels: Tensor | None) -> bool:
+    """Whether they are the -1 of a test split whose labels are not told (GLUE's are)."""
+    return labels is not None and not labels.is_floating_point() and bool((labels == -1).all())
 
 
 def _has_masks(examples: Any, collate: Collator, tokenizer: Any) -> bool:
@@ -168,7 +176,7 @@ def _check_choices(examples: Any, collate: ChoiceCollator, labels: Tensor | None
 def _check_features(examples: Any, collate: Collator) -> None:
     """Finite features: all of them where they are tensors, else the first thousand examples."""
     if isinstance(examples, TensorExamples):
-        batches: list[Mapping[str, Tensor]] = [examples.columns]
+        batches: list[Mapping[str, Tensor]] = [collate.converted(examples.columns)]
         collate([examples[0]])
     else:
         step, last = 100, min(len(examples), 1000)

@@ -107,26 +107,16 @@ class TensorExamples(TorchDataset[dict[str, Tensor]]):
 
 def without_labels(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     """The data without labels of its own, which may be of other classes."""
-    rows = unlabelled(as_examples(data, input_name, splits))
+    rows = as_examples(data, input_name, splits)
     if is_plain(rows):
-        return rows
+        return rows.remove_columns([n for n in rows.column_names if n in (LABELS, "label")])
     if isinstance(rows, TensorExamples):
-        return tuple(rows.columns.values())
+        return tuple(t for n, t in rows.columns.items() if n != LABELS)
     examples = (as_dict(rows[i], input_name) for i in range(len(rows)))
     return [
         {n: v.tolist() if isinstance(v, Tensor) else v for n, v in row.items() if n != LABELS}
         for row in examples
     ]
-
-
-def unlabelled(examples: Any) -> Any:
-    """Examples that have columns, without that of the labels; others as they are."""
-    if is_plain(examples):
-        names = [n for n in examples.column_names if n in (LABELS, "label")]
-        return examples.remove_columns(names)
-    if isinstance(examples, TensorExamples):
-        return TensorExamples({n: t for n, t in examples.columns.items() if n != LABELS})
-    return examples
 
 
 def as_dict(example: Any, input_name: str) -> dict[str, Any]:

@@ -63,13 +63,15 @@ def class_names(examples: Any) -> list[str] | None:
     return names
 
 
-def has_names(examples: Any) -> bool:
-    """Whether the labels are names, or numbers with names."""
+def has_names(examples: Any, classes: Collection[str]) -> bool:
+    """Whether the labels are names, or numbers that have some of the names of these classes."""
     if not isinstance(examples, datasets.Dataset):
         return False
     column = _label_column(examples.with_format(None))
     feature = None if column is None else examples.features[column]
-    return isinstance(feature, datasets.ClassLabel) or is_text(feature)
+    if isinstance(feature, datasets.ClassLabel):
+        return not set(classes).isdisjoint(feature.names)
+    return is_text(feature)
 
 
 def has_class_labels(examples: Any) -> bool:
@@ -147,7 +149,7 @@ def all_labels(
     else:
         rows = [as_row(examples[i]).get(LABELS) for i in range(len(examples))]
     missing = [i for i, row in enumerate(rows) if row is None]
-    if len(missing) == len(rows) or (missing and partly):
+    if missing and partly:
         return None
     if missing:
         raise DataError(f"{len(missing)} examples have no label, the first is example {missing[0]}")

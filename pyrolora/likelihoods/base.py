@@ -67,6 +67,9 @@ class Likelihood(ParamModule, ABC):
     def check_output(self, output: Tensor, labels: Tensor) -> None:
         """Raise `DataError` where the network's output does not fit the labels."""
 
+    def check_start(self, output: Tensor, labels: Tensor) -> None:
+        """Warn of labels that training may not reach from the first outputs of a network."""
+
     def start(self, labels: Tensor, output: Tensor | None = None) -> None:
         """Set parameters of the likelihood from the training labels, and from what the network
         gives for them, if it is trained already; most have none."""

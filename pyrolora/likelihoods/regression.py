@@ -81,17 +81,20 @@ class Regression(Likelihood):
                 "regression needs a network with one output, (n,) or (n, 1); this one gave shape "
                 f"{tuple(output.shape)}"
             )
+
+    def check_start(self, output: Tensor, labels: Tensor) -> None:
         y = labels.double().flatten()
-        mean, deviation = float(y.mean()), float(y.std(correction=0))
-        first = float(output.mean())
-        if len(y) > 1 and (abs(first - mean) > FAR * deviation or deviation > WIDE):
-            warnings.warn(
-                f"the labels have mean {mean:.4g} and standard deviation {deviation:.4g}, and the "
-                f"network starts at {first:.4g}: training may not get there; standardise them, "
-                "y -> (y - mean) / deviation, and scale the predictions back",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        mean, deviation, first = float(y.mean()), float(y.std(correction=0)), float(output.mean())
+        if len(y) < 2 or (abs(first - mean) <= FAR * deviation and deviation <= WIDE):
+            return
+        scaled = "y -> (y - mean) / deviation" if deviation else "y -> y - mean"
+        warnings.warn(
+            f"the labels have mean {mean:.4g} and standard deviation {deviation:.4g}, and the "
+            f"network starts at {first:.4g}: training may not get there; standardise them, "
+            f"{scaled}, and scale the predictions back",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
     def pool(self, others: Sequence[Likelihood]) -> None:
         """σ² = mean σ_k²: with it the mixture of the fits has its own variance."""

@@ -18,6 +18,7 @@ from pyrolora.inference.batches import (
     choice_number,
     choice_texts,
     context_columns,
+    context_length,
 )
 from pyrolora.inference.examples import as_examples, is_plain
 from pyrolora.inference.labels import no_labels
@@ -76,7 +77,7 @@ def choose(
     choices = [choice_texts(own) for own in rows[CHOICES]]
     contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
     targets = _targets(rows, choices, need_labels)
-    longest = getattr(joint.base.config, "max_position_embeddings", None)
+    longest = context_length(joint.base)
     examples = [
         _example(tokenizer, before, choice, longest)
         for before, own in zip(contexts, choices, strict=True)
@@ -96,9 +97,7 @@ def choose(
     return ClassPrediction(targets, picked, log_probs.exp())
 
 
-def _example(
-    tokenizer: Any, context: str, choice: str, longest: int | None
-) -> dict[str, list[int]]:
+def _example(tokenizer: Any, context: str, choice: str, longest: float) -> dict[str, list[int]]:
     """The tokens of both, those of the context not labelled; at most the ``longest`` last."""
     alone = tokenizer(context)["input_ids"]
     both = tokenizer(f"{context} {choice}")["input_ids"]
@@ -111,7 +110,7 @@ def _example(
             f"nothing stands before the choice {choice[:40]!r} that could predict its first token; "
             "give it a context, or a tokenizer that begins texts with a token of their own"
         )
-    cut = max(0, len(both) - longest) if longest else 0
+    cut = int(max(0, len(both) - longest))
     both, shared = both[cut:], max(shared - cut, 1)
     return {
         "input_ids": both,

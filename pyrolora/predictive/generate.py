@@ -17,6 +17,7 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors, bind
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
+from pyrolora.inference.batches import context_length
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel, evaluating
 from pyrolora.predictive.generation import Generation
@@ -131,9 +132,9 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     if isinstance(inputs, str):
         raise DataError(f"pass prompts as a list: [{inputs[:40]!r}]")
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
-        prompts = [torch.as_tensor(row) for row in inputs["input_ids"]]
+        prompts = _tensors(inputs["input_ids"])
         if "attention_mask" in inputs:
-            masks = [torch.as_tensor(row).bool() for row in inputs["attention_mask"]]
+            masks = [row.bool() for row in _tensors(inputs["attention_mask"])]
             if [m.shape for m in masks] != [row.shape for row in prompts]:
                 raise DataError("input_ids and attention_mask differ in shape")
             prompts = [row[own] for row, own in zip(prompts, masks, strict=True)]
@@ -150,13 +151,7 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     elif isinstance(inputs, Tensor) and inputs.dim() != 2:
         raise DataError(f"token ids must be (n, T), got shape {tuple(inputs.shape)}")
     elif isinstance(inputs, Tensor | Sequence) and not any(isinstance(x, Mapping) for x in inputs):
-        try:
-            prompts = [torch.as_tensor(row) for row in inputs]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"a prompt is a text or a list of token ids ({error}); of a chat make a text, with "
-                "tokenizer.apply_chat_template(messages, tokenize=False)"
-            ) from error
+        prompts = _tensors(inputs)
     else:
         raise DataError(
             "inputs must be a list of texts, a tensor of token ids (n, T), or a mapping with "
@@ -180,6 +175,16 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     return [ids.long() for ids in prompts]
 
 
+def _tensors(rows: Any) -> list[Tensor]:
+    try:
+        return [torch.as_tensor(row) for row in rows]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"a prompt is a text or a list of token ids ({error}); of a chat make a text, with "
+            "tokenizer.apply_chat_template(messages, tokenize=False)"
+        ) from error
+
+
 def _open(ids: list[int], tokenizer: Any) -> list[int]:
     """The ids without a last one that ends a text: what follows is to go on with it."""
     ends = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")}
@@ -189,11 +194,11 @@ def _open(ids: list[int], tokenizer: Any) -> list[int]:
 def _set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationConfig) -> None:
     """Give continuations a length, unless they have one; raise `DataError` for a prompt whose
     continuation would leave the network's context."""
-    context = getattr(joint.base.config, "max_position_embeddings", math.inf)
+    context = context_length(joint.base)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
     size = len(prompts[longest])
     if settings.max_new_tokens is None and settings.max_length is None:
-        settings.max_new_tokens = max(1, min(defaults.MAX_NEW_TOKENS, context - size))
+        settings.max_new_tokens = int(max(1, min(defaults.MAX_NEW_TOKENS, context - size)))
     if settings.max_new_tokens is None and settings.max_length <= size:
         raise DataError(
             f"prompt {longest} has {size} tokens, which max_length={settings.max_length} counts, "

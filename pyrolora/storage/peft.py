@@ -140,8 +140,8 @@ def _check_names(specs: Iterable[str], base: nn.Module) -> None:
         known = first.setdefault(unwrapped(module), name)
         if name in specs and known != name:
             raise ConfigError(
-                f"{known!r} and {name!r} are one layer, each with an adapter of its own, and PEFT "
-                f"has one adapter a layer; fit with exclude_modules=[{name!r}], or use merge()"
+                f"{known!r} and {name!r} are one layer, which PEFT knows under the first of its "
+                f"names alone; fit with exclude_modules=[{name!r}], or use merge()"
             )
 
 

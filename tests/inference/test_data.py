@@ -452,7 +452,15 @@ def test_real_labels_keep_their_precision() -> None:
     assert torch.equal(batch["labels"], data[1])
 
 
-@pytest.mark.parametrize("form", ["pandas", "arrow"])
+def test_features_that_the_networks_precision_does_not_hold_are_refused() -> None:
+    x = torch.ones(6, 4).double()
+    x[3, 1] = 1e300
+    for data in ((x, torch.arange(6) % 3), Rows([(x[i], i % 3) for i in range(6)])):
+        with pytest.raises(DataError, match="example 3 is not finite"):
+            prepare(data, mlp(), Classification())
+
+
+@pytest.mark.parametrize("form", ["pandas", "arrow", "numpy", "torch"])
 def test_rows_that_come_as_tables_are_read_as_rows(form: str) -> None:
     plain = reviews(7)
     for data in (plain.with_format(form), datasets.DatasetDict(train=plain.with_format(form))):

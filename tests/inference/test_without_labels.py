@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from problems import bert, llama, reviews, tokenizer
+from problems import Rows as Listed
+from problems import bert, llama, mlp, reviews, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -61,6 +62,39 @@ def test_predictions_do_without_labels_that_are_not_all_there(rows: list[Any]) -
     message = "must be >= 0, got -1" if rows[0]["label"] == -1 else "1 examples have no label, the"
     with pytest.raises(DataError, match=message):
         posterior.evaluate(rows, 0)
+
+
+def test_labels_made_on_access_are_left_out_where_some_are_missing() -> None:
+    x = torch.randn(6, 4)
+    posterior = pyrolora.fit(
+        mlp(), (x, torch.arange(6) % 3), "map", likelihood="classification", epochs=1,
+        adapter=AdapterConfig(r=1),
+    )  # fmt: skip
+    expected = posterior.predict((x,), 0).probs
+    for labels in ([0, None, 1, None, 2, 1], [None, 0, 1, 2, 0, 1], [-1] * 6):
+        rows = Listed([(x[i], labels[i]) for i in range(6)])
+        found = posterior.predict(rows, 0, batch_size=4)
+        assert found.targets is None
+        torch.testing.assert_close(found.probs, expected)
+    data = reviews(6).map(lambda row: {"label": -1})
+    network = pyrolora.fit(
+        bert(), reviews(8), "map", tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
+    )
+    lazy = data.with_transform(
+        lambda rows: {**tokenizer()(rows["text"], padding=True), "labels": rows["label"]}
+    )
+    for rows in (data, lazy):
+        assert network.predict(rows, 0).targets is None
+
+
+def test_labels_that_say_which_tokens_count_are_all_there_or_none() -> None:
+    posterior = pyrolora.fit(
+        llama(), reviews(8), "map", tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
+    )
+    ids = [2, 4, 5, 6, 3]
+    rows = [{"input_ids": ids, "labels": [-100] * 4 + [3]}, {"input_ids": ids, "labels": None}]
+    with pytest.raises(DataError, match="1 examples have no label, the first is example 1"):
+        posterior.predict(rows, 0)
 
 
 def test_choices_do_without_labels_that_are_not_all_there() -> None:

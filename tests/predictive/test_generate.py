@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
-from problems import bert, gpt2, llama, reviews, tokenizer, tokens
-from transformers import GenerationConfig
+from problems import WORDS, bert, gpt2, llama, reviews, tokenizer, tokens
+from transformers import GenerationConfig, RobertaConfig, RobertaForCausalLM
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -309,3 +310,36 @@ def test_prompts_of_other_kinds_are_refused_in_words(posterior):
         posterior.generate({"input_ids": [[4, 5]], "attention_mask": [[1]]})
     with pytest.raises(DataError, match="a mapping with 'input_ids'"):
         posterior.generate({"tokens": [[4, 5]]})
+
+
+def roberta() -> RobertaForCausalLM:
+    """A decoder whose table of positions has room for 12 of its 14."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "is_decoder": True,
+    }
+    config = RobertaConfig(
+        **sizes, intermediate_size=16, vocab_size=len(WORDS), max_position_embeddings=14,
+        pad_token_id=1,
+    )  # fmt: skip
+    return RobertaForCausalLM(config).eval()
+
+
+def test_a_decoder_whose_positions_count_from_the_padding_on():
+    own = pyrolora.fit(
+        roberta(), reviews(8), "map", tokenizer=tokenizer(), epochs=1,
+        adapter=AdapterConfig(r=1, target_modules=["query"]),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="the network has 12 positions"):
+        own.generate([[4] * 10], 0, max_new_tokens=4)
+    assert own.generate([[4] * 10], 0).sequences.shape[-1] <= 2
+    question = " ".join(["the film is good"] * 5)
+    found = own.predict([{"question": question, "choices": ["good", "dull"]}], 0)
+    assert found.probs.shape == (1, 2)
+
+
+def test_other_texts_may_be_a_training_split(posterior):
+    found = posterior.evaluate(reviews(4), 0, outside=datasets.DatasetDict(train=reviews(3)))
+    assert 0 <= found["ood_auroc"] <= 1
