@@ -460,19 +460,19 @@ def candidates(frame: Table) -> Table:
 
 @entry(TABLES, "options", "confirm grid narrower")
 def options(frame: Table) -> Table:
-    """Other options of montec on tasks that chose nothing, beside the defaults in the same fits."""
+    """Other options on tasks that chose nothing, beside the defaults in the same fits."""
     fits = with_classes(frame)
-    fits = fits[(fits["guide"] == "montec") & fits["task"].isin(CONFIRMING)]
-    default = fits["changes"] == ""
+    fits = fits[fits["task"].isin(CONFIRMING)]
+    default, same = fits["changes"] == "", ["guide", *UNIT, *RECIPE]
     both = fits[~default].merge(
-        fits[default], on=[*UNIT, *RECIPE], suffixes=("", " by default"), validate="many_to_one"
+        fits[default], on=same, suffixes=("", " by default"), validate="many_to_one"
     )
-    groups = both.groupby(["changes", "task", *RECIPE], sort=False)
+    groups = both.groupby(["guide", "changes", "task", *RECIPE], sort=False)
     shown = [
         f"{name}{whose}" for name in ("nll", "ece", "accuracy") for whose in ("", " by default")
     ]
     means = groups[shown].mean().assign(seeds=groups["seed"].nunique())
-    return readable(means.reset_index().sort_values("changes", kind="stable"))
+    return readable(ordered(means.reset_index(), "guide", "changes"))
 
 
 @entry(TABLES, "draws", "confirm one")

@@ -653,13 +653,16 @@ def two() -> Iterator[Job]:
 
 
 def narrower() -> Iterator[Job]:
-    """The runner-up, and other rates of scales in long fits, on tasks that chose nothing."""
+    """The runner-up, other rates of scales in long fits, and another way to tune the prior of
+    laplace, on tasks that chose nothing."""
     for job in itertools.chain(confirm(), grid()):
         if job.guide == "montec":
             yield dataclasses.replace(job, options=NARROWER)
     for task, options in itertools.product(("trec", "sst2"), SCALE_RATES):
         for rate, batch, epochs in LONG:
             yield Job(task, 1000, "montec", options, epochs, rate, batch)
+    for task in ("trec", "sst2"):
+        yield Job(task, 1000, "laplace", {"tune": "marginal_likelihood"})
 
 
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
