@@ -82,9 +82,11 @@ CHAINS = 2
 NUTS_DRAWS = 200
 NUTS_WARMUP = 200
 
-# Of data that has several splits, which is scored: while fitting, and afterwards.
+# Of data that has several splits, which is scored: while fitting, afterwards, and as data
+# of another distribution.
 FIT_SPLITS = ("validation", "test")
 SCORE_SPLITS = ("test", "validation")
+OUTSIDE_SPLITS = (*SCORE_SPLITS, "train")
 
 # Prediction: the Monte Carlo error of a probability is below 0.5 / sqrt(32) = 0.09 at worst.
 NUM_SAMPLES = 32

@@ -575,10 +575,9 @@ class Posterior:
         """Data as `predict` takes it, without labels, which may be of other classes; those of texts
         stay, since they say which tokens count."""
         name = getattr(self.base, "main_input_name", INPUTS)
-        splits = (*defaults.SCORE_SPLITS, "train")
         if isinstance(self.likelihood, TokenLikelihood):
-            return as_examples(data, name, splits)
-        return without_labels(data, name, splits)
+            return as_examples(data, name, defaults.OUTSIDE_SPLITS)
+        return without_labels(data, name, defaults.OUTSIDE_SPLITS)
 
     def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
         return prepare(

@@ -82,7 +82,7 @@ class Attachment:
         if needed:
             for name, wrapper in self.wrappers.items():
                 if id(wrapper) not in needed:
-                    _replace(self.network, name, wrapper.base_layer)
+                    self.network.set_submodule(name, wrapper.base_layer)
             return
         unwrap(self.network)
         _networks.pop(self.network, None)
@@ -110,7 +110,7 @@ def unwrap(network: nn.Module) -> None:
     """Replace every wrapper of ours in ``network`` by what it wraps."""
     for name, module in list(walk(network)):
         if isinstance(module, Wrapper):
-            _replace(network, name, module.base_layer)
+            network.set_submodule(name, module.base_layer)
 
 
 def _check_nesting(network: nn.Module, targets: list[str], heads: list[str]) -> None:
@@ -134,10 +134,5 @@ def _wrap(network: nn.Module, name: str, kind: type[Wrapper]) -> Wrapper:
         return module
     wrapper = kind(module)
     wrapper.train(module.training)
-    _replace(network, name, wrapper)
+    network.set_submodule(name, wrapper)
     return wrapper
-
-
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, module)

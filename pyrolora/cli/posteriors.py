@@ -83,7 +83,7 @@ def outside(folder: Path, source: str | None, text: Sequence[str] | None) -> Any
     """The inputs of data of another distribution, if there is any."""
     if source is None:
         return None
-    return unlabelled(folder, source, None, text, (*defaults.SCORE_SPLITS, "train"))[1]
+    return unlabelled(folder, source, None, text, defaults.OUTSIDE_SPLITS)[1]
 
 
 def unlabelled(

@@ -68,6 +68,8 @@ def generate(
     settings = _check(joint, options)
     prompts = _as_ids(inputs, tokenizer, joint)
     _set_length(joint, prompts, settings)
+    settings.disable_compile = True  # the compiler cannot follow the binding
+    settings.return_dict_in_generate = False
     settings.pad_token_id = pad = _padding(settings, tokenizer)
     several = settings.num_return_sequences or 1
     width = max(settings.num_beams or 1, several)
@@ -244,8 +246,6 @@ def _continuations(
     ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
-    settings.disable_compile = True  # the compiler cannot follow the binding
-    settings.return_dict_in_generate = False
     with bind(joint.binding(factors)):
         try:
             found = base.generate(

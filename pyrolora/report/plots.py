@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from pyrolora.errors import DataError, whole_number
+from pyrolora.errors import DataError
 from pyrolora.predictive import (
     ClassPrediction,
     Prediction,
     RegressionPrediction,
     TokenPrediction,
+    reliability_table,
     risk_coverage,
 )
 
@@ -45,20 +47,14 @@ def reliability_diagram(
     bins
         Number of bins of the confidence, which is the largest probability.
     """
-    whole_number("bins", bins, at_least=1)
-    probs, targets = np.asarray(probs), np.asarray(targets)
-    confidence, right = probs.max(-1), probs.argmax(-1) == targets
-    index = (confidence * bins).astype(int).clip(0, bins - 1)
-    counts = np.bincount(index, minlength=bins)
-    used = counts > 0
-    x, y = (
-        np.bincount(index, weights=values, minlength=bins)[used] / counts[used]
-        for values in (confidence, right)
-    )
+    given = ClassPrediction(torch.as_tensor(targets), None, torch.as_tensor(probs)[None])
+    table = reliability_table(given, bins)
+    table = table[table["count"] > 0]
+    x, y, counts = (table[name].to_numpy() for name in ("confidence", "accuracy", "count"))
     if not ax.lines:
         ax.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     (line,) = ax.plot(x, y, label=label)
-    ax.scatter(x, y, s=4 + 250 * counts[used] / len(targets), color=line.get_color(), clip_on=False)
+    ax.scatter(x, y, s=4 + 250 * counts / counts.sum(), color=line.get_color(), clip_on=False)
     ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     return ax
 

@@ -36,7 +36,6 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
     network = copy.deepcopy(joint.base)
     unwrap(network)
     for name, spec in bank.specs.items():
-        parent, _, child = name.rpartition(".")
         layer = copy.copy(network.get_submodule(name))
         layer._parameters = dict(layer._parameters)
         A, B = matrices[name]
@@ -45,12 +44,11 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
         if isinstance(layer, Conv1D):
             update = update.T
         layer.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
-        setattr(network.get_submodule(parent), child, layer)
+        network.set_submodule(name, layer)
     _untie(network)
     for name, (head,) in joint.named_heads(factors).items():
-        parent, _, child = name.rpartition(".")
         dtype = next(network.get_submodule(name).parameters()).dtype
-        setattr(network.get_submodule(parent), child, copy.deepcopy(head).to(dtype))
+        network.set_submodule(name, copy.deepcopy(head).to(dtype))
     return network.requires_grad_(True).eval()
 
 
