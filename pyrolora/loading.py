@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer
+from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
-from pyrolora.errors import CheckpointError
-from pyrolora.guides import MAP, Guide, from_options
+from pyrolora.adapters.targets import features, linear_layers
+from pyrolora.errors import CheckpointError, true_or_false
+from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.inference import load_language_model
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointModel
+from pyrolora.parameters import ParamModule
 from pyrolora.posterior import Posterior
-from pyrolora.storage import check_base, load_base, read_adapter, read_folder
+from pyrolora.seeding import seeded
+from pyrolora.storage import (
+    Description,
+    Saved,
+    check_base,
+    load_base,
+    read_adapter,
+    read_folder,
+)
 from pyrolora.types import AdapterConfig
 
 
@@ -40,8 +50,15 @@ def build(
 
 
 @torch.inference_mode(False)
-def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Posterior:
+def load(
+    path: str | Path,
+    model: str | Path | nn.Module | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Posterior:
     """Load a posterior that `Posterior.save` wrote.
+
+    The folder is data: nothing in it is run, whoever wrote it (SECURITY.md says what it can do).
 
     Parameters
     ----------
@@ -50,51 +67,175 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
     model
         The network that it was fitted on, or the hub id or folder to load it from. None: from
         where it came at the time.
+    trust_remote_code
+        Whether network and tokenizer may be of classes whose code lies beside their files, and is
+        then run. Only your own word counts, none in a file.
 
     Raises
     ------
     CheckpointError
-        When the folder is damaged, or the network is another one.
+        When the folder is damaged, or the network is another one; a network that was passed is
+        then as it was.
     """
-    meta, state, tokens = read_folder(Path(path))
-    attachment = None
+    true_or_false("trust_remote_code", trust_remote_code)
+    saved = read_folder(Path(path))
+    description = saved.description
     try:
-        tokenizer = None
-        if tokens is not None:
-            tokenizer = AutoTokenizer.from_pretrained(tokens.resolve(), local_files_only=True)
-        specs = [LayerSpec(**spec) for spec in meta["layers"]]
-        heads, base = list(meta["heads"]), meta["base"]
-        guide = from_options(meta["guide"]["name"], meta["guide"]["options"])
-        config = AdapterConfig(**meta["adapter"])
-        num_examples = operator.index(meta["num_examples"])
-        history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
-        if bool(specs) != guide.adapts or num_examples < 1:
-            raise ValueError("no layers, or no examples")
-        network = model
-        if not isinstance(network, nn.Module):
-            name = base.get("name_or_path") if model is None else str(model)
-            network = load_base({**base, "name_or_path": name})
-        elif not guide.adapts:
-            network = plain_copy(network)
-        if guide.adapts:  # else every weight is in the file
-            check_base(network, heads, base)
-        likelihood = likelihood_for(network, meta["likelihood"])
-        attachment = Attachment(network, specs, heads)
-        joint = build(network, attachment, config, guide, likelihood, num_examples)
-        if meta.get("prior") is not None:  # folders of earlier versions have no such entry
-            joint.program.await_prior(from_options(meta["prior"]["name"], meta["prior"]["options"]))
-            joint.align()
-        joint.load_own_state(state)
-    except BaseException as error:
-        if attachment is not None:
-            attachment.detach()
-        if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+        _check_sizes(description, saved.tensors.declared)
+        tokenizer = saved.tokenizer(trust_remote_code=trust_remote_code)
+        network = _network(description, model)
+        with _as_it_was(network):
+            joint = _joint(saved, network)
+    except Exception as error:
+        if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
             f"{path} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
             "from a copy"
         ) from error
-    return Posterior(joint, guide, tokenizer=tokenizer, history=history, settings=settings)
+    return Posterior(
+        joint,
+        description.guide,
+        tokenizer=tokenizer,
+        history=description.history,
+        settings=description.settings,
+    )
+
+
+def _network(description: Description, model: str | Path | nn.Module | None) -> nn.Module:
+    """The network that was passed or is loaded; a copy, where the file has all its weights."""
+    if isinstance(model, nn.Module):
+        return model if description.guide.adapts else plain_copy(model)
+    name = description.base.get("name_or_path") if model is None else str(model)
+    return load_base({**description.base, "name_or_path": name})
+
+
+def _joint(saved: Saved, network: nn.Module) -> JointModel:
+    """The joint model of a saved posterior; nothing is left in the network where it fails."""
+    description = saved.description
+    if description.guide.adapts:  # else every weight is in the file
+        check_base(network, description.heads, description.base)
+    likelihood = likelihood_for(network, description.likelihood)
+    _check_layers(description.specs, network)
+    attachment = Attachment(network, description.specs, description.heads)
+    try:
+        joint = build(
+            network,
+            attachment,
+            description.config,
+            description.guide,
+            likelihood,
+            description.num_examples,
+        )
+        if description.prior is not None:
+            joint.program.await_prior(description.prior)
+            joint.align()
+        joint.check_own_state(saved.tensors.declared)
+        joint.load_own_state(saved.state())
+        _check_values(joint)
+    except BaseException:
+        attachment.detach()
+        raise
+    return joint
+
+
+@contextmanager
+def _as_it_was(network: nn.Module) -> Iterator[None]:
+    """Where the block fails, every module of the network is in the mode that it had."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        yield
+    except BaseException:
+        for module, mode in modes.items():
+            module.training = mode
+        raise
+
+
+def _check_sizes(description: Description, declared: Mapping[str, Tensor]) -> None:
+    """Compare the sizes that the description states with those of the stored tensors, before one
+    tensor of such a size is made."""
+    stored = {
+        name.removeprefix("program."): tuple(tensor.shape)
+        for name, tensor in declared.items()
+        if name.startswith("program.")
+    }
+    _check_program(description.guide, description, stored)
+    if description.prior is not None:
+        guide, prefix = description.prior, "previous."
+        inner: Any = description.guide
+        while (inner := getattr(inner, "inner", None)) is not None:
+            prefix = f"inner.{prefix}"
+        _check_program(guide, description, _below(prefix, stored))
+
+
+def _check_program(
+    guide: Guide, description: Description, stored: Mapping[str, tuple[int, ...]]
+) -> None:
+    inner = getattr(guide, "inner", None)
+    if inner is not None:
+        _check_program(inner, description, _below("inner.", stored))
+    for name, shape in guide.shapes(description.specs, description.config).items():
+        if name not in stored:
+            raise CheckpointError(
+                f"the saved tensors are not those of this guide, {full_name(guide)!r}: missing "
+                f"{name!r}; were the adapter settings or the guide changed?"
+            )
+        if stored[name] != shape:
+            raise CheckpointError(
+                f"the saved tensor {name!r} has shape {stored[name]}, and by the description of "
+                f"guide and layers it is {shape}; were they changed?"
+            )
+
+
+def _below(prefix: str, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    names = [name for name in stored if name.startswith(prefix)]
+    return {name.removeprefix(prefix): stored[name] for name in names}
+
+
+def _check_layers(specs: Iterable[LayerSpec], network: nn.Module) -> None:
+    layers = linear_layers(network)
+    for spec in specs:
+        if spec.name not in layers:
+            raise CheckpointError(
+                f"this {type(network).__name__} has no linear layer {spec.name!r}, which the "
+                "posterior adapts; load the model that it was fitted on"
+            )
+        size = features(layers[spec.name])
+        if size != (spec.in_features, spec.out_features):
+            raise CheckpointError(
+                f"the layer {spec.name!r} maps {size[0]} to {size[1]} features, and in the "
+                f"posterior {spec.in_features} to {spec.out_features}; load the model that it was "
+                "fitted on"
+            )
+
+
+@torch.no_grad()
+def _check_values(joint: JointModel) -> None:
+    """Refuse tensors with a value that their parameter cannot have, or of which no finite adapter
+    comes."""
+    for name, module in joint.named_modules():
+        outside = module.outside() if isinstance(module, ParamModule) else []
+        if outside:
+            raise CheckpointError(
+                f"the saved tensor {f'{name}.{outside[0]}'!r} has values that it cannot have; it "
+                "was edited: restore it from a copy"
+            )
+    for name, tensor in joint.own_state().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"the tensor {name!r} is too large for {tensor.dtype}")
+    for statistics in (m for m in joint.modules() if isinstance(m, nn.modules.batchnorm._NormBase)):
+        if statistics.running_var is not None and (statistics.running_var < 0).any():
+            raise CheckpointError("a saved running variance is negative; restore it from a copy")
+    program = joint.program
+    if not program.bank.specs:
+        return
+    with seeded(0):
+        for factors in (program.mean(), program.factors(program.draw(1))):
+            if not torch.isfinite(program.bank.update_norms(factors)).all():
+                raise CheckpointError(
+                    "the saved tensors are finite, and the adapters that come of them are not; "
+                    "they were edited: restore them from a copy"
+                )
 
 
 @torch.inference_mode(False)
@@ -104,6 +245,7 @@ def from_peft(
     *,
     likelihood: str | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> Posterior:
     """A LoRA adapter that PEFT saved, as a posterior without width (``"map"``).
 
@@ -121,6 +263,9 @@ def from_peft(
         A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
     tokenizer
         For raw text; loaded with a model that is given by its name.
+    trust_remote_code
+        Whether a model that is given by its name may be of a class whose code lies beside its
+        files, and is then run. The adapter's folder is data, and brings none.
 
     Returns
     -------
@@ -140,18 +285,19 @@ def from_peft(
         network, tokenizer = load_language_model(str(model), tokenizer)
     law = likelihood_for(network, likelihood)
     adapter = read_adapter(path, network)
-    attachment = Attachment(network, adapter.specs, list(adapter.heads))
-    guide = MAP()
-    try:
-        joint = build(network, attachment, adapter.config, guide, law, num_examples=1)
-        bank = joint.program.bank
-        flat = bank.flattened(adapter.matrices)
-        bank.assign("A_loc", flat.A)
-        bank.assign("B_loc", flat.B)
-        for name, (head,) in joint.named_heads().items():
-            head.load_state_dict(adapter.heads[name])
-    except BaseException:
-        attachment.detach()
-        raise
-    network.eval()
-    return Posterior(joint, guide, tokenizer=tokenizer)
+    with _as_it_was(network):
+        attachment = Attachment(network, adapter.specs, list(adapter.heads))
+        try:
+            joint = build(network, attachment, adapter.config, MAP(), law, num_examples=1)
+            bank = joint.program.bank
+            flat = bank.flattened(adapter.matrices)
+            bank.assign("A_loc", flat.A)
+            bank.assign("B_loc", flat.B)
+            for name, (head,) in joint.named_heads().items():
+                head.load_state_dict(adapter.heads[name])
+            _check_values(joint)
+        except BaseException:
+            attachment.detach()
+            raise
+        network.eval()
+    return Posterior(joint, MAP(), tokenizer=tokenizer)

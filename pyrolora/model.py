@@ -242,6 +242,15 @@ class JointModel(nn.Module):
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `own_state`; every tensor has to be there, in its shape."""
+        self.check_own_state(state)
+        with torch.no_grad():
+            for name, tensor in self._own():
+                tensor.copy_(state[name])
+
+    def check_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise `CheckpointError` unless the tensors, of which the values are not looked at, are
+        those of `own_state` by name, shape and dtype; a network's own weights may be in another
+        precision."""
         own = dict(self._own())
         if set(own) != set(state):
             missing, foreign = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -255,9 +264,12 @@ class JointModel(nn.Module):
                     f"the saved tensor {name!r} has shape {tuple(state[name].shape)}, this model "
                     f"needs {tuple(tensor.shape)}; was it fitted on another network?"
                 )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
+            found = state[name].dtype
+            cast = name.startswith("base.") and found.is_floating_point
+            if found != tensor.dtype and not (cast and tensor.is_floating_point()):
+                raise CheckpointError(
+                    f"the saved tensor {name!r} holds {found}, this model needs {tensor.dtype}"
+                )
 
     def _own(self) -> Iterator[tuple[str, Tensor]]:
         state: Mapping[str, Tensor] = self.state_dict()

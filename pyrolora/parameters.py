@@ -45,6 +45,7 @@ class ParamModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._constraints: dict[str, constraints.Constraint] = {}
+        self._domains: dict[str, constraints.Constraint] = {}
 
     def declare(
         self, name: str, value: Tensor, constraint: constraints.Constraint = constraints.real
@@ -53,6 +54,23 @@ class ParamModule(nn.Module):
         unconstrained = transform_to(constraint).inv(value.detach()).clone()
         self._constraints[name] = constraint
         self.register_parameter(name, nn.Parameter(unconstrained))
+
+    def confine(self, name: str, constraint: constraints.Constraint) -> None:
+        """Say what the buffer ``name`` can hold."""
+        self._domains[name] = constraint
+
+    @torch.no_grad()
+    def outside(self) -> list[str]:
+        """Names of the own parameters and buffers that have a value which they cannot have."""
+        values = {name: self.param(name) for name in self._constraints}
+        values |= dict(self.named_buffers(recurse=False))
+        domains = {**self._constraints, **self._domains}
+        return [
+            name
+            for name, value in values.items()
+            if not torch.isfinite(value).all()
+            or not torch.as_tensor(domains.get(name, constraints.real).check(value)).all()
+        ]
 
     def param(self, name: str) -> Tensor:
         """The constrained value, as a Pyro parameter statement."""

@@ -17,6 +17,8 @@ FLOORS = {
     "errors": 0,
     "defaults": 0,
     "seeding": 1,
+    "files": 1,
+    "options": 1,
     "parameters": 1,
     "distributions": 1,
     "adapters": 2,
@@ -40,7 +42,7 @@ FLOORS = {
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"
 # The configuration checks its values and has defaults: floor 0 has an order within, types last.
-WITHIN_A_FLOOR = {("types", "errors"), ("types", "defaults")}
+WITHIN_A_FLOOR = {("types", "errors"), ("types", "defaults"), ("options", "files")}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 

@@ -234,13 +234,13 @@ def _built(
 
 def _guide(name: str | None, prior: Path | None) -> Any:
     """The guide of that name; of an earlier fit with its options."""
-    from pyrolora.guides import as_guide, from_options
-    from pyrolora.storage import read_folder
+    from pyrolora.guides import as_guide, full_name
+    from pyrolora.storage import read_description
 
     if prior is not None:
-        earlier = read_folder(prior)[0]["guide"]
-        if name in (None, earlier["name"]):
-            return from_options(earlier["name"], earlier["options"])
+        earlier = read_description(prior).guide
+        if name in (None, full_name(earlier)):
+            return earlier
     return as_guide("montec" if name is None else name)
 
 

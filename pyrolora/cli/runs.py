@@ -112,7 +112,8 @@ class Run:
             self.folder.rmdir()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        from pyrolora.storage import as_json, write_whole
+        from pyrolora.files import write_whole
+        from pyrolora.storage import as_json
 
         write_whole(self.folder / RECORD, as_json(record).encode())
 

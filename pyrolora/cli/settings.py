@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from typing import Any
 
 from pyrolora.errors import ConfigError
@@ -73,15 +70,9 @@ def refined(guide: Any, values: Mapping[str, Any], part: str = "guide") -> Any:
 
 def check(kind: type, part: str, values: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for what is no option of ``kind``, or of another type."""
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind) if field.init]
-    for name, value in values.items():
-        if name not in names:
-            listed = f"; it has {', '.join(names)}" if len(names) < 40 else ""
-            raise ConfigError(f"--set {part}.{name}: {kind.__name__} has no such option{listed}")
-        if not _fits(value, hints[name]):
-            expected = getattr(hints[name], "__name__", str(hints[name]).replace("typing.", ""))
-            raise ConfigError(f"--set {part}.{name}: expected {expected}, got {value!r}")
+    from pyrolora.options import check_options
+
+    check_options(kind, values, f"--set {part}.")
 
 
 def check_training(values: Mapping[str, Any]) -> None:
@@ -99,27 +90,3 @@ def _value(text: str) -> Any:
         return WORDS[text] if text in WORDS else json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can be one of the annotated type."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
-    if hint in (None, type(None)):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    kind = origin or hint
-    if isinstance(kind, type):
-        if issubclass(kind, Enum):
-            return isinstance(value, str)
-        if issubclass(kind, Mapping):
-            return isinstance(value, dict)
-        if issubclass(kind, Sequence):
-            return isinstance(value, list)
-    return True

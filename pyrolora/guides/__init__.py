@@ -19,6 +19,7 @@ from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.nuts import NUTS
 from pyrolora.guides.swag import SWAG
+from pyrolora.options import check_options, short
 
 _REGISTRY: dict[str, type[Guide]] = {
     kind.name: kind
@@ -37,7 +38,9 @@ def available() -> list[str]:
 def guide_class(name: str) -> type[Guide]:
     """The class of options of the guide called ``name``."""
     if name not in _REGISTRY:
-        raise UnknownNameError(f"unknown guide {name!r}; choose one of {', '.join(available())}")
+        raise UnknownNameError(
+            f"unknown guide {short(name)!r}; choose one of {', '.join(available())}"
+        )
     return _REGISTRY[name]
 
 
@@ -59,10 +62,14 @@ def from_options(name: str, options: Mapping[str, Any]) -> Guide:
     the inner one."""
     outer, joined, inner = name.partition("+")
     kind, options = guide_class(outer), dict(options)
+    nested = options.pop("inner", {}) if joined else {}
+    check_options(kind, options, f"{outer}.")
     if joined:
         if "inner" not in {field.name for field in dataclasses.fields(kind)}:
             raise ConfigError(f"{outer!r} is not a guide around another one, got {name!r}")
-        options["inner"] = from_options(inner, options.get("inner", {}))
+        if not isinstance(nested, Mapping):
+            raise ConfigError(f"{outer}.inner: expected the options of {inner!r}")
+        options["inner"] = from_options(inner, nested)
     return kind(**options)
 
 

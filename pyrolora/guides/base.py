@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -19,12 +19,14 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.errors import ConfigError, positive, share, whole_number
 from pyrolora.parameters import ParamModule
 from pyrolora.seeding import DRAWING
+from pyrolora.types import AdapterConfig
 
 LATENTS = ("A", "B", "AB")
 AGAINST = ("sum", "mean")
@@ -93,6 +95,15 @@ class Guide(ABC):
     @abstractmethod
     def build(self, bank: AdapterBank) -> Program:
         """The model/guide pair over the factors of ``bank``."""
+
+    def shapes(
+        self, specs: Sequence[LayerSpec], config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every stored tensor of the program that `build` makes of these layers,
+        without making one."""
+        with torch.device("meta"):
+            state = self.build(AdapterBank(specs, config)).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def infer(self, fit: Fit) -> None:
         """Infer the posterior of ``fit.joint``; by stochastic variational inference."""
@@ -221,6 +232,9 @@ class Program(ParamModule, ABC):
     previous
         The program of an earlier posterior, whose guide is the prior here; None: the options' own.
     """
+
+    supports: ClassVar[Mapping[str, constraints.Constraint]] = {}
+    """Site -> what its values can be, where that is not every number."""
 
     options: Any
     previous: Any

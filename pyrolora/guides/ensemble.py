@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pyro
 import pyro.distributions as dist
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.errors import ConfigError, true_or_false, whole_number
 from pyrolora.guides.base import Fit, Guide, Program, Quantities, Sites
 from pyrolora.guides.map import MAP
+from pyrolora.types import AdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,13 @@ class Ensemble(Guide):
                 "same; leave side_by_side out, or start from 'kaiming'"
             )
         return EnsembleProgram(bank, self)
+
+    def shapes(
+        self, specs: Sequence[LayerSpec], config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        found = super(Ensemble, replace(self, members=2)).shapes(specs, config)
+        many = {name: (self.members, *found[name][1:]) for name in ("A_locs", "B_locs")}
+        return found | many
 
     def infer(self, fit: Fit) -> None:
         if self.side_by_side:

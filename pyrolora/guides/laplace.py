@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
 from pyrolora.distributions import KroneckerNormal
@@ -25,6 +26,19 @@ from pyrolora.guides.map import MAP
 TUNING = ("marginal_likelihood", "validation")
 GRID = tuple(10.0**exponent for exponent in range(-2, 6))
 """The precisions λ that validation compares: prior scales from 10 down to 0.003."""
+
+
+class _Orthonormal(constraints.Constraint):
+    """Matrices U with Uᵀ U = I, to the precision of an eigendecomposition in float32."""
+
+    event_dim = 2
+
+    def check(self, value: Tensor) -> Tensor:
+        eye = torch.eye(value.shape[-1]).to(value)
+        return ((value.mT @ value - eye).abs() < 1e-2).all(-1).all(-1)
+
+
+orthonormal = _Orthonormal()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +155,15 @@ class LaplaceProgram(FactorProgram):
         super().__init__(bank, options)
         self.linearised = options.linearised is not False
         self.register_buffer("precision", torch.ones(()))
+        self.confine("precision", constraints.positive)
         for factor in options.latent:
             for i, group in enumerate(bank.layouts[factor].groups):
                 for name, side in (("rows", group.rank), ("columns", group.columns)):
                     eye = torch.eye(side).repeat(group.count, 1, 1)
                     self.register_buffer(f"{name}_{factor}_{i}", eye)
+                    self.confine(f"{name}_{factor}_{i}", orthonormal)
                 self.register_buffer(f"values_{factor}_{i}", torch.zeros(group.shape))
+                self.confine(f"values_{factor}_{i}", constraints.nonnegative)
 
     def prior(self, site: str) -> dist.TorchDistribution:
         return self.normal_prior(site, self.precision.rsqrt())

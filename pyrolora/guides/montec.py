@@ -194,6 +194,11 @@ class MonteCLoRAProgram(Program):
     _scale: Tensor
     _concentration: Tensor
 
+    supports = {  # noqa: RUF012 - a constant of the class
+        "mixture_weights": constraints.unit_interval,
+        "covariance_tril": lower_factor,
+    }
+
     options: MonteCLoRA
 
     def __init__(self, bank: AdapterBank, options: MonteCLoRA) -> None:

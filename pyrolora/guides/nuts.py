@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from pyro import poutine
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.errors import ConfigError, share, whole_number
 from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
+from pyrolora.types import AdapterConfig
 
 HIGH_R_HAT = 1.05
 
@@ -97,6 +100,16 @@ class NUTS(Guide):
     def build(self, bank: AdapterBank) -> NUTSProgram:
         return NUTSProgram(bank, self)
 
+    def shapes(
+        self, specs: Sequence[LayerSpec], config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        # The sites are known from a draw, which needs a program of the inner guide in memory.
+        few = dataclasses.replace(self, chains=1, num_samples=4)
+        program = few.build(AdapterBank(specs, config))
+        found = {name: tuple(t.shape) for name, t in program.state_dict().items()}
+        size = self.chains * self.num_samples
+        return found | {n: (size, *found[n][1:]) for n in ("diverging", *program.sites)}
+
     def infer(self, fit: Fit) -> None:
         fit.joint.adopt(fit.point(MAP()))
         fit.joint.freeze()
@@ -131,8 +144,10 @@ class NUTSProgram(WrappingProgram):
         self.sites = list(sites)
         size = options.chains * options.num_samples
         self.register_buffer("diverging", torch.zeros(size))
+        self.confine("diverging", constraints.boolean)
         for name, value in sites.items():
             self.register_buffer(name, torch.zeros(size, *value.shape[1:]))
+            self.confine(name, self.inner.supports.get(name, constraints.real))
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         return self.inner.model(kl_weight)

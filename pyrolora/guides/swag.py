@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyrolora import defaults
@@ -125,6 +126,8 @@ class SWAGProgram(FactorProgram):
         self.register_buffer("iterate_mean", torch.zeros(0))
         self.register_buffer("variance", torch.zeros(total))
         self.register_buffer("deviations", torch.zeros(options.rank, total))
+        for name in ("count", "variance"):
+            self.confine(name, constraints.nonnegative)
         self._trained: list[nn.Parameter] | None = None
 
     def prior(self, site: str) -> dist.TorchDistribution:

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora import defaults
 from pyrolora.errors import ConfigError
+from pyrolora.files import write_whole
 from pyrolora.guides import full_name
 from pyrolora.page import findings
 from pyrolora.page.contraction import contractions
@@ -40,7 +41,6 @@ from pyrolora.predictive import (
     evaluate,
     reliability_table,
 )
-from pyrolora.storage import write_whole
 
 TEMPLATE = "page.html.jinja"
 

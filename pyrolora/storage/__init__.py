@@ -1,15 +1,16 @@
 """Save, load and merge posteriors; exchange adapters with PEFT."""
 
 from pyrolora.storage.base import check_base, describe_base, load_base
+from pyrolora.storage.description import Description, digest_of
 from pyrolora.storage.folder import (
     META_FILE,
-    as_json,
-    finite,
+    Saved,
+    read_description,
     read_folder,
     write_folder,
-    write_whole,
 )
 from pyrolora.storage.merge import merged
+from pyrolora.storage.numbers import as_json, finite
 from pyrolora.storage.peft import CONFIG_FILE as PEFT_FILE
 from pyrolora.storage.peft import Adapter, read_adapter, write_adapter
 
@@ -17,15 +18,18 @@ __all__ = [
     "META_FILE",
     "PEFT_FILE",
     "Adapter",
+    "Description",
+    "Saved",
     "as_json",
     "check_base",
     "describe_base",
+    "digest_of",
     "finite",
     "load_base",
     "merged",
     "read_adapter",
+    "read_description",
     "read_folder",
     "write_adapter",
     "write_folder",
-    "write_whole",
 ]

@@ -1,32 +1,65 @@
-"""A saved posterior: a folder of JSON, safetensors and the tokenizer's files; no pickle."""
+"""A saved posterior: a folder of JSON, safetensors and the tokenizer's files; no pickle.
+
+The description has a digest of itself, of the tensors' file and of every file of the tokenizer's.
+A digest tells damage and edits; it is no signature, and whoever edits a folder on purpose can
+write new ones. Nothing is trusted for having the right one.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.inference import read_state
+from pyrolora.files import MOST_JSON, SCRATCH, read_json, shown, write_whole
+from pyrolora.storage.description import (
+    DIGEST,
+    FORMAT,
+    FORMAT_VERSION,
+    STATE_NAME,
+    TOKENIZER_NAME,
+    Description,
+    described,
+    digest_of,
+)
+from pyrolora.storage.numbers import as_json, finite
+from pyrolora.storage.tensors import TensorFile, tensor_file
+from pyrolora.storage.words import read_tokenizer, remove, write_tokenizer
 
-FORMAT = "pyrolora-posterior"
-FORMAT_VERSION = 1
 META_FILE = "posterior.json"
 # Everything that a save writes beside the JSON, whole or left over from a save that died.
-OWN_NAME = re.compile(
-    r"adapters-[0-9a-f]{12}\.safetensors|tokenizer-[0-9a-f]{12}|\.tokenizer\.part"
-    r"|\.(adapters-[0-9a-f]{12}\.safetensors|posterior\.json)\.part"
-)
+OWN_NAME = re.compile(rf"{STATE_NAME}|{TOKENIZER_NAME}|\.tokenizer\.\w+\.part|{SCRATCH}")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder that holds a posterior, its description checked, its tensors not yet read."""
+
+    path: Path
+    description: Description
+    tensors: TensorFile
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors, which are those of the digest."""
+        return self.tensors.read(self.description.sha256)
+
+    def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
+        """The tokenizer, or None without one."""
+        if self.description.tokenizer is None:
+            return None
+        return read_tokenizer(
+            self.path / self.description.tokenizer,
+            self.description.tokenizer_files,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def write_folder(
@@ -36,12 +69,12 @@ def write_folder(
 
     Tensors and tokenizer get names of their own content; the JSON that names them is replaced in
     one move at the end, and only then are older files removed. A save that dies leaves the older
-    posterior in the folder whole.
+    posterior in the folder whole. Links that lie there are replaced, never followed.
 
     Raises
     ------
     ConfigError
-        When ``path`` is a file.
+        When ``path`` is a file, or the description is too long to be read again.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"a posterior is saved to a folder, and {path} is a file; name another")
@@ -50,104 +83,91 @@ def write_folder(
     digest = hashlib.sha256(content).hexdigest()
     state_file = path / f"adapters-{digest[:12]}.safetensors"
     write_whole(state_file, content)
-    folder = None if tokenizer is None else _write_tokenizer(path, tokenizer)
-    described = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "versions": {p: version(p) for p in ("pyrolora", "torch", "pyro-ppl", "transformers")},
-        "state_file": state_file.name,
-        "sha256": digest,
-        "tokenizer": None if folder is None else folder.name,
-        **meta,
-    }
-    write_whole(path / META_FILE, as_json(described).encode())
+    folder, digests = None, None
+    if tokenizer is not None:
+        folder, digests = write_tokenizer(path, tokenizer)
+    description = finite(
+        {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "versions": {p: version(p) for p in ("pyrolora", "torch", "pyro-ppl", "transformers")},
+            "state_file": state_file.name,
+            "sha256": digest,
+            "tokenizer": folder,
+            "tokenizer_files": digests,
+            "classes": None,
+            **meta,
+        }
+    )
+    text = as_json({**description, DIGEST: digest_of(description)}).encode()
+    if len(text) > MOST_JSON:
+        raise ConfigError(
+            f"the description of this posterior has {len(text):,} bytes, and at most {MOST_JSON:,} "
+            "are read again; shorten posterior.history"
+        )
+    write_whole(path / META_FILE, text)
     for item in path.iterdir():
-        if OWN_NAME.fullmatch(item.name) and item not in (state_file, folder):
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+        if OWN_NAME.fullmatch(item.name) and item.name not in (state_file.name, folder):
+            remove(item)
 
 
-def as_json(value: Any) -> str:
-    """JSON as the standard has it: `finite`, one value a line."""
-    return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
+def read_description(path: Path) -> Description:
+    """Read and check the description of a saved posterior, and nothing else.
+
+    Raises
+    ------
+    CheckpointError
+        When it is missing, truncated, edited, or of another program or format version.
+    """
+    meta_file = path / META_FILE
+    if not _is_file(meta_file):
+        raise CheckpointError(
+            f"{path} is no saved posterior: it has no {META_FILE}; pass the folder that "
+            "posterior.save(...) wrote"
+        )
+    meta = read_json(meta_file)
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{meta_file} does not describe a posterior of pyrolora")
+    found = meta.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {shown(found)}, this pyrolora reads {FORMAT_VERSION}; it "
+            f"was saved with {shown(meta.get('versions'))}: install that version"
+        )
+    if meta.get(DIGEST) != digest_of(meta):
+        raise CheckpointError(
+            f"{path} was edited or is incomplete: {META_FILE} is not what was saved (its digest "
+            "differs, or it has none); restore it from a copy"
+        )
+    try:
+        return described(meta)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} was edited or is incomplete: in {META_FILE}, {error}; restore it from a copy"
+        ) from error
 
 
-def finite(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null, tuples lists, NumPy's numbers Python's."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all."""
-    scratch = file.with_name(f".{file.name}.part")
-    scratch.write_bytes(content)
-    scratch.replace(file)
-
-
-def _write_tokenizer(path: Path, tokenizer: Any) -> Path:
-    """The tokenizer's files in a folder named by their content."""
-    scratch = path / ".tokenizer.part"
-    if scratch.exists():
-        shutil.rmtree(scratch)
-    tokenizer.save_pretrained(scratch)
-    digest = hashlib.sha256()
-    for file in sorted(file for file in scratch.rglob("*") if file.is_file()):
-        digest.update(str(file.relative_to(scratch)).encode() + b"\0" + file.read_bytes())
-    folder = path / f"tokenizer-{digest.hexdigest()[:12]}"
-    if not folder.is_dir():  # else it is the same, and the scratch folder goes with the old files
-        scratch.replace(folder)
-    return folder
-
-
-def read_folder(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Path | None]:
-    """Read what `write_folder` wrote: the description, the tensors, the tokenizer's folder.
+def read_folder(path: Path) -> Saved:
+    """Read what `write_folder` wrote: the description, and what the other files hold.
 
     Raises
     ------
     CheckpointError
         When files are missing, truncated, edited, or of another program or format version.
     """
-    meta_file = path / META_FILE
-    if not meta_file.is_file():
-        raise CheckpointError(
-            f"{path} is no saved posterior: it has no {META_FILE}; pass the folder that "
-            "posterior.save(...) wrote"
-        )
-    try:
-        meta = json.loads(meta_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{meta_file} is damaged, not readable as JSON: {error}") from error
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(f"{meta_file} does not describe a posterior of pyrolora")
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {meta.get('format_version')!r}, this pyrolora reads "
-            f"{FORMAT_VERSION}; it was saved with {meta.get('versions')}: install that version"
-        )
-    for key in ("state_file", "sha256", "tokenizer"):
-        if key not in meta:
+    description = read_description(path)
+    for name in (description.state_file, description.tokenizer):
+        if name is not None and not (path / name).exists():
             raise CheckpointError(
-                f"{path} was edited or is incomplete: {META_FILE} has no {key!r}; restore it "
-                "from a copy"
-            )
-    state_file = path / Path(str(meta["state_file"])).name
-    folder = None if meta["tokenizer"] is None else path / Path(str(meta["tokenizer"])).name
-    for part in (state_file, *([folder] if folder else [])):
-        if part == path or not part.exists():
-            raise CheckpointError(
-                f"{path} is no whole posterior: {META_FILE} names {part.name}, which is missing; "
+                f"{path} is no whole posterior: {META_FILE} names {name}, which is missing; "
                 "restore it from a copy"
             )
-    with state_file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != meta["sha256"]:
-        raise CheckpointError(
-            f"{state_file} is not the file that was saved (its SHA-256 differs): it is truncated, "
-            "edited, or from another save; restore it from a copy"
-        )
-    return meta, read_state(state_file), folder
+    return Saved(path, description, tensor_file(path / description.state_file))
+
+
+def _is_file(file: Path) -> bool:
+    """Whether something has this name that is no folder: what it is, is seen when it is read."""
+    try:
+        return file.exists() and not file.is_dir()
+    except (OSError, ValueError):
+        return False

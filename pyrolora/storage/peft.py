@@ -8,10 +8,9 @@ names are matched are those of PEFT 0.21 (``peft/utils/other.py``, ``peft/tuners
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mode
 from typing import Any, TypeVar
@@ -23,9 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters import LayerSpec
 from pyrolora.adapters.targets import features, linear_layers, unwrapped, walk
-from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.inference import read_state
-from pyrolora.storage.folder import as_json, write_whole
+from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
+from pyrolora.files import read_json, replacing, shown, write_whole
+from pyrolora.options import check_options
+from pyrolora.storage.numbers import as_json
+from pyrolora.storage.patterns import Patterns
+from pyrolora.storage.tensors import TensorFile, tensor_file
 from pyrolora.types import AdapterConfig
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,11 +38,6 @@ PREFIX = "base_model.model."
 CLASSIFIER_HEADS = ("classifier", "score")
 
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
-TAKEN = {
-    *REQUIRED,
-    *("exclude_modules", "lora_dropout", "modules_to_save", "init_lora_weights"),
-    *("rank_pattern", "alpha_pattern", "use_rslora"),
-}
 # Without bearing on the function that the stored tensors give.
 NEUTRAL = {
     *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
@@ -51,6 +48,26 @@ NEUTRAL = {
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 N = TypeVar("N", int, float)
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Types of the options of `TAKEN`, as PEFT writes them."""
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    target_modules: str | Sequence[str] | None
+    exclude_modules: str | Sequence[str] | None = None
+    lora_dropout: float | None = None
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | str | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    use_rslora: bool | None = None
+
+
+TAKEN = {field.name for field in fields(LoraOptions)}
 
 
 @dataclass(frozen=True)
@@ -126,10 +143,9 @@ def write_adapter(
         tensors |= {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
     content = save({f"{PREFIX}{key}": _own(t) for key, t in tensors.items()}, {"format": "pt"})
     path.mkdir(parents=True, exist_ok=True)
-    scratch = path / f".{WEIGHTS_FILE}.part"
-    scratch.write_bytes(content)
-    (path / CONFIG_FILE).unlink(missing_ok=True)  # no adapter, rather than a mixture of two
-    scratch.replace(path / WEIGHTS_FILE)
+    with replacing(path / WEIGHTS_FILE) as scratch:
+        scratch.write_bytes(content)
+        (path / CONFIG_FILE).unlink(missing_ok=True)  # no adapter, rather than a mixture of two
     write_whole(path / CONFIG_FILE, config)
 
 
@@ -175,7 +191,7 @@ def _describe(
     task, kind = _task(base, heads, list(modules)), type(base)
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     names: list[str] | str = list(ranks)
-    if any(_selects(names, other) for other in modules.keys() - ranks.keys()):
+    if any(_selects(names, other, Patterns()) for other in modules.keys() - ranks.keys()):
         names = "|".join(re.escape(name) for name in names)  # PEFT matches it in full
     return {
         "peft_type": "LORA",
@@ -220,7 +236,7 @@ def _task(base: nn.Module, heads: Sequence[str], modules: Iterable[str]) -> str 
 
 def _check_heads(heads: Sequence[str], layers: Iterable[str], modules: Iterable[str]) -> None:
     taken = [n for n in modules if n not in heads and _is_saved(heads, n)]
-    taken += [n for n in layers if _is_within(heads, n)]
+    taken += [n for n in layers if _is_within(heads, n, Patterns())]
     if taken:
         raise ConfigError(
             f"PEFT cannot tell the task heads {_listing(heads)} from {_listing(taken)}: it knows "
@@ -232,10 +248,10 @@ def _check_heads(heads: Sequence[str], layers: Iterable[str], modules: Iterable[
 # PEFT's rules -----------------------------------------------------------------------------------
 
 
-def _selects(wanted: str | Iterable[str], name: str) -> bool:
+def _selects(wanted: str | Iterable[str], name: str, patterns: Patterns) -> bool:
     """``target_modules``, ``exclude_modules``: a regular expression, or a list of suffixes."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return patterns.match(wanted, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in wanted)
 
 
@@ -244,15 +260,22 @@ def _is_saved(wanted: Iterable[str], name: str) -> bool:
     return any(name.endswith(suffix) for suffix in wanted)
 
 
-def _is_within(wanted: Iterable[str], name: str) -> bool:
+def _is_within(wanted: Iterable[str], name: str, patterns: Patterns) -> bool:
     """Which layers get no adapter, because ``modules_to_save`` names them or what they are in."""
-    return any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in wanted)
+    ends = [i for i, character in enumerate(name) if character == "."]
+    return any(patterns.match(part, name, _starts(name), [*ends, len(name)]) for part in wanted)
 
 
-def _value_of(name: str, patterns: Mapping[str, N], default: N) -> N:
+def _value_of(name: str, values: Mapping[str, N], default: N, patterns: Patterns) -> N:
     """``rank_pattern``, ``alpha_pattern``: the first key that matches the end of the name."""
-    found = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    starts = _starts(name)
+    found = (value for key, value in values.items() if patterns.match(key, name, starts))
     return next(found, default)
+
+
+def _starts(name: str) -> list[int]:
+    """Where a part of a dotted name may begin."""
+    return [0, *(i + 1 for i, character in enumerate(name) if character == ".")]
 
 
 # Reading ----------------------------------------------------------------------------------------
@@ -274,13 +297,16 @@ def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
     _refuse_wrapped(network)
     folder = Path(path)
     options = _read_options(folder)
-    tensors = _read_tensors(folder)
+    file = _weights(folder)
     try:
-        return _checked(options, tensors, network)
-    except re.error as error:
+        _checked(options, _named(file, file.declared), network)  # of shapes alone, before any value
+        return _checked(options, _named(file, file.read()), network)
+    except (RecursionError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, PyroLoraError):
+            raise
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} names modules by {error.pattern!r}, which is no regular "
-            f"expression: {error}; restore it from a copy"
+            f"{folder} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
+            "from a copy"
         ) from error
 
 
@@ -300,10 +326,7 @@ def _read_options(folder: Path) -> dict[str, Any]:
             "peft_model.save_pretrained(...) wrote, or into which "
             "huggingface_hub.snapshot_download(...) put it"
         )
-    try:
-        options = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged, not readable as JSON: {error}") from error
+    options = read_json(file)
     missing = [key for key in REQUIRED if not isinstance(options, dict) or key not in options]
     if missing:
         raise CheckpointError(
@@ -311,6 +334,12 @@ def _read_options(folder: Path) -> dict[str, Any]:
             "it from a copy"
         )
     _check_options(options)
+    try:
+        check_options(LoraOptions, {n: v for n, v in options.items() if n in TAKEN})
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{file} has a value that no adapter can have: {error}; restore it from a copy"
+        ) from error
     return options
 
 
@@ -337,29 +366,38 @@ def _check_options(options: Mapping[str, Any]) -> None:
             )
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors by their names within the network."""
+def _weights(folder: Path) -> TensorFile:
     file = folder / WEIGHTS_FILE
-    if not file.is_file() and (folder / PICKLE_FILE).is_file():
+    if not file.exists() and (folder / PICKLE_FILE).exists():
         raise CheckpointError(
             f"{folder} has {PICKLE_FILE}, a pickle, which may run code when it is read; convert "
             "it where you trust it: PeftModel.from_pretrained(model, folder).save_pretrained("
             f"new_folder, safe_serialization=True) writes {WEIGHTS_FILE}"
         )
-    tensors = read_state(file)
-    foreign = [key for key in tensors if not key.startswith(PREFIX)]
-    if foreign:
-        raise CheckpointError(
-            f"{file} has the tensor {foreign[0]!r}, and PEFT's begin with {PREFIX!r}; load it with "
-            "the program that wrote it and save it with PEFT"
-        )
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return tensor_file(file)
+
+
+def _named(file: TensorFile, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by their names within the network."""
+    for name, tensor in tensors.items():
+        if not name.startswith(PREFIX):
+            raise CheckpointError(
+                f"{file.path} has the tensor {shown(name)}, and PEFT's begin with {PREFIX!r}; load "
+                "it with the program that wrote it and save it with PEFT"
+            )
+        if ".lora_" in name and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{file.path} has the tensor {shown(name)} of {tensor.dtype}, and factors are real "
+                "numbers; restore it from a copy"
+            )
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _checked(
     options: Mapping[str, Any], tensors: Mapping[str, Tensor], network: nn.Module
 ) -> Adapter:
     """The adapter, with every tensor in its place."""
+    patterns = Patterns()
     saved = options.get("modules_to_save") or []
     factors, rest = _split(tensors)
     heads = {
@@ -368,10 +406,10 @@ def _checked(
         if name and _is_saved(saved, name) and any(True for _ in module.parameters())
     }
     layers = _layers(factors, heads, network)
-    _refuse_rest(rest, saved, network)
-    _check_selection(options, list(layers), network)
+    _refuse_rest(rest, saved, network, patterns)
+    _check_selection(options, list(layers), network, patterns)
     config = _config(options, list(layers), list(heads))
-    specs = [_spec(name, layer, factors[name], config) for name, layer in layers.items()]
+    specs = [_spec(n, layer, factors[n], config, patterns) for n, layer in layers.items()]
     matrices = {s.name: (factors[s.name]["A"].float(), factors[s.name]["B"].float()) for s in specs}
     return Adapter(config, specs, matrices, heads)
 
@@ -412,13 +450,17 @@ def _take_head(name: str, module: nn.Module, rest: dict[str, Tensor]) -> dict[st
                 "incomplete, or the adapter of another network"
             )
         _check_shape(f"{name}.{key}", tensor, own.shape)
+        if tensor.is_floating_point() is not own.is_floating_point():
+            raise CheckpointError(f"the tensor {name}.{key} holds {tensor.dtype}, not {own.dtype}")
         state[key] = tensor
     return state
 
 
-def _refuse_rest(rest: Iterable[str], saved: Iterable[str], network: nn.Module) -> None:
+def _refuse_rest(
+    rest: Iterable[str], saved: Iterable[str], network: nn.Module, patterns: Patterns
+) -> None:
     for key in rest:
-        if _is_within(saved, key):
+        if _is_within(saved, key, patterns):
             raise CheckpointError(
                 f"the file has the tensor {key!r} of modules_to_save, and this "
                 f"{type(network).__name__} has no such module; pass the network that the adapter "
@@ -459,7 +501,9 @@ def _layers(
     return {name: layer for name, layer in linear.items() if name in factors}
 
 
-def _check_selection(options: Mapping[str, Any], layers: list[str], network: nn.Module) -> None:
+def _check_selection(
+    options: Mapping[str, Any], layers: list[str], network: nn.Module, patterns: Patterns
+) -> None:
     """Compare the layers in the file with those that the configuration selects, where it says."""
     wanted, excluded = options["target_modules"], options.get("exclude_modules") or []
     if wanted in (None, "all-linear") or options.get("layers_to_transform") is not None:
@@ -469,7 +513,9 @@ def _check_selection(options: Mapping[str, Any], layers: list[str], network: nn.
     selected = {
         name
         for name in first_names.values()
-        if _selects(wanted, name) and not _selects(excluded, name) and not _is_within(saved, name)
+        if _selects(wanted, name, patterns)
+        and not _selects(excluded, name, patterns)
+        and not _is_within(saved, name, patterns)
     }
     missing, surplus = sorted(selected - set(layers)), sorted(set(layers) - selected)
     if missing:
@@ -505,7 +551,11 @@ def _config(options: Mapping[str, Any], layers: list[str], heads: list[str]) -> 
 
 
 def _spec(
-    name: str, layer: nn.Module, factors: Mapping[str, Tensor], config: AdapterConfig
+    name: str,
+    layer: nn.Module,
+    factors: Mapping[str, Tensor],
+    config: AdapterConfig,
+    patterns: Patterns,
 ) -> LayerSpec:
     for factor in "AB":
         if factor not in factors:
@@ -513,8 +563,8 @@ def _spec(
                 f"the file has no tensor {name}.lora_{factor}.weight; it is incomplete: restore "
                 "it from a copy"
             )
-    rank = _value_of(name, config.rank_pattern, config.r)
-    alpha = _value_of(name, config.alpha_pattern, config.lora_alpha)
+    rank = _value_of(name, config.rank_pattern, config.r, patterns)
+    alpha = _value_of(name, config.alpha_pattern, config.lora_alpha, patterns)
     in_features, out_features = features(layer)
     _check_shape(f"{name}.lora_A.weight", factors["A"], (rank, in_features))
     _check_shape(f"{name}.lora_B.weight", factors["B"], (out_features, rank))

@@ -1,0 +1,141 @@
+"""Files that others may have prepared: read only where they are plain files, and written in one
+move that follows no link."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pyrolora.errors import CheckpointError
+
+MOST_JSON = 2**26
+"""The largest JSON file that is read or written, in bytes: the history of some 400,000 steps."""
+SCRATCH = r"\.[0-9a-f]{16}\.part"
+"""Names of the files that a write leaves behind when it dies."""
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+_repr.maxlevel = 3
+shown = _repr.repr
+"""A value as an error message quotes it: short, and without control characters."""
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """A regular file, or a link to one, open for reading, and its size.
+
+    Raises
+    ------
+    CheckpointError
+        For whatever else has the name (a folder, a pipe, a device), at once.
+    """
+    try:
+        _check_regular(file, os.stat(file))
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot read {shown(str(file))}: {_reason(error)}") from error
+    with open(handle, "rb") as stream:
+        status = os.fstat(handle)
+        _check_regular(file, status)
+        yield stream, status.st_size
+
+
+def read_bytes(file: Path, at_most: int) -> bytes:
+    """The content of a regular file of ``at_most`` bytes, or a `CheckpointError`."""
+    with opened(file) as (stream, size):
+        if size > at_most:
+            raise CheckpointError(
+                f"{file} has {size:,} bytes, and files of its kind at most {at_most:,}; it is "
+                "damaged, or no file of pyrolora's"
+            )
+        return stream.read(at_most + 1)
+
+
+def read_json(file: Path) -> Any:
+    """The value of a JSON file: every name once, and no number that JSON does not have."""
+    content = read_bytes(file, MOST_JSON)
+    try:
+        return strict_json(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is damaged, not readable as JSON: {_reason(error)}"
+        ) from error
+
+
+def strict_json(content: bytes) -> Any:
+    """`json.loads`, without what it takes beyond the standard.
+
+    Raises
+    ------
+    ValueError, RecursionError
+    """
+    return json.loads(
+        content.decode("utf-8"),
+        object_pairs_hook=_object,
+        parse_constant=_no_number,
+        parse_float=_float,
+    )
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, under its name and after a crash, too."""
+    with replacing(file) as scratch:
+        scratch.write_bytes(content)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A new file in the same folder to write to, which takes the name of ``file`` when the block is
+    through. A link of that name is replaced; what it points to stays as it is."""
+    scratch = file.with_name(f".{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    os.close(os.open(scratch, flags, 0o666))
+    try:
+        yield scratch
+        with open(scratch, "rb+") as stream:
+            os.fsync(stream.fileno())
+        scratch.replace(file)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _check_regular(file: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise CheckpointError(f"{file} is {kind}, where a file is needed; restore it from a copy")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {shown(twice)} twice in one object")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {shown(text)} is too large")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(getattr(error, "strerror", None) or error)[:200]

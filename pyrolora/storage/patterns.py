@@ -1,0 +1,158 @@
+"""Regular expressions out of a file, matched against names of modules in bounded time.
+
+Python's own matcher tries one way after the other and takes for ever on ``(.*)*x``. Here an
+expression maps a set of positions in the name, where it may begin, to the set of those where it may
+end, so that equal positions are looked at once; and the steps of one file are counted.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from re import _constants as kind  # type: ignore[attr-defined]
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
+
+from pyrolora.errors import CheckpointError
+from pyrolora.files import shown
+
+LONGEST = 100_000
+"""Characters of a pattern: an alternative for each layer of a large network."""
+MOST_STEPS = 5_000_000
+"""For all matches of one adapter: some seconds. A pattern as people write them takes hundreds."""
+
+# A name, dots as they are or escaped: what most patterns are, and what `re` matches in one pass.
+_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.|\\[-_])*\$?")
+_CATEGORIES: dict[Any, Callable[[str], bool]] = {
+    kind.CATEGORY_DIGIT: str.isdecimal,
+    kind.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
+    kind.CATEGORY_SPACE: str.isspace,
+    kind.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),
+    kind.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
+    kind.CATEGORY_NOT_WORD: lambda c: not (c.isalnum() or c == "_"),
+}
+
+
+class Patterns:
+    """Matches of one file's patterns, which together take at most ``steps``."""
+
+    def __init__(self, steps: int = MOST_STEPS) -> None:
+        self._left = steps
+        self._parsed: dict[str, list[Any]] = {}
+
+    def match(
+        self, pattern: str, name: str, starts: Iterable[int] = (0,), ends: Iterable[int] = ()
+    ) -> bool:
+        """Whether the pattern matches a part of the name that begins at one of ``starts`` and ends
+        at one of ``ends`` (none: at the end of the name). ``^`` and ``$`` are those of the name.
+
+        Raises
+        ------
+        CheckpointError
+            When the pattern is no regular expression, takes too long, or has what an expression
+            over names does not need (back references, look-behind, flags).
+        """
+        ends = set(ends) or {len(name)}
+        parts = pattern.split("|")
+        if len(pattern) <= LONGEST and all(map(_PLAIN.fullmatch, parts)):
+            plain = [re.compile(part) for part in parts]
+            return any(p.fullmatch(name, i, k) for p in plain for i in starts for k in ends)
+        try:
+            found = self._ends(self._tree(pattern), name, frozenset(starts))
+        except RecursionError as error:
+            raise _refused(pattern, "it is nested too deeply") from error
+        except (re.error, OverflowError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise _refused(pattern, f"it is no regular expression: {error}") from error
+        return not ends.isdisjoint(found)
+
+    def _tree(self, pattern: str) -> list[Any]:
+        if len(pattern) > LONGEST:
+            raise _refused(pattern, f"it has {len(pattern):,} characters, more than {LONGEST:,}")
+        if pattern not in self._parsed:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                tree = _parser.parse(pattern)
+            if tree.state.flags & ~re.UNICODE:
+                raise _refused(pattern, "it sets flags")
+            self._parsed[pattern] = list(tree)
+        return self._parsed[pattern]
+
+    def _ends(self, tree: Sequence[Any], name: str, starts: frozenset[int]) -> frozenset[int]:
+        for operation, argument in tree:
+            if not starts:
+                break
+            starts = self._after(operation, argument, name, starts)
+        return starts
+
+    def _after(self, op: Any, arg: Any, name: str, starts: frozenset[int]) -> frozenset[int]:
+        """Where one operation may end that begins at one of ``starts``."""
+        self._left -= 1 + len(starts)
+        if self._left < 0:
+            raise CheckpointError(
+                f"the patterns that name modules take too long to match {shown(name)}; write the "
+                "names of the modules instead"
+            )
+        if op in (kind.LITERAL, kind.NOT_LITERAL, kind.ANY, kind.IN):
+            return frozenset(i + 1 for i in starts if i < len(name) and _takes(op, arg, name[i]))
+        if op is kind.BRANCH:
+            return frozenset().union(*(self._ends(part, name, starts) for part in arg[1]))
+        if op is kind.SUBPATTERN and not arg[1] and not arg[2]:
+            return self._ends(arg[3], name, starts)
+        if op in (kind.MAX_REPEAT, kind.MIN_REPEAT):
+            least, most, body = arg
+            return self._repeated(least, most, body, name, starts)
+        if op is kind.AT and arg in (kind.AT_BEGINNING, kind.AT_BEGINNING_STRING):
+            return starts & {0}
+        if op is kind.AT and arg in (kind.AT_END, kind.AT_END_STRING):
+            return starts & {len(name)}
+        if op in (kind.ASSERT, kind.ASSERT_NOT) and arg[0] == 1:
+            wanted = op is kind.ASSERT
+            inner = arg[1]
+            return frozenset(
+                i for i in starts if bool(self._ends(inner, name, frozenset({i}))) is wanted
+            )
+        raise CheckpointError(
+            f"a pattern that names modules has a {str(op).lower()}, which is not taken here; write "
+            "the names of the modules instead"
+        )
+
+    def _repeated(
+        self, least: int, most: int, body: Sequence[Any], name: str, starts: frozenset[int]
+    ) -> frozenset[int]:
+        """Positions only grow: after as many turns as the name is long, nothing new is found."""
+        for _ in range(min(least, len(name) + 1)):
+            starts = self._ends(body, name, starts)
+        found = latest = starts
+        for _ in range(min(most - least, len(name) + 1)):
+            latest = self._ends(body, name, latest) - found
+            if not latest:
+                break
+            found |= latest
+        return found
+
+
+def _takes(op: Any, arg: Any, character: str) -> bool:
+    if op is kind.ANY:
+        return character != "\n"
+    if op is not kind.IN:
+        return (ord(character) == arg) is (op is kind.LITERAL)
+    negated = bool(arg) and arg[0][0] is kind.NEGATE
+    return any(_is_in(item, part, character) for item, part in arg[negated:]) is not negated
+
+
+def _is_in(op: Any, arg: Any, character: str) -> bool:
+    if op is kind.LITERAL:
+        return ord(character) == arg
+    if op is kind.RANGE:
+        return bool(arg[0] <= ord(character) <= arg[1])
+    return _CATEGORIES[arg](character)
+
+
+def _refused(pattern: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"modules are named by the pattern {shown(pattern)}, and {reason}; write the names of the "
+        "modules instead"
+    )
