@@ -17,6 +17,7 @@ from pyrolora.inference import load_language_model
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
+from pyrolora.seeding import DRAWING
 from pyrolora.storage import check_base, load_base, read_adapter, read_folder
 from pyrolora.types import AdapterConfig
 
@@ -40,6 +41,7 @@ def build(
 
 
 @torch.inference_mode(False)
+@DRAWING
 def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Posterior:
     """Load a posterior that `Posterior.save` wrote.
 
@@ -98,6 +100,7 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
 
 
 @torch.inference_mode(False)
+@DRAWING
 def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,

@@ -20,6 +20,7 @@ from pyrolora.guides import Guide
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide, JointModel
+from pyrolora.seeding import give_way
 from pyrolora.types import Batch
 
 STATE_FILE = "adapters.safetensors"
@@ -144,6 +145,11 @@ class SVITrainer(Trainer):
                 callback.training_bar.close()
 
     # The objective ------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch, forwards and backwards, once other threads had their turn."""
+        give_way(self.joint)
+        return super().training_step(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
