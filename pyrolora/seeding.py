@@ -148,6 +148,12 @@ def give_way(trained: nn.Module | None = None) -> None:
     _restore(own)
 
 
+def seed_of_process(seed: int, number: int) -> int:
+    """The seed of the noise of one of several processes that train together: its own, and that of
+    no other fit with a seed nearby. What has to agree among them is drawn with ``seed`` itself."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
 def _generators() -> Generators:
     """The states of all generators: Python's, NumPy's, and torch's of the CPU and of all GPUs."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
