@@ -42,10 +42,12 @@ from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
+from pyrolora.seeding import fitting
 from pyrolora.storage import check_base, describe_base
 from pyrolora.types import AdapterConfig
 
 
+@fitting()
 def fit(
     model: str | Path | nn.Module | Posterior,
     data: Any,

@@ -19,7 +19,7 @@ from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointModel
 from pyrolora.parameters import ParamModule
 from pyrolora.posterior import Posterior
-from pyrolora.seeding import seeded
+from pyrolora.seeding import DRAWING, seeded
 from pyrolora.storage import (
     Description,
     Saved,
@@ -50,6 +50,7 @@ def build(
 
 
 @torch.inference_mode(False)
+@DRAWING
 def load(
     path: str | Path,
     model: str | Path | nn.Module | None = None,
@@ -239,6 +240,7 @@ def _check_values(joint: JointModel) -> None:
 
 
 @torch.inference_mode(False)
+@DRAWING
 def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,

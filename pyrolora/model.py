@@ -304,13 +304,14 @@ def _running_statistics(module: nn.Module) -> list[nn.Module]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block; each submodule then has its own mode back."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
+    trained = [child for child in module.modules() if child.training]
+    if trained:
+        module.eval()
     try:
         yield
     finally:
-        for child, mode in modes.items():
-            child.training = mode
+        for child in trained:
+            child.training = True
 
 
 def _rebinding_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -2,17 +2,107 @@
 
 from __future__ import annotations
 
+import random
 import threading
+from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from pyrolora.errors import whole_number
 
-DRAWING = threading.RLock()
-"""Torch's generators and Pyro's stack of handlers are the process's: who uses them to draw holds
-this, so that posteriors can serve several threads."""
+Generators = tuple[Any, ...]
+
+
+class Turns(ContextDecorator):
+    """A re-entrant lock that is held by one thread, or shared by several that only run networks;
+    threads get it in the order in which they ask.
+
+    ``with turns:`` holds it alone; ``with turns.shared():`` beside others that share it. Who shares
+    it may not ask to be alone.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._queue: deque[object] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+        self._sharing: Counter[int] = Counter()
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            if self._owner != me:
+                assert not self._sharing[me], "a thread that shares the turn cannot have it alone"
+                self._await(lambda: self._owner is None and not self._sharing.total())
+                self._owner = me
+            self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth:
+                self._owner = None
+                self._changed.notify_all()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold it beside others that share it, so that nobody is alone for the block."""
+        me = threading.get_ident()
+        with self._changed:
+            if self._owner != me and not self._sharing[me]:
+                self._await(lambda: self._owner is None)
+            self._sharing[me] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing[me] -= 1
+                self._sharing += Counter()  # drops those at zero
+                self._changed.notify_all()
+
+    def mine(self) -> bool:
+        """Whether this thread holds it alone."""
+        return self._owner == threading.get_ident()
+
+    def awaited(self) -> bool:
+        """Whether other threads wait for it."""
+        return bool(self._queue)
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Let others have it for the block, and those who wait already before it is taken back."""
+        with self._changed:
+            depth, self._depth, self._owner = self._depth, 0, None
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self.__enter__()
+            self._depth = depth
+
+    def _await(self, free: Any) -> None:
+        """Wait, with `_changed` held, until all who came before had their turn and it is free."""
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            self._changed.wait_for(lambda: self._queue[0] is ticket and free())
+        finally:
+            self._queue.remove(ticket)
+            self._changed.notify_all()
+
+
+DRAWING = Turns()
+"""Torch's generators, Pyro's stack of handlers and a network's mode are the process's: who draws
+or trains holds this alone, and who runs a network shares it, so that posteriors can serve several
+threads, beside a fit, too."""
+
+_FITTING = threading.RLock()
+_outside: list[Generators] = []  # per running fit, the generators as the process had them
 
 
 @contextmanager
@@ -28,3 +118,52 @@ def seeded(seed: int | None) -> Iterator[None]:
     with DRAWING, torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(int(seed))
         yield
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """A context of one thread at a time, which alone draws and runs networks, but for where it
+    lets others: at `give_way`."""
+    with _FITTING, DRAWING:
+        _outside.append(_generators())
+        try:
+            yield
+        finally:
+            _outside.pop()
+
+
+def give_way(trained: nn.Module | None = None) -> None:
+    """Between two steps of a fit, let threads that wait draw and run networks; what is ``trained``
+    is in evaluation mode then, and after. The fit's random numbers go on where they were, and those
+    of the process where they were before the fit."""
+    if not (_outside and DRAWING.mine() and DRAWING.awaited()):
+        return
+    if trained is not None:
+        trained.eval()
+    own = _generators()
+    _restore(_outside[0])
+    with DRAWING.released():
+        pass
+    _outside[0] = _generators()
+    _restore(own)
+
+
+def seed_of_process(seed: int, number: int) -> int:
+    """The seed of the noise of one of several processes that train together: its own, and that of
+    no other fit with a seed nearby. What has to agree among them is drawn with ``seed`` itself."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _generators() -> Generators:
+    """The states of all generators: Python's, NumPy's, and torch's of the CPU and of all GPUs."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
+
+
+def _restore(states: Generators) -> None:
+    python, numpy, cpu, gpus = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    for number, state in enumerate(gpus):
+        torch.cuda.set_rng_state(state, number)

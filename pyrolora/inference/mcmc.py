@@ -11,6 +11,7 @@ from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
 from pyrolora.model import JointModel, evaluating
+from pyrolora.seeding import give_way
 from pyrolora.types import Batch
 
 
@@ -70,6 +71,7 @@ def nuts(
                     num_samples=num_samples,
                     warmup_steps=warmup_steps,
                     disable_progbar=not progress,
+                    hook_fn=lambda *_: give_way(),
                 )
                 run.run()
                 found.append(run.get_samples())

@@ -26,6 +26,7 @@ from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
 from pyrolora.inference.trainer import STATE_FILE, SVITrainer, read_state, save_state
 from pyrolora.model import JointModel
+from pyrolora.seeding import give_way
 from pyrolora.types import Batch
 
 Score = Callable[[JointModel, int | None], dict[str, float]]
@@ -149,6 +150,7 @@ class Run:
         # Not ``disable=False``, which would overrule a user's TQDM_DISABLE.
         hidden = {"disable": True} if self.args.disable_tqdm else {}
         for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):
+            give_way()
             yield self._placed(batch)
 
     def _placed(self, batch: Mapping[str, Any]) -> Batch:

@@ -13,13 +13,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide, JointModel
+from pyrolora.seeding import give_way, seed_of_process
 from pyrolora.types import Batch
 
 STATE_FILE = "adapters.safetensors"
@@ -110,6 +117,8 @@ class SVITrainer(Trainer):
         assert data.labels is not None
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # `check_step` stops; the filter waits for the device
+        if not guide.adapts:  # a network may have weights that its output does not use
+            args.ddp_find_unused_parameters = True
         self.guide = guide
         self._evaluate_posterior = evaluate
         self._terms: tuple[str, ...] = ()
@@ -144,6 +153,11 @@ class SVITrainer(Trainer):
                 callback.training_bar.close()
 
     # The objective ------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A micro-batch, forwards and backwards, once other threads had their turn."""
+        give_way(self.joint)
+        return super().training_step(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -298,7 +312,8 @@ class SVITrainer(Trainer):
         """The Trainer's log, with each term of the ELBO averaged over the steps since the last."""
         if "loss" in logs and self._sums is not None:
             steps = max(self.state.global_step - self._steps, 1)
-            means = dict(zip(self._terms, (self._sums / steps).tolist(), strict=True))
+            sums = self.accelerator.reduce(self._sums, "mean")  # over devices
+            means = dict(zip(self._terms, (sums / steps).tolist(), strict=True))
             elbo = sum(-v if name.startswith("kl/") else v for name, v in means.items())
             logs |= {**means, "elbo": elbo}
             self._sums = None
@@ -356,6 +371,8 @@ class _CheckStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.remember_statistics()
+        if args.process_index > 0:  # else all devices would draw the same noise, that of one
+            set_seed(seed_of_process(args.seed, args.process_index))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_step()

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.guides import Program
 from pyrolora.model import evaluating
+from pyrolora.seeding import DRAWING
 
 DRAWS, AT_ONCE = 64, 8
 
@@ -55,7 +56,7 @@ def contractions(program: Program) -> list[Contraction]:
     if program.members > 1 or not program.has_prior:
         return []
     blocks = [block.name for factor in "AB" for block in program.bank.layouts[factor].blocks]
-    with evaluating(program):
+    with DRAWING, evaluating(program):
         prior = _moments(program.bank, _prior(program))
         posterior = _moments(program.bank, map(program.factors, program.draws(DRAWS, AT_ONCE)))
     found = []

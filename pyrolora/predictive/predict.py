@@ -15,7 +15,7 @@ from pyrolora.inference import Prepared, check_finite, pass_rows, to_device
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, Prediction
-from pyrolora.seeding import seeded
+from pyrolora.seeding import DRAWING, seeded
 
 
 def draw_factors(
@@ -28,8 +28,8 @@ def draw_factors(
     """
     num_samples = joint.program.usual_draws() if num_samples is None else num_samples
     whole_number("num_samples", num_samples, at_least=0)
-    joint.align()
     with seeded(seed), torch.no_grad():
+        joint.align()
         if num_samples:
             return joint.program.factors(joint.program.draw(num_samples))
         return joint.program.mean()
@@ -56,10 +56,10 @@ def predict(
     numbers: Sequence[int] = range(len(data)) if order is None else order
     loader = data.loader(batch_size, order)
     records = []
-    with evaluating(joint):
-        for i, batch in enumerate(tqdm(loader, desc="predicting", delay=2, leave=False)):
-            check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
-            placed = to_device(batch, device)
+    for i, batch in enumerate(tqdm(loader, desc="predicting", delay=2, leave=False)):
+        check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
+        placed = to_device(batch, device)
+        with DRAWING.shared(), evaluating(joint):  # a fit beside it has its steps between batches
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             records.append(kind.reduce(joint.likelihood, outputs, placed))
     prediction = kind.collect(records, joint.likelihood)

@@ -42,10 +42,10 @@ def inference_data(
     ``read`` makes the prediction of the data from draws."""
     program = joint.program
     num_samples = _count(program, num_samples)
-    joint.align()
     shape = partial(_by_chain, chains=program.chains)
     pieces, kept = [], []
     with seeded(seed):
+        joint.align()
         for sites in program.draws(num_samples, DRAWS_AT_ONCE):
             drawn = program.factors(sites)
             pieces.append(_variables(program, sites, drawn, factors))

@@ -21,7 +21,7 @@ from pyrolora.inference import Prepared
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import predict
 from pyrolora.report.psis import PSIS, psis_khat, yardstick
-from pyrolora.seeding import seeded
+from pyrolora.seeding import DRAWING, seeded
 
 FEWEST_DRAWS = 25  # of which a fifth is the tail, which needs five
 DRAWS_AT_ONCE = 50
@@ -58,9 +58,9 @@ def judge(
             f"per_layer judges the guide's law of a layer given the others, and the layers of "
             f"{full_name(options)!r} are not independent; leave per_layer out"
         )
-    joint.align()
     beta = options.beta(joint.num_examples)
-    with evaluating(joint):
+    with DRAWING, evaluating(joint):
+        joint.align()
         with seeded(seed):
             trace = _traced(joint.program, joint.program.guide, {}, num_samples)
         sites = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
