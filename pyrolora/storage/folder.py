@@ -162,7 +162,9 @@ def read_folder(path: Path) -> Saved:
                 f"{path} is no whole posterior: {META_FILE} names {name}, which is missing; "
                 "restore it from a copy"
             )
-    return Saved(path, description, tensor_file(path / description.state_file))
+    tensors = tensor_file(path / description.state_file)
+    tensors.check(description.sha256)
+    return Saved(path, description, tensors)
 
 
 def _is_file(file: Path) -> bool:

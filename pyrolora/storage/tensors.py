@@ -18,6 +18,7 @@ from pyrolora.files import opened, shown, strict_json
 
 MOST_HEADER = 10**8
 """The largest header, in bytes; that of safetensors itself."""
+AT_ONCE = 2**30
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,6 +42,13 @@ class TensorFile:
     path: Path
     declared: Mapping[str, Tensor]
     size: int
+
+    def check(self, digest: str) -> None:
+        """Raise `CheckpointError` where a file of up to `AT_ONCE` bytes has another SHA-256; that of
+        a larger one is compared by `read`, when its tensors are known to fit."""
+        with opened(self.path) as (stream, size):
+            if size <= AT_ONCE and hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                raise CheckpointError(other_file(self.path))
 
     def read(self, digest: str | None = None) -> dict[str, Tensor]:
         """The tensors: of the file that has this SHA-256, all of them finite.
@@ -80,7 +88,7 @@ def tensor_file(path: Path) -> TensorFile:
         if not 0 < length <= min(size - 8, MOST_HEADER):
             raise CheckpointError(
                 f"cannot read the saved tensors {path}: it has no header of safetensors; it is "
-                "truncated, or another file"
+                "truncated, edited, or another file: restore it from a copy"
             )
         content = stream.read(length)
     try:
@@ -91,12 +99,13 @@ def tensor_file(path: Path) -> TensorFile:
     except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot read the saved tensors {path}: its header is damaged "
-            f"({type(error).__name__}: {str(error)[:200]})"
+            f"({type(error).__name__}: {str(error)[:200]}); it is truncated or edited: restore it "
+            "from a copy"
         ) from error
     if size != 8 + length + bytes_needed:
         raise CheckpointError(
             f"cannot read the saved tensors {path}: it has {size:,} bytes, and by its header "
-            f"{8 + length + bytes_needed:,}; it is truncated, or edited"
+            f"{8 + length + bytes_needed:,}; it is truncated or edited: restore it from a copy"
         )
     return TensorFile(path, declared, size)
 

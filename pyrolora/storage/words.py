@@ -48,8 +48,7 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     folder = path / f"tokenizer-{whole.hexdigest()[:12]}"
     if os.path.lexists(folder):
         if not folder.is_symlink() and folder.is_dir() and digests == _found(folder):
-            shutil.rmtree(scratch)
-            return folder.name, digests
+            return folder.name, digests  # the scratch folder goes with the older files
         remove(folder)
     scratch.replace(folder)
     return folder.name, digests
