@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import opened, shown, strict_json
+from pyrolora.files import opened, read_bytes, shown, strict_json
 
 MOST_HEADER = 10**8
 """The largest header, in bytes; that of safetensors itself."""
@@ -43,13 +43,6 @@ class TensorFile:
     declared: Mapping[str, Tensor]
     size: int
 
-    def check(self, digest: str) -> None:
-        """Raise `CheckpointError` where a file of up to `AT_ONCE` bytes has another SHA-256; that of
-        a larger one is compared by `read`, when its tensors are known to fit."""
-        with opened(self.path) as (stream, size):
-            if size <= AT_ONCE and hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                raise CheckpointError(other_file(self.path))
-
     def read(self, digest: str | None = None) -> dict[str, Tensor]:
         """The tensors: of the file that has this SHA-256, all of them finite.
 
@@ -73,6 +66,15 @@ class TensorFile:
                     "which nothing can be predicted; restore the file from a copy"
                 )
         return tensors
+
+
+def check_digest(path: Path, digest: str) -> None:
+    """Raise `CheckpointError` where the file has another SHA-256. That of a file above `AT_ONCE`
+    bytes is compared by `TensorFile.read`, when its tensors are known to fit."""
+    with opened(path) as (_, size):
+        pass
+    if size <= AT_ONCE and hashlib.sha256(read_bytes(path, AT_ONCE)).hexdigest() != digest:
+        raise CheckpointError(other_file(path))
 
 
 def tensor_file(path: Path) -> TensorFile:

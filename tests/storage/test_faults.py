@@ -163,7 +163,7 @@ def test_truncated_tensors(share: float, folder: Path) -> None:
     file = state_of(folder)
     content = file.read_bytes()
     file.write_bytes(content[: int(share * len(content))])
-    error = refused(folder, None, [file.name, "truncated", "restore"])
+    error = refused(folder, None, [file.name, "SHA-256", "truncated", "restore"])
     assert isinstance(error, CheckpointError)
 
 
@@ -173,7 +173,7 @@ def test_one_edited_byte(place: int, folder: Path) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(bytes(content))
-    error = refused(folder, None, [file.name, "edited", "restore"])
+    error = refused(folder, None, [file.name, "SHA-256", "edited", "restore"])
     assert isinstance(error, CheckpointError)
 
 
