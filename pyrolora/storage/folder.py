@@ -31,7 +31,7 @@ from pyrolora.storage.description import (
     digest_of,
 )
 from pyrolora.storage.numbers import as_json, finite
-from pyrolora.storage.tensors import TensorFile, check_digest, tensor_file
+from pyrolora.storage.tensor_file import TensorFile, check_digest, tensor_file
 from pyrolora.storage.words import read_tokenizer, remove, write_tokenizer
 
 META_FILE = "posterior.json"

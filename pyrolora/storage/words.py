@@ -16,7 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from pyrolora.errors import CheckpointError
 from pyrolora.files import read_bytes, read_json, shown
-from pyrolora.storage.tensors import other_file
+from pyrolora.storage.tensor_file import other_file
 
 MOST_BYTES = 2**29
 """The largest file of a tokenizer that is read."""
