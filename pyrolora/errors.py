@@ -47,9 +47,10 @@ class SaveError(PyroLoraError, OSError):
 
 
 class NonFiniteError(PyroLoraError, ArithmeticError):
-    """Training met a NaN or an infinity and was stopped before the parameters were touched.
+    """Training met a NaN or an infinity and was stopped before the parameters were touched, or the
+    network predicts none but such.
 
-    ``posterior`` is the usable posterior of the last good step.
+    ``posterior`` is, after training, the usable posterior of the last good step.
     """
 
     def __init__(self, message: str) -> None:

@@ -171,7 +171,9 @@ class Posterior:
         Prediction
             ``ClassPrediction``, ``RegressionPrediction`` or ``TokenPrediction``.
         """
-        return self._predict(data, num_samples, batch_size, seed, need_labels=False)
+        prediction = self._predict(data, num_samples, batch_size, seed, need_labels=False)
+        prediction.check_finite()
+        return prediction
 
     def predict_choices(
         self,

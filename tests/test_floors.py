@@ -18,6 +18,7 @@ FLOORS = {
     "defaults": 0,
     "seeding": 1,
     "files": 1,
+    "visible": 0,
     "options": 1,
     "parameters": 1,
     "distributions": 1,

@@ -15,6 +15,7 @@ from pyrolora.cli.evaluate import evaluate
 from pyrolora.cli.export import export
 from pyrolora.cli.fit import fit
 from pyrolora.cli.generate import generate
+from pyrolora.cli.output import say
 from pyrolora.cli.predict import predict
 from pyrolora.cli.report import report
 from pyrolora.errors import NonFiniteError, PyroLoraError
@@ -64,5 +65,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(error: object, code: int) -> int:
     message = " ".join(str(error).split())
     if message:
-        print(f"pyrolora: error: {message}", file=sys.stderr)
+        say(f"pyrolora: error: {message}")
     return code

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from pyrolora import defaults
-from pyrolora.cli.output import metrics_table, print_json, program
-from pyrolora.cli.runs import say
+from pyrolora.cli.output import metrics_table, print_json, program, say, tell
 from pyrolora.errors import ConfigError
+from pyrolora.files import replacing
 
 ABOUT = """\
 Which of eight libraries does a sentence of documentation come from? {train} sentences to train on,
@@ -91,16 +91,17 @@ def demo(
     }
     for guide, one in contestants.items():
         one.posterior.save(output_dir / guide)
-    contestants["montec"].posterior.to_arviz(200, seed=seed).to_netcdf(
-        str(output_dir / "posterior.nc")
-    )
-    picture(contestants, output_dir / "picture.png")
+    with replacing(output_dir / "posterior.nc") as scratch:
+        contestants["montec"].posterior.to_arviz(200, seed=seed).to_netcdf(str(scratch))
+    with replacing(output_dir / "picture.png") as scratch:
+        picture(contestants, scratch)
     names = data["train"].features["label"].names
     for split in ("test", "unseen"):
         table = data[split].to_pandas()
         if "label" in table:
             table["label"] = table["label"].map(dict(enumerate(names)))
-        table.to_json(output_dir / f"{split}.jsonl", orient="records", lines=True)
+        with replacing(output_dir / f"{split}.jsonl") as scratch:
+            table.to_json(scratch, orient="records", lines=True)
     scores = {guide: one.scores for guide, one in contestants.items()}
     if json:
         print_json({"output_dir": str(output_dir), "data": sizes, "scores": scores})
@@ -111,7 +112,7 @@ def demo(
 
 def _what_next(folder: Path, num_samples: int, seed: int) -> None:
     name = shlex.quote(str(folder))
-    print(f"""
+    tell(f"""
 In {folder}:
   picture.png    reliability, and entropy in and out of distribution
   map/ montec/   the posteriors; pyrolora.load reads them

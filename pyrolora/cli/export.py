@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +11,9 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import posteriors
-from pyrolora.cli.output import print_json
+from pyrolora.cli.output import print_json, tell
 from pyrolora.errors import ConfigError
+from pyrolora.files import replacing
 
 if TYPE_CHECKING:
     from pyrolora.posterior import Posterior
@@ -57,14 +59,15 @@ def export(
     pyrolora export run adapter --to peft
     pyrolora export run posterior.nc --to arviz --num-samples 500
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise ConfigError(f"{path} exists; choose another name")
     if draw is not None and to is Format.ARVIZ:
         raise ConfigError("--draw picks one draw and arviz takes many; use --num-samples")
     posterior = posteriors.load(run, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     if to is Format.ARVIZ:
-        posterior.to_arviz(num_samples, seed=seed).to_netcdf(str(path))
+        with replacing(path) as scratch:
+            posterior.to_arviz(num_samples, seed=seed).to_netcdf(str(scratch))
         next_step = f"az.summary(az.from_netcdf({str(path)!r}), kind='stats')"
     elif to is Format.PEFT:
         posterior.to_peft(path, "mean" if draw is None else draw)
@@ -75,7 +78,7 @@ def export(
     if json:
         print_json({"run": str(run), "to": to.value, "path": str(path)})
     else:
-        print(f"Written: {path}. Next, in Python: {next_step}")
+        tell(f"Written: {path}. Next, in Python: {next_step}")
 
 
 def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:

@@ -6,11 +6,14 @@ import csv
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrolora.errors import ConfigError, DataError
+from pyrolora.files import replacing
+from pyrolora.visible import visible
 
 if TYPE_CHECKING:
     import datasets
@@ -22,6 +25,7 @@ CHOICES = "choices"
 TEXT_TABLES = (".csv", ".tsv")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"[+-]?(nan|inf|infinity)", re.IGNORECASE)
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 MAX_CELL = 2**31 - 1  # characters; the csv module's own limit is less than a book
 
 
@@ -136,19 +140,52 @@ def fingerprint(source: str, data: datasets.Dataset) -> str:
 
 def writer(path: Path) -> Callable[[pd.DataFrame], None]:
     """What writes a table to a file, by the file's name."""
-    writers: dict[str, Callable[[pd.DataFrame], None]] = {
-        ".csv": lambda table: table.to_csv(path, index=False),
-        ".tsv": lambda table: table.to_csv(path, index=False, sep="\t"),
-        ".jsonl": lambda table: table.to_json(
-            path, orient="records", lines=True, date_format="iso"
+    writers: dict[str, Callable[[pd.DataFrame, Path], None]] = {
+        ".csv": lambda table, file: inert(table).to_csv(file, index=False),
+        ".tsv": lambda table, file: inert(table).to_csv(file, index=False, sep="\t"),
+        ".jsonl": lambda table, file: table.to_json(
+            file, orient="records", lines=True, date_format="iso"
         ),
-        ".parquet": lambda table: table.convert_dtypes().to_parquet(path, index=False),
+        ".parquet": lambda table, file: table.convert_dtypes().to_parquet(file, index=False),
     }
-    if path.suffix.lower() not in writers:
+    kind = path.suffix.lower()
+    if kind not in writers:
         raise ConfigError(f"cannot tell the format of {path}; name it {', '.join(writers)}")
     if not path.parent.is_dir():
         raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
-    return writers[path.suffix.lower()]
+
+    def write(table: pd.DataFrame) -> None:
+        with replacing(path) as scratch:
+            writers[kind](table, scratch)
+
+    return write
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """Print a table as CSV, without effect on the terminal or on a spreadsheet."""
+    made = inert(table)
+    made.columns = [visible(str(name)) for name in made.columns]
+    for name, column in made.items():
+        if str(column.dtype) in ("object", "str", "string", "category"):
+            made[name] = column.map(lambda cell: visible(cell) if isinstance(cell, str) else cell)
+    made.to_csv(sys.stdout, index=False)
+
+
+def inert(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy with an apostrophe before each text, a column's name too, that a spreadsheet would run
+    as a formula; numbers stay, those that are text, too."""
+    made = table.rename(columns={name: _inert(name) for name in table.columns})
+    for place, dtype in enumerate(made.dtypes):
+        if str(dtype) in ("object", "str", "string", "category"):
+            made.isetitem(place, made.iloc[:, place].astype(object).map(_inert))
+    return made
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
+        return cell
+    is_number = _NUMBER.fullmatch(cell) or _NOT_FINITE.fullmatch(cell)
+    return cell if is_number else f"'{cell}"
 
 
 # Readers: rows of plain values, as they stand in the file ------------------------------------

@@ -13,8 +13,9 @@ import typer
 from pyrolora import defaults
 from pyrolora.cli import settings
 from pyrolora.cli.files import KINDS, fingerprint, label_names, labelled
-from pyrolora.cli.output import metrics_table, print_json, program
-from pyrolora.cli.runs import LAST_GOOD, Run, say
+from pyrolora.cli.hidden import hidden_arguments
+from pyrolora.cli.output import metrics_table, print_json, program, say, tell
+from pyrolora.cli.runs import LAST_GOOD, Run
 from pyrolora.errors import ConfigError, NonFiniteError, PyroLoraError
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def fit(
         "training": chosen["training"],
     }
     run = Run(output_dir)
-    command = shlex.join(["pyrolora", *context.obj])
+    command = shlex.join(["pyrolora", *hidden_arguments(context.obj)])
     known = run.start(record, command, write=training.should_save)
     result = run.result
     if result is None:
@@ -360,6 +361,6 @@ def _tell(folder: Path, guide: str, result: dict[str, Any]) -> None:
     if result.get("metrics"):
         metrics_table({guide: result["metrics"]})
     name = shlex.quote(str(folder))
-    print(f"The posterior is in {folder}. Next:")
-    print(f"  {program()} evaluate {name} TEST_DATA")
-    print(f"  {program()} predict {name} DATA --output predictions.csv")
+    tell(f"The posterior is in {folder}. Next:")
+    tell(f"  {program()} evaluate {name} TEST_DATA")
+    tell(f"  {program()} predict {name} DATA --output predictions.csv")

@@ -13,8 +13,9 @@ import typer
 from pyrolora import defaults
 from pyrolora.cli import posteriors
 from pyrolora.cli.files import KINDS
-from pyrolora.cli.runs import say
+from pyrolora.cli.output import say
 from pyrolora.errors import ConfigError, DataError
+from pyrolora.files import write_whole
 
 if TYPE_CHECKING:
     from pyrolora.predictive import Generation
@@ -99,7 +100,7 @@ def generate(
     if output is None:
         sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
-        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        write_whole(output, "".join(f"{line}\n" for line in lines).encode())
         say(f"continuations of {len(lines)} prompts are in {output}")
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pyrolora.visible import visible
+
 
 def program() -> str:
     """What to type for this program: its path, where an environment is not activated."""
@@ -17,6 +19,16 @@ def program() -> str:
         return "pyrolora"
     inside = path.is_relative_to(Path.cwd())
     return shlex.quote(str(path.relative_to(Path.cwd()) if inside else path))
+
+
+def tell(text: str) -> None:
+    """Print text, what is quoted in it without effect on the terminal."""
+    print(visible(text))
+
+
+def say(message: str) -> None:
+    """A line about progress, to standard error."""
+    print(visible(message), file=sys.stderr, flush=True)
 
 
 def print_json(result: Mapping[str, Any]) -> None:

@@ -10,7 +10,8 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import files
-from pyrolora.cli.runs import LAST_GOOD, Run, say
+from pyrolora.cli.output import say
+from pyrolora.cli.runs import LAST_GOOD, Run
 from pyrolora.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import posteriors
-from pyrolora.cli.files import KINDS, writer
-from pyrolora.cli.runs import say
+from pyrolora.cli.files import KINDS, print_table, writer
+from pyrolora.cli.output import say
 from pyrolora.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def predict(
 
     entropy is the total uncertainty in nats; aleatoric is the part in the data,
     epistemic the part that the draws disagree on. Rows keep their order; labels are
-    not needed.
+    not needed. In CSV and TSV an apostrophe stands before texts that a spreadsheet
+    would run as a formula; .jsonl and .parquet hold every text as it was.
     """
     write = None if output is None else writer(output)
     original, examples = posteriors.unlabelled(run, data, split, text)
@@ -56,7 +57,7 @@ def predict(
     elif json:
         table.to_json(sys.stdout, orient="records", lines=True, date_format="iso")
     else:
-        table.to_csv(sys.stdout, index=False)
+        print_table(table)
 
 
 def _named(table: pd.DataFrame, posterior: Posterior) -> pd.DataFrame:

@@ -10,8 +10,8 @@ import typer
 from pyrolora import defaults
 from pyrolora.cli import files, posteriors
 from pyrolora.cli.files import KINDS
-from pyrolora.cli.output import print_json
-from pyrolora.cli.runs import Run, say
+from pyrolora.cli.output import print_json, say, tell
+from pyrolora.cli.runs import Run
 
 
 def report(
@@ -62,7 +62,7 @@ def report(
         print_json({"run": str(run), "path": str(file), "warnings": warnings})
         return
     for one in made.findings:
-        print(f"{one.title}. {one.found}")
+        tell(f"{one.title}. {one.found}")
     say(f"the report is in {file}")
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pyrolora.errors import ConfigError
+from pyrolora.cli.hidden import hidden
+from pyrolora.cli.output import say
+from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.files import read_json, write_whole
 
 RECORD = "run.json"
 LAST_GOOD = "last_good"
@@ -29,12 +30,15 @@ class Run:
     @property
     def record(self) -> dict[str, Any] | None:
         file = self.folder / RECORD
-        if not file.is_file():
+        if not file.exists():
             return None
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file} is damaged ({error}); choose another folder") from error
+            record = read_json(file)
+        except CheckpointError as error:
+            raise ConfigError(f"{error}; choose another folder") from error
+        if not _is_record(record):
+            raise ConfigError(f"{file} is damaged: it is no record of a run; choose another folder")
+        return dict(record)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -52,7 +56,7 @@ class Run:
         from pyrolora.storage import META_FILE
 
         try:
-            meta = json.loads((self.folder / META_FILE).read_text(encoding="utf-8"))
+            meta = read_json(self.folder / META_FILE)
             return {str(name) for name in meta["base"]["config"]["id2label"].values()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return set()
@@ -70,7 +74,7 @@ class Run:
 
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigError(f"{self.folder} is a file; --output-dir needs a folder")
-        now = {"options": finite(options), "versions": _versions()}
+        now = {"options": hidden(finite(options)), "versions": _versions()}
         record = self.record
         if record is not None:
             changed = _differences(record.get("options", {}), now["options"])
@@ -112,15 +116,28 @@ class Run:
             self.folder.rmdir()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        from pyrolora.files import write_whole
         from pyrolora.storage import as_json
 
         write_whole(self.folder / RECORD, as_json(record).encode())
 
 
-def say(message: str) -> None:
-    """A line about progress, to standard error."""
-    print(message, file=sys.stderr, flush=True)
+def _is_record(record: Any) -> bool:
+    """Whether what the commands read of a record has the types that they expect."""
+    if not isinstance(record, dict):
+        return False
+    options = record.get("options", {})
+    parts = [options, record.get("versions", {}), record.get("result", {})]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    columns = options.get("columns", {})
+    if not isinstance(columns, dict):
+        return False
+    text, label = columns.get("text", []), columns.get("label")
+    return (
+        isinstance(text, list)
+        and all(isinstance(name, str) for name in text)
+        and (label is None or isinstance(label, str))
+    )
 
 
 def _versions() -> dict[str, str]:

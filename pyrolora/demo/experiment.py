@@ -91,7 +91,7 @@ def picture(contestants: Mapping[str, Contestant], path: Path) -> None:
     first.set_title("reliability")
     first.legend()
     others[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def _classes(prediction: Prediction) -> ClassPrediction:

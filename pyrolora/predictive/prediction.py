@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolora.errors import share
+from pyrolora.errors import NonFiniteError, share
 from pyrolora.likelihoods import (
     IGNORED,
     CausalLM,
@@ -80,6 +80,22 @@ class Prediction(ABC):
     @abstractmethod
     def loss(self) -> Tensor | None:
         """What each prediction costs, (n,), or None without labels."""
+
+    def check_finite(self) -> None:
+        """Raise `NonFiniteError` where the network's outputs are no numbers, for no prediction
+        comes of them. (A draw may give a class no probability at all; that is a number.)"""
+        draws = getattr(self, "draws", None)
+        if draws is None or torch.isfinite(draws).all():
+            return
+        broken = (
+            (~torch.isfinite(draws)).flatten(2).any(-1) if draws.dim() > 2 else ~draws.isfinite()
+        )
+        example = int(broken.any(0).nonzero()[0])
+        raise NonFiniteError(
+            f"the network gives NaN or infinity for example {example}, in {int(broken.sum())} of "
+            f"{broken.numel()} predictions of a draw: the posterior's numbers, or the network's, "
+            "are too large for its precision; load it in float32, or fit with a lower learning rate"
+        )
 
     def select(self, examples: Tensor) -> Self:
         """The prediction of the examples of these numbers, (m,), in their order."""

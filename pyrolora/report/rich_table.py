@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from pyrolora.visible import visible
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+    from rich.text import Text
 
 
 def as_table(frame: pd.DataFrame, notes: Mapping[str, str] | None = None) -> Table:
@@ -25,12 +28,21 @@ def as_table(frame: pd.DataFrame, notes: Mapping[str, str] | None = None) -> Tab
     """
     from rich.table import Table
 
-    table = Table("", *map(str, frame.index), *([""] if notes else []))
+    table = Table("")
+    for name in [*frame.index, *([""] if notes else [])]:
+        table.add_column(_plain(name))
     for name in frame.columns:
         numbers = map(_number, frame[name])
         note = [notes.get(name, "")] if notes else []
-        table.add_row(str(name).replace("_", " "), *numbers, *note)
+        table.add_row(_plain(str(name).replace("_", " ")), *numbers, *note)
     return table
+
+
+def _plain(name: object) -> Text:
+    """A name as it is: rich reads markup in texts, and a terminal what it cannot show."""
+    from rich.text import Text
+
+    return Text(visible(str(name)))
 
 
 def _number(value: float) -> str:

@@ -31,7 +31,7 @@ from pyrolora.storage.description import (
     digest_of,
 )
 from pyrolora.storage.numbers import as_json, finite
-from pyrolora.storage.tensors import TensorFile, tensor_file
+from pyrolora.storage.tensor_file import TensorFile, check_digest, tensor_file
 from pyrolora.storage.words import read_tokenizer, remove, write_tokenizer
 
 META_FILE = "posterior.json"
@@ -162,7 +162,9 @@ def read_folder(path: Path) -> Saved:
                 f"{path} is no whole posterior: {META_FILE} names {name}, which is missing; "
                 "restore it from a copy"
             )
-    return Saved(path, description, tensor_file(path / description.state_file))
+    state_file = path / description.state_file
+    check_digest(state_file, description.sha256)
+    return Saved(path, description, tensor_file(state_file))
 
 
 def _is_file(file: Path) -> bool:

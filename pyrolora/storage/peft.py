@@ -27,7 +27,7 @@ from pyrolora.files import read_json, replacing, shown, write_whole
 from pyrolora.options import check_options
 from pyrolora.storage.numbers import as_json
 from pyrolora.storage.patterns import Patterns
-from pyrolora.storage.tensors import TensorFile, tensor_file
+from pyrolora.storage.tensor_file import TensorFile, tensor_file
 from pyrolora.types import AdapterConfig
 
 CONFIG_FILE = "adapter_config.json"

@@ -16,7 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from pyrolora.errors import CheckpointError
 from pyrolora.files import read_bytes, read_json, shown
-from pyrolora.storage.tensors import other_file
+from pyrolora.storage.tensor_file import other_file
 
 MOST_BYTES = 2**29
 """The largest file of a tokenizer that is read."""
@@ -48,8 +48,7 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     folder = path / f"tokenizer-{whole.hexdigest()[:12]}"
     if os.path.lexists(folder):
         if not folder.is_symlink() and folder.is_dir() and digests == _found(folder):
-            shutil.rmtree(scratch)
-            return folder.name, digests
+            return folder.name, digests  # the scratch folder goes with the older files
         remove(folder)
     scratch.replace(folder)
     return folder.name, digests

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, PyroLoraError
 from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.storage import digest_of
 
 META = "posterior.json"
 
@@ -71,11 +72,15 @@ def refused(folder: Path, network: nn.Module | None, words: list[str]) -> PyroLo
     return caught.value
 
 
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the description in place, or replace it by what ``change`` returns."""
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = True) -> None:
+    """Change the description in place, or replace it by what ``change`` returns; with ``seal`` it
+    gets the digest that it needs, as another program would write it."""
     meta = json.loads((folder / META).read_text(encoding="utf-8"))
     result = change(meta)
-    (folder / META).write_text(json.dumps(meta if result is None else result), encoding="utf-8")
+    meta = meta if result is None else result
+    if seal and isinstance(meta, dict):
+        meta["digest"] = digest_of(meta)
+    (folder / META).write_text(json.dumps(meta), encoding="utf-8")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -228,7 +233,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "another format": (lambda m: m.update(format="gguf"), [META, "pyrolora"]),
     "another format version": (
         lambda m: m.update(format_version=99),
-        ["format version 99", "reads 1", "install"],
+        ["format version 99", "reads 2", "install"],
     ),
     "a list": (lambda m: [1, 2], [META, "pyrolora"]),
     "a text": (lambda m: "posterior", [META, "pyrolora"]),
@@ -261,9 +266,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "a number of examples in words": (
         lambda m: m.update(num_examples="many"),
-        ["TypeError", "'str'", *EDITED],
+        ["num_examples", "'many'", *EDITED],
     ),
-    "no examples": (lambda m: m.update(num_examples=0), ["no examples", *EDITED]),
+    "no examples": (lambda m: m.update(num_examples=0), ["num_examples", "0", *EDITED]),
     "a history that is none": (lambda m: m.update(history=3), EDITED),
     "an adapter rank of zero": (lambda m: m["adapter"].update(r=0), ["'r'", "0"]),
     "guide as a text": (lambda m: m.update(guide="montec"), EDITED),
@@ -271,7 +276,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a rank in words": (lambda m: m["layers"][0].update(rank="two"), EDITED),
     "a rank below zero": (lambda m: m["layers"][0].update(rank=-2), EDITED),
     "a scaling in words": (lambda m: m["layers"][0].update(scaling="large"), EDITED),
-    "heads as numbers": (lambda m: m.update(heads=[3]), OTHER_HEADS),
+    "heads as numbers": (lambda m: m.update(heads=[3]), ["heads", *EDITED]),
     "no probes": (lambda m: m["base"].pop("probes") and None, ["probes", *EDITED]),
     "probes as a list": (lambda m: m["base"].update(probes=[1.0]), ["weights", "1.0"]),
     "a probe without a shape": (lambda m: probe_of(m).pop("shape") and None, ["shape", *EDITED]),
@@ -279,10 +284,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a probe without numbers": (lambda m: probe_of(m).update(values=[]), EDITED),
     "a probe of nothing": (lambda m: probe_of(m).update(values=[None] * 8), EDITED),
     "a state file that is not there": (
-        lambda m: m.update(state_file="adapters-0.safetensors"),
-        [META, "adapters-0.safetensors", "missing"],
+        lambda m: m.update(state_file="adapters-000000000000.safetensors"),
+        [META, "adapters-000000000000.safetensors", "missing"],
     ),
-    "an empty name of the state file": (lambda m: m.update(state_file=""), [META, "missing"]),
+    "an empty name of the state file": (lambda m: m.update(state_file=""), ["state_file", *EDITED]),
     "another digest": (lambda m: m.update(sha256="0" * 64), ["adapters-", "SHA-256", "restore"]),
 }
 

@@ -14,10 +14,11 @@ from safetensors.torch import load
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import opened, shown, strict_json
+from pyrolora.files import opened, read_bytes, shown, strict_json
 
 MOST_HEADER = 10**8
 """The largest header, in bytes; that of safetensors itself."""
+AT_ONCE = 2**30
 
 DTYPES = {
     "F64": torch.float64,
@@ -67,6 +68,15 @@ class TensorFile:
         return tensors
 
 
+def check_digest(path: Path, digest: str) -> None:
+    """Raise `CheckpointError` where the file has another SHA-256. That of a file above `AT_ONCE`
+    bytes is compared by `TensorFile.read`, when its tensors are known to fit."""
+    with opened(path) as (_, size):
+        pass
+    if size <= AT_ONCE and hashlib.sha256(read_bytes(path, AT_ONCE)).hexdigest() != digest:
+        raise CheckpointError(other_file(path))
+
+
 def tensor_file(path: Path) -> TensorFile:
     """A safetensors file, of which nothing but the header is read.
 
@@ -80,7 +90,7 @@ def tensor_file(path: Path) -> TensorFile:
         if not 0 < length <= min(size - 8, MOST_HEADER):
             raise CheckpointError(
                 f"cannot read the saved tensors {path}: it has no header of safetensors; it is "
-                "truncated, or another file"
+                "truncated, edited, or another file: restore it from a copy"
             )
         content = stream.read(length)
     try:
@@ -91,12 +101,13 @@ def tensor_file(path: Path) -> TensorFile:
     except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
         raise CheckpointError(
             f"cannot read the saved tensors {path}: its header is damaged "
-            f"({type(error).__name__}: {str(error)[:200]})"
+            f"({type(error).__name__}: {str(error)[:200]}); it is truncated or edited: restore it "
+            "from a copy"
         ) from error
     if size != 8 + length + bytes_needed:
         raise CheckpointError(
             f"cannot read the saved tensors {path}: it has {size:,} bytes, and by its header "
-            f"{8 + length + bytes_needed:,}; it is truncated, or edited"
+            f"{8 + length + bytes_needed:,}; it is truncated or edited: restore it from a copy"
         )
     return TensorFile(path, declared, size)
 
