@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
 from pyrolora.adapters import (
@@ -30,6 +30,7 @@ from pyrolora.inference import (
     Prepared,
     Run,
     check_allocation,
+    check_arguments,
     load_network,
     prepare,
     to_device,
@@ -42,6 +43,8 @@ from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
+from pyrolora.predictive.metrics import HIGHER_IS_BETTER
+from pyrolora.predictive.prediction import PREDICTIONS
 from pyrolora.seeding import fitting
 from pyrolora.storage import check_base, describe_base
 from pyrolora.types import AdapterConfig
@@ -118,7 +121,9 @@ def fit(
     training
         ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
         schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
-        its own defaults then hold (a learning rate of 5e-5), and saving is up to you.
+        its own defaults then hold (a learning rate of 5e-5), and saving is up to you. For
+        ``metric_for_best_model`` any metric of `Posterior.evaluate`, or ``"loss"``, which is the
+        ``nll``; which way it is better is known. What would do nothing here is refused.
     callbacks
         Trainer callbacks, or one.
 
@@ -178,6 +183,7 @@ def fit(
         if eval_data is not None:
             held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
         _check_evaluation(args, training, held_out)
+        _choose_best(args, law, callbacks)
         assert prepared.labels is not None
         if source is None:
             law.start(prepared.labels)
@@ -453,11 +459,7 @@ def _arguments(
                 f"{', '.join(given)} and training= were both given; set "
                 f"{'them' if len(given) > 1 else 'it'} in the TrainingArguments"
             )
-        for name in ("label_smoothing_factor", "neftune_noise_alpha", "torch_compile"):
-            if getattr(training, name):
-                raise ConfigError(
-                    f"training={name}={getattr(training, name)!r} is not supported; leave it out"
-                )
+        check_arguments(training)
         args = copy.copy(training)
         args.remove_unused_columns = False
         args.label_names = ["labels"]
@@ -490,6 +492,43 @@ def _check_evaluation(
             f"training asks for evaluation (eval_strategy={args.eval_strategy.value!r}) and there "
             "is no eval_data; pass eval_data="
         )
+
+
+def _choose_best(
+    args: TrainingArguments, law: Likelihood, callbacks: Sequence[TrainerCallback]
+) -> None:
+    """Set which way the metric of the best model is better, which the Trainer cannot know: it takes
+    all but the loss to be better the higher."""
+    metric = args.metric_for_best_model
+    stopping = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    if stopping and args.eval_strategy == "no":
+        raise ConfigError(
+            "EarlyStoppingCallback goes by evaluations, and there are none; set eval_strategy, for "
+            "example to 'epoch', in the TrainingArguments, and pass eval_data="
+        )
+    if metric is None:
+        if stopping or args.save_strategy == "best":
+            raise ConfigError(
+                "save_strategy='best' and EarlyStoppingCallback go by a metric, and there is none; "
+                "set metric_for_best_model, for example to 'nll', in the TrainingArguments"
+            )
+        return
+    known = {"loss": False, **HIGHER_IS_BETTER[PREDICTIONS[type(law)]]}
+    name = metric.removeprefix("eval_")
+    higher = known.get(name)
+    if higher is None:
+        able = ", ".join(n for n, way in known.items() if way is not None)
+        raise ConfigError(f"metric_for_best_model={metric!r} is none of {able}; choose one of them")
+    usual = not metric.endswith("loss")  # what TrainingArguments makes of no value at all
+    if args.greater_is_better not in (usual, higher):
+        raise ConfigError(
+            f"greater_is_better={args.greater_is_better}, and the best model has the "
+            f"{'highest' if higher else 'lowest'} {name!r}; leave it out"
+        )
+    args.greater_is_better = higher
+    if args.lr_scheduler_type == "reduce_lr_on_plateau":
+        mode = "max" if higher else "min"
+        args.lr_scheduler_kwargs = {"mode": mode, **(args.lr_scheduler_kwargs or {})}
 
 
 def _settings(args: TrainingArguments) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from pyrolora.inference.allocation import AllocateRanks, check_allocation
 from pyrolora.inference.arguments import (
+    check_arguments,
     checkpoint_step,
     checkpoints,
     last_checkpoint,
@@ -36,6 +37,7 @@ __all__ = [
     "ablation",
     "best_precision",
     "check_allocation",
+    "check_arguments",
     "check_finite",
     "checkpoint_step",
     "checkpoints",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,34 @@ import torch
 from transformers import TrainingArguments
 
 from pyrolora import defaults
-from pyrolora.errors import positive, whole_number
+from pyrolora.errors import ConfigError, positive, whole_number
+
+OURS = "evaluation is pyrolora's own, of the predictive mean, and makes no use of it"
+SPREAD = "several processes train with torchrun, each with the whole network"
+UNUSED = {
+    "label_smoothing_factor": (0.0, "the likelihood is that of the labels as they are"),
+    "neftune_noise_alpha": (None, "noise on the weights is the guide 'flat'"),
+    "torch_compile": (False, "the compiler cannot follow adapters that change with every call"),
+    "use_liger_kernel": (False, "kernels would be put in place of layers that are adapted"),
+    "auto_find_batch_size": (False, "a second attempt would go on from where the first ended"),
+    "prediction_loss_only": (False, OURS),
+    "eval_accumulation_steps": (None, OURS),
+    "eval_do_concat_batches": (True, OURS),
+    "eval_use_gather_object": (False, OURS),
+    "include_for_metrics": ([], OURS),
+    "batch_eval_metrics": (False, OURS),
+    "bf16_full_eval": (False, OURS),
+    "fp16_full_eval": (False, OURS),
+    "average_tokens_across_devices": (True, "examples are always counted over all devices"),
+    "label_names": (None, "the labels are the column 'labels'"),
+    "optim_target_modules": (None, "it is for GaLore and its like, of whole weight matrices"),
+    "deepspeed": (None, SPREAD),
+    "fsdp": (None, SPREAD),
+    "parallelism_config": (None, SPREAD),
+    "push_to_hub": (False, "upload what posterior.save or posterior.to_peft writes"),
+}
+"""Arguments of the Trainer that would do nothing here, or something else than they say: the value
+that is as good as none, and the reason."""
 
 MEMBER = "member-"
 _NAME = re.compile(r"checkpoint-\d+")
@@ -72,6 +100,39 @@ def training_arguments(
     return TrainingArguments(output_dir=str(output_dir), **{**options, **more})
 
 
+def check_arguments(training: Any) -> None:
+    """Raise `ConfigError` for what is no ``TrainingArguments``, or has options that would do
+    nothing."""
+    if not isinstance(training, TrainingArguments):
+        raise ConfigError(
+            f"training must be a transformers.TrainingArguments, got {training!r}; epochs=, "
+            "learning_rate=, batch_size= and seed= need none"
+        )
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = [field for field in dataclasses.fields(training) if field.name not in known]
+    if own:
+        given = [
+            f"{field.name}={getattr(training, field.name)!r}"
+            for field in own
+            if getattr(training, field.name) != _default(field)
+        ]
+        raise ConfigError(
+            f"training is a {type(training).__name__}, whose own options would do nothing here "
+            f"({', '.join(given or [field.name for field in own])}); pass a plain "
+            "transformers.TrainingArguments, and prepare the data as those options say"
+        )
+    for name, (neutral, reason) in UNUSED.items():
+        value = getattr(training, name, neutral)
+        if value not in (neutral, None, [], ["labels"] if name == "label_names" else neutral):
+            raise ConfigError(f"training={name}={value!r} is not supported: {reason}; leave it out")
+    strategy = training.train_sampling_strategy
+    if training.world_size > 1 and strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"training=train_sampling_strategy={strategy!r} is not supported in several processes, "
+            "which have to agree on the order of the data; leave it out"
+        )
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """The newest whole checkpoint: the Trainer writes ``trainer_state.json`` last of its files."""
     return max(filter(_is_whole, checkpoints(folder)), key=checkpoint_step, default=None)
@@ -100,3 +161,9 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

@@ -20,6 +20,26 @@ from pyrolora.predictive.prediction import (
 from pyrolora.predictive.reliability import ECE_BINS
 from pyrolora.predictive.selective import aurc
 
+HIGHER_IS_BETTER: dict[type[Prediction], dict[str, bool | None]] = {
+    ClassPrediction: {
+        "accuracy": True,
+        "nll": False,
+        "ece": False,
+        "brier": False,
+        "error_auroc": True,
+        "aurc": False,
+    },
+    RegressionPrediction: {
+        "rmse": False,
+        "nll": False,
+        "crps": False,
+        "coverage": None,
+        "aurc": False,
+    },
+    TokenPrediction: {"nll": False, "perplexity": False},
+}
+"""The metrics of each kind of prediction; None where neither is better."""
+
 
 def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[str, float]:
     """Metrics by name.

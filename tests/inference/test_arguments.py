@@ -4,15 +4,18 @@ checkpoint is found."""
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import TrainingArguments
 
 from pyrolora import defaults
 from pyrolora.errors import ConfigError
-from pyrolora.inference import last_checkpoint, training_arguments
+from pyrolora.inference import check_arguments, last_checkpoint, training_arguments
+from pyrolora.inference.arguments import UNUSED
 
 
 def test_the_defaults_are_pyroloras(tmp_path: Path) -> None:
@@ -133,3 +136,45 @@ def test_folders_of_other_names_are_no_checkpoints(name: str, tmp_path: Path) ->
 def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-5").write_text("")
     assert last_checkpoint(tmp_path) is None
+
+
+@dataclass
+class WithOptions(TrainingArguments):
+    """As TRL's ``SFTConfig`` is one."""
+
+    packing: bool = False
+    max_length: int = 64
+
+
+@dataclass
+class Renamed(TrainingArguments):
+    """A class of a user's own, which adds no option."""
+
+
+def test_a_class_with_options_of_its_own_is_refused_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a WithOptions, .* \(packing=True\)"):
+        check_arguments(WithOptions(str(tmp_path), packing=True))
+    with pytest.raises(ConfigError, match=r"\(packing, max_length\)"):
+        check_arguments(WithOptions(str(tmp_path)))
+    check_arguments(Renamed(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", [*UNUSED])
+def test_an_option_that_would_do_nothing_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    neutral, reason = UNUSED[name]
+    training = TrainingArguments(str(tmp_path), report_to="none")
+    assert getattr(training, name) in (neutral, None), "the reason is for another default"
+    setattr(training, name, not neutral if isinstance(neutral, bool) else 1)
+    with pytest.raises(ConfigError, match=f"{name}=.*{reason.split(',')[0]}"):
+        check_arguments(training)
+
+
+def test_options_with_an_effect_and_those_of_pyrolora_pass(tmp_path: Path) -> None:
+    check_arguments(training_arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.5))
+    check_arguments(TrainingArguments(str(tmp_path), warmup_steps=3, logging_nan_inf_filter=False))
+
+
+@pytest.mark.parametrize("training", [{"learning_rate": 1e-3}, "args", 3])
+def test_what_is_no_training_arguments_is_refused(training: Any) -> None:
+    with pytest.raises(ConfigError, match=r"must be a transformers\.TrainingArguments"):
+        check_arguments(training)

@@ -193,9 +193,7 @@ def run_script(tmp_path, name, processes, batch, accumulation):
 def run_python(tmp_path, name, processes, code, **values):
     script = tmp_path / f"{name}.py"
     tests = str(__import__("pathlib").Path(__file__).parents[1])
-    script.write_text(
-        textwrap.dedent(code).format(tests=tests, out=str(tmp_path / name), **values)
-    )
+    script.write_text(textwrap.dedent(code).format(tests=tests, out=str(tmp_path / name), **values))
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
