@@ -17,7 +17,13 @@ from pyrolora.inference import load_language_model
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
-from pyrolora.storage import check_base, load_base, read_adapter, read_folder
+from pyrolora.storage import (
+    check_base,
+    check_description,
+    load_base,
+    read_adapter,
+    read_folder,
+)
 from pyrolora.types import AdapterConfig
 
 
@@ -40,7 +46,12 @@ def build(
 
 
 @torch.inference_mode(False)
-def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Posterior:
+def load(
+    path: str | Path,
+    model: str | Path | nn.Module | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Posterior:
     """Load a posterior that `Posterior.save` wrote.
 
     Parameters
@@ -49,7 +60,9 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
         The folder.
     model
         The network that it was fitted on, or the hub id or folder to load it from. None: from
-        where it came at the time.
+        where it came at the time, from safetensors alone.
+    trust_remote_code
+        Run the code in the network's own folder, where its class is none of transformers'.
 
     Raises
     ------
@@ -71,13 +84,13 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
         if bool(specs) != guide.adapts or num_examples < 1:
             raise ValueError("no layers, or no examples")
         network = model
+        check_description(base)
         if not isinstance(network, nn.Module):
-            name = base.get("name_or_path") if model is None else str(model)
-            network = load_base({**base, "name_or_path": name})
+            name = None if model is None else str(model)
+            network = load_base(base, name, trust_remote_code=trust_remote_code)
         elif not guide.adapts:
             network = plain_copy(network)
-        if guide.adapts:  # else every weight is in the file
-            check_base(network, heads, base)
+        check_base(network, heads, base)
         likelihood = likelihood_for(network, meta["likelihood"])
         attachment = Attachment(network, specs, heads)
         joint = build(network, attachment, config, guide, likelihood, num_examples)
@@ -94,7 +107,8 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
             f"{path} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
             "from a copy"
         ) from error
-    return Posterior(joint, guide, tokenizer=tokenizer, history=history, settings=settings)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "history": history, "settings": settings}
+    return Posterior(joint, guide, identity=base, **options)
 
 
 @torch.inference_mode(False)

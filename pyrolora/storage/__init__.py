@@ -1,6 +1,6 @@
 """Save, load and merge posteriors; exchange adapters with PEFT."""
 
-from pyrolora.storage.base import check_base, describe_base, load_base
+from pyrolora.storage.base import check_base, check_description, describe_base, load_base
 from pyrolora.storage.folder import (
     META_FILE,
     as_json,
@@ -19,6 +19,7 @@ __all__ = [
     "Adapter",
     "as_json",
     "check_base",
+    "check_description",
     "describe_base",
     "finite",
     "load_base",
