@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -86,19 +86,13 @@ def _check_weight(name: str, layer: nn.Module) -> None:
 
 
 def _check_tied(network: PreTrainedModel) -> None:
-    """Tie the output layer to the embeddings where they are equal and were tied, and tell
-    transformers where they are not any more."""
-    weights = [_weight(network.get_output_embeddings), _weight(network.get_input_embeddings)]
-    output, embeddings = weights
-    configs = [network.config, *(network.config.get_text_config(decoder=d) for d in (False, True))]
-    if (
-        output is None
-        or embeddings is None
-        or not getattr(configs[0], "tie_word_embeddings", False)
-    ):
-        return
-    if output.shape == embeddings.shape and torch.equal(output, embeddings):
-        network.get_output_embeddings().weight = embeddings
+    """Tie what was tied and is still equal; where it is not any more, tell transformers, and give
+    each of these weights a place of its own in what it saves."""
+    tied = network.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [(target, network.get_parameter(source)) for target, source in tied.items()]
+    if all(_equal(network.get_parameter(target), source) for target, source in pairs):
+        for target, source in pairs:
+            _put(network, target, source)
         return
     if "tie_word_embeddings" in inspect.getsource(type(network).forward):
         raise ConfigError(
@@ -107,15 +101,18 @@ def _check_tied(network: PreTrainedModel) -> None:
             "posterior.to_peft(path), or fit without the output layer and the embeddings in "
             "target_modules and modules_to_save"
         )
-    for config in configs:
-        config.tie_word_embeddings = False
+    for target, _ in pairs:
+        _put(network, target, nn.Parameter(network.get_parameter(target).clone()))
+    for part in network.modules():
+        if getattr(getattr(part, "config", None), "tie_word_embeddings", False):
+            part.config.tie_word_embeddings = False
     network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _weight(embeddings: Callable[[], nn.Module | None]) -> nn.Parameter | None:
-    """The weight of the input or output embeddings, if the network has such a thing."""
-    try:
-        weight = getattr(embeddings(), "weight", None)
-    except (NotImplementedError, AttributeError, TypeError):  # networks of images, of sounds
-        return None
-    return weight if isinstance(weight, nn.Parameter) else None
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
+
+
+def _put(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, own = name.rpartition(".")
+    setattr(network.get_submodule(module), own, parameter)
