@@ -210,7 +210,9 @@ def fit(
             return joint
 
         def posterior_of(joint: JointModel, kind: Guide) -> Posterior:
-            return Posterior(joint, kind, tokenizer=tokenizer, settings=_settings(args))
+            return Posterior(
+                joint, kind, tokenizer=tokenizer, settings=_settings(args), identity=identity
+            )
 
         start: Start | None = None  # what an earlier posterior has, it brings
         try:
@@ -228,6 +230,7 @@ def fit(
             if given is not None and list(law.parameters()):
                 law.start(prepared.labels, _outputs(joint, prepared, args))
                 joint.likelihood.load_state_dict(law.state_dict())
+            identity = describe_base(network, attachment.heads, weights=options.adapts)
             run = Run(
                 joint,
                 options,
@@ -309,7 +312,7 @@ def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
     if network is source.base:
         return attachment.again()
     heads = list(attachment.heads)
-    check_base(network, heads, describe_base(source.base, heads))
+    check_base(network, heads, source.identity)
     names, known = network_classes(network), network_classes(source.base)
     if names and known and names != known:
         raise ConfigError(

@@ -67,7 +67,7 @@ def load(
         The folder.
     model
         The network that it was fitted on, or the hub id or folder to load it from. None: from
-        where it came at the time.
+        where it came at the time, from safetensors alone.
     trust_remote_code
         Whether network and tokenizer may be of classes whose code lies beside their files, and is
         then run. Only your own word counts, none in a file.
@@ -84,7 +84,7 @@ def load(
     try:
         _check_sizes(description, saved.tensors.declared)
         tokenizer = saved.tokenizer(trust_remote_code=trust_remote_code)
-        network = _network(description, model)
+        network = _network(description, model, trust_remote_code)
         with _as_it_was(network):
             joint = _joint(saved, network)
     except Exception as error:
@@ -100,22 +100,24 @@ def load(
         tokenizer=tokenizer,
         history=description.history,
         settings=description.settings,
+        identity=description.base,
     )
 
 
-def _network(description: Description, model: str | Path | nn.Module | None) -> nn.Module:
+def _network(
+    description: Description, model: str | Path | nn.Module | None, trust_remote_code: bool
+) -> nn.Module:
     """The network that was passed or is loaded; a copy, where the file has all its weights."""
     if isinstance(model, nn.Module):
         return model if description.guide.adapts else plain_copy(model)
-    name = description.base.get("name_or_path") if model is None else str(model)
-    return load_base({**description.base, "name_or_path": name})
+    name = None if model is None else str(model)
+    return load_base(description.base, name, trust_remote_code=trust_remote_code)
 
 
 def _joint(saved: Saved, network: nn.Module) -> JointModel:
     """The joint model of a saved posterior; nothing is left in the network where it fails."""
     description = saved.description
-    if description.guide.adapts:  # else every weight is in the file
-        check_base(network, description.heads, description.base)
+    check_base(network, description.heads, description.base)
     likelihood = likelihood_for(network, description.likelihood)
     _check_layers(description.specs, network)
     attachment = Attachment(network, description.specs, description.heads)

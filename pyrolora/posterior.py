@@ -65,6 +65,9 @@ class Posterior:
         What turns raw text to tokens, or None.
     settings
         How the fit was run: epochs, learning rate, batch size, seed.
+    identity
+        What recognises the network that was fitted, as it was at the fit: `save` writes it, and
+        `pyrolora.load` refuses another network.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Posterior:
         tokenizer: Any = None,
         history: Sequence[Mapping[str, Any]] = (),
         settings: Mapping[str, Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = joint
         self.guide = JointGuide(joint.program)
@@ -82,6 +86,10 @@ class Posterior:
         self.tokenizer = tokenizer
         self.history = [dict(entry) for entry in history]
         self.settings = dict(settings or {})
+        if identity is None:
+            heads = joint.attachment.heads
+            identity = describe_base(joint.base, heads, weights=options.adapts)
+        self.identity = dict(identity)
 
     def __repr__(self) -> str:
         return (
@@ -483,7 +491,7 @@ class Posterior:
             "adapter": dataclasses.asdict(self.bank.config),
             "layers": [dataclasses.asdict(spec) for spec in specs],
             "heads": list(self.model.attachment.heads),
-            "base": describe_base(self.base, self.model.attachment.heads),
+            "base": self.identity,
             "num_examples": self.model.num_examples,
             "settings": self.settings,
             "history": self.history,

@@ -20,6 +20,12 @@ def is_quantised(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point or dtype.itemsize < 2
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Whether the numbers of a weight are the weight: no quantised ones, and no subclass of tensors
+    that computes in a way of its own."""
+    return type(weight) in (Tensor, nn.Parameter) and not is_quantised(weight.dtype)
+
+
 class Frozen(Protocol):
     """The part of the layer that is not trained."""
 

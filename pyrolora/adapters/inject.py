@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from pyrolora.adapters.layer import AdapterLayer, HeadSlot, Wrapper
+from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets, plain_parameters, walk
 from pyrolora.errors import TargetError
 from pyrolora.types import AdapterConfig
@@ -91,8 +92,9 @@ class Attachment:
 
 
 def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
-    """Wrap the layers that ``config`` selects, and the task head."""
+    """Wrap the layers that ``config`` selects, the task head, and modules with new weights."""
     heads = find_heads(network, config)
+    heads += own_new_weights(network, heads)
     return Attachment(network, find_targets(network, config, heads), heads)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters.adapted_linear import PLAIN, is_quantised, oriented
+from pyrolora.adapters.adapted_linear import PLAIN, is_dense, oriented
 from pyrolora.errors import BindingError, ConfigError, positive
 
 # Numbers of one chunk of W + E: 4 MiB of float32. That is small beside the activations of a
@@ -207,11 +207,12 @@ def _plain_weight(layer: nn.Module) -> Tensor:
             "is parametrised, quantised or offloaded); load the base whole and plain, or choose "
             "a guide that does not read weights: 'montec', 'map'"
         )
-    if is_quantised(weight.dtype):
+    if not is_dense(weight):
+        kind = "" if type(weight) is nn.Parameter else f"a {type(weight).__name__} of "
         raise ConfigError(
-            f"weight noise needs a floating-point weight of 16 bits or more, got {weight.dtype} "
-            "(a quantised base); load the base in bfloat16, or choose a guide that works on "
-            "quantised layers: 'montec', 'map'"
+            "weight noise needs a floating-point weight of 16 bits or more, got "
+            f"{kind}{weight.dtype} (a quantised base); load the base in bfloat16, or choose a "
+            "guide that works on quantised layers: 'montec', 'map'"
         )
     if type(layer).forward not in PLAIN:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Save, load and merge posteriors; exchange adapters with PEFT."""
 
-from pyrolora.storage.base import check_base, describe_base, load_base
+from pyrolora.storage.base import check_base, check_description, describe_base, load_base
 from pyrolora.storage.description import Description, digest_of
 from pyrolora.storage.folder import (
     META_FILE,
@@ -22,6 +22,7 @@ __all__ = [
     "Saved",
     "as_json",
     "check_base",
+    "check_description",
     "describe_base",
     "digest_of",
     "finite",

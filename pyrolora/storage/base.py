@@ -2,104 +2,289 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto import modeling_auto
 
-from pyrolora.adapters import plain_parameters
 from pyrolora.errors import CheckpointError
+from pyrolora.storage.configuration import differences, kept, restore
+from pyrolora.storage.digest import FLOATS, digests, matches, quantised
+from pyrolora.storage.tensors import tensors
 
-PROBES = 8
-
-
-def describe_base(network: nn.Module, heads: Iterable[str]) -> dict[str, Any]:
-    """What recognises the network: its class, where it came from, a few numbers of each of its
-    tensors outside of the task heads."""
-    description: dict[str, Any] = {"class": type(network).__name__, "probes": probe(network, heads)}
-    if isinstance(network, PreTrainedModel):
-        config = network.config
-        description |= {
-            "name_or_path": config._name_or_path,
-            "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
-            "config": {
-                "problem_type": config.problem_type,
-                "pad_token_id": getattr(config, "pad_token_id", None),
-                "id2label": config.id2label,
-            },
-        }
-    return description
+PASS_IT = (
+    "pass the network, or the folder that its save_pretrained(folder) wrote, as model=: "
+    "pyrolora.load(path, model)"
+)
+ENTRIES = {"class": str, "name_or_path": str, "dtype": str, "config": dict, "weights": dict}
+WEIGHT = {"shape": list, "dtype": str, "bits": dict}
+LARGEST = 2**63
+DTYPES = {**FLOATS, "float64": torch.float64, "": "auto"}
+DEEPEST = 12
+LONGEST = 10_000
 
 
-def load_base(description: Mapping[str, Any]) -> PreTrainedModel:
-    """The network of a description, from the hub id or folder that it was loaded from."""
-    name, kind = description.get("name_or_path"), getattr(transformers, description["class"], None)
-    if not name or kind is None:
+def describe_base(
+    network: nn.Module, heads: Iterable[str], *, weights: bool = True
+) -> dict[str, Any]:
+    """Describe a network so that it is recognised: its class, where it came from, its
+    configuration, and digests of its tensors outside of the task heads.
+
+    A copy whose tensors are these, or these rounded to another precision (or of which these are
+    the rounding), is the same network; any other is not. Code that was changed, such as a
+    ``forward`` that was replaced, cannot be seen; of a plain ``nn.Module``, which has no
+    configuration, the class's name and the tensors are all that is. The digests take one pass over
+    the weights, three where they are in float32.
+
+    Parameters
+    ----------
+    heads
+        The modules that the posterior owns.
+    weights
+        False where the posterior owns them all.
+    """
+    known = network if isinstance(network, PreTrainedModel) else None
+    return {
+        "class": type(network).__name__,
+        "name_or_path": known.config._name_or_path if known else "",
+        "dtype": str(known.dtype).removeprefix("torch.") if known else "",
+        "config": kept(known.config) if known else {},
+        "weights": digests(network, heads) if weights else {},
+    }
+
+
+def check_description(base: object) -> None:
+    """Raise `CheckpointError` unless every entry of a description has its name, its type and a
+    bounded size."""
+    if not isinstance(base, dict) or set(base) != set(ENTRIES):
         raise CheckpointError(
-            f"the posterior's network, a {description['class']}, was not loaded from a hub or "
-            "folder; pass it: pyrolora.load(path, model)"
+            f"the description of the network must have {sorted(ENTRIES)}, got "
+            f"{sorted(map(str, base))[:9] if isinstance(base, dict) else base!r:.80}"
         )
-    config = {key: value for key, value in description["config"].items() if value is not None}
-    config["id2label"] = {int(key): value for key, value in config["id2label"].items()}
-    config["label2id"] = {value: key for key, value in config["id2label"].items()}
+    for name, kind in ENTRIES.items():
+        _is_a(f"base.{name}", base[name], kind)
+    if not base["class"].isidentifier() or base["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"base.class and base.dtype are no class and dtype: {base['class']!r:.80}, "
+            f"{base['dtype']!r:.80}"
+        )
+    _check_json("base.config", base["config"], DEEPEST)
+    for name, entry in base["weights"].items():
+        _is_a(f"base.weights.{name:.80}", entry, dict)
+        for key, kind in WEIGHT.items():
+            _is_a(f"base.weights.{name:.80}.{key}", entry.get(key), kind)
+        sizes, bits = entry["shape"], entry["bits"]
+        if (
+            set(entry) != set(WEIGHT)
+            or not all(type(size) is int and 0 <= size < LARGEST for size in sizes)
+            or entry["dtype"] not in bits
+            or not all(re.fullmatch("[0-9a-f]{16}", str(value)) for value in bits.values())
+        ):
+            raise CheckpointError(f"base.weights has no shape and digests of {name!r:.80}")
+
+
+def load_base(
+    description: Mapping[str, Any], name: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load the network of a description, which has passed `check_description`.
+
+    Nothing in the description chooses code: the class is looked up in the list of transformers'
+    Auto classes, and the configuration is the one of the network's folder, with values of the saved
+    one for names that it has (`configuration.restore`). Weights are read from safetensors alone
+    where the description says where from.
+
+    Parameters
+    ----------
+    name
+        The hub id or folder that the caller named. None: the one in the description.
+    trust_remote_code
+        Run the code that the network's own folder has, for a class that is none of transformers'.
+
+    Raises
+    ------
+    CheckpointError
+        When it cannot be loaded so, with what to pass.
+    """
+    place, kind = name or description["name_or_path"], description["class"]
+    if not place or not description["config"]:
+        raise CheckpointError(
+            f"the posterior's network, a {kind}, was built or changed in memory and has no hub id "
+            f"or folder to come back from; {PASS_IT}"
+        )
+    if name is None and quantised(description["weights"]):
+        raise CheckpointError(
+            f"the posterior's network, a {kind} ({place}), is quantised, and a posterior does not "
+            f"say how to load one; load it with its quantization_config and {PASS_IT}"
+        )
     try:
         with _quiet():  # transformers reports a missing head: the posterior brings its own
-            network: PreTrainedModel = kind.from_pretrained(
-                name, dtype=getattr(torch, description["dtype"]), **config
+            loader = _class(kind, place, trust_remote_code)
+            config = _configuration(loader, place, description, name is None)
+            options: dict[str, Any] = {"use_safetensors": True} if name is None else {}
+            network: PreTrainedModel = loader.from_pretrained(
+                place,
+                config=config,
+                dtype=DTYPES[description["dtype"]],
+                trust_remote_code=trust_remote_code,
+                weights_only=True,
+                **options,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a configuration, of files and of code that are not ours
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"cannot load the posterior's network, a {description['class']}, from {name!r} "
-            f"({str(error).splitlines()[0]}); pass the network: pyrolora.load(path, model)"
+            f"cannot load the posterior's network, a {kind}, from {place!r} ({reason:.300}); "
+            f"{PASS_IT}"
         ) from error
     return network
 
 
 def check_base(network: nn.Module, heads: Iterable[str], description: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` unless ``network`` is the one that the posterior was fitted on.
+    """Raise `CheckpointError` unless ``network`` is the one that was described.
 
-    Numbers are compared to 1 % of their tensor's largest, so that a half-precision copy passes.
+    Its tensors are, bit for bit, those that were saved, in the same or another precision
+    (`digest.matches`), and its configuration differs in nothing that changes the function
+    (`configuration.differences`).
     """
-    origin = description.get("name_or_path") or "built in memory"
-    remedy = f"the posterior was fitted on a {description['class']} ({origin}): load that model"
-    found, saved = probe(network, heads), description["probes"]
+    origin = description["name_or_path"] or "built in memory"
+    kind = type(network).__name__
+    remedy = (
+        f"the posterior was fitted on a {description['class']} ({origin}): load that model. If it "
+        "was changed in memory before the fit (merged, trained, resized), save it with "
+        "save_pretrained(folder) and pass the folder or the network as model="
+    )
+    if description["weights"]:
+        _check_weights(network, heads, description["weights"], remedy)
+    if kind != description["class"]:
+        raise CheckpointError(f"this network is a {kind}; {remedy}")
+    if not isinstance(network, PreTrainedModel):
+        return
+    for name, saved, found in differences(network.config, description["config"]):
+        raise CheckpointError(
+            f"the configuration of this {kind} has {name}={found!r:.200}, and the posterior was "
+            f"fitted with {saved!r:.200}, which makes another function; load it with that value, "
+            f"or set it in network.config before it is built"
+        )
+
+
+def _check_weights(
+    network: nn.Module, heads: Iterable[str], saved: Mapping[str, Any], remedy: str
+) -> None:
+    kind = type(network).__name__
+    found = dict(tensors(network, heads))
+    codes = {name: {"dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
+    if quantised(saved) != quantised(codes):
+        this, other = ("not ", "") if quantised(saved) else ("", "not ")
+        raise CheckpointError(
+            f"this {kind} is {this}quantised, and the one that the posterior was fitted on is "
+            f"{other}quantised: its weights are other numbers; {remedy}"
+        )
     missing, foreign = sorted(set(saved) - set(found)), sorted(set(found) - set(saved))
     if missing or foreign:
         raise CheckpointError(
-            f"this {type(network).__name__} has other weights: missing {missing[:2]}, unexpected "
-            f"{foreign[:2]}; {remedy}"
+            f"this {kind} has other weights: missing {missing[:2]}, unexpected {foreign[:2]}; "
+            f"{remedy}"
         )
-    for name, numbers in saved.items():
-        expected, own = torch.tensor(numbers["values"]), torch.tensor(found[name]["values"])
-        if numbers["shape"] != found[name]["shape"]:
+    for name, tensor in found.items():
+        if saved[name]["shape"] != list(tensor.shape):
             raise CheckpointError(
-                f"the weight {name!r} has shape {found[name]['shape']}, not {numbers['shape']}; "
+                f"the weight {name!r} has shape {list(tensor.shape)}, not {saved[name]['shape']}; "
                 f"{remedy}"
             )
-        if own.numel() and not ((own - expected).abs() <= 0.01 * expected.abs().max()).all():
+        if not matches(tensor, saved[name]):
             raise CheckpointError(f"the weight {name!r} is not the one that was adapted; {remedy}")
 
 
-@torch.no_grad()
-def probe(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
-    """Tensor name -> its shape and a few evenly spaced numbers."""
-    prefixes = tuple(f"{head}." for head in heads)
-    probes = {}
-    for name, parameter in plain_parameters(network):
-        if not name.startswith(prefixes):
-            flat = parameter.flatten()
-            steps = torch.arange(PROBES, device=flat.device)  # whole numbers: exact at any size
-            picks = steps * (len(flat) - 1) // (PROBES - 1) if len(flat) else steps[:0]
-            probes[name] = {
-                "shape": list(parameter.shape),
-                "values": flat[picks].float().tolist(),
-            }
-    return probes
+@cache
+def _classes() -> frozenset[str]:
+    """The names of the classes that transformers registers for its Auto classes."""
+    mappings = [m for name, m in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    values = [value for mapping in mappings for value in mapping.values()]
+    return frozenset(n for value in values for n in ([value] if isinstance(value, str) else value))
+
+
+def _class(kind: str, place: str, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class of a name: one of transformers', or, if the caller trusts it, of the folder."""
+    found = getattr(transformers, kind, None) if kind in _classes() else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
+        return found
+    if not trust_remote_code:
+        raise CheckpointError(
+            f"the posterior's network, a {kind}, is no class of transformers' Auto classes; "
+            f"{PASS_IT}; or, if you trust the code in {place!r}, pass trust_remote_code=True"
+        )
+    config = AutoConfig.from_pretrained(place, trust_remote_code=True)
+    references = dict(getattr(config, "auto_map", None) or {}).values()
+    reference = next((r for r in references if str(r).endswith(f".{kind}")), None)
+    if reference is None:
+        raise CheckpointError(f"{place!r} has no code for the class {kind}; {PASS_IT}")
+    loaded: type[PreTrainedModel] = get_class_from_dynamic_module(reference, place)
+    return loaded
+
+
+def _configuration(
+    loader: type[PreTrainedModel], place: str, description: Mapping[str, Any], strange: bool
+) -> PreTrainedConfig:
+    """The configuration of the folder, with the saved values; of a folder that the caller did not
+    name, ``strange``, without implementations that are fetched from elsewhere."""
+    if strange and (Path(place) / "adapter_config.json").exists():
+        raise CheckpointError(f"{place!r} holds an adapter of PEFT's; {PASS_IT}")
+    if not loader.config_class.get_config_dict(place)[0]:
+        raise CheckpointError(f"{place!r} has no configuration; {PASS_IT}")
+    config: PreTrainedConfig = loader.config_class.from_pretrained(place)
+    if strange:
+        if getattr(config, "quantization_config", None) is not None:
+            raise CheckpointError(f"the network in {place!r} is quantised; {PASS_IT}")
+        config._attn_implementation = config._experts_implementation = None
+        for attribute in ("fusion_config", "transformers_weights"):
+            if hasattr(config, attribute):
+                delattr(config, attribute)
+    own = _size(loader, config)
+    most = max(len(description["weights"]), 64)
+    if restore(config, description["config"], most) and _size(loader, config) > 2 * own + 2**24:
+        raise CheckpointError(
+            f"with the saved configuration the network is more than twice as large as the one in "
+            f"{place!r}; {PASS_IT}"
+        )
+    return config
+
+
+def _size(loader: type[PreTrainedModel], config: PreTrainedConfig) -> int:
+    """The number of elements of a network with this configuration, without making them."""
+    with torch.device("meta"):
+        network = loader(config)
+    return sum(t.numel() for t in (*network.parameters(), *network.buffers()))
+
+
+def _is_a(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind) or (isinstance(value, str) and len(value) > LONGEST):
+        raise CheckpointError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
+
+
+def _check_json(name: str, value: Any, depth: int) -> None:
+    """Refuse what is nested too deep, and numbers and texts out of bounds."""
+    if depth == 0:
+        raise CheckpointError(f"{name:.200} is nested too deep")
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            _check_json(f"{name}.{key}", part, depth - 1)
+    elif isinstance(value, str) and len(value) > LONGEST:
+        raise CheckpointError(f"{name:.200} is a text of {len(value)} characters")
+    elif isinstance(value, int | float) and not abs(value) < LARGEST * 1e20:
+        raise CheckpointError(f"{name:.200} is no number of a configuration: {value!r:.80}")
+    elif not isinstance(value, bool | int | float | str | None):
+        raise CheckpointError(f"{name:.200} is a {type(value).__name__}")
 
 
 @contextmanager

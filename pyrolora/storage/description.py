@@ -20,6 +20,7 @@ from pyrolora.files import shown
 from pyrolora.guides import Guide, from_options, full_name
 from pyrolora.likelihoods import available
 from pyrolora.options import check_options
+from pyrolora.storage.base import check_description
 from pyrolora.storage.numbers import finite
 from pyrolora.types import AdapterConfig
 
@@ -80,6 +81,7 @@ def described(meta: Mapping[str, Any]) -> Description:
     """
     _check_plain(meta)
     _record(ENTRIES)("the description", meta)
+    check_description(meta["base"])
     guide, prior = _guide("guide", meta["guide"]), None
     if meta["prior"] is not None:
         prior = _guide("prior", meta["prior"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters import FlatFactors, is_quantised, unwrap
+from pyrolora.adapters import FlatFactors, unwrap
+from pyrolora.adapters.adapted_linear import is_dense
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 
@@ -22,19 +24,19 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
 
     The sum is made in float32 and cast to the layer's dtype once. A layer that shares its weight
     with another module (an output layer tied to the embeddings), or is one under several names,
-    gets a weight of its own.
+    gets a weight of its own. The copy has no hub id or folder: no name loads its weights.
 
     Raises
     ------
     ConfigError
-        When a layer's weight is quantised, parametrised or offloaded.
+        When a layer's weight is quantised, parametrised or offloaded, or when the network cannot
+        have output and input embeddings that differ.
     """
     bank = joint.program.bank
     matrices: Mapping[str, tuple[Tensor, Tensor]] = bank.matrices(factors)
     for name, wrapper in joint.attachment.layers.items():
         _check_weight(name, wrapper.base_layer)
-    network = copy.deepcopy(joint.base)
-    unwrap(network)
+    network = _copy(joint.base)
     for name, spec in bank.specs.items():
         layer = copy.copy(network.get_submodule(name))
         layer._parameters = dict(layer._parameters)
@@ -45,17 +47,37 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
             update = update.T
         layer.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
         network.set_submodule(name, layer)
-    _untie(network)
     for name, (head,) in joint.named_heads(factors).items():
         dtype = next(network.get_submodule(name).parameters()).dtype
         network.set_submodule(name, copy.deepcopy(head).to(dtype))
+    if isinstance(network, PreTrainedModel):
+        _check_tied(network)
+        network.config._name_or_path = network.name_or_path = ""
     return network.requires_grad_(True).eval()
+
+
+def _copy(base: nn.Module) -> nn.Module:
+    """A copy without our wrappers."""
+    try:
+        network = copy.deepcopy(base)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            f"merging makes a copy of the network, and this {type(base).__name__} cannot be "
+            f"copied, as with some quantised weights ({str(error).splitlines()[0]:.200}). Write "
+            "the adapter alone, with posterior.to_peft(path), or merge on the network loaded "
+            "whole and not quantised"
+        ) from error
+    unwrap(network)
+    return network
 
 
 def _check_weight(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
-    if weight is None or weight.is_meta or is_quantised(weight.dtype):
-        found = "parametrised" if weight is None else f"{weight.dtype} on {weight.device}"
+    if weight is None or weight.is_meta or not is_dense(weight):
+        found = "parametrised"
+        if weight is not None:
+            kind = "" if type(weight) is nn.Parameter else f"a {type(weight).__name__}, "
+            found = f"{kind}{weight.dtype} on {weight.device}"
         raise ConfigError(
             f"merging adds the adapter to the weights, and that of {name!r} is no plain one in "
             f"memory: it is {found}. Write the adapter alone, with posterior.to_peft(path), or "
@@ -63,10 +85,34 @@ def _check_weight(name: str, layer: nn.Module) -> None:
         )
 
 
-def _untie(network: nn.Module) -> None:
-    """Tell transformers, where the merged output layer is no longer the embeddings' weight."""
-    if not isinstance(network, PreTrainedModel):
+def _check_tied(network: PreTrainedModel) -> None:
+    """Tie what was tied and is still equal; where it is not any more, tell transformers, and give
+    each of these weights a place of its own in what it saves."""
+    tied = network.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [(target, network.get_parameter(source)) for target, source in tied.items()]
+    if all(_equal(network.get_parameter(target), source) for target, source in pairs):
+        for target, source in pairs:
+            _put(network, target, source)
         return
-    output, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
-    if output is not None and output.weight is not embeddings.weight:
-        network.config.tie_word_embeddings = False
+    if "tie_word_embeddings" in inspect.getsource(type(network).forward):
+        raise ConfigError(
+            f"the merged output layer differs from the embeddings, and a {type(network).__name__} "
+            "whose embeddings are not tied computes something else. Write the adapter alone, with "
+            "posterior.to_peft(path), or fit without the output layer and the embeddings in "
+            "target_modules and modules_to_save"
+        )
+    for target, _ in pairs:
+        _put(network, target, nn.Parameter(network.get_parameter(target).clone()))
+    for part in network.modules():
+        if getattr(getattr(part, "config", None), "tie_word_embeddings", False):
+            part.config.tie_word_embeddings = False
+    network.all_tied_weights_keys = network.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
+
+
+def _put(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, own = name.rpartition(".")
+    setattr(network.get_submodule(module), own, parameter)

@@ -225,8 +225,8 @@ EDITED = ["edited", "restore"]
 OTHER_HEADS = ["weights", "classifier.weight", "load that model"]
 
 
-def probe_of(meta: dict[str, Any]) -> dict[str, Any]:
-    return next(iter(meta["base"]["probes"].values()))
+def weight_of(meta: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(meta["base"]["weights"].values()))
 
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
@@ -272,17 +272,29 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a history that is none": (lambda m: m.update(history=3), EDITED),
     "an adapter rank of zero": (lambda m: m["adapter"].update(r=0), ["'r'", "0"]),
     "guide as a text": (lambda m: m.update(guide="montec"), EDITED),
-    "base as a text": (lambda m: m.update(base="bert"), EDITED),
+    "base as a text": (lambda m: m.update(base="bert"), ["name_or_path", "'bert'"]),
     "a rank in words": (lambda m: m["layers"][0].update(rank="two"), EDITED),
     "a rank below zero": (lambda m: m["layers"][0].update(rank=-2), EDITED),
     "a scaling in words": (lambda m: m["layers"][0].update(scaling="large"), EDITED),
     "heads as numbers": (lambda m: m.update(heads=[3]), ["heads", *EDITED]),
-    "no probes": (lambda m: m["base"].pop("probes") and None, ["probes", *EDITED]),
-    "probes as a list": (lambda m: m["base"].update(probes=[1.0]), ["weights", "1.0"]),
-    "a probe without a shape": (lambda m: probe_of(m).pop("shape") and None, ["shape", *EDITED]),
-    "a probe of fewer numbers": (lambda m: probe_of(m).update(values=[0.0, 1.0, 2.0]), EDITED),
-    "a probe without numbers": (lambda m: probe_of(m).update(values=[]), EDITED),
-    "a probe of nothing": (lambda m: probe_of(m).update(values=[None] * 8), EDITED),
+    "no digests": (lambda m: m["base"].pop("weights") and None, ["weights"]),
+    "digests as a list": (lambda m: m["base"].update(weights=[1.0]), ["weights", "1.0"]),
+    "a digest without a shape": (lambda m: weight_of(m).pop("shape") and None, ["shape"]),
+    "a digest without bits": (lambda m: weight_of(m).update(bits={}), ["weights", "digests"]),
+    "a digest of another length": (
+        lambda m: weight_of(m).update(bits={"float32": "00"}),
+        ["weights", "digests"],
+    ),
+    "a dtype that is none": (lambda m: m["base"].update(dtype="load"), ["base.dtype", "'load'"]),
+    "a class that is no name": (lambda m: m["base"].update({"class": "os.system"}), ["class"]),
+    "a configuration that is too deep": (
+        lambda m: m["base"]["config"].update(deep=json.loads("[" * 30 + "]" * 30)),
+        ["base.config.deep", "too deep"],
+    ),
+    "a number that is too large": (
+        lambda m: m["base"]["config"].update(vocab_size=10**400),
+        ["vocab_size"],
+    ),
     "a state file that is not there": (
         lambda m: m.update(state_file="adapters-000000000000.safetensors"),
         [META, "adapters-000000000000.safetensors", "missing"],

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from problems import batch_of, bert, gpt2, llama, mlp, tokens
+from problems import batch_of, bert, bert_mlm, gpt2, llama, mlp, tokens
+from test_digest import coded
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
+from pyrolora.adapters import attach, bind
 from pyrolora.adapters.layer import Wrapper
+from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
+from pyrolora.guides import MAP
+from pyrolora.likelihoods import likelihood_for
+from pyrolora.loading import build
+from pyrolora.model import JointModel
+from pyrolora.storage import merged as merge_of
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
@@ -291,3 +313,154 @@ def test_what_is_merged_in_inference_mode_can_be_trained() -> None:
         network = posterior.merge()
     network(X).sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+# Tied embeddings ----------------------------------------------------------------------------------
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    config = T5Config(**sizes, num_heads=2, decoder_start_token_id=0, pad_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def llava() -> Any:
+    """A language model with tied embeddings inside of a network with nested configurations."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    text = LlamaConfig(**sizes, vocab_size=16, pad_token_id=0, tie_word_embeddings=True)
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    options = {"tie_word_embeddings": True, "image_token_index": 15}
+    config = LlavaConfig(vision_config=vision, text_config=text, **options)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def tied_llama() -> Any:
+    return llama(tie_word_embeddings=True, initializer_range=0.3)
+
+
+@torch.no_grad()
+def with_adapters(network: Any, **adapter: Any) -> JointModel:
+    """A joint model whose adapters and heads have moved, without a fit."""
+    config = AdapterConfig(r=2, **adapter)
+    law = likelihood_for(network, "masked_lm")  # any: it is not asked
+    joint = build(network, attach(network, config), config, MAP(), law, 4)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (*joint.program.parameters(), *joint.heads.parameters()):
+        parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return joint
+
+
+QUERY = ["q_proj", "query", "SelfAttention.q", "lm_head"]
+TIED: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "bert, adapted": (bert_mlm, {"target_modules": ["decoder"], "modules_to_save": []}, False),
+    "bert, owned": (bert_mlm, {"target_modules": QUERY, "modules_to_save": ["cls"]}, False),
+    "bert, as it was": (bert_mlm, {"target_modules": QUERY, "modules_to_save": []}, True),
+    "llama, adapted": (tied_llama, {"target_modules": ["lm_head"]}, False),
+    "llama, output owned": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        False,
+    ),
+    "llama, input owned": (
+        tied_llama,
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        False,
+    ),
+    "llama, as it was": (tied_llama, {"target_modules": ["q_proj"]}, True),
+    "t5, adapted": (t5, {"target_modules": ["lm_head"]}, False),
+    "llava, adapted": (llava, {"target_modules": ["lm_head"], "modules_to_save": []}, False),
+    "llava, as it was": (llava, {"target_modules": ["q_proj"], "modules_to_save": []}, True),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_what_is_saved_says_whether_the_embeddings_are_tied(case: str, tmp_path: Path) -> None:
+    make, adapter, tied = TIED[case]
+    joint = with_adapters(make(), **adapter)
+    factors = joint.program.mean()
+    ids = torch.randint(3, 14, (2, 6), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if case.startswith("t5") else {})}
+    network: Any = merge_of(joint, factors)
+    network.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is tied
+    same = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    assert same is tied
+    again = type(network).from_pretrained(tmp_path).eval()
+    with torch.no_grad(), bind(joint.binding(factors)):
+        expected = joint.base(**inputs).logits
+    with torch.no_grad():
+        torch.testing.assert_close(network(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_copy_of_the_embeddings_that_is_equal_is_tied_again() -> None:
+    network = tied_llama()
+    config = AdapterConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    law = likelihood_for(network, "causal_lm")
+    joint = build(network, attach(network, config), config, MAP(), law, 4)
+    merged: Any = merge_of(joint, joint.program.mean())
+    assert merged.config.tie_word_embeddings
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+def test_a_network_that_computes_otherwise_when_untied_is_refused() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    network = UMT5ForConditionalGeneration(UMT5Config(**sizes, num_heads=2)).eval()
+    joint = with_adapters(network, target_modules=["lm_head"])
+    with pytest.raises(ConfigError, match=r"UMT5.*not tied computes something else.*to_peft"):
+        merge_of(joint, joint.program.mean())
+
+
+def test_a_merged_network_has_no_name_that_loads_it(tmp_path: Path) -> None:
+    bert().save_pretrained(tmp_path)
+    network = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    merged: Any = fitted("bert", network=network).merge()
+    assert merged.config._name_or_path == ""
+    assert network.config._name_or_path == str(tmp_path)
+
+
+# Networks without input embeddings, and weights that are no numbers -------------------------------
+
+
+def convnext() -> Any:
+    torch.manual_seed(0)
+    config = ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, patch_size=2)
+    return ConvNextForImageClassification(config).eval()
+
+
+def test_a_network_without_input_embeddings_merges(tmp_path: Path) -> None:
+    joint = with_adapters(convnext(), target_modules=["pwconv1"])
+    factors, images = joint.program.mean(), torch.randn(2, 3, 8, 8)
+    with pytest.raises(NotImplementedError):
+        joint.base.get_input_embeddings()
+    merged: Any = merge_of(joint, factors)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path).eval()
+    with torch.no_grad(), bind(joint.binding(factors)):
+        expected = joint.base(images).logits
+        plain = convnext()(images).logits
+    with torch.no_grad():
+        torch.testing.assert_close(again(images).logits, expected, atol=1e-5, rtol=1e-5)
+    assert (expected - plain).abs().max() > 1e-3
+
+
+def test_a_weight_of_a_subclass_of_tensors_is_refused_in_words() -> None:
+    """As torchao's and quanto's, which cannot be copied, split or added to."""
+    network = nn.Sequential(coded(), nn.Linear(4, 3))
+    joint = with_adapters(network, target_modules=["0"])
+    with pytest.raises(ConfigError, match=r"of '0' is no plain one.*a Coded, .*to_peft"):
+        merge_of(joint, joint.program.mean())
+    noise = WeightNoise((1,), 0.1, 0)
+    with pytest.raises(ConfigError, match=r"got a Coded of torch.float32"):
+        noise.frozen(network[0].base_layer, X, torch.zeros(2, 4), torch.zeros(2, 4))
+
+
+def test_a_network_that_cannot_be_copied_is_refused_in_words() -> None:
+    joint = with_adapters(nn.Sequential(coded(), nn.Linear(4, 3)), target_modules=["1"])
+    with pytest.raises(ConfigError, match=r"this Sequential cannot be copied.*to_peft"):
+        merge_of(joint, joint.program.mean())
