@@ -272,7 +272,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a history that is none": (lambda m: m.update(history=3), EDITED),
     "an adapter rank of zero": (lambda m: m["adapter"].update(r=0), ["'r'", "0"]),
     "guide as a text": (lambda m: m.update(guide="montec"), EDITED),
-    "base as a text": (lambda m: m.update(base="bert"), ["name_or_path", "'bert'"]),
+    "base as a text": (lambda m: m.update(base="bert"), ["base", "'bert'"]),
     "a rank in words": (lambda m: m["layers"][0].update(rank="two"), EDITED),
     "a rank below zero": (lambda m: m["layers"][0].update(rank=-2), EDITED),
     "a scaling in words": (lambda m: m["layers"][0].update(scaling="large"), EDITED),
@@ -289,7 +289,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a class that is no name": (lambda m: m["base"].update({"class": "os.system"}), ["class"]),
     "a configuration that is too deep": (
         lambda m: m["base"]["config"].update(deep=json.loads("[" * 30 + "]" * 30)),
-        ["base.config.deep", "too deep"],
+        ["deep", "nested too deep"],
     ),
     "a number that is too large": (
         lambda m: m["base"]["config"].update(vocab_size=10**400),
