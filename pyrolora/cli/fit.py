@@ -273,10 +273,12 @@ def _fitted(
     """The posterior, fitted from the beginning or from the last checkpoint, and what to note."""
     from pyrolora.fitting import fit as infer
     from pyrolora.guides import full_name
-    from pyrolora.inference import checkpoint_step, last_checkpoint, member_folders
+    from pyrolora.inference import checkpoint_step, member_folders, newest_whole
 
-    checkpoint = last_checkpoint(run.folder) if known else None
+    checkpoint, note = newest_whole(run.folder) if known else (None, None)
     step = 0
+    if note is not None:
+        say(f"note: {note}")
     if checkpoint is not None:
         step = checkpoint_step(checkpoint)
         say(f"going on from step {step}, {checkpoint}")
@@ -308,7 +310,7 @@ def _fitted(
         message = str(error).replace("error.posterior", str(run.folder / LAST_GOOD))
         raise NonFiniteError(message) from error
     except KeyboardInterrupt:
-        if last_checkpoint(run.folder) or member_folders(run.folder):
+        if newest_whole(run.folder)[0] or member_folders(run.folder):
             say(f"the same command goes on from the last checkpoint in {run.folder}")
         else:
             say(f"there is no checkpoint in {run.folder} yet; the same command starts anew")

@@ -69,7 +69,7 @@ class Run:
         ConfigError
             When it holds another run.
         """
-        from pyrolora.inference import checkpoints
+        from pyrolora.inference import checkpoints, differences
         from pyrolora.storage import META_FILE, finite
 
         if self.folder.exists() and not self.folder.is_dir():
@@ -77,13 +77,13 @@ class Run:
         now = {"options": hidden(finite(options)), "versions": _versions()}
         record = self.record
         if record is not None:
-            changed = _differences(record.get("options", {}), now["options"])
+            changed = differences(record.get("options", {}), now["options"])
             if changed:
                 raise ConfigError(
                     f"{self.folder} holds a run with other settings: {'; '.join(changed)}; repeat "
                     "its command to go on with it, or choose another --output-dir"
                 )
-            other = _differences(record.get("versions", {}), now["versions"])
+            other = differences(record.get("versions", {}), now["versions"])
             if other:
                 say(f"note: the run began with other versions: {'; '.join(other)}")
             return True
@@ -142,14 +142,3 @@ def _is_record(record: Any) -> bool:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name in dict.fromkeys([*old, *new]):
-        before, now = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now, f"{prefix}{name}.")
-        elif before != now:
-            found.append(f"{prefix}{name} was {before!r}, now {now!r}")
-    return found

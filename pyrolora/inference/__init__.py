@@ -1,15 +1,17 @@
 """Inference: the ELBO, the Trainer around it, and the data that both take."""
 
 from pyrolora.inference.allocation import AllocateRanks, check_allocation
-from pyrolora.inference.arguments import (
-    check_arguments,
+from pyrolora.inference.arguments import check_arguments, training_arguments
+from pyrolora.inference.batches import pass_rows, to_device
+from pyrolora.inference.checkpoints import (
     checkpoint_step,
     checkpoints,
+    differences,
     last_checkpoint,
     member_folders,
-    training_arguments,
+    newest_whole,
+    read_state,
 )
-from pyrolora.inference.batches import pass_rows, to_device
 from pyrolora.inference.curvature import (
     Eigen,
     Kronecker,
@@ -23,7 +25,7 @@ from pyrolora.inference.gradients import weight_gradients
 from pyrolora.inference.importance import ablation, signal_to_noise
 from pyrolora.inference.network import load_language_model, load_network
 from pyrolora.inference.run import Run
-from pyrolora.inference.trainer import Objective, SVITrainer, read_state
+from pyrolora.inference.trainer import Objective, SVITrainer
 
 __all__ = [
     "AllocateRanks",
@@ -41,12 +43,14 @@ __all__ = [
     "check_finite",
     "checkpoint_step",
     "checkpoints",
+    "differences",
     "kfac",
     "last_checkpoint",
     "load_language_model",
     "load_network",
     "log_marginal_likelihood",
     "member_folders",
+    "newest_whole",
     "pass_rows",
     "prepare",
     "read_state",

@@ -1,10 +1,8 @@
-"""The Trainer's arguments from fit's shortcuts, and the checkpoint to go on from."""
+"""The Trainer's arguments: from fit's shortcuts, and those that are refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from pyrolora.errors import ConfigError, positive, whole_number
 
 OURS = "evaluation is pyrolora's own, of the predictive mean, and makes no use of it"
 SPREAD = "several processes train with torchrun, each with the whole network"
-UNUSED = {
+UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the likelihood is that of the labels as they are"),
     "neftune_noise_alpha": (None, "noise on the weights is the guide 'flat'"),
     "torch_compile": (False, "the compiler cannot follow adapters that change with every call"),
@@ -40,9 +38,6 @@ UNUSED = {
 }
 """Arguments of the Trainer that would do nothing here, or something else than they say: the value
 that is as good as none, and the reason."""
-
-MEMBER = "member-"
-_NAME = re.compile(r"checkpoint-\d+")
 
 
 def training_arguments(
@@ -131,36 +126,6 @@ def check_arguments(training: Any) -> None:
             f"training=train_sampling_strategy={strategy!r} is not supported in several processes, "
             "which have to agree on the order of the data; leave it out"
         )
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint: the Trainer writes ``trainer_state.json`` last of its files."""
-    return max(filter(_is_whole, checkpoints(folder)), key=checkpoint_step, default=None)
-
-
-def member_folders(folder: str | Path) -> list[Path]:
-    """The folders in which the members of an ensemble keep their checkpoints."""
-    found = Path(folder).glob(f"{MEMBER}*")
-    return sorted(p for p in found if p.is_dir() and p.name.removeprefix(MEMBER).isdigit())
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The folders of the Trainer's checkpoints, whole or not."""
-    found = Path(folder).glob("checkpoint-*")
-    return [path for path in found if path.is_dir() and _NAME.fullmatch(path.name)]
-
-
-def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +17,26 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
-from pyrolora.errors import ConfigError, NonFiniteError
+from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide, Program
 from pyrolora.inference.allocation import AllocateRanks
-from pyrolora.inference.arguments import MEMBER, checkpoints, last_checkpoint, member_folders
 from pyrolora.inference.batches import to_device
+from pyrolora.inference.checkpoints import (
+    MEMBER,
+    STATE_FILE,
+    check_same_fit,
+    checkpoint_to_resume,
+    checkpoints,
+    describe_fit,
+    last_checkpoint,
+    member_folders,
+    read_state,
+    save_state,
+)
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
-from pyrolora.inference.trainer import STATE_FILE, SVITrainer, read_state, save_state
+from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel
 from pyrolora.seeding import give_way
 from pyrolora.types import Batch
@@ -99,17 +111,18 @@ class Run:
                 _forget_members(args.output_dir)
             args.output_dir = str(Path(args.output_dir) / f"{MEMBER}{number}")
             if args.resume_from_checkpoint:
-                args.resume_from_checkpoint = _checkpoint(Path(args.output_dir))
+                args.resume_from_checkpoint = _checkpoint(args)
         set_seed(args.seed)
         joint = self.build(guide)
         finished = Path(args.output_dir) / STATE_FILE
         if number is not None and self.args.resume_from_checkpoint and finished.is_file():
-            joint.load_own_state(_finished_state(finished, args))
+            joint.load_own_state(_finished_state(finished, self._described(joint, guide, args)))
         elif any(parameter.requires_grad for parameter in joint.parameters()):
             self._train(joint, guide, args, {} if number is None else {"member": number})
             if number is not None and args.should_save and args.save_strategy != "no":
                 scratch = finished.with_suffix(".part")
-                save_state(joint, scratch, _settings(args))
+                notes = {"fit": json.dumps(self._described(joint, guide, args))}
+                save_state(joint, scratch, notes)
                 scratch.replace(finished)
         self.joint.to(args.device)  # where the Trainer has put the network
         return joint
@@ -143,6 +156,11 @@ class Run:
     def log(self, **numbers: float) -> None:
         """Add an entry to the history."""
         self.history.append(dict(numbers))
+
+    def _described(
+        self, joint: JointModel, guide: Guide, args: TrainingArguments
+    ) -> dict[str, Any]:
+        return describe_fit(joint, guide, self.data, args)
 
     def _batches(self, title: str) -> Iterator[Batch]:
         order = self.data.by_length()  # what is summed over batches has none
@@ -178,8 +196,11 @@ class Run:
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
+        asked: Any = args.resume_from_checkpoint
         try:
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            if asked:
+                asked = str(checkpoint_to_resume(asked, args.output_dir))
+            trainer.train(resume_from_checkpoint=asked or None)
         except NonFiniteError as error:
             trainer.restore_statistics()
             error.posterior = self.posterior(joint, guide)
@@ -194,8 +215,15 @@ class Run:
             self.history += [{**entry, **(mark or {})} for entry in trainer.state.log_history]
 
 
-def _checkpoint(folder: Path) -> str | None:
-    found = last_checkpoint(folder)
+def _checkpoint(args: TrainingArguments) -> str | None:
+    """The newest whole checkpoint of a member, if it has come to one."""
+    asked = args.resume_from_checkpoint
+    if asked is not True:
+        raise ConfigError(
+            f"resume_from_checkpoint={str(asked)!r} is one folder, and every member of an ensemble "
+            "has its own; set it to True, and output_dir to that of the fit"
+        )
+    found = last_checkpoint(args.output_dir)
     return None if found is None else str(found)
 
 
@@ -207,26 +235,16 @@ def _forget_members(folder: str) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _settings(args: TrainingArguments) -> dict[str, str]:
-    """What a member was trained with, for a resume to compare."""
-    names = (
-        *("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size"),
-        *("gradient_accumulation_steps", "weight_decay", "seed", "data_seed"),
-    )
-    return {name: str(getattr(args, name)) for name in names}
-
-
-def _finished_state(file: Path, args: TrainingArguments) -> Mapping[str, Tensor]:
-    """The state of a member that is through, if it was trained with these settings."""
+def _finished_state(file: Path, described: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state of a member that is through, if it is of this fit."""
     state = read_state(file)
     with safe_open(file, "pt") as stream:
-        saved = stream.metadata() or {}
-    changed = [
-        f"{n} was {saved.get(n)}, now {v}" for n, v in _settings(args).items() if saved.get(n) != v
-    ]
-    if changed:
-        raise ConfigError(
-            f"{file.parent} holds a member of an ensemble with other settings: "
-            f"{'; '.join(changed)}; resume with the same, or choose another output_dir"
-        )
+        notes = (stream.metadata() or {}).get("fit", "null")
+    try:
+        saved = json.loads(notes)
+    except (ValueError, RecursionError):
+        saved = None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{file} does not say of which fit it is; begin anew")
+    check_same_fit(saved, described, file.parent)
     return state

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -23,13 +22,21 @@ from transformers import (
 
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
+from pyrolora.inference.checkpoints import (
+    FIT_FILE,
+    STATE_FILE,
+    check_fit,
+    describe_fit,
+    read_json,
+    read_state,
+    read_tensors,
+    save_state,
+)
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.seeding import give_way, seed_of_process
 from pyrolora.types import Batch
-
-STATE_FILE = "adapters.safetensors"
 
 
 class Objective(nn.Module):
@@ -125,6 +132,9 @@ class SVITrainer(Trainer):
         self._sums: Tensor | None = None  # of these terms, since the last log
         self._steps = 0
         self._unchecked: list[tuple[Tensor, Mapping[str, Tensor]]] = []
+        self._data = data
+        self._resumed: Path | None = None
+        self._averages: dict[str, Any] = {}
         super().__init__(
             model=Objective(joint, joint.likelihood.count(data.labels)),
             args=args,
@@ -317,9 +327,20 @@ class SVITrainer(Trainer):
             elbo = sum(-v if name.startswith("kl/") else v for name, v in means.items())
             logs |= {**means, "elbo": elbo}
             self._sums = None
+        if "train_loss" in logs:  # of all steps, those before a resume, too
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     # Checkpoints --------------------------------------------------------------------------------
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What the fit's numbers depend on."""
+        return describe_fit(self.joint, self.guide, self._data, self.args)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._averages = self._since_last_log()  # here, where all devices are
+        super()._save_checkpoint(model, trial)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -328,15 +349,93 @@ class SVITrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        content = {"fit": self.description, "averages": self._averages}
+        (folder / FIT_FILE).write_text(json.dumps(content), encoding="utf-8")
         save_state(self.joint, folder / STATE_FILE)
 
+    def _since_last_log(self) -> dict[str, Any]:
+        """The sums whose averages the next log has, means over the devices."""
+        sums = None if self._sums is None else self.accelerator.reduce(self._sums, "mean").tolist()
+        return {
+            "terms": list(self._terms),
+            "sums": sums,
+            "from_step": self._steps,
+            "loss": float(self.accelerator.reduce(self._tr_loss.clone(), "mean")),
+            "logged_step": self._globalstep_last_logged,
+            "total_loss": float(self._total_loss_scalar),
+        }
+
+    def recall_averages(self) -> None:
+        """Go on with the sums of the checkpoint, so that the log is that of a training in one."""
+        if self._resumed is None:
+            return
+        kept = read_json(self._resumed / FIT_FILE)["averages"]
+        device = self.args.device
+        try:
+            self._terms, self._steps = tuple(kept["terms"]), int(kept["from_step"])
+            if kept["sums"] is not None:
+                self._sums = torch.tensor(kept["sums"], device=device, dtype=torch.float32)
+            self._tr_loss = torch.tensor(kept["loss"], device=device, dtype=torch.float32)
+            self._globalstep_last_logged = int(kept["logged_step"])
+            self._total_loss_scalar = float(kept["total_loss"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._unusable(FIT_FILE, error) from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.joint.load_own_state(read_state(Path(resume_from_checkpoint) / STATE_FILE))
+        self._resumed = Path(resume_from_checkpoint)
+        check_fit(self.description, self._resumed)
+        self._load_state(self._resumed)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        self.joint.load_own_state(read_state(Path(best) / STATE_FILE))
+        self._load_state(Path(best))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint / STATE_FILE)
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name!r} of {checkpoint / STATE_FILE} is not finite")
+        self.joint.load_own_state(state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        expected = set(self.lr_scheduler.state_dict())
+        if set(read_tensors(Path(checkpoint) / "scheduler.pt")) != expected:
+            raise self._unusable("scheduler.pt", "it is not of this schedule")
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:  # of a file that was changed, any
+            raise self._unusable("optimizer.pt or scheduler.pt", error) from error
+        for parameter, state in self.optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, Tensor) and not _fits(value, parameter):
+                    raise self._unusable("optimizer.pt", "a tensor is of another size, or infinite")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_scaler(checkpoint)
+        except Exception as error:
+            raise self._unusable("scaler.pt", error) from error
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:
+            raise self._unusable("rng_state", error) from error
+
+    def _load_callback_state(self) -> None:
+        try:
+            super()._load_callback_state()
+        except Exception as error:
+            raise self._unusable("trainer_state.json", error) from error
+
+    def _unusable(self, name: str, reason: object) -> CheckpointError:
+        return CheckpointError(
+            f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; go on from an "
+            "older checkpoint, or begin anew"
+        )
 
 
 class _Progress(ProgressCallback):
@@ -371,6 +470,7 @@ class _CheckStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.remember_statistics()
+        self.trainer.recall_averages()
         if args.process_index > 0:  # else all devices would draw the same noise, that of one
             set_seed(seed_of_process(args.seed, args.process_index))
 
@@ -381,21 +481,13 @@ class _CheckStep(TrainerCallback):
         self.trainer.joint.program.after_step(state.global_step, state.max_steps)
 
 
-def save_state(joint: JointModel, path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write a posterior's own tensors as safetensors, with notes in their header."""
-    save_file(joint.own_state(), path, notes)
-
-
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a safetensors file, or a `CheckpointError`."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the saved tensors {path}: {error}") from error
-
-
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
+
+
+def _fits(value: Tensor, parameter: Tensor) -> bool:
+    """Whether the optimiser can keep ``value`` for a parameter."""
+    return value.shape in ((), parameter.shape) and bool(torch.isfinite(value).all())
 
 
 def _until(last: int, rate: Callable[[int], float], step: int) -> float:

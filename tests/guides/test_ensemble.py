@@ -488,7 +488,7 @@ def test_an_output_folder_holds_the_members_checkpoints_and_the_posterior(tmp_pa
 
 def test_members_of_other_settings_are_not_taken_for_this_fits(tmp_path: Path) -> None:
     run(tmp_path)
-    with pytest.raises(ConfigError, match=r"other settings: num_train_epochs was .*, now 9"):
+    with pytest.raises(ConfigError, match=r"another fit: training.num_train_epochs was .*, now 9"):
         run(tmp_path, resume=True, num_train_epochs=9)
 
 

@@ -1,9 +1,8 @@
-"""The Trainer's arguments are pyrolora's defaults unless they are given; the newest whole
-checkpoint is found."""
+"""The Trainer's arguments are pyrolora's defaults unless they are given; what would do nothing is
+refused."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import TrainingArguments
 
 from pyrolora import defaults
 from pyrolora.errors import ConfigError
-from pyrolora.inference import check_arguments, last_checkpoint, training_arguments
+from pyrolora.inference import check_arguments, training_arguments
 from pyrolora.inference.arguments import UNUSED
 
 
@@ -90,52 +89,6 @@ def test_numpys_numbers_are_taken_as_pythons(tmp_path: Path) -> None:
 
 
 # Checkpoints --------------------------------------------------------------------------------------
-
-
-def checkpoint(folder: Path, name: str, state: str | None = '{"global_step": 1}') -> Path:
-    path = folder / name
-    path.mkdir(parents=True)
-    (path / "optimizer.pt").write_bytes(b"")
-    if state is not None:
-        (path / "trainer_state.json").write_text(state)
-    return path
-
-
-def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
-    """By number, not by name, and not by the time it was written."""
-    for step in (1000, 20, 900):
-        checkpoint(tmp_path, f"checkpoint-{step}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1000"
-    assert last_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-1000"
-
-
-def test_without_a_checkpoint_there_is_none(tmp_path: Path) -> None:
-    assert last_checkpoint(tmp_path) is None
-    assert last_checkpoint(tmp_path / "gone") is None
-
-
-@pytest.mark.parametrize("state", [None, "", '{"global_step"', "\x00\x00\x00"])
-def test_a_checkpoint_that_is_not_whole_is_passed_over(state: str | None, tmp_path: Path) -> None:
-    checkpoint(tmp_path, "checkpoint-20", state)
-    assert last_checkpoint(tmp_path) is None
-    whole = checkpoint(tmp_path, "checkpoint-10", json.dumps({"global_step": 10}))
-    assert last_checkpoint(tmp_path) == whole
-
-
-FOREIGN = ["checkpoint-best", "checkpoint-", "checkpoint--5", "checkpoint-1a", "last_good", "my-30"]
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_folders_of_other_names_are_no_checkpoints(name: str, tmp_path: Path) -> None:
-    checkpoint(tmp_path, name)
-    assert last_checkpoint(tmp_path) is None
-    whole = checkpoint(tmp_path, "checkpoint-2")
-    assert last_checkpoint(tmp_path) == whole
-
-
-def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-5").write_text("")
-    assert last_checkpoint(tmp_path) is None
 
 
 @dataclass
