@@ -79,6 +79,7 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
         if guide.adapts:  # else every weight is in the file
             check_base(network, heads, base)
         likelihood = likelihood_for(network, meta["likelihood"])
+        likelihood.class_names = meta.get("classes")  # folders of earlier versions have none
         attachment = Attachment(network, specs, heads)
         joint = build(network, attachment, config, guide, likelihood, num_examples)
         if meta.get("prior") is not None:  # folders of earlier versions have no such entry

@@ -53,7 +53,8 @@ class Run:
 
         try:
             meta = json.loads((self.folder / META_FILE).read_text(encoding="utf-8"))
-            return {str(name) for name in meta["base"]["config"]["id2label"].values()}
+            own = {str(name) for name in meta["base"]["config"]["id2label"].values()}
+            return own | {str(name) for name in meta.get("classes") or ()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return set()
 
