@@ -12,7 +12,7 @@ import pandas as pd
 from pyrolora import defaults
 from pyrolora.errors import ConfigError
 from pyrolora.inference.examples import as_examples
-from pyrolora.inference.labels import has_names, network_classes
+from pyrolora.inference.labels import class_names_of, has_names, plain_name
 from pyrolora.likelihoods import Classification
 from pyrolora.model import INPUTS
 from pyrolora.posterior import Posterior
@@ -100,13 +100,14 @@ def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
     """Raise `ConfigError` where a label that is a number would be another class to each network;
     names are turned to each network's numbers."""
     orders = {
-        name: network_classes(posterior.base)
+        name: class_names_of(posterior.base, posterior.likelihood)
         for name, posterior in posteriors.items()
         if isinstance(posterior.likelihood, Classification)
     }
     for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
         names = set(first.values())
-        if first == second or names != set(second.values()):
+        plain, others = ([*map(plain_name, own.values())] for own in (first, second))
+        if plain == others or {*plain} != {*others}:
             continue
         if not has_names(as_examples(data, INPUTS, defaults.SCORE_SPLITS), names):
             raise ConfigError(

@@ -37,7 +37,8 @@ from pyrolora.inference import (
     training_arguments,
     weight_gradients,
 )
-from pyrolora.inference.labels import network_classes
+from pyrolora.inference.labels import class_names_of
+from pyrolora.inference.reading import check_reading
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
@@ -177,6 +178,7 @@ def fit(
             law = likelihood_for(network, likelihood)
         options.check(law)
         prepared = prepare(data, network, law, tokenizer)
+        law.class_names = prepared.names or law.class_names
         if eval_data is None and isinstance(data, dict) and "validation" in data:
             eval_data = data["validation"]
         held_out = None
@@ -313,7 +315,8 @@ def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
         return attachment.again()
     heads = list(attachment.heads)
     check_base(network, heads, source.identity)
-    names, known = network_classes(network), network_classes(source.base)
+    law = source.likelihood
+    names, known = class_names_of(network, law), class_names_of(source.base, law)
     if names and known and names != known:
         raise ConfigError(
             f"the network's classes are {list(names.values())}, and those of the earlier fit "
@@ -426,6 +429,7 @@ def _check_output(joint: JointModel, data: Prepared, *, untrained: bool = False)
     with evaluating(joint):
         output = joint.network(batch, joint.program.mean())
         joint.likelihood.check_output(output, data.labels)
+        check_reading(joint, batch, output)
         if untrained:
             joint.likelihood.check_start(output, data.labels)
 

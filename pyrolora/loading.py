@@ -119,6 +119,7 @@ def _joint(saved: Saved, network: nn.Module) -> JointModel:
     description = saved.description
     check_base(network, description.heads, description.base)
     likelihood = likelihood_for(network, description.likelihood)
+    likelihood.class_names = description.classes
     _check_layers(description.specs, network)
     attachment = Attachment(network, description.specs, description.heads)
     try:

@@ -117,6 +117,13 @@ class Posterior:
         """The law of the targets."""
         return self.model.likelihood
 
+    @property
+    def classes(self) -> list[str] | None:
+        """What the data of the fit call the classes, where the network has no names for them: in
+        predictions and tables, and to number later labels that are names."""
+        names = self.likelihood.class_names
+        return None if names is None else list(names)
+
     # Draws --------------------------------------------------------------------------------------
 
     def sample(self, num_samples: int, *, seed: int | None = None) -> dict[str, Tensor]:
@@ -488,6 +495,7 @@ class Posterior:
             "guide": _described(self.options),
             "prior": None if previous is None else _described(previous.options),
             "likelihood": self.likelihood.name,
+            "classes": self.classes,
             "adapter": dataclasses.asdict(self.bank.config),
             "layers": [dataclasses.asdict(spec) for spec in specs],
             "heads": list(self.model.attachment.heads),

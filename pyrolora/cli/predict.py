@@ -17,8 +17,6 @@ from pyrolora.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pyrolora.posterior import Posterior
-
 
 def predict(
     run: posteriors.Folder,
@@ -50,7 +48,7 @@ def predict(
     original, examples = posteriors.unlabelled(run, data, split, text)
     posterior = posteriors.load(run, model)
     prediction = posterior.predict(examples, num_samples, batch_size=batch_size, seed=seed)
-    table = _beside(original, _named(prediction.to_pandas(), posterior), data)
+    table = _beside(original, prediction.to_pandas(), data)
     if write is not None:
         write(table)
         say(f"{len(table)} predictions are in {output}")
@@ -58,17 +56,6 @@ def predict(
         table.to_json(sys.stdout, orient="records", lines=True, date_format="iso")
     else:
         print_table(table)
-
-
-def _named(table: pd.DataFrame, posterior: Posterior) -> pd.DataFrame:
-    """Classes under their names, where the network has names for them."""
-    from pyrolora.inference.labels import network_classes
-
-    names = network_classes(posterior.base)
-    if "predicted" not in table or not names:
-        return table
-    table["predicted"] = table["predicted"].map(names)
-    return table.rename(columns={f"prob_{i}": f"prob_{name}" for i, name in names.items()})
 
 
 def _beside(original: Any, prediction: pd.DataFrame, source: str) -> pd.DataFrame:

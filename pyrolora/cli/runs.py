@@ -57,7 +57,8 @@ class Run:
 
         try:
             meta = read_json(self.folder / META_FILE)
-            return {str(name) for name in meta["base"]["config"]["id2label"].values()}
+            own = {str(name) for name in meta["base"]["config"]["id2label"].values()}
+            return own | {str(name) for name in meta.get("classes") or ()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return set()
 

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from pyrolora import defaults
 from pyrolora.adapters import is_quantised
 from pyrolora.errors import DataError
-from pyrolora.inference.examples import as_dict, is_text
+from pyrolora.inference.columns import (
+    CHOICES,
+    TOKEN_MASKS,
+    TWO_LABELS,
+    check_columns,
+    check_nested,
+    check_one_text,
+    check_task,
+    check_text,
+    check_two_labels,
+    check_unread,
+    context_columns,
+    same_labels,
+    text_columns,
+)
+from pyrolora.inference.encoding import Encoder
+from pyrolora.inference.examples import as_dict
+from pyrolora.inference.padding import MASK, padded, padding_of
 from pyrolora.likelihoods import (
     CHOICE_MASK,
     IGNORED,
@@ -29,24 +47,14 @@ from pyrolora.likelihoods import (
 )
 from pyrolora.model import INPUTS, LABELS
 
-CHOICES = "choices"
 REST = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-# Text columns of well-known data sets, the pairs first.
-TEXT_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text", "text_pair"),
-    ("text",),
-    ("sentence",),
-    ("content",),
-    ("question",),
-)
-# Of multiple choice, what stands before each choice; joined in this order.
-CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
+# What a network with **kwargs is given, if the data have it.
+KNOWN_INPUTS = (
+    *MODEL_INPUTS,
+    *(MASK, "token_type_ids", "position_ids", "pixel_mask", "image_sizes", "image_grid_thw"),
+    *("bbox", "global_attention_mask"),
+)
 
 
 class Collator:
@@ -65,49 +73,77 @@ class Collator:
         self.pads_right = getattr(config, "summary_type", None) != "last"
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.longest = table_of_positions(network)
+        self.context = context_length(network)
+        self.padding = padding_of(network, tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.get_default_dtype())
-        parameters = inspect.signature(network.forward).parameters.values()
+        self.taken = taken_by(network)
         self.takes_labels = True
-        self.taken = {INPUTS} | {p.name for p in parameters if p.kind not in REST}
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
         self.copies_tokens = isinstance(likelihood, CausalLM)
         self.labels_are_classes = not isinstance(likelihood, TokenLikelihood | MultipleChoice)
 
-    def tokens(self, *texts: list[str]) -> Mapping[str, Any]:
-        """Texts, or pairs of texts, to tokens, cut at the tokenizer's limit or at the network's."""
-        limit = getattr(self.tokenizer, "model_max_length", math.inf)
-        shorter = self.longest is not None and self.longest < limit
-        return self.tokenizer(*texts, truncation=True, max_length=self.longest if shorter else None)
+    @property
+    def read(self) -> set[str]:
+        """The names of an example's parts that are read, beside labels."""
+        return self.taken | ({MASK, *TOKEN_MASKS} if self.copies_tokens else set())
+
+    @property
+    def encoder(self) -> Encoder:
+        """Turns texts to tokens, as many as the network reads."""
+        return encoder_for(self.tokenizer, self.context, ends=self.copies_tokens)
 
     def example(self, example: Any) -> dict[str, Any]:
         """One example with nothing but inputs and ``labels``, if these are taken; a causal language
-        model's labels are its tokens, less the padding and what a padding would predict, unless
-        they are given."""
+        model's labels are its tokens, less the padding and what a padding would predict, and less
+        those that a mask of its completion leaves out, unless they are given."""
+        if isinstance(example, Mapping) and not self.labels_are_tokens and not same_labels(example):
+            raise DataError(TWO_LABELS)
         row = as_dict(example, self.input_name)
+        unlabelled = LABELS not in row
         labels = row.pop(LABELS, None)
-        self._check_length(row)
+        self._check_tokens(row)
         kept = {name: value for name, value in row.items() if name in self.taken}
         if any(isinstance(value, str) for value in kept.values()) or not kept:
             raise DataError(
                 f"an example with {sorted(row)} has no input of {self.network_name} in numbers; "
                 f"it takes {sorted(self.taken)}, or raw text as a datasets.Dataset with a tokenizer"
             )
+        packed = self.copies_tokens and is_packed(row)
+        made = self._mask(row)
+        if made is not None and not packed:
+            kept[MASK] = made
+        kept = {name: value for name, value in kept.items() if name in self.taken}
         if not self.takes_labels:
             return kept
-        if labels is None and self.copies_tokens and "input_ids" in kept:
-            ids = torch.as_tensor(kept["input_ids"])
-            seen = torch.as_tensor(kept.get("attention_mask", torch.ones_like(ids))) != 0
-            seen[1:] &= seen[:-1].clone()
-            labels = ids.masked_fill(~seen, IGNORED).tolist()
+        if self.copies_tokens and "input_ids" in kept and (unlabelled or labels is not None):
+            labels = token_labels(row, labels, made)
         return kept if labels is None else {**kept, LABELS: labels}
 
-    def _check_length(self, row: Mapping[str, Any]) -> None:
+    def _mask(self, row: Mapping[str, Any]) -> list[int] | None:
+        """An attention mask, where the example has padding and none."""
         ids = row.get("input_ids")
-        if self.longest is None or ids is None:
+        useful = MASK in self.taken or self.copies_tokens
+        if ids is None or MASK in row or not useful or is_nested(ids):
+            return None
+        return self.padding.mask(ids)
+
+    def _check_tokens(self, row: Mapping[str, Any]) -> None:
+        ids = row.get("input_ids")
+        if ids is None:
             return
-        size = max(map(len, ids)) if _is_nested(ids) else len(ids)
-        if size > self.longest:
+        if is_nested(ids) and not isinstance(self, ChoiceCollator):
+            sizes = [len(part) for part in ids]
+            shape = f"({len(sizes)}, {sizes[0]})" if len({*sizes}) == 1 else f"lists of {sizes}"
+            raise DataError(
+                f"the input_ids of an example are {shape}, and {self.network_name} takes one row "
+                "of tokens, (T,): tokenizer(..., return_tensors='pt') adds a dimension of 1; leave "
+                "return_tensors out, or take ids.squeeze(0), of the attention_mask too"
+            )
+        size = max(map(len, ids)) if is_nested(ids) else len(ids)
+        if size == 0:
+            raise DataError("an example has no token: its input_ids are empty; leave it out")
+        if self.longest is not None and size > self.longest:
             raise DataError(
                 f"an example has {size} tokens, and {self.network_name} has {self.longest} "
                 "positions; tokenise with truncation=True, "
@@ -116,10 +152,24 @@ class Collator:
 
     def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         rows = [self.example(example) for example in examples]
-        if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
-            batch = self._padded(rows)
-        else:
-            batch = dict(default_data_collator(rows))
+        if any(MASK in row for row in rows):
+            rows = [row if MASK in row else {**row, MASK: _ones(row)} for row in rows]
+        packed = MASK not in rows[0] and self.copies_tokens and any(map(is_packed, rows))
+        try:
+            if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
+                batch = padded(rows, self.tokenizer, right=self.pads_right)
+            else:
+                batch = dict(default_data_collator(rows))
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            if isinstance(error, DataError):
+                raise
+            shapes = {name: sorted({_shape(row.get(name)) for row in rows}) for name in rows[0]}
+            raise DataError(
+                f"the examples do not make one batch: their shapes are {shapes}; give all the same "
+                "columns, and each of them a number per token, or the same shape everywhere"
+            ) from error
+        if packed:  # transformers tells packed texts apart by their positions, unless it has a mask
+            batch.pop(MASK, None)
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
@@ -131,28 +181,6 @@ class Collator:
             name: t.to(self.dtype) if t.is_floating_point() and name != LABELS else t
             for name, t in batch.items()
         }
-
-    def _padded(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        if self.tokenizer is None:
-            raise DataError(
-                "the token sequences differ in length and there is no tokenizer to pad them; "
-                "pass tokenizer="
-            )
-        if getattr(self.tokenizer, "pad_token", None) is None:
-            raise DataError(
-                "the tokenizer has no padding token; set tokenizer.pad_token = tokenizer.eos_token"
-            )
-        scalar = LABELS in rows[0] and np.ndim(rows[0][LABELS]) == 0
-        labels = [row.pop(LABELS) for row in rows] if scalar else None
-        tokenizer = self.tokenizer
-        if self.pads_right and tokenizer.padding_side != "right":
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.padding_side = "right"
-        padded = DataCollatorForSeq2Seq(tokenizer)(rows)
-        batch = {name: tensor for name, tensor in padded.items() if tensor is not None}
-        if labels is not None:
-            batch[LABELS] = torch.as_tensor(np.asarray(labels))
-        return batch
 
 
 class ChoiceCollator(Collator):
@@ -172,7 +200,7 @@ class ChoiceCollator(Collator):
         row = self.example(example)
         row.pop(LABELS, None)
         given = row.pop(CHOICE_MASK, None)
-        sizes = {name: len(value) if _is_nested(value) else 0 for name, value in row.items()}
+        sizes = {name: len(value) if is_nested(value) else 0 for name, value in row.items()}
         size = max(sizes.values(), default=0)
         mask = [True] * size if given is None else [bool(own) for own in given]
         if {*sizes.values(), len(mask)} != {size} or not any(mask):
@@ -214,8 +242,112 @@ def table_of_positions(network: nn.Module) -> int | None:
 def context_length(network: nn.Module) -> float:
     """The most tokens that the network reads: its table's, or what it was made for."""
     table = table_of_positions(network)
+    if table is not None:
+        return table
     config = getattr(network, "config", None)
-    return getattr(config, "max_position_embeddings", math.inf) if table is None else table
+    for source in (config, getattr(config, "text_config", None)):
+        size = getattr(source, "max_position_embeddings", None)
+        if isinstance(size, int) and size > 0:  # XLNet, which has no limit, says -1
+            return size
+    return math.inf
+
+
+def encoder_for(tokenizer: Any, context: float, *, ends: bool = False) -> Encoder:
+    """The encoder of a tokenizer for a network that reads ``context`` tokens."""
+    return Encoder(tokenizer, min(getattr(tokenizer, "model_max_length", math.inf), context), ends)
+
+
+def taken_by(network: nn.Module) -> set[str]:
+    """The names of the inputs that the network takes.
+
+    The ``**kwargs`` of transformers' own networks are switches; those of other networks, such as a
+    wrapper around one, are inputs.
+    """
+    parameters = inspect.signature(network.forward).parameters.values()
+    names = {INPUTS} | {p.name for p in parameters if p.kind not in REST}
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    if open_ended and not isinstance(network, PreTrainedModel):
+        names |= {*KNOWN_INPUTS}
+    return names
+
+
+def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) -> Any:
+    """The labels of a causal language model's example, as `Collator.example` says.
+
+    ``made`` is the attention mask of a row that came without one: there a label that is padding
+    does not count.
+    """
+    ids = torch.as_tensor(row["input_ids"])
+    mask = row.get(MASK, made)
+    seen = torch.ones_like(ids).bool() if mask is None else torch.as_tensor(mask) != 0
+    counted = _counted(row, len(ids))
+    if labels is None:
+        seen[1:] &= seen[:-1].clone()
+        if is_packed(row):  # what begins a text is not predicted by the one before
+            seen &= torch.as_tensor(row["position_ids"]) != 0
+        if counted is not None:
+            seen &= counted
+        return ids.masked_fill(~seen, IGNORED).tolist()
+    given = torch.as_tensor(labels)
+    if given.shape != ids.shape:
+        return labels
+    if counted is not None and not torch.equal((given != IGNORED)[1:], (counted & seen)[1:]):
+        raise DataError(
+            "'labels' and the mask of the completion say different things about which tokens "
+            "count; leave one of them out"
+        )
+    if made is None:
+        return labels
+    return given.masked_fill(~seen & (given == ids), IGNORED).tolist()
+
+
+def _counted(row: Mapping[str, Any], size: int) -> Tensor | None:
+    """Which tokens count, where a mask says so."""
+    masks = {n: torch.as_tensor(row[n]) != 0 for n in TOKEN_MASKS if row.get(n) is not None}
+    if not masks:
+        return None
+    first, *others = masks.values()
+    if any(mask.shape != (size,) for mask in masks.values()):
+        raise DataError(f"{sorted(masks)} must have a number per token, {size} of them")
+    if not all(torch.equal(first, other) for other in others):
+        raise DataError(
+            f"{sorted(masks)} say different things about which tokens count; keep one of them"
+        )
+    return first
+
+
+def is_packed(row: Mapping[str, Any]) -> bool:
+    """Whether several texts stand in one row, each with positions of its own.
+
+    Raises
+    ------
+    DataError
+        With an ``attention_mask``, under which the texts would see each other.
+    """
+    if row.get("position_ids") is None:
+        return False
+    positions = torch.as_tensor(row["position_ids"])
+    seen = torch.as_tensor(row.get(MASK, torch.ones_like(positions))) != 0
+    if positions.dim() != 1 or seen.shape != positions.shape:
+        return False
+    jumps = (positions.diff() != 1) & seen[1:] & seen[:-1]
+    if jumps.any() and MASK in row:
+        raise DataError(
+            "an example packs several texts (its position_ids start again), and with an "
+            "attention_mask they would see each other; leave attention_mask out"
+        )
+    return bool(jumps.any())
+
+
+def _ones(row: Mapping[str, Any]) -> list[int]:
+    return [1] * len(row["input_ids"])
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    try:
+        return tuple(np.shape(value))
+    except ValueError:  # ragged
+        return (len(value),)
 
 
 def whole_as_long(labels: Tensor) -> Tensor:
@@ -232,10 +364,12 @@ def collator_for(network: nn.Module, likelihood: Likelihood, tokenizer: Any) -> 
 def has_choices(examples: Any) -> bool:
     """Whether examples have several choices each, in raw text or in tokens."""
     row = as_dict(examples[0], INPUTS) if len(examples) else {}
-    return CHOICES in row or _is_nested(row.get("input_ids"))
+    ids: Any = row.get("input_ids")
+    return CHOICES in row or (is_nested(ids) and len(ids) > 1)
 
 
-def _is_nested(value: Any) -> bool:
+def is_nested(value: Any) -> bool:
+    """Whether a value is a list of lists."""
     try:
         return len(value) > 0 and len(value[0]) >= 0
     except TypeError:  # of a number, or of a tensor that is one
@@ -243,89 +377,73 @@ def _is_nested(value: Any) -> bool:
 
 
 def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
-    """Text turned to tokens, and columns that are no input dropped."""
+    """Text turned to tokens, and columns that are no input dropped; a warning names them."""
+    if not collate.labels_are_tokens:
+        check_two_labels(data)
+        if "label" in data.column_names and LABELS not in data.column_names:
+            data = data.rename_column("label", LABELS)
+    check_task(data.column_names)
+    read: tuple[str, ...] = ()
     names = data.column_names
-    if "label" in names and LABELS not in names and not collate.labels_are_tokens:
-        data = data.rename_column("label", LABELS)
-    if not any(name in data.column_names for name in (*MODEL_INPUTS, INPUTS)):
+    if not any(name in names for name in (*MODEL_INPUTS, INPUTS)):
         if isinstance(collate, ChoiceCollator):
+            read = (CHOICES, *(context_columns(data) if CHOICES in names else ()))
             data = _tokenise_choices(data, collate)
-        elif text := text_columns(data):
-            data = _tokenise(data, text, collate)
-    kept = [name for name in data.column_names if name in {*collate.taken, LABELS}]
+        else:
+            check_nested(data)
+            if collate.copies_tokens:
+                check_one_text(data)
+            if read := text_columns(data):
+                data = _tokenise(data, read, collate)
+    kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
     if not set(kept) - {LABELS}:
-        _check_columns(data)
+        check_columns(data)
         raise DataError(
             f"none of the columns {data.column_names} is an input of {collate.network_name}; "
             f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
+    check_unread(names, read or kept, collate.network_name)
     return data.select_columns(kept)
-
-
-def _check_columns(data: datasets.Dataset) -> None:
-    """Say what is wrong with columns that would be text."""
-    for name in dict.fromkeys(chain.from_iterable(TEXT_COLUMNS)):
-        feature = data.features.get(name)
-        if isinstance(feature, datasets.Value) and feature.dtype == "null":
-            raise DataError(f"the text column {name!r} has missing values alone")
-        if isinstance(feature, datasets.List | datasets.LargeList | datasets.Sequence):
-            raise DataError(
-                f"the column {name!r} holds lists; join them to texts, or tokenise them yourself, "
-                "with is_split_into_words=True"
-            )
-
-
-def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
-    """The one or two columns of raw text that make the input."""
-    text = [name for name, feature in data.features.items() if is_text(feature)]
-    for known in TEXT_COLUMNS:
-        if all(name in text for name in known):
-            return known
-    if len(text) > 1:
-        raise DataError(
-            f"cannot tell which of the text columns {text} are the input; keep one with "
-            "data.select_columns([...]), name a pair 'text' and 'text_pair', or tokenise the data "
-            "yourself"
-        )
-    return tuple(text)
-
-
-def check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> None:
-    if tokenizer is None:
-        raise DataError(
-            f"the data holds raw text ({', '.join(text)}) and there is no tokenizer; pass "
-            "tokenizer=AutoTokenizer.from_pretrained(...), or tokenise the data yourself"
-        )
-    for name in text:
-        if any(value is None for value in data[name]):
-            raise DataError(f"the text column {name!r} has missing values; fill or remove them")
 
 
 def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:
     check_text(data, text, collate.tokenizer)
-    return data.with_format(None).map(
-        lambda rows: collate.tokens(*(rows[name] for name in text)),
+    encoder = collate.encoder
+    made = data.with_format(None).map(
+        lambda rows: encoder(*(rows[name] for name in text)),
         batched=True,
         remove_columns=[name for name in data.column_names if name != LABELS],
         desc="tokenising",
     )
+    lengths = pc.list_value_length(made.with_format("arrow")[:]["input_ids"]).to_numpy()
+    _check_empty(lengths)
+    warn_cut(sum(made["cut"]), len(made), encoder.limit)
+    return made.remove_columns("cut")
 
 
-def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
-    """The columns of raw text that stand before each choice."""
-    text = [
-        name
-        for name, feature in data.features.items()
-        if is_text(feature) and name not in ("label", LABELS)
-    ]
-    known = tuple(name for name in CONTEXT_COLUMNS if name in text)
-    if not known and len(text) != 1:
-        raise DataError(
-            f"multiple choice needs a text column that the choices belong to, one of "
-            f"{', '.join(CONTEXT_COLUMNS)}, got {text}; rename it: "
-            "data.rename_column(name, 'question')"
+def _check_empty(lengths: np.ndarray) -> None:
+    empty = np.flatnonzero(lengths == 0).tolist()
+    if empty:
+        raise DataError(no_tokens(empty))
+
+
+def no_tokens(examples: list[int], need: str = "no token") -> str:
+    """What to say of examples whose texts are too short."""
+    return (
+        f"{len(examples)} examples have {need}, such as example "
+        f"{', '.join(map(str, examples[:5]))}; leave them out, for example with "
+        "data.filter(lambda row: row['text'].strip())"
+    )
+
+
+def warn_cut(count: int, total: int, limit: float) -> None:
+    """Warn of texts that were cut."""
+    if count:
+        warnings.warn(
+            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, where "
+            "the network's or the tokenizer's limit is",
+            stacklevel=2,
         )
-    return known or tuple(text)
 
 
 def _tokenise_choices(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
@@ -337,11 +455,12 @@ def _tokenise_choices(data: datasets.Dataset, collate: Collator) -> datasets.Dat
         )
     context = context_columns(data)
     check_text(data, context, collate.tokenizer)
+    encoder = collate.encoder
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         choices = [choice_texts(own) for own in rows[CHOICES]]
         contexts = [" ".join(parts) for parts in zip(*(rows[c] for c in context), strict=True)]
-        encoded = collate.tokens(
+        encoded = encoder(
             [text for text, own in zip(contexts, choices, strict=True) for _ in own],
             list(chain.from_iterable(choices)),
         )
@@ -354,9 +473,12 @@ def _tokenise_choices(data: datasets.Dataset, collate: Collator) -> datasets.Dat
             made[LABELS] = [choice_number(label, own) for label, own in pairs]
         return made
 
-    return data.with_format(None).map(
+    made = data.with_format(None).map(
         encode, batched=True, remove_columns=data.column_names, desc="tokenising"
     )
+    _check_empty(np.array([min(map(len, own)) for own in made["input_ids"]]))
+    warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit)
+    return made.remove_columns("cut")
 
 
 def choice_texts(choices: Any) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,16 @@ from pyrolora.inference.batches import (
     Collator,
     collator_for,
     has_choices,
+    is_nested,
+    no_tokens,
     tokenised,
     whole_as_long,
 )
-from pyrolora.inference.examples import TensorExamples, as_examples, is_plain
-from pyrolora.inference.labels import all_labels, hidden, no_labels, numbered
+from pyrolora.inference.columns import CHOICES, TOKEN_MASKS, check_task, check_unread
+from pyrolora.inference.examples import TensorExamples, as_dict, as_examples, is_plain
+from pyrolora.inference.labels import all_labels, hidden, known_names, no_labels, numbered
 from pyrolora.likelihoods import (
+    IGNORED,
     CausalLM,
     Classification,
     Likelihood,
@@ -35,11 +41,13 @@ from pyrolora.model import INPUTS, LABELS
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready for a loader: indexable examples, how to make a batch of them, all labels."""
+    """Data ready for a loader: indexable examples, how to make a batch of them, all labels, and the
+    names of their classes, where neither the network nor an earlier fit has names."""
 
     examples: Any
     collate: Collator
     labels: Tensor | None
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -58,14 +66,9 @@ class Prepared:
     def by_length(self) -> list[int] | None:
         """The numbers of the examples, the longest text first, so that batches of neighbours have
         little padding; None where that is no use, or cannot be told from a column of tokens."""
-        examples = self.examples
-        if not isinstance(examples, datasets.Dataset) or "input_ids" not in examples.column_names:
+        lengths = token_counts(self.examples)
+        if lengths is None or isinstance(self.examples, TensorExamples):
             return None
-        tokens = examples.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
-        if isinstance(self.collate, ChoiceCollator):
-            lengths = [max(map(len, choices)) for choices in tokens.to_pylist()]
-        else:
-            lengths = pc.list_value_length(tokens).to_pylist()
         if len({*lengths}) == 1:
             return None
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -111,30 +114,30 @@ def prepare(
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
     collate = collator_for(network, likelihood, tokenizer)
-    choices = isinstance(collate, ChoiceCollator)
-    if collate.labels_are_classes and not choices and has_choices(examples):
-        raise DataError(
-            f"the data has a column 'choices' and {type(network).__name__} takes none; load the "
-            "model with AutoModelForMultipleChoice, or drop the column with "
-            "data.remove_columns('choices')"
-        )
-    if isinstance(likelihood, CausalLM) and is_plain(examples) and has_choices(examples):
-        raise DataError(
-            "the data has a column 'choices', and a language model learns, or is scored on, whole "
-            "texts here; join the question and the right choice in one column, 'text'. predict() "
-            "and evaluate() let it choose"
-        )
-    if isinstance(examples, datasets.Dataset) and collate.labels_are_classes:
-        examples = numbered(examples, network)
+    _check_no_choices(examples, collate)
+    names = None
+    classes = isinstance(likelihood, Classification) and collate.labels_are_classes
+    if isinstance(examples, datasets.Dataset) and classes:
+        names = known_names(examples, network, likelihood)
+        examples = numbered(examples, network, likelihood)
     if is_plain(examples):
+        explicit = {LABELS, *TOKEN_MASKS} & {*examples.column_names}
         examples = tokenised(examples, collate)
+    else:
+        explicit = {LABELS, *TOKEN_MASKS} & {*as_dict(examples[0], INPUTS)}
+        check_task([*as_dict(examples[0], INPUTS)])
+        check_unread(
+            [*as_dict(examples[0], collate.input_name)], collate.read, collate.network_name
+        )
     if isinstance(likelihood, MaskedLM):
         first = collate.example(examples[0])
         asked = not need_labels and _has_masks(examples, collate, tokenizer)
         if LABELS not in first and "input_ids" in first and not asked:
             examples = hidden(examples, collate.example, tokenizer)
     optional = not need_labels and not isinstance(likelihood, TokenLikelihood)
-    labels = all_labels(examples, collate.example, partly=optional)
+    labels = all_labels(
+        examples, collate.example, partly=optional, changed=isinstance(likelihood, CausalLM)
+    )
     if labels is None and need_labels:
         raise DataError(no_labels(examples))
     if optional and isinstance(likelihood, Classification) and _are_secret(labels):
@@ -144,10 +147,65 @@ def prepare(
     if labels is not None:
         labels = whole_as_long(labels)
         likelihood.check_labels(labels, network)
+    if isinstance(likelihood, CausalLM) and labels is not None and not explicit:
+        _check_predicted(labels)
     if isinstance(collate, ChoiceCollator):
         _check_choices(examples, collate, labels)
     _check_features(examples, collate)
-    return Prepared(examples, collate, labels)
+    _check_context(examples, collate)
+    return Prepared(examples, collate, labels, names)
+
+
+def _check_no_choices(examples: Any, collate: Collator) -> None:
+    """Raise `DataError` for choices before a network that takes none."""
+    if isinstance(collate, ChoiceCollator) or not has_choices(examples):
+        return
+    raw = CHOICES in as_dict(examples[0], INPUTS)
+    if collate.copies_tokens and raw and is_plain(examples):
+        raise DataError(
+            "the data has a column 'choices', and a language model learns, or is scored on, whole "
+            "texts here; join the question and the right choice in one column, 'text'. predict() "
+            "and evaluate() let it choose"
+        )
+    if collate.labels_are_classes and raw:
+        raise DataError(
+            f"the data has a column 'choices' and {collate.network_name} takes none; load the "
+            "model with AutoModelForMultipleChoice, or drop the column with "
+            "data.remove_columns('choices')"
+        )
+
+
+def _check_predicted(labels: Tensor) -> None:
+    """Raise `DataError` for texts without a token that others predict."""
+    short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
+    if short:
+        raise DataError(no_tokens(short, "no token to predict (a text's first has none before it)"))
+
+
+def _check_context(examples: Any, collate: Collator) -> None:
+    """Warn of rows longer than what the network was made for, where it can go on."""
+    sizes = token_counts(examples)
+    long = 0 if sizes is None else int((np.asarray(sizes) > collate.context).sum())
+    if long:
+        warnings.warn(
+            f"{long} examples have more than {int(collate.context)} tokens, for which "
+            f"{collate.network_name} was not made; tokenise with truncation=True, "
+            f"max_length={int(collate.context)}",
+            stacklevel=3,
+        )
+
+
+def token_counts(examples: Any) -> list[int] | None:
+    """The number of tokens of each example, of its longest choice; None where no column says so."""
+    if isinstance(examples, TensorExamples):
+        ids = examples.columns.get("input_ids")
+        return None if ids is None or ids.dim() < 2 else [ids.shape[-1]] * len(ids)
+    if not isinstance(examples, datasets.Dataset) or "input_ids" not in examples.column_names:
+        return None
+    tokens = examples.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
+    if is_nested(examples.with_format(None)[0]["input_ids"]):
+        return [max(map(len, choices)) for choices in tokens.to_pylist()]
+    return [*pc.list_value_length(tokens).to_pylist()]
 
 
 def _are_secret(labels: Tensor | None) -> bool:

@@ -47,6 +47,8 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         return _from_tuple(data, input_name)
     if isinstance(data, list):
         return _from_list(data)
+    if isinstance(data, TensorExamples):
+        return data
     if isinstance(data, str):
         raise DataError(
             f"one text is no data set; write it as a list: [{data[:40]!r}]. A file is read with "

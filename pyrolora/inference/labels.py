@@ -3,6 +3,7 @@ masked language model."""
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from transformers import DataCollatorForLanguageModeling
 
 from pyrolora.errors import DataError
+from pyrolora.inference.columns import check_task
 from pyrolora.inference.examples import TensorExamples, as_dict, is_plain, is_text
-from pyrolora.likelihoods import IGNORED
+from pyrolora.likelihoods import IGNORED, Likelihood
 from pyrolora.model import INPUTS, LABELS
 
 # Devlin et al. (2019): 15 % of the tokens, of which transformers replaces 80 % by the mask and 10 %
@@ -38,6 +40,7 @@ def raw_labels(examples: Any) -> Tensor:
 def no_labels(examples: Any) -> str:
     """What to say of examples without labels."""
     columns = sorted(as_dict(examples[0], INPUTS))
+    check_task(columns)
     return (
         f"the data has no labels: expected a column 'labels' or 'label', got {columns}; rename the "
         "target column, for example data.rename_column('target', 'label') (--label target on the "
@@ -55,12 +58,19 @@ def class_names(examples: Any) -> list[str] | None:
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif is_text(feature):
-        names = sorted({str(name) for name in examples.unique(column) if name is not None})
+        found = {str(name) for name in examples.unique(column) if name is not None}
+        names = sorted(found, key=lambda name: (int(name) if name.isdecimal() else -1, name))
     else:
         return None
     if len(names) < 2:
         raise DataError(f"a classification needs two classes, and all labels are {names}")
     return names
+
+
+def has_class_numbers(examples: Any) -> bool:
+    """Whether the labels are numbers that have names."""
+    column = _label_column(examples)
+    return column is not None and isinstance(examples.features[column], datasets.ClassLabel)
 
 
 def has_names(examples: Any, classes: Collection[str]) -> bool:
@@ -70,7 +80,7 @@ def has_names(examples: Any, classes: Collection[str]) -> bool:
     column = _label_column(examples.with_format(None))
     feature = None if column is None else examples.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        return not set(classes).isdisjoint(feature.names)
+        return not {*map(plain_name, classes)}.isdisjoint(map(plain_name, feature.names))
     return is_text(feature)
 
 
@@ -91,43 +101,162 @@ def _label_column(examples: Any) -> str | None:
     return next((name for name in (LABELS, "label") if name in examples.column_names), None)
 
 
-def numbered(data: datasets.Dataset, network: nn.Module) -> datasets.Dataset:
-    """Labels that are names, or numbers of names in another order than the network's, turned to
-    the network's numbers."""
+def numbered(
+    data: datasets.Dataset, network: nn.Module, likelihood: Likelihood
+) -> datasets.Dataset:
+    """Labels that are names, or numbers of names in another order than the classes', turned to the
+    numbers of the classes: those of the network, or of the fit that gave a network without names
+    its own.
+
+    Raises
+    ------
+    DataError
+        For names that are none of the classes', and for labels with two readings.
+    """
     stored, form = data.with_format(None), data.format
     column = _label_column(stored)
-    id2label = getattr(getattr(network, "config", None), "id2label", None)
-    if column is None or not id2label:
+    classes = class_names_of(network, likelihood) or _made_up_names(network)
+    if column is None or not classes:
         return data
-    ids = {name: int(number) for number, name in id2label.items()}
-    feature, rows = data.features[column], stored[column]
+    feature = data.features[column]
     if isinstance(feature, datasets.ClassLabel):
-        known = [ids.get(name) for name in feature.names]
-        if not any(number is not None for number in known) or known == list(range(len(known))):
-            return data  # the network's names say nothing of these, or the same
-        rows = [None if row is None or row < 0 else feature.names[row] for row in rows]
-    elif not is_plain(data):
-        return data  # the transform may turn texts into numbers by itself
-    elif not is_text(feature) or (_unnamed(ids) and not set(ids) & set(rows)):
+        names = list(feature.names)
+    elif isinstance(feature, datasets.Value) and feature.dtype == "bool":
+        names = ["False", "True"]
+    elif is_plain(data) and is_text(feature):
+        names = [str(name) for name in stored.unique(column) if name is not None]
+    else:
+        if is_plain(data) and isinstance(feature, datasets.Value):
+            _check_digits(stored.unique(column), classes)
+        return data  # numbers; or a transform that may turn texts into numbers by itself
+    numbers = _numbers(names, classes)
+    if is_text(feature):
+        if _unnamed(classes.values()) and not numbers:
+            return data  # a network without names says nothing of them
+    elif not _say_something(names, numbers, classes):
         return data
-    unknown = sorted({name for name in rows if name is not None and name not in ids})
+    _check_ids(network)
+    rows = [_name(row, feature, names) for row in stored[column]]
+    unknown = sorted({name for name in rows if name is not None and name not in numbers})
     if unknown:
-        raise DataError(
-            f"the label {unknown[0]!r} is none of the network's classes, {sorted(ids)}; "
-            "rename it, or leave such examples out"
-        )
-    numbers = [None if name is None else ids[name] for name in rows]
-    made = stored.remove_columns(column).add_column(column, numbers)
+        raise DataError(_unknown_name(unknown[0], classes, None if is_text(feature) else names))
+    mapped = [None if name is None else numbers[name] for name in rows]
+    made = stored.remove_columns(column).add_column(column, mapped)
     kind, columns, rest = form["type"], form["columns"], form["output_all_columns"]
     return made.with_format(kind, columns, rest, **form["format_kwargs"])
+
+
+def _name(row: Any, feature: Any, names: list[str]) -> str | None:
+    """The name of a label; None where it is missing."""
+    if row is None or (not isinstance(row, str | bool) and row < 0):
+        return None
+    return row if is_text(feature) else names[int(row)]
+
+
+def _say_something(names: list[str], numbers: dict[str, int], classes: dict[int, str]) -> bool:
+    """Whether the names of numbers say another thing than the numbers themselves do."""
+    if [numbers.get(name) for name in names] == list(range(len(names))):
+        return False
+    if names in (["False", "True"], [str(i) for i in range(len(names))]) or _unnamed(names):
+        return bool(numbers)  # they are their numbers
+    return bool(numbers) or not _unnamed(classes.values())
+
+
+def _numbers(names: Collection[str], classes: dict[int, str]) -> dict[str, int]:
+    """The class of each name that is one's, up to case, spaces, '-' and '_' where these tell no two
+    classes apart."""
+    plain = {plain_name(name): number for number, name in classes.items()}
+    exact = {name: number for number, name in classes.items()}
+    if len(plain) < len(classes):
+        return {name: exact[name] for name in names if name in exact}
+    return {name: plain[plain_name(name)] for name in names if plain_name(name) in plain}
+
+
+def plain_name(name: str) -> str:
+    """A name without case, spaces, '-' and '_'."""
+    return re.sub(r"[\s_-]+", "", str(name)).casefold()
+
+
+def _unknown_name(name: str, classes: dict[int, str], names: list[str] | None) -> str:
+    """What to say of a label that has the name of no class; ``names`` are those of numbers, which
+    can be read as numbers, too."""
+    known = sorted(classes.values())
+    if names is None:
+        return (
+            f"the label {name!r} is none of the network's classes, {known}; rename it, or leave "
+            "such examples out"
+        )
+    return (
+        f"the label {name!r} is none of the network's classes, {known}. By number the data's "
+        f"classes would be {_pairs(dict(enumerate(names)), classes)}; by name they are others. "
+        "Rename them with data.cast_column('label', datasets.ClassLabel(names=[...])), or load the "
+        f"network with id2label={dict(enumerate(names))}"
+    )
+
+
+def _pairs(first: dict[int, str], second: dict[int, str]) -> str:
+    return ", ".join(f"{first[i]!r} = {second[i]!r}" for i in first if i in second)
+
+
+def _check_digits(rows: list[Any], classes: dict[int, str]) -> None:
+    """Raise `DataError` for numbers that are names of other classes: 1 to 5 stars, for example."""
+    if not all(name.isdecimal() for name in classes.values()):
+        return
+    names = {int(name): number for number, name in classes.items()}
+    used = [row for row in rows if isinstance(row, int)]
+    if (
+        used
+        and any(names.get(row, row) != row for row in used)
+        and all(row in names and row in classes for row in used)
+    ):
+        raise DataError(
+            f"the labels {sorted(used)} are numbers, and the network's classes are called "
+            f"{classes}: a label is the number of a class or its name; give them names, with "
+            "data.cast_column('label', datasets.ClassLabel(names=[...])), or make them strings"
+        )
+
+
+def _check_ids(network: nn.Module) -> None:
+    """Raise `DataError` where the network's two tables of names disagree."""
+    config = getattr(network, "config", None)
+    table = {str(name): int(i) for name, i in (getattr(config, "label2id", None) or {}).items()}
+    names = network_classes(network)
+    if table and names and not _unnamed(table) and table != {n: i for i, n in names.items()}:
+        raise DataError(
+            f"the network's config has id2label={names} and label2id={table}, which disagree, and "
+            "the labels are names; set both alike"
+        )
+
+
+def known_names(examples: Any, network: nn.Module, likelihood: Likelihood) -> list[str] | None:
+    """The names of the classes that a fit takes over from its data: those of numbered classes,
+    where neither the network nor an earlier fit has names."""
+    feature = examples.features.get(_label_column(examples.with_format(None)) or "")
+    named = isinstance(feature, datasets.ClassLabel) and not _unnamed(feature.names)
+    if not named or class_names_of(network, likelihood):
+        return None
+    count = getattr(getattr(network, "config", None), "num_labels", None) or len(feature.names)
+    rest = [f"LABEL_{i}" for i in range(len(feature.names), count)]
+    return [*feature.names, *rest][:count]
 
 
 def network_classes(network: nn.Module) -> dict[int, str]:
     """The names that the network has for its classes, by number; none where they are those that
     transformers makes up."""
-    id2label = getattr(getattr(network, "config", None), "id2label", None) or {}
-    names = {int(number): str(name) for number, name in id2label.items()}
+    names = _made_up_names(network)
     return {} if _unnamed(names.values()) else names
+
+
+def class_names_of(network: nn.Module, likelihood: Likelihood) -> dict[int, str]:
+    """The names of the classes, by number: the network's, or those of the data that it was fitted
+    to; none where neither has names."""
+    return network_classes(network) or dict(enumerate(likelihood.class_names or ()))
+
+
+def _made_up_names(network: nn.Module) -> dict[int, str]:
+    """The names that stand in the network's config, whoever made them up."""
+    id2label = getattr(getattr(network, "config", None), "id2label", None) or {}
+    return {int(number): str(name) for number, name in id2label.items()}
 
 
 def _unnamed(ids: Collection[str]) -> bool:
@@ -136,13 +265,18 @@ def _unnamed(ids: Collection[str]) -> bool:
 
 
 def all_labels(
-    examples: Any, as_row: Callable[[Any], Mapping[str, Any]], *, partly: bool = False
+    examples: Any,
+    as_row: Callable[[Any], Mapping[str, Any]],
+    *,
+    partly: bool = False,
+    changed: bool = False,
 ) -> Tensor | None:
     """All labels, (n,), or (n, T) for sequences, ragged ones filled with -100; None without, or,
-    if ``partly`` is allowed, where some have none."""
-    if isinstance(examples, TensorExamples) and LABELS in examples.columns:
+    if ``partly`` is allowed, where some have none. ``changed`` labels are those of the rows, not
+    those of the data."""
+    if isinstance(examples, TensorExamples) and LABELS in examples.columns and not changed:
         return examples.columns[LABELS]
-    if is_plain(examples) and LABELS in examples.column_names:
+    if is_plain(examples) and LABELS in examples.column_names and not changed:
         rows = list(examples.with_format(None)[LABELS])
     elif LABELS not in as_row(examples[0]):
         return None

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
@@ -20,12 +22,25 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from pyrolora.errors import ConfigError, PyroLoraError
+from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.inference.batches import has_choices
-from pyrolora.inference.examples import as_examples
-from pyrolora.inference.labels import class_names, has_class_labels, raw_labels
-from pyrolora.likelihoods import CausalLM, MaskedLM, MultipleChoice, Regression
-from pyrolora.model import INPUTS
+from pyrolora.inference.columns import check_task
+from pyrolora.inference.examples import as_dict, as_examples
+from pyrolora.inference.labels import (
+    class_names,
+    has_class_labels,
+    has_class_numbers,
+    plain_name,
+    raw_labels,
+)
+from pyrolora.likelihoods import (
+    CausalLM,
+    MaskedLM,
+    MultipleChoice,
+    Regression,
+    unsupported_task,
+)
+from pyrolora.model import INPUTS, LABELS
 
 _CAUSAL = set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _MASKED = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
@@ -109,9 +124,13 @@ def _loaded(
     """The network of a likelihood that `_implied` knows, else a classifier with as many classes as
     the labels, or ``like``, have, or with one output for real-valued labels."""
     config = AutoConfig.from_pretrained(name)
-    tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
     examples = as_examples(data, INPUTS, ("train",))
+    head = _head(name, examples)
+    if tokenizer is None and head is AutoModelForSequenceClassification:
+        tokenizer = AutoTokenizer.from_pretrained(name)
     architecture = (config.architectures or [""])[0]
+    if likelihood is None:
+        _check_tokens(name, architecture, config, examples)
     loader = _LOADERS.get(likelihood or _implied(name, architecture, examples))
     if loader is not None:
         return loader.from_pretrained(name, dtype="auto"), tokenizer
@@ -121,14 +140,14 @@ def _loaded(
     else:
         outputs = _outputs(examples, likelihood, config)
     classes = outputs.get("num_labels", len(outputs.get("id2label", config.id2label)))
-    if architecture.endswith("ForSequenceClassification") and classes != config.num_labels:
+    if _classifies(config) and classes != config.num_labels:
         raise ConfigError(
             f"{name!r} is a classifier with {config.num_labels} outputs, and the data needs "
             f"{classes}; for a new head pass the model itself, loaded with "
             f"num_labels={classes}, ignore_mismatched_sizes=True"
         )
-    network = AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", **outputs)
-    if network.config.pad_token_id is None and tokenizer is not None:
+    network = head.from_pretrained(name, dtype="auto", **outputs)
+    if tokenizer is not None and getattr(network.config, "pad_token_id", None) is None:
         network.config.pad_token_id = tokenizer.pad_token_id
     return network, tokenizer
 
@@ -150,17 +169,90 @@ def _implied(name: str, architecture: str, examples: Any) -> str | None:
     return MaskedLM.name if architecture in _MASKED and not labelled else None
 
 
+def _head(name: str, examples: Any) -> Any:
+    """transformers' loader of a classifier of texts or of images."""
+    row = as_dict(examples[0], INPUTS) if len(examples) else {}
+    if "pixel_values" in row and "input_ids" not in row:
+        return AutoModelForImageClassification
+    if any(part in row for part in ("input_values", "input_features")):
+        raise ConfigError(
+            f"{name!r} is given by its name, and the data are sound, which is not loaded by name; "
+            "pass the network itself (AutoModelForAudioClassification.from_pretrained(...)), with "
+            "likelihood="
+        )
+    return AutoModelForSequenceClassification
+
+
+def _check_tokens(name: str, architecture: str, config: Any, examples: Any) -> None:
+    """Raise for labels that are neither an example's class nor plainly tokens."""
+    if len(examples) == 0:
+        return
+    row = as_dict(examples[0], INPUTS)
+    check_task([*row])
+    labels = row.get(LABELS)
+    if has_choices(examples) or has_class_labels(examples):
+        return
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
+            "supported yet, and the data has no label per example to classify by"
+        )
+    if labels is None or architecture in _CAUSAL:
+        return
+    if torch.as_tensor(labels).is_floating_point():
+        raise DataError(
+            f"the data has {len(labels)} numbers as the labels of an example: several labels per "
+            "example (multi-label classification) are not supported yet"
+        )
+    ids: Any = row.get("input_ids")
+    if ids is not None and len(ids) == len(labels):
+        task = unsupported_task(architecture)
+        if task is not None or architecture not in _MASKED:
+            raise ConfigError(
+                f"the data has a label per token, and {name!r} is a {architecture}: token "
+                "classification (a tag per token) is not supported yet"
+            )
+        raise DataError(
+            f"the data has a label per token, and {name!r} is a {architecture}: the labels are "
+            "tags, of token classification (not supported yet), or tokens of the vocabulary; for "
+            "these say likelihood='masked_lm'"
+        )
+
+
+def _classifies(config: Any) -> bool:
+    """Whether a checkpoint has a head for classes already."""
+    architecture = (config.architectures or [""])[0]
+    return architecture.endswith(("ForSequenceClassification", "ForImageClassification"))
+
+
 def _outputs(examples: Any, likelihood: str | None, config: Any) -> dict[str, Any]:
     """The classes that the labels have, with their names where they have names (the model's own
     stay, if it knows these names); one output for real-valued labels."""
     names = None if likelihood == Regression.name else class_names(examples)
-    if names is not None and set(names) <= set(config.id2label.values()):
+    own = {int(number): str(name) for number, name in config.id2label.items()}
+    if names is not None and {*map(plain_name, names)} <= {*map(plain_name, own.values())}:
         return {}
+    if names is not None and _classifies(config) and len(names) == len(own):
+        return _renamed(examples, names, own)
     if names is not None:
         return _named(names)
     labels = raw_labels(examples)
     real = likelihood == Regression.name or (likelihood is None and labels.is_floating_point())
     return {"num_labels": 1 if real else max(int(labels.max()) + 1, 2)}
+
+
+def _renamed(examples: Any, names: list[str], own: dict[int, str]) -> dict[str, Any]:
+    """The data's names for the classes of a trained head, if the head has none and the data's are
+    numbered."""
+    made_up = set(own.values()) == {f"LABEL_{i}" for i in own}
+    if made_up and has_class_numbers(examples):
+        return _named(names)
+    raise DataError(
+        f"the data's classes are called {names}, and those of the checkpoint, whose head is "
+        f"trained, {own}: by number they would be {dict(enumerate(names))}, by name they are "
+        "others. Rename them with data.cast_column('label', datasets.ClassLabel(names=[...])), or "
+        "pass the model itself, loaded with the id2label that is meant"
+    )
 
 
 def _named(names: Iterable[str]) -> dict[str, Any]:

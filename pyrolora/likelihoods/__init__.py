@@ -11,6 +11,7 @@ from pyrolora.likelihoods.classification import Classification
 from pyrolora.likelihoods.masked_lm import MaskedLM
 from pyrolora.likelihoods.multiple_choice import CHOICE_MASK, MultipleChoice
 from pyrolora.likelihoods.regression import Regression
+from pyrolora.likelihoods.tasks import check_task, unsupported_task
 from pyrolora.likelihoods.tokens import TokenLikelihood
 
 _REGISTRY: dict[str, type[Likelihood]] = {
@@ -31,8 +32,11 @@ def likelihood_for(network: nn.Module, name: str | None = None) -> Likelihood:
     UnknownNameError
         For a name that does not exist.
     ConfigError
-        Without a name, when the class of ``network`` says nothing.
+        For a network of a task without a likelihood; without a name, when the class of ``network``
+        says nothing.
     """
+    if name is None or name in _REGISTRY:
+        check_task(network)
     if name is not None:
         if name not in _REGISTRY:
             raise UnknownNameError(
@@ -60,4 +64,5 @@ __all__ = [
     "TokenLikelihood",
     "available",
     "likelihood_for",
+    "unsupported_task",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.types import Batch
 
@@ -32,6 +33,9 @@ class Likelihood(ParamModule, ABC):
     linearisable: ClassVar[bool] = False
     """Whether `curvature` is exact, with few vectors an example."""
 
+    class_names: Sequence[str] | None = None
+    """What the data of a fit call the classes of a network that has no names for them."""
+
     classes: ClassVar[frozenset[str]] = frozenset()
     """transformers' classes of networks that call for it."""
 
@@ -42,6 +46,12 @@ class Likelihood(ParamModule, ABC):
 
     def output(self, raw: Any) -> Tensor:
         """What the law reads of the network's return value, rows first, in at least float32."""
+        if not isinstance(raw, Tensor) and not isinstance(getattr(raw, "logits", None), Tensor):
+            fields = list(raw) if isinstance(raw, Mapping) else type(raw).__name__
+            raise ConfigError(
+                f"a network must give a tensor, or an output with 'logits', for {self.name}; this "
+                f"one gives {fields}: such a task is not supported yet"
+            )
         tensor: Tensor = raw if isinstance(raw, Tensor) else raw.logits
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 

@@ -74,6 +74,7 @@ class Classification(Likelihood):
 
 def check_whole_numbers(labels: Tensor, need: str, remedy: str) -> None:
     """Raise `DataError` unless labels are one whole number >= 0 each."""
+    check_one_label(labels, need)
     if labels.dtype.is_floating_point or labels.dim() != 1:
         raise DataError(
             f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}; {remedy}"
@@ -81,6 +82,16 @@ def check_whole_numbers(labels: Tensor, need: str, remedy: str) -> None:
     low = int(labels.min())
     if low < 0:
         raise DataError(f"labels must be >= 0, got {low}; leave out unlabelled examples")
+
+
+def check_one_label(labels: Tensor, need: str) -> None:
+    """Raise `DataError` for several labels per example."""
+    if labels.dim() > 1 and labels.numel() != labels.shape[0]:
+        raise DataError(
+            f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}: several "
+            "labels per example (multi-label classification, a tag per token, or several targets) "
+            "are not supported yet"
+        )
 
 
 def _check_classes(classes: int, labels: Tensor) -> None:

@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 
 from pyrolora.errors import DataError
 from pyrolora.likelihoods.base import Likelihood
+from pyrolora.likelihoods.classification import check_one_label
 from pyrolora.types import Batch
 
 FAR = 5
@@ -61,10 +62,7 @@ class Regression(Likelihood):
         yield torch.ones_like(output) / self.param("noise_scale").detach()
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
-        if labels.numel() != labels.shape[0]:
-            raise DataError(
-                f"regression needs one number an example, got labels of shape {tuple(labels.shape)}"
-            )
+        check_one_label(labels, "regression needs one number per example")
         if not torch.isfinite(labels.double()).all():
             bad = int((~torch.isfinite(labels.double().flatten())).nonzero()[0])
             raise DataError(f"the label of example {bad} is {labels.flatten()[bad]}; remove it")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pyrolora.distributions import LogitsCategorical
 from pyrolora.errors import DataError
 from pyrolora.likelihoods.base import IGNORED, Likelihood
+from pyrolora.likelihoods.classification import check_one_label
 from pyrolora.types import Batch
 
 
@@ -58,6 +59,8 @@ class TokenLikelihood(Likelihood):
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
+        if labels.is_floating_point():
+            check_one_label(labels, f"{self.title} needs token ids as 'labels'")
         if labels.dim() != 2 or labels.is_floating_point():
             raise DataError(
                 f"{self.title} needs one token id a position as 'labels', got labels of dtype "

@@ -10,15 +10,15 @@ from torch import nn
 
 from pyrolora import defaults
 from pyrolora.errors import DataError
-from pyrolora.inference.batches import CHOICES, choice_texts, context_columns, text_columns
+from pyrolora.inference.batches import choice_texts
+from pyrolora.inference.columns import CHOICES, TARGETS, context_columns, text_columns
 from pyrolora.inference.examples import as_dict, as_examples, is_plain
 from pyrolora.inference.labels import network_classes
-from pyrolora.model import INPUTS, LABELS
+from pyrolora.model import INPUTS
 
 LONGEST = 400
 """Characters of a text that are shown."""
 IDS = "input_ids"
-TARGETS = (LABELS, "label")
 
 
 class Examples:
@@ -32,16 +32,24 @@ class Examples:
         Its configuration has the names of the classes.
     tokenizer
         Turns tokens back to text, where the data holds no text; may be None.
+    names
+        Those of the classes by number, where the network has none.
     """
 
-    def __init__(self, data: Any, network: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        network: nn.Module,
+        tokenizer: Any = None,
+        names: Mapping[int, str] | None = None,
+    ) -> None:
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.rows = as_examples(data, self.input_name, defaults.SCORE_SPLITS)
         self.tokenizer = tokenizer
         self.plain = is_plain(self.rows)
         if self.plain:
             self.rows = self.rows.with_format(None)
-        self.names = network_classes(network)
+        self.names = names or network_classes(network)
         self.columns = self._columns()
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from pyrolora import defaults
 from pyrolora.errors import ConfigError
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
+from pyrolora.inference.labels import class_names_of
 from pyrolora.page import findings
 from pyrolora.page.contraction import contractions
 from pyrolora.page.examples import Examples
@@ -102,7 +103,8 @@ def report_on(
         seed = int(torch.randint(2**31, ()))
     if num_samples is None:
         num_samples = posterior.model.program.usual_draws()
-    examples = Examples(data, posterior.base, posterior.tokenizer)
+    names = class_names_of(posterior.base, posterior.likelihood)
+    examples = Examples(data, posterior.base, posterior.tokenizer, names)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     prediction = posterior.predict(data, num_samples, **options)
     other = None

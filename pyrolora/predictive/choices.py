@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,14 +13,9 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
-from pyrolora.inference.batches import (
-    CHOICES,
-    check_text,
-    choice_number,
-    choice_texts,
-    context_columns,
-    context_length,
-)
+from pyrolora.inference.batches import choice_number, choice_texts, context_length
+from pyrolora.inference.columns import CHOICES, check_text, check_unread, context_columns
+from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import as_examples, is_plain
 from pyrolora.inference.labels import no_labels
 from pyrolora.likelihoods import IGNORED, CausalLM
@@ -74,6 +70,7 @@ def choose(
         )
     context = context_columns(rows)
     check_text(rows, context, tokenizer)
+    check_unread(rows.column_names, (*context, CHOICES), type(joint.base).__name__)
     choices = [choice_texts(own) for own in rows[CHOICES]]
     contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
     targets = _targets(rows, choices, need_labels)
@@ -99,8 +96,8 @@ def choose(
 
 def _example(tokenizer: Any, context: str, choice: str, longest: float) -> dict[str, list[int]]:
     """The tokens of both, those of the context not labelled; at most the ``longest`` last."""
-    alone = tokenizer(context)["input_ids"]
-    both = tokenizer(f"{context} {choice}")["input_ids"]
+    encoder = Encoder(tokenizer, math.inf)
+    alone, both = encoder([context, f"{context} {choice}"])["input_ids"]
     pairs = zip(alone, both, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(both)))
     if shared == len(both):

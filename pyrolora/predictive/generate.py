@@ -17,7 +17,10 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors, bind
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
-from pyrolora.inference.batches import context_length
+from pyrolora.inference.batches import KNOWN_INPUTS, context_length, taken_by
+from pyrolora.inference.encoding import Encoder, added
+from pyrolora.inference.examples import TensorExamples
+from pyrolora.inference.padding import MASK
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel, evaluating
 from pyrolora.predictive.generation import Generation
@@ -26,6 +29,7 @@ from pyrolora.predictive.prediction import TokenPrediction
 
 # Those that keep a row's neighbours, whatever they do with the rows.
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+PER_TOKEN = "token_type_ids"
 OURS = {
     **dict.fromkeys(("return_dict_in_generate", "streamer", "stopping_criteria"), "leave it out"),
     **dict.fromkeys(
@@ -56,7 +60,8 @@ def generate(
     ----------
     inputs
         Texts (with ``tokenizer``); a tensor of ids (n, T); a list of lists of ids; or a mapping
-        with ``input_ids`` and ``attention_mask``.
+        with ``input_ids``, ``attention_mask``, and what else the network takes, such as
+        ``pixel_values``, with a row per prompt.
     factors
         Of S draws, or of one setting.
     rows
@@ -67,6 +72,7 @@ def generate(
     options = dict(options or {})
     settings = _check(joint, options)
     prompts = _as_ids(inputs, tokenizer, joint)
+    others = _others(inputs, joint, prompts)
     _set_length(joint, prompts, settings)
     settings.disable_compile = True  # the compiler cannot follow the binding
     settings.return_dict_in_generate = False
@@ -87,13 +93,14 @@ def generate(
         for start, first in passes:
             own = prompts[start : start + prompts_at_once]
             chosen = factors if draws is None else factors[first : first + draws_at_once]
-            found = _continuations(joint, own, chosen, settings, several, bar)
+            beside = {name: rows[start : start + len(own)] for name, rows in others.items()}
+            found = _continuations(joint, own, beside, chosen, settings, several, bar)
             for i, continuations in enumerate(found):
                 written[start + i] += continuations
     ended = _ends(settings)
     kept = [[_until(ids, ended) for ids in continuations] for continuations in written]
     draw = torch.arange(draws or 1).repeat_interleave(several)
-    return _scored(joint, prompts, kept, draw, factors, pad, tokenizer, rows)
+    return _scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows)
 
 
 def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
@@ -148,8 +155,9 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
                 "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
                 "load(), or a tensor of token ids here"
             )
-        rows = tokenizer(list(inputs))["input_ids"]
-        prompts = [torch.as_tensor(_open(ids, tokenizer)) for ids in rows]
+        rows = Encoder(tokenizer, math.inf)(list(inputs))["input_ids"]
+        end = added(tokenizer)[1]
+        prompts = [torch.as_tensor(_open(ids, end)) for ids in rows]
     elif isinstance(inputs, Tensor) and inputs.dim() != 2:
         raise DataError(f"token ids must be (n, T), got shape {tuple(inputs.shape)}")
     elif isinstance(inputs, Tensor | Sequence) and not any(isinstance(x, Mapping) for x in inputs):
@@ -187,10 +195,45 @@ def _tensors(rows: Any) -> list[Tensor]:
         ) from error
 
 
-def _open(ids: list[int], tokenizer: Any) -> list[int]:
-    """The ids without a last one that ends a text: what follows is to go on with it."""
-    ends = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")}
-    return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
+def _open(ids: list[int], end: list[int]) -> list[int]:
+    """The ids without what the tokenizer ends a text with: what follows is to go on with it."""
+    ended = 0 < len(end) < len(ids) and ids[-len(end) :] == end
+    return ids[: -len(end)] if ended else ids
+
+
+def _others(inputs: Any, joint: JointModel, prompts: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """What a mapping has beside the tokens, a row per prompt; per token without the padding.
+
+    Raises
+    ------
+    DataError
+        For inputs that the network does not take, or that are not a row per prompt.
+    """
+    names = [n for n in inputs if n not in ("input_ids", MASK)] if _is_mapping(inputs) else []
+    taken = taken_by(joint.base) & {*KNOWN_INPUTS} - {"position_ids", "inputs_embeds"}
+    refused = [name for name in names if name not in taken]
+    if refused:
+        raise DataError(
+            f"generate() does not pass {refused} on to this {type(joint.base).__name__}; leave "
+            f"them out; beside input_ids and attention_mask it passes {sorted(taken)}"
+        )
+    found = {}
+    for name in names:
+        rows = _tensors(inputs[name])
+        if len(rows) != len(prompts):
+            raise DataError(
+                f"{name!r} has {len(rows)} rows for {len(prompts)} prompts; give one row per "
+                "prompt, or generate for one prompt at a time"
+            )
+        if name == PER_TOKEN and MASK in inputs:
+            masks = [row.bool() for row in _tensors(inputs[MASK])]
+            rows = [row[own] for row, own in zip(rows, masks, strict=True)]
+        found[name] = rows
+    return found
+
+
+def _is_mapping(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping) and "input_ids" in inputs
 
 
 def _set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationConfig) -> None:
@@ -233,6 +276,7 @@ def _ends(settings: GenerationConfig) -> set[int]:
 def _continuations(
     joint: JointModel,
     prompts: Sequence[Tensor],
+    others: Mapping[str, list[Tensor]],
     factors: FlatFactors,
     settings: GenerationConfig,
     several: int,
@@ -246,11 +290,22 @@ def _continuations(
     ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
+    beside = {
+        name: pad_sequence(rows, True, 0, padding_side="left")
+        if name == PER_TOKEN
+        else torch.stack(rows)
+        for name, rows in others.items()
+    }
+    dtype = next(p.dtype for p in base.parameters() if p.is_floating_point())
+    beside = {
+        n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in beside.items()
+    }
     with bind(joint.binding(factors)):
         try:
             found = base.generate(
                 ids.repeat(draws, 1),
                 attention_mask=mask.long().repeat(draws, 1),
+                **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in beside.items()},
                 generation_config=settings,
                 stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
             )
@@ -280,6 +335,7 @@ def _until(ids: Tensor, ends: set[int]) -> Tensor:
 def _scored(
     joint: JointModel,
     prompts: Sequence[Tensor],
+    others: Mapping[str, list[Tensor]],
     written: Sequence[Sequence[Tensor]],
     draw: Tensor,
     factors: FlatFactors,
@@ -288,7 +344,8 @@ def _scored(
     rows: int,
 ) -> Generation:
     pairs = [(p, new) for p, own in zip(prompts, written, strict=True) for new in own]
-    prepared = prepare(_examples(pairs, pad), joint.base, joint.likelihood)
+    beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
+    prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.likelihood)
     read = predict(joint, prepared, factors, batch_size=min(defaults.BATCH_SIZE, rows), rows=rows)
     assert isinstance(read, TokenPrediction)
     assert read.log_likelihood is not None
@@ -321,20 +378,28 @@ def _scored(
     )
 
 
-def _examples(pairs: Sequence[tuple[Tensor, Tensor]], pad: int) -> list[dict[str, Any]]:
-    """Whole texts of one length; the labels are the continuations' tokens."""
-    longest = max(len(prompt) + len(new) for prompt, new in pairs)
-    examples = []
-    for prompt, new in pairs:
-        used, rest = len(prompt) + len(new), longest - len(prompt) - len(new)
-        examples.append(
-            {
-                "input_ids": [*prompt.tolist(), *new.tolist(), *[pad] * rest],
-                "attention_mask": [1] * used + [0] * rest,
-                LABELS: [IGNORED] * len(prompt) + new.tolist() + [IGNORED] * rest,
-            }
-        )
-    return examples
+def _examples(
+    pairs: Sequence[tuple[Tensor, Tensor]], beside: Mapping[str, list[Tensor]], pad: int
+) -> TensorExamples:
+    """Whole texts of one length; the labels are the continuations' tokens. What stands beside
+    every token of a prompt goes on with its last value, as in transformers' ``generate``."""
+    whole = [torch.cat(pair) for pair in pairs]
+    columns = {
+        "input_ids": pad_sequence(whole, True, pad),
+        MASK: pad_sequence([torch.ones_like(ids) for ids in whole], True, 0),
+        LABELS: pad_sequence(
+            [torch.cat([torch.full_like(p, IGNORED), new]) for p, new in pairs], True, IGNORED
+        ),
+    }
+    for name, rows in beside.items():
+        if name == PER_TOKEN:
+            going = [
+                torch.cat([r, r[-1:].expand(len(n))]) for r, (_, n) in zip(rows, pairs, strict=True)
+            ]
+            columns[name] = pad_sequence(going, True, 0)
+        else:
+            columns[name] = torch.stack(rows)
+    return TensorExamples(columns)
 
 
 def _decode(tokenizer: Any, ids: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import whole_number
 from pyrolora.inference import Prepared, check_finite, pass_rows, to_device
+from pyrolora.inference.labels import class_names_of
+from pyrolora.likelihoods import MultipleChoice
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
-from pyrolora.predictive.prediction import PREDICTIONS, Prediction
+from pyrolora.predictive.prediction import PREDICTIONS, ClassPrediction, Prediction
 from pyrolora.seeding import DRAWING, seeded
 
 
@@ -62,8 +65,19 @@ def predict(
         with DRAWING.shared(), evaluating(joint):  # a fit beside it has its steps between batches
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             records.append(kind.reduce(joint.likelihood, outputs, placed))
-    prediction = kind.collect(records, joint.likelihood)
+    prediction = _named(kind.collect(records, joint.likelihood), joint)
     return prediction if order is None else prediction.select(torch.tensor(order).argsort())
+
+
+def _named(prediction: Prediction, joint: JointModel) -> Prediction:
+    """The prediction with the names of its classes."""
+    names = class_names_of(joint.base, joint.likelihood)
+    if not isinstance(prediction, ClassPrediction) or not names:
+        return prediction
+    if isinstance(joint.likelihood, MultipleChoice):
+        return prediction
+    classes = tuple(names.get(i, str(i)) for i in range(prediction.draws.shape[-1]))
+    return replace(prediction, classes=classes if len({*classes}) == len(classes) else None)
 
 
 def passes(

@@ -124,11 +124,15 @@ class ClassPrediction(Prediction):
     The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information: ``entropy``
     is total, ``aleatoric`` what every draw is unsure of, ``epistemic`` what draws disagree on; in
     nats.
+
+    ``classes`` are the names of the classes, where the network or the data of the fit have any;
+    tables have them in place of numbers.
     """
 
     likelihood = Classification
 
     draws: Tensor
+    classes: tuple[str, ...] | None = None
 
     @staticmethod
     def reduce(
@@ -202,8 +206,9 @@ class ClassPrediction(Prediction):
         return {"y": (labels, ("example",)), "probs": (self.draws, ("example", "class"))}
 
     def to_pandas(self) -> pd.DataFrame:
+        names = self.classes or tuple(str(i) for i in range(self.probs.shape[1]))
         columns: dict[str, Tensor] = {
-            f"prob_{label}": self.probs[:, label] for label in range(self.probs.shape[1])
+            f"prob_{name}": self.probs[:, i] for i, name in enumerate(names)
         }
         columns |= {
             "predicted": self.predicted,
@@ -211,7 +216,11 @@ class ClassPrediction(Prediction):
             "aleatoric": self.aleatoric,
             "epistemic": self.epistemic,
         }
-        return _frame(columns, self.targets)
+        table = _frame(columns, self.targets)
+        if self.classes is not None:
+            for name in {"predicted", "target"} & {*table}:
+                table[name] = table[name].map(dict(enumerate(self.classes)))
+        return table
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, Program, full_name, spread
-from pyrolora.inference.labels import network_classes
+from pyrolora.inference.labels import class_names_of
 from pyrolora.likelihoods import Classification, MultipleChoice
 from pyrolora.model import JointModel
 from pyrolora.predictive import Prediction
@@ -64,10 +64,12 @@ def inference_data(
         if read is not None:
             groups |= _data_groups(read(FlatFactors.cat(kept)), log_likelihood, shape)
     coords = {"layer": list(program.bank.specs), "block": program.block_names()}
-    names = network_classes(joint.base)
     law = joint.likelihood
+    names = class_names_of(joint.base, law)
     if names and isinstance(law, Classification) and not isinstance(law, MultipleChoice):
-        coords["class"] = [names[i] for i in range(len(names))]
+        probs = groups.get("posterior_predictive", {}).get("probs")
+        count = len(names) if probs is None else probs[0].shape[-1]
+        coords["class"] = [names.get(i, str(i)) for i in range(count)]
     attrs: dict[str, str | int | float] = {
         "guide": full_name(options),
         "guide_options": str(options),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
     for name, (head,) in joint.named_heads(factors).items():
         dtype = next(network.get_submodule(name).parameters()).dtype
         network.set_submodule(name, copy.deepcopy(head).to(dtype))
+    names = joint.likelihood.class_names
+    config: Any = getattr(network, "config", None)
+    if names is not None and config is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
     if isinstance(network, PreTrainedModel):
         _check_tied(network)
         network.config._name_or_path = network.name_or_path = ""

@@ -1,0 +1,118 @@
+"""Whether what a network gives is what its likelihood reads: a law of every token, and, of a causal
+language model, none that has seen the token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyrolora.errors import ConfigError
+from pyrolora.inference.padding import MASK
+from pyrolora.likelihoods import IGNORED, CausalLM, TokenLikelihood
+from pyrolora.model import LABELS, JointModel, evaluating
+
+# How much outputs may differ by the order of sums alone, as a share of the largest.
+NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:
+    """Raise `ConfigError` for a network that gives no logits of the vocabulary for each of the
+    tokens of ``batch``, or that is to be causal and is not."""
+    if not isinstance(joint.likelihood, TokenLikelihood):
+        return
+    labels, (places, width) = batch[LABELS], output.shape[-2:]
+    config = getattr(joint.base, "config", None)
+    vocabulary = getattr(getattr(config, "text_config", config), "vocab_size", None)
+    few = isinstance(vocabulary, int) and width < vocabulary
+    if places != labels.shape[-1] or few or int(labels.max()) >= width:
+        raise ConfigError(
+            f"{joint.likelihood.title} gives logits of its vocabulary for each of its input's "
+            f"{labels.shape[-1]} tokens, and this {type(joint.base).__name__} gives {width} for "
+            f"{places} (the vocabulary has {vocabulary}, the labels go up to {int(labels.max())}); "
+            "token classification (a tag per token) and texts that differ from the input are not "
+            "supported yet"
+        )
+    if isinstance(joint.likelihood, CausalLM):
+        check_causal(joint, batch)
+
+
+@torch.no_grad()
+def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a network whose outputs before a token change with it, by two passes of one example.
+
+    The token is the last that is to be predicted, so that a network which reads a prompt as a
+    whole, and only what follows in turn, is one.
+
+    Raises
+    ------
+    ConfigError
+        For a network that reads the tokens that it is to predict, or packed texts that see each
+        other.
+    """
+    ids = batch.get("input_ids")
+    if ids is None or ids.dim() != 2:
+        return
+    last = _last(batch)
+    if last < 1:
+        return
+    example = {name: t[:1] if isinstance(t, Tensor) else t for name, t in batch.items()}
+    with evaluating(joint):
+        before = joint.network(example, joint.program.mean())
+        after = joint.network(_changed(joint, example, last), joint.program.mean())
+        if _differ(joint, before[0, :last], after[0, :last]):
+            raise ConfigError(
+                f"this {type(joint.base).__name__} is no causal language model: what it gives for "
+                f"a token changes with the tokens after it (here with token {last}), so that it "
+                "would read what it is to predict; load it with is_decoder=True where its config "
+                "has that, or label (other than -100) only tokens after the part that it reads as "
+                "a whole"
+            )
+        starts = _starts(example)
+        if starts and starts[0] <= last:
+            after = joint.network(_changed(joint, example, 0), joint.program.mean())
+            if _differ(joint, before[0, starts[0] :], after[0, starts[0] :]):
+                raise ConfigError(
+                    f"in this {type(joint.base).__name__} the texts that are packed in one row see "
+                    "each other (transformers keeps them apart in some networks only); give each "
+                    "text a row of its own"
+                )
+
+
+def _last(batch: Mapping[str, Tensor]) -> int:
+    """The place of the last token of the first example that counts."""
+    labels = batch.get(LABELS)
+    counted = (
+        labels[0].ne(IGNORED) if labels is not None else batch.get(MASK, batch["input_ids"])[0]
+    )
+    places = counted.nonzero().flatten()
+    return int(places[-1]) if len(places) else 0
+
+
+def _starts(example: Mapping[str, Tensor]) -> list[int]:
+    """Where the packed texts of a row begin, but for the first."""
+    positions = example.get("position_ids")
+    if positions is None or positions.dim() != 2 or MASK in example:
+        return []
+    return [int(i) + 1 for i in (positions[0].diff() != 1).nonzero().flatten()]
+
+
+def _changed(joint: JointModel, example: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    """The example with another token in that place, one that does not occur in it."""
+    ids = example["input_ids"].clone()
+    config = getattr(joint.base, "config", None)
+    size = getattr(getattr(config, "text_config", config), "vocab_size", None) or int(ids.max()) + 1
+    used = {*ids.flatten().tolist()}
+    old = int(ids[0, place])
+    order = [(old + k) % size for k in range(1, size)]
+    ids[0, place] = next(
+        (token for token in order if token not in used), order[0] if order else old
+    )
+    return {**example, "input_ids": ids}
+
+
+def _differ(joint: JointModel, before: Tensor, after: Tensor) -> bool:
+    kinds = (p.dtype for p in joint.base.parameters() if p.dtype in NOISE)
+    noise = NOISE[next(kinds, torch.float32)]
+    return bool((before - after).abs().max() > noise * before.abs().max())
