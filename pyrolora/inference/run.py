@@ -24,6 +24,7 @@ from pyrolora.inference.batches import to_device
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
+from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.trainer import STATE_FILE, SVITrainer, read_state, save_state
 from pyrolora.model import JointModel
 from pyrolora.types import Batch
@@ -176,8 +177,10 @@ class Run:
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
+        starts = starting_factors(joint)
         try:
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            warn_of_unmoved(joint, starts, args.learning_rate)
         except NonFiniteError as error:
             trainer.restore_statistics()
             error.posterior = self.posterior(joint, guide)
