@@ -57,6 +57,10 @@ DROPOUT_DRAWS = 8
 # Flat-LoRA: the paper's range is 0.05 to 0.1.
 RHO = 0.05
 
+# Of which none calls a selected layer before it counts as not called: enough for each of a few
+# dozen experts to have its turn.
+CALL_EXAMPLES = 64
+
 # Rank allocation. Eight rounds, with training in between that shows what the last one was worth;
 # none before the first tenth of the training, when B has hardly left zero, and none in its second
 # half, in which the ranks that stay learn the rest. Where ranks move, a tenth of them a round can

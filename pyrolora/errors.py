@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
 
 class PyroLoraError(Exception):
     """Base of every error that pyrolora raises on purpose."""
+
+    def __init__(self, *args: Any) -> None:
+        # Pyro makes errors that pass a traced model anew, with a table of its sites below the text.
+        super().__init__(*(_without_sites(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(PyroLoraError, ValueError):
@@ -56,6 +61,16 @@ class NonFiniteError(PyroLoraError, ArithmeticError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.posterior: Any = None
+
+
+def listed(names: Collection[str], most: int = 4) -> str:
+    """Names for a message, the first of many."""
+    shown = ", ".join(repr(name) for name in list(names)[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "none"
+
+
+def _without_sites(message: str) -> str:
+    return message.partition("\nTrace Shapes:")[0].rstrip()
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: float = math.inf) -> None:

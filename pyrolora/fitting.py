@@ -21,6 +21,8 @@ from pyrolora.adapters import (
     Start,
     as_adapter_config,
     attach,
+    check_uncalled,
+    explained_kernels,
     plain_copy,
     start_of,
 )
@@ -46,7 +48,7 @@ from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.predictive.metrics import HIGHER_IS_BETTER
 from pyrolora.predictive.prediction import PREDICTIONS
-from pyrolora.seeding import fitting
+from pyrolora.seeding import fitting, seeded
 from pyrolora.storage import check_base, describe_base
 from pyrolora.types import AdapterConfig
 
@@ -193,7 +195,7 @@ def fit(
         if source is not None:
             attachment = _attached_as(source, network)
         elif options.adapts:
-            attachment = attach(network, config)
+            attachment = _attached(network, config, law, prepared, args)
         else:
             attachment = Attachment(network, [], [])
 
@@ -323,6 +325,37 @@ def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
             f"{list(known.values())}; load it with id2label={known}"
         )
     return Attachment(network, attachment.specs, heads)
+
+
+def _attached(
+    network: nn.Module,
+    config: AdapterConfig,
+    law: Likelihood,
+    data: Prepared,
+    args: TrainingArguments,
+) -> Attachment:
+    """The adapters that ``config`` asks for, without layers that the network does not call: of two
+    examples, or, as long as one is left that could have its turn, of the first so many."""
+    attachment = attach(network, config)
+    try:
+        with seeded(args.seed):  # the numbers that a start draws are those of a later one
+            joint = build(network, attachment, config, MAP(), copy.deepcopy(law), len(data))
+        device = next(joint.parameters()).device
+        pieces = ((0, 2), (2, defaults.CALL_EXAMPLES))
+        examples = ([data.examples[i] for i in range(a, min(b, len(data)))] for a, b in pieces)
+        batches = (to_device(data.collate(some), device) for some in examples if some)
+        with explained_kernels(attachment):
+            left = joint.uncalled(batches)
+        found = attachment
+        if left:
+            check_uncalled(config, left, [spec.name for spec in attachment.specs])
+            found = attachment.without(left)
+            attachment.detach()
+        found.checked = True
+        return found
+    except BaseException:
+        attachment.detach()
+        raise
 
 
 def _without_adapters(options: Guide, adapter: Any) -> AdapterConfig:

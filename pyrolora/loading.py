@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
-from pyrolora.adapters.targets import features, linear_layers
+from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.errors import CheckpointError, true_or_false
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.inference import load_language_model

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import Attachment, Binding, FlatFactors, bind, current_binding, is_quantised
-from pyrolora.errors import BindingError, CheckpointError, ConfigError
+from pyrolora.adapters import (
+    Attachment,
+    Binding,
+    FlatFactors,
+    SharedPassError,
+    Sharing,
+    bind,
+    current_binding,
+    is_quantised,
+    is_quantised_layer,
+    kind_of,
+    layers_called,
+    shares,
+    sharing_of,
+)
+from pyrolora.errors import BindingError, CheckpointError, ConfigError, listed
 from pyrolora.guides import Program, averaged
 from pyrolora.likelihoods import Likelihood
 from pyrolora.parameters import param_statement
@@ -20,6 +35,10 @@ from pyrolora.types import Batch
 
 LABELS = "labels"
 INPUTS = "inputs"
+NOT_CALLED = (
+    "the network does not call the adapted layer(s) {}: its code reads their weights directly, or "
+    "does not use them for such inputs; leave them out with exclude_modules"
+)
 
 
 class JointModel(nn.Module):
@@ -71,16 +90,23 @@ class JointModel(nn.Module):
         )
         self.heads.float().requires_grad_(True)
         of_base, of_heads = (_running_statistics(part) for part in (base, self.heads))
+        self._quantised = [m for m in base.modules() if is_quantised_layer(m)]
         self._frozen_statistics = of_base if program.bank.specs else []
         self.trained_statistics = of_heads if program.bank.specs else [*of_base, *of_heads]
+        encoders = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        self._has_fastpath = any(isinstance(m, encoders) for m in base.modules())
         self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
 
     def train(self, mode: bool = True) -> JointModel:
         """As of a module; but the running statistics of a network that gets adapters belong to its
-        weights, and stay as they are."""
+        weights, and stay as they are, and quantised layers stay in training mode: it chooses their
+        kernels, and in evaluation mode some repack their weights for good, for a product that has
+        no gradient."""
         super().train(mode)
         for module in self._frozen_statistics:
             module.eval()
+        for module in self._quantised:
+            module.train()
         return self
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
@@ -96,11 +122,9 @@ class JointModel(nn.Module):
                 for part, module in self._trained().items():
                     for name, parameter in module.named_parameters():
                         param_statement(f"{part}.{name}", parameter)
-            if groups > 1:  # the rows are shared out, not repeated
-                output = self.run(batch, self.binding(factors))
-            else:
-                output = self.network(batch, factors)
-            return self.likelihood(output, batch, self.num_examples)
+            # Groups share the rows of the batch out; other draws have all of them each.
+            run = self.shared_out if groups > 1 else self.network
+            return self.likelihood(run(batch, factors), batch, self.num_examples)
 
     def _trained(self) -> dict[str, nn.Module]:
         """What is trained beside the program: the heads, or, without adapters, the network."""
@@ -108,25 +132,89 @@ class JointModel(nn.Module):
 
     def network(self, batch: Batch, factors: FlatFactors) -> Tensor:
         """The likelihood's view of the network's output under ``factors``: (b, ...), or
-        (S, b, ...) for S draws, which are outermost in the batch."""
+        (S, b, ...) for S draws, which share a pass where they can (`together`)."""
         draws = factors.draws
-        if draws is not None:
-            batch = {
+        if draws is None:
+            return self.run(batch, self.binding(factors))
+        if draws > 1 and self.together(batch):
+            repeated = {
                 name: t.repeat(draws, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) else t
                 for name, t in batch.items()
             }
-        output = self.run(batch, self.binding(factors))
-        return output if draws is None else output.unflatten(0, (draws, -1))
+            output = self._in_one_pass(repeated, factors)
+            if output is not None:
+                return output.unflatten(0, (draws, -1))
+        return torch.stack([self.run(batch, self.binding(factors[s])) for s in range(draws)])
+
+    def shared_out(self, batch: Batch, factors: FlatFactors) -> Tensor:
+        """The same, (b, ...), with the rows of the batch in S equal blocks, one for each draw."""
+        draws = factors.draws
+        assert draws is not None
+        if draws > 1 and self.together(batch):
+            output = self._in_one_pass(batch, factors)
+            if output is not None:
+                return output
+        size = _rows(batch) // draws
+        blocks = [{n: t[s * size : (s + 1) * size] for n, t in batch.items()} for s in range(draws)]
+        return torch.cat([self.run(own, self.binding(factors[s])) for s, own in enumerate(blocks)])
+
+    def together(self, batch: Batch) -> bool:
+        """Whether several draws can share a pass on data such as ``batch``: every adapted layer
+        then sees rows that fall into equal blocks, draw after draw.
+
+        So it is where examples are outermost in each layer's input. A network that turns its
+        tensors round, projects a table that has no examples, or sends some rows to some layers is
+        another function for such draws, and gets one draw in a pass. The first batch of each kind
+        shows which it is (`adapters.shares`): the forward passes of 12 examples for a network and
+        its adapted layers, whatever follows. Layers that were not called then, and numbers of rows
+        that do not fit, end the sharing later on.
+        """
+        if not self.attachment.layers and self.program.members == 1:
+            return True
+        known, kind = self._sharing(), kind_of(self._inputs(batch))
+        if known.possible and kind not in known.checked:
+            plain = self.binding(self.program.mean())
+            with evaluating(self):
+                known.possible, called = shares(self.run, batch, plain, self.program.members > 1)
+            known.checked.add(kind)
+            known.seen |= self._names(called)
+        return known.possible
+
+    def fits(self, binding: Binding) -> bool:
+        """Whether a pass that draws shared called no layer but those that were seen to allow it;
+        if not, it was the last one."""
+        known = self._sharing()
+        known.possible &= self._names(binding.used) <= known.seen
+        return known.possible
+
+    def keep_apart(self) -> None:
+        """Let each draw have a pass of its own from now on."""
+        self._sharing().possible = False
+
+    def _in_one_pass(self, batch: Batch, factors: FlatFactors) -> Tensor | None:
+        """The output of draws that share a pass; None where it turns out that they cannot."""
+        binding = self.binding(factors, _rows(batch))
+        try:
+            output = self.run(batch, binding)
+        except SharedPassError:
+            self.keep_apart()
+            return None
+        return output if self.fits(binding) else None
+
+    def _sharing(self) -> Sharing:
+        heads = self.attachment.heads if self.program.members > 1 else ()
+        return sharing_of(self.base, self.attachment.layers, heads)
+
+    def _names(self, layers: Set[nn.Module]) -> set[str]:
+        return {name for name, layer in self.attachment.layers.items() if layer in layers}
 
     def run(self, batch: Batch, binding: Binding) -> Tensor:
         """The likelihood's view of the network's output on the rows of ``batch`` with ``binding``
         in its layers."""
-        own = {LABELS, *self.likelihood.extras}
-        inputs = {name: tensor for name, tensor in batch.items() if name not in own}
-        with bind(binding):
-            raw = self._call(inputs)
-        if len(binding.used) < len(binding.factors):
-            self._refuse(binding)
+        with self.bound(binding):
+            raw = self._call(self._inputs(batch))
+        if len(binding.used) < len(binding.factors) and not self._may_leave_out():
+            self._warn_of_uncalled(binding)
         return self.likelihood.output(raw)
 
     def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
@@ -141,8 +229,9 @@ class JointModel(nn.Module):
         own = {name: [head[i] for i in chosen] for name, head in heads.items()}
         return {name: [_mean_of(h)] for name, h in own.items()} if factors.pooled else own
 
-    def binding(self, factors: FlatFactors) -> Binding:
-        """The binding of ``factors`` and of this posterior's heads."""
+    def binding(self, factors: FlatFactors, rows: int = 1) -> Binding:
+        """The binding of ``factors`` and of this posterior's heads; ``rows`` are those of a pass
+        that several draws share."""
         if not self.attachment.attached:
             raise BindingError(
                 "this posterior was detached from its network and cannot run it any more; "
@@ -162,7 +251,38 @@ class JointModel(nn.Module):
                 self.attachment.heads[name]: heads
                 for name, heads in self.named_heads(factors).items()
             },
+            rows=rows,
         )
+
+    def uncalled(self, batches: Iterable[Batch]) -> list[str]:
+        """The adapted layers that the network, in evaluation mode, calls for none of the batches;
+        no more of them are read than are needed."""
+        left = set(self.attachment.layers)
+        with evaluating(self), torch.no_grad():
+            for batch in batches:
+                binding = self.binding(self.program.mean())
+                with self.bound(binding):
+                    self._call(self._inputs(batch))
+                left -= self._names(binding.used)
+                if not left:
+                    break
+        return [name for name in self.attachment.layers if name in left]
+
+    @contextmanager
+    def bound(self, binding: Binding) -> Iterator[None]:
+        """Bind for the block, in which the network calls its layers: torch's fast path for
+        ``nn.TransformerEncoder`` would read their weights."""
+        with bind(binding), layers_called() if self._has_fastpath else nullcontext():
+            yield
+
+    def _may_leave_out(self) -> bool:
+        """Training may leave layers out by chance (layerdrop); others have been looked at."""
+        return self.base.training or self.attachment.checked
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """The columns that the network is given."""
+        own = {LABELS, *self.likelihood.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in own}
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Any:
         if set(inputs) == {INPUTS}:
@@ -171,13 +291,17 @@ class JointModel(nn.Module):
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
 
-    def _refuse(self, binding: Binding) -> None:
-        """An adapter whose layer is not called does nothing."""
-        unused = [n for n, layer in self.attachment.layers.items() if layer not in binding.used]
-        raise BindingError(
-            f"{len(unused)} adapted layer(s) were not called by the network, {unused[0]!r} "
-            "first: its code reads their weights directly, or does not use them for this "
-            "input; leave them out with exclude_modules"
+    def _warn_of_uncalled(self, binding: Binding) -> None:
+        """Once for layers of which nobody has seen whether the network calls them: an adapter whose
+        layer is not called does nothing."""
+        self.attachment.checked = True
+        names = self._names(binding.factors.keys() - binding.used)
+        if len(names) == len(binding.factors):
+            raise BindingError(NOT_CALLED.format(listed(sorted(names))))
+        warnings.warn(
+            f"{NOT_CALLED.format(listed(sorted(names)))}: these adapters do nothing here",
+            UserWarning,
+            stacklevel=2,
         )
 
     # Checkpointing -----------------------------------------------------------------------------
@@ -305,8 +429,10 @@ def _running_statistics(module: nn.Module) -> list[nn.Module]:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for the block; each submodule then has its own mode back."""
     trained = [child for child in module.modules() if child.training]
-    if trained:
+    if not all(map(is_quantised_layer, trained)):
         module.eval()
+        for child in filter(is_quantised_layer, trained):
+            child.train()  # see `JointModel.train`
     try:
         yield
     finally:

@@ -300,8 +300,14 @@ def test_a_layer_that_the_network_never_calls_is_refused():
             return nn.functional.linear(self.used(inputs), self.unused.weight)
 
     data = (torch.randn(6, 4), torch.arange(6) % 3)
-    with pytest.raises(BindingError, match="'unused'"):
-        pyrolora.fit(Direct(), data, likelihood="classification", adapter=CONFIG)
+    options = {"likelihood": "classification", "epochs": 1}
+    for targets in (["used", "unused"], ["unused"], "unused"):
+        adapter = AdapterConfig(r=2, target_modules=targets)
+        with pytest.raises(BindingError, match=r"calls no layer .*'unused'"):
+            pyrolora.fit(Direct(), data, adapter=adapter, **options)
+    with pytest.warns(UserWarning, match=r"1 of 2 selected layers .* not call them: 'unused'"):
+        posterior = pyrolora.fit(Direct(), data, adapter=CONFIG, **options)
+    assert [*posterior.bank.specs] == ["used"]
 
 
 # Checkpointing ----------------------------------------------------------------------------------

@@ -1,13 +1,25 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
-from pyrolora.adapters.adapted_linear import is_quantised
+from pyrolora.adapters.adapted_linear import is_quantised, is_quantised_layer
 from pyrolora.adapters.allocation import moved, pruned
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
-from pyrolora.adapters.inject import Attachment, attach, plain_copy, unwrap
-from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
+from pyrolora.adapters.inject import Attachment, attach, explained_kernels, plain_copy, unwrap
+from pyrolora.adapters.layer import (
+    AdapterLayer,
+    Binding,
+    Factors,
+    HeadSlot,
+    SharedPassError,
+    bind,
+    current_binding,
+    layers_called,
+)
+from pyrolora.adapters.left_out import refuse_foreign
 from pyrolora.adapters.lora_config import as_adapter_config
-from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, plain_parameters
+from pyrolora.adapters.modules import plain_parameters
+from pyrolora.adapters.sharing import Sharing, kind_of, shares, sharing_of
+from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, check_uncalled
 
 __all__ = [
     "AUTO_TARGETS",
@@ -21,17 +33,27 @@ __all__ = [
     "HeadSlot",
     "LayerSpec",
     "Layout",
+    "SharedPassError",
+    "Sharing",
     "Start",
     "as_adapter_config",
     "attach",
     "bind",
+    "check_uncalled",
     "current_binding",
+    "explained_kernels",
     "frozen_weight",
     "is_quantised",
+    "is_quantised_layer",
+    "kind_of",
+    "layers_called",
     "moved",
     "plain_copy",
     "plain_parameters",
     "pruned",
+    "refuse_foreign",
+    "shares",
+    "sharing_of",
     "start_of",
     "unwrap",
 ]

@@ -26,6 +26,17 @@ def is_dense(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and not is_quantised(weight.dtype)
 
 
+def is_quantised_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with weights that are quantised and a forward pass of its
+    own."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return (
+        hasattr(module, "in_features")
+        and type(module).forward not in PLAIN
+        and any(is_quantised(tensor.dtype) for tensor in own)
+    )
+
+
 class Frozen(Protocol):
     """The part of the layer that is not trained."""
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters.adapted_linear import is_quantised, oriented
-from pyrolora.adapters.targets import LayerSpec, unwrapped
+from pyrolora.adapters.modules import unwrapped
+from pyrolora.adapters.targets import LayerSpec
 from pyrolora.errors import ConfigError
 from pyrolora.types import INITIALIZERS, RANDOM_STARTS
 

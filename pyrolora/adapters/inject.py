@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from pyrolora.adapters.adapted_linear import is_quantised_layer
 from pyrolora.adapters.layer import AdapterLayer, HeadSlot, Wrapper
+from pyrolora.adapters.left_out import refuse_foreign
+from pyrolora.adapters.modules import plain_parameters, walk
 from pyrolora.adapters.new_weights import own_new_weights
-from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets, plain_parameters, walk
+from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets
 from pyrolora.errors import TargetError
 from pyrolora.types import AdapterConfig
 
@@ -31,12 +35,15 @@ _networks: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 class Attachment:
     """The wrappers that one posterior uses in a network, if it has adapters.
 
+    ``checked`` says whether it is known which of the layers the network calls.
+
     Several attachments share a network: a layer that two of them target is wrapped once, and stays
     wrapped until the last of them is detached. While one with adapters is attached, the network's
     own parameters take no gradient.
     """
 
     def __init__(self, network: nn.Module, specs: list[LayerSpec], heads: list[str]) -> None:
+        refuse_foreign(network)
         for name in (*(spec.name for spec in specs), *heads):
             network.get_submodule(name)  # all of them, before the first is wrapped
         _check_nesting(network, [spec.name for spec in specs], heads)
@@ -49,6 +56,7 @@ class Attachment:
         self.layers = {spec.name: _wrap(network, spec.name, AdapterLayer) for spec in specs}
         self.heads = {name: _wrap(network, name, HeadSlot) for name in heads}
         self.attached = True
+        self.checked = False
         self._requires_grad = shared.requires_grad
         shared.attachments.add(self)
         if specs:
@@ -63,7 +71,14 @@ class Attachment:
 
     def again(self) -> Attachment:
         """Another attachment of the same layers and heads, with a life of its own."""
-        return Attachment(self.network, self.specs, list(self.heads))
+        return self.without(())
+
+    def without(self, names: Collection[str]) -> Attachment:
+        """The same but for the layers of these names."""
+        specs = [spec for spec in self.specs if spec.name not in names]
+        found = Attachment(self.network, specs, list(self.heads))
+        found.checked = self.checked
+        return found
 
     @property
     def wrappers(self) -> Mapping[str, Wrapper]:
@@ -93,9 +108,28 @@ class Attachment:
 
 def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
     """Wrap the layers that ``config`` selects, the task head, and modules with new weights."""
+    refuse_foreign(network)
     heads = find_heads(network, config)
     heads += own_new_weights(network, heads)
     return Attachment(network, find_targets(network, config, heads), heads)
+
+
+@contextmanager
+def explained_kernels(attachment: Attachment) -> Iterator[None]:
+    """Make a `TargetError` of what quantised layers raise whose library cannot run here."""
+    layers = attachment.layers.items()
+    quantised = {n: w.base_layer for n, w in layers if is_quantised_layer(w.base_layer)}
+    try:
+        yield
+    except (AttributeError, ImportError, NotImplementedError) as error:
+        if not quantised:
+            raise
+        name, layer = next(iter(quantised.items()))
+        raise TargetError(
+            f"a pass through the network fails ({type(error).__name__}: {error}), and its layers "
+            f"such as {name!r} are of the class {type(layer).__name__}: the library that multiplies "
+            "with them has to be there; install it, or load the network without that quantisation"
+        ) from error
 
 
 def plain_copy(network: nn.Module) -> nn.Module:

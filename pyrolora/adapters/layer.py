@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,13 +60,29 @@ class Factors:
         return sum_with_product(flat, hidden, self.sB).view_as(out)
 
 
+class SharedPassError(BindingError):
+    """A layer or head saw rows that do not fall into equal blocks, draw after draw."""
+
+
 @dataclass(frozen=True)
 class Binding:
-    """What a caller of the base puts in its layers for the time of one call."""
+    """What a caller of the base puts in its layers for the time of one call.
+
+    Attributes
+    ----------
+    factors, heads
+        By layer and by head; several heads serve one of as many equal blocks of rows each.
+    used
+        The layers that were called.
+    rows
+        Of a pass that several draws share, its rows, draws x examples: each layer has to see a
+        multiple of them. 1 for a single setting.
+    """
 
     factors: Mapping[nn.Module, Factors]
     heads: Mapping[nn.Module, Sequence[nn.Module]] = field(default_factory=dict)
     used: set[nn.Module] = field(default_factory=set)
+    rows: int = 1
 
 
 _current: ContextVar[Binding | None] = ContextVar("pyrolora_binding", default=None)
@@ -84,6 +101,27 @@ def bind(binding: Binding | None) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+_calls = threading.Lock()
+_callers: list[bool] = []
+
+
+@contextmanager
+def layers_called() -> Iterator[None]:
+    """Torch's fast path for attention, which reads weights of layers without calling them, off for
+    the block; it is a switch of the process, and on again when no thread needs it off."""
+    with _calls:
+        _callers.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        with _calls:
+            was = any(_callers)
+            _callers.pop()
+            if not _callers:
+                torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _binding_for_forward() -> Binding | None:
@@ -155,6 +193,11 @@ class AdapterLayer(Wrapper):
             out: Tensor = self.base_layer(x)
             return out
         binding.used.add(self)
+        if x.shape[:-1].numel() % binding.rows:
+            raise SharedPassError(
+                f"a layer saw {x.shape[:-1].numel()} rows in a pass that {binding.rows} rows, of "
+                "several draws, share; let each draw have a pass of its own"
+            )
         return factors.apply(self.base_layer, x, self.training)
 
 
@@ -165,18 +208,30 @@ class HeadSlot(Wrapper):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         binding = _binding_for_forward()
         bound = None if binding is None else binding.heads.get(self)
-        if bound is None:
+        if binding is None or bound is None:
             return self.base_layer(*args, **kwargs)
         dtype = next(bound[0].parameters()).dtype  # float32, whatever the network computes in
         args = tuple(_cast(arg, dtype) for arg in args)
         if len(bound) == 1:
             return bound[0](*args, **kwargs)
-        rows = [_blocks(arg, len(bound)) for arg in args]
-        return torch.cat([head(*own, **kwargs) for head, *own in zip(bound, *rows, strict=True)])
+        rows = [_blocks(arg, len(bound), binding.rows) for arg in args]
+        named = [dict.fromkeys(kwargs) for _ in bound]
+        for name, arg in kwargs.items():
+            for own, block in zip(named, _blocks(arg, len(bound), 1), strict=True):
+                own[name] = block
+        outputs = [head(*own, **more) for head, more, *own in zip(bound, named, *rows, strict=True)]
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise SharedPassError(f"a head gave a {type(outputs[0]).__name__}, which is no tensor")
+        return torch.cat(outputs)
 
 
-def _blocks(arg: Any, count: int) -> Sequence[Any]:
-    return arg.chunk(count) if isinstance(arg, Tensor) else [arg] * count
+def _blocks(arg: Any, count: int, rows: int) -> Sequence[Any]:
+    """``arg`` in ``count`` equal blocks, of ``rows`` or a multiple of them in all."""
+    if not isinstance(arg, Tensor) or not arg.dim():
+        return [arg] * count
+    if len(arg) % count or len(arg) % rows:
+        raise SharedPassError(f"a head saw {len(arg)} rows, which {count} draws cannot share")
+    return arg.chunk(count)
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:

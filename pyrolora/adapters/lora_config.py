@@ -42,7 +42,7 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
                 f"pyrolora does not support LoraConfig({field.name}={value!r}); leave it out"
             )
     options = {name: getattr(adapter, name) for name in taken if hasattr(adapter, name)}
-    options["target_modules"] = _in_order(options["target_modules"]) or "auto"
+    options["target_modules"] = _in_order(options["target_modules"])  # None: as ours
     options["exclude_modules"] = _in_order(options["exclude_modules"]) or None
     start = options["init_lora_weights"]
     options["init_lora_weights"] = _NAMES.get(start, start)

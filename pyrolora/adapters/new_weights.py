@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyrolora.adapters.targets import plain_parameters, unwrapped
+from pyrolora.adapters.modules import plain_parameters, unwrapped
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 LOADED = "_is_hf_initialized"  # transformers marks each parameter that it has read or tied

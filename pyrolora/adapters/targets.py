@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters.layer import Wrapper
-from pyrolora.errors import ConfigError, TargetError, positive, whole_number
+from pyrolora.adapters.left_out import (
+    EVERY_LAYER,
+    check_names,
+    names_layers,
+    nearest,
+    warn_of_left_out,
+    warn_of_matches,
+)
+from pyrolora.adapters.modules import (
+    ends_with,
+    features,
+    has_weights,
+    linear_layers,
+    listing,
+    matches,
+    patterns,
+    unwrapped,
+    walk,
+)
+from pyrolora.errors import (
+    BindingError,
+    ConfigError,
+    TargetError,
+    listed,
+    positive,
+    whole_number,
+)
 from pyrolora.types import AdapterConfig
 
 N = TypeVar("N", int, float)
@@ -51,77 +75,53 @@ class LayerSpec:
         positive(f"scaling of layer {self.name!r}", self.scaling)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module itself, or what a wrapper of ours wraps."""
-    return module.base_layer if isinstance(module, Wrapper) else module
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer; ``Conv1D`` stores its weight as (in, out)."""
-    module = unwrapped(module)
-    if isinstance(module, Conv1D):
-        return int(module.nx), int(module.nf)
-    # Of an nn.Module, whose attributes are typed as tensors or modules.
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """``named_modules`` with the names that modules have without our wrappers; a wrapper stands
-    for what it wraps."""
-    yield prefix, module
-    for name, child in unwrapped(module).named_children():
-        yield from walk(child, f"{prefix}.{name}" if prefix else name)
-
-
-def plain_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """``named_parameters`` with the names that they have without our wrappers."""
-    for name, module in walk(network):
-        for own, parameter in unwrapped(module).named_parameters(recurse=False):
-            yield f"{name}.{own}" if name else own, parameter
-
-
-def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """Name -> linear layer, wrapped or not, in the network's order; not the network itself.
-
-    The projections of ``nn.MultiheadAttention`` are left out: torch reads their weights without
-    calling them, so that an adapter there would do nothing.
-    """
-    opaque = [name for name, m in walk(network) if isinstance(m, nn.MultiheadAttention)]
-    return {
-        name: module
-        for name, module in walk(network)
-        if name
-        and isinstance(unwrapped(module), nn.Linear | Conv1D)
-        and not any(name.startswith(f"{prefix}." if prefix else "") for prefix in opaque)
-    }
-
-
 def find_heads(network: nn.Module, config: AdapterConfig) -> list[str]:
     """Names of the modules that the posterior owns a copy of.
 
-    By default the children of a transformers model beside its backbone: ``classifier``, ``score``,
-    ``pre_classifier``. A language-model head is no task head.
+    By default what a transformers model has beside its backbone: ``classifier``, ``score``,
+    ``pre_classifier``. The backbone is the largest of its children, the one that the class names
+    so, and every child that is a transformers model or holds embeddings; a network with an output
+    layer for tokens has no task head, nor has one that writes text.
     """
     if config.modules_to_save is not None:
-        names = [name for name, _ in walk(network) if name]
-        found = [name for name in names if _ends_with(name, config.modules_to_save)]
-        for wanted in config.modules_to_save:
-            if not any(_ends_with(name, [wanted]) for name in found):
-                raise TargetError(
-                    f"modules_to_save names {wanted!r}, but the network has no such module; "
-                    f"its children are {_listing(name for name, _ in network.named_children())}"
-                )
-        return [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+        return _saved(network, config.modules_to_save)
     if not isinstance(network, PreTrainedModel):
         return []
-    output = network.get_output_embeddings()
+    if network.get_output_embeddings() is not None or network.can_generate():
+        return []
+    sizes = {
+        name: sum(p.numel() for p in child.parameters())
+        for name, child in network.named_children()
+        if any(True for _ in child.parameters())
+    }
+    backbone = {network.base_model_prefix, max(sizes, key=lambda name: sizes[name], default="")}
+    inner = (PreTrainedModel, nn.Embedding)
     return [
         name
-        for name, child in network.named_children()
-        if name != network.base_model_prefix
-        and any(True for _ in child.parameters())
-        and (output is None or all(module is not output for _, module in walk(child)))
+        for name in sizes
+        if name not in backbone
+        and not any(isinstance(unwrapped(m), inner) for _, m in walk(network.get_submodule(name)))
     ]
+
+
+def _saved(network: nn.Module, wanted: Sequence[str]) -> list[str]:
+    """The modules that ``modules_to_save`` names, each without those inside of it."""
+    modules = {name: module for name, module in walk(network) if name}
+    found = [name for name in modules if ends_with(name, wanted)]
+    for own in wanted:
+        named = [name for name in found if ends_with(name, [own])]
+        if not named:
+            raise TargetError(
+                f"modules_to_save names {own!r}, but the network has no such module"
+                f"{nearest(own, modules)}; its children are "
+                f"{listing(name for name, _ in network.named_children())}"
+            )
+        if not any(True for name in named for _ in modules[name].parameters()):
+            raise TargetError(
+                f"modules_to_save names {own!r}, a {type(unwrapped(modules[named[0]])).__name__}, "
+                "which has no parameters to train; leave it out"
+            )
+    return [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
 
 
 def find_targets(
@@ -129,12 +129,15 @@ def find_targets(
 ) -> list[LayerSpec]:
     """The layers that ``config`` selects, with their ranks and scalings.
 
+    A name of a list has to select a layer. Of what a pattern selects, what is no linear layer, or
+    is smaller than the rank, is left out with a warning.
+
     Raises
     ------
     TargetError
-        When nothing matches (the message lists what exists).
+        When nothing matches (the message lists what exists), or a name selects no layer.
     ConfigError
-        When a rank exceeds a layer's size.
+        When a rank exceeds the size of a layer that is named.
     """
     heads = list(heads)
     layers = {
@@ -142,17 +145,22 @@ def find_targets(
         for name, module in linear_layers(network).items()
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
     }
-    names = _select(network, config, list(layers))
-    if config.exclude_modules is not None:
-        names = [name for name in names if not _matches(name, config.exclude_modules)]
+    selected = _select(network, config, list(layers))
+    names = _without_excluded(network, config, selected)
     if not names:
         raise TargetError(
             f"target_modules={config.target_modules!r}"
             + (f" without {config.exclude_modules!r}" if config.exclude_modules else "")
             + f" matches no linear layer of {type(network).__name__}; "
-            f"it has {_listing(_patterns(layers))} ('#' stands for a number). Name some of these, "
+            f"it has {listing(patterns(layers))} ('#' stands for a number). Name some of these, "
             "or use 'all-linear'"
         )
+    if names_layers(config):
+        check_names(network, config, selected, names, heads)
+    elif config.target_modules not in EVERY_LAYER:
+        warn_of_matches(network, config, names)
+    elif config.target_modules == "all-linear" or _model_type(network) not in AUTO_TARGETS:
+        warn_of_left_out(network, names, heads, config)
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(_pattern_matches(pattern, name) for name in names):
@@ -161,41 +169,121 @@ def find_targets(
                     RuntimeWarning,
                     stacklevel=2,
                 )
-    return [_spec(name, layers[name], config) for name in names]
+    return [_spec(name, layers[name], config) for name in _wide_enough(names, layers, config)]
+
+
+def check_uncalled(config: AdapterConfig, uncalled: Sequence[str], adapted: Sequence[str]) -> None:
+    """Warn of adapted layers that the network does not call, and that are left out; raise
+    `TargetError` where no layer is left, or none of a name that was listed."""
+    called = [name for name in adapted if name not in uncalled]
+    why = (
+        "its code reads their weights directly, or does not use them for such inputs; leave them "
+        "out with exclude_modules"
+    )
+    wanted = config.target_modules if names_layers(config) else []
+    assert wanted is not None
+    idle = [own for own in wanted if not any(ends_with(name, [own]) for name in called)]
+    if idle or not called:
+        what = f"of {listed(idle)} in target_modules" if idle else listed(uncalled)
+        raise BindingError(f"the network calls no layer {what}: {why}, or from the list")
+    warnings.warn(
+        f"{len(uncalled)} of {len(adapted)} selected layers have no adapter, as the network does "
+        f"not call them: {listed(patterns(uncalled))} ('#' stands for a number); {why}",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _select(network: nn.Module, config: AdapterConfig, names: list[str]) -> list[str]:
     wanted = config.target_modules
     if wanted == "auto":
-        model_type = getattr(getattr(network, "config", None), "model_type", None)
+        model_type = _model_type(network)
         if model_type in AUTO_TARGETS:
-            return [name for name in names if _ends_with(name, AUTO_TARGETS[model_type])]
+            return _known(network, AUTO_TARGETS[model_type], names)
         if isinstance(network, PreTrainedModel):
             raise TargetError(
                 f"target_modules='auto' does not know the architecture {model_type!r}; "
-                f"its linear layers are {_listing(_patterns(names))}. Name some of these, "
+                f"its linear layers are {listing(patterns(names))}. Name some of these, "
                 "or use 'all-linear'"
             )
-    if wanted in ("auto", "all-linear"):
+    if wanted in EVERY_LAYER:
         output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
         output = None if output is None else unwrapped(output)
         return [name for name in names if unwrapped(network.get_submodule(name)) is not output]
     assert wanted is not None
-    return [name for name in names if _matches(name, wanted)]
+    return [name for name in names if matches(name, wanted)]
 
 
-def _matches(name: str, wanted: str | Sequence[str]) -> bool:
-    """PEFT's rule: one string is a regular expression for the whole name, a list holds suffixes."""
-    if isinstance(wanted, str):
-        try:
-            return re.fullmatch(wanted, name) is not None or _ends_with(name, [wanted])
-        except re.error as error:
-            raise ConfigError(f"{wanted!r} is not a regular expression: {error}") from error
-    return _ends_with(name, wanted)
+def _model_type(network: nn.Module) -> Any:
+    return getattr(getattr(network, "config", None), "model_type", None)
 
 
-def _ends_with(name: str, suffixes: Iterable[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
+def _known(network: nn.Module, wanted: Sequence[str], names: list[str]) -> list[str]:
+    """The layers with these endings; each module with one has to be such a layer."""
+    found = [name for name in names if ends_with(name, wanted)]
+    others = {
+        name: type(unwrapped(module)).__name__
+        for name, module in walk(network)
+        if ends_with(name, wanted) and name not in found and has_weights(module)
+    }
+    if others:
+        raise TargetError(
+            f"target_modules='auto' adapts {listing(wanted)} of this architecture, and "
+            f"{listed([*others])} cannot be adapted: {listing(dict.fromkeys(others.values()))} "
+            "is no linear layer that pyrolora knows; name the layers to adapt in target_modules, "
+            "or load the network without that quantisation"
+        )
+    return found
+
+
+def _without_excluded(network: nn.Module, config: AdapterConfig, names: Sequence[str]) -> list[str]:
+    """The names that are not excluded; each entry of ``exclude_modules`` has to exclude something,
+    or be a layer that is not selected anyway."""
+    excluded = config.exclude_modules
+    if excluded is None:
+        return [*names]
+    modules = {name: unwrapped(module) for name, module in walk(network) if name}
+    for own in [excluded] if isinstance(excluded, str) else excluded:
+        wanted = own if isinstance(excluded, str) else [own]
+        found = [name for name in modules if matches(name, wanted)]
+        if not found:
+            raise TargetError(
+                f"exclude_modules names {own!r}, and {type(network).__name__} has no such module"
+                f"{nearest(own, modules)}"
+            )
+        inside = [n for n in names if any(n.startswith(f"{outer}.") for outer in found)]
+        if inside and not any(n in found for n in names):
+            raise TargetError(
+                f"exclude_modules names {own!r}, a {type(modules[found[0]]).__name__} with layers "
+                f"inside ({listed(patterns(inside))}), and would exclude none of them, as in "
+                f"PEFT; name the layers, or write a regular expression: '.*{re.escape(own)}.*'"
+            )
+    return [name for name in names if not matches(name, excluded)]
+
+
+def _wide_enough(
+    names: Sequence[str], layers: Mapping[str, nn.Module], config: AdapterConfig
+) -> list[str]:
+    """The layers whose size allows their rank; that of a layer which is named has to."""
+    small = {
+        name: rank
+        for name in names
+        if (rank := _lookup(name, config.rank_pattern, config.r)) > min(features(layers[name]))
+    }
+    asked = [n for n in small if any(_pattern_matches(key, n) for key in config.rank_pattern)]
+    if names_layers(config) or asked or len(small) == len(names):
+        return [*names]  # `_spec` says which is too small
+    if small:
+        first = next(iter(small))
+        sizes = features(layers[first])
+        warnings.warn(
+            f"{len(small)} of {len(names)} selected layers have no adapter, as they are smaller "
+            f"than its rank: {listed(patterns(small))} ('#' stands for a number; {first!r} is "
+            f"{sizes[0]} to {sizes[1]}); give them a rank of their own with rank_pattern",
+            UserWarning,
+            stacklevel=2,
+        )
+    return [name for name in names if name not in small]
 
 
 def _spec(name: str, module: nn.Module, config: AdapterConfig) -> LayerSpec:
@@ -225,12 +313,3 @@ def _pattern_matches(pattern: str, name: str) -> bool:
         return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
     except re.error as error:
         raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Names with their numbers replaced by '#', each once, in order."""
-    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)", "#", n) for n in names))
-
-
-def _listing(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"

@@ -36,7 +36,24 @@ CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 # Columns that number or name a row, or repeat its label, and are left out without a word; so are
 # those that end in _id or _idx.
 ROW_NAMES = frozenset(
-    ["id", "ids", "idx", "index", "guid", "uid", "uuid", "qid", "pid", "__index_level_0__", "label_text", "label_name", "label_names", "label_str", "text_label", "answerKey"]
+    [
+        "id",
+        "ids",
+        "idx",
+        "index",
+        "guid",
+        "uid",
+        "uuid",
+        "qid",
+        "pid",
+        "__index_level_0__",
+        "label_text",
+        "label_name",
+        "label_names",
+        "label_str",
+        "text_label",
+        "answerKey",
+    ]
 )
 # Which tokens of a text count; 0: those that do not.
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")

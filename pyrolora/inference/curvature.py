@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -66,6 +66,9 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
 
     The network runs in evaluation mode and in its own dtype; the sums are in the bank's.
 
+    A network whose layers do not see examples first (`JointModel.together`) is run example by
+    example.
+
     Cost: a forward pass and as many backward passes a batch as there are v; per layer and position
     in² multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes a layer and nothing
     that grows with the number of examples: for BERT-base 113 MB with query and value adapted
@@ -105,7 +108,7 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
         for name, spec in bank.specs.items()
     }
     with evaluating(joint), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for batch in batches:
+        for batch in (part for whole in batches for part in _readable(joint, whole)):
             plain = joint.binding(means)
             layers = {
                 name: _Recording(plain.factors[layer].A, plain.factors[layer].sB)
@@ -158,6 +161,16 @@ class _Recording(Factors):
         return out + update.to(out.dtype)
 
 
+def _readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
+    """The batch; or one example after the other, where a layer's rows do not say whose they are."""
+    size = len(next(iter(batch.values())))
+    if size == 1 or joint.together(batch):
+        yield batch
+        return
+    for i in range(size):
+        yield {name: tensor[i : i + 1] for name, tensor in batch.items()}
+
+
 def _accumulate(
     joint: JointModel,
     batch: Batch,
@@ -200,6 +213,9 @@ def _counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:
     for mask in masks:
         if tensor.shape[:-1][: mask.dim()] == mask.shape:
             tensor = tensor[mask]
+            break
+        if len(mask) == 1 and tensor.dim() == 3 and tensor.shape[:-1].numel() == mask.numel():
+            tensor = tensor.flatten(0, 1)[mask.flatten()]  # one example, positions first
             break
     return tensor.reshape(-1, tensor.shape[-1])
 

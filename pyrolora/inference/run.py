@@ -36,6 +36,7 @@ from pyrolora.inference.checkpoints import (
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
+from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel
 from pyrolora.seeding import give_way
@@ -197,10 +198,12 @@ class Run:
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
         asked: Any = args.resume_from_checkpoint
+        starts = starting_factors(joint)
         try:
             if asked:
                 asked = str(checkpoint_to_resume(asked, args.output_dir))
             trainer.train(resume_from_checkpoint=asked or None)
+            warn_of_unmoved(joint, starts, args.learning_rate)
         except NonFiniteError as error:
             trainer.restore_statistics()
             error.posterior = self.posterior(joint, guide)

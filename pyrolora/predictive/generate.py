@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors, bind
+from pyrolora.adapters import Binding, FlatFactors, SharedPassError
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
 from pyrolora.inference.batches import KNOWN_INPUTS, context_length, taken_by
@@ -285,7 +285,6 @@ def _continuations(
     """For each prompt the continuations of all draws in turn, as `generate` gives them."""
     base: Any = joint.base
     device = next(base.parameters()).device
-    draws = factors.draws or 1
     pad = settings.pad_token_id
     ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -300,19 +299,37 @@ def _continuations(
     beside = {
         n: t.to(device, dtype if t.is_floating_point() else t.dtype) for n, t in beside.items()
     }
-    with bind(joint.binding(factors)):
+    batch = {"input_ids": ids, "attention_mask": mask.long(), **beside}
+
+    def write(own: FlatFactors) -> tuple[Tensor, Binding]:
+        """All rows of a pass, and what was bound for it."""
+        draws = own.draws or 1
+        binding = joint.binding(own, draws * len(prompts) if draws > 1 else 1)
+        with joint.bound(binding):
+            try:
+                rows = base.generate(
+                    **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()},
+                    generation_config=settings,
+                    stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
+                )
+            except ValueError as error:  # of a setting
+                raise ConfigError(f"transformers' generate(): {error}") from error
+        new = rows[:, ids.shape[1] :].cpu().unflatten(0, (draws, len(prompts), several))
+        return new.transpose(0, 1).flatten(1, 2), binding
+
+    draws = factors.draws
+    if draws is not None and draws > 1 and joint.together(batch):
         try:
-            found = base.generate(
-                ids.repeat(draws, 1),
-                attention_mask=mask.long().repeat(draws, 1),
-                **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in beside.items()},
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([_Progress(bar)]),
-            )
-        except ValueError as error:  # of a setting
-            raise ConfigError(f"transformers' generate(): {error}") from error
-    new = found[:, ids.shape[1] :].cpu().unflatten(0, (draws, len(prompts), several))
-    return [[*own.flatten(0, 1)] for own in new.transpose(0, 1)]
+            found, binding = write(factors)
+        except SharedPassError:
+            joint.keep_apart()
+        else:
+            if joint.fits(binding):
+                return [[*own] for own in found]
+    if draws is None:
+        return [[*own] for own in write(factors)[0]]
+    parts = [write(factors[s])[0] for s in range(draws)]
+    return [[row for own in parts for row in own[i]] for i in range(len(prompts))]
 
 
 class _Progress(StoppingCriteria):

@@ -60,7 +60,7 @@ def linearised(
             b = len(next(iter(chunk.values())))
             copies = [m.expand(b, -1).requires_grad_() for m in means]
             own = replace(mean, **dict(zip(drawn, copies, strict=True)))
-            output = joint.run(chunk, joint.binding(own))
+            output = joint.shared_out(chunk, own)
             parts.append(output.detach() + _directional(output, copies, deltas))
     return torch.cat(parts, dim=1)
 

@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters import LayerSpec
-from pyrolora.adapters.targets import features, linear_layers, unwrapped, walk
+from pyrolora.adapters import LayerSpec, refuse_foreign
+from pyrolora.adapters.modules import features, linear_layers, unwrapped, walk
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.files import read_json, replacing, shown, write_whole
 from pyrolora.options import check_options
@@ -294,7 +294,7 @@ def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
     CheckpointError
         When the folder is no adapter or is damaged, or the adapter is one of another network.
     """
-    _refuse_wrapped(network)
+    refuse_foreign(network)
     folder = Path(path)
     options = _read_options(folder)
     file = _weights(folder)
@@ -308,14 +308,6 @@ def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
             f"{folder} was edited or is incomplete ({type(error).__name__}: {error}); restore it "
             "from a copy"
         ) from error
-
-
-def _refuse_wrapped(network: nn.Module) -> None:
-    if any(type(module).__module__.partition(".")[0] == "peft" for module in network.modules()):
-        raise ConfigError(
-            f"this {type(network).__name__} holds adapters of PEFT's; pass the network as it was "
-            "before PEFT wrapped it, or what peft_model.unload() returns"
-        )
 
 
 def _read_options(folder: Path) -> dict[str, Any]:

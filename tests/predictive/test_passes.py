@@ -42,6 +42,7 @@ def fitted(guide: Guide) -> Posterior:
 
 def rows_of(posterior: Posterior, *args: Any, **options: Any) -> list[int]:
     """The rows of each call of the network for a prediction."""
+    assert posterior.model.together({"inputs": X})  # which a network is asked once
     posterior.base.rows.clear()
     posterior.predict((X,), *args, **options)
     return list(posterior.base.rows)
@@ -84,6 +85,7 @@ def test_settings_ride_in_one_pass_as_far_as_the_rows_reach(rows: int, calls: li
     """Thirty-two draws of five members; the outputs are the same, however they are cut."""
     posterior = fitted(Ensemble(members=5))
     factors = draw_factors(posterior.model, 32)
+    assert posterior.model.together({"inputs": X})
     posterior.base.rows.clear()
     with torch.no_grad():
         found = torch.cat(list(passes(posterior.model, {"inputs": X}, factors, rows)))

@@ -1,0 +1,202 @@
+"""What gets no adapter, said by name: names that select no layer, and weights that are left out."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pyrolora.adapters.layer import Wrapper
+from pyrolora.adapters.modules import (
+    ends_with,
+    features,
+    has_weights,
+    is_linear,
+    linear_layers,
+    matches,
+    patterns,
+    unwrapped,
+    walk,
+)
+from pyrolora.errors import ConfigError, TargetError, listed
+from pyrolora.types import AdapterConfig
+
+EVERY_LAYER = ("auto", "all-linear")
+
+
+def names_layers(config: AdapterConfig) -> bool:
+    """Whether the targets are a list of names, each of which asks for something."""
+    return not isinstance(config.target_modules, str)
+
+
+def refuse_foreign(network: nn.Module) -> None:
+    """Raise `ConfigError` for a network in which another library has put adapters."""
+    foreign = {name: module for name, module in walk(network) if _is_foreign(module)}
+    if foreign:
+        layers = [name for name, module in foreign.items() if hasattr(module, "base_layer")]
+        found = layers or [*foreign]
+        raise ConfigError(
+            f"this {type(network).__name__} holds adapters of PEFT's or of another library, in "
+            f"{listed([name or 'the network itself' for name in found])}; merge them into its "
+            "weights or take them out first (PEFT: peft_model.merge_and_unload() or .unload(); "
+            "transformers: model.delete_adapter(name)), or read a saved one with "
+            "pyrolora.from_peft(folder, base)"
+        )
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    return not isinstance(module, Wrapper) and (
+        type(module).__module__.partition(".")[0] == "peft"
+        or (hasattr(module, "lora_A") and hasattr(module, "base_layer"))
+    )
+
+
+def check_names(
+    network: nn.Module,
+    config: AdapterConfig,
+    selected: Sequence[str],
+    adapted: Sequence[str],
+    heads: Sequence[str],
+) -> None:
+    """Raise `TargetError` for entries of ``target_modules`` that give no adapter, saying what each
+    of them is; warn of other weights that such a name stands for, too."""
+    wanted = config.target_modules
+    assert wanted is not None
+    idle = [own for own in wanted if not any(ends_with(name, [own]) for name in adapted)]
+    if idle:
+        reasons = [f"{own!r} {_what_is(network, own, selected, heads)}" for own in idle]
+        raise TargetError(
+            f"target_modules names what gets no adapter: {'; '.join(reasons)}. Leave out what is "
+            "no linear layer, and write the others as the network has them"
+        )
+    warn_of_matches(network, config, adapted)
+
+
+def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collection[str]) -> None:
+    """Warn of modules with weights that the targets name, and that are no linear layers."""
+    wanted = config.target_modules
+    assert wanted is not None
+    linear = linear_layers(network)
+    others = [
+        f"{name} ({type(unwrapped(module)).__name__})"
+        for name, module in walk(network)
+        if name and name not in linear and has_weights(module) and matches(name, wanted)
+    ]
+    if others:
+        _warn(
+            f"target_modules={wanted!r} selects modules that are no linear layers, which get no "
+            f"adapter: {listed(patterns(others))} ('#' stands for a number)"
+        )
+
+
+def warn_of_left_out(
+    network: nn.Module, adapted: Collection[str], heads: Sequence[str], config: AdapterConfig
+) -> None:
+    """Warn of weights beside the linear layers that multiply as theirs do: fused experts, routers,
+    the projections of ``nn.MultiheadAttention``."""
+    left = {
+        name: f"{name} ({type(module).__name__})"
+        for name, module in walk(network)
+        if name and not _is_within(name, heads) and name not in adapted and _multiplies(module)
+    }
+    if config.exclude_modules is not None:
+        left = {n: what for n, what in left.items() if not matches(n, config.exclude_modules)}
+    if left:
+        share = _share(network, adapted, heads)
+        _warn(
+            f"{config.target_modules!r} adapts linear layers, here {share:.0%} of the weights "
+            "beside embeddings and heads; without an adapter are "
+            f"{listed(patterns(left.values()))} ('#' stands for a number): pyrolora has none for fused parameters and for "
+            "projections that torch does not call"
+        )
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """A hint at names that look like ``wanted``, if there are any."""
+    known = {part for name in names for part in (name, name.rpartition(".")[2])}
+    found = difflib.get_close_matches(wanted, sorted(known), n=3)
+    return f" (like it: {listed(found)})" if found else ""
+
+
+def _what_is(network: nn.Module, own: str, selected: Sequence[str], heads: Sequence[str]) -> str:
+    """Why a name of ``target_modules`` selects nothing, as the rest of a sentence."""
+    modules = {name: unwrapped(module) for name, module in walk(network) if name}
+    found = [name for name in modules if ends_with(name, [own])]
+    if any(ends_with(name, [own]) for name in selected):
+        return "is excluded by exclude_modules"
+    if not found:
+        parameters = [n for n, _ in network.named_parameters() if ends_with(n, [own])]
+        if parameters:
+            owner = type(network.get_submodule(parameters[0].rpartition(".")[0])).__name__
+            return f"is a parameter of a {owner}, no layer"
+        return f"is no module of {type(network).__name__}{nearest(own, modules)}"
+    if all(_is_within(name, heads) for name in found):
+        return "belongs to a task head, which is trained in full (see modules_to_save)"
+    kinds = dict.fromkeys(type(modules[name]).__name__ for name in found)
+    if all(_of_attention(network, name) for name in found):
+        return f"is of the class {'/'.join(kinds)}, whose weights torch's attention reads without calling it"
+    inside = [n for n in linear_layers(network) if any(n.startswith(f"{f}.") for f in found)]
+    more = f" (inside of it: {listed(_endings(inside))})" if inside else ""
+    return f"is of the class {'/'.join(kinds)}, no linear layer{more}"
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    return [*dict.fromkeys(name.rpartition(".")[2] for name in names)]
+
+
+def _of_attention(network: nn.Module, name: str) -> bool:
+    outer = name.rpartition(".")[0]
+    owners = (name, outer) if outer else (name,)
+    return any(
+        isinstance(unwrapped(network.get_submodule(own)), nn.MultiheadAttention) for own in owners
+    )
+
+
+def _is_within(name: str, outer: Iterable[str]) -> bool:
+    return any(name == own or name.startswith(f"{own}.") for own in outer)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module that is no linear layer holds matrices that multiply as a linear layer's."""
+    module = unwrapped(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    if is_linear(module) or type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        return False
+    return any(
+        (tensor.dim() == 3 and min(tensor.shape) > 1) or (tensor.dim() == 2 and name == "weight")
+        for name, tensor in module.named_parameters(recurse=False)
+    )
+
+
+def _share(network: nn.Module, adapted: Collection[str], heads: Sequence[str]) -> float:
+    """The adapted layers' part of all matrices that are neither embeddings nor in heads."""
+    output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
+    output = None if output is None else unwrapped(output)
+    own = total = 0
+    for name, module, size in _sizes(network):
+        if module is not output and not _is_within(name, heads):
+            total += size
+            own += size if name in adapted else 0
+    return own / max(total, 1)
+
+
+def _sizes(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Each module that has matrices of its own, and how many numbers they have."""
+    for name, found in walk(network):
+        module = unwrapped(found)
+        if is_linear(module):
+            inputs, outputs = features(module)
+            yield name, module, inputs * outputs
+        elif not isinstance(module, nn.Embedding):
+            own = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+            yield name, module, sum(own)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)

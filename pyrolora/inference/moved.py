@@ -1,0 +1,45 @@
+"""Whether training has moved every adapter from its start."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pyrolora.errors import listed
+from pyrolora.model import JointModel
+
+
+def starting_factors(joint: JointModel) -> dict[str, Tensor]:
+    """Copies of the factors B that training is to move; none where they are constants. A says
+    little: weight decay moves it without a gradient."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in joint.named_parameters()
+        if name.rpartition(".")[2] in ("B_loc", "B_locs") and parameter.requires_grad
+    }
+
+
+def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_rate: float) -> None:
+    """Warn of layers whose B is what it was in ``starts`` to the bit: their adapters do nothing."""
+    layout = joint.program.bank.layouts["B"]
+    still = set(joint.program.bank.specs) if starts else set()
+    for name, start in starts.items():
+        changed = joint.get_parameter(name).detach().to(start.device) != start
+        still -= {layer for layer, own in layout.matrices(changed).items() if own.any()}
+    if not still:
+        return
+    names = [name for name in joint.program.bank.specs if name in still]
+    reason = (
+        "no gradient reached them: what follows them in the network has no backward pass (a layer "
+        "quantised for inference, detach(), no_grad()), or the output does not depend on them"
+    )
+    if learning_rate == 0:
+        reason = "the learning rate is 0"
+    warnings.warn(
+        f"training has not moved the adapters of {len(names)} of "
+        f"{len(joint.program.bank.specs)} layers, {listed(names)}: {reason}",
+        UserWarning,
+        stacklevel=2,
+    )
