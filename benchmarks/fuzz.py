@@ -206,12 +206,9 @@ def alarm(seconds: float) -> Iterator[None]:
 
 def run(folders: int, seconds: float, seed: int, only: int | None = None) -> int:
     """Run the numbers from 0 on, print a table and every failure; return how many failed."""
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
     counts: Counter[tuple[str, str]] = Counter()
     sealed = failures = done = 0
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
+    with quiet(), tempfile.TemporaryDirectory() as scratch:
         base = network()
         cases = originals(Path(scratch), base)
         began = time.monotonic()
@@ -237,6 +234,17 @@ def run(folders: int, seconds: float, seed: int, only: int | None = None) -> int
     return failures
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries say of damaged files."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    transformers.logging.set_verbosity(level)
+
+
 def _print(counts: Counter[tuple[str, str]]) -> None:
     kinds = sorted({what for what, _ in counts})
     width = max(map(len, kinds), default=0)
@@ -252,9 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one folder")
     chosen = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     return min(run(chosen.folders, chosen.seconds, chosen.seed, chosen.only), 1)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     sys.exit(main())
