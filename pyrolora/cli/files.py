@@ -163,9 +163,8 @@ def writer(path: Path) -> Callable[[pd.DataFrame], None]:
 
 def _write_csv(table: pd.DataFrame, file: Path, delimiter: str) -> None:
     made = inert(table)
-    texts = made.select_dtypes("object")
     # Python's csv does not quote a carriage return, which begins a row where the file is read.
-    returns = any(isinstance(cell, str) and "\r" in cell for cell in texts.to_numpy().flat)
+    returns = any(isinstance(c, str) and "\r" in c for c in made.to_numpy(dtype=object).flat)
     quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     made.to_csv(file, index=False, sep=delimiter, quoting=quoting)
 
