@@ -22,9 +22,12 @@ SCRATCH = r"\.[0-9a-f]{16}\.part"
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
-_repr.maxlevel = 3
-shown = _repr.repr
-"""A value as an error message quotes it: short, and without control characters."""
+
+
+def shown(value: Any) -> str:
+    """A value as an error message quotes it: short, and without control characters."""
+    text = _repr.repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @contextmanager

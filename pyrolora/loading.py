@@ -284,10 +284,13 @@ def from_peft(
     CheckpointError
         When the files are damaged, or belong to another network.
     """
+    true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
         network = model
     else:
-        network, tokenizer = load_language_model(str(model), tokenizer)
+        network, tokenizer = load_language_model(
+            str(model), tokenizer, trust_remote_code=trust_remote_code
+        )
     law = likelihood_for(network, likelihood)
     adapter = read_adapter(path, network)
     with _as_it_was(network):

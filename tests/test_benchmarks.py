@@ -179,3 +179,23 @@ def test_ranks_are_compared_at_one_budget_and_scored_twice(
     (scores,) = found["scores"]
     assert all(torch.tensor(scores[name]).shape == (6, 6) for name in ("alora", "snr"))
     assert "| uniform 2 |" in (tmp_path / "rank_allocation.md").read_text()
+
+
+def test_damaged_folders_are_refused_or_mean_what_they_say(
+    script: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A short run of the fuzzer; its own numbers are longer."""
+    fuzz = script("fuzz")
+    assert fuzz.main(["--folders", "200", "--seconds", "20", "--seed", "7"]) == 0
+    assert "; 0 failed" in capsys.readouterr().out
+
+
+def test_the_fuzzer_tells_a_failure(
+    script: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fuzz = script("fuzz")
+    monkeypatch.setattr(fuzz, "_loaded", lambda *_: [].pop())
+    assert fuzz.main(["--folders", "2"]) == 1
+    assert "IndexError" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import io
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from problems import bert, llama, mlp, reviews, tokenizer, tokens
 from rich.console import Console
@@ -106,3 +107,11 @@ def test_what_cannot_be_compared_is_refused(posteriors):
         pyrolora.compare({**posteriors, "other": other}, tokens(4))
     with pytest.raises(DataError, match="needs labels"):
         pyrolora.compare(posteriors, tokens(4).remove_columns("labels"), 2)
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """Neither markup nor escape sequences in a name have an effect."""
+    frame = pd.DataFrame({"nll": [1.0]}, index=["[red]a[/red]\x1b[31m[link=http://x]"])
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(as_table(frame))
+    assert "[red]a[/red]\\x1b[31m[link=http://x]" in console.export_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -19,6 +20,7 @@ from pyrolora.cli.output import say
 from pyrolora.cli.predict import predict
 from pyrolora.cli.report import report
 from pyrolora.errors import NonFiniteError, PyroLoraError
+from pyrolora.visible import visible
 
 FAILED, MISUSED, NOT_FINITE, INTERRUPTED = 1, 2, 3, 130
 DEBUG = "PYROLORA_DEBUG"
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = sys.argv[1:] if arguments is None else list(arguments)
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda *of, **more: visible(usual(*of, **more))
     try:
         code = app(args=given, prog_name="pyrolora", standalone_mode=False, obj=given) or 0
     except TyperException as error:
@@ -57,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if DEBUG in os.environ:
             raise
         code = _report(f"{type(error).__name__}: {error} ({DEBUG}=1 shows where)", FAILED)
+    finally:
+        warnings.formatwarning = usual
     if code == INTERRUPTED:  # typer makes an exit code of a KeyboardInterrupt
         _report("interrupted", code)
     sys.exit(code)

@@ -141,8 +141,8 @@ def fingerprint(source: str, data: datasets.Dataset) -> str:
 def writer(path: Path) -> Callable[[pd.DataFrame], None]:
     """What writes a table to a file, by the file's name."""
     writers: dict[str, Callable[[pd.DataFrame, Path], None]] = {
-        ".csv": lambda table, file: inert(table).to_csv(file, index=False),
-        ".tsv": lambda table, file: inert(table).to_csv(file, index=False, sep="\t"),
+        ".csv": lambda table, file: _write_csv(table, file, ","),
+        ".tsv": lambda table, file: _write_csv(table, file, "\t"),
         ".jsonl": lambda table, file: table.to_json(
             file, orient="records", lines=True, date_format="iso"
         ),
@@ -159,6 +159,14 @@ def writer(path: Path) -> Callable[[pd.DataFrame], None]:
             writers[kind](table, scratch)
 
     return write
+
+
+def _write_csv(table: pd.DataFrame, file: Path, delimiter: str) -> None:
+    made = inert(table)
+    # Python's csv does not quote a carriage return, which begins a row where the file is read.
+    returns = any(isinstance(c, str) and "\r" in c for c in made.to_numpy(dtype=object).flat)
+    quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+    made.to_csv(file, index=False, sep=delimiter, quoting=quoting)
 
 
 def print_table(table: pd.DataFrame) -> None:

@@ -85,9 +85,11 @@ def load_network(
     return _checked_padding(network), tokenizer
 
 
-def load_language_model(name: str, tokenizer: Any = None) -> tuple[nn.Module, Any]:
+def load_language_model(
+    name: str, tokenizer: Any = None, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
     """A causal language model and its tokenizer; other networks have a head whose size their
-    folder does not say.
+    folder does not say. Code that lies in the folder is run only with ``trust_remote_code``.
 
     Raises
     ------
@@ -95,14 +97,16 @@ def load_language_model(name: str, tokenizer: Any = None) -> tuple[nn.Module, An
         When it cannot be loaded, or is no language model.
     """
     with _explained(name):
-        architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
-        if architecture not in _CAUSAL:
+        trust = {"trust_remote_code": trust_remote_code}  # None would ask at the terminal
+        architecture = (AutoConfig.from_pretrained(name, **trust).architectures or [""])[0]
+        if architecture not in _CAUSAL and not trust_remote_code:
             raise ConfigError(
                 f"{name!r} is a {architecture or 'network without a class'}, not a causal "
                 "language model; load it with the task head that is needed, and pass that network"
             )
-        tokenizer = AutoTokenizer.from_pretrained(name) if tokenizer is None else tokenizer
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **trust), tokenizer
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from pyrolora.storage.description import (
 )
 from pyrolora.storage.numbers import as_json, finite
 from pyrolora.storage.tensor_file import TensorFile, check_digest, tensor_file
-from pyrolora.storage.words import read_tokenizer, remove, write_tokenizer
+from pyrolora.storage.tokenizer_files import read_tokenizer, remove, write_tokenizer
 
 META_FILE = "posterior.json"
 # Everything that a save writes beside the JSON, whole or left over from a save that died.

@@ -312,3 +312,40 @@ def test_a_fit_that_is_not_finite_keeps_its_last_good_state(
     assert all(torch.isfinite(tensor).all() for tensor in posterior.model.own_state().values())
     done("evaluate", out / "last_good", "train.jsonl", "--num-samples", 0)
     refused(pyrolora_("evaluate", out, "train.jsonl"), "not finite", str(out / "last_good"))
+
+
+# What others wrote, and secrets ---------------------------------------------------------------
+
+
+def test_a_run_keeps_no_token_and_its_command_goes_on_matching(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ("fit", *TRAIN, "--output-dir", out, "--set")
+    done(*command, "training.hub_token=hf_mine")
+    assert not any(b"hf_mine" in file.read_bytes() for file in out.rglob("*") if file.is_file())
+    assert json.loads((out / "run.json").read_text())["options"]["training"] == {
+        "hub_token": "<hidden>"
+    }
+    again = pyrolora_(*command, "training.hub_token=hf_mine")
+    assert "finished" in again.err
+
+
+def test_an_error_has_no_effect_on_the_terminal(place: Path) -> None:
+    result = pyrolora_("evaluate", "run", "train.jsonl", "--text", "\x1b[31m\u202ebody")
+    refused(result, r"\x1b[31m\u202ebody")
+    assert "\x1b" not in result.err
+
+
+def test_a_record_that_was_planted(place: Path, tmp_path: Path) -> None:
+    shutil.copytree("run", tmp_path / "run")
+    for record in ({"options": []}, {"options": {"columns": {"text": [1]}}}, {"result": 3}):
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        refused(pyrolora_("evaluate", tmp_path / "run", "train.jsonl"), "no record of a run")
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "run.json").symlink_to("/dev/zero")
+    refused(pyrolora_("evaluate", tmp_path / "run", "train.jsonl"), "device")
+
+
+def test_an_export_writes_through_no_link(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "posterior.nc").symlink_to(tmp_path / "victim")
+    refused(pyrolora_("export", "run", tmp_path / "posterior.nc", "--to", "arviz"), "exists")
+    assert not (tmp_path / "victim").exists()

@@ -20,6 +20,7 @@ from pyrolora.cli.files import (
     fingerprint,
     labelled,
     numbers_as_numbers,
+    print_table,
     read_data,
     with_columns,
     writer,
@@ -384,3 +385,40 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_computed(
         writer(tmp_path / "table.xlsx")
     with pytest.raises(ConfigError, match="there is no folder"):
         writer(tmp_path / "gone" / "table.csv")
+
+
+# Tables that others open ---------------------------------------------------------------------
+
+
+CELLS = ["=1+1", "+cmd", "-cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", "-5", "+3.5e2", "plain"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_spreadsheet_runs_no_cell(suffix: str, tmp_path: Path) -> None:
+    table = pd.DataFrame({"=text": CELLS, "number": range(-1, len(CELLS) - 1)})
+    writer(tmp_path / f"table{suffix}")(table)
+    sep = {"sep": "\t"} if suffix == ".tsv" else {}
+    with (tmp_path / f"table{suffix}").open(newline="") as stream:
+        rows = list(csv.reader(stream, delimiter=sep.get("sep", ",")))
+    assert rows[0] == ["'=text", "number"]
+    assert [row[0] for row in rows[1:]] == [f"'{c}" for c in CELLS[:6]] + CELLS[6:]
+    assert rows[1][1] == "-1"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_other_tables_keep_every_text(suffix: str, tmp_path: Path) -> None:
+    writer(tmp_path / f"table{suffix}")(pd.DataFrame({"text": CELLS}))
+    assert read_data(str(tmp_path / f"table{suffix}"), None, ())["text"][:] == CELLS
+
+
+def test_a_table_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "table.csv").symlink_to("victim")
+    writer(tmp_path / "table.csv")(pd.DataFrame({"a": [1]}))
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "table.csv").read_text() == "a\n1\n"
+
+
+def test_a_printed_table_has_no_effect(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(pd.DataFrame({"a\x1b": ["\x1b[31mred", "=1"], "n": [1, 2]}))
+    assert capsys.readouterr().out == "a\\x1b,n\n\\x1b[31mred,1\n'=1,2\n"
