@@ -17,6 +17,7 @@ from test_digest import coded
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertForSequenceClassification,
     LlamaForCausalLM,
     LlavaConfig,
@@ -25,6 +26,7 @@ from transformers import (
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
+from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.errors import CheckpointError
 from pyrolora.storage import check_base, check_description, describe_base, load_base
 from pyrolora.storage.configuration import differences, kept, restore
@@ -253,6 +255,16 @@ def test_new_weights_belong_to_the_posterior(without_pooler: Path, tmp_path: Pat
         assert torch.equal(pyrolora.load(tmp_path, model).predict(reviews(4), 0).probs, expected)
     merged: Any = posterior.merge()
     assert torch.equal(merged.bert.pooler.dense.weight, own)
+
+
+def test_new_weights_are_known_by_the_checkpoint_too(without_pooler: Path) -> None:
+    """A copy has lost the marks that transformers set, as a network on another device has."""
+    loaded = AutoModelForSequenceClassification.from_pretrained(without_pooler)
+    network = copy.deepcopy(loaded)
+    with pytest.warns(RuntimeWarning, match=r"new weights in bert\.pooler"):
+        assert own_new_weights(network, ["classifier"]) == ["bert.pooler"]
+    network.config._name_or_path = "nowhere"
+    assert own_new_weights(network, ["classifier"]) == []
 
 
 @pytest.mark.parametrize("network", [bert, lambda: copy.deepcopy(bert())])
