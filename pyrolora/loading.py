@@ -77,14 +77,16 @@ def load(
             tokenizer = AutoTokenizer.from_pretrained(tokens.resolve(), local_files_only=True)
         specs = [LayerSpec(**spec) for spec in meta["layers"]]
         heads, base = list(meta["heads"]), meta["base"]
+        check_description(base)
         guide = from_options(meta["guide"]["name"], meta["guide"]["options"])
         config = AdapterConfig(**meta["adapter"])
         num_examples = operator.index(meta["num_examples"])
         history, settings = [dict(entry) for entry in meta["history"]], dict(meta["settings"])
         if bool(specs) != guide.adapts or num_examples < 1:
             raise ValueError("no layers, or no examples")
+        if guide.adapts and not base["weights"]:
+            raise ValueError("no digests of the network's weights")
         network = model
-        check_description(base)
         if not isinstance(network, nn.Module):
             name = None if model is None else str(model)
             network = load_base(base, name, trust_remote_code=trust_remote_code)

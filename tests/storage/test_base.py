@@ -162,6 +162,37 @@ def test_a_quantised_network_is_no_plain_one() -> None:
         check_base(coded(1), [], description)
 
 
+def test_a_network_without_a_name_is_told_at_save(
+    hosted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted(loaded(hosted)).save(tmp_path / "named")
+    assert not caplog.records
+    posterior = fitted(llama())
+    posterior.save(tmp_path / "built")
+    assert "LlamaForCausalLM, has no hub id or folder to come back from" in caplog.text
+    posterior.base.save_pretrained(tmp_path / "network")  # as it says
+    assert nll(pyrolora.load(tmp_path / "built", tmp_path / "network")) == nll(posterior)
+
+
+class Repacked(nn.Linear):
+    """Changes its weight when its state is asked for, as bitsandbytes' 4-bit layer does."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.weight.data.mul_(2)
+        super()._save_to_state_dict(*args)
+
+
+def test_saving_does_not_ask_the_network_for_its_state() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), Repacked(4, 3))
+    rows = (torch.randn(8, 4), torch.arange(8) % 3)
+    options: dict[str, Any] = {"likelihood": "classification", "epochs": 1}
+    posterior = pyrolora.fit(network, rows, "map", adapter=AdapterConfig(r=2), **options)
+    before = posterior.predict(rows, 0).probs
+    state = posterior.model.own_state()
+    assert torch.equal(posterior.predict(rows, 0).probs, before)
+    assert not any(name.startswith("base.") for name in state)
+
+
 # Its configuration --------------------------------------------------------------------------------
 
 OVERRIDES: dict[str, Any] = {
