@@ -396,8 +396,12 @@ class JointModel(nn.Module):
                 )
 
     def _own(self) -> Iterator[tuple[str, Tensor]]:
-        state: Mapping[str, Tensor] = self.state_dict()
-        return ((name, t) for name, t in state.items() if not name.startswith(self._foreign))
+        """The base is not asked for its state: bitsandbytes then unpacks 4-bit weights in place,
+        and rounds their scales."""
+        for part, module in self._modules.items():
+            if module is not None and f"{part}." not in self._foreign:
+                for name, tensor in module.state_dict().items():
+                    yield f"{part}.{name}", tensor
 
 
 class JointGuide(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ from pyrolora.storage import (
     write_adapter,
     write_folder,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Posterior:
@@ -488,7 +491,18 @@ class Posterior:
 
     def save(self, path: str | Path) -> None:
         """Write the posterior to a folder: tensors as safetensors, the rest as JSON, the tokenizer
-        beside them; the base network is not copied. `pyrolora.load` reads it again."""
+        beside them; `pyrolora.load` reads it again.
+
+        The base network is not copied: its name, its configuration and digests of its weights are
+        kept, as they were at the fit. One that has no name, since it was built, merged or changed
+        in memory, has to be saved by itself and passed to `pyrolora.load`; a log says so."""
+        if self.identity["config"] and not self.identity["name_or_path"]:
+            logger.warning(
+                "the network of this posterior, a %s, has no hub id or folder to come back from: "
+                "keep it with posterior.base.save_pretrained(folder), and load the posterior "
+                "with pyrolora.load(path, folder)",
+                self.identity["class"],
+            )
         specs = list(self.bank.specs.values())
         previous = self.model.program.previous
         meta = {

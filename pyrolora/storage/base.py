@@ -27,6 +27,7 @@ PASS_IT = (
 )
 ENTRIES = {"class": str, "name_or_path": str, "dtype": str, "config": dict, "weights": dict}
 WEIGHT = {"shape": list, "dtype": str, "bits": dict}
+DIGEST = re.compile("[0-9a-f]{16}")
 LARGEST = 2**63
 DTYPES = {**FLOATS, "float64": torch.float64, "": "auto"}
 DEEPEST = 12
@@ -87,7 +88,9 @@ def check_description(base: object) -> None:
             set(entry) != set(WEIGHT)
             or not all(type(size) is int and 0 <= size < LARGEST for size in sizes)
             or entry["dtype"] not in bits
-            or not all(re.fullmatch("[0-9a-f]{16}", str(value)) for value in bits.values())
+            or not all(
+                isinstance(value, str) and DIGEST.fullmatch(value) for value in bits.values()
+            )
         ):
             raise CheckpointError(f"base.weights has no shape and digests of {name!r:.80}")
 

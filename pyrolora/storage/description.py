@@ -94,6 +94,8 @@ def described(meta: Mapping[str, Any]) -> Description:
             "no layers" if specs else f"layers, and there are no layers; {guide.name!r} adapts"
         )
         raise CheckpointError(f"layers must be {expected}")
+    if specs and not meta["base"]["weights"]:
+        raise CheckpointError("base has no digests of the network's weights")
     return Description(
         guide=guide,
         prior=prior,

@@ -17,6 +17,7 @@ from test_digest import coded
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BertForSequenceClassification,
     LlamaForCausalLM,
     LlavaConfig,
@@ -25,6 +26,7 @@ from transformers import (
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
+from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.errors import CheckpointError
 from pyrolora.storage import check_base, check_description, describe_base, load_base
 from pyrolora.storage.configuration import differences, kept, restore
@@ -160,6 +162,37 @@ def test_a_quantised_network_is_no_plain_one() -> None:
         check_base(coded(1), [], description)
 
 
+def test_a_network_without_a_name_is_told_at_save(
+    hosted: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted(loaded(hosted)).save(tmp_path / "named")
+    assert not caplog.records
+    posterior = fitted(llama())
+    posterior.save(tmp_path / "built")
+    assert "LlamaForCausalLM, has no hub id or folder to come back from" in caplog.text
+    posterior.base.save_pretrained(tmp_path / "network")  # as it says
+    assert nll(pyrolora.load(tmp_path / "built", tmp_path / "network")) == nll(posterior)
+
+
+class Repacked(nn.Linear):
+    """Changes its weight when its state is asked for, as bitsandbytes' 4-bit layer does."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.weight.data.mul_(2)
+        super()._save_to_state_dict(*args)
+
+
+def test_saving_does_not_ask_the_network_for_its_state() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), Repacked(4, 3))
+    rows = (torch.randn(8, 4), torch.arange(8) % 3)
+    options: dict[str, Any] = {"likelihood": "classification", "epochs": 1}
+    posterior = pyrolora.fit(network, rows, "map", adapter=AdapterConfig(r=2), **options)
+    before = posterior.predict(rows, 0).probs
+    state = posterior.model.own_state()
+    assert torch.equal(posterior.predict(rows, 0).probs, before)
+    assert not any(name.startswith("base.") for name in state)
+
+
 # Its configuration --------------------------------------------------------------------------------
 
 OVERRIDES: dict[str, Any] = {
@@ -253,6 +286,16 @@ def test_new_weights_belong_to_the_posterior(without_pooler: Path, tmp_path: Pat
         assert torch.equal(pyrolora.load(tmp_path, model).predict(reviews(4), 0).probs, expected)
     merged: Any = posterior.merge()
     assert torch.equal(merged.bert.pooler.dense.weight, own)
+
+
+def test_new_weights_are_known_by_the_checkpoint_too(without_pooler: Path) -> None:
+    """A copy has lost the marks that transformers set, as a network on another device has."""
+    loaded = AutoModelForSequenceClassification.from_pretrained(without_pooler)
+    network = copy.deepcopy(loaded)
+    with pytest.warns(RuntimeWarning, match=r"new weights in bert\.pooler"):
+        assert own_new_weights(network, ["classifier"]) == ["bert.pooler"]
+    network.config._name_or_path = "nowhere"
+    assert own_new_weights(network, ["classifier"]) == []
 
 
 @pytest.mark.parametrize("network", [bert, lambda: copy.deepcopy(bert())])

@@ -278,6 +278,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a scaling in words": (lambda m: m["layers"][0].update(scaling="large"), EDITED),
     "heads as numbers": (lambda m: m.update(heads=[3]), ["heads", *EDITED]),
     "no digests": (lambda m: m["base"].pop("weights") and None, ["weights"]),
+    "digests of nothing": (lambda m: m["base"].update(weights={}), ["no digests", *EDITED]),
     "digests as a list": (lambda m: m["base"].update(weights=[1.0]), ["weights", "1.0"]),
     "a digest without a shape": (lambda m: weight_of(m).pop("shape") and None, ["shape"]),
     "a digest without bits": (lambda m: weight_of(m).update(bits={}), ["weights", "digests"]),
