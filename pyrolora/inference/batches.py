@@ -29,10 +29,10 @@ from pyrolora.inference.columns import (
     check_task,
     check_text,
     check_two_labels,
-    check_unread,
     context_columns,
     same_labels,
     text_columns,
+    unread,
 )
 from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import as_dict
@@ -296,9 +296,8 @@ def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) ->
             "'labels' and the mask of the completion say different things about which tokens "
             "count; leave one of them out"
         )
-    if made is None:
-        return labels
-    return given.masked_fill(~seen & (given == ids), IGNORED).tolist()
+    unread = given.eq(ids) & ~seen if made is not None else torch.zeros_like(seen)
+    return given.masked_fill(unread, IGNORED).tolist()
 
 
 def _counted(row: Mapping[str, Any], size: int) -> Tensor | None:
@@ -376,8 +375,8 @@ def is_nested(value: Any) -> bool:
         return False
 
 
-def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
-    """Text turned to tokens, and columns that are no input dropped; a warning names them."""
+def tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Dataset, list[str]]:
+    """Text turned to tokens, and columns that are no input dropped; and the names of those."""
     if not collate.labels_are_tokens:
         check_two_labels(data)
         if "label" in data.column_names and LABELS not in data.column_names:
@@ -402,8 +401,7 @@ def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
             f"none of the columns {data.column_names} is an input of {collate.network_name}; "
             f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
-    check_unread(names, read or kept, collate.network_name)
-    return data.select_columns(kept)
+    return data.select_columns(kept), unread(names, read or kept)
 
 
 def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:
