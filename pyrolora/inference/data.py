@@ -21,13 +21,12 @@ from pyrolora.inference.batches import (
     collator_for,
     has_choices,
     is_nested,
-    no_tokens,
-    tokenised,
     whole_as_long,
 )
 from pyrolora.inference.columns import CHOICES, TOKEN_MASKS, check_task, unread, warn_unread
 from pyrolora.inference.examples import TensorExamples, as_dict, as_examples, is_plain
 from pyrolora.inference.labels import all_labels, hidden, known_names, no_labels, numbered
+from pyrolora.inference.tokenising import no_tokens, tokenised
 from pyrolora.likelihoods import (
     IGNORED,
     CausalLM,

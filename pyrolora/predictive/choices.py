@@ -13,11 +13,12 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
-from pyrolora.inference.batches import choice_number, choice_texts, context_length
+from pyrolora.inference.batches import context_length
 from pyrolora.inference.columns import CHOICES, check_text, context_columns, unread, warn_unread
 from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import as_examples, is_plain
 from pyrolora.inference.labels import no_labels
+from pyrolora.inference.tokenising import choice_number, choice_texts
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel
 from pyrolora.predictive.predict import predict

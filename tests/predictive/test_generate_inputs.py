@@ -57,7 +57,7 @@ def posterior() -> Posterior:
 @pytest.mark.parametrize("several", [1, 2])
 def test_texts_are_written_with_their_images(posterior: Posterior, several: int) -> None:
     inputs = images(3)
-    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE]}
     if several > 1:
         options |= {"num_beams": 2, "num_return_sequences": 2}
     found = posterior.generate(inputs, 0, **options)
@@ -78,10 +78,10 @@ def test_texts_are_written_with_their_images(posterior: Posterior, several: int)
 
 def test_draws_share_a_pass_and_keep_their_images(posterior: Posterior) -> None:
     inputs = images(2)
-    together = posterior.generate(inputs, 3, seed=1, max_new_tokens=4, do_sample=False)
+    together = posterior.generate(inputs, 3, seed=1, max_new_tokens=4, suppress_tokens=[IMAGE])
     for i in range(2):
         one = {name: part[i : i + 1] for name, part in inputs.items()}
-        alone = posterior.generate(one, 3, seed=1, max_new_tokens=4, do_sample=False)
+        alone = posterior.generate(one, 3, seed=1, max_new_tokens=4, suppress_tokens=[IMAGE])
         assert alone.sequences[0].tolist() == together.sequences[i].tolist()
 
 
@@ -95,8 +95,8 @@ def test_what_does_not_reach_the_network_is_refused_by_name(posterior: Posterior
     ):
         with pytest.raises(DataError, match=f"does not pass .*{name}"):
             posterior.generate({**inputs, name: value}, 0, max_new_tokens=2)
+    pixels = inputs["pixel_values"][:1]
     with pytest.raises(DataError, match=r"'pixel_values' has 1 rows for 2 prompts"):
-        pixels = inputs["pixel_values"][:1]
         posterior.generate({**inputs, "pixel_values": pixels}, 0, max_new_tokens=2)
     text = pyrolora.fit(
         llama(), tokens(4).remove_columns("labels"), "map", epochs=1, adapter=AdapterConfig(r=1)
