@@ -875,7 +875,8 @@ def test_the_pointwise_log_likelihood_needs_data(posterior: Posterior) -> None:
         (list, "empty"),
         (lambda: [3.5], "dicts or texts, float"),
         (lambda: texts("good", None), "'text', missing"),
-        (lambda: texts("good").add_column("labels", [5]), "2 classes, 5"),
+        (lambda: texts("good").remove_columns("label").add_column("label", [5]), "2 classes, 5"),
+        (lambda: texts("good").add_column("labels", [5]), "two labels, 'label', 'labels'"),
     ],
 )
 def test_data_that_cannot_be_predicted(data: Any, words: str, posterior: Posterior) -> None:

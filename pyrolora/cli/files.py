@@ -87,6 +87,8 @@ def with_columns(
         raise ConfigError(f"--text and --label are the same column, {label!r}")
     if label is not None:
         new[label] = "label"
+    if not text and Path(source).suffix.lower() in TEXT_TABLES:
+        data = _numbers_apart(data, {*LABELS, label})
     kept = [
         name
         for name in data.column_names
@@ -95,6 +97,23 @@ def with_columns(
     return data.select_columns(kept).rename_columns(
         {old: name for old, name in new.items() if old != name}
     )
+
+
+def _numbers_apart(data: datasets.Dataset, targets: Collection[str | None]) -> datasets.Dataset:
+    """A table of text whose columns of numbers are numbers, beside others that are text: they are
+    no text to read."""
+    columns = {name: data[name][:] for name in data.column_names if name not in targets}
+    numbers = [
+        name
+        for name, cells in columns.items()
+        if any(cells) and all(cell is None or _NUMBER.fullmatch(cell.strip()) for cell in cells)
+    ]
+    if len(numbers) == len(columns):
+        return data
+    for name in numbers:
+        values = [None if cell is None else float(cell) for cell in columns[name]]
+        data = data.remove_columns(name).add_column(name, values)
+    return data
 
 
 def labelled(

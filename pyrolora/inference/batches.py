@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
@@ -19,27 +16,14 @@ from transformers import PreTrainedModel, default_data_collator
 from pyrolora import defaults
 from pyrolora.adapters import is_quantised
 from pyrolora.errors import DataError
-from pyrolora.inference.columns import (
-    CHOICES,
-    TOKEN_MASKS,
-    TWO_LABELS,
-    check_columns,
-    check_nested,
-    check_one_text,
-    check_task,
-    check_text,
-    check_two_labels,
-    check_unread,
-    context_columns,
-    same_labels,
-    text_columns,
-)
+from pyrolora.inference.columns import CHOICES, TOKEN_MASKS, TWO_LABELS, same_labels
+from pyrolora.inference.columns import text_columns as text_columns
 from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import as_dict
 from pyrolora.inference.padding import MASK, padded, padding_of
+from pyrolora.inference.token_labels import is_packed, token_labels
 from pyrolora.likelihoods import (
     CHOICE_MASK,
-    IGNORED,
     CausalLM,
     Likelihood,
     MultipleChoice,
@@ -271,74 +255,6 @@ def taken_by(network: nn.Module) -> set[str]:
     return names
 
 
-def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) -> Any:
-    """The labels of a causal language model's example, as `Collator.example` says.
-
-    ``made`` is the attention mask of a row that came without one: there a label that is padding
-    does not count.
-    """
-    ids = torch.as_tensor(row["input_ids"])
-    mask = row.get(MASK, made)
-    seen = torch.ones_like(ids).bool() if mask is None else torch.as_tensor(mask) != 0
-    counted = _counted(row, len(ids))
-    if labels is None:
-        seen[1:] &= seen[:-1].clone()
-        if is_packed(row):  # what begins a text is not predicted by the one before
-            seen &= torch.as_tensor(row["position_ids"]) != 0
-        if counted is not None:
-            seen &= counted
-        return ids.masked_fill(~seen, IGNORED).tolist()
-    given = torch.as_tensor(labels)
-    if given.shape != ids.shape:
-        return labels
-    if counted is not None and not torch.equal((given != IGNORED)[1:], (counted & seen)[1:]):
-        raise DataError(
-            "'labels' and the mask of the completion say different things about which tokens "
-            "count; leave one of them out"
-        )
-    if made is None:
-        return labels
-    return given.masked_fill(~seen & (given == ids), IGNORED).tolist()
-
-
-def _counted(row: Mapping[str, Any], size: int) -> Tensor | None:
-    """Which tokens count, where a mask says so."""
-    masks = {n: torch.as_tensor(row[n]) != 0 for n in TOKEN_MASKS if row.get(n) is not None}
-    if not masks:
-        return None
-    first, *others = masks.values()
-    if any(mask.shape != (size,) for mask in masks.values()):
-        raise DataError(f"{sorted(masks)} must have a number per token, {size} of them")
-    if not all(torch.equal(first, other) for other in others):
-        raise DataError(
-            f"{sorted(masks)} say different things about which tokens count; keep one of them"
-        )
-    return first
-
-
-def is_packed(row: Mapping[str, Any]) -> bool:
-    """Whether several texts stand in one row, each with positions of its own.
-
-    Raises
-    ------
-    DataError
-        With an ``attention_mask``, under which the texts would see each other.
-    """
-    if row.get("position_ids") is None:
-        return False
-    positions = torch.as_tensor(row["position_ids"])
-    seen = torch.as_tensor(row.get(MASK, torch.ones_like(positions))) != 0
-    if positions.dim() != 1 or seen.shape != positions.shape:
-        return False
-    jumps = (positions.diff() != 1) & seen[1:] & seen[:-1]
-    if jumps.any() and MASK in row:
-        raise DataError(
-            "an example packs several texts (its position_ids start again), and with an "
-            "attention_mask they would see each other; leave attention_mask out"
-        )
-    return bool(jumps.any())
-
-
 def _ones(row: Mapping[str, Any]) -> list[int]:
     return [1] * len(row["input_ids"])
 
@@ -374,132 +290,6 @@ def is_nested(value: Any) -> bool:
         return len(value) > 0 and len(value[0]) >= 0
     except TypeError:  # of a number, or of a tensor that is one
         return False
-
-
-def tokenised(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
-    """Text turned to tokens, and columns that are no input dropped; a warning names them."""
-    if not collate.labels_are_tokens:
-        check_two_labels(data)
-        if "label" in data.column_names and LABELS not in data.column_names:
-            data = data.rename_column("label", LABELS)
-    check_task(data.column_names)
-    read: tuple[str, ...] = ()
-    names = data.column_names
-    if not any(name in names for name in (*MODEL_INPUTS, INPUTS)):
-        if isinstance(collate, ChoiceCollator):
-            read = (CHOICES, *(context_columns(data) if CHOICES in names else ()))
-            data = _tokenise_choices(data, collate)
-        else:
-            check_nested(data)
-            if collate.copies_tokens:
-                check_one_text(data)
-            if read := text_columns(data):
-                data = _tokenise(data, read, collate)
-    kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
-    if not set(kept) - {LABELS}:
-        check_columns(data)
-        raise DataError(
-            f"none of the columns {data.column_names} is an input of {collate.network_name}; "
-            f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
-        )
-    check_unread(names, read or kept, collate.network_name)
-    return data.select_columns(kept)
-
-
-def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:
-    check_text(data, text, collate.tokenizer)
-    encoder = collate.encoder
-    made = data.with_format(None).map(
-        lambda rows: encoder(*(rows[name] for name in text)),
-        batched=True,
-        remove_columns=[name for name in data.column_names if name != LABELS],
-        desc="tokenising",
-    )
-    lengths = pc.list_value_length(made.with_format("arrow")[:]["input_ids"]).to_numpy()
-    _check_empty(lengths)
-    warn_cut(sum(made["cut"]), len(made), encoder.limit)
-    return made.remove_columns("cut")
-
-
-def _check_empty(lengths: np.ndarray) -> None:
-    empty = np.flatnonzero(lengths == 0).tolist()
-    if empty:
-        raise DataError(no_tokens(empty))
-
-
-def no_tokens(examples: list[int], need: str = "no token") -> str:
-    """What to say of examples whose texts are too short."""
-    return (
-        f"{len(examples)} examples have {need}, such as example "
-        f"{', '.join(map(str, examples[:5]))}; leave them out, for example with "
-        "data.filter(lambda row: row['text'].strip())"
-    )
-
-
-def warn_cut(count: int, total: int, limit: float) -> None:
-    """Warn of texts that were cut."""
-    if count:
-        warnings.warn(
-            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, where "
-            "the network's or the tokenizer's limit is",
-            stacklevel=2,
-        )
-
-
-def _tokenise_choices(data: datasets.Dataset, collate: Collator) -> datasets.Dataset:
-    """Pairs (context, choice), in the nesting of the choices."""
-    if CHOICES not in data.column_names:
-        raise DataError(
-            f"multiple choice needs a column {CHOICES!r} with a list of texts an example, or "
-            f"tokens (choices, T) as 'input_ids', got the columns {data.column_names}"
-        )
-    context = context_columns(data)
-    check_text(data, context, collate.tokenizer)
-    encoder = collate.encoder
-
-    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        choices = [choice_texts(own) for own in rows[CHOICES]]
-        contexts = [" ".join(parts) for parts in zip(*(rows[c] for c in context), strict=True)]
-        encoded = encoder(
-            [text for text, own in zip(contexts, choices, strict=True) for _ in own],
-            list(chain.from_iterable(choices)),
-        )
-        made: dict[str, list[Any]] = {}
-        for name, values in encoded.items():
-            flat = iter(values)
-            made[name] = [[next(flat) for _ in own] for own in choices]
-        if LABELS in rows:
-            pairs = zip(rows[LABELS], rows[CHOICES], strict=True)
-            made[LABELS] = [choice_number(label, own) for label, own in pairs]
-        return made
-
-    made = data.with_format(None).map(
-        encode, batched=True, remove_columns=data.column_names, desc="tokenising"
-    )
-    _check_empty(np.array([min(map(len, own)) for own in made["input_ids"]]))
-    warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit)
-    return made.remove_columns("cut")
-
-
-def choice_texts(choices: Any) -> list[str]:
-    """The texts of an example's choices: a list, or ARC's {"text": [...], "label": [...]}."""
-    texts = choices.get("text") if isinstance(choices, Mapping) else choices
-    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        raise DataError(
-            f"{CHOICES!r} must be a list of at least one text an example, or a dict with such a "
-            f"list as 'text', got {choices!r}"
-        )
-    return texts
-
-
-def choice_number(label: Any, choices: Any) -> Any:
-    """The number of the right choice, where ARC has its name ("A" to "E", or "1" to "5")."""
-    names = choices.get("label") if isinstance(choices, Mapping) else None
-    if not isinstance(label, str) or names is None:
-        return label
-    if label not in names:
-        raise DataError(f"the label {label!r} is none of its example's choices, {names}")
-    return names.index(label)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

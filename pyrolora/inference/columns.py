@@ -36,24 +36,10 @@ CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 # Columns that number or name a row, or repeat its label, and are left out without a word; so are
 # those that end in _id or _idx.
 ROW_NAMES = frozenset(
-    [
-        "id",
-        "ids",
-        "idx",
-        "index",
-        "guid",
-        "uid",
-        "uuid",
-        "qid",
-        "pid",
-        "__index_level_0__",
-        "label_text",
-        "label_name",
-        "label_names",
-        "label_str",
-        "text_label",
-        "answerKey",
-    ]
+    (
+        *("id", "ids", "idx", "index", "guid", "uid", "uuid", "qid", "pid", "__index_level_0__"),
+        *("label_text", "label_name", "label_names", "label_str", "text_label", "answerKey"),
+    )
 )
 # Which tokens of a text count; 0: those that do not.
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")
@@ -143,8 +129,8 @@ def check_task(names: Collection[str]) -> None:
         )
 
 
-def check_unread(names: Collection[str], read: Collection[str], reader: str) -> None:
-    """Name columns that are not read in a warning; raise `DataError` where leaving them out would
+def unread(names: Collection[str], read: Collection[str]) -> list[str]:
+    """Columns that are left out and no names of rows; raise `DataError` where leaving one out would
     change how much something counts."""
     left = sorted(n for n in names if n not in read and n not in TARGETS and not is_row_name(n))
     weights = [name for name in left if name in WEIGHTS]
@@ -154,8 +140,13 @@ def check_unread(names: Collection[str], read: Collection[str], reader: str) -> 
             f"supported; drop them with data.remove_columns({weights}) to have all count alike, or "
             "give tokens that do not count the label -100"
         )
+    return left
+
+
+def warn_unread(left: list[str], reader: str) -> None:
+    """Name columns that are not read."""
     if left:
-        warnings.warn(f"the columns {left} are not read: {reader} does not take them", stacklevel=2)
+        warnings.warn(f"the columns {left} are not read: {reader} takes none of them", stacklevel=2)
 
 
 def check_two_labels(data: datasets.Dataset) -> None:

@@ -21,13 +21,12 @@ from pyrolora.inference.batches import (
     collator_for,
     has_choices,
     is_nested,
-    no_tokens,
-    tokenised,
     whole_as_long,
 )
-from pyrolora.inference.columns import CHOICES, TOKEN_MASKS, check_task, check_unread
+from pyrolora.inference.columns import CHOICES, TOKEN_MASKS, check_task, unread, warn_unread
 from pyrolora.inference.examples import TensorExamples, as_dict, as_examples, is_plain
 from pyrolora.inference.labels import all_labels, hidden, known_names, no_labels, numbered
+from pyrolora.inference.tokenising import no_tokens, tokenised
 from pyrolora.likelihoods import (
     IGNORED,
     CausalLM,
@@ -122,13 +121,12 @@ def prepare(
         examples = numbered(examples, network, likelihood)
     if is_plain(examples):
         explicit = {LABELS, *TOKEN_MASKS} & {*examples.column_names}
-        examples = tokenised(examples, collate)
+        examples, left = tokenised(examples, collate)
     else:
-        explicit = {LABELS, *TOKEN_MASKS} & {*as_dict(examples[0], INPUTS)}
-        check_task([*as_dict(examples[0], INPUTS)])
-        check_unread(
-            [*as_dict(examples[0], collate.input_name)], collate.read, collate.network_name
-        )
+        row = as_dict(examples[0], collate.input_name)
+        explicit = {LABELS, *TOKEN_MASKS} & {*row}
+        check_task([*row])
+        left = unread([*row], collate.read)
     if isinstance(likelihood, MaskedLM):
         first = collate.example(examples[0])
         asked = not need_labels and _has_masks(examples, collate, tokenizer)
@@ -153,6 +151,7 @@ def prepare(
         _check_choices(examples, collate, labels)
     _check_features(examples, collate)
     _check_context(examples, collate)
+    warn_unread(left, collate.network_name)
     return Prepared(examples, collate, labels, names)
 
 

@@ -16,12 +16,13 @@ class Encoder:
 
     A text that begins with the token that the tokenizer puts first (as a chat template writes it)
     begins with it once, and so at its end. With ``ends`` a text ends with EOS: once, and only where
-    there is room.
+    there is room. An ``open`` one is to be gone on with: without what the tokenizer puts last.
     """
 
     tokenizer: Any
     limit: float
     ends: bool = False
+    open: bool = False
 
     def __call__(self, *texts: list[str]) -> dict[str, Any]:
         """Columns of tokens, cut at ``limit``, and ``cut``: which texts were."""
@@ -38,8 +39,9 @@ class Encoder:
         for i, ids in enumerate(made["input_ids"]):
             size = len(ids)
             start = len(first) if first and ids[len(first) : 2 * len(first)] == first else 0
-            doubled = last and ids[-2 * len(last) : -len(last)] == last
-            stop = size - len(last) if doubled else size
+            doubled = bool(last) and ids[-2 * len(last) : -len(last)] == last
+            opened = self.open and 0 < len(last) < size and ids[-len(last) :] == last
+            stop = size - len(last) if doubled or opened else size
             if (start, stop) != (0, size):
                 _each(made, i, size, lambda row, a=start, b=stop: row[a:b])
             if self.ends and not cut[i]:

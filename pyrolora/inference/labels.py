@@ -59,7 +59,7 @@ def class_names(examples: Any) -> list[str] | None:
         names = list(feature.names)
     elif is_text(feature):
         found = {str(name) for name in examples.unique(column) if name is not None}
-        names = sorted(found, key=lambda name: (int(name) if name.isdecimal() else -1, name))
+        names = sorted(found, key=int if all(map(str.isdecimal, found)) else None)
     else:
         return None
     if len(names) < 2:

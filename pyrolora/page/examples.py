@@ -10,10 +10,10 @@ from torch import nn
 
 from pyrolora import defaults
 from pyrolora.errors import DataError
-from pyrolora.inference.batches import choice_texts
 from pyrolora.inference.columns import CHOICES, TARGETS, context_columns, text_columns
 from pyrolora.inference.examples import as_dict, as_examples, is_plain
 from pyrolora.inference.labels import network_classes
+from pyrolora.inference.tokenising import choice_texts
 from pyrolora.model import INPUTS
 
 LONGEST = 400

@@ -13,11 +13,12 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
-from pyrolora.inference.batches import choice_number, choice_texts, context_length
-from pyrolora.inference.columns import CHOICES, check_text, check_unread, context_columns
+from pyrolora.inference.batches import context_length
+from pyrolora.inference.columns import CHOICES, check_text, context_columns, unread, warn_unread
 from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import as_examples, is_plain
 from pyrolora.inference.labels import no_labels
+from pyrolora.inference.tokenising import choice_number, choice_texts
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel
 from pyrolora.predictive.predict import predict
@@ -70,7 +71,7 @@ def choose(
         )
     context = context_columns(rows)
     check_text(rows, context, tokenizer)
-    check_unread(rows.column_names, (*context, CHOICES), type(joint.base).__name__)
+    warn_unread(unread(rows.column_names, (*context, CHOICES)), type(joint.base).__name__)
     choices = [choice_texts(own) for own in rows[CHOICES]]
     contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
     targets = _targets(rows, choices, need_labels)

@@ -18,7 +18,7 @@ from pyrolora.adapters import Binding, FlatFactors, SharedPassError
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
 from pyrolora.inference.batches import KNOWN_INPUTS, context_length, taken_by
-from pyrolora.inference.encoding import Encoder, added
+from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import TensorExamples
 from pyrolora.inference.padding import MASK
 from pyrolora.likelihoods import IGNORED, CausalLM
@@ -155,9 +155,8 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
                 "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
                 "load(), or a tensor of token ids here"
             )
-        rows = Encoder(tokenizer, math.inf)(list(inputs))["input_ids"]
-        end = added(tokenizer)[1]
-        prompts = [torch.as_tensor(_open(ids, end)) for ids in rows]
+        rows = Encoder(tokenizer, math.inf, open=True)(list(inputs))["input_ids"]
+        prompts = [torch.as_tensor(ids) for ids in rows]
     elif isinstance(inputs, Tensor) and inputs.dim() != 2:
         raise DataError(f"token ids must be (n, T), got shape {tuple(inputs.shape)}")
     elif isinstance(inputs, Tensor | Sequence) and not any(isinstance(x, Mapping) for x in inputs):
@@ -193,12 +192,6 @@ def _tensors(rows: Any) -> list[Tensor]:
             f"a prompt is a text or a list of token ids ({error}); of a chat make a text, with "
             "tokenizer.apply_chat_template(messages, tokenize=False)"
         ) from error
-
-
-def _open(ids: list[int], end: list[int]) -> list[int]:
-    """The ids without what the tokenizer ends a text with: what follows is to go on with it."""
-    ended = 0 < len(end) < len(ids) and ids[-len(end) :] == end
-    return ids[: -len(end)] if ended else ids
 
 
 def _others(inputs: Any, joint: JointModel, prompts: Sequence[Tensor]) -> dict[str, list[Tensor]]:

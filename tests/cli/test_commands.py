@@ -355,7 +355,7 @@ def test_columns_that_a_prediction_has_too_are_not_overwritten(
 ) -> None:
     first = tmp_path / "first.csv"
     done("predict", fitted, place / "test.jsonl", "--num-samples", 2, "--output", first)
-    again = pyrolora_("predict", fitted, first, "--num-samples", 0)
+    again = pyrolora_("predict", fitted, first, "--num-samples", 0, "--text", "text")
     refused(again, "first.csv", "'predicted'", "'entropy'", "rename")
 
 
@@ -363,7 +363,10 @@ def test_predict_leaves_the_cells_of_a_table_as_they_are(fitted: Path, tmp_path:
     """Leading zeros, numbers in words, empty cells, other types."""
     rows = "text,code,amount,flag\ngood film,007,1.10,true\nbad film,,NA,2020-01-01\n"
     (tmp_path / "data.csv").write_text(rows)
-    result = done("predict", fitted, tmp_path / "data.csv", "--num-samples", 0)
+    several = pyrolora_("predict", fitted, tmp_path / "data.csv", "--num-samples", 0)
+    refused(several, "'text', 'amount', 'flag'", "--text")
+    command = ["predict", fitted, tmp_path / "data.csv", "--num-samples", 0, "--text", "text"]
+    result = done(*command)
     kept = [",".join(line.split(",")[:4]) for line in result.out.splitlines()]
     assert kept == rows.splitlines()
 
@@ -387,9 +390,9 @@ def test_classes_go_by_their_names(place: Path, tmp_path: Path) -> None:
     rows = pd.DataFrame([json.loads(line) for line in result.out.splitlines()])
     own = ["predicted", "entropy", "aleatoric", "epistemic"]
     assert list(rows) == ["text", "mood", "prob_bad", "prob_good", *own]
-    np.testing.assert_allclose(rows["prob_bad"], table["prob_0"], atol=1e-5)
-    np.testing.assert_allclose(rows["prob_good"], table["prob_1"], atol=1e-5)
-    assert rows["predicted"].tolist() == [NAMES[i] for i in table["predicted"]]
+    np.testing.assert_allclose(rows["prob_bad"], table["prob_bad"], atol=1e-5)
+    np.testing.assert_allclose(rows["prob_good"], table["prob_good"], atol=1e-5)
+    assert rows["predicted"].tolist() == table["predicted"].tolist()
     assert set(rows["predicted"]) <= set(NAMES)
     found = done("evaluate", run, tmp_path / "test.csv", *PREDICT, "--json").json
     scores = posterior.evaluate(reviews(10, seed=1), 4, seed=7)

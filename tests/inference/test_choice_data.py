@@ -86,7 +86,7 @@ FORMS = {
         "question", "stem"
     ),
     "more columns": lambda rows: [
-        {**row, "id": "x", "choices_count": len(row["choices"])} for row in rows
+        {**row, "id": "x", "answerKey": "A", "row_id": len(row["choices"])} for row in rows
     ],
     "ARC": lambda rows: [
         {

@@ -166,13 +166,134 @@ def test_numbers_are_left_alone_whatever_the_networks_names() -> None:
     assert prepared.labels.tolist() == reviews(24)["label"][:]
 
 
-def test_a_class_label_of_other_names_is_left_alone() -> None:
-    """As numbers: a network whose classes are called otherwise says nothing about their order."""
+@pytest.mark.parametrize("names", [["bad", "good"], ["neg", "good"]])
+def test_a_class_label_of_other_names_has_two_readings(names: list[str]) -> None:
     network = bert(id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1})
-    data = reviews(24).cast_column("label", datasets.ClassLabel(names=["bad", "good"]))
+    data = reviews(24).cast_column("label", datasets.ClassLabel(names=names))
+    with pytest.raises(DataError, match=r"none of the network's.*By number.*by name.*id2label="):
+        prepare(data, network, Classification(), tokenizer())
+
+
+@pytest.mark.parametrize("names", [["0", "1"], ["LABEL_0", "LABEL_1"]])
+def test_names_that_are_the_numbers_say_the_numbers(names: list[str]) -> None:
+    network = bert(id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1})
+    data = reviews(24).cast_column("label", datasets.ClassLabel(names=names))
     prepared = prepare(data, network, Classification(), tokenizer())
     assert prepared.labels is not None
     assert prepared.labels.tolist() == reviews(24)["label"][:]
+
+
+@pytest.mark.parametrize("names", [["GOOD", "BAD"], ["Good ", "b-a_d"]])
+def test_names_are_the_same_up_to_case_and_signs(names: list[str]) -> None:
+    network = bert(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    strings = [names[1 - label] for label in reviews(24)["label"]]
+    data = with_labels(strings)
+    for form in (data, data.cast_column("label", datasets.ClassLabel(names=names))):
+        prepared = prepare(form, network, Classification(), tokenizer())
+        assert prepared.labels is not None
+        assert prepared.labels.tolist() == reviews(24)["label"][:]
+
+
+def test_true_and_false_go_by_the_networks_names_or_are_1_and_0() -> None:
+    data = with_labels([bool(label) for label in reviews(24)["label"]])
+    turned = bert(id2label={0: "TRUE", 1: "FALSE"}, label2id={"TRUE": 0, "FALSE": 1})
+    other = bert(id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1})
+    for network, expected in ((turned, 0), (other, 1), (bert(), 1)):
+        prepared = prepare(data, network, Classification(), tokenizer())
+        assert prepared.labels is not None
+        found = [label == expected for label in prepared.labels.tolist()]
+        assert found == [bool(label) for label in reviews(24)["label"]]
+
+
+def test_two_tables_of_names_that_disagree_are_told() -> None:
+    network = bert(id2label={0: "bad", 1: "good"}, label2id={"bad": 1, "good": 0})
+    with pytest.raises(DataError, match=r"id2label=.*label2id=.*disagree"):
+        prepare(class_label(NAMES), network, Classification(), tokenizer())
+
+
+def test_numbers_that_are_names_of_other_classes_have_two_readings() -> None:
+    stars = bert(id2label={0: "1", 1: "2", 2: "3"}, label2id={"1": 0, "2": 1, "3": 2}, num_labels=3)
+    with pytest.raises(DataError, match="the number of a class or its name"):
+        prepare(with_labels([1, 2] * 12), stars, Classification(), tokenizer())
+    prepared = prepare(with_labels([0, 2] * 12), stars, Classification(), tokenizer())
+    assert prepared.labels is not None
+    assert prepared.labels.tolist() == [0, 2] * 12  # 0 is no name
+
+
+# A network without names that is fitted on classes with names ---------------------------------
+
+
+@pytest.fixture(scope="module")
+def unnamed() -> Posterior:
+    network = bert(initializer_range=0.3)
+    options = {"tokenizer": tokenizer(), "epochs": 2, "learning_rate": 0.01, "seed": 0}
+    return pyrolora.fit(network, class_label(NAMES), "meanfield", **options)
+
+
+def test_the_posterior_remembers_the_names_of_its_data(unnamed: Posterior, tmp_path: Path) -> None:
+    assert unnamed.classes == NAMES
+    assert unnamed.base.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, "the network is as it was"
+    unnamed.save(tmp_path)
+    loaded = pyrolora.load(tmp_path, bert(initializer_range=0.3))
+    assert loaded.classes == NAMES
+    for posterior in (unnamed, loaded):
+        loud = named(names=("BAD", "GOOD"))
+        loud = loud.cast_column("label", datasets.ClassLabel(names=["BAD", "GOOD"]))
+        for data in (class_label(NAMES), class_label(["bad", "good"]), loud, named()):
+            expected = [1 - label for label in reviews(24)["label"]]
+            assert posterior.predict(data, 0).targets.tolist() == expected
+        numbers = posterior.predict(reviews(24), 0).targets
+        assert numbers.tolist() == reviews(24)["label"][:]
+
+
+def test_names_of_the_data_are_in_tables_and_in_what_is_made(unnamed: Posterior) -> None:
+    table = unnamed.predict(class_label(["bad", "good"]), 0).to_pandas()
+    assert list(table)[:3] == ["prob_good", "prob_bad", "predicted"]
+    assert table["target"].tolist() == named()["label"][:]
+    assert set(table["predicted"]) <= set(NAMES)
+    assert unnamed.merge().config.id2label == {0: "good", 1: "bad"}
+    assert unnamed.merge().config.label2id == {"good": 0, "bad": 1}
+    drawn = unnamed.to_arviz(4, data=class_label(NAMES))
+    assert drawn.posterior_predictive["class"].values.tolist() == NAMES
+
+
+def test_a_later_fit_goes_by_the_names_of_the_first(unnamed: Posterior) -> None:
+    options = {"tokenizer": tokenizer(), "epochs": 1, "seed": 0}
+    turned = class_label(["bad", "good"])
+    network = bert(initializer_range=0.3)
+    for later in (
+        pyrolora.fit(unnamed, turned, "laplace"),
+        pyrolora.fit(network, turned, prior=unnamed, **options),
+    ):
+        assert later.classes == NAMES
+        expected = [1 - label for label in turned["label"]]
+        assert later.predict(turned, 0).targets.tolist() == expected
+
+
+def test_splits_may_number_the_classes_differently() -> None:
+    data = datasets.DatasetDict(
+        train=class_label(NAMES), validation=class_label(["bad", "good"], 10, 1)
+    )
+    same_order = datasets.DatasetDict(
+        train=class_label(NAMES), validation=class_label(NAMES, 10, 1)
+    )
+
+    def scores(data: Any) -> list[float]:
+        fitted = pyrolora.fit(bert(), data, "map", tokenizer=tokenizer(), epochs=1, seed=0)
+        return [entry["eval_nll"] for entry in fitted.history if "eval_nll" in entry]
+
+    assert scores(data) == scores(same_order)
+
+
+def test_a_trained_head_by_name_keeps_its_order(tmp_path: Path) -> None:
+    network = bert(id2label={0: "BAD", 1: "GOOD"}, label2id={"BAD": 0, "GOOD": 1})
+    folder = saved(network, tmp_path)
+    found = fit(folder, class_label(NAMES), guide="map")
+    assert found.base.config.id2label == {0: "BAD", 1: "GOOD"}
+    assert found.predict(class_label(NAMES), 0).targets.tolist() == reviews(24)["label"][:]
+    other = class_label(NAMES).cast_column("label", datasets.ClassLabel(names=["pos", "neg"]))
+    with pytest.raises(DataError, match=r"by number they would be.*by name"):
+        fit(folder, other, guide="map")
 
 
 # What cannot be -----------------------------------------------------------------------------------

@@ -221,7 +221,9 @@ def test_columns_that_are_no_input_are_dropped() -> None:
 def test_columns_that_are_no_input_are_dropped_from_tokenised_data() -> None:
     raw = reviews(6)
     data = tokenised(raw).add_column("idx", list(range(6))).add_column("text", list(raw["text"]))
-    assert_same(batches(prepare(data, bert(), Classification(), tokenizer())), by_hand(raw))
+    with pytest.warns(UserWarning, match=r"the columns \['text'\] are not read"):
+        prepared = prepare(data, bert(), Classification(), tokenizer())
+    assert_same(batches(prepared), by_hand(raw))
 
 
 @pytest.mark.parametrize("form", [list, Rows], ids=["list", "torch data set"])
@@ -231,12 +233,16 @@ def test_keys_that_are_no_input_are_dropped_from_dicts(form: Any) -> None:
     assert_same(batches(prepared), by_hand(reviews(6)))
 
 
-def test_labels_win_over_a_second_column_called_label() -> None:
-    data = tokens(6).add_column("label", [7] * 6)
-    prepared = prepare(data, bert(), Classification())
+@pytest.mark.parametrize("form", [list, Rows, lambda data: data])
+def test_two_labels_have_to_be_the_same(form: Any) -> None:
+    data = tokens(6).add_column("label", tokens(6)["labels"][:])
+    prepared = prepare(form(data), bert(), Classification())
     assert prepared.labels is not None
     assert prepared.labels.tolist() == tokens(6)["labels"][:]
     assert set(batches(prepared)[0]) == {"input_ids", "attention_mask", "labels"}
+    other = tokens(6).add_column("label", [7] * 6)
+    with pytest.raises(DataError, match="two labels, 'label' and 'labels'"):
+        prepare(form(other), bert(), Classification())
 
 
 def test_more_than_two_unknown_text_columns_are_ambiguous() -> None:
@@ -407,7 +413,7 @@ def roberta() -> RobertaForSequenceClassification:
         (bert(max_position_embeddings=12), Classification(), 12),
         (gpt2(n_positions=12), CausalLM(), 12),
         (roberta(), Classification(), 12),  # which counts from the padding's number, 1, on
-        (llama(max_position_embeddings=12), CausalLM(), 62),  # no table: the length is free
+        (llama(max_position_embeddings=12), CausalLM(), 12),  # no table: what it was made for
     ],
     ids=["bert", "gpt2", "roberta", "llama"],
 )
@@ -415,7 +421,8 @@ def test_texts_are_cut_where_the_networks_table_of_positions_ends(
     network: nn.Module, law: Likelihood, longest: int
 ) -> None:
     rows = [{"text": LONG, "label": 0}, {"text": "dull", "label": 1}]
-    prepared = prepare(rows, network, law, unlimited())
+    with pytest.warns(UserWarning, match=f"1 of 2 texts have more than {longest} tokens"):
+        prepared = prepare(rows, network, law, unlimited())
     (batch,) = prepared.loader(2)
     assert batch["input_ids"].shape == (2, longest)
     inputs = {n: t for n, t in batch.items() if n in ("input_ids", "attention_mask")}

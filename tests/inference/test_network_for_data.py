@@ -10,8 +10,10 @@ import pytest
 import torch
 from console import saved
 from problems import Rows, bert_choice, bert_mlm, llama, mask_tokenizer, questions, reviews, tokens
+from transformers import ViTConfig, ViTForImageClassification
 
-from pyrolora.errors import ConfigError
+import pyrolora
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import load_network
 
 
@@ -46,7 +48,7 @@ def nested() -> Rows:
         ("masked", reviews(6), "masked_lm", "BertForMaskedLM"),
         ("masked", reviews(6).remove_columns("label"), None, "BertForMaskedLM"),
         ("masked", ["good", "bad"], None, "BertForMaskedLM"),
-        ("masked", token_labels(), None, "BertForMaskedLM"),
+        ("masked", token_labels(), "masked_lm", "BertForMaskedLM"),
         ("masked", (torch.ones(4, 3).long(),), None, "BertForMaskedLM"),
         ("causal", reviews(6), "causal_lm", "LlamaForCausalLM"),
         ("causal", reviews(6).remove_columns("label"), None, "LlamaForCausalLM"),
@@ -76,3 +78,44 @@ def test_a_model_without_such_a_class_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=r"cannot load.*LlamaConfig.*AutoModelFor"):
         load_network(folders["causal"], data, None, likelihood)
+
+
+@pytest.mark.parametrize("form", [lambda data: data, lambda data: Rows(list(data))])
+def test_a_label_per_token_may_be_a_tag_or_a_word(folders: dict[str, Path], form: Any) -> None:
+    with pytest.raises(DataError, match=r"tags, of token classification.*likelihood='masked_lm'"):
+        load_network(folders["masked"], form(token_labels()))
+    with pytest.raises(ConfigError, match=r"token classification .* is not supported yet"):
+        load_network(folders["choice"], form(token_labels()))
+
+
+def test_a_network_for_images_by_its_name(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = ViTConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    pixels = torch.randn(6, 3, 8, 8)
+    data = Rows([{"pixel_values": pixels[i], "labels": i % 3} for i in range(6)])
+    posterior = pyrolora.fit(tmp_path, data, "map", epochs=1, adapter=pyrolora.AdapterConfig(r=1))
+    assert type(posterior.base).__name__ == "ViTForImageClassification"
+    assert posterior.predict(data, 0).probs.shape == (6, 3)
+
+
+def test_sound_by_name_is_told_to_pass_the_network(folders: dict[str, Path]) -> None:
+    data = Rows([{"input_values": torch.ones(4), "labels": i % 2} for i in range(4)])
+    with pytest.raises(ConfigError, match="pass the network itself"):
+        load_network(folders["masked"], data)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"labels": [1.0, 0.0, 1.0]}, "several labels per example"),
+        ({"start_positions": 1, "end_positions": 2}, "extractive question answering"),
+    ],
+)
+def test_tasks_without_a_likelihood_by_name(
+    folders: dict[str, Path], labels: Any, words: str
+) -> None:
+    rows = [{"input_ids": [4, 5, 6, 7], **labels}] * 4
+    for data in (rows, Rows(rows)):
+        with pytest.raises(DataError, match=words):
+            load_network(folders["masked"], data)

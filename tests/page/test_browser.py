@@ -96,7 +96,7 @@ def report() -> Report:
     names = {0: "bad", 1: EVIL}
     network = bert(id2label=names, label2id={name: k for k, name in names.items()})
     posterior = pyrolora.fit(network, reviews(24), tokenizer=tokenizer(), epochs=3, batch_size=8)
-    long = {"text": "x" * 300 + " " + "very " * 300, "label": 0}
+    long = {"text": "x" * 300 + " " + "very" * 300, "label": 0}
     data = datasets.Dataset.from_list([*reviews(3, seed=1), {"text": EVIL, "label": 1}, long])
     return report_on(posterior, data, outside=["the book"], num_samples=4, seed=0)
 

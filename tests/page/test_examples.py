@@ -28,7 +28,7 @@ ROW = {"text": TEXT, "label": 1}
         ([{"premise": "a film", "hypothesis": "a book", "label": 0}], "a film | a book"),
         ([{"text": "a", "text_pair": "b"}], "a | b"),
         ([{"sentence": TEXT, "id": "x7", "label": 0}], TEXT),
-        ([{"id": "x7", "body": TEXT, "input_ids": [2, 6, 3], "labels": 1}], f"x7 | {TEXT}"),
+        ([{"id": "x7", "body": TEXT, "input_ids": [2, 6, 3], "labels": 1}], TEXT),
         ([{"input_ids": [2, 4, 6, 3, 0], "labels": 1}], "good film"),
         (({"input_ids": torch.tensor([2, 4, 6])},), "good film"),
     ],

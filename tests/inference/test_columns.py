@@ -1,0 +1,200 @@
+"""Columns are read, or named: as input, as a label, as names of rows, or as what is not read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from problems import Rows, bert, bert_choice, llama, reviews, tokenizer, tokens
+
+from pyrolora.errors import DataError
+from pyrolora.inference import Prepared, prepare
+from pyrolora.inference.columns import text_columns
+from pyrolora.likelihoods import CausalLM, Classification, MultipleChoice
+
+
+def rows(**columns: Any) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({name: [value] * 3 for name, value in columns.items()})
+
+
+def classified(data: Any) -> Prepared:
+    return prepare(data, bert(), Classification(), tokenizer())
+
+
+def modelled(data: Any) -> Prepared:
+    return prepare(data, llama(), CausalLM(), tokenizer())
+
+
+# Text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("question", "passage"),
+        ("question", "context"),
+        ("question", "answer"),
+        ("query", "passage"),
+        ("query", "document"),
+        ("sentence_A", "sentence_B"),
+    ],
+)
+def test_well_known_pairs_are_read_in_their_order(names: tuple[str, str]) -> None:
+    data = rows(**{names[1]: "the book", "idx": 1, names[0]: "a good film", "label": 0})
+    (batch,) = classified(data).loader(3)
+    expected = tokenizer()("a good film", "the book")["input_ids"]
+    assert batch["input_ids"][0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("premise", "choice1", "choice2", "question"),
+        ("text", "target"),
+        ("sentence", "aspect"),
+        ("text", "text_b"),
+        ("text", "title"),
+        ("question", "passage", "answer"),
+    ],
+    ids="+".join,
+)
+def test_text_that_is_left_over_is_an_error_that_lists_the_readings(names: tuple[str, ...]) -> None:
+    data = rows(**dict.fromkeys(names, "good"), label=0)
+    with pytest.raises(DataError, match=r"one alone .*as a pair.*joined.*remove_columns") as caught:
+        classified(data)
+    assert all(repr(name) in str(caught.value) for name in names)
+    chosen = data.rename_column(names[0], "x").select_columns(["x", "label"])
+    assert len(classified(chosen)) == 3
+
+
+@pytest.mark.parametrize("name", ["id", "idx", "guid", "uid", "pair_id", "label_text", "answerKey"])
+@pytest.mark.parametrize("value", ["x1", 7])
+def test_names_of_rows_are_no_input(name: str, value: Any) -> None:
+    assert text_columns(rows(text="good", **{name: value})) == ("text",)
+    found = classified(rows(text="good", label=1, **{name: value})).examples
+    assert "input_ids" in found.column_names
+    assert name not in found.column_names
+
+
+def test_columns_of_other_kinds_are_named_once() -> None:
+    data = rows(text="good", label=1, score=0.5, tags=["a", "b"], idx=3)
+    with pytest.warns(UserWarning, match=r"columns \['score', 'tags'\] are not read: Bert") as told:
+        classified(data)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("form", [lambda d: d, list, lambda d: Rows(list(d))])
+def test_columns_beside_tokens_are_named(form: Any) -> None:
+    data = tokens(4).add_column("special_tokens_mask", [[0] * 8] * 4).add_column("idx", [1] * 4)
+    with pytest.warns(UserWarning, match=r"\['special_tokens_mask'\] are not read"):
+        prepare(form(data), bert(), Classification())
+
+
+@pytest.mark.parametrize("name", ["loss_mask", "weights", "sample_weight"])
+@pytest.mark.parametrize("form", [lambda d: d, lambda d: Rows(list(d))])
+def test_weights_are_refused(name: str, form: Any) -> None:
+    data = tokens(4).add_column(name, [[1] * 8] * 4)
+    with pytest.raises(DataError, match=f"{name}.*not supported.*remove_columns"):
+        prepare(form(data), bert(), Classification())
+
+
+def test_named_parts_of_a_column_are_no_input() -> None:
+    with pytest.raises(DataError, match=r"\['meta'\] hold dicts.*flatten"):
+        classified(rows(text="good", meta={"author": "a", "title": "b"}, label=1))
+
+
+def test_text_beside_what_stands_before_choices_is_refused() -> None:
+    data = rows(question="good", passage="a film", choices=["a", "the"], label=1)
+    with pytest.raises(DataError, match=r"\['passage'\] may belong to them or not"):
+        prepare(data, bert_choice(), MultipleChoice(), tokenizer())
+
+
+# Formats and tasks that are not read yet ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": "the", "completion": "film"},
+        {"question": "the", "answer": "film"},
+        {"instruction": "the", "output": "film"},
+        {"premise": "the", "hypothesis": "film"},
+        {"messages": [{"role": "user", "content": "good"}]},
+        {"conversations": [{"from": "human", "value": "good"}]},
+        {"prompt": "the", "chosen": "good", "rejected": "bad"},
+        {"text": "good", "messages": [{"role": "user", "content": "good"}]},
+    ],
+    ids="+".join,
+)
+def test_a_language_model_learns_from_one_text(columns: Any) -> None:
+    with pytest.raises(DataError, match=r"'text'|not read") as caught:
+        modelled(rows(**columns))
+    assert any(repr(name) in str(caught.value) for name in columns)
+
+
+def test_one_text_under_any_name_is_the_text() -> None:
+    for name in ("text", "content", "story", "question"):
+        assert len(modelled(rows(**{name: "the film is good"}))) == 3
+
+
+@pytest.mark.parametrize("form", [lambda d: d, lambda d: Rows(list(d))])
+def test_spans_are_another_task(form: Any) -> None:
+    data = rows(input_ids=[4, 5, 6], start_positions=1, end_positions=2)
+    with pytest.raises(DataError, match="extractive question answering"):
+        prepare(form(data), bert(), Classification())
+
+
+@pytest.mark.parametrize("labels", [[1.0, 0.0], [1, 0]])
+def test_several_labels_per_example_are_told(labels: Any) -> None:
+    with pytest.raises(DataError, match=r"several labels per example \(multi-label"):
+        classified(rows(input_ids=[4, 5, 6], labels=labels))
+
+
+# Rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "law"), [(bert, Classification()), (llama, CausalLM())], ids=["classes", "tokens"]
+)
+def test_rows_with_a_dimension_too_many_are_told(network: Any, law: Any) -> None:
+    data = Rows([{"input_ids": torch.tensor([[4, 5, 6]]), "labels": 1}] * 3)
+    with pytest.raises(DataError, match=r"are \(1, 3\).*return_tensors='pt'.*squeeze\(0\)"):
+        prepare(data, network(), law, tokenizer())
+
+
+def test_ragged_lists_are_told() -> None:
+    data = Rows([{"input_ids": [[4, 5], [6]], "labels": 1}] * 3)
+    with pytest.raises(DataError, match=r"are lists of \[2, 1\]"):
+        prepare(data, bert(), Classification(), tokenizer())
+    data = Rows([{"input_ids": [4, 5], "position_ids": [0] * (i + 1), "labels": 1} for i in (0, 1)])
+    with pytest.raises(DataError, match=r"do not make one batch.*position_ids"):
+        prepare(data, bert(), Classification(), tokenizer())
+
+
+class Wrapped(torch.nn.Module):
+    """A network that passes on what it is given."""
+
+    def __init__(self, positional: bool) -> None:
+        super().__init__()
+        self.encoder, self.positional = bert(), positional
+        if positional:
+            self.forward = self.passed  # type: ignore[method-assign]
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return self.encoder(input_ids, **kwargs).logits
+
+    def passed(self, *args: Any, **kwargs: Any) -> Any:
+        return self.encoder(*args, **kwargs).logits
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_network_with_open_arguments_is_given_what_the_data_have(positional: bool) -> None:
+    data = reviews(6)
+    encoded = tokenizer()(data["text"][:], padding="max_length", max_length=12)
+    rows_ = datasets.Dataset.from_dict({**encoded, "labels": data["label"][:], "idx": [0] * 6})
+    prepared = prepare(rows_, Wrapped(positional), Classification(), tokenizer())
+    (batch,) = prepared.loader(6)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert not batch["attention_mask"].all()
