@@ -16,6 +16,7 @@ from pyrolora.errors import BindingError, CheckpointError, ConfigError
 from pyrolora.guides import Program, averaged
 from pyrolora.likelihoods import Likelihood
 from pyrolora.parameters import param_statement
+from pyrolora.seeding import DRAWING
 from pyrolora.types import Batch
 
 LABELS = "labels"
@@ -123,7 +124,7 @@ class JointModel(nn.Module):
         in its layers."""
         own = {LABELS, *self.likelihood.extras}
         inputs = {name: tensor for name, tensor in batch.items() if name not in own}
-        with bind(binding):
+        with bind(binding), DRAWING.callers_dtype():
             raw = self._call(inputs)
         if len(binding.used) < len(binding.factors):
             self._refuse(binding)

@@ -6,13 +6,15 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pyrolora.errors import ConfigError
+from pyrolora.folder_lock import locked
 
 RECORD = "run.json"
 LAST_GOOD = "last_good"
@@ -92,6 +94,12 @@ class Run:
                 {"command": command, "directory": str(Path.cwd()), **now, "machine": machine}
             )
         return False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the folder for the block; who comes second is refused."""
+        with nullcontext() if self.folder.is_file() else locked(self.folder):  # a file is refused
+            yield
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Add the result; the checkpoints, of use for going on only, are removed."""

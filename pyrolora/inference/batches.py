@@ -18,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 from pyrolora import defaults
 from pyrolora.adapters import is_quantised
 from pyrolora.errors import DataError
-from pyrolora.inference.examples import as_dict, is_text
+from pyrolora.inference.examples import as_dict, as_numbers, is_text
 from pyrolora.likelihoods import (
     CHOICE_MASK,
     IGNORED,
@@ -66,7 +66,7 @@ class Collator:
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.longest = table_of_positions(network)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
-        self.dtype = next(kinds, torch.get_default_dtype())
+        self.dtype = next(kinds, torch.float32)
         parameters = inspect.signature(network.forward).parameters.values()
         self.takes_labels = True
         self.taken = {INPUTS} | {p.name for p in parameters if p.kind not in REST}
@@ -119,7 +119,7 @@ class Collator:
         if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
             batch = self._padded(rows)
         else:
-            batch = dict(default_data_collator(rows))
+            batch = dict(default_data_collator([_exact(row) for row in rows]))
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
@@ -153,6 +153,17 @@ class Collator:
         if labels is not None:
             batch[LABELS] = torch.as_tensor(np.asarray(labels))
         return batch
+
+
+def _exact(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with real numbers in tensors: the collator rounds them to torch's default dtype."""
+    return {name: as_numbers(v) if _is_real(v) else v for name, v in row.items()}
+
+
+def _is_real(value: Any) -> bool:
+    while isinstance(value, list | tuple) and len(value):
+        value = value[0]
+    return isinstance(value, float)
 
 
 class ChoiceCollator(Collator):
