@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pyrolora.adapters import (
     start_of,
 )
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
+from pyrolora.folder_lock import locked
 from pyrolora.guides import MAP, Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import (
     Prepared,
@@ -505,21 +506,16 @@ def _arguments(
         args.label_names = ["labels"]
         if not torch.accelerator.is_available():
             args.dataloader_pin_memory = False  # torch would warn that it cannot
-        yield args
+        writes = args.save_strategy != "no" or bool(args.resume_from_checkpoint)
+        with locked(args.output_dir) if writes and args.should_save else nullcontext():
+            yield args
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.pop("output_dir", None)
         args = training_arguments(folder or scratch, save=folder is not None, **given)
-        if folder is not None:
-            _make(folder)  # now, not when there is something to lose
-        yield args
-
-
-def _make(folder: str | Path) -> None:
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir={str(folder)!r} cannot be made a folder: {error}") from error
+        # The folder is made now, not when there is something to lose.
+        with nullcontext() if folder is None or not args.should_save else locked(folder):
+            yield args
 
 
 def _check_evaluation(

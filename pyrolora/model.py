@@ -31,6 +31,7 @@ from pyrolora.errors import BindingError, CheckpointError, ConfigError, listed
 from pyrolora.guides import Program, averaged
 from pyrolora.likelihoods import Likelihood
 from pyrolora.parameters import param_statement
+from pyrolora.seeding import DRAWING
 from pyrolora.types import Batch
 
 LABELS = "labels"
@@ -211,7 +212,7 @@ class JointModel(nn.Module):
     def run(self, batch: Batch, binding: Binding) -> Tensor:
         """The likelihood's view of the network's output on the rows of ``batch`` with ``binding``
         in its layers."""
-        with self.bound(binding):
+        with self.bound(binding), DRAWING.callers_dtype():
             raw = self._call(self._inputs(batch))
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)

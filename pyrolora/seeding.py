@@ -23,7 +23,8 @@ class Turns(ContextDecorator):
     threads get it in the order in which they ask.
 
     ``with turns:`` holds it alone; ``with turns.shared():`` beside others that share it. Who shares
-    it may not ask to be alone.
+    it may not ask to be alone. While one thread holds it alone, torch's default dtype, which is
+    the process's, is float32: parameters and draws are, whatever the caller has set.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Turns(ContextDecorator):
         self._owner: int | None = None
         self._depth = 0
         self._sharing: Counter[int] = Counter()
+        self._callers_dtype = torch.float32
 
     def __enter__(self) -> None:
         me = threading.get_ident()
@@ -40,14 +42,15 @@ class Turns(ContextDecorator):
                 assert not self._sharing[me], "a thread that shares the turn cannot have it alone"
                 self._await(lambda: self._owner is None and not self._sharing.total())
                 self._owner = me
+                self._callers_dtype = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
             self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._depth -= 1
             if not self._depth:
-                self._owner = None
-                self._changed.notify_all()
+                self._free()
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -77,13 +80,30 @@ class Turns(ContextDecorator):
     def released(self) -> Iterator[None]:
         """Let others have it for the block, and those who wait already before it is taken back."""
         with self._changed:
-            depth, self._depth, self._owner = self._depth, 0, None
-            self._changed.notify_all()
+            depth, self._depth = self._depth, 0
+            self._free()
         try:
             yield
         finally:
             self.__enter__()
             self._depth = depth
+
+    @contextmanager
+    def callers_dtype(self) -> Iterator[None]:
+        """Have torch's default dtype as the caller set it, for code of the caller's."""
+        if not self.mine() or self._callers_dtype == torch.float32:
+            yield
+            return
+        torch.set_default_dtype(self._callers_dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def _free(self) -> None:
+        self._owner = None
+        torch.set_default_dtype(self._callers_dtype)
+        self._changed.notify_all()
 
     def _await(self, free: Any) -> None:
         """Wait, with `_changed` held, until all who came before had their turn and it is free."""

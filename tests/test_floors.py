@@ -16,6 +16,7 @@ FLOORS = {
     "types": 0,
     "errors": 0,
     "defaults": 0,
+    "folder_lock": 1,
     "seeding": 1,
     "files": 1,
     "visible": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,30 +170,31 @@ def fit(
     }
     run = Run(output_dir)
     command = shlex.join(["pyrolora", *hidden_arguments(context.obj)])
-    known = run.start(record, command, write=training.should_save)
-    result = run.result
-    if result is None:
-        posterior, result = _fitted(
-            run,
-            known,
-            training,
-            _place(model),
-            examples,
-            options,
-            held_out,
-            likelihood,
-            config if new_adapters else None,
-            given,
-            prior,
-        )
-        if not training.should_save:  # of several processes the first goes on
-            return
-        if held_out is not None:
-            result["metrics"] = posterior.evaluate(held_out, seed=seed)
-        posterior.save(output_dir)
-        run.finish(result)
-    else:
-        say(f"{output_dir} holds this fit already, finished; another --output-dir fits it anew")
+    with run.locked() if training.should_save else nullcontext():
+        known = run.start(record, command, write=training.should_save)
+        result = run.result
+        if result is None:
+            posterior, result = _fitted(
+                run,
+                known,
+                training,
+                _place(model),
+                examples,
+                options,
+                held_out,
+                likelihood,
+                config if new_adapters else None,
+                given,
+                prior,
+            )
+            if not training.should_save:  # of several processes the first goes on
+                return
+            if held_out is not None:
+                result["metrics"] = posterior.evaluate(held_out, seed=seed)
+            posterior.save(output_dir)
+            run.finish(result)
+        else:
+            say(f"{output_dir} holds this fit already, finished; another --output-dir fits it anew")
     if json:
         print_json({"output_dir": str(output_dir), **result})
     else:

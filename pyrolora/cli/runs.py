@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyrolora.cli.hidden import hidden
 from pyrolora.cli.output import say
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.files import read_json, write_whole
+from pyrolora.folder_lock import locked
 
 RECORD = "run.json"
 LAST_GOOD = "last_good"
@@ -97,6 +99,12 @@ class Run:
                 {"command": command, "directory": str(Path.cwd()), **now, "machine": machine}
             )
         return False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from the folder for the block; who comes second is refused."""
+        with nullcontext() if self.folder.is_file() else locked(self.folder):  # a file is refused
+            yield
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Add the result; the checkpoints, of use for going on only, are removed."""

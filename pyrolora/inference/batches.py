@@ -19,7 +19,7 @@ from pyrolora.errors import DataError
 from pyrolora.inference.columns import CHOICES, TOKEN_MASKS, TWO_LABELS, same_labels
 from pyrolora.inference.columns import text_columns as text_columns
 from pyrolora.inference.encoding import Encoder
-from pyrolora.inference.examples import as_dict
+from pyrolora.inference.examples import as_dict, as_numbers
 from pyrolora.inference.padding import MASK, padded, padding_of
 from pyrolora.inference.token_labels import is_packed, token_labels
 from pyrolora.likelihoods import (
@@ -60,7 +60,7 @@ class Collator:
         self.context = context_length(network)
         self.padding = padding_of(network, tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
-        self.dtype = next(kinds, torch.get_default_dtype())
+        self.dtype = next(kinds, torch.float32)
         self.taken = taken_by(network)
         self.takes_labels = True
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
@@ -143,7 +143,7 @@ class Collator:
             if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
                 batch = padded(rows, self.tokenizer, right=self.pads_right)
             else:
-                batch = dict(default_data_collator(rows))
+                batch = dict(default_data_collator([_exact(row) for row in rows]))
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             if isinstance(error, DataError):
                 raise
@@ -165,6 +165,17 @@ class Collator:
             name: t.to(self.dtype) if t.is_floating_point() and name != LABELS else t
             for name, t in batch.items()
         }
+
+
+def _exact(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with real numbers in tensors: the collator rounds them to torch's default dtype."""
+    return {name: as_numbers(v) if _is_real(v) else v for name, v in row.items()}
+
+
+def _is_real(value: Any) -> bool:
+    while isinstance(value, list | tuple) and len(value):
+        value = value[0]
+    return isinstance(value, float)
 
 
 class ChoiceCollator(Collator):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -88,10 +89,18 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
         columns = dict(zip(names, map(list, parts), strict=False))
         return datasets.Dataset.from_dict(columns)
     try:
-        tensors = [torch.as_tensor(part) for part in parts]
+        tensors = [as_numbers(part) for part in parts]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"a tuple must hold tensors or lists of numbers: {error}") from error
     return TensorExamples(dict(zip(names, tensors, strict=False)))
+
+
+def as_numbers(value: Any) -> Tensor:
+    """A tensor of these numbers; real ones of Python in float32, whatever torch's default is."""
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
+        return torch.as_tensor(value, dtype=torch.float32)
+    return tensor
 
 
 class TensorExamples(TorchDataset[dict[str, Tensor]]):

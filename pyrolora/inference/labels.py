@@ -16,7 +16,7 @@ from transformers import DataCollatorForLanguageModeling
 
 from pyrolora.errors import DataError
 from pyrolora.inference.columns import check_task
-from pyrolora.inference.examples import TensorExamples, as_dict, is_plain, is_text
+from pyrolora.inference.examples import TensorExamples, as_dict, as_numbers, is_plain, is_text
 from pyrolora.likelihoods import IGNORED, Likelihood
 from pyrolora.model import INPUTS, LABELS
 
@@ -288,7 +288,7 @@ def all_labels(
     if missing:
         raise DataError(f"{len(missing)} examples have no label, the first is example {missing[0]}")
     try:
-        tensors = [torch.as_tensor(row) for row in rows]
+        tensors = [as_numbers(row) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
             f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 first"

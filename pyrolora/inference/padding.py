@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq
 
 from pyrolora.errors import DataError
+from pyrolora.inference.examples import as_numbers
 from pyrolora.model import LABELS
 
 MASK = "attention_mask"
@@ -105,7 +106,7 @@ def padded(rows: list[dict[str, Any]], tokenizer: Any, *, right: bool) -> dict[s
     made = DataCollatorForSeq2Seq(tokenizer)(left)
     batch = {name: tensor for name, tensor in made.items() if tensor is not None}
     for name, values in own.items():
-        tensors = [torch.as_tensor(value) for value in values]
+        tensors = [as_numbers(value) for value in values]
         if all(t.dim() == 1 and len(t) == n for t, n in zip(tensors, sizes, strict=True)):
             side = tokenizer.padding_side
             batch[name] = nn.utils.rnn.pad_sequence(tensors, True, 0, padding_side=side)

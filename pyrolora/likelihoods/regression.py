@@ -55,7 +55,7 @@ class Regression(Likelihood):
 
     def targets(self, batch: Batch) -> Tensor | None:
         labels = batch.get("labels")
-        return None if labels is None else labels.flatten().to(torch.get_default_dtype())
+        return None if labels is None else labels.flatten().float()
 
     def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
         """1 / σ, whose square is the Hessian."""

@@ -87,7 +87,7 @@ class Generation:
             ids = [row[own].tolist() for row, own in zip(sequences, mask, strict=True)]
             ratios = [SequenceMatcher(None, ids[a], ids[b], False).ratio() for a, b in pairs]
             found.append(sum(ratios) / len(ratios) if ratios else float("nan"))
-        return torch.tensor(found)
+        return torch.tensor(found, dtype=torch.float32)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a continuation: ``prompt`` and ``draw`` (numbers), ``text``, ``num_tokens``,

@@ -19,6 +19,7 @@ from pyrolora.predictive.prediction import (
 )
 from pyrolora.predictive.reliability import ECE_BINS
 from pyrolora.predictive.selective import aurc
+from pyrolora.seeding import DRAWING
 
 HIGHER_IS_BETTER: dict[type[Prediction], dict[str, bool | None]] = {
     ClassPrediction: {
@@ -41,6 +42,7 @@ HIGHER_IS_BETTER: dict[type[Prediction], dict[str, bool | None]] = {
 """The metrics of each kind of prediction; None where neither is better."""
 
 
+@DRAWING
 def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[str, float]:
     """Metrics by name.
 

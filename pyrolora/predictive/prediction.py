@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -29,7 +30,7 @@ _BY_DRAW = ("draws", "log_likelihood")  # tensors (S, n, ...); of the others n c
 
 def log_mean_exp(scores: Tensor) -> Tensor:
     """log mean_s exp(score_s) over the first dimension."""
-    return scores.logsumexp(0) - torch.tensor(float(len(scores))).log()
+    return scores.logsumexp(0) - math.log(len(scores))
 
 
 @dataclass(frozen=True)
