@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -154,6 +155,8 @@ VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a layer twice": lambda m: m["layers"].append(m["layers"][0]),
     "true for one": lambda m: m.update(num_examples=True),
     "a deep history": lambda m: m.update(history=[{"a": json.loads("[" * 50 + "]" * 50)}]),
+    "a history in words": lambda m: m.update(history=[{"elbo": "high", "step": 1}]),
+    "a history without steps": lambda m: m.update(history=[{"elbo": 1.0}]),
     "a number beyond all": lambda m: m["settings"].update(seed=10**100),
     "settings of settings": lambda m: m["settings"].update(seed={"a": {}}),
     "a scaling of another type": lambda m: m["layers"][0].update(scaling=True),
@@ -173,6 +176,14 @@ def test_classes_are_taken(copy: Any) -> None:
     folder = copy("montec")
     edit(folder, lambda meta: meta.update(classes=["good", "bad"]))
     assert pyrolora.load(folder, bert()).options.name == "montec"
+
+
+def test_a_number_of_the_history_that_was_not_finite_is_nan_again(copy: Any) -> None:
+    folder = copy("montec")
+    edit(folder, lambda meta: meta.update(history=[{"elbo": None, "step": 1, "mine": None}]))
+    (entry,) = pyrolora.load(folder, bert()).history
+    assert math.isnan(entry["elbo"])
+    assert entry["mine"] is None
 
 
 # The tensors --------------------------------------------------------------------------------------
