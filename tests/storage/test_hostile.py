@@ -172,6 +172,20 @@ def test_a_value_that_no_save_writes(case: str, copy: Any) -> None:
     refused(folder, "restore it from a copy")
 
 
+@pytest.mark.parametrize("depth", [30, 200, 300, 450, 900, 990, 5000])
+@pytest.mark.parametrize("name", ["montec", "peft"])
+def test_nests_of_every_depth(name: str, depth: int, copy: Any) -> None:
+    """One limit is the parser's, another that of what walks through the value."""
+    folder = copy(name)
+    file = folder / ("adapter_config.json" if name == "peft" else META)
+    text = file.read_text(encoding="utf-8").rstrip().rstrip("}")
+    nest = '{"a":' * depth + "1" + "}" * depth
+    file.write_text(f'{text}, "unknown": {nest}}}', encoding="utf-8")
+    network = bert()
+    with pytest.raises(pyrolora.PyroLoraError):
+        (pyrolora.from_peft if name == "peft" else pyrolora.load)(folder, network)
+
+
 def test_classes_are_taken(copy: Any) -> None:
     folder = copy("montec")
     edit(folder, lambda meta: meta.update(classes=["good", "bad"]))
