@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ LONGEST_TEXT = 100_000
 DEEPEST = 20
 MOST_COUNT = 2**53
 """Whole numbers beyond are not exact in every reader of JSON."""
+
+LOGGED = {
+    *("step", "epoch", "loss", "elbo", "member"),
+    *("r_hat", "effective_sample_size", "divergences", "kl_weight", "prior_precision"),
+}
+"""Numbers that a fit adds to the history."""
 
 Check = Callable[[str, Any], None]
 """Raises `CheckpointError` unless the value of the entry of that name is one that it can have."""
@@ -101,6 +108,7 @@ def described(meta: Mapping[str, Any]) -> Description:
         prior=prior,
         config=_options("adapter", AdapterConfig, meta["adapter"]),
         specs=specs,
+        history=[_logged(entry) for entry in meta["history"]],
         tokenizer_files=meta["tokenizer_files"] or {},
         **{name: meta[name] for name in AS_THEY_ARE},
     )
@@ -197,10 +205,32 @@ def _anything(name: str, value: Any) -> None:
     """What `_check_plain` lets through."""
 
 
+def _history_entry(name: str, value: Any) -> None:
+    """What reports read has to be a number (null: one that was not finite); a callback may have
+    logged anything else."""
+    _mapping(_anything)(name, value)
+    for key, part in value.items():
+        number = isinstance(part, int | float | None) and not isinstance(part, bool)
+        if _is_ours(key) and not number:
+            _refuse(f"{name}.{key}", part, "a number")
+    for key, needed in (("elbo", "step"), ("r_hat", "effective_sample_size")):
+        if key in value and needed not in value:
+            raise CheckpointError(f"{name} has {key!r} and no {needed!r}")
+
+
+def _is_ours(key: str) -> bool:
+    """Whether the entry of a history is one that a fit logs."""
+    return key in LOGGED or key.startswith("kl/")
+
+
+def _logged(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if v is None and _is_ours(k) else v for k, v in entry.items()}
+
+
 _HEX = _text("[0-9a-f]{64}")
 _GUIDE = _record({"name": _text(), "options": _mapping(_anything)})
 AS_THEY_ARE = (
-    *("likelihood", "heads", "base", "classes", "num_examples", "settings", "history"),
+    *("likelihood", "heads", "base", "classes", "num_examples", "settings"),
     *("state_file", "sha256", "tokenizer"),
 )
 ENTRIES: dict[str, Check] = {
@@ -222,7 +252,7 @@ ENTRIES: dict[str, Check] = {
     "classes": _optional(_list(_text())),
     "num_examples": _count(1),
     "settings": _mapping(_scalar),
-    "history": _list(_mapping(_anything)),
+    "history": _list(_history_entry),
 }
 
 

@@ -134,7 +134,11 @@ def read_description(path: Path) -> Description:
             f"{path} has format version {shown(found)}, this pyrolora reads {FORMAT_VERSION}; it "
             f"was saved with {shown(meta.get('versions'))}: install that version"
         )
-    if meta.get(DIGEST) != digest_of(meta):
+    try:
+        digest = digest_of(meta)
+    except RecursionError as error:
+        raise CheckpointError(f"{meta_file} is damaged: it is nested too deeply") from error
+    if meta.get(DIGEST) != digest:
         raise CheckpointError(
             f"{path} was edited or is incomplete: {META_FILE} is not what was saved (its digest "
             "differs, or it has none); restore it from a copy"

@@ -24,7 +24,7 @@ from pyrolora.adapters import LayerSpec, refuse_foreign
 from pyrolora.adapters.modules import features, linear_layers, unwrapped, walk
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.files import read_json, replacing, shown, write_whole
-from pyrolora.options import check_options
+from pyrolora.options import check_options, short
 from pyrolora.storage.numbers import as_json
 from pyrolora.storage.patterns import Patterns
 from pyrolora.storage.tensor_file import TensorFile, tensor_file
@@ -296,9 +296,9 @@ def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
     """
     refuse_foreign(network)
     folder = Path(path)
-    options = _read_options(folder)
-    file = _weights(folder)
     try:
+        options = _read_options(folder)
+        file = _weights(folder)
         _checked(options, _named(file, file.declared), network)  # of shapes alone, before any value
         return _checked(options, _named(file, file.read()), network)
     except (RecursionError, AttributeError, TypeError, ValueError) as error:
@@ -340,21 +340,21 @@ def _check_options(options: Mapping[str, Any]) -> None:
     is refused unless it is off."""
     if options["peft_type"] != "LORA":
         raise ConfigError(
-            f"the adapter has peft_type={options['peft_type']!r}; pyrolora takes 'LORA' alone"
+            f"the adapter has peft_type={shown(options['peft_type'])}; pyrolora takes 'LORA' alone"
         )
     start = options.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise ConfigError(
-            f"the adapter has init_lora_weights={start!r}, which changed the base weights: it "
+            f"the adapter has init_lora_weights={shown(start)}, which changed the base weights: it "
             "fits no other; save it as a plain LoRA with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
     for name, value in options.items():
         if name not in TAKEN | NEUTRAL and value and value != "none":
             raise ConfigError(
-                f"the adapter has {name}={value!r}, and pyrolora takes plain LoRA alone; merge it "
-                "into its base with PEFT's merge_and_unload() and adapt the result, or train it "
-                "again without this option"
+                f"the adapter has {short(name)}={shown(value)}, and pyrolora takes plain LoRA "
+                "alone; merge it into its base with PEFT's merge_and_unload() and adapt the "
+                "result, or train it again without this option"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -154,6 +155,8 @@ VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a layer twice": lambda m: m["layers"].append(m["layers"][0]),
     "true for one": lambda m: m.update(num_examples=True),
     "a deep history": lambda m: m.update(history=[{"a": json.loads("[" * 50 + "]" * 50)}]),
+    "a history in words": lambda m: m.update(history=[{"elbo": "high", "step": 1}]),
+    "a history without steps": lambda m: m.update(history=[{"elbo": 1.0}]),
     "a number beyond all": lambda m: m["settings"].update(seed=10**100),
     "settings of settings": lambda m: m["settings"].update(seed={"a": {}}),
     "a scaling of another type": lambda m: m["layers"][0].update(scaling=True),
@@ -169,10 +172,32 @@ def test_a_value_that_no_save_writes(case: str, copy: Any) -> None:
     refused(folder, "restore it from a copy")
 
 
+@pytest.mark.parametrize("depth", [30, 200, 300, 450, 900, 990, 5000])
+@pytest.mark.parametrize("name", ["montec", "peft"])
+def test_nests_of_every_depth(name: str, depth: int, copy: Any) -> None:
+    """One limit is the parser's, another that of what walks through the value."""
+    folder = copy(name)
+    file = folder / ("adapter_config.json" if name == "peft" else META)
+    text = file.read_text(encoding="utf-8").rstrip().rstrip("}")
+    nest = '{"a":' * depth + "1" + "}" * depth
+    file.write_text(f'{text}, "unknown": {nest}}}', encoding="utf-8")
+    network = bert()
+    with pytest.raises(pyrolora.PyroLoraError):
+        (pyrolora.from_peft if name == "peft" else pyrolora.load)(folder, network)
+
+
 def test_classes_are_taken(copy: Any) -> None:
     folder = copy("montec")
     edit(folder, lambda meta: meta.update(classes=["good", "bad"]))
     assert pyrolora.load(folder, bert()).options.name == "montec"
+
+
+def test_a_number_of_the_history_that_was_not_finite_is_nan_again(copy: Any) -> None:
+    folder = copy("montec")
+    edit(folder, lambda meta: meta.update(history=[{"elbo": None, "step": 1, "mine": None}]))
+    (entry,) = pyrolora.load(folder, bert()).history
+    assert math.isnan(entry["elbo"])
+    assert entry["mine"] is None
 
 
 # The tensors --------------------------------------------------------------------------------------
