@@ -1,6 +1,6 @@
 """Save, load and merge posteriors; exchange adapters with PEFT."""
 
-from pyrolora.storage.base import check_base, check_description, describe_base, load_base
+from pyrolora.storage.base import check_base, check_description, describe_base
 from pyrolora.storage.folder import (
     META_FILE,
     as_json,
@@ -9,6 +9,7 @@ from pyrolora.storage.folder import (
     write_folder,
     write_whole,
 )
+from pyrolora.storage.from_name import load_base
 from pyrolora.storage.merge import merged
 from pyrolora.storage.peft import CONFIG_FILE as PEFT_FILE
 from pyrolora.storage.peft import Adapter, read_adapter, write_adapter
