@@ -114,8 +114,9 @@ def _configuration(
 ) -> PreTrainedConfig:
     """The configuration of the folder, with the saved values; of a folder that the caller did not
     name, ``strange``, without implementations that are fetched from elsewhere."""
-    if strange and (Path(place) / "adapter_config.json").exists():
-        raise CheckpointError(f"{place!r} holds an adapter of PEFT's; {PASS_IT}")
+    for file in Path(place).iterdir() if strange and Path(place).is_dir() else ():
+        if file.name == "adapter_config.json" or not (file.is_file() or file.is_dir()):
+            raise CheckpointError(f"{place!r} is no plain network: it has {file.name!r}; {PASS_IT}")
     if not loader.config_class.get_config_dict(place)[0]:
         raise CheckpointError(f"{place!r} has no configuration; {PASS_IT}")
     config: PreTrainedConfig = loader.config_class.from_pretrained(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -372,6 +373,17 @@ def test_a_pickle_beside_the_network_is_not_read(planted: Path, tmp_path: Path) 
         with pytest.raises(CheckpointError, match=r"cannot load the posterior's network"):
             load_base(description, name)
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json", "model.safetensors"])
+def test_a_folder_with_more_or_other_than_files_is_not_read(name: str, planted: Path) -> None:
+    (planted / name).unlink(missing_ok=True)
+    if name == "adapter_config.json":
+        (planted / name).write_text('{"peft_type": "LORA"}')
+    else:
+        os.mkfifo(planted / name)  # a reader would wait for ever
+    with pytest.raises(CheckpointError, match=f"no plain network: it has '{name}'"):
+        load_base({**described(llama()), "name_or_path": str(planted)})
 
 
 CHOICES: dict[str, Any] = {
