@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora.errors import CheckpointError
@@ -117,9 +117,13 @@ def _check_weights(
     network: nn.Module, heads: Iterable[str], saved: Mapping[str, Any], remedy: str
 ) -> None:
     kind = type(network).__name__
-    found = dict(tensors(network, heads))
-    codes = {name: {"dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
-    if quantised(saved) != quantised(codes):
+    found: dict[str, dict[str, str]] = {}
+    problem = None
+    for name, tensor in tensors(network, heads):  # one by one: offloaded ones are fetched
+        found[name] = {"dtype": str(tensor.dtype).removeprefix("torch.")}
+        if problem is None and name in saved:
+            problem = _difference(name, tensor, saved[name])
+    if quantised(saved) != quantised(found):
         this, other = ("not ", "") if quantised(saved) else ("", "not ")
         raise CheckpointError(
             f"this {kind} is {this}quantised, and the one that the posterior was fitted on is "
@@ -131,14 +135,16 @@ def _check_weights(
             f"this {kind} has other weights: missing {missing[:2]}, unexpected {foreign[:2]}; "
             f"{remedy}"
         )
-    for name, tensor in found.items():
-        if saved[name]["shape"] != list(tensor.shape):
-            raise CheckpointError(
-                f"the weight {name!r} has shape {list(tensor.shape)}, not {saved[name]['shape']}; "
-                f"{remedy}"
-            )
-        if not matches(tensor, saved[name]):
-            raise CheckpointError(f"the weight {name!r} is not the one that was adapted; {remedy}")
+    if problem is not None:
+        raise CheckpointError(f"{problem}; {remedy}")
+
+
+def _difference(name: str, tensor: Tensor, saved: Mapping[str, Any]) -> str | None:
+    if saved["shape"] != list(tensor.shape):
+        return f"the weight {name!r} has shape {list(tensor.shape)}, not {saved['shape']}"
+    if not matches(tensor, saved):
+        return f"the weight {name!r} is not the one that was adapted"
+    return None
 
 
 def _is_a(name: str, value: Any, kind: type) -> None:

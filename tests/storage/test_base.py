@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from problems import bert, bert_mlm, llama, mask_tokenizer, reviews, tokenizer
 from test_digest import coded
 from torch import nn
@@ -138,6 +139,16 @@ def test_running_statistics_belong_to_the_network() -> None:
     other(torch.randn(5, 4))
     with pytest.raises(CheckpointError, match=r"'1.running_mean' is not the one"):
         check_base(other, [], description)
+
+
+def test_an_offloaded_network_is_the_same() -> None:
+    description = described(bert())
+    network = cpu_offload(bert())
+    assert network.get_parameter("classifier.weight").is_meta
+    assert describe_base(network, [])["weights"] == description["weights"]
+    check_base(network, [], description)
+    with pytest.raises(CheckpointError, match="is not the one"):
+        check_base(cpu_offload(bert(seed=1)), [], description)
 
 
 def test_another_class_with_the_same_weights_is_another_network() -> None:
