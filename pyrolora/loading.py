@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
+from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, from_options
 from pyrolora.inference import load_language_model
@@ -156,7 +157,8 @@ def from_peft(
         network, tokenizer = load_language_model(str(model), tokenizer)
     law = likelihood_for(network, likelihood)
     adapter = read_adapter(path, network)
-    attachment = Attachment(network, adapter.specs, list(adapter.heads))
+    heads = [*adapter.heads, *own_new_weights(network, adapter.heads)]
+    attachment = Attachment(network, adapter.specs, heads)
     guide = MAP()
     try:
         joint = build(network, attachment, adapter.config, guide, law, num_examples=1)
@@ -165,7 +167,8 @@ def from_peft(
         bank.assign("A_loc", flat.A)
         bank.assign("B_loc", flat.B)
         for name, (head,) in joint.named_heads().items():
-            head.load_state_dict(adapter.heads[name])
+            if name in adapter.heads:
+                head.load_state_dict(adapter.heads[name])
     except BaseException:
         attachment.detach()
         raise

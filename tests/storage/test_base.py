@@ -310,6 +310,21 @@ def test_new_weights_are_known_by_the_checkpoint_too(without_pooler: Path) -> No
     assert own_new_weights(network, ["classifier"]) == []
 
 
+def test_new_weights_that_an_adapter_does_not_have_belong_to_its_posterior(
+    without_pooler: Path, tmp_path: Path
+) -> None:
+    config = {"vocab_size": 17, "initializer_range": 0.3}
+    fit_options: dict[str, Any] = {"tokenizer": mask_tokenizer(), "epochs": 1}
+    pyrolora.fit(bert(**config), reviews(8), "map", **fit_options).to_peft(tmp_path / "adapter")
+    network = AutoModelForSequenceClassification.from_pretrained(without_pooler)
+    with pytest.warns(RuntimeWarning, match=r"new weights in bert\.pooler"):
+        posterior = pyrolora.from_peft(tmp_path / "adapter", network, tokenizer=mask_tokenizer())
+    posterior.save(tmp_path / "run")
+    again = pyrolora.load(tmp_path / "run")
+    expected = posterior.predict(reviews(4), 0).probs
+    assert torch.equal(again.predict(reviews(4), 0).probs, expected)
+
+
 @pytest.mark.parametrize("network", [bert, lambda: copy.deepcopy(bert())])
 def test_a_network_that_was_not_loaded_has_no_new_weights(network: Callable[[], Any]) -> None:
     with warnings.catch_warnings():
