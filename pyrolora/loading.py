@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
 from pyrolora.adapters.modules import features, linear_layers
+from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.errors import CheckpointError, true_or_false
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.inference import load_language_model
@@ -294,7 +295,8 @@ def from_peft(
     law = likelihood_for(network, likelihood)
     adapter = read_adapter(path, network)
     with _as_it_was(network):
-        attachment = Attachment(network, adapter.specs, list(adapter.heads))
+        heads = [*adapter.heads, *own_new_weights(network, adapter.heads)]
+        attachment = Attachment(network, adapter.specs, heads)
         try:
             joint = build(network, attachment, adapter.config, MAP(), law, num_examples=1)
             bank = joint.program.bank
@@ -302,7 +304,8 @@ def from_peft(
             bank.assign("A_loc", flat.A)
             bank.assign("B_loc", flat.B)
             for name, (head,) in joint.named_heads().items():
-                head.load_state_dict(adapter.heads[name])
+                if name in adapter.heads:
+                    head.load_state_dict(adapter.heads[name])
             _check_values(joint)
         except BaseException:
             attachment.detach()

@@ -1,6 +1,6 @@
 """Save, load and merge posteriors; exchange adapters with PEFT."""
 
-from pyrolora.storage.base import check_base, check_description, describe_base, load_base
+from pyrolora.storage.base import check_base, check_description, describe_base
 from pyrolora.storage.description import Description, digest_of
 from pyrolora.storage.folder import (
     META_FILE,
@@ -9,6 +9,7 @@ from pyrolora.storage.folder import (
     read_folder,
     write_folder,
 )
+from pyrolora.storage.from_name import load_base
 from pyrolora.storage.merge import merged
 from pyrolora.storage.numbers import as_json, finite
 from pyrolora.storage.peft import CONFIG_FILE as PEFT_FILE

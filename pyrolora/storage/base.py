@@ -1,30 +1,20 @@
-"""The base network of a saved posterior: described, recognised, loaded again."""
+"""The base network of a saved posterior: described and recognised."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import transformers
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto import modeling_auto
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyrolora.errors import CheckpointError
-from pyrolora.storage.configuration import differences, kept, restore
+from pyrolora.storage.configuration import differences, kept
 from pyrolora.storage.digest import FLOATS, digests, matches, quantised
 from pyrolora.storage.tensors import tensors
 
-PASS_IT = (
-    "pass the network, or the folder that its save_pretrained(folder) wrote, as model=: "
-    "pyrolora.load(path, model)"
-)
 ENTRIES = {"class": str, "name_or_path": str, "dtype": str, "config": dict, "weights": dict}
 WEIGHT = {"shape": list, "dtype": str, "bits": dict}
 DIGEST = re.compile("[0-9a-f]{16}")
@@ -95,63 +85,6 @@ def check_description(base: object) -> None:
             raise CheckpointError(f"base.weights has no shape and digests of {name!r:.80}")
 
 
-def load_base(
-    description: Mapping[str, Any], name: str | None = None, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load the network of a description, which has passed `check_description`.
-
-    Nothing in the description chooses code: the class is looked up in the list of transformers'
-    Auto classes, and the configuration is the one of the network's folder, with values of the saved
-    one for names that it has (`configuration.restore`). Weights are read from safetensors alone
-    where the description says where from.
-
-    Parameters
-    ----------
-    name
-        The hub id or folder that the caller named. None: the one in the description.
-    trust_remote_code
-        Run the code that the network's own folder has, for a class that is none of transformers'.
-
-    Raises
-    ------
-    CheckpointError
-        When it cannot be loaded so, with what to pass.
-    """
-    place, kind = name or description["name_or_path"], description["class"]
-    if not place or not description["config"]:
-        raise CheckpointError(
-            f"the posterior's network, a {kind}, was built or changed in memory and has no hub id "
-            f"or folder to come back from; {PASS_IT}"
-        )
-    if name is None and quantised(description["weights"]):
-        raise CheckpointError(
-            f"the posterior's network, a {kind} ({place}), is quantised, and a posterior does not "
-            f"say how to load one; load it with its quantization_config and {PASS_IT}"
-        )
-    try:
-        with _quiet():  # transformers reports a missing head: the posterior brings its own
-            loader = _class(kind, place, trust_remote_code)
-            config = _configuration(loader, place, description, name is None)
-            options: dict[str, Any] = {"use_safetensors": True} if name is None else {}
-            network: PreTrainedModel = loader.from_pretrained(
-                place,
-                config=config,
-                dtype=DTYPES[description["dtype"]],
-                trust_remote_code=trust_remote_code,
-                weights_only=True,
-                **options,
-            )
-    except CheckpointError:
-        raise
-    except Exception as error:  # of a configuration, of files and of code that are not ours
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"cannot load the posterior's network, a {kind}, from {place!r} ({reason:.300}); "
-            f"{PASS_IT}"
-        ) from error
-    return network
-
-
 def check_base(network: nn.Module, heads: Iterable[str], description: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless ``network`` is the one that was described.
 
@@ -184,9 +117,13 @@ def _check_weights(
     network: nn.Module, heads: Iterable[str], saved: Mapping[str, Any], remedy: str
 ) -> None:
     kind = type(network).__name__
-    found = dict(tensors(network, heads))
-    codes = {name: {"dtype": str(t.dtype).removeprefix("torch.")} for name, t in found.items()}
-    if quantised(saved) != quantised(codes):
+    found: dict[str, dict[str, str]] = {}
+    problem = None
+    for name, tensor in tensors(network, heads):  # one by one: offloaded ones are fetched
+        found[name] = {"dtype": str(tensor.dtype).removeprefix("torch.")}
+        if problem is None and name in saved:
+            problem = _difference(name, tensor, saved[name])
+    if quantised(saved) != quantised(found):
         this, other = ("not ", "") if quantised(saved) else ("", "not ")
         raise CheckpointError(
             f"this {kind} is {this}quantised, and the one that the posterior was fitted on is "
@@ -198,75 +135,16 @@ def _check_weights(
             f"this {kind} has other weights: missing {missing[:2]}, unexpected {foreign[:2]}; "
             f"{remedy}"
         )
-    for name, tensor in found.items():
-        if saved[name]["shape"] != list(tensor.shape):
-            raise CheckpointError(
-                f"the weight {name!r} has shape {list(tensor.shape)}, not {saved[name]['shape']}; "
-                f"{remedy}"
-            )
-        if not matches(tensor, saved[name]):
-            raise CheckpointError(f"the weight {name!r} is not the one that was adapted; {remedy}")
+    if problem is not None:
+        raise CheckpointError(f"{problem}; {remedy}")
 
 
-@cache
-def _classes() -> frozenset[str]:
-    """The names of the classes that transformers registers for its Auto classes."""
-    mappings = [m for name, m in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
-    values = [value for mapping in mappings for value in mapping.values()]
-    return frozenset(n for value in values for n in ([value] if isinstance(value, str) else value))
-
-
-def _class(kind: str, place: str, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """The class of a name: one of transformers', or, if the caller trusts it, of the folder."""
-    found = getattr(transformers, kind, None) if kind in _classes() else None
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
-    if not trust_remote_code:
-        raise CheckpointError(
-            f"the posterior's network, a {kind}, is no class of transformers' Auto classes; "
-            f"{PASS_IT}; or, if you trust the code in {place!r}, pass trust_remote_code=True"
-        )
-    config = AutoConfig.from_pretrained(place, trust_remote_code=True)
-    references = dict(getattr(config, "auto_map", None) or {}).values()
-    reference = next((r for r in references if str(r).endswith(f".{kind}")), None)
-    if reference is None:
-        raise CheckpointError(f"{place!r} has no code for the class {kind}; {PASS_IT}")
-    loaded: type[PreTrainedModel] = get_class_from_dynamic_module(reference, place)
-    return loaded
-
-
-def _configuration(
-    loader: type[PreTrainedModel], place: str, description: Mapping[str, Any], strange: bool
-) -> PreTrainedConfig:
-    """The configuration of the folder, with the saved values; of a folder that the caller did not
-    name, ``strange``, without implementations that are fetched from elsewhere."""
-    if strange and (Path(place) / "adapter_config.json").exists():
-        raise CheckpointError(f"{place!r} holds an adapter of PEFT's; {PASS_IT}")
-    if not loader.config_class.get_config_dict(place)[0]:
-        raise CheckpointError(f"{place!r} has no configuration; {PASS_IT}")
-    config: PreTrainedConfig = loader.config_class.from_pretrained(place)
-    if strange:
-        if getattr(config, "quantization_config", None) is not None:
-            raise CheckpointError(f"the network in {place!r} is quantised; {PASS_IT}")
-        config._attn_implementation = config._experts_implementation = None
-        for attribute in ("fusion_config", "transformers_weights"):
-            if hasattr(config, attribute):
-                delattr(config, attribute)
-    own = _size(loader, config)
-    most = max(len(description["weights"]), 64)
-    if restore(config, description["config"], most) and _size(loader, config) > 2 * own + 2**24:
-        raise CheckpointError(
-            f"with the saved configuration the network is more than twice as large as the one in "
-            f"{place!r}; {PASS_IT}"
-        )
-    return config
-
-
-def _size(loader: type[PreTrainedModel], config: PreTrainedConfig) -> int:
-    """The number of elements of a network with this configuration, without making them."""
-    with torch.device("meta"):
-        network = loader(config)
-    return sum(t.numel() for t in (*network.parameters(), *network.buffers()))
+def _difference(name: str, tensor: Tensor, saved: Mapping[str, Any]) -> str | None:
+    if saved["shape"] != list(tensor.shape):
+        return f"the weight {name!r} has shape {list(tensor.shape)}, not {saved['shape']}"
+    if not matches(tensor, saved):
+        return f"the weight {name!r} is not the one that was adapted"
+    return None
 
 
 def _is_a(name: str, value: Any, kind: type) -> None:
@@ -288,13 +166,3 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         raise CheckpointError(f"{name:.200} is no number of a configuration: {value!r:.80}")
     elif not isinstance(value, bool | int | float | str | None):
         raise CheckpointError(f"{name:.200} is a {type(value).__name__}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)

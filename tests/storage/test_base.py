@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from problems import bert, bert_mlm, llama, mask_tokenizer, reviews, tokenizer
 from test_digest import coded
 from torch import nn
@@ -137,6 +139,16 @@ def test_running_statistics_belong_to_the_network() -> None:
     other(torch.randn(5, 4))
     with pytest.raises(CheckpointError, match=r"'1.running_mean' is not the one"):
         check_base(other, [], description)
+
+
+def test_an_offloaded_network_is_the_same() -> None:
+    description = described(bert())
+    network = cpu_offload(bert())
+    assert network.get_parameter("classifier.weight").is_meta
+    assert describe_base(network, [])["weights"] == description["weights"]
+    check_base(network, [], description)
+    with pytest.raises(CheckpointError, match="is not the one"):
+        check_base(cpu_offload(bert(seed=1)), [], description)
 
 
 def test_another_class_with_the_same_weights_is_another_network() -> None:
@@ -298,6 +310,21 @@ def test_new_weights_are_known_by_the_checkpoint_too(without_pooler: Path) -> No
     assert own_new_weights(network, ["classifier"]) == []
 
 
+def test_new_weights_that_an_adapter_does_not_have_belong_to_its_posterior(
+    without_pooler: Path, tmp_path: Path
+) -> None:
+    config = {"vocab_size": 17, "initializer_range": 0.3}
+    fit_options: dict[str, Any] = {"tokenizer": mask_tokenizer(), "epochs": 1}
+    pyrolora.fit(bert(**config), reviews(8), "map", **fit_options).to_peft(tmp_path / "adapter")
+    network = AutoModelForSequenceClassification.from_pretrained(without_pooler)
+    with pytest.warns(RuntimeWarning, match=r"new weights in bert\.pooler"):
+        posterior = pyrolora.from_peft(tmp_path / "adapter", network, tokenizer=mask_tokenizer())
+    posterior.save(tmp_path / "run")
+    again = pyrolora.load(tmp_path / "run")
+    expected = posterior.predict(reviews(4), 0).probs
+    assert torch.equal(again.predict(reviews(4), 0).probs, expected)
+
+
 @pytest.mark.parametrize("network", [bert, lambda: copy.deepcopy(bert())])
 def test_a_network_that_was_not_loaded_has_no_new_weights(network: Callable[[], Any]) -> None:
     with warnings.catch_warnings():
@@ -372,6 +399,17 @@ def test_a_pickle_beside_the_network_is_not_read(planted: Path, tmp_path: Path) 
         with pytest.raises(CheckpointError, match=r"cannot load the posterior's network"):
             load_base(description, name)
     assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json", "model.safetensors"])
+def test_a_folder_with_more_or_other_than_files_is_not_read(name: str, planted: Path) -> None:
+    (planted / name).unlink(missing_ok=True)
+    if name == "adapter_config.json":
+        (planted / name).write_text('{"peft_type": "LORA"}')
+    else:
+        os.mkfifo(planted / name)  # a reader would wait for ever
+    with pytest.raises(CheckpointError, match=f"no plain network: it has '{name}'"):
+        load_base({**described(llama()), "name_or_path": str(planted)})
 
 
 CHOICES: dict[str, Any] = {
