@@ -52,8 +52,8 @@ def predict(
 
     Every draw is one function: the same weights for all examples. Texts of like length share a
     batch, and draws ride in one pass with the examples of a batch, as many as `pass_rows` allows;
-    one at least, since a batch is not cut. ``kind`` is what is made of them, by default all that the
-    likelihood says. Features that are not finite are a `DataError`.
+    one at least, since a batch is not cut. ``kind`` is what is made of them, by default all that
+    the likelihood says. Features that are not finite are a `DataError`.
     """
     kind = PREDICTIONS[type(joint.likelihood)] if kind is None else kind
     device = next(joint.program.parameters()).device
