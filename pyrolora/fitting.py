@@ -91,7 +91,10 @@ def fit(
         multiple choice a column ``choices`` (a list of texts) beside ``question``, and ``label``,
         the number of the right one (of a network that scores choices: a causal language model
         learns whole texts, and chooses in `Posterior.predict`); texts without labels for a masked
-        language model get some tokens hidden, always the same.
+        language model get some tokens hidden, always the same. Labels that are names go by the
+        network's, up to case, spaces, '-' and '_'; a network without names takes those of the data
+        (`Posterior.classes`). A text for a causal language model is ended by EOS. Columns that are
+        not read are named in a warning, and what has two readings is a `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options. None: ``"montec"``, or that of ``prior``.

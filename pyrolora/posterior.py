@@ -231,8 +231,9 @@ class Posterior:
         Parameters
         ----------
         inputs
-            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids`` and
-            ``attention_mask``.
+            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids``,
+            ``attention_mask``, and what else the network takes, a row per prompt, such as
+            ``pixel_values``.
         num_samples
             S. None: 8; of an ensemble every member once.
         seed

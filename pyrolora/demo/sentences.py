@@ -61,7 +61,7 @@ def sentences(
     -------
     datasets.DatasetDict
         ``train`` and ``test`` with ``text`` and ``label`` (a ``ClassLabel``), shuffled; ``unseen``
-        with ``text`` and the ``library`` that it comes from.
+        with ``text`` and ``label_name``, the library that it comes from.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def sentences(
         rows[split] += [{"text": text, "label": name} for text in found]
     for name, giveaways in tqdm(UNSEEN.items(), **bar):
         found = islice(_clean(name, giveaways, None, seen), unseen)
-        rows["unseen"] += [{"text": text, "library": name} for text in found]
+        rows["unseen"] += [{"text": text, "label_name": name} for text in found]
     labelled = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
     )

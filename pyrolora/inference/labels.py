@@ -130,12 +130,13 @@ def numbered(
             _check_digits(stored.unique(column), classes)
         return data  # numbers; or a transform that may turn texts into numbers by itself
     numbers = _numbers(names, classes)
+    if numbers:
+        _check_ids(network)
     if is_text(feature):
         if _unnamed(classes.values()) and not numbers:
             return data  # a network without names says nothing of them
     elif not _say_something(names, numbers, classes):
         return data
-    _check_ids(network)
     rows = [_name(row, feature, names) for row in stored[column]]
     unknown = sorted({name for name in rows if name is not None and name not in numbers})
     if unknown:

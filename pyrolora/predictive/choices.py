@@ -22,7 +22,7 @@ from pyrolora.inference.tokenising import choice_number, choice_texts
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel
 from pyrolora.predictive.predict import predict
-from pyrolora.predictive.prediction import ClassPrediction, TokenPrediction
+from pyrolora.predictive.prediction import ClassPrediction, TokenScores
 
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
@@ -82,8 +82,8 @@ def choose(
         for choice in own
     ]
     prepared = prepare(examples, joint.base, joint.likelihood, tokenizer)
-    read = predict(joint, prepared, factors, batch_size=batch_size)
-    assert isinstance(read, TokenPrediction)
+    read = predict(joint, prepared, factors, batch_size=batch_size, kind=TokenScores)
+    assert isinstance(read, TokenScores)
     assert read.log_likelihood is not None
     scores = read.log_likelihood / read.num_tokens if per_token else read.log_likelihood
     sizes = [len(own) for own in choices]

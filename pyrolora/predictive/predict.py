@@ -46,14 +46,16 @@ def predict(
     *,
     batch_size: int = defaults.BATCH_SIZE,
     rows: int = defaults.PREDICT_ROWS,
+    kind: type[Prediction] | None = None,
 ) -> Prediction:
     """The prediction of the S draws of ``factors``, or of one setting, for every example.
 
     Every draw is one function: the same weights for all examples. Texts of like length share a
     batch, and draws ride in one pass with the examples of a batch, as many as `pass_rows` allows;
-    one at least, since a batch is not cut. Features that are not finite are a `DataError`.
+    one at least, since a batch is not cut. ``kind`` is what is made of them, by default all that
+    the likelihood says. Features that are not finite are a `DataError`.
     """
-    kind = PREDICTIONS[type(joint.likelihood)]
+    kind = PREDICTIONS[type(joint.likelihood)] if kind is None else kind
     device = next(joint.program.parameters()).device
     order = data.by_length()
     numbers: Sequence[int] = range(len(data)) if order is None else order

@@ -429,6 +429,28 @@ class TokenPrediction(Prediction):
         return _frame(columns, None)
 
 
+@dataclass(frozen=True)
+class TokenScores(TokenPrediction):
+    """The log-likelihoods of given texts alone: their entropies, which take a softmax over the
+    vocabulary at every token, are NaN."""
+
+    @staticmethod
+    def reduce(
+        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        assert isinstance(likelihood, TokenLikelihood)
+        mask, labels = likelihood.token_mask(batch), likelihood.targets(batch)
+        assert labels is not None
+        unknown = torch.full(mask.shape, torch.nan)
+        return {
+            "entropy": unknown,
+            "aleatoric": unknown,
+            "num_tokens": mask.sum(-1).cpu(),
+            "log_likelihood": torch.cat([likelihood.log_prob(o, batch).cpu() for o in outputs]),
+            "targets": labels.masked_fill(~mask, IGNORED).cpu(),
+        }
+
+
 def _tail(mass: float) -> float:
     share("the mass of an interval", mass, "(0, 1)")
     return (1 - mass) / 2

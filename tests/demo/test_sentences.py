@@ -36,13 +36,13 @@ def test_every_library_has_its_share(data: datasets.DatasetDict) -> None:
     assert data["test"].features == data["train"].features
     for split in ("train", "test"):
         assert Counter(data[split]["label"]) == dict.fromkeys(range(8), SIZES[split])
-    assert Counter(data["unseen"]["library"]) == dict.fromkeys(UNSEEN, SIZES["unseen"])
+    assert Counter(data["unseen"]["label_name"]) == dict.fromkeys(UNSEEN, SIZES["unseen"])
 
 
 def test_libraries_that_are_unseen_are_no_labels(data: datasets.DatasetDict) -> None:
     assert not set(LIBRARIES) & set(UNSEEN)
-    assert not set(data["train"].features["label"].names) & set(data["unseen"]["library"])
-    assert set(data["unseen"].column_names) == {"text", "library"}
+    assert not set(data["train"].features["label"].names) & set(data["unseen"]["label_name"])
+    assert set(data["unseen"].column_names) == {"text", "label_name"}
 
 
 def test_no_sentence_stands_twice(data: datasets.DatasetDict) -> None:
@@ -60,7 +60,7 @@ def test_rows_are_mixed(data: datasets.DatasetDict) -> None:
 def test_no_sentence_names_its_own_library(data: datasets.DatasetDict) -> None:
     names = data["train"].features["label"].names
     rows = [(row["text"], names[row["label"]]) for s in ("train", "test") for row in data[s]]
-    rows += [(row["text"], row["library"]) for row in data["unseen"]]
+    rows += [(row["text"], row["label_name"]) for row in data["unseen"]]
     for text, library in rows:
         words = set(re.findall(r"[a-z0-9_]+", text.lower()))
         giveaways = {**LIBRARIES, **UNSEEN}[library]

@@ -209,6 +209,8 @@ def test_two_tables_of_names_that_disagree_are_told() -> None:
     network = bert(id2label={0: "bad", 1: "good"}, label2id={"bad": 1, "good": 0})
     with pytest.raises(DataError, match=r"id2label=.*label2id=.*disagree"):
         prepare(class_label(NAMES), network, Classification(), tokenizer())
+    with pytest.raises(DataError, match="disagree"):
+        prepare(class_label(["bad", "good"]), network, Classification(), tokenizer())
 
 
 def test_numbers_that_are_names_of_other_classes_have_two_readings() -> None:
