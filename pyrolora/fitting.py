@@ -21,6 +21,8 @@ from pyrolora.adapters import (
     Start,
     as_adapter_config,
     attach,
+    check_eager,
+    check_in_memory,
     plain_copy,
     start_of,
 )
@@ -160,6 +162,10 @@ def fit(
     }
     with _arguments(training, shortcuts) as args:
         set_seed(args.seed)
+        base = model if given is None else given.base
+        if isinstance(base, nn.Module):
+            check_eager(base)
+            check_in_memory(base)
         if given is not None:
             _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
             network = given.base

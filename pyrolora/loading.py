@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
-from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
+from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, check_eager, plain_copy
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, from_options
 from pyrolora.inference import load_language_model
@@ -58,6 +58,8 @@ def load(path: str | Path, model: str | Path | nn.Module | None = None) -> Poste
     CheckpointError
         When the folder is damaged, or the network is another one.
     """
+    if isinstance(model, nn.Module):
+        check_eager(model)
     meta, state, tokens = read_folder(Path(path))
     attachment = None
     try:
@@ -138,6 +140,7 @@ def from_peft(
         When the files are damaged, or belong to another network.
     """
     if isinstance(model, nn.Module):
+        check_eager(model)
         network = model
     else:
         network, tokenizer = load_language_model(str(model), tokenizer)

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import Attachment, Binding, FlatFactors, bind, current_binding, is_quantised
+from pyrolora.adapters import (
+    Attachment,
+    Binding,
+    FlatFactors,
+    bind,
+    check_eager,
+    current_binding,
+    is_quantised,
+)
 from pyrolora.errors import BindingError, CheckpointError, ConfigError
 from pyrolora.guides import Program, averaged
 from pyrolora.likelihoods import Likelihood
@@ -122,6 +130,7 @@ class JointModel(nn.Module):
     def run(self, batch: Batch, binding: Binding) -> Tensor:
         """The likelihood's view of the network's output on the rows of ``batch`` with ``binding``
         in its layers."""
+        check_eager(self.base)
         own = {LABELS, *self.likelihood.extras}
         inputs = {name: tensor for name, tensor in batch.items() if name not in own}
         with bind(binding), DRAWING.callers_dtype():

@@ -8,6 +8,7 @@ from pyrolora.adapters.inject import Attachment, attach, plain_copy, unwrap
 from pyrolora.adapters.layer import AdapterLayer, Binding, Factors, HeadSlot, bind, current_binding
 from pyrolora.adapters.lora_config import as_adapter_config
 from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, plain_parameters
+from pyrolora.adapters.whole import check_eager, check_in_memory
 
 __all__ = [
     "AUTO_TARGETS",
@@ -25,6 +26,8 @@ __all__ = [
     "as_adapter_config",
     "attach",
     "bind",
+    "check_eager",
+    "check_in_memory",
     "current_binding",
     "frozen_weight",
     "is_quantised",
