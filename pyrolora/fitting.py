@@ -21,6 +21,8 @@ from pyrolora.adapters import (
     Start,
     as_adapter_config,
     attach,
+    check_eager,
+    check_in_memory,
     check_uncalled,
     explained_kernels,
     plain_copy,
@@ -124,7 +126,7 @@ def fit(
         Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
         Trainer, the seed sets the process's random generators.
     output_dir
-        Checkpoints, ten a run, and the posterior at the end, go there.
+        Checkpoints, ten a run, and the posterior at the end, go there. One fit at a time may use it.
     training
         ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
         schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
@@ -166,6 +168,10 @@ def fit(
     }
     with _arguments(training, shortcuts) as args:
         set_seed(args.seed)
+        base = model if given is None else given.base
+        if isinstance(base, nn.Module):
+            check_eager(base)
+            check_in_memory(base)
         if given is not None:
             _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
             network = given.base

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, plain_copy
+from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, check_eager, plain_copy
 from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.errors import CheckpointError, true_or_false
@@ -80,6 +80,8 @@ def load(
         then as it was.
     """
     true_or_false("trust_remote_code", trust_remote_code)
+    if isinstance(model, nn.Module):
+        check_eager(model)
     saved = read_folder(Path(path))
     description = saved.description
     try:
@@ -287,6 +289,7 @@ def from_peft(
     """
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
+        check_eager(model)
         network = model
     else:
         network, tokenizer = load_language_model(

@@ -19,6 +19,7 @@ from pyrolora.adapters import (
     SharedPassError,
     Sharing,
     bind,
+    check_eager,
     current_binding,
     is_quantised,
     is_quantised_layer,
@@ -212,6 +213,7 @@ class JointModel(nn.Module):
     def run(self, batch: Batch, binding: Binding) -> Tensor:
         """The likelihood's view of the network's output on the rows of ``batch`` with ``binding``
         in its layers."""
+        check_eager(self.base)
         with self.bound(binding), DRAWING.callers_dtype():
             raw = self._call(self._inputs(batch))
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():

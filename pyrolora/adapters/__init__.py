@@ -20,6 +20,7 @@ from pyrolora.adapters.lora_config import as_adapter_config
 from pyrolora.adapters.modules import plain_parameters
 from pyrolora.adapters.sharing import Sharing, kind_of, shares, sharing_of
 from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, check_uncalled
+from pyrolora.adapters.whole import check_eager, check_in_memory
 
 __all__ = [
     "AUTO_TARGETS",
@@ -39,6 +40,8 @@ __all__ = [
     "as_adapter_config",
     "attach",
     "bind",
+    "check_eager",
+    "check_in_memory",
     "check_uncalled",
     "current_binding",
     "explained_kernels",

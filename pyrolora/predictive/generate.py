@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from pyrolora import defaults
-from pyrolora.adapters import Binding, FlatFactors, SharedPassError
+from pyrolora.adapters import Binding, FlatFactors, SharedPassError, check_eager
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.inference import prepare
 from pyrolora.inference.batches import KNOWN_INPUTS, context_length, taken_by
@@ -106,6 +106,7 @@ def generate(
 def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
     """The settings that ``generate`` will have; refuses what would leave the draws."""
     base: Any = joint.base
+    check_eager(base)
     able = getattr(base, "can_generate", None)
     if not isinstance(joint.likelihood, CausalLM) or able is None or not able():
         raise ConfigError(

@@ -1,0 +1,69 @@
+"""Networks whose calls or weights are not their own: compiled, offloaded, spread over devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pyrolora.errors import ConfigError
+
+
+def check_eager(network: nn.Module) -> None:
+    """Raise `ConfigError` for a network that is compiled, in whole or in part: compiled code keeps
+    the layers, and the factors, that it was traced with, and draws change with every call."""
+    compiled = [module for module in network.modules() if _is_compiled(module)]
+    if not compiled:
+        return
+    name = next(name for name, module in network.named_modules() if module is compiled[0])
+    where = f"its part {name!r}" if name else "all of it"
+    undo = "for part in network.modules(): part._compiled_call_impl = None"
+    if "_orig_mod" in compiled[0]._modules:
+        undo = f"pass what was compiled, network{f'.{name}' if name else ''}._orig_mod"
+    raise ConfigError(
+        f"the network is compiled ({where}), and compiled code does not follow adapters that "
+        f"change with every call; load it again without torch.compile, or undo it ({undo})"
+    )
+
+
+def check_in_memory(network: nn.Module) -> None:
+    """Raise `ConfigError` for a network that cannot be trained around where it is: weights that
+    are offloaded, or that lie on several devices."""
+    remedy = "load the network whole on one device: without device_map, or with device_map={'': 0}"
+    for name, module in network.named_modules():
+        if any(hook.offload for hook in _hooks(module)):
+            raise ConfigError(
+                f"the weights of {name or 'the network'!r} are offloaded, to the CPU or to disk, "
+                f"and a fit needs them in memory; {remedy}"
+            )
+    for name, parameter in network.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(
+                f"the weight {name!r} is not in memory (it is on the meta device: offloaded, or "
+                f"never loaded); {remedy}"
+            )
+    devices = {parameter.device for parameter in network.parameters()}
+    spread = {str(place) for place in getattr(network, "hf_device_map", {}).values()}
+    if len(devices) > 1 or len(spread) > 1:
+        places = sorted(map(str, devices)) if len(devices) > 1 else sorted(spread)
+        raise ConfigError(
+            f"the network is spread over {', '.join(places)}, and a fit would move it to one "
+            f"device; {remedy}"
+        )
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Accelerate's hooks of a module that place weights."""
+    hook = getattr(module, "_hf_hook", None)
+    found = getattr(hook, "hooks", [hook])
+    return [own for own in found if hasattr(own, "offload") and hasattr(own, "weights_map")]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it comes from ``torch.compile(module)``, had ``module.compile()``, or has a forward
+    that was compiled."""
+    return (
+        "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    )
