@@ -126,7 +126,7 @@ def fit(
         Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
         Trainer, the seed sets the process's random generators.
     output_dir
-        Checkpoints, ten a run, and the posterior at the end, go there. One fit at a time may use it.
+        Checkpoints, ten a run, and the posterior at the end, go there. One fit at a time uses it.
     training
         ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
         schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
