@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
@@ -70,7 +71,7 @@ def listed(names: Collection[str], most: int = 4) -> str:
 
 
 def _without_sites(message: str) -> str:
-    return message.partition("\nTrace Shapes:")[0].rstrip()
+    return re.split(r"\n\s*Trace Shapes:", message, maxsplit=1)[0]
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: float = math.inf) -> None:

@@ -131,9 +131,11 @@ class AdapterConfig:
     target_modules
         ``"auto"``, or None (the attention projections of a known architecture, else every linear
         layer), ``"all-linear"``, names or name suffixes, or one string: a regular expression for
-        the whole name, or a suffix.
+        the whole name, or a suffix. Each name of a list has to select a layer; of a pattern,
+        layers that are smaller than their rank or that the network does not call are left out,
+        with a warning.
     exclude_modules
-        Taken out of the targets; by the same rules.
+        Taken out of the targets; by the same rules. Each has to be in the network.
     lora_dropout
         Dropout on the adapter's input during training.
     modules_to_save

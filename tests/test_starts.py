@@ -23,6 +23,9 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Ensemble, Guide, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
 
+# Some fits here are to stay at the start, and say so.
+pytestmark = pytest.mark.filterwarnings("ignore:training has not moved")
+
 STARTS = ("lora-ga", "pissa", "olora")
 MIXED: dict[str, Any] = {
     "r": 3,

@@ -126,8 +126,8 @@ def explained_kernels(attachment: Attachment) -> Iterator[None]:
             raise
         name, layer = next(iter(quantised.items()))
         raise TargetError(
-            f"a pass through the network fails ({type(error).__name__}: {error}), and its layers "
-            f"such as {name!r} are of the class {type(layer).__name__}: the library that multiplies "
+            f"a pass through the network fails ({type(error).__name__}: {error}), and layers such "
+            f"as {name!r} are of the class {type(layer).__name__}: the library that multiplies "
             "with them has to be there; install it, or load the network without that quantisation"
         ) from error
 

@@ -109,8 +109,8 @@ def warn_of_left_out(
         _warn(
             f"{config.target_modules!r} adapts linear layers, here {share:.0%} of the weights "
             "beside embeddings and heads; without an adapter are "
-            f"{listed(patterns(left.values()))} ('#' stands for a number): pyrolora has none for fused parameters and for "
-            "projections that torch does not call"
+            f"{listed(patterns(left.values()))} ('#' stands for a number): pyrolora has none for "
+            "fused parameters and for projections that torch does not call"
         )
 
 
@@ -137,7 +137,7 @@ def _what_is(network: nn.Module, own: str, selected: Sequence[str], heads: Seque
         return "belongs to a task head, which is trained in full (see modules_to_save)"
     kinds = dict.fromkeys(type(modules[name]).__name__ for name in found)
     if all(_of_attention(network, name) for name in found):
-        return f"is of the class {'/'.join(kinds)}, whose weights torch's attention reads without calling it"
+        return f"is of the class {'/'.join(kinds)}, whose weights are read without calling it"
     inside = [n for n in linear_layers(network) if any(n.startswith(f"{f}.") for f in found)]
     more = f" (inside of it: {listed(_endings(inside))})" if inside else ""
     return f"is of the class {'/'.join(kinds)}, no linear layer{more}"

@@ -35,8 +35,9 @@ def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_ra
         "no gradient reached them: what follows them in the network has no backward pass (a layer "
         "quantised for inference, detach(), no_grad()), or the output does not depend on them"
     )
-    if learning_rate == 0:
-        reason = "the learning rate is 0"
+    largest = max(float(start.abs().max()) for start in starts.values())
+    if learning_rate <= 1e-8 * largest:  # which rounding takes away
+        reason = f"the learning rate is {learning_rate:g}"
     warnings.warn(
         f"training has not moved the adapters of {len(names)} of "
         f"{len(joint.program.bank.specs)} layers, {listed(names)}: {reason}",

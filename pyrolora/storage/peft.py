@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters import LayerSpec, refuse_foreign
@@ -36,6 +37,17 @@ PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
 # PEFT saves these of a sequence classifier, whether its configuration names them or not.
 CLASSIFIER_HEADS = ("classifier", "score")
+
+# The targets that PEFT 0.21 turns into fused experts, by the kinds to which transformers maps its
+# types of models (`peft/utils/transformers_weight_conversion.py`).
+FUSED_TARGETS: Mapping[str | None, Sequence[str]] = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+_CONVERTED: Mapping[Any, str] = {
+    **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}),
+    "mixtral": "mixtral",
+}
 
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # Without bearing on the function that the stored tensors give.
@@ -128,7 +140,8 @@ def write_adapter(
     ------
     ConfigError
         When the folder holds something else, a layer stands under several names of which PEFT
-        knows one, or PEFT's rules cannot tell the heads from other modules of the network.
+        knows one, PEFT takes a layer's name for fused experts, or its rules cannot tell the heads
+        from other modules of the network.
     """
     _check_folder(path)
     _check_names(specs, base)
@@ -193,6 +206,7 @@ def _describe(
     names: list[str] | str = list(ranks)
     if any(_selects(names, other, Patterns()) for other in modules.keys() - ranks.keys()):
         names = "|".join(re.escape(name) for name in names)  # PEFT matches it in full
+    _check_experts(names, list(ranks), base)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -212,6 +226,23 @@ def _describe(
         "alpha_pattern": {_exactly(n): alpha for n, alpha in alphas.items() if alpha != lora_alpha},
         "modules_to_save": heads or None,
     }
+
+
+def _check_experts(wanted: list[str] | str, layers: list[str], base: nn.Module) -> None:
+    """PEFT takes such names, of layers beside fused experts, for the experts themselves; and makes
+    of a regular expression the ends of the names that it matches."""
+    kind = _CONVERTED.get(getattr(getattr(base, "config", None), "model_type", None))
+    fused = FUSED_TARGETS.get(kind, ())
+    taken = [name for name in layers if name.rpartition(".")[2] in fused]
+    if fused and isinstance(wanted, str):
+        taken = layers
+    if taken:
+        ends = sorted({name.rpartition(".")[2] for name in taken})
+        raise ConfigError(
+            f"PEFT takes {_listing(taken)} of a {base.__class__.__name__} for its fused experts, "
+            "whatever adapter_config.json says, and would read another adapter; export the merged "
+            f"network (posterior.merge()), or fit with exclude_modules={ends}"
+        )
 
 
 def _alpha(scaling: float, rank: int) -> float:

@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -692,3 +694,26 @@ def test_a_folder_without_one_of_the_files_is_refused(name: str, folder: Path) -
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name):
         read_adapter(folder, bert())
+
+
+def test_layers_that_peft_takes_for_fused_experts_are_not_exported(tmp_path: Path) -> None:
+    """The attention of such a network is; a dense layer beside the experts is not."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 30}
+    config = Qwen3MoeConfig(**sizes, **experts, **heads, mlp_only_layers=[0])
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return Qwen3MoeForCausalLM(config).eval()
+
+    own = randomised(network(), AdapterConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(ConfigError, match=r"takes 'model.layers.0.mlp.down_proj' .*fused experts"):
+        write(own, tmp_path / "refused")
+    own = randomised(network(), AdapterConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    write(own, tmp_path / "attention")
+    ids = torch.randint(3, 30, (2, 5))
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(network(), tmp_path / "attention")(input_ids=ids).logits
+        ours = own.network({"input_ids": ids}, own.program.mean())
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
