@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import AdapterBank, Attachment, LayerSpec, Start, check_eager, plain_copy
+from pyrolora.adapters import (
+    AdapterBank,
+    Attachment,
+    LayerSpec,
+    Start,
+    check_eager,
+    plain_copy,
+    refuse_foreign,
+)
 from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.errors import CheckpointError, true_or_false
@@ -82,6 +90,7 @@ def load(
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
         check_eager(model)
+        refuse_foreign(model)
     saved = read_folder(Path(path))
     description = saved.description
     try:

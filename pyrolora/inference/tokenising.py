@@ -54,7 +54,8 @@ def tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Datas
             f"none of the columns {data.column_names} is an input of {collate.network_name}; "
             f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
-    return data.select_columns(kept), unread(names, read or kept)
+    of_texts = [name for name in names if collate.labels_are_tokens and name == "label"]
+    return data.select_columns(kept), [*of_texts, *unread(names, read or kept)]
 
 
 def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:
