@@ -273,7 +273,7 @@ class JointModel(nn.Module):
 
     @contextmanager
     def bound(self, binding: Binding) -> Iterator[None]:
-        """Bind for the block, in which the network's own code runs: it calls its layers (torch's fast
+        """Bind for the block, in which the network runs: its code calls its layers (torch's fast
         path for ``nn.TransformerEncoder`` would read their weights), and has torch's default dtype
         as the caller set it."""
         calls = layers_called() if self._has_fastpath else nullcontext()
