@@ -408,8 +408,34 @@ def test_a_folder_with_more_or_other_than_files_is_not_read(name: str, planted: 
         (planted / name).write_text('{"peft_type": "LORA"}')
     else:
         os.mkfifo(planted / name)  # a reader would wait for ever
-    with pytest.raises(CheckpointError, match=f"no plain network: it has '{name}'"):
+    with pytest.raises(CheckpointError, match=f"no plain network: it has, or names, '{name}'"):
         load_base({**described(llama()), "name_or_path": str(planted)})
+
+
+@pytest.mark.parametrize("shard", ["inside/pipe.safetensors", "../pipe.safetensors", "weights.bin"])
+def test_weights_elsewhere_are_not_read(shard: str, planted: Path) -> None:
+    (planted / "model.safetensors").unlink()
+    (planted / "inside").mkdir()
+    if shard == "weights.bin":
+        torch.save(llama().state_dict(), planted / shard)
+    else:
+        os.mkfifo(planted / shard)  # a reader would wait for ever
+    index = {"metadata": {}, "weight_map": dict.fromkeys(llama().state_dict(), shard)}
+    (planted / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"no plain network: it has, or names, '{shard}'"):
+        load_base({**described(llama()), "name_or_path": str(planted)})
+
+
+def test_weights_in_several_files_are_read(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    load_base({**described(llama()), "name_or_path": str(tmp_path)})
+
+
+def test_a_file_in_the_place_of_a_folder_is_not_read(planted: Path) -> None:
+    file = planted / "config.json"  # transformers would read the weights from it, as a pickle
+    with pytest.raises(CheckpointError, match="is no folder"):
+        load_base({**described(llama()), "name_or_path": str(file)})
 
 
 CHOICES: dict[str, Any] = {
