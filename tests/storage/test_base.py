@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     PreTrainedModel,
+    SwinConfig,
 )
 
 import pyrolora
@@ -436,6 +437,15 @@ def test_a_file_in_the_place_of_a_folder_is_not_read(planted: Path) -> None:
     file = planted / "config.json"  # transformers would read the weights from it, as a pickle
     with pytest.raises(CheckpointError, match="is no folder"):
         load_base({**described(llama()), "name_or_path": str(file)})
+
+
+def test_the_layers_of_several_stages_are_counted_together() -> None:
+    config = SwinConfig(depths=[2, 2, 6, 2])
+    saved = {**kept(config), "depths": [60] * 3000}  # each is few
+    with pytest.raises(CheckpointError, match="more than the 64 that"):
+        restore(config, saved, most=64)
+    assert restore(config, {**saved, "depths": [2, 2, 18, 2]}, most=64)
+    assert config.depths == [2, 2, 18, 2]
 
 
 CHOICES: dict[str, Any] = {
