@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -77,8 +78,9 @@ def load_base(
         raise
     except Exception as error:  # of a configuration, of files and of code that are not ours
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        here = "" if os.path.isdir(place) else f"; there is no such folder in {Path.cwd()} either"
         raise CheckpointError(
-            f"cannot load the posterior's network, a {kind}, from {place!r} ({reason:.300}); "
+            f"cannot load the posterior's network, a {kind}, from {place!r} ({reason:.300}{here}); "
             f"{PASS_IT}"
         ) from error
     return network

@@ -448,6 +448,19 @@ def test_the_layers_of_several_stages_are_counted_together() -> None:
     assert config.depths == [2, 2, 18, 2]
 
 
+def test_a_relative_name_is_looked_for_where_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path / "network")
+    monkeypatch.chdir(tmp_path)
+    description = described(LlamaForCausalLM.from_pretrained("./network"))
+    load_base(description)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"no such folder in .*other"):
+        load_base(description)
+
+
 CHOICES: dict[str, Any] = {
     "trust_remote_code": True,
     "auto_map": {"AutoModelForCausalLM": "planted.Planted"},
