@@ -49,8 +49,8 @@ def restore(config: PreTrainedConfig, saved: Mapping[str, Any], most: int) -> bo
     """Set in ``config`` what the saved one has otherwise; return whether anything was.
 
     Only names that the architecture's configuration has, with values of the JSON type that they
-    have there, and none that may name a place. A number of layers, heads or experts is at most
-    ``most``, or what it is in ``config``.
+    have there, and none that may name a place. A number of layers, heads or experts, or the sum of
+    several, is at most ``most``, or what it is in ``config``.
 
     Raises
     ------
@@ -141,8 +141,8 @@ def _check(key: str, value: Any, present: Any, most: int) -> None:
             f"{present!r:.80}; load the network with it yourself and pass it: "
             "pyrolora.load(path, model)"
         )
-    at_most = max(most, *_numbers(present))
-    if COUNTS.search(key) and max(_numbers(value)) > at_most:
+    at_most = max(most, _extent(present))
+    if COUNTS.search(key) and _extent(value) > at_most:
         raise CheckpointError(
             f"the saved configuration has {key}={value!r:.80}, more than the {at_most} that the "
             "saved network can have"
@@ -153,11 +153,11 @@ def _is_place(key: str) -> bool:
     return key in PLACE_NAMES or not PLACES.isdisjoint(key.split("_"))
 
 
-def _numbers(value: Any) -> list[float]:
-    """The numbers in a value, and 0."""
+def _extent(value: Any) -> float:
+    """A number; of a list, such as the layers of each stage, the sum, or the length if larger."""
     if isinstance(value, list):
-        return [number for part in value for number in _numbers(part)] or [0]
-    return [value if _type(value) is float else 0]
+        return max(len(value), sum(map(_extent, value)))
+    return abs(value) if _type(value) is float else 0
 
 
 def _harmless(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -13,8 +14,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pyrolora.errors import CheckpointError
+from pyrolora.files import read_json, shown
 from pyrolora.storage.base import DTYPES
 from pyrolora.storage.configuration import restore
 from pyrolora.storage.digest import quantised
@@ -75,8 +78,9 @@ def load_base(
         raise
     except Exception as error:  # of a configuration, of files and of code that are not ours
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        here = "" if os.path.isdir(place) else f"; there is no such folder in {Path.cwd()} either"
         raise CheckpointError(
-            f"cannot load the posterior's network, a {kind}, from {place!r} ({reason:.300}); "
+            f"cannot load the posterior's network, a {kind}, from {place!r} ({reason:.300}{here}); "
             f"{PASS_IT}"
         ) from error
     return network
@@ -114,9 +118,8 @@ def _configuration(
 ) -> PreTrainedConfig:
     """The configuration of the folder, with the saved values; of a folder that the caller did not
     name, ``strange``, without implementations that are fetched from elsewhere."""
-    for file in Path(place).iterdir() if strange and Path(place).is_dir() else ():
-        if file.name == "adapter_config.json" or not (file.is_file() or file.is_dir()):
-            raise CheckpointError(f"{place!r} is no plain network: it has {file.name!r}; {PASS_IT}")
+    if strange:
+        _check_place(Path(place))
     if not loader.config_class.get_config_dict(place)[0]:
         raise CheckpointError(f"{place!r} has no configuration; {PASS_IT}")
     config: PreTrainedConfig = loader.config_class.from_pretrained(place)
@@ -135,6 +138,24 @@ def _configuration(
             f"{place!r}; {PASS_IT}"
         )
     return config
+
+
+def _check_place(place: Path) -> None:
+    """Refuse what is no network's folder, and one with anything that is no plain file, or with
+    weights elsewhere: transformers would wait for a pipe, or read a pickle."""
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{str(place)!r} is no folder; {PASS_IT}")
+    names = [file.name for file in place.iterdir()] if place.is_dir() else []
+    shards: set[str] = set()
+    if SAFE_WEIGHTS_INDEX_NAME in names and (place / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        shards = set(map(str, read_json(place / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values()))
+    for name in sorted({*names, *shards}):
+        plain = (place / name).is_file() or (name in names and (place / name).is_dir())
+        elsewhere = name in shards and (name not in names or not name.endswith(".safetensors"))
+        if name == "adapter_config.json" or elsewhere or not plain:
+            raise CheckpointError(
+                f"{str(place)!r} is no plain network: it has, or names, {shown(name)}; {PASS_IT}"
+            )
 
 
 def _size(loader: type[PreTrainedModel], config: PreTrainedConfig) -> int:

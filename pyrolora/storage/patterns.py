@@ -51,7 +51,7 @@ class Patterns:
         ------
         CheckpointError
             When the pattern is no regular expression, takes too long, or has what an expression
-            over names does not need (back references, look-behind, flags).
+            over names does not need (back references, flags).
         """
         ends = set(ends) or {len(name)}
         parts = pattern.split("|")
@@ -108,16 +108,25 @@ class Patterns:
             return starts & {0}
         if op is kind.AT and arg in (kind.AT_END, kind.AT_END_STRING):
             return starts & {len(name)}
-        if op in (kind.ASSERT, kind.ASSERT_NOT) and arg[0] == 1:
+        if op is kind.AT and arg in (kind.AT_BOUNDARY, kind.AT_NON_BOUNDARY):
+            wanted = arg is kind.AT_BOUNDARY
+            return frozenset(i for i in starts if _is_boundary(name, i) is wanted)
+        if op in (kind.ASSERT, kind.ASSERT_NOT):
             wanted = op is kind.ASSERT
-            inner = arg[1]
-            return frozenset(
-                i for i in starts if bool(self._ends(inner, name, frozenset({i}))) is wanted
-            )
+            return frozenset(i for i in starts if self._holds(arg[0], arg[1], name, i) is wanted)
         raise CheckpointError(
             f"a pattern that names modules has a {str(op).lower()}, which is not taken here; write "
             "the names of the modules instead"
         )
+
+    def _holds(self, direction: int, inner: Any, name: str, place: int) -> bool:
+        """Whether what is looked for ahead of a place, or behind it, is there."""
+        if direction == 1:
+            return bool(self._ends(inner, name, frozenset({place})))
+        width, most = inner.getwidth()
+        if width != most:  # as Python has it
+            raise ValueError("look-behind requires fixed-width pattern")
+        return place >= width and place in self._ends(inner, name, frozenset({place - width}))
 
     def _repeated(
         self, least: int, most: int, body: Sequence[Any], name: str, starts: frozenset[int]
@@ -132,6 +141,12 @@ class Patterns:
                 break
             found |= latest
         return found
+
+
+def _is_boundary(name: str, place: int) -> bool:
+    """Whether a word begins or ends at a place."""
+    sides = [name[i : i + 1] for i in (place - 1, place) if i >= 0]
+    return [bool(c) and _CATEGORIES[kind.CATEGORY_WORD](c) for c in sides].count(True) == 1
 
 
 def _takes(op: Any, arg: Any, character: str) -> bool:

@@ -25,6 +25,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     PreTrainedModel,
+    SwinConfig,
 )
 
 import pyrolora
@@ -416,8 +417,56 @@ def test_a_folder_with_more_or_other_than_files_is_not_read(name: str, planted: 
         (planted / name).write_text('{"peft_type": "LORA"}')
     else:
         os.mkfifo(planted / name)  # a reader would wait for ever
-    with pytest.raises(CheckpointError, match=f"no plain network: it has '{name}'"):
+    with pytest.raises(CheckpointError, match=f"no plain network: it has, or names, '{name}'"):
         load_base({**described(llama()), "name_or_path": str(planted)})
+
+
+@pytest.mark.parametrize("shard", ["inside/pipe.safetensors", "../pipe.safetensors", "weights.bin"])
+def test_weights_elsewhere_are_not_read(shard: str, planted: Path) -> None:
+    (planted / "model.safetensors").unlink()
+    (planted / "inside").mkdir()
+    if shard == "weights.bin":
+        torch.save(llama().state_dict(), planted / shard)
+    else:
+        os.mkfifo(planted / shard)  # a reader would wait for ever
+    index = {"metadata": {}, "weight_map": dict.fromkeys(llama().state_dict(), shard)}
+    (planted / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"no plain network: it has, or names, '{shard}'"):
+        load_base({**described(llama()), "name_or_path": str(planted)})
+
+
+def test_weights_in_several_files_are_read(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    load_base({**described(llama()), "name_or_path": str(tmp_path)})
+
+
+def test_a_file_in_the_place_of_a_folder_is_not_read(planted: Path) -> None:
+    file = planted / "config.json"  # transformers would read the weights from it, as a pickle
+    with pytest.raises(CheckpointError, match="is no folder"):
+        load_base({**described(llama()), "name_or_path": str(file)})
+
+
+def test_the_layers_of_several_stages_are_counted_together() -> None:
+    config = SwinConfig(depths=[2, 2, 6, 2])
+    saved = {**kept(config), "depths": [60] * 3000}  # each is few
+    with pytest.raises(CheckpointError, match="more than the 64 that"):
+        restore(config, saved, most=64)
+    assert restore(config, {**saved, "depths": [2, 2, 18, 2]}, most=64)
+    assert config.depths == [2, 2, 18, 2]
+
+
+def test_a_relative_name_is_looked_for_where_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama().save_pretrained(tmp_path / "network")
+    monkeypatch.chdir(tmp_path)
+    description = described(LlamaForCausalLM.from_pretrained("./network"))
+    load_base(description)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"no such folder in .*other"):
+        load_base(description)
 
 
 CHOICES: dict[str, Any] = {

@@ -23,6 +23,12 @@ PATTERNS = [
     r"vision.q",
     r"(\w+\.){2,5}\w{1,6}",
     r"(?=enc)\w+\..*",
+    r".*\bquery\b",
+    r".*\B(uery|roj)",
+    r"\b.*\b",
+    r".*(?<!mlp\.)(query|up_proj|q)",
+    r".*(?<=self\.)\w+",
+    r"(?<!a)q",
 ]
 
 
@@ -40,7 +46,11 @@ def test_random_patterns_match_what_re_matches() -> None:
             rng.choice(atoms) + rng.choice(["", "", "*", "+", "?", "{2}", "{1,3}", "*?"])
             for _ in range(rng.randint(1, 4))
         ]
-        pattern = rng.choice(["", "^", "(?!b)", "(?=a)"]) + "".join(parts) + rng.choice(["", "$"])
+        pattern = (
+            rng.choice(["", "^", "(?!b)", "(?=a)", r"\b", r"(?<!a)\B"])
+            + "".join(parts)
+            + rng.choice(["", "$", r"\b", "(?<=a)", "(?<!b.)"])
+        )
         name = "".join(rng.choice("ab.") for _ in range(rng.randint(0, 7)))
         expected = re.fullmatch(pattern, name) is not None
         assert Patterns().match(pattern, name) is expected, (pattern, name)
@@ -78,7 +88,7 @@ def test_steps_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(", "*", r"(a)\1", "(?i)a", "(?<=a)b", "a" * 200_000, "(" * 5000 + ")" * 5000]
+    "pattern", ["(", "*", r"(a)\1", "(?i)a", "(?<=a+)b", "a" * 200_000, "(" * 5000 + ")" * 5000]
 )
 def test_what_is_refused(pattern: str) -> None:
     with pytest.raises(CheckpointError):
