@@ -16,6 +16,7 @@ from pyrolora.storage.digest import FLOATS, digests, matches, quantised
 from pyrolora.storage.tensors import tensors
 
 ENTRIES = {"class": str, "name_or_path": str, "dtype": str, "config": dict, "weights": dict}
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 WEIGHT = {"shape": list, "dtype": str, "bits": dict}
 DIGEST = re.compile("[0-9a-f]{16}")
 LARGEST = 2**63
@@ -106,11 +107,29 @@ def check_base(network: nn.Module, heads: Iterable[str], description: Mapping[st
     if not isinstance(network, PreTrainedModel):
         return
     for name, saved, found in differences(network.config, description["config"]):
+        if name.rpartition(".")[2] in TOKENS and not _reads_tokens(network):
+            continue
         raise CheckpointError(
             f"the configuration of this {kind} has {name}={found!r:.200}, and the posterior was "
             f"fitted with {saved!r:.200}, which makes another function; load it with that value, "
             f"or set it in network.config before it is built"
         )
+
+
+def _reads_tokens(network: PreTrainedModel) -> bool:
+    """Whether the network's function depends on which tokens its configuration calls padding or
+    the end: of classifiers and encoder-decoders by a place in the text, of others by positions that
+    are counted from the padding on. What else writes text uses them in generation alone."""
+    positions = (
+        module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]
+    )
+    return (
+        bool(getattr(network.config, "is_encoder_decoder", False))
+        or network.get_output_embeddings() is None
+        or any(module.padding_idx is not None for module in positions)
+    )
 
 
 def _check_weights(

@@ -22,7 +22,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForMaskedLM,
     BertForSequenceClassification,
+    LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     LlavaConfig,
     PreTrainedModel,
     SwinConfig,
@@ -271,6 +273,22 @@ def test_nested_configurations_are_kept_compared_and_set() -> None:
     }
     assert restore(theirs, saved, most=64)
     assert not list(differences(theirs, saved))
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id"])
+def test_tokens_that_the_function_does_not_read_may_differ(name: str) -> None:
+    """As people set them after loading; a classifier reads the padding token."""
+    network = llama()
+    saved = describe_base(network, [])
+    other = copy.deepcopy(network)
+    setattr(other.config, name, 7)
+    check_base(other, [], saved)
+    config = LlamaConfig(**llama().config.to_diff_dict() | {"pad_token_id": 0})
+    classifier = LlamaForSequenceClassification(config)
+    saved = describe_base(classifier, ["score"])
+    setattr(classifier.config, name, 7)
+    with pytest.raises(CheckpointError, match=f"{name}=7"):
+        check_base(classifier, ["score"], saved)
 
 
 # New weights --------------------------------------------------------------------------------------
