@@ -214,7 +214,7 @@ class JointModel(nn.Module):
         """The likelihood's view of the network's output on the rows of ``batch`` with ``binding``
         in its layers."""
         check_eager(self.base)
-        with self.bound(binding), DRAWING.callers_dtype():
+        with self.bound(binding):
             raw = self._call(self._inputs(batch))
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)
@@ -273,9 +273,11 @@ class JointModel(nn.Module):
 
     @contextmanager
     def bound(self, binding: Binding) -> Iterator[None]:
-        """Bind for the block, in which the network calls its layers: torch's fast path for
-        ``nn.TransformerEncoder`` would read their weights."""
-        with bind(binding), layers_called() if self._has_fastpath else nullcontext():
+        """Bind for the block, in which the network runs: its code calls its layers (torch's fast
+        path for ``nn.TransformerEncoder`` would read their weights), and has torch's default dtype
+        as the caller set it."""
+        calls = layers_called() if self._has_fastpath else nullcontext()
+        with bind(binding), calls, DRAWING.callers_dtype():
             yield
 
     def _may_leave_out(self) -> bool:

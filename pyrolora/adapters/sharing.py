@@ -169,8 +169,9 @@ class _NotingHead(nn.Module):
 def _random(own: Factors, generator: torch.Generator) -> Factors:
     """Updates of rank one, another for each draw."""
     inputs, outputs = own.A.shape[-1], own.sB.shape[-1]
-    A = torch.randn(DRAWS, 1, inputs, generator=generator) / inputs**0.5
-    sB = UPDATE * torch.randn(DRAWS, 1, outputs, generator=generator)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    A = torch.randn(DRAWS, 1, inputs, **options) / inputs**0.5
+    sB = UPDATE * torch.randn(DRAWS, 1, outputs, **options)
     return Factors(A.to(own.A), sB.to(own.sB))
 
 
@@ -181,7 +182,7 @@ def _rows_of(batch: Mapping[str, Any], numbers: Tensor) -> dict[str, Any]:
 def _reduced(x: Tensor) -> Tensor:
     """(rows, `NUMBERS`): random projections, the same for each width."""
     generator = torch.Generator().manual_seed(x.shape[-1])
-    matrix = torch.randn(x.shape[-1], NUMBERS, generator=generator)
+    matrix = torch.randn(x.shape[-1], NUMBERS, generator=generator, dtype=torch.float32)
     return x.reshape(-1, x.shape[-1]).float() @ matrix.to(x.device)
 
 

@@ -31,6 +31,7 @@ from pyrolora.likelihoods import (
     Likelihood,
     MultipleChoice,
     Regression,
+    TokenLikelihood,
 )
 
 PAIRS = [
@@ -331,9 +332,11 @@ def test_padding_that_the_user_made_does_not_count() -> None:
     assert (batch["labels"][~kept] == -100).all()
 
 
-def test_text_for_a_language_model_drops_a_class_label() -> None:
+def test_a_class_label_that_a_language_model_does_not_read_is_named() -> None:
     raw = reviews(5)
-    (batch,) = batches(prepare(raw, llama(), CausalLM(), tokenizer()))
+    with pytest.warns(UserWarning, match=r"the columns \['label'\] are not read"):
+        prepared = prepare(raw, llama(), CausalLM(), tokenizer())
+    (batch,) = batches(prepared)
     assert batch["labels"].shape == batch["input_ids"].shape
     assert torch.equal(batch["input_ids"], by_hand(raw)[0]["input_ids"])
 
@@ -420,7 +423,9 @@ def roberta() -> RobertaForSequenceClassification:
 def test_texts_are_cut_where_the_networks_table_of_positions_ends(
     network: nn.Module, law: Likelihood, longest: int
 ) -> None:
-    rows = [{"text": LONG, "label": 0}, {"text": "dull", "label": 1}]
+    rows: list[dict[str, Any]] = [{"text": LONG, "label": 0}, {"text": "dull", "label": 1}]
+    if isinstance(law, TokenLikelihood):
+        rows = [{"text": row["text"]} for row in rows]
     with pytest.warns(UserWarning, match=f"1 of 2 texts have more than {longest} tokens"):
         prepared = prepare(rows, network, law, unlimited())
     (batch,) = prepared.loader(2)

@@ -15,6 +15,9 @@ from pyrolora.errors import DataError
 from pyrolora.inference import Prepared, prepare
 from pyrolora.likelihoods import MaskedLM
 
+# The texts here are classified elsewhere.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the columns \['label'\] are not read")
+
 MASK = len(WORDS)
 NETWORK = bert_mlm()
 

@@ -50,6 +50,7 @@ def xlnet() -> nn.Module:
     return XLNetLMHeadModel(XLNetConfig(**sizes, initializer_range=0.3)).eval()
 
 
+@pytest.mark.filterwarnings("ignore:'all-linear' adapts linear layers")
 @pytest.mark.parametrize(
     "network",
     [

@@ -10,6 +10,9 @@ from pyrolora.errors import DataError
 from pyrolora.inference import prepare
 from pyrolora.likelihoods import CausalLM, MaskedLM, TokenLikelihood, likelihood_for
 
+# The texts here are classified elsewhere.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the columns \['label'\] are not read")
+
 LABELS = torch.tensor([[-100, 3, -100, 1], [2, -100, -100, -100]])
 
 

@@ -18,6 +18,9 @@ from pyrolora.inference import prepare
 from pyrolora.likelihoods import CHOICE_MASK, CausalLM, MaskedLM
 from pyrolora.predictive import ClassPrediction, TokenPrediction
 
+# The texts here are classified elsewhere.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the columns \['label'\] are not read")
+
 SETTINGS: dict[str, Any] = {"epochs": 5, "batch_size": 8, "learning_rate": 0.03, "seed": 0}
 CASES: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {
     "choice": (bert_choice, questions),
@@ -129,6 +132,7 @@ def test_a_saved_posterior_predicts_the_same(
     assert idata["log_likelihood"]["y"].shape == (1, 4, 7)
 
 
+@pytest.mark.filterwarnings("ignore:new weights in bert.pooler")
 @pytest.mark.parametrize("case", CASES)
 def test_a_folder_and_data_are_enough(case: str, tmp_path: Path) -> None:
     """A masked language model on disk, and the data says what it is for."""

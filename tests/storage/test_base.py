@@ -20,6 +20,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
     BertForSequenceClassification,
     LlamaForCausalLM,
     LlavaConfig,
@@ -281,6 +282,13 @@ def without_pooler(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bert_mlm().save_pretrained(folder)
     mask_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda network: network])
+def test_weights_that_are_tied_are_not_new(without_pooler: Path, change: Any) -> None:
+    """A checkpoint has them under one name, and copies have lost the marks of transformers."""
+    network = BertForMaskedLM.from_pretrained(without_pooler)
+    assert own_new_weights(change(network), []) == []
 
 
 def test_new_weights_belong_to_the_posterior(without_pooler: Path, tmp_path: Path) -> None:

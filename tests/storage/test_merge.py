@@ -33,7 +33,7 @@ from pyrolora.adapters.layer import Wrapper
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP
-from pyrolora.likelihoods import likelihood_for
+from pyrolora.likelihoods import MaskedLM, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel
 from pyrolora.storage import merged as merge_of
@@ -345,19 +345,17 @@ def tied_llama() -> Any:
 def with_adapters(network: Any, **adapter: Any) -> JointModel:
     """A joint model whose adapters and heads have moved, without a fit."""
     config = AdapterConfig(r=2, **adapter)
-    law = likelihood_for(network, "masked_lm")  # any: it is not asked
-    joint = build(network, attach(network, config), config, MAP(), law, 4)
+    joint = build(network, attach(network, config), config, MAP(), MaskedLM(), 4)
     generator = torch.Generator().manual_seed(0)
     for parameter in (*joint.program.parameters(), *joint.heads.parameters()):
         parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return joint
 
 
-QUERY = ["q_proj", "query", "SelfAttention.q", "lm_head"]
 TIED: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "bert, adapted": (bert_mlm, {"target_modules": ["decoder"], "modules_to_save": []}, False),
-    "bert, owned": (bert_mlm, {"target_modules": QUERY, "modules_to_save": ["cls"]}, False),
-    "bert, as it was": (bert_mlm, {"target_modules": QUERY, "modules_to_save": []}, True),
+    "bert, owned": (bert_mlm, {"target_modules": ["query"], "modules_to_save": ["cls"]}, False),
+    "bert, as it was": (bert_mlm, {"target_modules": ["query"], "modules_to_save": []}, True),
     "llama, adapted": (tied_llama, {"target_modules": ["lm_head"]}, False),
     "llama, output owned": (
         tied_llama,
