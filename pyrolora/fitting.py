@@ -43,7 +43,7 @@ from pyrolora.inference import (
     weight_gradients,
 )
 from pyrolora.inference.labels import class_names_of
-from pyrolora.inference.reading import check_reading
+from pyrolora.inference.reading import check_reading, explained_pass
 from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
@@ -353,8 +353,8 @@ def _attached(
         device = next(joint.parameters()).device
         pieces = ((0, 2), (2, defaults.CALL_EXAMPLES))
         examples = ([data.examples[i] for i in range(a, min(b, len(data)))] for a, b in pieces)
-        batches = (to_device(data.collate(some), device) for some in examples if some)
-        with explained_kernels(attachment):
+        batches = [to_device(data.collate(some), device) for some in examples if some]
+        with explained_kernels(attachment), explained_pass(network, batches[0]):
             left = joint.uncalled(batches)
         found = attachment
         if left:
@@ -470,7 +470,8 @@ def _check_output(joint: JointModel, data: Prepared, *, untrained: bool = False)
     examples = [data.examples[i] for i in range(min(2, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)
     with evaluating(joint):
-        output = joint.network(batch, joint.program.mean())
+        with explained_pass(joint.base, batch):
+            output = joint.network(batch, joint.program.mean())
         joint.likelihood.check_output(output, data.labels)
         check_reading(joint, batch, output)
         if untrained:

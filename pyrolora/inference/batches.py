@@ -58,6 +58,7 @@ class Collator:
         self.input_name = getattr(network, "main_input_name", INPUTS)
         self.longest = table_of_positions(network)
         self.context = context_length(network)
+        self.vocabulary = embedded(network)
         self.padding = padding_of(network, tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.float32)
@@ -116,6 +117,17 @@ class Collator:
         ids = row.get("input_ids")
         if ids is None:
             return
+        if isinstance(ids, str):
+            raise DataError(
+                f"the input of an example is a text, {ids[:40]!r}, and {self.network_name} takes "
+                "tokens; raw text is read from a datasets.Dataset, a list of dicts, or a tuple "
+                "(texts, labels), with a tokenizer"
+            )
+        if not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0:
+            raise DataError(
+                f"the input_ids of an example are the number {ids!r}, and {self.network_name} "
+                "takes a row of tokens, (T,): of one text make a batch of one, ids[None]"
+            )
         if is_nested(ids) and not isinstance(self, ChoiceCollator):
             sizes = [len(part) for part in ids]
             shape = f"({len(sizes)}, {sizes[0]})" if len({*sizes}) == 1 else f"lists of {sizes}"
@@ -133,11 +145,46 @@ class Collator:
                 "positions; tokenise with truncation=True, "
                 f"max_length={self.longest}, or pass the raw text"
             )
+        if not is_nested(ids) and _is_real(ids[0].item() if hasattr(ids, "dtype") else ids[0]):
+            raise DataError(
+                f"input_ids are whole numbers, and here real ones, {ids[0]!r}; convert them, or "
+                "pass embeddings under the name 'inputs_embeds'"
+            )
+        mask = row.get(MASK)
+        if mask is None or is_nested(ids):
+            return
+        if np.shape(mask)[-1:] != (size,):
+            raise DataError(
+                f"an example has {size} tokens, and its attention_mask is {np.shape(mask)}; it "
+                "says of each token whether it counts, (T,)"
+            )
+        if not np.any(np.asarray(mask)):
+            raise DataError(
+                "an example has an attention_mask of zeros alone: none of its tokens counts; leave "
+                "it out"
+            )
+
+    def _check_ids(self, ids: Tensor | None) -> None:
+        """Raise `DataError` for tokens that the network has no embedding of."""
+        if ids is None or self.vocabulary is None:
+            return
+        low, high = int(ids.min()), int(ids.max())
+        if not 0 <= low <= high < self.vocabulary:
+            raise DataError(
+                f"input_ids must be in 0..{self.vocabulary - 1}, got {low}..{high}; was another "
+                "tokenizer used?"
+            )
 
     def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         rows = [self.example(example) for example in examples]
         if any(MASK in row for row in rows):
             rows = [row if MASK in row else {**row, MASK: _ones(row)} for row in rows]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            names = [sorted(row) for row in rows]
+            raise DataError(
+                f"the examples have different columns, {[*dict.fromkeys(map(str, names))]}; give "
+                "all the same"
+            )
         packed = MASK not in rows[0] and self.copies_tokens and any(map(is_packed, rows))
         try:
             if "input_ids" in rows[0] and len({len(row["input_ids"]) for row in rows}) > 1:
@@ -154,6 +201,7 @@ class Collator:
             ) from error
         if packed:  # transformers tells packed texts apart by their positions, unless it has a mask
             batch.pop(MASK, None)
+        self._check_ids(batch.get("input_ids"))
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
@@ -232,6 +280,22 @@ def table_of_positions(network: nn.Module) -> int | None:
             taken = 0 if module.padding_idx is None else module.padding_idx + 1
             return min(int(size), module.num_embeddings - taken)
     return None
+
+
+def embedded(network: nn.Module) -> int | None:
+    """The number of tokens that the network has an embedding of; None where other numbers may mean
+    something to it, such as the place of an image."""
+    config = getattr(network, "config", None)
+    find = getattr(network, "get_input_embeddings", None)
+    if not callable(find) or getattr(config, "vision_config", None) is not None:
+        return None
+    try:
+        table = find()
+    except (NotImplementedError, AttributeError):  # transformers' answer of networks without
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    known = isinstance(rows, int) and isinstance(getattr(config, "vocab_size", None), int)
+    return rows if known else None
 
 
 def context_length(network: nn.Module) -> float:

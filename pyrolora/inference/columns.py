@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection
 from itertools import chain
@@ -34,17 +35,27 @@ TEXT_COLUMNS = (
 # Of multiple choice, what stands before each choice; joined in this order.
 CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 # Columns that number or name a row, or repeat its label, and are left out without a word; so are
-# those that end in _id or _idx.
+# those that `ROW_NUMBERS` matches, and what a tokenizer says of its tokens beside them.
 ROW_NAMES = frozenset(
     (
-        *("id", "ids", "idx", "index", "guid", "uid", "uuid", "qid", "pid", "__index_level_0__"),
+        *("id", "ids", "idx", "index", "guid", "uid", "uuid", "qid", "pid"),
         *("label_text", "label_name", "label_names", "label_str", "text_label", "answerKey"),
+        *("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping"),
     )
 )
+# As in pair_id, sent_idx, MNLI's pairID, MRPC's id1, and the indices of pandas, in a CSV file, too.
+ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__index_level_\d+__|")
+# Of a text, where it comes from: no input where another column of text is.
+ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
 # Which tokens of a text count; 0: those that do not.
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")
 # What would change how much a token or an example counts, and is not supported.
-WEIGHTS = frozenset(("loss_mask", "weights", "sample_weight", "sample_weights", "example_weight"))
+WEIGHTS = re.compile(
+    r"weights|(sample|example|token|loss)_weights?"
+    r"|(loss|labels?|target|response|answer|prompt|action)_masks?"
+)
+# Labels of tokens under other names, which would have to be renamed to count.
+TOKEN_LABELS = frozenset(("label_ids", "lm_labels", "target_ids", "decoder_input_ids"))
 # Formats of texts to learn from that are more than one text.
 DIALOGUES = (
     *("prompt", "completion", "response", "instruction", "output", "question", "answer"),
@@ -56,7 +67,7 @@ SPANS = ("start_positions", "end_positions")
 
 def is_row_name(name: str) -> bool:
     """Whether a column of this name numbers or names the row, and is nothing to learn from."""
-    return name in ROW_NAMES or name.lower().endswith(("_id", "_idx"))
+    return name in ROW_NAMES or ROW_NUMBERS.fullmatch(name) is not None
 
 
 def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
@@ -83,12 +94,14 @@ def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
 
 
 def free_text(data: datasets.Dataset) -> list[str]:
-    """The columns of raw text that are neither labels nor names of rows."""
-    return [
+    """The columns of raw text that are neither labels nor names of rows, nor, beside others, say
+    where these come from."""
+    text = [
         name
         for name, feature in data.features.items()
         if is_text(feature) and name not in TARGETS and not is_row_name(name)
     ]
+    return [name for name in text if not ORIGINS.fullmatch(name)] or text
 
 
 def check_one_text(data: datasets.Dataset) -> None:
@@ -129,16 +142,23 @@ def check_task(names: Collection[str]) -> None:
         )
 
 
-def unread(names: Collection[str], read: Collection[str]) -> list[str]:
+def unread(names: Collection[str], read: Collection[str], *, tokens: bool = False) -> list[str]:
     """Columns that are left out and no names of rows; raise `DataError` where leaving one out would
-    change how much something counts."""
+    change how much something counts, or which ``tokens`` are to be learnt."""
     left = sorted(n for n in names if n not in read and n not in TARGETS and not is_row_name(n))
-    weights = [name for name in left if name in WEIGHTS]
+    weights = [name for name in left if WEIGHTS.fullmatch(name)]
     if weights:
         raise DataError(
             f"the columns {weights} say how much a token or an example counts, which is not "
             f"supported; drop them with data.remove_columns({weights}) to have all count alike, or "
             "give tokens that do not count the label -100"
+        )
+    targets = [name for name in left if tokens and name in TOKEN_LABELS and LABELS not in names]
+    if targets:
+        raise DataError(
+            f"the columns {targets} may be the tokens to learn, which are read under the name "
+            f"'labels' alone: data.rename_column({targets[0]!r}, 'labels'), or drop them with "
+            f"data.remove_columns({targets})"
         )
     return left
 

@@ -37,6 +37,9 @@ from pyrolora.likelihoods import (
 )
 from pyrolora.model import INPUTS, LABELS
 
+LOOKED_AT = 100
+"""How many examples tell whether labels of tokens are tokens of the texts."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -114,7 +117,7 @@ def prepare(
         raise DataError("the data is empty: it has 0 examples")
     collate = collator_for(network, likelihood, tokenizer)
     _check_no_choices(examples, collate)
-    names = None
+    names, columns = None, [*as_dict(examples[0], collate.input_name)]
     classes = isinstance(likelihood, Classification) and collate.labels_are_classes
     if isinstance(examples, datasets.Dataset) and classes:
         names = known_names(examples, network, likelihood)
@@ -126,7 +129,7 @@ def prepare(
         row = as_dict(examples[0], collate.input_name)
         explicit = {LABELS, *TOKEN_MASKS} & {*row}
         check_task([*row])
-        left = unread([*row], collate.read)
+        left = unread([*row], collate.read, tokens=collate.labels_are_tokens)
     if isinstance(likelihood, MaskedLM):
         first = collate.example(examples[0])
         asked = not need_labels and _has_masks(examples, collate, tokenizer)
@@ -137,7 +140,7 @@ def prepare(
         examples, collate.example, partly=optional, changed=isinstance(likelihood, CausalLM)
     )
     if labels is None and need_labels:
-        raise DataError(no_labels(examples))
+        raise DataError(no_labels(columns))
     if optional and isinstance(likelihood, Classification) and _are_secret(labels):
         labels = None
     if optional and labels is None:
@@ -147,6 +150,8 @@ def prepare(
         likelihood.check_labels(labels, network)
     if isinstance(likelihood, CausalLM) and labels is not None and not explicit:
         _check_predicted(labels)
+    if labels is not None and LABELS in explicit and isinstance(likelihood, TokenLikelihood):
+        _check_token_labels(examples, collate, likelihood, tokenizer)
     if isinstance(collate, ChoiceCollator):
         _check_choices(examples, collate, labels)
     _check_features(examples, collate)
@@ -179,6 +184,42 @@ def _check_predicted(labels: Tensor) -> None:
     short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
     if short:
         raise DataError(no_tokens(short, "no token to predict (a text's first has none before it)"))
+
+
+def _check_token_labels(
+    examples: Any, collate: Collator, likelihood: Likelihood, tokenizer: Any
+) -> None:
+    """Raise `DataError` for labels that are not the tokens of the texts: tags, or tokens that are
+    shifted by the user already. Of a masked model some tokens are hidden, or random ones."""
+    causal = isinstance(likelihood, CausalLM)
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if not causal and mask is None:
+        return
+    same = shifted = count = 0
+    for i in range(min(len(examples), LOOKED_AT)):
+        row = collate.example(examples[i])
+        labels, ids = torch.as_tensor(row[LABELS]), row.get("input_ids")
+        if ids is None or labels.shape != torch.as_tensor(ids).shape:
+            return
+        ids = torch.as_tensor(ids)
+        counted = labels != IGNORED
+        fits = (labels == ids) | (ids == mask if mask is not None and not causal else False)
+        same += int(fits[counted].sum())
+        shifted += int((labels[:-1] == ids[1:])[counted[:-1]].sum())
+        count += int(counted.sum())
+    if 2 * same >= count:
+        return
+    if causal and 2 * shifted >= count:
+        raise DataError(
+            "the labels are the input_ids one place on; the likelihood shifts them itself, as "
+            "transformers does: give each token's own id as its label, -100 where it does not count"
+        )
+    raise DataError(
+        f"of {count} labels of tokens {same} are their tokens' ids"
+        + ("" if causal else " or those of hidden tokens")
+        + ": they are tags (token classification is not supported yet), or of another text, or of "
+        "another tokenizer; a language model's labels are the ids of its own input"
+    )
 
 
 def _check_context(examples: Any, collate: Collator) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -40,6 +41,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
             "the size of a streamed data set is unknown, and the posterior depends on it; "
             "make it a datasets.Dataset, for example with data.take(n)"
         )
+    data = _texts_as_list(data)
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Tensor):
@@ -65,6 +67,13 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     )
 
 
+def _texts_as_list(data: Any) -> Any:
+    """A list in place of a column of texts, such as ``data["text"]`` of a ``datasets.Dataset``."""
+    column = isinstance(data, datasets.Column | np.ndarray | pd.Series)
+    rows = list(data) if column else []
+    return rows if rows and all(isinstance(row, str) for row in rows) else data
+
+
 def _from_list(rows: list[Any]) -> datasets.Dataset:
     if rows and all(isinstance(row, str) for row in rows):
         return datasets.Dataset.from_dict({"text": rows})
@@ -80,8 +89,15 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
             f"a tuple must be (inputs, labels) or (inputs,), got {len(parts)} entries; "
             "for more inputs pass a list of dicts or a datasets.Dataset"
         )
+    parts = tuple(map(_texts_as_list, parts))
     texts = isinstance(parts[0], list | tuple) and len(parts[0]) and isinstance(parts[0][0], str)
     names = ("text" if texts else input_name, LABELS)
+    if any(isinstance(part, Tensor) and (part.is_nested or part.dim() == 0) for part in parts):
+        raise DataError(
+            "a tuple must hold tensors (n, ...), or lists of numbers or texts, no nested tensor "
+            "and no single number; of rows with different lengths make a list of dicts: "
+            "[{'input_ids': ids, 'labels': label}, ...]"
+        )
     sizes = {name: len(part) for name, part in zip(names, parts, strict=False)}
     if len(set(sizes.values())) > 1:
         raise DataError(f"inputs and labels differ in length: {sizes}")

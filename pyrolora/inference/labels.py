@@ -33,18 +33,17 @@ def raw_labels(examples: Any) -> Tensor:
         raise DataError("the data is empty: it has 0 examples")
     labels = all_labels(examples, lambda example: as_dict(example, INPUTS))
     if labels is None:
-        raise DataError(no_labels(examples))
+        raise DataError(no_labels([*as_dict(examples[0], INPUTS)]))
     return labels
 
 
-def no_labels(examples: Any) -> str:
-    """What to say of examples without labels."""
-    columns = sorted(as_dict(examples[0], INPUTS))
+def no_labels(columns: Collection[str]) -> str:
+    """What to say of examples without labels, whose parts have these names."""
     check_task(columns)
     return (
-        f"the data has no labels: expected a column 'labels' or 'label', got {columns}; rename the "
-        "target column, for example data.rename_column('target', 'label') (--label target on the "
-        "command line)"
+        f"the data has no labels: expected a column 'labels' or 'label', got {sorted(columns)}; "
+        "rename the target column, for example data.rename_column('target', 'label') "
+        "(--label target on the command line)"
     )
 
 
@@ -59,12 +58,25 @@ def class_names(examples: Any) -> list[str] | None:
         names = list(feature.names)
     elif is_text(feature):
         found = {str(name) for name in examples.unique(column) if name is not None}
+        _check_joined(found)
         names = sorted(found, key=int if all(map(str.isdecimal, found)) else None)
     else:
         return None
     if len(names) < 2:
         raise DataError(f"a classification needs two classes, and all labels are {names}")
     return names
+
+
+def _check_joined(names: set[str]) -> None:
+    """Raise `DataError` for a label that joins others, as 'rude,false' does 'rude' and 'false'."""
+    for name in sorted(names):
+        pieces = [piece.strip() for piece in re.split(r"[,;|]", name)]
+        if len(pieces) > 1 and names.issuperset(pieces):
+            raise DataError(
+                f"the label {name!r} is a class of its own, or the labels {pieces}, which are "
+                "classes of the data, too: several labels per example (multi-label classification) "
+                "are not supported yet; if it is a class, give it a name without ',', ';' and '|'"
+            )
 
 
 def has_class_numbers(examples: Any) -> bool:
@@ -122,7 +134,8 @@ def numbered(
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif isinstance(feature, datasets.Value) and feature.dtype == "bool":
-        names = ["False", "True"]
+        answers = {*map(plain_name, classes.values())} == {"no", "yes"}
+        names = ["no", "yes"] if answers else ["False", "True"]
     elif is_plain(data) and is_text(feature):
         names = [str(name) for name in stored.unique(column) if name is not None]
     else:

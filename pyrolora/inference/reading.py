@@ -3,18 +3,40 @@ language model, none that has seen the token."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.inference.padding import MASK
 from pyrolora.likelihoods import IGNORED, CausalLM, TokenLikelihood
 from pyrolora.model import LABELS, JointModel, evaluating
 
 # How much outputs may differ by the order of sums alone, as a share of the largest.
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@contextmanager
+def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[None]:
+    """Make a `DataError` of what a network raises at a batch that it cannot read.
+
+    Raises
+    ------
+    DataError
+        With the network's own words and the shapes of the batch.
+    """
+    try:
+        yield
+    except (PyroLoraError, NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, ValueError, RuntimeError) as error:
+        shapes = {name: tuple(t.shape) for name, t in batch.items() if isinstance(t, Tensor)}
+        raise DataError(
+            f"this {type(network).__name__} cannot read a batch of the data, whose shapes are "
+            f"{shapes}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:

@@ -32,6 +32,11 @@ def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) ->
             seen &= counted
         return ids.masked_fill(~seen, IGNORED).tolist()
     given = torch.as_tensor(labels)
+    if given.dim() == 1 and len(given) != len(ids):
+        raise DataError(
+            f"an example has {len(ids)} tokens and {len(given)} labels; a causal language model "
+            "has a label per token of its input, -100 where it does not count"
+        )
     if given.shape != ids.shape:
         return labels
     if counted is not None and not torch.equal((given != IGNORED)[1:], (counted & seen)[1:]):

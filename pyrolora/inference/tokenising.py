@@ -55,7 +55,10 @@ def tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Datas
             f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
     of_texts = [name for name in names if collate.labels_are_tokens and name == "label"]
-    return data.select_columns(kept), [*of_texts, *unread(names, read or kept)]
+    if data.format["type"] is not None:  # a format with columns has chosen among them
+        names = [name for name in names if name in data.format["columns"]]
+    left = unread(names, read or kept, tokens=collate.labels_are_tokens)
+    return data.select_columns(kept), [*of_texts, *left]
 
 
 def _tokenise(data: datasets.Dataset, text: tuple[str, ...], collate: Collator) -> datasets.Dataset:

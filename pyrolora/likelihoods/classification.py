@@ -77,11 +77,15 @@ def check_whole_numbers(labels: Tensor, need: str, remedy: str) -> None:
     check_one_label(labels, need)
     if labels.dtype.is_floating_point or labels.dim() != 1:
         raise DataError(
-            f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}; {remedy}"
+            f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}; "
+            + (remedy if labels.dim() == 1 else "take the number out of its list, labels[:, 0]")
         )
     low = int(labels.min())
     if low < 0:
-        raise DataError(f"labels must be >= 0, got {low}; leave out unlabelled examples")
+        raise DataError(
+            f"labels must be >= 0, got {low}; leave out examples without a label, "
+            "for example with data.filter(lambda row: row['label'] >= 0)"
+        )
 
 
 def check_one_label(labels: Tensor, need: str) -> None:

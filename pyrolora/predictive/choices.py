@@ -121,7 +121,7 @@ def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor |
     column = next((name for name in ("label", LABELS) if name in rows.column_names), None)
     if column is None:
         if need_labels:
-            raise DataError(no_labels(rows))
+            raise DataError(no_labels(rows.column_names))
         return None
     pairs = zip(rows[column], rows[CHOICES], strict=True)
     numbers = [choice_number(label, own) for label, own in pairs]

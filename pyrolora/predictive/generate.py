@@ -20,7 +20,7 @@ from pyrolora.inference import prepare
 from pyrolora.inference.batches import KNOWN_INPUTS, context_length, taken_by
 from pyrolora.inference.encoding import Encoder
 from pyrolora.inference.examples import TensorExamples
-from pyrolora.inference.padding import MASK
+from pyrolora.inference.padding import MASK, padding_of
 from pyrolora.likelihoods import IGNORED, CausalLM
 from pyrolora.model import LABELS, JointModel, evaluating
 from pyrolora.predictive.generation import Generation
@@ -141,6 +141,7 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     """The prompts' ids, without padding."""
     if isinstance(inputs, str):
         raise DataError(f"pass prompts as a list: [{inputs[:40]!r}]")
+    texts = isinstance(inputs, Sequence) and len(inputs) > 0 and isinstance(inputs[0], str)
     if isinstance(inputs, Mapping) and "input_ids" in inputs:
         prompts = _tensors(inputs["input_ids"])
         if "attention_mask" in inputs:
@@ -148,7 +149,7 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
             if [m.shape for m in masks] != [row.shape for row in prompts]:
                 raise DataError("input_ids and attention_mask differ in shape")
             prompts = [row[own] for row, own in zip(prompts, masks, strict=True)]
-    elif isinstance(inputs, Sequence) and len(inputs) and isinstance(inputs[0], str):
+    elif texts:
         if not all(isinstance(text, str) for text in inputs):
             raise DataError("the prompts have to be texts, all of them")
         if tokenizer is None:
@@ -163,9 +164,12 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     elif isinstance(inputs, Tensor | Sequence) and not any(isinstance(x, Mapping) for x in inputs):
         prompts = _tensors(inputs)
     else:
+        got = (
+            f"a mapping with {[*inputs]}" if isinstance(inputs, Mapping) else type(inputs).__name__
+        )
         raise DataError(
             "inputs must be a list of texts, a tensor of token ids (n, T), or a mapping with "
-            f"'input_ids', got {type(inputs).__name__}; of rows pass the texts alone: data['text']"
+            f"'input_ids', got {got}; of rows pass the texts alone: data['text']"
         )
     if not prompts:
         raise DataError("there are no prompts")
@@ -182,6 +186,13 @@ def _as_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
             f"token ids must be in 0..{vocabulary - 1}, got {lowest}..{highest}; was another "
             "tokenizer used?"
         )
+    if not texts and not (_is_mapping(inputs) and MASK in inputs):
+        padding = padding_of(joint.base, tokenizer)
+        read = [padding.mask(ids) for ids in prompts]
+        prompts = [
+            ids if mask is None else ids[torch.tensor(mask).bool()]
+            for ids, mask in zip(prompts, read, strict=True)
+        ]
     return [ids.long() for ids in prompts]
 
 

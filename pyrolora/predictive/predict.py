@@ -14,6 +14,7 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.errors import whole_number
 from pyrolora.inference import Prepared, check_finite, pass_rows, to_device
 from pyrolora.inference.labels import class_names_of
+from pyrolora.inference.reading import explained_pass
 from pyrolora.likelihoods import MultipleChoice
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
@@ -66,7 +67,8 @@ def predict(
         placed = to_device(batch, device)
         with DRAWING.shared(), evaluating(joint):  # a fit beside it has its steps between batches
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
-            records.append(kind.reduce(joint.likelihood, outputs, placed))
+            with explained_pass(joint.base, placed):
+                records.append(kind.reduce(joint.likelihood, outputs, placed))
     prediction = _named(kind.collect(records, joint.likelihood), joint)
     return prediction if order is None else prediction.select(torch.tensor(order).argsort())
 

@@ -15,6 +15,7 @@ import pyrolora
 from pyrolora import Posterior
 from pyrolora.errors import DataError
 from pyrolora.inference import prepare
+from pyrolora.inference.labels import class_names
 from pyrolora.likelihoods import Classification
 
 NAMES = ["good", "bad"]  # of the labels 1 and 0: sorted they are bad, good
@@ -198,7 +199,8 @@ def test_true_and_false_go_by_the_networks_names_or_are_1_and_0() -> None:
     data = with_labels([bool(label) for label in reviews(24)["label"]])
     turned = bert(id2label={0: "TRUE", 1: "FALSE"}, label2id={"TRUE": 0, "FALSE": 1})
     other = bert(id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1})
-    for network, expected in ((turned, 0), (other, 1), (bert(), 1)):
+    answers = bert(id2label={0: "Yes", 1: "No"}, label2id={"Yes": 0, "No": 1})
+    for network, expected in ((turned, 0), (answers, 0), (other, 1), (bert(), 1)):
         prepared = prepare(data, network, Classification(), tokenizer())
         assert prepared.labels is not None
         found = [label == expected for label in prepared.labels.tolist()]
@@ -373,3 +375,11 @@ def test_rows_made_on_access_have_the_networks_numbers_too(posterior: Posterior)
     )
     with pytest.raises(DataError, match="'awful' is none of the network's classes"):
         posterior.predict(other.with_transform(lambda rows: {**tokenizer()(rows["text"])}), 0)
+
+
+def test_labels_that_join_others_have_two_readings() -> None:
+    data = datasets.Dataset.from_dict(
+        {"text": ["a"] * 3, "label": ["rude", "false", "rude, false"]}
+    )
+    with pytest.raises(DataError, match=r"'rude, false' is a class of its own, or the labels"):
+        class_names(data)

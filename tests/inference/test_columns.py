@@ -5,14 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from problems import Rows, bert, bert_choice, llama, reviews, tokenizer, tokens
+from problems import (
+    Rows,
+    bert,
+    bert_choice,
+    bert_mlm,
+    llama,
+    mask_tokenizer,
+    reviews,
+    tokenizer,
+    tokens,
+)
 
+from pyrolora import fit
 from pyrolora.errors import DataError
 from pyrolora.inference import Prepared, prepare
 from pyrolora.inference.columns import text_columns
-from pyrolora.likelihoods import CausalLM, Classification, MultipleChoice
+from pyrolora.likelihoods import CausalLM, Classification, MaskedLM, MultipleChoice
 
 
 def rows(**columns: Any) -> datasets.Dataset:
@@ -69,7 +82,13 @@ def test_text_that_is_left_over_is_an_error_that_lists_the_readings(names: tuple
     assert len(classified(chosen)) == 3
 
 
-@pytest.mark.parametrize("name", ["id", "idx", "guid", "uid", "pair_id", "label_text", "answerKey"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("id", "idx", "guid", "uid", "pair_id", "label_text", "answerKey", "pairID", "id1"),
+        *("Unnamed: 0", "__index_level_0__", "questionId", ""),
+    ],
+)
 @pytest.mark.parametrize("value", ["x1", 7])
 def test_names_of_rows_are_no_input(name: str, value: Any) -> None:
     assert text_columns(rows(text="good", **{name: value})) == ("text",)
@@ -87,12 +106,44 @@ def test_columns_of_other_kinds_are_named_once() -> None:
 
 @pytest.mark.parametrize("form", [lambda d: d, list, lambda d: Rows(list(d))])
 def test_columns_beside_tokens_are_named(form: Any) -> None:
-    data = tokens(4).add_column("special_tokens_mask", [[0] * 8] * 4).add_column("idx", [1] * 4)
-    with pytest.warns(UserWarning, match=r"\['special_tokens_mask'\] are not read"):
+    data = tokens(4).add_column("tags", [[0] * 8] * 4).add_column("idx", [1] * 4)
+    with pytest.warns(UserWarning, match=r"\['tags'\] are not read"):
         prepare(form(data), bert(), Classification())
 
 
-@pytest.mark.parametrize("name", ["loss_mask", "weights", "sample_weight"])
+@pytest.mark.parametrize("form", [lambda d: d, list, lambda d: Rows(list(d))])
+def test_what_a_tokenizer_says_of_its_tokens_is_left_out(form: Any) -> None:
+    data = tokens(4).add_column("special_tokens_mask", [[0] * 8] * 4)
+    assert len(prepare(form(data), bert(), Classification())) == 4
+
+
+def test_columns_that_a_format_leaves_out_are_not_named() -> None:
+    data = tokens(4).add_column("score", [0.5] * 4)
+    data.set_format("torch", columns=["input_ids", "labels"])
+    assert len(prepare(data, bert(), Classification())) == 4
+
+
+@pytest.mark.parametrize("name", ["url", "timestamp", "genre", "fine_label"])
+def test_where_a_text_comes_from_is_no_input(name: str) -> None:
+    assert text_columns(rows(**{name: "x", "sentence2": "b", "sentence1": "a"})) == (
+        "sentence1",
+        "sentence2",
+    )
+    assert text_columns(rows(**{name: "x"})) == (name,)
+    with pytest.warns(UserWarning, match=rf"\['{name}'\] are not read"):
+        modelled(rows(text="the film is good", **{name: "x"}))
+
+
+@pytest.mark.parametrize("name", ["label_ids", "lm_labels", "target_ids"])
+@pytest.mark.parametrize("form", [lambda d: d, lambda d: Rows(list(d))])
+def test_labels_of_tokens_under_another_name_are_refused(name: str, form: Any) -> None:
+    with pytest.raises(DataError, match=rf"rename_column\('{name}', 'labels'\)"):
+        modelled(form(rows(input_ids=[4, 5, 6], **{name: [-100, 5, 6]})))
+
+
+@pytest.mark.parametrize(
+    "name", ["loss_mask", "weights", "sample_weight", "response_mask", "label_mask", "loss_weights"]
+)
 @pytest.mark.parametrize("form", [lambda d: d, lambda d: Rows(list(d))])
 def test_weights_are_refused(name: str, form: Any) -> None:
     data = tokens(4).add_column(name, [[1] * 8] * 4)
@@ -152,6 +203,34 @@ def test_several_labels_per_example_are_told(labels: Any) -> None:
         classified(rows(input_ids=[4, 5, 6], labels=labels))
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([5, 6, 7, -100], "one place on"),
+        ([1, 0, 0, 1], "tags"),
+        ([4, 5, 6], "4 tokens and 3 labels"),
+    ],
+)
+def test_labels_that_are_not_the_tokens_are_told(labels: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        modelled(rows(input_ids=[4, 5, 6, 7], labels=labels))
+
+
+def test_tags_are_no_labels_of_a_masked_model() -> None:
+    with pytest.raises(DataError, match="they are tags"):
+        prepare(
+            rows(input_ids=[4, 5, 6, 7], labels=[-100, 1, 0, -100]),
+            bert_mlm(),
+            MaskedLM(),
+            mask_tokenizer(),
+        )
+
+
+def test_missing_labels_are_told_with_the_columns_that_were_passed() -> None:
+    with pytest.raises(DataError, match=r"got \['answer', 'passage', 'question'\]"):
+        classified(rows(question="good", passage="a film", answer=True))
+
+
 # Rows -----------------------------------------------------------------------------------------
 
 
@@ -162,6 +241,43 @@ def test_rows_with_a_dimension_too_many_are_told(network: Any, law: Any) -> None
     data = Rows([{"input_ids": torch.tensor([[4, 5, 6]]), "labels": 1}] * 3)
     with pytest.raises(DataError, match=r"are \(1, 3\).*return_tensors='pt'.*squeeze\(0\)"):
         prepare(data, network(), law, tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"input_ids": 5}, "the number 5"),
+        ({"input_ids": torch.tensor(5)}, "the number"),
+        ({"input_ids": [4.0, 5.0]}, "whole numbers"),
+        ({"input_ids": [4, -1]}, r"in 0\.\.\d+, got -1\.\.4"),
+        ({"input_ids": [4, 99]}, r"in 0\.\.\d+, got 4\.\.99"),
+        ({"input_ids": [4, 5], "attention_mask": [1]}, r"2 tokens, .* attention_mask is \(1,\)"),
+        ({"input_ids": [4, 5], "attention_mask": [0, 0]}, "zeros alone"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("network", "law"), [(bert, Classification()), (llama, CausalLM())], ids=["classes", "tokens"]
+)
+def test_impossible_tokens_are_told(row: Any, said: str, network: Any, law: Any) -> None:
+    row = row if network is llama else {**row, "labels": 1}
+    with pytest.raises(DataError, match=said + "|token labels must be"):
+        prepare(Rows([row] * 3), network(), law, tokenizer())
+
+
+def test_texts_of_a_torch_data_set_are_told() -> None:
+    with pytest.raises(DataError, match="is a text, 'good'"):
+        classified(Rows([("good", 1)] * 3))
+
+
+def test_rows_with_different_columns_are_told() -> None:
+    data = Rows(
+        [
+            {"input_ids": [4, 5], "labels": 1, **({"token_type_ids": [0, 1]} if i else {})}
+            for i in (0, 1)
+        ]
+    )
+    with pytest.raises(DataError, match="different columns"):
+        classified(data)
 
 
 def test_ragged_lists_are_told() -> None:
@@ -198,3 +314,28 @@ def test_a_network_with_open_arguments_is_given_what_the_data_have(positional: b
     (batch,) = prepared.loader(6)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert not batch["attention_mask"].all()
+
+
+def test_columns_and_arrays_of_texts_are_texts() -> None:
+    data = rows(text="good", label=1)
+    for texts in (data["text"], np.array(data["text"][:]), pd.Series(data["text"][:], [5, 6, 7])):
+        assert len(prepare(texts, bert(), Classification(), tokenizer(), need_labels=False)) == 3
+        assert classified((texts, [1, 0, 1])).labels.tolist() == [1, 0, 1]  # type: ignore[union-attr]
+
+
+def test_nested_tensors_and_numbers_are_told() -> None:
+    pieces = [torch.tensor([4, 5]), torch.tensor([4])]
+    nested = torch.nested.nested_tensor(pieces, layout=torch.jagged)
+    with pytest.raises(DataError, match="no nested tensor"):
+        classified((nested, torch.tensor([0, 1])))
+    with pytest.raises(DataError, match="no single number"):
+        classified(torch.tensor(5))
+
+
+def test_what_a_network_cannot_read_is_told_with_its_shapes() -> None:
+    data = tokens(4).add_column("token_type_ids", [[9] * 8] * 4)
+    with pytest.raises(DataError, match=r"'token_type_ids': \(2, 8\).*IndexError"):
+        fit(bert(), data, "map", epochs=1)
+    posterior = fit(bert(), tokens(4), "map", epochs=1)
+    with pytest.raises(DataError, match=r"'token_type_ids': \(4, 8\).*IndexError"):
+        posterior.predict(data)

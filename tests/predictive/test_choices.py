@@ -24,8 +24,8 @@ ROWS = [
 @pytest.fixture(scope="module")
 def posterior():
     return pyrolora.fit(
-        llama(initializer_range=0.4), reviews(24), guide=WIDE, epochs=1, seed=0,
-        adapter=AdapterConfig(r=2), tokenizer=tokenizer(),
+        llama(initializer_range=0.4), reviews(24).remove_columns("label"), guide=WIDE,
+        epochs=1, seed=0, adapter=AdapterConfig(r=2), tokenizer=tokenizer(),
     )  # fmt: skip
 
 

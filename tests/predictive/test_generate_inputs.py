@@ -103,3 +103,16 @@ def test_what_does_not_reach_the_network_is_refused_by_name(posterior: Posterior
     )
     with pytest.raises(DataError, match=r"does not pass \['pixel_values'\]"):
         text.generate({"input_ids": [[4, 5]], "pixel_values": inputs["pixel_values"][:1]}, 0)
+
+
+def test_padding_of_prompts_that_nothing_marks_is_read_as_in_a_fit() -> None:
+    network = llama()  # its padding is 0, and it has a meaning of its own if that ends texts, too
+    posterior = pyrolora.fit(network, tokens(8).remove_columns("labels"), "map", epochs=1)
+    network.config.pad_token_id = 0
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    plain = posterior.generate(torch.tensor([[4, 5, 6]]), num_samples=0, **options)
+    found = posterior.generate(torch.tensor([[4, 5, 6, 0, 0]]), num_samples=0, **options)
+    assert found.sequences.equal(plain.sequences)
+    network.config.eos_token_id = 0
+    with pytest.raises(DataError, match="2 times the token 0, and has no attention_mask"):
+        posterior.generate(torch.tensor([[4, 5, 6, 0, 0]]), num_samples=0, **options)
