@@ -35,6 +35,9 @@ def own_new_weights(network: nn.Module, heads: Iterable[str]) -> list[str]:
     parameters = dict(plain_parameters(network))
     loaded = {name for name, p in parameters.items() if getattr(p, LOADED, False)}
     unread = parameters.keys() - loaded if loaded else _unnamed(network, parameters)
+    # A tied weight has several names, and a checkpoint may have it under any of them.
+    read = {id(p) for name, p in parameters.items() if name not in unread}
+    unread = {name for name in unread if id(parameters[name]) not in read}
     new = {n for n in unread if not n.startswith(taken) and is_dense(parameters[n])}
     owned = list(_wholly_new(network, "", new))
     inside = tuple(f"{own}." for own in owned)
