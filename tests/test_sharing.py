@@ -178,6 +178,35 @@ def test_sizes_that_fit_by_chance_do_not_hide_the_order(n: int) -> None:
             )
 
 
+class SomeTokens(nn.Module):
+    """A layer that gets some of the tokens, as where padding is taken out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.out = nn.Embedding(60, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden, kept = self.table(input_ids), input_ids > 8
+        return self.out(hidden.masked_scatter(kept[..., None], self.first(hidden[kept])).mean(1))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_examples_do_not_hide_that_each_has_its_number_of_rows(n: int) -> None:
+    """Two draws with one or three examples each, whose tokens are even in number."""
+    joint = joint_of(SomeTokens())
+    batch, factors = batch_of(joint.base), random_factors(joint, 2)
+    batch["input_ids"][:] = 20
+    batch["input_ids"][0, :2] = batch["input_ids"][1, :4] = 5
+    batch["input_ids"][2, :6] = 5
+    joint.together({name: tensor[:n] for name, tensor in batch.items()})
+    with torch.no_grad():
+        for size in (2, 6):
+            part = {name: tensor[:size] for name, tensor in batch.items()}
+            halves = [{k: t.chunk(2)[s] for k, t in part.items()} for s in range(2)]
+            expected = torch.cat([joint.network(h, factors[s]) for s, h in enumerate(halves)])
+            torch.testing.assert_close(joint.shared_out(part, factors), expected)
+
+
 def test_one_position_says_nothing_of_several() -> None:
     joint = joint_of(PositionsFirst())
     factors = random_factors(joint, 3)

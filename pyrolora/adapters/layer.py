@@ -186,7 +186,8 @@ class AdapterLayer(Wrapper):
     """A linear layer (``nn.Linear`` or transformers' ``Conv1D``) that computes ``W x + b``, plus
     ``s B A x`` while factors are bound to it."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # by name it is ``input`` in torch, ``x`` in ``Conv1D``
         binding = _binding_for_forward()
         factors = None if binding is None else binding.factors.get(self)
         if binding is None or factors is None:

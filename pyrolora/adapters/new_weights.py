@@ -35,14 +35,10 @@ def own_new_weights(network: nn.Module, heads: Iterable[str]) -> list[str]:
     parameters = dict(plain_parameters(network))
     loaded = {name for name, p in parameters.items() if getattr(p, LOADED, False)}
     unread = parameters.keys() - loaded if loaded else _unnamed(network, parameters)
+    # A tied weight has several names, and a checkpoint may have it under any of them.
     read = {id(p) for name, p in parameters.items() if name not in unread}
-    new = {
-        name
-        for name in unread
-        if not name.startswith(taken)
-        and is_dense(parameters[name])
-        and id(parameters[name]) not in read  # a tied weight is stored under one of its names
-    }
+    unread = {name for name in unread if id(parameters[name]) not in read}
+    new = {n for n in unread if not n.startswith(taken) and is_dense(parameters[n])}
     owned = list(_wholly_new(network, "", new))
     inside = tuple(f"{own}." for own in owned)
     rest = sorted(n for n in new if not n.startswith(inside) and parameters[n].unique().numel() > 1)

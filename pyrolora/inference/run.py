@@ -203,7 +203,8 @@ class Run:
             if asked:
                 asked = str(checkpoint_to_resume(asked, args.output_dir))
             trainer.train(resume_from_checkpoint=asked or None)
-            warn_of_unmoved(joint, starts, args.learning_rate)
+            warmed = trainer.state.global_step > 1 or not args.get_warmup_steps(1)
+            warn_of_unmoved(joint, starts, args.learning_rate if warmed else 0.0)
         except NonFiniteError as error:
             trainer.restore_statistics()
             error.posterior = self.posterior(joint, guide)

@@ -197,6 +197,8 @@ class SVITrainer(Trainer):
             if all(_is_finite(self.joint, name) for name in self.joint.program.scale_parameters()):
                 raise
             raise NonFiniteError(self.remedy("cannot be evaluated")) from error
+        if not loss.requires_grad:  # chance has left out every adapted layer, or nothing reaches it
+            loss = loss + 0.0 * self._trained[0][1].sum()
         terms = self.model.estimator.terms
         self._unchecked.append((loss.detach(), terms))
         share = _size(inputs) * self.accelerator.num_processes / num_items_in_batch

@@ -53,6 +53,12 @@ def run(layer, bound, x):
         return layer(x)
 
 
+def test_the_input_may_be_given_by_name(layer):
+    x, name = torch.randn(6, IN).double(), "x" if isinstance(layer.base_layer, Conv1D) else "input"
+    with bind(Binding({layer: factors(*matrices())})):
+        assert torch.equal(layer(**{name: x}), layer(x))
+
+
 # Values ----------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,32 @@ def test_a_learning_rate_of_zero_is_the_reason_where_it_is_zero(tmp_path) -> Non
         )
 
 
+def test_a_warm_up_that_has_only_begun_is_the_reason(tmp_path) -> None:
+    args = arguments(tmp_path, learning_rate=0.1, warmup_steps=5, max_steps=1)
+    with pytest.warns(UserWarning, match=r"2 of 2 layers, '0', '2': the learning rate is 0"):
+        pyrolora.fit(
+            mlp(), (X, Y), "map", likelihood="classification", adapter=EVERY_LAYER, training=args
+        )
+
+
+@pytest.mark.parametrize("guide", ["map", "montec"])
+def test_a_step_without_any_layer_is_a_step_without_gradient(guide: str) -> None:
+    """As where layerdrop leaves out all of them."""
+
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.calls = nn.Linear(4, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += self.training
+            return x[:, :3] if self.training and self.calls % 2 else self.first(x)
+
+    adapter = AdapterConfig(r=2, target_modules=["first"])
+    posterior = pyrolora.fit(Dropped(), (X, Y), guide, adapter=adapter, **OPTIONS)
+    assert posterior.factors(posterior.sample(1))["first"][1].norm() > 0
+
+
 @pytest.mark.parametrize("guide", ["laplace", "flat+montec"])
 def test_layers_that_moved_are_not_mentioned(guide: str) -> None:
     """A warning would fail the test."""

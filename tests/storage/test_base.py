@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from problems import bert, bert_mlm, llama, mask_tokenizer, reviews, tokenizer
+from problems import bert, bert_mlm, gpt2, llama, mask_tokenizer, reviews, tokenizer
 from test_digest import coded
 from torch import nn
 from transformers import (
@@ -335,6 +335,16 @@ def test_new_weights_are_known_by_the_checkpoint_too(without_pooler: Path) -> No
         assert own_new_weights(network, ["classifier"]) == ["bert.pooler"]
     network.config._name_or_path = "nowhere"
     assert own_new_weights(network, ["classifier"]) == []
+
+
+@pytest.mark.parametrize("make", [bert_mlm, lambda: gpt2(tie_word_embeddings=True)])
+def test_a_tied_weight_is_read_under_another_name(make: Callable[[], Any], tmp_path: Path) -> None:
+    """The checkpoint has the weight once, and a copy of the network has lost the marks."""
+    make().save_pretrained(tmp_path)
+    loaded = type(make()).from_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert own_new_weights(loaded, []) == own_new_weights(copy.deepcopy(loaded), []) == []
 
 
 def test_new_weights_that_an_adapter_does_not_have_belong_to_its_posterior(
