@@ -182,7 +182,7 @@ def _reduced(x: Tensor) -> Tensor:
     """(rows, `NUMBERS`): random projections, the same for each width."""
     generator = torch.Generator().manual_seed(x.shape[-1])
     matrix = torch.randn(x.shape[-1], NUMBERS, generator=generator)
-    return x.reshape(-1, x.shape[-1]).float() @ matrix.to(x.device)
+    return x.reshape(-1, x.shape[-1]).float() @ matrix.to(x.device, torch.float32)
 
 
 def _agree(joint: Sequence[_Rows], alone: Sequence[Sequence[_Rows]]) -> bool:
