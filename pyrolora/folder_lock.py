@@ -18,6 +18,7 @@ from pyrolora.errors import ConfigError
 LOCK_FILE = ".lock"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 _held: dict[Path, tuple[int, int]] = {}  # folder -> the thread that holds it, and how often
+_streams: set[int] = set()
 _guard = threading.Lock()
 
 
@@ -40,6 +41,7 @@ def locked(folder: str | Path) -> Iterator[None]:
         if owner != me:
             raise _refusal(place, {"pid": os.getpid(), "host": socket.gethostname()})
         stream = None if count else _locked_file(place, folder)
+        _streams.update(() if stream is None else (stream,))
         _held[place] = me, count + 1  # a second file of the same process would wait for the first
     try:
         yield
@@ -50,10 +52,24 @@ def locked(folder: str | Path) -> Iterator[None]:
                 del _held[place]
         if stream is not None:
             (place / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: see `_is_there`
+            _streams.discard(stream)
             os.close(stream)
             with suppress(OSError):  # what is not empty stays
                 if new:
                     place.rmdir()
+
+
+def _forget() -> None:
+    """Close the files in a forked process, such as one that loads data: it would keep the lock when
+    its parent is killed."""
+    for stream in _streams:
+        os.close(stream)
+    _streams.clear()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _locked_file(folder: Path, given: str | Path) -> int:

@@ -48,6 +48,8 @@ class Turns(ContextDecorator):
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
+            if not self.mine():  # interrupted, and again, while it was `released`
+                return
             self._depth -= 1
             if not self._depth:
                 self._free()
@@ -85,8 +87,15 @@ class Turns(ContextDecorator):
         try:
             yield
         finally:
-            self.__enter__()
-            self._depth = depth
+            try:
+                self._take(depth)
+            except BaseException:  # interrupted: what unwinds the stack needs it, too
+                self._take(depth)
+                raise
+
+    def _take(self, depth: int) -> None:
+        self.__enter__()
+        self._depth = depth
 
     @contextmanager
     def callers_dtype(self) -> Iterator[None]:

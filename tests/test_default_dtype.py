@@ -124,3 +124,11 @@ def test_the_default_is_float32_for_one_thread_alone_and_the_callers_after():
             assert torch.get_default_dtype() == torch.float32
         with DRAWING.shared():
             assert torch.get_default_dtype() == torch.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_first_prediction_checks_its_rows_whatever_the_default(dtype):
+    posterior = pyrolora.fit(bert(), tokens(8), "montec", adapter=ADAPTER, epochs=1)
+    with default(dtype):
+        found = posterior.predict(tokens(4), 2, seed=0).draws
+    torch.testing.assert_close(posterior.predict(tokens(4), 2, seed=0).draws, found)

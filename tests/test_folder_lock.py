@@ -57,6 +57,33 @@ def test_a_folder_in_use_is_refused_by_who_uses_it_and_free_once_that_was_killed
     assert not (folder / LOCK_FILE).exists()
 
 
+FORK = """
+import os, sys, time
+from pyrolora.folder_lock import locked
+with locked(sys.argv[1]):
+    if not os.fork():
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_process_that_the_holder_has_forked_does_not_keep_the_lock(tmp_path):
+    """As the workers of a data loader are, which outlive a killed fit by seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORK, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        try:
+            with locked(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_fit_that_writes_nothing_needs_no_folder(holder, tmp_path):
     _, folder = holder
     pyrolora.fit(bert(), tokens(8), "map", training=arguments(folder))

@@ -228,3 +228,27 @@ def test_what_is_released_goes_to_those_who_wait_and_comes_back():
     assert not turns.mine()
     other.join(10)
     assert seen == ["other", "mine"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interruption_while_it_is_released_leaves_it_free(times, monkeypatch):
+    turns, interruptions = Turns(), [KeyboardInterrupt()] * times
+    wait = turns._await
+
+    def interrupted(free):
+        if interruptions:
+            raise interruptions.pop()
+        wait(free)
+
+    def run():
+        with turns, turns:
+            monkeypatch.setattr(turns, "_await", interrupted)
+            with turns.released():
+                pass
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    for _ in range(2):
+        with turns:
+            assert turns.mine()
+        assert not turns.mine()

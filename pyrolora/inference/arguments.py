@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from pyrolora import defaults
 from pyrolora.errors import ConfigError, positive, whole_number
@@ -120,6 +121,15 @@ def check_arguments(training: Any) -> None:
         value = getattr(training, name, neutral)
         if value not in (neutral, None, [], ["labels"] if name == "label_names" else neutral):
             raise ConfigError(f"training={name}={value!r} is not supported: {reason}; leave it out")
+    if training.fp16 and training.device.type == "cpu":
+        raise ConfigError(
+            "training=fp16=True does nothing on a CPU; choose bf16=True and use_cpu=True"
+        )
+    for name in training.report_to:
+        try:
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError) as error:
+            raise ConfigError(f"training=report_to={name!r} cannot be used: {error}") from error
     strategy = training.train_sampling_strategy
     if training.world_size > 1 and strategy not in ("random", "sequential"):
         raise ConfigError(

@@ -38,6 +38,9 @@ from pyrolora.model import JointGuide, JointModel
 from pyrolora.seeding import give_way, seed_of_process
 from pyrolora.types import Batch
 
+_OF_ENTRIES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+"""What torch's optimisers keep for each entry of a parameter."""
+
 
 class Objective(nn.Module):
     """What the Trainer minimises: −ELBO of one batch over ``observations``, in nats each.
@@ -274,7 +277,12 @@ class SVITrainer(Trainer):
             if parameter.requires_grad:
                 kind = "decayed" if name in decayed else "plain"
                 groups["scales" if id(parameter) in scales else kind].append(parameter)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, objective)
+        try:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, objective)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"training=optim={self.args.optim.value!r} cannot be used: {error}"
+            ) from error
         self.optimizer = kind(
             [
                 {"params": groups["decayed"], "weight_decay": self.args.weight_decay},
@@ -289,7 +297,13 @@ class SVITrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         """The schedule of the arguments, up to the share of the steps where the guide holds it."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        try:
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"training=lr_scheduler_type={self.args.lr_scheduler_type.value!r} cannot be used "
+                f"with lr_scheduler_kwargs={self.args.lr_scheduler_kwargs!r}: {error}"
+            ) from error
         held = round(self.guide.rate_held_from() * num_training_steps)
         held = max(held, self.args.get_warmup_steps(num_training_steps))
         if held < num_training_steps:
@@ -411,8 +425,8 @@ class SVITrainer(Trainer):
         except Exception as error:  # of a file that was changed, any
             raise self._unusable("optimizer.pt or scheduler.pt", error) from error
         for parameter, state in self.optimizer.state.items():
-            for value in state.values():
-                if isinstance(value, Tensor) and not _fits(value, parameter):
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not _fits(name, value, parameter):
                     raise self._unusable("optimizer.pt", "a tensor is of another size, or infinite")
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -469,6 +483,7 @@ class _CheckStep(TrainerCallback):
 
     def __init__(self, trainer: SVITrainer) -> None:
         self.trainer = trainer
+        self.save_with_epoch = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.remember_statistics()
@@ -481,15 +496,26 @@ class _CheckStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.joint.program.after_step(state.global_step, state.max_steps)
+        # An epoch is logged and scored after its last step: a checkpoint written before that would
+        # go on without these entries.
+        last = control.should_training_stop or float(state.epoch).is_integer()
+        self.save_with_epoch = control.should_save and last
+        control.should_save = control.should_save and not last
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.save_with_epoch
+        self.save_with_epoch = False
 
 
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
 
 
-def _fits(value: Tensor, parameter: Tensor) -> bool:
-    """Whether the optimiser can keep ``value`` for a parameter."""
-    return value.shape in ((), parameter.shape) and bool(torch.isfinite(value).all())
+def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:
+    """Whether the optimiser can keep ``value`` for a parameter: averages have its size, unless they
+    are those of rows and columns (Adafactor) or of blocks (8-bit optimisers)."""
+    whole = name not in _OF_ENTRIES or value.shape == parameter.shape
+    return whole and bool(torch.isfinite(value).all())
 
 
 def _until(last: int, rate: Callable[[int], float], step: int) -> float:

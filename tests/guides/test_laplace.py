@@ -148,13 +148,15 @@ def test_draws_are_those_of_the_linear_model_or_of_the_network(choice):
 
 def test_a_language_model_has_sampled_predictions_only(steps):
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=1), "epochs": 1}
+    texts = reviews(6).remove_columns("label")
     with pytest.raises(ConfigError, match="linearised=True has no predictive for 'causal_lm'"):
-        pyrolora.fit(llama(), reviews(6), guide=Laplace(linearised=True), **options)
+        pyrolora.fit(llama(), texts, guide=Laplace(linearised=True), **options)
     assert steps == []
-    posterior = pyrolora.fit(llama(), reviews(6), guide=Laplace(prior_scale=0.1), **options)
-    found = posterior.log_likelihood(reviews(4), num_samples=3, seed=0)
+    posterior = pyrolora.fit(llama(), texts, guide=Laplace(prior_scale=0.1), **options)
+    texts = texts.select(range(4))
+    found = posterior.log_likelihood(texts, num_samples=3, seed=0)
     factors = draw_factors(posterior.model, 3, seed=0)
-    batch = posterior._prepare(reviews(4), need_labels=True)
+    batch = posterior._prepare(texts, need_labels=True)
     rows = batch.collate([batch.examples[i] for i in range(4)])
     with torch.no_grad():
         output = posterior.model.network(rows, factors)

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from problems import bert, tokens
 from transformers import TrainingArguments
 
+import pyrolora
 from pyrolora import defaults
 from pyrolora.errors import ConfigError
 from pyrolora.inference import check_arguments, training_arguments
@@ -120,6 +123,30 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(name: str, tmp_path:
     setattr(training, name, not neutral if isinstance(neutral, bool) else 1)
     with pytest.raises(ConfigError, match=f"{name}=.*{reason.split(',')[0]}"):
         check_arguments(training)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="float16 has an effect there")
+def test_float16_without_a_device_for_it_is_refused(tmp_path: Path) -> None:
+    training = TrainingArguments(str(tmp_path), report_to="none", fp16=True)
+    with pytest.raises(ConfigError, match="fp16=True does nothing on a CPU"):
+        check_arguments(training)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "lomo"}, "optim='lomo' cannot be used: .*lomo_optim"),
+        ({"report_to": ["clearml"]}, "report_to='clearml' cannot be used: .*clearml"),
+        ({"lr_scheduler_kwargs": {"cycles": 1}}, "'linear' cannot be used .*'cycles'"),
+    ],
+    ids=["optim", "report_to", "schedule"],
+)
+def test_what_the_trainer_cannot_use_is_refused_by_name(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    training = TrainingArguments(str(tmp_path), **{"report_to": "none", **options})
+    with pytest.raises(ConfigError, match=message):
+        pyrolora.fit(bert(), tokens(8), "map", training=training)
 
 
 def test_options_with_an_effect_and_those_of_pyrolora_pass(tmp_path: Path) -> None:

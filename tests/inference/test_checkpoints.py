@@ -26,6 +26,7 @@ from pyrolora.inference.checkpoints import damage, digest_of_data
 from pyrolora.likelihoods import likelihood_for
 
 STEPS = 6
+BY_EPOCH = ("eval_strategy", "logging_strategy")
 PARTS = [
     "trainer_state.json",
     "fit.json",
@@ -95,12 +96,15 @@ def timeless(history):
         (SWAG(start=0.2, snapshots=3, rank=2), {"lr_scheduler_type": "constant"}),
         ("full", {"per_device_train_batch_size": 5}),
         (MonteCLoRA(draws_per_batch=2), {"eval_strategy": "steps", "eval_steps": 4}),
+        ("map", {"per_device_train_batch_size": 8, **dict.fromkeys(BY_EPOCH, "epoch")}),
+        ("map", {"optim": "adafactor"}),
     ],
-    ids=["montec", "flat", "swag", "full", "draws"],
+    ids=["montec", "flat", "swag", "full", "draws", "epochs", "adafactor"],
 )
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_resumed_fit_has_the_tensors_and_the_log_of_one_in_one_go(guide, changes, step, tmp_path):
-    """The averages since the last log are kept, at whichever step it was stopped."""
+    """The averages since the last log are kept, at whichever step it was stopped; the last step of
+    an epoch, too, after which the epoch is logged and scored."""
     if "eval_strategy" in changes:
         changes = {**changes, "eval_data": tokens(8, seed=1)}
     if guide == "full":
