@@ -95,8 +95,9 @@ def fit(
         learns whole texts, and chooses in `Posterior.predict`); texts without labels for a masked
         language model get some tokens hidden, always the same. Labels that are names go by the
         network's, up to case, spaces, '-' and '_'; a network without names takes those of the data
-        (`Posterior.classes`). A text for a causal language model is ended by EOS. Columns that are
-        not read are named in a warning, and what has two readings is a `DataError`.
+        (`Posterior.classes`). A text that a causal language model learns is ended by EOS; scores
+        are of the text itself. Columns that are not read are named in a warning, and what has two
+        readings is a `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options. None: ``"montec"``, or that of ``prior``.
@@ -195,7 +196,9 @@ def fit(
             eval_data = data["validation"]
         held_out = None
         if eval_data is not None:
-            held_out = prepare(eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS)
+            held_out = prepare(
+                eval_data, network, law, tokenizer, splits=defaults.FIT_SPLITS, to_learn=False
+            )
         _check_evaluation(args, training, held_out)
         _choose_best(args, law, callbacks)
         assert prepared.labels is not None

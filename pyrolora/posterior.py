@@ -620,6 +620,7 @@ class Posterior:
             self.tokenizer,
             splits=defaults.SCORE_SPLITS,
             need_labels=need_labels,
+            to_learn=False,
         )
 
 

@@ -66,6 +66,7 @@ class Collator:
         self.takes_labels = True
         self.labels_are_tokens = isinstance(likelihood, TokenLikelihood)
         self.copies_tokens = isinstance(likelihood, CausalLM)
+        self.ends_texts = self.copies_tokens
         self.labels_are_classes = not isinstance(likelihood, TokenLikelihood | MultipleChoice)
 
     @property
@@ -76,7 +77,7 @@ class Collator:
     @property
     def encoder(self) -> Encoder:
         """Turns texts to tokens, as many as the network reads."""
-        return encoder_for(self.tokenizer, self.context, ends=self.copies_tokens)
+        return encoder_for(self.tokenizer, self.context, ends=self.ends_texts)
 
     def example(self, example: Any) -> dict[str, Any]:
         """One example with nothing but inputs and ``labels``, if these are taken; a causal language

@@ -84,6 +84,7 @@ def prepare(
     *,
     splits: Sequence[str] = ("train",),
     need_labels: bool = True,
+    to_learn: bool = True,
 ) -> Prepared:
     """Check and convert ``data``.
 
@@ -105,6 +106,9 @@ def prepare(
     need_labels
         Whether missing labels are an error; else examples that are labelled in part, or with -1
         alone, have none. Of tokens the labels say which count: there all or none are given.
+    to_learn
+        Whether a causal language model learns the texts: then EOS ends each, so that what it writes
+        ends, too. Scores are of the texts as they are.
 
     Raises
     ------
@@ -116,6 +120,7 @@ def prepare(
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
     collate = collator_for(network, likelihood, tokenizer)
+    collate.ends_texts &= to_learn
     _check_no_choices(examples, collate)
     names, columns = None, [*as_dict(examples[0], collate.input_name)]
     classes = isinstance(likelihood, Classification) and collate.labels_are_classes

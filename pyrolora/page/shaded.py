@@ -38,7 +38,12 @@ def shaded_texts(
         alone = posterior.predict(only, num_samples, batch_size=1, seed=seed)
         assert isinstance(alone, TokenPrediction)
         ids = prepare(
-            only, posterior.base, posterior.likelihood, posterior.tokenizer, need_labels=False
+            only,
+            posterior.base,
+            posterior.likelihood,
+            posterior.tokenizer,
+            need_labels=False,
+            to_learn=False,
         ).examples[0]["input_ids"]
         values = alone.entropy[0].tolist()
         first = [math.nan] * (len(ids) - len(values))
