@@ -21,7 +21,7 @@ PROMPTS = ["the film", "good", "the book is not"]
 def fitted(network=None, guide=WIDE, **options):
     return pyrolora.fit(
         llama(initializer_range=0.4) if network is None else network,
-        reviews(24), guide=guide, epochs=2, learning_rate=0.02, seed=0,
+        reviews(24).remove_columns("label"), guide=guide, epochs=2, learning_rate=0.02, seed=0,
         **{"adapter": AdapterConfig(r=2), "tokenizer": tokenizer(), **options},
     )  # fmt: skip
 
@@ -329,7 +329,7 @@ def roberta() -> RobertaForCausalLM:
 
 def test_a_decoder_whose_positions_count_from_the_padding_on():
     own = pyrolora.fit(
-        roberta(), reviews(8), "map", tokenizer=tokenizer(), epochs=1,
+        roberta(), reviews(8).remove_columns("label"), "map", tokenizer=tokenizer(), epochs=1,
         adapter=AdapterConfig(r=1, target_modules=["query"]),
     )  # fmt: skip
     with pytest.raises(DataError, match="the network has 12 positions"):
@@ -341,5 +341,9 @@ def test_a_decoder_whose_positions_count_from_the_padding_on():
 
 
 def test_other_texts_may_be_a_training_split(posterior):
-    found = posterior.evaluate(reviews(4), 0, outside=datasets.DatasetDict(train=reviews(3)))
+    found = posterior.evaluate(
+        reviews(4).remove_columns("label"),
+        0,
+        outside=datasets.DatasetDict(train=reviews(3).remove_columns("label")),
+    )
     assert 0 <= found["ood_auroc"] <= 1
