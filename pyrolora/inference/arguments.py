@@ -136,6 +136,11 @@ def check_arguments(training: Any) -> None:
             f"training=train_sampling_strategy={strategy!r} is not supported in several processes, "
             "which have to agree on the order of the data; leave it out"
         )
+    if training.resume_from_checkpoint and strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"a fit with train_sampling_strategy={strategy!r} cannot be resumed: its order of the "
+            "data would be another one than before; begin anew, without resume_from_checkpoint"
+        )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

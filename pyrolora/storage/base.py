@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pyrolora.errors import CheckpointError
@@ -138,7 +139,8 @@ def _check_weights(
     kind = type(network).__name__
     found: dict[str, dict[str, str]] = {}
     problem = None
-    for name, tensor in tensors(network, heads):  # one by one: offloaded ones are fetched
+    read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
+    for name, tensor in read:  # one by one: offloaded ones are fetched
         found[name] = {"dtype": str(tensor.dtype).removeprefix("torch.")}
         if problem is None and name in saved:
             problem = _difference(name, tensor, saved[name])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from pyrolora.adapters.adapted_linear import is_quantised
 from pyrolora.storage.tensors import tensors
@@ -49,7 +50,8 @@ def digests(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, Any
     found: dict[str, dict[str, Any]] = {}
     known: dict[int, str] = {}
     alive = {id(parameter): parameter for parameter in network.parameters()}
-    for name, tensor in tensors(network, heads):
+    read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
+    for name, tensor in read:
         tied = known.get(id(tensor))
         found[name] = _entry(tensor) if tied is None else found[tied]
         if id(tensor) in alive:  # an address that no other tensor gets meanwhile

@@ -149,6 +149,13 @@ def test_what_the_trainer_cannot_use_is_refused_by_name(
         pyrolora.fit(bert(), tokens(8), "map", training=training)
 
 
+def test_an_order_that_cannot_be_gone_on_with_is_refused_in_a_resume(tmp_path: Path) -> None:
+    options = {"train_sampling_strategy": "group_by_length", "report_to": "none", "use_cpu": True}
+    check_arguments(TrainingArguments(str(tmp_path), **options))
+    with pytest.raises(ConfigError, match="group_by_length.*cannot be resumed"):
+        check_arguments(TrainingArguments(str(tmp_path), resume_from_checkpoint="x", **options))
+
+
 def test_options_with_an_effect_and_those_of_pyrolora_pass(tmp_path: Path) -> None:
     check_arguments(training_arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.5))
     check_arguments(TrainingArguments(str(tmp_path), warmup_steps=3, logging_nan_inf_filter=False))

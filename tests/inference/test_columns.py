@@ -134,6 +134,13 @@ def test_where_a_text_comes_from_is_no_input(name: str) -> None:
         modelled(rows(text="the film is good", **{name: "x"}))
 
 
+def test_a_source_is_a_text_unless_it_is_a_code() -> None:
+    data = rows(sentence="the film is good", source="gj04")
+    assert text_columns(data) == ("sentence",)
+    with pytest.raises(DataError, match="cannot tell which of the text columns"):
+        text_columns(rows(text="the film is good", source="the film was good"))
+
+
 @pytest.mark.parametrize("name", ["label_ids", "lm_labels", "target_ids"])
 @pytest.mark.parametrize("form", [lambda d: d, lambda d: Rows(list(d))])
 def test_labels_of_tokens_under_another_name_are_refused(name: str, form: Any) -> None:
