@@ -152,7 +152,7 @@ def test_what_the_trainer_cannot_use_is_refused_by_name(
 def test_an_order_that_cannot_be_gone_on_with_is_refused_in_a_resume(tmp_path: Path) -> None:
     options = {"train_sampling_strategy": "group_by_length", "report_to": "none", "use_cpu": True}
     check_arguments(TrainingArguments(str(tmp_path), **options))
-    with pytest.raises(ConfigError, match="group_by_length.*cannot be resumed"):
+    with pytest.raises(ConfigError, match=r"group_by_length.*cannot be resumed"):
         check_arguments(TrainingArguments(str(tmp_path), resume_from_checkpoint="x", **options))
 
 
