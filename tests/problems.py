@@ -147,6 +147,11 @@ def reviews(n: int = 24, seed: int = 0) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
+def texts(n: int = 24, seed: int = 0) -> datasets.Dataset:
+    """The texts of `reviews`, for language models, which read no label."""
+    return reviews(n, seed).remove_columns("label")
+
+
 def questions(n: int = 24, seed: int = 0) -> datasets.Dataset:
     """Raw questions with two to four choices, of which the one that says 'good' is right."""
     generator = torch.Generator().manual_seed(seed)

@@ -27,6 +27,7 @@ from problems import (
     mlp,
     questions,
     reviews,
+    texts,
     tokenizer,
     tokens,
 )
@@ -101,9 +102,9 @@ PROBLEMS = {
     "multiple choice": Problem(
         bert_choice, questions, CLASS, {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2)}
     ),
-    "masked language model": Problem(bert_mlm, reviews, TEXT, {"tokenizer": mask_tokenizer()}),
-    "llama": Problem(llama, reviews, TEXT, {"tokenizer": tokenizer()}),
-    "gpt-2": Problem(gpt2, reviews, TEXT, {"tokenizer": tokenizer()}),
+    "masked language model": Problem(bert_mlm, texts, TEXT, {"tokenizer": mask_tokenizer()}),
+    "llama": Problem(llama, texts, TEXT, {"tokenizer": tokenizer()}),
+    "gpt-2": Problem(gpt2, texts, TEXT, {"tokenizer": tokenizer()}),
     "plain classifier": Problem(
         mlp,
         pairs(3),

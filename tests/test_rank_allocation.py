@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from problems import bert, llama, reviews, tokenizer, tokens
+from problems import bert, llama, texts, tokenizer, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, guides
@@ -63,7 +63,7 @@ NO_WARNING = pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree"
 
 
 def data(n: int, seed: int = 0) -> Any:
-    return reviews(n, seed)
+    return texts(n, seed)
 
 
 def fitted(network: str, guide: str, kind: str) -> Posterior:

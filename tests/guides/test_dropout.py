@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear import layer
-from problems import llama, reviews, tokenizer
+from problems import llama, texts, tokenizer
 from pyro import poutine
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def test_a_draw_writes_a_whole_text_with_one_mask():
     """Every token of a draw is the likeliest one of the network with that draw's mask."""
     posterior = pyrolora.fit(
         llama(initializer_range=0.5),
-        reviews(12),
+        texts(12),
         guide=Dropout(p=0.5),
         tokenizer=tokenizer(),
         adapter=AdapterConfig(r=2),
@@ -97,7 +97,7 @@ def test_a_draw_writes_a_whole_text_with_one_mask():
     prompt, length = torch.tensor([[2, 11, 6]]), 6
     written = posterior.generate(prompt, 8, max_new_tokens=length, do_sample=False, seed=0)
     masks = posterior.sample(8, seed=0)["mask"]
-    texts = []
+    found = []
     for mask, own, kept in zip(masks, written.sequences[0], written.mask[0], strict=True):
         factors = posterior.model.program.factors({"mask": mask})
         ids = prompt
@@ -105,8 +105,8 @@ def test_a_draw_writes_a_whole_text_with_one_mask():
             logits = posterior.model.network({"input_ids": ids}, factors)
             assert token == logits[0, -1].argmax()
             ids = torch.cat([ids, token.view(1, 1)], -1)
-        texts.append(tuple(own[kept].tolist()))
-    assert len(set(texts)) > 1, "the masks make no difference"
+        found.append(tuple(own[kept].tolist()))
+    assert len(set(found)) > 1, "the masks make no difference"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import copy
 import pyro
 import pytest
 import torch
-from problems import arguments, batch_of, bert, gpt2, reviews, tokenizer, tokens
+from problems import arguments, batch_of, bert, gpt2, texts, tokenizer, tokens
 from pyro.infer import SVI, Trace_ELBO
 from transformers import Trainer
 
@@ -100,15 +100,15 @@ def test_a_failed_fit_keeps_the_running_statistics_of_the_last_good_step(steps):
 def test_tied_weights_stay_tied_and_come_back_from_a_folder(tmp_path):
     network = gpt2()
     posterior = pyrolora.fit(
-        network, reviews(12), guide=Full(), tokenizer=tokenizer(), epochs=2, learning_rate=1e-2
+        network, texts(12), guide=Full(), tokenizer=tokenizer(), epochs=2, learning_rate=1e-2
     )
     assert posterior.base.lm_head.weight is posterior.base.transformer.wte.weight
     posterior.save(tmp_path)
     loaded = pyrolora.load(tmp_path, network)
     assert loaded.base is not network
     assert loaded.base.lm_head.weight is loaded.base.transformer.wte.weight
-    expected = posterior.log_likelihood(reviews(5, 1), 0)
-    assert torch.equal(loaded.log_likelihood(reviews(5, 1), 0), expected)
+    expected = posterior.log_likelihood(texts(5, 1), 0)
+    assert torch.equal(loaded.log_likelihood(texts(5, 1), 0), expected)
     merged = posterior.merge()
     assert torch.equal(merged.lm_head.weight, posterior.base.lm_head.weight)
     assert merged is not posterior.base

@@ -86,14 +86,15 @@ def test_added_is_what_a_tokenizer_puts_around_a_text() -> None:
     assert added(decoder_tokenizer("$A")) == ([], [])
 
 
-def test_predictions_count_the_end_as_well() -> None:
+def test_scores_are_of_the_text_as_it_is() -> None:
+    """EOS is added to what is learnt; in what is scored it counts where the user wrote it."""
     posterior = pyrolora.fit(
         llama(), [{"text": "good film"}] * 2, "map", tokenizer=decoder_tokenizer(), epochs=1,
         adapter=AdapterConfig(r=1),
     )  # fmt: skip
     found = posterior.predict(["good film", "good film [SEP]", "[CLS] good film"], 0)
-    assert found.num_tokens.tolist() == [3, 3, 3]
-    assert found.targets[:, -1].tolist() == [EOS] * 3
+    assert found.num_tokens.tolist() == [2, 3, 2]
+    assert found.targets[1, -1] == EOS
 
 
 @pytest.mark.parametrize(("words", "cut", "size"), [(4, 0, 6), (5, 0, 6), (6, 1, 6)])

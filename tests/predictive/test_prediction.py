@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from problems import Rows, bert, bert_choice, llama, mlp, reviews, tokenizer, tokens
+from problems import Rows, bert, bert_choice, llama, mlp, reviews, texts, tokenizer, tokens
 from torch.nn import functional as F
 
 import pyrolora
@@ -178,14 +178,14 @@ def test_log_likelihood_is_what_the_probabilities_say(posterior):
 
 def test_language_model_scores_are_sums_over_labelled_tokens():
     """Against cross entropy on the merged model, with padding; entropy against the full softmax."""
-    network, texts = llama(initializer_range=0.3), reviews(7)
+    network, data = llama(initializer_range=0.3), texts(7)
     posterior = pyrolora.fit(
-        network, texts, guide="map", tokenizer=tokenizer(), epochs=2, learning_rate=0.02
+        network, data, guide="map", tokenizer=tokenizer(), epochs=2, learning_rate=0.02
     )
-    prediction = posterior.predict(texts, num_samples=0)
+    prediction = posterior.predict(data, num_samples=0)
     plain = posterior.merge()
     expected, entropies = [], []
-    for text in texts["text"]:
+    for text in data["text"]:
         ids = torch.tensor(tokenizer()(text)["input_ids"])
         with torch.no_grad():
             logits = plain(input_ids=ids[None]).logits[0, :-1]
@@ -262,6 +262,7 @@ def test_features_that_are_not_finite_are_found_wherever_they_are():
         found.predict(rows, 0)
 
 
+@pytest.mark.filterwarnings("ignore:training has not moved")
 def test_where_there_is_one_choice_it_is_right():
     data = [{"question": "the film", "choices": ["is good"], "label": 0}] * 3
     adapter = AdapterConfig(r=2)

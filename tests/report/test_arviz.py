@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import bert, bert_choice, llama, mlp, questions, reviews, tokenizer, tokens
+from problems import bert, bert_choice, llama, mlp, questions, texts, tokenizer, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -313,9 +313,9 @@ def test_choices_are_numbered():
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 def test_texts_have_observed_tokens_and_scores_and_no_other_texts():
     posterior = pyrolora.fit(
-        llama(), reviews(6), tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
+        llama(), texts(6), tokenizer=tokenizer(), epochs=1, adapter=AdapterConfig(r=1)
     )
-    idata = posterior.to_arviz(20, data=reviews(6), log_likelihood=True)
+    idata = posterior.to_arviz(20, data=texts(6), log_likelihood=True)
     assert set(idata.groups()) == {"posterior", "observed_data", "log_likelihood"}
     observed = idata["observed_data"]["y"]
     assert observed.dims == ("example", "token")

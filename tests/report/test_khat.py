@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from problems import bert, bert_choice, llama, mlp, questions, reviews, tokenizer, tokens
+from problems import bert, bert_choice, llama, mlp, questions, texts, tokenizer, tokens
 from torch import nn
 from torch.distributions import Normal
 
@@ -257,7 +257,7 @@ def test_one_layer_is_the_whole():
 
 
 def test_texts_and_choices_have_one_too():
-    for network, data in ((llama(), reviews(6)), (bert_choice(), questions(6))):
+    for network, data in ((llama(), texts(6)), (bert_choice(), questions(6))):
         posterior = pyrolora.fit(
             network, data, tokenizer=tokenizer(), adapter=AdapterConfig(r=1), epochs=1, seed=0
         )

@@ -216,7 +216,6 @@ OVERRIDES: dict[str, Any] = {
     "rms_norm_eps": 0.5,
     "hidden_act": "gelu",
     "num_hidden_layers": 1,
-    "pad_token_id": 3,
 }
 
 
