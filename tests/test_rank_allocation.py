@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from problems import bert, llama, texts, tokenizer, tokens
+from problems import bert, llama, reviews, tokenizer, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, guides
@@ -59,11 +59,13 @@ CASES = [
     *((network, guide, "alora") for network in NETWORKS for guide in GUIDES),
     *(("encoder", guide, "snr") for guide in GUIDES if guide not in POINTS),
 ]
+# Encoder and language model have the same data, and the latter reads no label.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the columns \['label'\] are not read")
 NO_WARNING = pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
 
 
 def data(n: int, seed: int = 0) -> Any:
-    return texts(n, seed)
+    return reviews(n, seed)
 
 
 def fitted(network: str, guide: str, kind: str) -> Posterior:
