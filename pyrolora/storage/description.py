@@ -101,6 +101,8 @@ def described(meta: Mapping[str, Any]) -> Description:
             "no layers" if specs else f"layers, and there are no layers; {guide.name!r} adapts"
         )
         raise CheckpointError(f"layers must be {expected}")
+    if (meta["tokenizer"] is None) != (meta["tokenizer_files"] is None):
+        raise CheckpointError("of tokenizer and tokenizer_files one is null and the other is not")
     if specs and not meta["base"]["weights"]:
         raise CheckpointError("base has no digests of the network's weights")
     return Description(

@@ -296,6 +296,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda m: m["base"]["config"].update(vocab_size=10**400),
         ["vocab_size"],
     ),
+    "no tokenizer, and its files": (
+        lambda m: m.update(tokenizer=None, tokenizer_files={"tokenizer.json": "0" * 64}),
+        ["tokenizer_files", *EDITED],
+    ),
     "a state file that is not there": (
         lambda m: m.update(state_file="adapters-000000000000.safetensors"),
         [META, "adapters-000000000000.safetensors", "missing"],
