@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -356,9 +357,10 @@ def _attached(
         device = next(joint.parameters()).device
         pieces = ((0, 2), (2, defaults.CALL_EXAMPLES))
         examples = ([data.examples[i] for i in range(a, min(b, len(data)))] for a, b in pieces)
-        batches = [to_device(data.collate(some), device) for some in examples if some]
-        with explained_kernels(attachment), explained_pass(network, batches[0]):
-            left = joint.uncalled(batches)
+        batches = (to_device(data.collate(some), device) for some in examples if some)
+        first = next(batches)
+        with explained_kernels(attachment), explained_pass(network, first):
+            left = joint.uncalled(chain([first], batches))
         found = attachment
         if left:
             check_uncalled(config, left, [spec.name for spec in attachment.specs])

@@ -264,7 +264,7 @@ class JointModel(nn.Module):
         with evaluating(self), torch.no_grad():
             for batch in batches:
                 binding = self.binding(self.program.mean())
-                with self.bound(binding), DRAWING.callers_dtype():
+                with self.bound(binding):
                     self._call(self._inputs(batch))
                 left -= self._names(binding.used)
                 if not left:

@@ -131,10 +131,9 @@ def prepare(
         explicit = {LABELS, *TOKEN_MASKS} & {*examples.column_names}
         examples, left = tokenised(examples, collate)
     else:
-        row = as_dict(examples[0], collate.input_name)
-        explicit = {LABELS, *TOKEN_MASKS} & {*row}
-        check_task([*row])
-        left = unread([*row], collate.read, tokens=collate.labels_are_tokens)
+        explicit = {LABELS, *TOKEN_MASKS} & {*columns}
+        check_task(columns)
+        left = unread(columns, collate.read, tokens=collate.labels_are_tokens)
     if isinstance(likelihood, MaskedLM):
         first = collate.example(examples[0])
         asked = not need_labels and _has_masks(examples, collate, tokenizer)
