@@ -219,6 +219,7 @@ def fit(
             if source is not None:
                 joint.adopt(source.model)
                 joint.freeze()
+                joint.program.recentre()
             if given is not None:
                 joint.likelihood.load_state_dict(law.state_dict())
                 joint.likelihood.requires_grad_(options.post_hoc() == "trained")

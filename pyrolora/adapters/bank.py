@@ -72,6 +72,11 @@ class Layout:
         """Each block times its number in ``per_block`` (..., L)."""
         return map_blocks(torch.mul, per_block[..., None, None], flat, self.groups)
 
+    def fan_in(self) -> Tensor:
+        """(L,): how many numbers an output of each block's matrix is a sum of: in for A, r for
+        B."""
+        return torch.tensor([float(b.columns if b.factor == "A" else b.rank) for b in self.blocks])
+
     def rank_mask(self) -> Tensor:
         """(L, rank) booleans: the rows that each block has."""
         ranks = torch.tensor([block.rank for block in self.blocks])

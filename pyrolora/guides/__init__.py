@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyrolora.errors import ConfigError, UnknownNameError
-from pyrolora.guides.base import Fit, Guide, Program, Variational, averaged, spread
+from pyrolora.guides.base import Curvature, Fit, Guide, Program, Variational, averaged, spread
 from pyrolora.guides.dropout import Dropout
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.flat import Flat
@@ -83,6 +83,7 @@ __all__ = [
     "MAP",
     "NUTS",
     "SWAG",
+    "Curvature",
     "Dropout",
     "Ensemble",
     "Fit",

@@ -30,12 +30,33 @@ from pyrolora.types import AdapterConfig
 
 LATENTS = ("A", "B", "AB")
 AGAINST = ("sum", "mean")
+SCALE_UPDATES = ("curvature", "gradient")
+PRIOR_MEANS = ("learned", "start", "zero")
+UNITS = ("fan_in", "one")
 
 Sites = Mapping[str, Tensor]
 """Site name -> value, or -> draws with one leading dimension."""
 
 Quantities = Mapping[str, tuple[Tensor, tuple[str, ...]]]
 """Name -> (S, ...) and the names of the dimensions after the first."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The generalised Gauss-Newton matrix of −log p(y | A, B), over all n training examples: its
+    diagonal, and what of it a block's ranks share. In a block X (r, c) with Jacobians G of shape
+    (r, c), one for each example and output, ``entries`` is Σ G² and ``ranks`` is Σ G Gᵀ.
+
+    Attributes
+    ----------
+    entries
+        (total,), as ``bank.layout(latent)`` lies.
+    ranks
+        (L, r, r); zero where a block has fewer ranks.
+    """
+
+    entries: Tensor
+    ranks: Tensor
 
 
 class Law(Protocol):
@@ -121,6 +142,12 @@ class Guide(ABC):
             highest *= min(1.0, defaults.SCALE_STEPS / steps) ** 0.5
         return min(highest, defaults.SCALE_RATE * learning_rate)
 
+    @property
+    def settles(self) -> bool:
+        """Whether the scales of the posterior are put where the curvature of the loss has their
+        optimum (`Program.settle`), rather than trained."""
+        return False
+
     def rate_held_from(self) -> float:
         """The share of the training steps after which the learning rate stays what it is."""
         return 1.0
@@ -154,18 +181,26 @@ class Variational(Guide):
         G: the examples of a training batch fall into G equal groups, each with a draw of its own
         (the largest divisor of the batch size up to G). The same expected gradient; of its
         variance the part that all examples share falls as 1/G. 1 is one draw a batch.
+    scale_updates
+        How the scales of the posterior find the optimum of the objective. ``"curvature"``: they are
+        put there, after 1, 2, 4, 8, ... steps and at the end, given the generalised Gauss-Newton
+        matrix H of −log p(y|θ), expected under the posterior as it is: for θ_i ~ N(m_i, σ_i²) and
+        the prior N(m_i0, σ₀²) that is σ_i² = β / (H_ii + β / σ₀²). Nothing of it depends on a
+        learning rate, or on the number of steps. ``"gradient"``: they are trained as the means are.
+        None: by curvature where the guide has the closed form.
     scale_learning_rate
-        Learning rate of scales, of the posterior and of the noise of a regression; the means take
-        the fit's ``learning_rate``. None: ten times that, so that noise does not grow before the
-        means have learnt, but no more than 1e-2, or, where β < 1, than 1e-2 √(256 / T) in a fit of
-        T > 256 steps: the noise of a cold posterior outgrows what is learnt. At β = 1 the optimum
-        is what is asked for, and near it the better the sooner.
+        Learning rate of the scales of the posterior, where they are trained, and of the noise of a
+        regression; the means take the fit's ``learning_rate``. None: ten times that, so that noise
+        does not grow before the means have learnt, but no more than 1e-2, or, where β < 1, than
+        1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
+        learnt. At β = 1 the optimum is what is asked for, and near it the better the sooner.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
         "kl_warmup",
         "draws_per_batch",
         "scale_learning_rate",
+        "scale_updates",
     )
     """Options that do not change the model."""
 
@@ -174,6 +209,10 @@ class Variational(Guide):
     kl_warmup: float = 0.0
     draws_per_batch: int = 1
     scale_learning_rate: float | None = None
+    scale_updates: str | None = None
+
+    has_closed_scales: ClassVar[bool] = False
+    """Whether a program of this guide can `Program.settle`."""
 
     def __post_init__(self) -> None:
         positive("kl_weight", self.kl_weight)
@@ -183,6 +222,21 @@ class Variational(Guide):
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
         if self.scale_learning_rate is not None:
             positive("scale_learning_rate", self.scale_learning_rate)
+        if self.scale_updates is not None:
+            updates = self.scale_updates
+            require(updates in SCALE_UPDATES, "scale_updates", f"one of {SCALE_UPDATES}", updates)
+        if self.scale_updates == "curvature" and not self.has_closed_scales:
+            raise ConfigError(
+                f"the scales of {self.name!r} with these options have no closed optimum; leave "
+                "scale_updates out, or choose scale_updates='gradient'"
+            )
+
+    @property
+    def settles(self) -> bool:
+        return self.scale_updates != "gradient" and self.has_closed_scales
+
+    def post_hoc(self) -> str | None:
+        return "computed" if self.settles else "trained"
 
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
         return self.scale_learning_rate or super().scale_rate(learning_rate, steps, num_examples)
@@ -238,6 +292,7 @@ class Program(ParamModule, ABC):
 
     options: Any
     previous: Any
+    prior_loc: Tensor | None
     progress: float = 1.0
     draws_per_batch: int = 1
     members: int = 1
@@ -251,8 +306,35 @@ class Program(ParamModule, ABC):
         self.bank = bank
         self.options = options
         self.register_module("previous", None)
+        self.register_buffer("prior_loc", None)
         if isinstance(options, Variational):
             self.draws_per_batch = options.draws_per_batch
+
+    def keep_start(self, latent: str, prior_mean: str) -> None:
+        """Keep the means of the latent factors as they are for those of the prior; where the bank
+        has an origin, that is the one."""
+        kept = prior_mean == "start" and self.bank.origin is None
+        A, B = (self.bank.get_parameter(f"{factor}_loc").detach() for factor in "AB")
+        means = FlatFactors(A, B)
+        value = self.bank.latent_part(latent, means).clone() if kept else None
+        self.register_buffer("prior_loc", value)
+
+    def centre(self, site: str) -> Tensor | None:
+        """The prior's mean of the factors of a site, flat; None: zero."""
+        if self.bank.origin is not None:
+            return self.bank.latent_part(site, self.bank.origin)
+        if self.prior_loc is None or site == self.options.latent:
+            return self.prior_loc
+        first = self.bank.layouts["A"].total
+        return self.prior_loc[:first] if site == "A" else self.prior_loc[first:]
+
+    @torch.no_grad()
+    def recentre(self) -> None:
+        """Have the prior, where it is around the start, around the means as they are: given ones
+        came."""
+        if self.prior_loc is not None:
+            means = self.bank.latent_part(self.options.latent, self.bank.means())
+            self.prior_loc.copy_(means.detach())
 
     @abstractmethod
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
@@ -281,6 +363,21 @@ class Program(ParamModule, ABC):
     def scale_parameters(self) -> list[str]:
         """Names of the parameters that are scales of the posterior, not means."""
         return [name for name, _ in self.named_parameters(recurse=False)]
+
+    @property
+    def settles(self) -> bool:
+        """Whether `settle` finds the scales; with a prior of an earlier fit they are trained."""
+        return self.previous is None and self.options.settles
+
+    def hold_scales(self) -> None:
+        """Make constants of the scales that `settle` finds: the optimiser leaves them alone."""
+        if self.settles:
+            for name in self.scale_parameters():
+                self.get_parameter(name).requires_grad_(False)
+
+    def settle(self, curvature: Curvature, beta: float) -> None:
+        """Put the scales of the guide where the objective has its optimum, given the means."""
+        raise NotImplementedError(f"{type(self).__name__} has no closed optimum")
 
     def groups(self, batch_size: int) -> int:
         """Into how many equal groups, each with a draw of its own, a training batch falls."""
@@ -311,6 +408,11 @@ class Program(ParamModule, ABC):
             parameter, start = self.get_parameter(name), fresh.get_parameter(name)
             found[name] = entries.expand_as(parameter)
             parameter.copy_(torch.where(entries, start.to(parameter), parameter))
+        if self.prior_loc is not None:
+            latent = self.options.latent
+            means = self.bank.latent_part(latent, self.bank.means())
+            new = self.bank.spread(latent, rows.to(means.device))
+            self.prior_loc.copy_(torch.where(new, means, self.prior_loc))
         return found
 
     @torch.no_grad()
@@ -323,6 +425,8 @@ class Program(ParamModule, ABC):
         for factor in "AB":
             latent = factor in self.options.latent
             self.bank.get_parameter(f"{factor}_loc").requires_grad_(latent)
+        for name in self.scale_parameters():
+            self.get_parameter(name).requires_grad_(True)
         self.previous = copy.deepcopy(previous).requires_grad_(False)
         self.previous.previous = None
 
@@ -411,6 +515,13 @@ class WrappingProgram(Program):
     def param(self, name: str) -> Tensor:
         return self.inner.param(name.removeprefix("inner."))
 
+    @property
+    def settles(self) -> bool:
+        return self.inner.settles
+
+    def settle(self, curvature: Curvature, beta: float) -> None:
+        self.inner.settle(curvature, beta)
+
     def groups(self, batch_size: int) -> int:
         return self.inner.groups(batch_size)
 
@@ -426,6 +537,9 @@ class WrappingProgram(Program):
 
     def succeed(self, previous: Any) -> None:
         self.inner.succeed(previous.inner)
+
+    def recentre(self) -> None:
+        self.inner.recentre()
 
     def await_prior(self, options: Guide) -> None:
         self.inner.await_prior(options)

@@ -16,6 +16,8 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import positive
 from pyrolora.guides.base import (
     LATENTS,
+    PRIOR_MEANS,
+    UNITS,
     Program,
     Quantities,
     Sites,
@@ -28,14 +30,22 @@ from pyrolora.guides.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianGuide(Variational):
-    """Options of a Gaussian guide over the entries of the factors, with the prior N(0, σ₀²).
+    """Options of a Gaussian guide over the entries of the factors, with the prior N(m₀, σ₀²).
 
     Parameters
     ----------
     prior_scale
-        σ₀, in the units of the factors.
+        σ₀, in the ``units``.
     init_scale
-        The start of every σ_i: a small one lets the network learn before the noise.
+        The start of every σ_i, in the ``units``: a small one lets the network learn before the
+        noise.
+    units
+        ``"fan_in"``: scales are multiples of 1/√in for A and of 1/√r for B, so that the noise of
+        A x, or of B A x, is the same at every width and rank. ``"one"``: they are as they are.
+    prior_mean
+        m₀: ``"learned"``, the guide's own means m, which then cost nothing (empirical Bayes);
+        ``"start"``, where the factors start (a price on what is learnt; where the adapter is
+        given, around it); or ``"zero"``.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
     """
@@ -44,6 +54,8 @@ class GaussianGuide(Variational):
 
     prior_scale: float = defaults.PRIOR_SCALE
     init_scale: float = defaults.INIT_SCALE
+    units: str = "fan_in"
+    prior_mean: str = defaults.PRIOR_MEAN
     latent: str = "A"
     kl_weight: float = defaults.MEANFIELD_KL_WEIGHT
 
@@ -52,6 +64,9 @@ class GaussianGuide(Variational):
         positive("prior_scale", self.prior_scale)
         positive("init_scale", self.init_scale)
         require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
+        require(self.units in UNITS, "units", f"one of {UNITS}", self.units)
+        mean = self.prior_mean
+        require(mean in PRIOR_MEANS, "prior_mean", f"one of {PRIOR_MEANS}", mean)
 
     def takes_prior(self) -> bool:
         return True
@@ -67,13 +82,28 @@ class FactorProgram(Program):
 
     def __init__(self, bank: AdapterBank, options: Any) -> None:
         super().__init__(bank, options)
+        if isinstance(options, GaussianGuide):
+            self.keep_start(options.latent, options.prior_mean)
         self.sites: tuple[str, ...] = tuple(options.latent)
         if self.joint_law:
             self.sites = (options.latent,)
 
     def prior(self, site: str) -> dist.TorchDistribution:
         """The law of that site in the model."""
-        return self.normal_prior(site, self.options.prior_scale)
+        return self.normal_prior(site, self.prior_scale(site))
+
+    def units(self, latent: str) -> Tensor:
+        """Of each entry what a scale of 1 is."""
+        layout = self.bank.layout(latent)
+        device = self.bank.get_parameter("A_loc").device
+        one = torch.ones(layout.total, device=device)
+        if self.options.units == "one":
+            return one
+        return layout.scale(layout.fan_in().to(device).rsqrt(), one)
+
+    def prior_scale(self, site: str) -> Tensor:
+        """σ₀ of each entry."""
+        return self.options.prior_scale * self.units(site)
 
     @abstractmethod
     def law(self, site: str) -> dist.TorchDistribution:
@@ -114,13 +144,16 @@ class FactorProgram(Program):
         """The scales of the entries of a site; those of idle ranks the prior's, so that their KL is
         zero."""
         active = self.bank.entries(site)
-        return scale if active is None else torch.where(active, scale, self.options.prior_scale)
+        if active is None:
+            return scale
+        return torch.where(active, scale, self.prior_scale(site))
 
     def normal_prior(self, site: str, scale: float | Tensor) -> dist.TorchDistribution:
-        """N(0, scale²) on every entry of a site; around the start, where that is taken off."""
-        if self.bank.origin is not None:
-            centre = self.bank.latent_part(site, self.bank.origin)
-        else:
+        """N(m₀, scale²) on every entry of a site."""
+        centre = self.centre(site)
+        if getattr(self.options, "prior_mean", None) == "learned":
+            centre = self.loc(site)
+        if centre is None:
             device = self.bank.get_parameter("A_loc").device
             centre = torch.zeros(self.bank.layout(site).total, device=device)
         return dist.Normal(centre, scale).to_event(1)

@@ -15,7 +15,16 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError, positive, true_or_false
-from pyrolora.guides.base import Fit, Guide, Law, Program, Sites, WrappingProgram, require
+from pyrolora.guides.base import (
+    Fit,
+    Guide,
+    Law,
+    Program,
+    Sites,
+    Variational,
+    WrappingProgram,
+    require,
+)
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
 
@@ -97,7 +106,7 @@ class Flat(Guide):
         return self.inner.rate_held_from()
 
     def post_hoc(self) -> str | None:
-        return "trained" if self.inner.post_hoc() == "trained" else None
+        return self.inner.post_hoc() if isinstance(self.inner, Variational) else None
 
     def check(self, likelihood: Law) -> None:
         self.inner.check(likelihood)

@@ -31,10 +31,11 @@ class LowRank(GaussianGuide):
     ----------
     rank
         K. The memory is that of K more copies of the factors, and as many for AdamW's moments.
-    prior_scale
-        σ₀, in the units of the factors.
-    init_scale
-        The start of every σ_i: a small one lets the network learn before the noise.
+    prior_scale, init_scale
+        σ₀, and the start of every σ_i, in the ``units``: a small start lets the network learn
+        before the noise.
+    units, prior_mean
+        As in `GaussianGuide`.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
 
@@ -68,7 +69,8 @@ class LowRankProgram(FactorProgram):
     def __init__(self, bank: AdapterBank, options: LowRank) -> None:
         super().__init__(bank, options)
         total = bank.layout(options.latent).total
-        self.declare("scale", torch.full((total,), options.init_scale), constraints.positive)
+        start = options.init_scale * self.units(options.latent)
+        self.declare("scale", start, constraints.positive)
         # Not zero, where the directions have no gradient; together a hundredth of the variance.
         start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
         self.declare("directions", start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
+from pyrolora.guides.base import Curvature
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
 
 
@@ -21,18 +23,18 @@ class MeanField(GaussianGuide):
 
     for the entries θ of A, of B, or of both; a factor that is not latent is its mean. The means
     are the LoRA weights, m and σ are learned, and the KL is a closed form:
-    Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½. (Where the adapters have a start that is taken
-    off again, the prior is around it, and m_i is the distance.)
+    Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½. Around the start, a prior's m_i is the distance
+    from it; given the curvature, σ_i² = β / (H_ii + β / σ₀²).
 
     A draw is one setting of the weights for all tokens of a sequence, and for all examples of
     its group (``draws_per_batch``).
 
     Parameters
     ----------
-    prior_scale
-        σ₀, in the units of the factors.
-    init_scale
-        The start of every σ_i: a small one lets the network learn before the noise.
+    prior_scale, init_scale
+        σ₀, and the start of every σ_i, in the ``units``.
+    units, prior_mean
+        As in `GaussianGuide`.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
 
@@ -44,6 +46,7 @@ class MeanField(GaussianGuide):
     """
 
     name = "meanfield"
+    has_closed_scales: ClassVar[bool] = True
 
     def build(self, bank: AdapterBank) -> MeanFieldProgram:
         return MeanFieldProgram(bank, self)
@@ -57,8 +60,16 @@ class MeanFieldProgram(FactorProgram):
     def __init__(self, bank: AdapterBank, options: MeanField) -> None:
         super().__init__(bank, options)
         for factor in options.latent:
-            start = torch.full((bank.layouts[factor].total,), options.init_scale)
+            start = options.init_scale * self.units(factor)
             self.declare(f"{factor}_scale", start, constraints.positive)
+        self.hold_scales()
+
+    @torch.no_grad()
+    def settle(self, curvature: Curvature, beta: float) -> None:
+        sizes = [self.bank.layouts[site].total for site in self.sites]
+        for site, entries in zip(self.sites, curvature.entries.split(sizes), strict=True):
+            precision = entries / beta + self.prior_scale(site) ** -2
+            self.assign(f"{site}_scale", precision.rsqrt())
 
     def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
         return {f"{site}_scale": self.bank.spread(site, rows) for site in self.sites}

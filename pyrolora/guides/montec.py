@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -14,11 +15,14 @@ from torch.distributions import constraints
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.distributions import ColumnNormal, StandardColumns, WishartCholesky
-from pyrolora.distributions.column_normal import whiten
+from pyrolora.distributions.column_normal import split_blocks, whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
 from pyrolora.guides.base import (
     LATENTS,
+    PRIOR_MEANS,
+    UNITS,
+    Curvature,
     Fit,
     Program,
     Quantities,
@@ -28,10 +32,12 @@ from pyrolora.guides.base import (
     require,
     tempered,
 )
+from pyrolora.guides.mixture import SymmetricMixture
 
+SETTLING = 5
+"""How often V and α are found in turn."""
 COMPONENT_PRIORS = ("isotropic", "hierarchical")
 COVARIANCES = ("diagonal", "full")
-PRIOR_MEANS = ("learned", "zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +64,18 @@ class MonteCLoRA(Variational):
     The means M, B and the task head are parameters that model and guide share. With
     ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
     above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² a column, with S = ε₀ ‖π‖ I, or
-    ε₀ ‖π‖ L in the hierarchical form. (Where the adapters have a start A₀, B₀ that is taken off
-    again, zero is there: a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j has the price.)
+    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` it is where A starts, a⁰, in place of zero,
+    a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j, what is learnt, has the price. (Where the adapters
+    have a start A₀, B₀ that is taken off again, zero is there, too.)
+
+    Given the generalised Gauss-Newton matrix of −log p(y|A), in which H = Σ_j H_jj, (r, r), is
+    what the columns of a layer have in common, the optimum of V is a closed form, and that of
+    ‖π‖ a search in one number a layer, over symmetric α:
+
+        V = [ I + ε₀² E‖π‖² H / (β κ) ]⁻¹,    κ = c + ν (isotropic),  κ = ν (hierarchical)
+
+    for c columns: the wider the fewer data, V = I without data. With ``covariance="diagonal"`` it
+    is that of the diagonal of H.
 
     Where ranks move between layers, Σ and its V are cut to a layer's active ranks. Their Σ has the
     mean above and is no Wishart, once ranks are idle between them.
@@ -73,7 +89,10 @@ class MonteCLoRA(Variational):
     num_components
         N.
     sample_scale
-        ε₀, the scale of the noise in the model; in the units of A.
+        ε₀, the scale of the noise in the model; in the ``units``.
+    units
+        ``"fan_in"``: ε₀ is a multiple of 1/√in for A and of 1/√r for B, so that the noise of A x,
+        or of B A x, is the same at every width and rank. ``"one"``: it is as it is (paper).
     learn_sample_scale
         Learn the guide's ε, one a layer, from ε₀ on; its price is the KL of z.
     component_prior
@@ -81,7 +100,8 @@ class MonteCLoRA(Variational):
     covariance
         V ``"diagonal"`` (the paper's) or ``"full"``.
     prior_mean
-        ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing), or
+        ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing),
+        ``"start"`` (it is centred where A starts; where the adapter is given, around that), or
         ``"zero"``.
     df_per_rank
         ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the
@@ -90,6 +110,7 @@ class MonteCLoRA(Variational):
         α₀.
     init_covariance
         The start of V as a multiple of I: a small one lets the network learn before the noise.
+        Of ``scale_updates="gradient"``; by curvature it is where the first estimate is made.
     cooperation
         λ_c >= 0: adds −λ_c ‖π‖² per layer to the log joint density.
     latent
@@ -113,6 +134,7 @@ class MonteCLoRA(Variational):
 
     num_components: int = defaults.NUM_COMPONENTS
     sample_scale: float = defaults.SAMPLE_SCALE
+    units: str = "fan_in"
     learn_sample_scale: bool = False
     component_prior: str = "isotropic"
     covariance: str = "diagonal"
@@ -138,10 +160,17 @@ class MonteCLoRA(Variational):
             ("component_prior", COMPONENT_PRIORS),
             ("covariance", COVARIANCES),
             ("prior_mean", PRIOR_MEANS),
+            ("units", UNITS),
             ("latent", LATENTS),
         ):
             value = getattr(self, name)
             require(value in choices, name, f"one of {choices}", value)
+
+    @property
+    def has_closed_scales(self) -> bool:  # type: ignore[override]
+        """Not with a learned ε, nor where the KL of the means has V⁻¹ in it."""
+        inverse = self.component_prior == "hierarchical" and self.prior_mean != "learned"
+        return not (self.learn_sample_scale or inverse)
 
     @classmethod
     def paper(cls, **changes: Any) -> MonteCLoRA:
@@ -155,6 +184,8 @@ class MonteCLoRA(Variational):
             "df_per_rank": 1,
             "num_components": 4,
             "sample_scale": 5e-3,
+            "units": "one",
+            "scale_updates": "gradient",
             "kl_weight": 1e-5,
             "kl_weight_against": "mean",
         }
@@ -167,8 +198,8 @@ class MonteCLoRA(Variational):
         return MonteCLoRAProgram(bank, self)
 
     def infer(self, fit: Fit) -> None:
-        inverse = self.prior_mean == "zero" and self.component_prior == "hierarchical"
-        where = "with prior_mean='zero' and component_prior='hierarchical'"
+        inverse = self.prior_mean != "learned" and self.component_prior == "hierarchical"
+        where = f"with prior_mean={self.prior_mean!r} and component_prior='hierarchical'"
         previous = fit.program.previous is not None
         if previous:
             inverse, where = True, "after an earlier posterior"
@@ -193,6 +224,7 @@ class MonteCLoRAProgram(Program):
     _df: Tensor
     _scale: Tensor
     _concentration: Tensor
+    _epsilon: Tensor
 
     supports = {  # noqa: RUF012 - a constant of the class
         "mixture_weights": constraints.unit_interval,
@@ -206,6 +238,7 @@ class MonteCLoRAProgram(Program):
         self.layout = bank.layout(options.latent)
         blocks, r = len(self.layout), self.layout.rank
         self.df = float(options.df_per_rank * r)
+        self.keep_start(options.latent, options.prior_mean)
         # A start off the symmetric point, where the gradients of all components are equal.
         jitter = 0.5 + torch.rand(blocks, options.num_components)
         self.declare("concentration", options.concentration * jitter, constraints.positive)
@@ -216,14 +249,15 @@ class MonteCLoRAProgram(Program):
             full = options.init_covariance**0.5 * torch.eye(r)
             self.declare("scale_tril", full.expand(blocks, r, r), lower_factor)
         if options.learn_sample_scale:
-            scale = torch.full((blocks,), options.sample_scale)
-            self.declare("sample_scale", scale, constraints.positive)
+            self.declare("sample_scale", self._sample_scales(), constraints.positive)
+        self.hold_scales()
         # Constants of the program: made once, and moved with it.
         constants = {
             "eye": torch.eye(r).expand(blocks, r, r),
             "rows": self.layout.rank_mask(),
             "df": torch.tensor(self.df),
             "scale": torch.full((blocks, r), self.df**-0.5),
+            "epsilon": self._sample_scales(),
             "concentration": torch.full((blocks, options.num_components), options.concentration),
         }
         for name, value in constants.items():
@@ -270,10 +304,8 @@ class MonteCLoRAProgram(Program):
         tril = self._cut(sites["covariance_tril"])
         covariance = tril @ tril.mT
         scale = self._spread(sites["mixture_weights"])
-        if self.options.learn_sample_scale:
-            scale = scale * self.param("sample_scale")
-        else:
-            scale = scale * self.options.sample_scale
+        learned = self.options.learn_sample_scale
+        scale = scale * (self.param("sample_scale") if learned else self._epsilon)
         noise = scale.unsqueeze(-1) * covariance.diagonal(dim1=-2, dim2=-1).sqrt()
         return {
             "mixture_weights": (sites["mixture_weights"], ("block", "component")),
@@ -295,14 +327,15 @@ class MonteCLoRAProgram(Program):
     def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
         """The mean of z in the model, where the noise is seen from M: at a_j = 0, at the start of
         a_j, or at the mean of the earlier posterior."""
-        centre = self.bank.origin
+        own = self.options.latent
+        centre = self.centre(own)
         if self.previous is not None:
-            centre = self.previous.bank.means()
+            centre = self.bank.latent_part(own, self.previous.bank.means())
         elif self.options.prior_mean == "learned":
             return None
-        latent = self.bank.latent_part(self.options.latent, means)
+        latent = self.bank.latent_part(own, means)
         if centre is not None:
-            latent = latent - self.bank.latent_part(self.options.latent, centre)
+            latent = latent - centre
         if self.options.component_prior == "hierarchical":
             law = -gain[..., None, None] * tril
             loc = whiten(law, latent.expand(*gain.shape[:-1], -1), self.layout.groups)
@@ -338,7 +371,7 @@ class MonteCLoRAProgram(Program):
 
     def _gain(self, weights: Tensor) -> Tensor:
         """ε₀ ‖π‖ of every block, (..., L)."""
-        return self.options.sample_scale * self._spread(weights)
+        return self._epsilon * self._spread(weights)
 
     def _spread(self, weights: Tensor) -> Tensor:
         """‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""
@@ -380,9 +413,57 @@ class MonteCLoRAProgram(Program):
     def _widened(self, law: Tensor) -> Tensor:
         """The factor of z's covariance, (..., L, r, r), times ε / ε₀ where ε is learned."""
         if self.options.learn_sample_scale:
-            ratio = self.param("sample_scale") / self.options.sample_scale
+            ratio = self.param("sample_scale") / self._epsilon
             law = law * torch.where(self._in_use(), ratio[:, None], 1.0).unsqueeze(-1)
         return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate: one law a draw
+
+    def _sample_scales(self) -> Tensor:
+        """(L,): ε₀ of every block."""
+        scale = torch.full((len(self.layout),), self.options.sample_scale)
+        if self.options.units == "fan_in":
+            scale = scale * self.layout.fan_in().rsqrt()
+        return scale
+
+    @torch.no_grad()
+    def settle(self, curvature: Curvature, beta: float) -> None:
+        """V and α at the optimum of the objective, one given the other."""
+        H, squared_scale = curvature.ranks, self._epsilon.square()
+        if self.options.covariance == "diagonal":
+            H = torch.diag_embed(H.diagonal(dim1=-2, dim2=-1))
+        distance = 0.5 * self._squared_distance() / squared_scale
+        order = self.param("concentration").mean(-1)
+        for _ in range(SETTLING):
+            noise = squared_scale * self._mixture.squared(order) / (beta * self._kappa())
+            V = torch.linalg.inv(self._eye + noise[:, None, None] * H)
+            loss = 0.5 * squared_scale * (V * H).sum((-2, -1)) / beta
+            order = self._mixture.best(loss + self.options.cooperation, distance)
+        self.assign("concentration", order[:, None].expand_as(self._concentration))
+        if self.options.covariance == "diagonal":
+            self.assign("scale_diag", V.diagonal(dim1=-2, dim2=-1).sqrt())
+        else:
+            self.assign("scale_tril", torch.linalg.cholesky(V))
+
+    @cached_property
+    def _mixture(self) -> SymmetricMixture:
+        options = self.options
+        return SymmetricMixture(options.num_components, options.concentration, options.sparse)
+
+    def _kappa(self) -> Tensor:
+        """(L,): what ½ (tr V − log|V|) counts for in the KL: ν for Σ, and once a column for z."""
+        kappa = self._epsilon.new_full((len(self.layout),), self.df)
+        if self.options.component_prior == "isotropic":
+            columns = [float(block.columns) for block in self.layout.blocks]
+            kappa = kappa + kappa.new_tensor(columns)
+        return kappa
+
+    def _squared_distance(self) -> Tensor:
+        """(L,): ‖M − M₀‖² of every block, where the prior has a mean of its own."""
+        means = self.bank.latent_part(self.options.latent, self.bank.means())
+        if self.options.prior_mean == "learned":
+            return torch.zeros_like(self._epsilon)
+        centre = self.centre(self.options.latent)
+        parts = split_blocks(means if centre is None else means - centre, self.layout.groups)
+        return torch.cat([part.square().sum((-2, -1)) for part in parts])
 
     def _signal(self) -> Tensor:
         """(L, r): the root mean square of each row of the means; 0 for rows that do not exist, or

@@ -108,10 +108,10 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
         for name, spec in bank.specs.items()
     }
     with evaluating(joint), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for batch in (part for whole in batches for part in _readable(joint, whole)):
+        for batch in (part for whole in batches for part in readable(joint, whole)):
             plain = joint.binding(means)
             layers = {
-                name: _Recording(plain.factors[layer].A, plain.factors[layer].sB)
+                name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
                 for name, layer in joint.attachment.layers.items()
             }
             bound: dict[nn.Module, Factors] = {
@@ -146,7 +146,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Recording(Factors):
+class Recording(Factors):
     """Factors that keep the input and the update, s B A x, of each use of their layer."""
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -161,7 +161,7 @@ class _Recording(Factors):
         return out + update.to(out.dtype)
 
 
-def _readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
+def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
     """The batch; or one example after the other, where a layer's rows do not say whose they are."""
     size = len(next(iter(batch.values())))
     if size == 1 or joint.together(batch):
@@ -175,7 +175,7 @@ def _accumulate(
     joint: JointModel,
     batch: Batch,
     output: Tensor,
-    layers: dict[str, _Recording],
+    layers: dict[str, Recording],
     sums: dict[str, _Sums],
 ) -> None:
     masks = _masks(batch)

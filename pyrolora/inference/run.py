@@ -37,6 +37,7 @@ from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
 from pyrolora.inference.mcmc import nuts
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
+from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel
 from pyrolora.seeding import give_way
@@ -88,8 +89,14 @@ class Run:
 
     def svi(self, *, final: bool = True) -> None:
         """Train the pair of `joint`; with ``final`` what it leaves is the result."""
-        self._train(self.joint, self.guide, self.args)
-        self._scored = final
+        joint, settles = self.joint, self.program.settles
+        trained = any(parameter.requires_grad for parameter in joint.parameters())
+        if trained:
+            self._train(joint, self.guide, self.args)
+        if settles:
+            joint.to(self.args.device)
+            settle_finally(joint, self.guide, self.data, self.args, 1 if trained else 4)
+        self._scored = final and trained and not settles
 
     def conclude(self) -> None:
         """Score `joint` on the evaluation data, where no training has done it."""
@@ -197,6 +204,8 @@ class Run:
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
+        if joint.program.settles:
+            trainer.add_callback(SettleScales(joint, guide, self.data))
         asked: Any = args.resume_from_checkpoint
         starts = starting_factors(joint)
         try:

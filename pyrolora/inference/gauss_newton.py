@@ -1,0 +1,125 @@
+"""The curvature of the log-likelihood as the scales of a posterior read it, under its own draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from pyrolora.adapters import Factors
+from pyrolora.guides import Curvature
+from pyrolora.inference.curvature import Recording, readable
+from pyrolora.model import JointModel, evaluating
+from pyrolora.types import Batch
+
+
+@torch.no_grad()
+def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Curvature:
+    """The generalised Gauss-Newton matrix of −log p(y|A, B), a draw from the posterior a batch,
+    summed over the batches' examples and scaled up to all n:
+
+        H = n/m Σ_i Σ_v g_iv g_ivᵀ,   g_iv the gradient of <v, f(x_i; θ)> in the latent factors
+
+    with Σ_v v vᵀ the Hessian of −log p(y_i|f) in the network's output f (``likelihood.curvature``),
+    so that it is what a variational bound asks for, the curvature expected under the posterior; of
+    it the diagonal, and for each block what its ranks share. A gradient is that of an example: over
+    all of its positions and all uses of a layer. The network runs in evaluation mode.
+
+    Parameters
+    ----------
+    joint
+        The model; heads and likelihood are constants here.
+    batches
+        m of the training examples, on the model's device.
+    passes
+        At most so many backward passes a batch: one for each v, or, where there are more, one for
+        Σ_v ±v with random signs, which is right in expectation.
+
+    References
+    ----------
+    K. Osawa et al. (2019), "Practical Deep Learning with Bayesian Principles" (VOGN), NeurIPS.
+    """
+    program = getattr(joint.program, "inner", joint.program)
+    latent = program.options.latent
+    layout = program.bank.layout(latent)
+    zeros = [
+        torch.zeros(block.rank, block.columns, device=_device(joint)) for block in layout.blocks
+    ]
+    entries = {(b.layer, b.factor): zero for b, zero in zip(layout.blocks, zeros, strict=True)}
+    ranks = {
+        (b.layer, b.factor): torch.zeros(layout.rank, layout.rank, device=_device(joint))
+        for b in layout.blocks
+    }
+    seen = 0
+    with evaluating(joint), torch.enable_grad(), torch.autocast(_device(joint).type, enabled=False):
+        for batch in (part for whole in batches for part in readable(joint, whole)):
+            size = len(next(iter(batch.values())))
+            for key, gradient in _gradients(joint, batch, latent, passes):
+                r = gradient.shape[-2]
+                entries[key] += gradient.square().sum(0)
+                ranks[key][:r, :r] += torch.einsum("bik,bjk->ij", gradient, gradient)
+            seen += size
+    scale = joint.num_examples / max(seen, 1)
+    flat = torch.cat([entries[b.layer, b.factor].flatten() for b in layout.blocks])
+    return Curvature(
+        scale * flat, scale * torch.stack([ranks[b.layer, b.factor] for b in layout.blocks])
+    )
+
+
+def _gradients(
+    joint: JointModel, batch: Batch, latent: str, passes: int
+) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    """(layer, factor) and (b, r, columns): the gradients of each example, of one v after the
+    other."""
+    program = joint.program
+    drawn = program.factors(program.draw(1))[0]
+    plain = joint.binding(replace(drawn, A=drawn.A.detach(), B=drawn.B.detach().requires_grad_()))
+    layers = {
+        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
+        for name, layer in joint.attachment.layers.items()
+    }
+    bound: dict[nn.Module, Factors] = {
+        joint.attachment.layers[name]: layer for name, layer in layers.items()
+    }
+    output = joint.run(batch, replace(plain, factors=bound))
+    updates = [update for layer in layers.values() for update in layer.updates]
+    size = len(next(iter(batch.values())))
+    for v in _directions(joint, output, batch, passes):
+        gradients = iter(
+            torch.autograd.grad(
+                output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
+            )
+        )
+        for name, layer in layers.items():
+            uses = [(x, next(gradients)) for x in layer.inputs]
+            for factor in latent:
+                parts = [_of_use(layer, x, g, factor, size) for x, g in uses]
+                if parts:
+                    total = torch.stack(parts).sum(0)
+                    if factor == "B":
+                        total = total * program.bank.specs[name].scaling
+                    yield (name, factor), total
+
+
+def _of_use(layer: Recording, x: Tensor, g: Tensor, factor: str, size: int) -> Tensor:
+    """(b, r, columns): of one use of a layer, with inputs x and gradients g of its update."""
+    x, g = (t.reshape(size, -1, t.shape[-1]) for t in (x, g.to(layer.A.dtype)))
+    sB = layer.sB.detach()
+    if factor == "A":
+        return torch.einsum("btr,bti->bri", g @ sB.mT, x).float()
+    return torch.einsum("btr,bto->bro", x @ layer.A.mT, g).float()
+
+
+def _directions(joint: JointModel, output: Tensor, batch: Batch, passes: int) -> list[Tensor]:
+    every = list(joint.likelihood.curvature(output.detach(), batch))
+    if len(every) <= passes:
+        return every
+    shape = (len(every), len(output), *[1] * (output.dim() - 1))
+    signs = torch.randint(0, 2, shape, device=output.device) * 2 - 1
+    return [(signs * torch.stack(every)).sum(0)]
+
+
+def _device(joint: JointModel) -> torch.device:
+    return joint.program.bank.get_parameter("A_loc").device
