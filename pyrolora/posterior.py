@@ -239,8 +239,9 @@ class Posterior:
         Parameters
         ----------
         data
-            Labelled, and not the training data, on which the fit is too sure: the library cannot
-            recognise them. Of a ``DatasetDict`` ``validation``, else ``test``.
+            Labelled, and not the training data, on which the fit is too sure; they are not
+            recognised here (the command line does, by their file). Of a ``DatasetDict``
+            ``validation``, else ``test``.
         num_samples, seed
             Of the draws, as in `predict`; T suits predictions of about as many. A second call
             starts anew, from T = 1.

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from pyrolora import defaults
-from pyrolora.cli import posteriors
+from pyrolora.cli import files, posteriors
 from pyrolora.cli.files import KINDS
-from pyrolora.cli.output import print_json, tell
+from pyrolora.cli.output import print_json, say, tell
 from pyrolora.cli.runs import Run
 
 
@@ -39,6 +39,12 @@ def calibrate(
     score too well later: keep others for that. A second call starts anew.
     """
     examples = posteriors.labelled(run, data, split, text, label, defaults.FIT_SPLITS)
+    digest = (Run(run).record or {}).get("options", {}).get("data_digest")
+    if digest == files.fingerprint(data, examples):
+        say(
+            "note: the fit was trained on these data, and is too sure of them: their temperature "
+            "is too low; give others"
+        )
     with Run(run).locked():
         posterior = posteriors.load(run, model)
         found = posterior.calibrate(examples, num_samples, batch_size=batch_size, seed=seed)

@@ -23,5 +23,9 @@ def test_the_temperature_is_that_of_python_and_is_kept(tmp_path):
     expected = loaded.calibrate(reviews(16, seed=1), 3, seed=7)
     assert found["temperature"] == pytest.approx(expected.temperature)
     assert found["nll_before"] == pytest.approx(expected.nll_before)
-    assert "Temperature" in done(*command).out
+    shown = done(*command)
+    assert "Temperature" in shown.out
+    assert "trained on these data" not in shown.err
+    seen = done("calibrate", tmp_path / "run", tmp_path / "train.jsonl", "--num-samples", 3)
+    assert "the fit was trained on these data" in seen.err
     assert (tmp_path / "run" / "run.json").exists()
