@@ -75,6 +75,21 @@ def test_a_point_gets_classical_temperature_scaling():
     assert posterior.evaluate(data)["nll"] == pytest.approx(direct.fun, abs=1e-5)
 
 
+def test_the_noise_of_a_point_regression_gets_the_variance_of_the_residuals():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    data = torch.randn(20, 2), torch.randn(20)
+    options = {**OPTIONS, "adapter": AdapterConfig(r=1), "likelihood": "regression"}
+    posterior = pyrolora.fit(network, data, "map", **options)
+    held_out = torch.randn(50, 2), 3 * torch.randn(50)
+    before = posterior.predict(held_out)
+    found = posterior.calibrate(held_out)
+    after = posterior.predict(held_out)
+    variance = float((held_out[1] - before.mean).square().mean())
+    assert found.temperature == pytest.approx(variance / before.noise_scale**2, rel=1e-3)
+    assert after.noise_scale**2 == pytest.approx(variance, rel=1e-3)
+    assert torch.equal(after.draws, before.draws)
+
+
 def test_several_draws_are_tempered_each_and_a_second_calibration_starts_anew():
     posterior = pyrolora.fit(
         bert(initializer_range=0.5), tokens(16), "montec", learning_rate=0.02, **OPTIONS
