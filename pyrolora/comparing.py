@@ -33,7 +33,8 @@ def compare(
     Parameters
     ----------
     posteriors
-        Name -> posterior; their networks may differ.
+        Name -> posterior; their networks may differ. Each predicts at its own temperature
+        (`Posterior.calibrate`).
     data
         As in `Posterior.evaluate`.
     num_samples

@@ -101,6 +101,8 @@ OUTSIDE_SPLITS = (*SCORE_SPLITS, "train")
 
 # Prediction: the Monte Carlo error of a probability is below 0.5 / sqrt(32) = 0.09 at worst.
 NUM_SAMPLES = 32
+# What a calibration looks between: beyond, the data say nothing of probabilities.
+TEMPERATURES = (0.05, 20.0)
 # Texts: each draw writes its own continuation, and all draws read all of them.
 GENERATE_SAMPLES = 8
 MAX_NEW_TOKENS = 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -161,6 +162,12 @@ def fit(
     if prior is not None:
         _check_prior(prior, options, given, adapter, likelihood)
     source = prior if given is None else given
+    if source is not None and source.temperature != 1:
+        warnings.warn(
+            "the posterior that this fit starts from has the temperature "
+            f"{source.temperature:.4g}, and the new one has none: call calibrate(...) on it",
+            stacklevel=3,
+        )
     shortcuts = {
         "epochs": epochs,
         "learning_rate": learning_rate,

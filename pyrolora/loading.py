@@ -113,6 +113,7 @@ def load(
         history=description.history,
         settings=description.settings,
         identity=description.base,
+        temperature=description.temperature,
     )
 
 

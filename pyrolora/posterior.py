@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from pyrolora.errors import ConfigError, whole_number
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Prepared, prepare
 from pyrolora.inference.examples import as_examples, without_labels
-from pyrolora.likelihoods import Likelihood, TokenLikelihood
+from pyrolora.likelihoods import Likelihood, Regression, TokenLikelihood
 from pyrolora.model import INPUTS, JointGuide, JointModel
 from pyrolora.page import page_file, report_on
 from pyrolora.predictive import (
+    Calibration,
     ClassPrediction,
     Generation,
     Prediction,
+    calibrated,
+    check_temperature,
     choice_rows,
     choose,
     draw_factors,
@@ -82,6 +86,7 @@ class Posterior:
         history: Sequence[Mapping[str, Any]] = (),
         settings: Mapping[str, Any] | None = None,
         identity: Mapping[str, Any] | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.model = joint
         self.guide = JointGuide(joint.program)
@@ -89,16 +94,18 @@ class Posterior:
         self.tokenizer = tokenizer
         self.history = [dict(entry) for entry in history]
         self.settings = dict(settings or {})
+        self.temperature = temperature
         if identity is None:
             heads = joint.attachment.heads
             identity = describe_base(joint.base, heads, weights=options.adapts)
         self.identity = dict(identity)
 
     def __repr__(self) -> str:
+        cooled = "" if self.temperature == 1 else f", temperature={self.temperature:.4g}"
         return (
             f"Posterior(guide={full_name(self.options)!r}, likelihood={self.likelihood.name!r}, "
             f"base={type(self.base).__name__}, layers={len(self.bank.specs)}, "
-            f"num_examples={self.model.num_examples})"
+            f"num_examples={self.model.num_examples}{cooled})"
         )
 
     @property
@@ -119,6 +126,15 @@ class Posterior:
     def likelihood(self) -> Likelihood:
         """The law of the targets."""
         return self.model.likelihood
+
+    @property
+    def temperature(self) -> float:
+        """T of every prediction, which `calibrate` sets; 1 without. May be set, as to 1."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_temperature(value)
 
     @property
     def classes(self) -> list[str] | None:
@@ -193,6 +209,85 @@ class Posterior:
         prediction.check_finite()
         return prediction
 
+    def calibrate(
+        self,
+        data: Any,
+        num_samples: int | None = None,
+        *,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> Calibration:
+        """Choose the temperature T of all later predictions by held-out data: that of the lowest
+        negative log-likelihood of the predictive mean,
+
+            T = argmin −Σ_i log mean_s p_T(y_i | draw s),   p_T ∝ p^(1/T).
+
+        T acts on each draw's law: softmax(f_s / T) of classes, of choices that a network scores,
+        and of each token; N(f_s, T σ²) in a regression, which widens the noise alone, so that
+        the means stay. Each draw thus stays a function with a law of its own (entropy still splits
+        into aleatoric and epistemic, log-likelihoods and texts follow from the same law), which
+        softmax(log p̄ / T) of the mean would not leave. No draw changes its mind; the mean of
+        several may, where they disagree. For a point (``"map"``) it is temperature scaling (Guo et
+        al. 2017, ICML).
+
+        From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
+        texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
+        it. What is about the fit has none: `model`, `guide`, `khat`, ArviZ's ``log_likelihood``
+        (`az.loo` weighs draws by the likelihood that made them), and a later fit. `merge` and
+        `to_peft` cannot hold it, and warn.
+
+        Parameters
+        ----------
+        data
+            Labelled, and not the training data, on which the fit is too sure; they are not
+            recognised here (the command line does, by their file). Of a ``DatasetDict``
+            ``validation``, else ``test``.
+        num_samples, seed
+            Of the draws, as in `predict`; T suits predictions of about as many. A second call
+            starts anew, from T = 1.
+        batch_size
+            Examples a batch. Two passes over the data, with 25 temperatures in each.
+
+        Returns
+        -------
+        Calibration
+            ``temperature``, ``nll_before`` (at T = 1) and ``nll_after``.
+
+        Raises
+        ------
+        ConfigError
+            For a likelihood without a temperature, or data with ``choices`` before a language
+            model, whose temperature is that of tokens.
+        """
+        whole_number("batch_size", batch_size, at_least=1)
+        if choice_rows(data, self.model) is not None:
+            raise ConfigError(
+                "a language model's temperature is that of each token, and the data have 'choices' "
+                "between texts, whose best temperature is another; calibrate on texts, or fit a "
+                "network that scores choices (AutoModelForMultipleChoice)"
+            )
+        prepared = self._prepare(data, need_labels=True, splits=defaults.FIT_SPLITS)
+        factors = draw_factors(self.model, num_samples, seed)
+        found = calibrated(self.model, prepared, factors, batch_size=batch_size)
+        self.temperature = found.temperature
+        logger.info(
+            "temperature %.4g from %d examples: NLL %.4f before, %.4f after",
+            found.temperature,
+            found.num_examples,
+            found.nll_before,
+            found.nll_after,
+        )
+        if found.at_an_end:
+            warnings.warn(
+                f"the temperature {found.temperature:.4g} is the end of what was looked at, "
+                f"{defaults.TEMPERATURES}: too few examples, all of them right, labels that the "
+                "predictions say nothing of, or draws that lie further apart than the labels; "
+                "posterior.temperature = 1.0 undoes it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return found
+
     def predict_choices(
         self,
         data: Any,
@@ -214,6 +309,7 @@ class Posterior:
             self.tokenizer,
             per_token=per_token,
             batch_size=batch_size,
+            temperature=self.temperature,
         )
 
     def generate(
@@ -254,7 +350,14 @@ class Posterior:
             num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
         with seeded(seed):
             factors = draw_factors(self.model, num_samples)
-            return generate(self.model, inputs, factors, self.tokenizer, options=generate_options)
+            return generate(
+                self.model,
+                inputs,
+                factors,
+                self.tokenizer,
+                options=generate_options,
+                temperature=self.temperature,
+            )
 
     def evaluate(
         self,
@@ -309,21 +412,35 @@ class Posterior:
 
     def _reader(
         self, data: Any, batch_size: int = defaults.BATCH_SIZE, *, need_labels: bool
-    ) -> Callable[[FlatFactors], Prediction]:
-        """What draws say of data that are checked already; of ``choices`` before a language model,
-        what they choose."""
-        rows = choice_rows(data, self.model)
+    ) -> Callable[..., Prediction]:
+        """What draws say of data that are checked already, at the posterior's temperature or at
+        another; of ``choices`` before a language model, what they choose."""
+        rows, own = choice_rows(data, self.model), self.temperature
         if rows is not None:
-            return lambda factors: choose(
+            return lambda factors, temperature=own: choose(
                 self.model,
                 rows,
                 factors,
                 self.tokenizer,
                 need_labels=need_labels,
                 batch_size=batch_size,
+                temperature=temperature,
             )
         prepared = self._prepare(data, need_labels=need_labels)
-        return lambda factors: predict(self.model, prepared, factors, batch_size=batch_size)
+        return lambda factors, temperature=own: predict(
+            self.model, prepared, factors, batch_size=batch_size, temperature=temperature
+        )
+
+    def _with_stated_likelihood(
+        self, read: Callable[..., Prediction]
+    ) -> Callable[[FlatFactors], Prediction]:
+        """Predictions at the posterior's temperature, with the log-likelihood of the model, which
+        has none."""
+        if self.temperature == 1:
+            return read
+        return lambda factors: dataclasses.replace(
+            read(factors), log_likelihood=read(factors, 1.0).log_likelihood
+        )
 
     # ArviZ --------------------------------------------------------------------------------------
 
@@ -360,7 +477,8 @@ class Posterior:
             so no ``az.plot_ppc``; in its ``observed_data`` a token that does not count is -100.
             Of data with ``choices`` ``y`` is what it chooses (`predict_choices`).
         log_likelihood
-            With ``data``: adds the pointwise log-likelihood. ``az.loo`` is about the training data,
+            With ``data``: adds the pointwise log-likelihood, that of the model, without the
+            temperature of `calibrate`. ``az.loo`` is about the training data,
             and exact for draws of the posterior itself. With the means, a head and a noise that
             were fitted to the same data, or with ``kl_weight`` below 1, it is too good; held-out
             data have ``evaluate(data)["nll"]``.
@@ -373,11 +491,15 @@ class Posterior:
         """
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
+        read = None if data is None else self._reader(data, need_labels=log_likelihood)
+        if read is not None and log_likelihood:
+            read = self._with_stated_likelihood(read)
         return inference_data(
             self.model,
             self.options,
-            None if data is None else self._reader(data, need_labels=log_likelihood),
+            read,
             num_samples,
+            temperature=self.temperature,
             log_likelihood=log_likelihood,
             factors=factors,
             seed=seed,
@@ -518,6 +640,7 @@ class Posterior:
             "num_examples": self.model.num_examples,
             "settings": self.settings,
             "history": self.history,
+            "temperature": self.temperature,
         }
         write_folder(Path(path), meta, self.model.own_state(), self.tokenizer)
 
@@ -537,6 +660,7 @@ class Posterior:
             When a layer's weight is quantised, parametrised or offloaded, or the draw is no
             adapter.
         """
+        self._warn_untempered("a merged model")
         return merged(self.model, self._setting(draw))
 
     def to_peft(self, path: str | Path, draw: str | int | Iterable[int] = "mean") -> None:
@@ -566,10 +690,25 @@ class Posterior:
             for number in draw:
                 self.to_peft(Path(path) / f"draw-{number}", number)
             return
+        self._warn_untempered("an adapter")
         setting = self._setting(draw)
         heads = {name: own for name, (own,) in self.model.named_heads(setting).items()}
         matrices = self.bank.matrices(setting)
         write_adapter(Path(path), self.bank.specs, matrices, heads, self.base)
+
+    def _warn_untempered(self, what: str) -> None:
+        if self.temperature != 1:
+            means = (
+                "T is a factor of the noise's variance"
+                if isinstance(self.likelihood, Regression)
+                else "divide its logits by it"
+            )
+            warnings.warn(
+                f"{what} does not hold the temperature {self.temperature:.4g} of this posterior: "
+                f"its predictions are those before calibrate(...); {means}",
+                UserWarning,
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def _setting(self, draw: str | int) -> FlatFactors:
@@ -612,13 +751,15 @@ class Posterior:
             return as_examples(data, name, defaults.OUTSIDE_SPLITS)
         return without_labels(data, name, defaults.OUTSIDE_SPLITS)
 
-    def _prepare(self, data: Any, *, need_labels: bool) -> Prepared:
+    def _prepare(
+        self, data: Any, *, need_labels: bool, splits: Sequence[str] = defaults.SCORE_SPLITS
+    ) -> Prepared:
         return prepare(
             data,
             self.base,
             self.likelihood,
             self.tokenizer,
-            splits=defaults.SCORE_SPLITS,
+            splits=splits,
             need_labels=need_labels,
             to_learn=False,
         )

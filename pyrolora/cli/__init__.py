@@ -1,4 +1,4 @@
-"""The command line: ``pyrolora fit|predict|evaluate|compare|generate|report|export|demo``."""
+"""The command line: ``pyrolora fit|calibrate|predict|evaluate|compare|generate|...``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from pyrolora.cli.calibrate import calibrate
 from pyrolora.cli.compare import compare
 from pyrolora.cli.demo import demo
 from pyrolora.cli.evaluate import evaluate
@@ -35,7 +36,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 a wrong option, file, column or folder; 3 the fit met NaN or "
     "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
 )
-for command in (fit, predict, evaluate, compare, generate, report, export, demo):
+for command in (fit, calibrate, predict, evaluate, compare, generate, report, export, demo):
     app.command()(command)
 
 

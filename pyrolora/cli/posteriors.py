@@ -65,7 +65,12 @@ def load(folder: Path, model: str | None) -> Posterior:
 
 
 def labelled(
-    folder: Path, source: str, split: str | None, text: Sequence[str] | None, label: str | None
+    folder: Path,
+    source: str,
+    split: str | None,
+    text: Sequence[str] | None,
+    label: str | None,
+    splits: Sequence[str] = defaults.SCORE_SPLITS,
 ) -> Any:
     """Data with its target, in the columns that were given, or those of the fit."""
     run = Run(folder)
@@ -73,7 +78,7 @@ def labelled(
     return files.labelled(
         source,
         split,
-        defaults.SCORE_SPLITS,
+        splits,
         text or columns.get("text", []),
         label or columns.get("label"),
         run.classes(),

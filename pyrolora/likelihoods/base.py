@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from copy import copy
+from typing import Any, ClassVar, Self
 
 import pyro
 import pyro.distributions as dist
@@ -36,6 +37,11 @@ class Likelihood(ParamModule, ABC):
     class_names: Sequence[str] | None = None
     """What the data of a fit call the classes of a network that has no names for them."""
 
+    tempers: ClassVar[bool] = False
+    """Whether `at` is defined."""
+    temperature: float = 1.0
+    """T of `at`; 1 in a fit and in the joint model, always."""
+
     classes: ClassVar[frozenset[str]] = frozenset()
     """transformers' classes of networks that call for it."""
 
@@ -54,6 +60,29 @@ class Likelihood(ParamModule, ABC):
             )
         tensor: Tensor = raw if isinstance(raw, Tensor) else raw.logits
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+    def at(self, temperature: float) -> Self:
+        """This likelihood with every law p(y | output) replaced by p(y | output)^(1/T), normalised:
+        a softmax of logits / T, a Gaussian of T times the variance. Of texts it is the law of each
+        token. The parameters are shared.
+
+        Raises
+        ------
+        ConfigError
+            For another temperature than 1, where the likelihood has none.
+        """
+        if temperature != 1 and not self.tempers:
+            raise ConfigError(
+                f"the likelihood {self.name!r} has no temperature, so that its posteriors cannot "
+                "be calibrated by one; see pyrolora.predictive.Conformal for sets of answers"
+            )
+        tempered = copy(self)
+        tempered.temperature = temperature
+        return tempered
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        """The logits of the law at this temperature."""
+        return logits if self.temperature == 1 else logits / self.temperature
 
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:

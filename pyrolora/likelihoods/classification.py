@@ -26,6 +26,7 @@ class Classification(Likelihood):
         }
     )
     linearisable = True
+    tempers = True
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:
@@ -41,7 +42,7 @@ class Classification(Likelihood):
 
     def logits(self, output: Tensor, batch: Batch) -> Tensor:
         """What the probabilities are the softmax of, (..., b, classes)."""
-        return output
+        return self.tempered(output)
 
     def targets(self, batch: Batch) -> Tensor | None:
         return batch.get("labels")

@@ -30,8 +30,8 @@ class MultipleChoice(Classification):
         return type(network).__name__ in cls.classes
 
     def logits(self, output: Tensor, batch: Batch) -> Tensor:
-        mask = batch.get(CHOICE_MASK)
-        return output if mask is None else output.masked_fill(~mask.bool(), IMPOSSIBLE)
+        mask, scores = batch.get(CHOICE_MASK), self.tempered(output)
+        return scores if mask is None else scores.masked_fill(~mask.bool(), IMPOSSIBLE)
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         check_whole_numbers(

@@ -34,6 +34,7 @@ class Regression(Likelihood):
     name = "regression"
     classes = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
     linearisable = True
+    tempers = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,12 @@ class Regression(Likelihood):
         return output.squeeze(-1) if output.dim() == 2 else output
 
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
-        return dist.Normal(output, self.param("noise_scale"), validate_args=False)
+        return dist.Normal(output, self.noise(), validate_args=False)
+
+    def noise(self) -> Tensor:
+        """The standard deviation of the noise: σ, or σ √T at a temperature T."""
+        scale = self.param("noise_scale")
+        return scale if self.temperature == 1 else scale * self.temperature**0.5
 
     def targets(self, batch: Batch) -> Tensor | None:
         labels = batch.get("labels")

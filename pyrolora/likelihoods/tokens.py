@@ -23,6 +23,7 @@ class TokenLikelihood(Likelihood):
     predicts it. Tokens labelled -100 do not count.
     """
 
+    tempers = True
     shift: ClassVar[int]
     title: ClassVar[str]
     """What errors call the network."""
@@ -37,7 +38,7 @@ class TokenLikelihood(Likelihood):
 
     def token_logits(self, output: Tensor) -> Tensor:
         """(..., b, T-d, vocabulary): what the tokens d..T-1 are predicted by."""
-        return output[..., : output.shape[-2] - self.shift, :]
+        return self.tempered(output[..., : output.shape[-2] - self.shift, :])
 
     def token_mask(self, batch: Batch) -> Tensor:
         """(b, T-d) booleans: which tokens count; without labels all that are not padding, and that

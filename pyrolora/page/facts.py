@@ -33,6 +33,7 @@ class Subject(Protocol):
     history: list[dict[str, Any]]
     settings: dict[str, Any]
     tokenizer: Any
+    temperature: float
 
     @property
     def base(self) -> nn.Module: ...
@@ -76,6 +77,7 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
         "latent sites": ", ".join(f"{name} ({size:,})" for name, size in sites.items()),
         "likelihood": posterior.likelihood.name,
         "training examples": f"{posterior.model.num_examples:,}",
+        "temperature": f"{posterior.temperature:.4g}",
         **{name.replace("_", " "): _value(value) for name, value in posterior.settings.items()},
     }
 

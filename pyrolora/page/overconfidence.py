@@ -86,5 +86,5 @@ def _overconfidence(found: str) -> Finding:
         found,
         "Do not read the probabilities as frequencies. Give the posterior more spread (a larger "
         "kl_weight, more latent factors, an ensemble), train for fewer epochs, or calibrate on "
-        "held-out data (pyrolora.predictive.Conformal).",
+        "held-out data (posterior.calibrate, pyrolora.predictive.Conformal).",
     )

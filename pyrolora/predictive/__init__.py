@@ -1,5 +1,6 @@
 """From draws of the posterior to predictions, texts and their scores."""
 
+from pyrolora.predictive.calibration import Calibration, calibrated, check_temperature
 from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
@@ -16,6 +17,7 @@ from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
 
 __all__ = [
+    "Calibration",
     "ClassPrediction",
     "Conformal",
     "Generation",
@@ -24,6 +26,8 @@ __all__ = [
     "TokenPrediction",
     "aurc",
     "auroc",
+    "calibrated",
+    "check_temperature",
     "choice_rows",
     "choose",
     "draw_factors",

@@ -42,6 +42,7 @@ def choose(
     per_token: bool = False,
     need_labels: bool = False,
     batch_size: int = defaults.BATCH_SIZE,
+    temperature: float = 1.0,
 ) -> ClassPrediction:
     """p_s(c) ∝ exp(log p(choice c | context, draw s)) over the choices of each example.
 
@@ -57,6 +58,8 @@ def choose(
         The mean over tokens in place of the sum, so that long choices are not at a disadvantage.
     need_labels
         Whether missing labels are an error.
+    temperature
+        Of the law of each token.
 
     Returns
     -------
@@ -82,7 +85,14 @@ def choose(
         for choice in own
     ]
     prepared = prepare(examples, joint.base, joint.likelihood, tokenizer)
-    read = predict(joint, prepared, factors, batch_size=batch_size, kind=TokenScores)
+    read = predict(
+        joint,
+        prepared,
+        factors,
+        batch_size=batch_size,
+        kind=TokenScores,
+        temperature=temperature,
+    )
     assert isinstance(read, TokenScores)
     assert read.log_likelihood is not None
     scores = read.log_likelihood / read.num_tokens if per_token else read.log_likelihood

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def generate(
     *,
     rows: int = defaults.PREDICT_ROWS,
     options: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
 ) -> Generation:
     """Continuations of ``inputs`` by transformers' own ``generate``, then their scores.
 
@@ -68,6 +70,9 @@ def generate(
         Most rows (draws x prompts x beams) of one pass.
     options
         Of ``generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``, ...
+    temperature
+        The posterior's own (`Likelihood.at`), in writing and in scoring; that of ``options`` acts
+        on what it gives.
     """
     options = dict(options or {})
     settings = _check(joint, options)
@@ -89,7 +94,9 @@ def generate(
         for first in range(0, draws or 1, draws_at_once)
     ]
     written: list[list[Tensor]] = [[] for _ in prompts]
-    with evaluating(joint), tqdm(desc="generating", unit="token", delay=2, leave=False) as bar:
+    own_law = _at_temperature(joint, temperature)
+    bar = tqdm(desc="generating", unit="token", delay=2, leave=False)
+    with evaluating(joint), own_law, bar:
         for start, first in passes:
             own = prompts[start : start + prompts_at_once]
             chosen = factors if draws is None else factors[first : first + draws_at_once]
@@ -100,7 +107,23 @@ def generate(
     ended = _ends(settings)
     kept = [[_until(ids, ended) for ids in continuations] for continuations in written]
     draw = torch.arange(draws or 1).repeat_interleave(several)
-    return _scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows)
+    return _scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature)
+
+
+@contextmanager
+def _at_temperature(joint: JointModel, temperature: float) -> Iterator[None]:
+    """The network gives tempered logits to transformers' ``generate``, whatever the decoding."""
+    law = joint.likelihood.at(temperature)
+
+    def temper(_: Any, __: Any, output: Any) -> Any:
+        output.logits = law.tempered(output.logits)
+        return output
+
+    handle = joint.base.register_forward_hook(temper)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
@@ -364,11 +387,19 @@ def _scored(
     pad: int,
     tokenizer: Any,
     rows: int,
+    temperature: float,
 ) -> Generation:
     pairs = [(p, new) for p, own in zip(prompts, written, strict=True) for new in own]
     beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
     prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.likelihood)
-    read = predict(joint, prepared, factors, batch_size=min(defaults.BATCH_SIZE, rows), rows=rows)
+    read = predict(
+        joint,
+        prepared,
+        factors,
+        batch_size=min(defaults.BATCH_SIZE, rows),
+        rows=rows,
+        temperature=temperature,
+    )
     assert isinstance(read, TokenPrediction)
     assert read.log_likelihood is not None
     shape = (len(prompts), len(draw))

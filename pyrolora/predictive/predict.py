@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, ClassPrediction, Prediction
 from pyrolora.seeding import DRAWING, seeded
+from pyrolora.types import Batch
+
+R = TypeVar("R")
 
 
 def draw_factors(
@@ -48,29 +53,52 @@ def predict(
     batch_size: int = defaults.BATCH_SIZE,
     rows: int = defaults.PREDICT_ROWS,
     kind: type[Prediction] | None = None,
+    temperature: float = 1.0,
 ) -> Prediction:
     """The prediction of the S draws of ``factors``, or of one setting, for every example.
 
-    Every draw is one function: the same weights for all examples. Texts of like length share a
-    batch, and draws ride in one pass with the examples of a batch, as many as `pass_rows` allows;
-    one at least, since a batch is not cut. ``kind`` is what is made of them, by default all that
-    the likelihood says. Features that are not finite are a `DataError`.
+    ``kind`` is what is made of each batch, by default all that the likelihood says, at the
+    ``temperature`` (`Likelihood.at`). How the data are read, `reduced` says.
     """
     kind = PREDICTIONS[type(joint.likelihood)] if kind is None else kind
-    device = next(joint.program.parameters()).device
+    law = joint.likelihood.at(temperature)
     order = data.by_length()
+    reduce = partial(kind.reduce, law)
+    records = reduced(joint, data, factors, reduce, order, batch_size=batch_size, rows=rows)
+    prediction = _named(kind.collect(records, law), joint)
+    return prediction if order is None else prediction.select(torch.tensor(order).argsort())
+
+
+def reduced(
+    joint: JointModel,
+    data: Prepared,
+    factors: FlatFactors,
+    reduce: Callable[[Iterable[Tensor], Batch], R],
+    order: list[int] | None,
+    *,
+    batch_size: int,
+    rows: int = defaults.PREDICT_ROWS,
+    title: str = "predicting",
+) -> list[R]:
+    """``reduce`` of the outputs (s, b, ...) of every batch, in the ``order`` of the examples.
+
+    Every draw is one function: the same weights for all examples. Texts of like length share a
+    batch, where the order is by length, and draws ride in one pass with the examples of a batch, as
+    many as `pass_rows` allows; one at least, since a batch is not cut. Features that are not finite
+    are a `DataError`.
+    """
+    device = next(joint.program.parameters()).device
     numbers: Sequence[int] = range(len(data)) if order is None else order
     loader = data.loader(batch_size, order)
-    records = []
-    for i, batch in enumerate(tqdm(loader, desc="predicting", delay=2, leave=False)):
+    found = []
+    for i, batch in enumerate(tqdm(loader, desc=title, delay=2, leave=False)):
         check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
         placed = to_device(batch, device)
         with DRAWING.shared(), evaluating(joint):  # a fit beside it has its steps between batches
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             with explained_pass(joint.base, placed):
-                records.append(kind.reduce(joint.likelihood, outputs, placed))
-    prediction = _named(kind.collect(records, joint.likelihood), joint)
-    return prediction if order is None else prediction.select(torch.tensor(order).argsort())
+                found.append(reduce(outputs, placed))
+    return found
 
 
 def _named(prediction: Prediction, joint: JointModel) -> Prediction:

@@ -226,7 +226,8 @@ class ClassPrediction(Prediction):
 
 @dataclass(frozen=True)
 class RegressionPrediction(Prediction):
-    """Means: ``draws`` is (S, n), in units of the target; ``noise_scale`` is the learned σ."""
+    """Means: ``draws`` is (S, n), in units of the target; ``noise_scale`` is the learned σ, times
+    √T of a calibrated posterior."""
 
     likelihood = Regression
 
@@ -252,11 +253,12 @@ class RegressionPrediction(Prediction):
     def collect(
         cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
     ) -> RegressionPrediction:
+        assert isinstance(likelihood, Regression)
         return cls(
             draws=torch.cat([record["draws"] for record in records], dim=1),
             targets=_join(records, "targets", 0),
             log_likelihood=_join(records, "log_likelihood", 1),
-            noise_scale=float(likelihood.param("noise_scale").detach()),
+            noise_scale=float(likelihood.noise().detach()),
         )
 
     @property

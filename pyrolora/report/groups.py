@@ -37,9 +37,10 @@ def inference_data(
     log_likelihood: bool = False,
     factors: bool = False,
     seed: int | None = None,
+    temperature: float = 1.0,
 ) -> Any:
     """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it.
-    ``read`` makes the prediction of the data from draws."""
+    ``read`` makes the prediction of the data from draws, at the ``temperature`` that is noted."""
     program = joint.program
     num_samples = _count(program, num_samples)
     shape = partial(_by_chain, chains=program.chains)
@@ -77,6 +78,7 @@ def inference_data(
         "base": type(joint.base).__name__,
         "inference_library": "pyrolora",
         "num_examples": joint.num_examples,
+        "temperature": temperature,
     }
     return to_inference_data(groups, coords, attrs)
 

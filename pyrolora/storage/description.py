@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pyrolora import defaults
 from pyrolora.adapters import LayerSpec
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.files import shown
@@ -59,6 +60,8 @@ class Description:
         What recognises the network, by `check_description`.
     classes
         The names of the data's classes, if they have names.
+    temperature
+        Of every prediction; 1 where the file has none, as those of earlier versions.
     """
 
     guide: Guide
@@ -75,6 +78,7 @@ class Description:
     state_file: str
     sha256: str
     tokenizer: str | None
+    temperature: float
     tokenizer_files: dict[str, str]
 
 
@@ -87,6 +91,7 @@ def described(meta: Mapping[str, Any]) -> Description:
         For an entry that is missing, unknown, or not what it should be.
     """
     _check_plain(meta)
+    meta = {**EARLIER, **meta}
     _record(ENTRIES)("the description", meta)
     check_description(meta["base"])
     guide, prior = _guide("guide", meta["guide"]), None
@@ -145,6 +150,12 @@ def _count(at_least: int) -> Check:
             _refuse(name, value, f"a whole number from {at_least} to {MOST_COUNT}")
 
     return check
+
+
+def _temperature(name: str, value: Any) -> None:
+    low, high = defaults.TEMPERATURES
+    if type(value) not in (int, float) or not low <= value <= high:
+        _refuse(name, value, f"a number from {low} to {high}")
 
 
 def _one_of(*choices: Any) -> Check:
@@ -233,8 +244,10 @@ _HEX = _text("[0-9a-f]{64}")
 _GUIDE = _record({"name": _text(), "options": _mapping(_anything)})
 AS_THEY_ARE = (
     *("likelihood", "heads", "base", "classes", "num_examples", "settings"),
-    *("state_file", "sha256", "tokenizer"),
+    *("state_file", "sha256", "tokenizer", "temperature"),
 )
+EARLIER = {"temperature": 1.0}
+"""Entries that folders of earlier versions do not have, and what they stand for."""
 ENTRIES: dict[str, Check] = {
     "format": _one_of(FORMAT),
     "format_version": _one_of(FORMAT_VERSION),
@@ -255,6 +268,7 @@ ENTRIES: dict[str, Check] = {
     "num_examples": _count(1),
     "settings": _mapping(_scalar),
     "history": _list(_history_entry),
+    "temperature": _temperature,
 }
 
 

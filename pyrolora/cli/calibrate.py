@@ -1,0 +1,58 @@
+"""``pyrolora calibrate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from pyrolora import defaults
+from pyrolora.cli import files, posteriors
+from pyrolora.cli.files import KINDS
+from pyrolora.cli.output import print_json, say, tell
+from pyrolora.cli.runs import Run
+
+
+def calibrate(
+    run: posteriors.Folder,
+    data: Annotated[
+        str, typer.Argument(help=f"Labelled data, held out: a file ({KINDS}), folder or name.")
+    ],
+    num_samples: posteriors.NumSamples = None,
+    batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
+    seed: posteriors.Seed = defaults.SEED,
+    text: posteriors.Text = None,
+    label: posteriors.Label = None,
+    split: posteriors.Split = None,
+    model: posteriors.Model = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Choose the temperature of a posterior's predictions by held-out data, and keep it.
+
+    \b
+    pyrolora calibrate run held_out.jsonl
+
+    The temperature of the lowest negative log-likelihood goes into the run's folder,
+    and from then on into what predict, evaluate, compare, generate and report say.
+    Data that the fit has seen are of no use here, and data that choose a temperature
+    score too well later: keep others for that. A second call starts anew.
+    """
+    examples = posteriors.labelled(run, data, split, text, label, defaults.FIT_SPLITS)
+    digest = (Run(run).record or {}).get("options", {}).get("data_digest")
+    if digest == files.fingerprint(data, examples):
+        say(
+            "note: the fit was trained on these data, and is too sure of them: their temperature "
+            "is too low; give others"
+        )
+    with Run(run).locked():
+        posterior = posteriors.load(run, model)
+        found = posterior.calibrate(examples, num_samples, batch_size=batch_size, seed=seed)
+        posterior.save(run)
+    if json:
+        print_json({"run": str(run), **dataclasses.asdict(found)})
+        return
+    tell(
+        f"Temperature {found.temperature:.4g}, from {found.num_examples} examples: "
+        f"NLL {found.nll_before:.4f} before, {found.nll_after:.4f} after."
+    )
