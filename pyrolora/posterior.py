@@ -434,7 +434,7 @@ class Posterior:
         ------
         ConfigError
             For a guide without a density of its own: ``"map"``, ``"ensemble"``, ``"nuts"``,
-            ``"dropout"``, ``"full"``, and ``"swag"`` without a prior.
+            ``"dropout"``, ``"full"``, ``"tfb"``, and ``"swag"`` without a prior.
         DataError
             When ``data`` has another number of examples than the fit.
         """
