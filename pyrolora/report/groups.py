@@ -77,6 +77,7 @@ def inference_data(
         "base": type(joint.base).__name__,
         "inference_library": "pyrolora",
         "num_examples": joint.num_examples,
+        "kl_weight": options.beta(joint.num_examples),
     }
     return to_inference_data(groups, coords, attrs)
 

@@ -69,7 +69,7 @@ CHANGED: dict[str, Guide] = {
         kl_weight_against="mean", kl_warmup=0.1, draws_per_batch=2, scale_learning_rate=0.02,
     ),
     "swag": SWAG(start=0.2, snapshots=12, rank=4, prior_scale=0.4, latent="A"),
-    "tfb": TFB(tolerance=0.1, relative=False, anchor="validation", draws=4, steps=3),
+    "tfb": TFB(tolerance=0.1, relative=False, draws=4, steps=3),
     "dropout": Dropout(p=0.2, unit="rank", draws_per_batch=3),
     "full": Full(),
     "nuts+montec": NUTS(inner=MonteCLoRA.paper(sample_scale=0.3), chains=1, **SHORT),
