@@ -77,7 +77,8 @@ def inference_data(
         "base": type(joint.base).__name__,
         "inference_library": "pyrolora",
         "num_examples": joint.num_examples,
-        "kl_weight": options.beta(joint.num_examples),
+        # NUTS samples the tempered model of its inner guide.
+        "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
     }
     return to_inference_data(groups, coords, attrs)
 
