@@ -56,6 +56,11 @@ SWAG_START = 0.5
 SWAG_SNAPSHOTS = 20
 SWAG_RANK = 10
 
+# TFB: the tolerance and the draws of the authors' scripts for an adapter trained without noise.
+TFB_TOLERANCE = 0.003
+TFB_DRAWS = 10
+TFB_STEPS = 10
+
 # MC dropout: PEFT's usual lora_dropout. One mask an example is what a layer of dropout has; eight a
 # batch have most of its lower variance.
 DROPOUT = 0.1

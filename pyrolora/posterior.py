@@ -481,7 +481,9 @@ class Posterior:
             temperature of `calibrate`. ``az.loo`` is about the training data,
             and exact for draws of the posterior itself. With the means, a head and a noise that
             were fitted to the same data, or with ``kl_weight`` below 1, it is too good; held-out
-            data have ``evaluate(data)["nll"]``.
+            data have ``evaluate(data)["nll"]``. The attribute ``kl_weight`` of every group is that
+            of the fit, β: at β other than 1 leave-one-out needs the weights p(y_i|θ)^(−1/β), which
+            ``az.loo`` does not take.
         factors
             Adds every entry of A and B, ``A[layer]`` and ``B[layer]``; by default there are the
             guide's scales (mixture weights, Σ, signal-to-noise) and ``adapter_norm``, ‖s B A‖_F per
@@ -556,7 +558,7 @@ class Posterior:
         ------
         ConfigError
             For a guide without a density of its own: ``"map"``, ``"ensemble"``, ``"nuts"``,
-            ``"dropout"``, ``"full"``, and ``"swag"`` without a prior.
+            ``"dropout"``, ``"full"``, ``"tfb"``, and ``"swag"`` without a prior.
         DataError
             When ``data`` has another number of examples than the fit.
         """

@@ -42,8 +42,8 @@ def fit(
         str | None,
         typer.Option(
             help="How to infer the posterior: map (plain LoRA), montec (MonteCLoRA), meanfield, "
-            "lowrank, laplace, swag, ensemble, dropout, nuts, flat (Flat-LoRA), or full (every "
-            "weight, no adapter); flat around another one: flat+montec.",
+            "lowrank, laplace, tfb, swag, ensemble, dropout, nuts, flat (Flat-LoRA), or full "
+            "(every weight, no adapter); flat around another one: flat+montec.",
             show_default="montec, or that of --prior",
         ),
     ] = None,

@@ -19,13 +19,14 @@ from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.nuts import NUTS
 from pyrolora.guides.swag import SWAG
+from pyrolora.guides.tfb import TFB
 from pyrolora.options import check_options, short
 
 _REGISTRY: dict[str, type[Guide]] = {
     kind.name: kind
     for kind in (
         *(MAP, MonteCLoRA, Flat, MeanField, LowRank),
-        *(Laplace, SWAG, Ensemble, Dropout, NUTS, Full),
+        *(Laplace, TFB, SWAG, Ensemble, Dropout, NUTS, Full),
     )
 }
 
@@ -83,6 +84,7 @@ __all__ = [
     "MAP",
     "NUTS",
     "SWAG",
+    "TFB",
     "Curvature",
     "Dropout",
     "Ensemble",

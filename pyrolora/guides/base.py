@@ -91,6 +91,10 @@ class Fit(Protocol):
     def held_out_nll(self) -> float:
         """The negative log-likelihood of the evaluation data under `joint`."""
 
+    def loss(self, factors: FlatFactors, *, held_out: bool = False) -> float:
+        """−log p of an observation, in nats, of the training (or evaluation) data: a mean over them
+        and over the draws of ``factors``."""
+
     def kfac(self) -> Mapping[str, Any]:
         """The Kronecker factors of the curvature at the means of `joint`, by block."""
 

@@ -70,10 +70,12 @@ def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS)
 def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRAWS) -> Tensor:
     """The squared signal-to-noise ratio of the update b_k a_kᵀ of every rank:
 
-        ‖E b_k‖² ‖E a_k‖² / (E[‖b_k‖² ‖a_k‖²] − ‖E b_k‖² ‖E a_k‖²)
+        s_a s_b / (s_a v_b + v_a s_b + v_a v_b),   s_a = ‖E a_k‖²,   v_a = E ‖a_k − E a_k‖²
 
-    with a_k row k of A, b_k column k of B, independent under the guide, and expectations as means
-    over draws; 0 where the signal is zero. Without a pass through the network.
+    with a_k row k of A, b_k column k of B, independent under the guide; 0 where the signal is zero.
+    E a_k and E b_k are those of the mean adapter, and v means over draws. (The mean of S draws has
+    the squared norm s + v / S on average, which would give a rank without signal some.) Without a
+    pass through the network.
 
     Returns
     -------
@@ -83,20 +85,17 @@ def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRA
     """
     bank = program.bank
     with evaluating(program):
-        factors = program.factors(program.draw(num_samples))
-    squares, signals = [], []
+        means, factors = program.mean(), program.factors(program.draw(num_samples))
+    signals, spreads = [], []
     for factor in "AB":
-        square, signal = {}, {}
-        for name, drawn in bank.layouts[factor].matrices(getattr(factors, factor)).items():
-            drawn = drawn.double().expand(num_samples, *drawn.shape[-2:])
-            square[name] = drawn.square().sum(-1)
-            signal[name] = drawn.mean(0).square().sum(-1)
-        squares.append(square)
-        signals.append(signal)
+        mean, layout = getattr(means, factor).double(), bank.layouts[factor]
+        apart = (getattr(factors, factor).double() - mean).square().expand(num_samples, -1).mean(0)
+        signals.append({n: m.sum(-1) for n, m in layout.matrices(mean.square()).items()})
+        spreads.append({n: m.sum(-1) for n, m in layout.matrices(apart).items()})
     active = bank.mask().to(factors.A.device)
     found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
     for own, name in zip(found, bank.specs, strict=True):
-        signal_of_both = signals[0][name] * signals[1][name]
-        noise = ((squares[0][name] * squares[1][name]).mean(0) - signal_of_both).clamp(min=0)
-        own[: len(noise)] = torch.where(signal_of_both > 0, signal_of_both / noise, 0.0)
+        (s_a, s_b), (v_a, v_b) = ((part[0][name], part[1][name]) for part in (signals, spreads))
+        noise = s_a * v_b + v_a * s_b + v_a * v_b
+        own[: len(noise)] = torch.where(s_a * s_b > 0, s_a * s_b / noise, 0.0)
     return found.masked_fill(~active, torch.nan)

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide, Program
 from pyrolora.inference.allocation import AllocateRanks
-from pyrolora.inference.batches import to_device
+from pyrolora.inference.batches import pass_rows, to_device
 from pyrolora.inference.checkpoints import (
     MEMBER,
     STATE_FILE,
@@ -39,7 +41,7 @@ from pyrolora.inference.mcmc import nuts
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.trainer import SVITrainer
-from pyrolora.model import JointModel
+from pyrolora.model import LABELS, JointModel, evaluating
 from pyrolora.seeding import give_way
 from pyrolora.types import Batch
 
@@ -145,6 +147,23 @@ class Run:
         assert self.score is not None
         return self.score(self.joint, None)["nll"]
 
+    @torch.no_grad()
+    def loss(self, factors: FlatFactors, *, held_out: bool = False) -> float:
+        """−log p of an observation, in nats, of the training (or evaluation) data: a mean over them
+        and over the draws of ``factors``."""
+        joint, count, total = self.joint, 0, 0.0
+        draws = factors.draws or 1
+        with evaluating(joint):
+            for batch in self._batches("loss", self.held_out if held_out else None):
+                size = len(next(iter(batch.values())))
+                step = max(1, pass_rows(batch, defaults.PREDICT_ROWS) // size)
+                for start in range(0, draws, step):
+                    part = factors if factors.draws is None else factors[start : start + step]
+                    output = joint.network(batch, part)
+                    total -= float(joint.likelihood.log_prob(output, batch).double().sum())
+                count += joint.likelihood.count(batch[LABELS])
+        return total / (count * draws)
+
     def kfac(self) -> dict[str, Kronecker]:
         """The Kronecker factors of the curvature at the means of `joint`, by block."""
         return kfac(self.joint, self._batches("curvature"))
@@ -170,9 +189,10 @@ class Run:
     ) -> dict[str, Any]:
         return describe_fit(joint, guide, self.data, args)
 
-    def _batches(self, title: str) -> Iterator[Batch]:
-        order = self.data.by_length()  # what is summed over batches has none
-        loader = self.data.loader(self.args.per_device_train_batch_size, order)
+    def _batches(self, title: str, data: Prepared | None = None) -> Iterator[Batch]:
+        data = self.data if data is None else data
+        order = data.by_length()  # what is summed over batches has none
+        loader = data.loader(self.args.per_device_train_batch_size, order)
         # Not ``disable=False``, which would overrule a user's TQDM_DISABLE.
         hidden = {"disable": True} if self.args.disable_tqdm else {}
         for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):

@@ -79,6 +79,8 @@ def inference_data(
         "inference_library": "pyrolora",
         "num_examples": joint.num_examples,
         "temperature": temperature,
+        # NUTS samples the tempered model of its inner guide.
+        "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
     }
     return to_inference_data(groups, coords, attrs)
 

@@ -18,6 +18,7 @@ from pyrolora.guides import (
     MAP,
     NUTS,
     SWAG,
+    TFB,
     Dropout,
     Ensemble,
     Flat,
@@ -68,6 +69,7 @@ CHANGED: dict[str, Guide] = {
         kl_weight_against="mean", kl_warmup=0.1, draws_per_batch=2, scale_learning_rate=0.02,
     ),
     "swag": SWAG(start=0.2, snapshots=12, rank=4, prior_scale=0.4, latent="A"),
+    "tfb": TFB(tolerance=0.1, relative=False, draws=4, steps=3),
     "dropout": Dropout(p=0.2, unit="rank", draws_per_batch=3),
     "full": Full(),
     "nuts+montec": NUTS(inner=MonteCLoRA.paper(sample_scale=0.3), chains=1, **SHORT),
@@ -77,7 +79,7 @@ CHANGED: dict[str, Guide] = {
 
 def test_the_registry_has_every_guide_by_its_name() -> None:
     assert set(available()) == {
-        *("map", "montec", "flat", "meanfield", "lowrank", "laplace", "swag"),
+        *("map", "montec", "flat", "meanfield", "lowrank", "laplace", "tfb", "swag"),
         *("ensemble", "dropout", "nuts", "full"),
     }
     for name in available():

@@ -145,3 +145,14 @@ def test_montecs_ratio_falls_with_its_covariance():
     active = joint.program.bank.mask()
     assert (narrow[active] > 10 * wide[active]).all()
     assert torch.equal(wide.isnan(), ~active)
+
+
+def test_a_rank_whose_mean_is_zero_has_no_signal_however_few_the_draws():
+    joint = joint_of(mlp(inputs=12), MeanField(init_scale=0.5), likelihood="classification")
+    bank = joint.program.bank
+    mask = bank.slots()
+    mask[0, 1] = False
+    bank.assign("A_loc", bank.kept("A", bank.A_loc.detach(), mask))
+    found = signal_to_noise(joint.program, 4)
+    assert found[0, 1] == 0
+    assert (found[mask] > 0).all()

@@ -42,6 +42,7 @@ def test_default_variables_have_named_dimensions_and_labels(posterior):
     assert [str(b) for b in group["block"].values] == [f"{name}.A" for name in layers]
     assert group.attrs["guide"] == "montec"
     assert group.attrs["inference_library"] == "pyrolora"
+    assert group.attrs["kl_weight"] == posterior.options.beta(16)
 
 
 def test_derived_quantities_are_what_their_names_say(posterior):
