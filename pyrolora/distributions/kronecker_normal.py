@@ -115,7 +115,13 @@ class KroneckerNormal(TorchDistribution):
         return self._sandwich(left, self.scale.square(), right)
 
     def _sandwich(self, left: Sequence[Tensor], flat: Tensor, right: Sequence[Tensor]) -> Tensor:
-        """left_l X_l right_lᵀ for every matrix of ``flat``, flat again."""
-        parts = split_blocks(flat, self.groups)
-        done = [L @ X @ R.mT for L, X, R in zip(left, parts, right, strict=True)]
-        return torch.cat([part.flatten(-3) for part in done], dim=-1)
+        """left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
+
+        Not ``L @ X``: for S draws of X that copies L, which is far larger, S times; ``einsum``
+        takes the draws of a matrix together as columns or rows of one product.
+        """
+        done = []
+        for L, X, R in zip(left, split_blocks(flat, self.groups), right, strict=True):
+            turned = torch.einsum("lij,...ljk->...lik", L, X)
+            done.append(torch.einsum("...lik,lmk->...lim", turned, R).flatten(-3))
+        return torch.cat(done, dim=-1)

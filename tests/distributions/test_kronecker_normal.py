@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyrolora.distributions import BlockGroup, KroneckerNormal
 
@@ -137,6 +138,38 @@ def test_a_site_works_under_a_plate_of_draws():
     site = trace.nodes["A"]
     assert site["value"].shape == (5, 1, *law.event_shape)
     torch.testing.assert_close(site["log_prob"], dense(law).log_prob(site["value"]))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes of a storage that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("way", ["sample", "plate"])
+def test_draws_take_no_copy_of_the_rotations(way):
+    """40 draws of 2 x 64 matrices; rotations once a draw would be 32 times as large."""
+    draws, groups = 40, [BlockGroup(3, 2, 64), BlockGroup(2, 1, 64)]
+    law = law_of(groups)
+    with Largest() as largest:
+        if way == "sample":
+            value = law.sample((draws,))
+        else:
+            with pyro.plate("draws", draws, dim=-2):
+                value = pyro.sample("A", law)
+        law.log_prob(value)
+    rotations_once = sum(g.count * g.columns**2 for g in groups)
+    needed = max(draws * law.event_shape[0], rotations_once) * law.loc.element_size()
+    assert largest.bytes <= needed
 
 
 def test_shapes_that_do_not_fit_raise():
