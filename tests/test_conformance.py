@@ -137,6 +137,17 @@ VARIANTS: dict[str, Guide] = {
         init_covariance=0.5,
         prior_mean="zero",
     ),
+    "montec by curvature": MonteCLoRA(
+        scale_updates="curvature",
+        units="fan_in",
+        sample_scale=1.6,
+        prior_mean="start",
+        covariance="full",
+        latent="AB",
+    ),
+    "mean field by curvature": MeanField(
+        scale_updates="curvature", units="fan_in", prior_scale=1.0, prior_mean="learned", latent="B"
+    ),
     "sparse montec on B": MonteCLoRA(sparse=True, latent="B", num_components=1),
     "montec with two draws a batch": MonteCLoRA(draws_per_batch=2),
     "montec around zero": MonteCLoRA(prior_mean="zero", draws_per_batch=2),

@@ -191,7 +191,6 @@ class Variational(Guide):
         matrix H of −log p(y|θ), expected under the posterior as it is: for θ_i ~ N(m_i, σ_i²) and
         the prior N(m_i0, σ₀²) that is σ_i² = β / (H_ii + β / σ₀²). Nothing of it depends on a
         learning rate, or on the number of steps. ``"gradient"``: they are trained as the means are.
-        None: by curvature where the guide has the closed form.
     scale_learning_rate
         Learning rate of the scales of the posterior, where they are trained, and of the noise of a
         regression; the means take the fit's ``learning_rate``. None: ten times that, so that noise
@@ -213,7 +212,7 @@ class Variational(Guide):
     kl_warmup: float = 0.0
     draws_per_batch: int = 1
     scale_learning_rate: float | None = None
-    scale_updates: str | None = None
+    scale_updates: str = "gradient"
 
     has_closed_scales: ClassVar[bool] = False
     """Whether a program of this guide can `Program.settle`."""
@@ -226,9 +225,8 @@ class Variational(Guide):
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
         if self.scale_learning_rate is not None:
             positive("scale_learning_rate", self.scale_learning_rate)
-        if self.scale_updates is not None:
-            updates = self.scale_updates
-            require(updates in SCALE_UPDATES, "scale_updates", f"one of {SCALE_UPDATES}", updates)
+        updates = self.scale_updates
+        require(updates in SCALE_UPDATES, "scale_updates", f"one of {SCALE_UPDATES}", updates)
         if self.scale_updates == "curvature" and not self.has_closed_scales:
             raise ConfigError(
                 f"the scales of {self.name!r} with these options have no closed optimum; leave "
@@ -237,10 +235,18 @@ class Variational(Guide):
 
     @property
     def settles(self) -> bool:
-        return self.scale_updates != "gradient" and self.has_closed_scales
+        return self.scale_updates == "curvature"
 
     def post_hoc(self) -> str | None:
         return "computed" if self.settles else "trained"
+
+    def infer(self, fit: Fit) -> None:
+        if self.settles and fit.program.previous is not None:
+            raise ConfigError(
+                "scale_updates='curvature' has no closed optimum after an earlier posterior; "
+                "choose scale_updates='gradient' for the fit with prior="
+            )
+        super().infer(fit)
 
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
         return self.scale_learning_rate or super().scale_rate(learning_rate, steps, num_examples)
@@ -370,7 +376,7 @@ class Program(ParamModule, ABC):
 
     @property
     def settles(self) -> bool:
-        """Whether `settle` finds the scales; with a prior of an earlier fit they are trained."""
+        """Whether `settle` finds the scales; an earlier posterior has no such options."""
         return self.previous is None and self.options.settles
 
     def hold_scales(self) -> None:

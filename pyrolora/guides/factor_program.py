@@ -54,7 +54,7 @@ class GaussianGuide(Variational):
 
     prior_scale: float = defaults.PRIOR_SCALE
     init_scale: float = defaults.INIT_SCALE
-    units: str = "fan_in"
+    units: str = "one"
     prior_mean: str = defaults.PRIOR_MEAN
     latent: str = "A"
     kl_weight: float = defaults.MEANFIELD_KL_WEIGHT

@@ -134,7 +134,7 @@ class MonteCLoRA(Variational):
 
     num_components: int = defaults.NUM_COMPONENTS
     sample_scale: float = defaults.SAMPLE_SCALE
-    units: str = "fan_in"
+    units: str = "one"
     learn_sample_scale: bool = False
     component_prior: str = "isotropic"
     covariance: str = "diagonal"

@@ -277,7 +277,8 @@ def test_same_seed_same_result_other_seed_another():
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
 
-def test_a_killed_run_resumes_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("updates", ["gradient", "curvature"])
+def test_a_killed_run_resumes_to_the_same_result(tmp_path, updates):
     class Killed(Exception):
         pass
 
@@ -286,17 +287,23 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path):
             if state.global_step == 4:
                 raise Killed
 
-    data = tokens(16)
+    data, guide = tokens(16), MonteCLoRA(scale_updates=updates)
     changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 8}
     dropout = {"hidden_dropout_prob": 0.1}
-    whole = pyrolora.fit(bert(**dropout), data, training=arguments(tmp_path / "a", **changes))
+    whole = pyrolora.fit(
+        bert(**dropout), data, guide, training=arguments(tmp_path / "a", **changes)
+    )
     with pytest.raises(Killed):
         pyrolora.fit(
-            bert(**dropout), data, training=arguments(tmp_path / "b", **changes), callbacks=[Kill()]
+            bert(**dropout),
+            data,
+            guide,
+            training=arguments(tmp_path / "b", **changes),
+            callbacks=[Kill()],
         )
     args = arguments(tmp_path / "b", **changes, resume_from_checkpoint=True)
     args.resume_from_checkpoint = True
-    resumed = pyrolora.fit(bert(**dropout), data, training=args)
+    resumed = pyrolora.fit(bert(**dropout), data, guide, training=args)
     state = resumed.model.own_state()
     for name, value in whole.model.own_state().items():
         assert torch.equal(state[name], value), name
