@@ -32,7 +32,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_readmes_python_runs(folder, capsys):
     python = blocks("python")
-    assert len(python) == 9
+    assert len(python) == 10
     namespace: dict[str, object] = {}
     for block in python:
         code = block.replace(HUB_ID, str(folder / "encoder"))
