@@ -493,6 +493,14 @@ COMMON: dict[str, list[Any]] = {
     "kl_warmup": [-0.1, 1.1, NAN, None, "0.1"],
     "scale_learning_rate": [0.0, -1.0, NAN, INF],
     "draws_per_batch": [0, -1, 1.5],
+    "scale_updates": ["adam", None],
+}
+GAUSSIAN: dict[str, list[Any]] = {
+    **COMMON,
+    "prior_scale": [0.0, -1.0, NAN, INF],
+    "init_scale": [0.0, -1.0, NAN, INF],
+    "units": ["width", None],
+    "prior_mean": ["x", 0.0, None],
 }
 OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
     guides.MAP: {
@@ -502,9 +510,7 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "latent": ["C"],
     },
     guides.MeanField: {
-        **COMMON,
-        "prior_scale": [0.0, -1.0, NAN, INF],
-        "init_scale": [0.0, -1.0, NAN, INF],
+        **GAUSSIAN,
         "latent": ["C", "BA"],
     },
     guides.Flat: {
@@ -532,10 +538,8 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "draws_per_batch": [0, 1.5],
     },
     guides.LowRank: {
-        **COMMON,
+        **GAUSSIAN,
         "rank": [0, 1.5],
-        "prior_scale": [0.0, -1.0, NAN, INF],
-        "init_scale": [0.0, -1.0, NAN, INF],
         "latent": ["C"],
     },
     guides.NUTS: {
@@ -553,6 +557,7 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "component_prior": ["paper"],
         "covariance": ["lowrank"],
         "prior_mean": ["x", 0.0, None],
+        "units": ["width", None],
         "df_per_rank": [0.5, NAN, INF],
         "concentration": [0.0, -1.0, NAN, INF],
         "init_covariance": [0.0, -1.0, NAN, INF],

@@ -388,7 +388,7 @@ def given() -> Posterior:
     "guide", ["map", "flat", "ensemble", "flat+map", "flat+ensemble", "flat+laplace"]
 )
 def test_guides_without_a_spread_to_infer_are_refused(guide: str, given: Posterior) -> None:
-    able = "choose one of montec, meanfield, lowrank, laplace, nuts"
+    able = "choose one of montec, meanfield, lowrank, laplace, tfb, nuts"
     with pytest.raises(ConfigError, match=able) as error:
         pyrolora.fit(given, reviews(4), guide=guide)
     assert repr(pyrolora.guides.full_name(pyrolora.guides.as_guide(guide))) in str(error.value)

@@ -97,7 +97,7 @@ class FactorProgram(Program):
         layout = self.bank.layout(latent)
         device = self.bank.get_parameter("A_loc").device
         one = torch.ones(layout.total, device=device)
-        if self.options.units == "one":
+        if getattr(self.options, "units", "one") == "one":  # SWAG has none
             return one
         return layout.scale(layout.fan_in().to(device).rsqrt(), one)
 

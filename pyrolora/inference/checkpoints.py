@@ -294,11 +294,14 @@ def digest_of_data(data: Prepared) -> str:
 
 
 def _digest_of_constants(joint: JointModel) -> str:
-    """Of the posterior's own parameters that are given and stay as they are."""
+    """Of the posterior's own parameters that are given and stay as they are: not of scales that are
+    settled."""
+    program = joint.program
+    settled = {f"program.{name}" for name in program.scale_parameters() if program.settles}
     digest = hashlib.blake2b(digest_size=16)
     own = joint.own_state()
     for name, parameter in joint.named_parameters():
-        if name in own and not parameter.requires_grad:
+        if name in own and name not in settled and not parameter.requires_grad:
             digest.update(name.encode())
             _add(digest, own[name])
     return digest.hexdigest()

@@ -156,7 +156,7 @@ def deviation(posterior: Any) -> float:
     """The median deviation of an entry of A."""
     program = posterior.model.program
     torch.manual_seed(0)
-    return float(program.factors(program.draw(400)).A.std(0).median())
+    return float(program.factors(program.draw(400)).A.detach().std(0).median())
 
 
 def test_four_times_the_data_halve_them() -> None:
@@ -200,7 +200,7 @@ def test_the_noise_of_a_product_is_the_same_at_every_width(width: int) -> None:
         program = posterior.model.program
         x = torch.ones(width)
         torch.manual_seed(1)
-        A = program.factors(program.draw(300)).A.unflatten(-1, (4, width))
+        A = program.factors(program.draw(300)).A.detach().unflatten(-1, (4, width))
         noise = (A @ x).std(0).square().mean().sqrt()
         assert float(noise) == pytest.approx(1.0, rel=0.25)
 
