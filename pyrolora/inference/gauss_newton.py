@@ -57,7 +57,10 @@ def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Cu
         for batch in (part for whole in batches for part in readable(joint, whole)):
             size = len(next(iter(batch.values())))
             for key, gradient in _gradients(joint, batch, latent, passes):
-                r = gradient.shape[-2]
+                r = len(entries[key])
+                # With a start that is taken off, the layer has [A - A0; A0] and [B, B - B0].
+                terms = gradient.unflatten(-2, (-1, r))
+                gradient = terms[:, 0] if key[1] == "A" else terms.sum(1)
                 entries[key] += gradient.square().sum(0)
                 ranks[key][:r, :r] += torch.einsum("bik,bjk->ij", gradient, gradient)
             seen += size

@@ -20,16 +20,18 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.randn(EXAMPLES, WIDTH), torch.randint(0, CLASSES, (EXAMPLES,))
 
 
-def joint_of(data: tuple[Tensor, Tensor], latent: str) -> JointModel:
+def joint_of(data: tuple[Tensor, Tensor], latent: str, start: str = "kaiming") -> JointModel:
     """Two adapted layers, whose posterior is all but a point."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(WIDTH, 4), nn.Tanh(), nn.Linear(4, CLASSES))
     posterior = pyrolora.fit(
         network,
         data,
-        guides.MeanField(latent=latent, scale_updates="gradient", init_scale=1e-5),
+        guides.MeanField(latent=latent, scale_updates="gradient", init_scale=1e-6),
         likelihood="classification",
-        adapter=pyrolora.AdapterConfig(r=2, target_modules=["0", "2"]),
+        adapter=pyrolora.AdapterConfig(
+            r=2, rank_pattern={"2": 1}, target_modules=["0", "2"], init_lora_weights=start
+        ),
         epochs=3,
         learning_rate=3e-2,
         seed=0,
@@ -43,8 +45,7 @@ def dense(joint: JointModel, X: Tensor, latent: str) -> Tensor:
     means = {f: bank.get_parameter(f"{f}_loc").detach() for f in "AB"}
 
     def logits(flat: Tensor, x: Tensor) -> Tensor:
-        factors = bank.replaced(latent, flat)
-        pairs = bank.matrices(factors)
+        pairs = bank.matrices(bank.replaced(latent, flat))
         h, layers = x, {"0": joint.base[0], "2": joint.base[2]}
         for name, layer in layers.items():
             A, B = pairs[name]
@@ -63,19 +64,23 @@ def dense(joint: JointModel, X: Tensor, latent: str) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("start", ["kaiming", "lora-ga"])
 @pytest.mark.parametrize("latent", ["A", "B", "AB"])
-def test_it_is_that_of_the_dense_matrix(data: tuple[Tensor, Tensor], latent: str) -> None:
-    joint = joint_of(data, latent)
+def test_it_is_that_of_the_dense_matrix(
+    data: tuple[Tensor, Tensor], latent: str, start: str
+) -> None:
+    joint = joint_of(data, latent, start)
     jacobian = dense(joint, data[0], latent)
     found = gauss_newton(joint, [{"inputs": data[0][:4]}, {"inputs": data[0][4:]}], CLASSES)
     entries = jacobian.square().sum((0, 1))
-    torch.testing.assert_close(found.entries, entries, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(found.entries, entries, rtol=5e-3, atol=1e-6)
     layout, start = joint.program.bank.layout(latent), 0
     for number, block in enumerate(layout.blocks):
         size = block.rank * block.columns
         own = jacobian[..., start : start + size].unflatten(-1, (block.rank, block.columns))
-        wanted = torch.einsum("nvik,nvjk->ij", own, own)
-        torch.testing.assert_close(found.ranks[number], wanted, rtol=2e-3, atol=1e-6)
+        wanted = torch.zeros(2, 2)
+        wanted[: block.rank, : block.rank] = torch.einsum("nvik,nvjk->ij", own, own)
+        torch.testing.assert_close(found.ranks[number], wanted, rtol=5e-3, atol=1e-6)
         start += size
 
 
@@ -92,4 +97,4 @@ def test_a_part_of_the_examples_stands_for_all(data: tuple[Tensor, Tensor]) -> N
     parts = [gauss_newton(joint, [{"inputs": data[0][i : i + 2]}], CLASSES) for i in (0, 2, 4)]
     whole = gauss_newton(joint, [{"inputs": data[0]}], CLASSES)
     mean = torch.stack([part.entries for part in parts]).mean(0)
-    torch.testing.assert_close(mean, whole.entries, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(mean, whole.entries, rtol=5e-3, atol=1e-6)
