@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import Factors
+from pyrolora.adapters import Factors, FlatFactors
 from pyrolora.errors import DataError
 from pyrolora.likelihoods import CHOICE_MASK
 from pyrolora.model import JointModel, evaluating
@@ -109,15 +109,7 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
     }
     with evaluating(joint), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for batch in (part for whole in batches for part in readable(joint, whole)):
-            plain = joint.binding(means)
-            layers = {
-                name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
-                for name, layer in joint.attachment.layers.items()
-            }
-            bound: dict[nn.Module, Factors] = {
-                joint.attachment.layers[name]: layer for name, layer in layers.items()
-            }
-            output = joint.run(batch, replace(plain, factors=bound))
+            output, layers = recorded(joint, batch, means)
             _accumulate(joint, batch, output, layers, sums)
     empty = [name for name, own in sums.items() if own.positions == 0]
     if empty:
@@ -159,6 +151,22 @@ class Recording(Factors):
         self.inputs.append(x.detach())
         self.updates.append(update)
         return out + update.to(out.dtype)
+
+
+def recorded(
+    joint: JointModel, batch: Batch, factors: FlatFactors
+) -> tuple[Tensor, dict[str, Recording]]:
+    """The network's output under one setting of the factors, and what each layer saw. The updates
+    have gradients where B requires one."""
+    plain = joint.binding(factors)
+    layers = {
+        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
+        for name, layer in joint.attachment.layers.items()
+    }
+    bound: dict[nn.Module, Factors] = {
+        joint.attachment.layers[name]: layer for name, layer in layers.items()
+    }
+    return joint.run(batch, replace(plain, factors=bound)), layers
 
 
 def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrolora.adapters import Factors
 from pyrolora.guides import Curvature
-from pyrolora.inference.curvature import Recording, readable
+from pyrolora.inference.curvature import Recording, readable, recorded
 from pyrolora.model import JointModel, evaluating
 from pyrolora.types import Batch
 
@@ -78,15 +77,8 @@ def _gradients(
     other."""
     program = joint.program
     drawn = program.factors(program.draw(1))[0]
-    plain = joint.binding(replace(drawn, A=drawn.A.detach(), B=drawn.B.detach().requires_grad_()))
-    layers = {
-        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
-        for name, layer in joint.attachment.layers.items()
-    }
-    bound: dict[nn.Module, Factors] = {
-        joint.attachment.layers[name]: layer for name, layer in layers.items()
-    }
-    output = joint.run(batch, replace(plain, factors=bound))
+    drawn = replace(drawn, A=drawn.A.detach(), B=drawn.B.detach().requires_grad_())
+    output, layers = recorded(joint, batch, drawn)
     updates = [update for layer in layers.values() for update in layer.updates]
     size = len(next(iter(batch.values())))
     for v in _directions(joint, output, batch, passes):
