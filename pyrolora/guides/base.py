@@ -187,7 +187,7 @@ class Variational(Guide):
         variance the part that all examples share falls as 1/G. 1 is one draw a batch.
     scale_updates
         How the scales of the posterior find the optimum of the objective. ``"curvature"``: they are
-        put there, after 1, 2, 4, 8, ... steps and at the end, given the generalised Gauss-Newton
+        put there, before steps 0, 1, 2, 4, ... and at the end, given the generalised Gauss-Newton
         matrix H of −log p(y|θ), expected under the posterior as it is: for θ_i ~ N(m_i, σ_i²) and
         the prior N(m_i0, σ₀²) that is σ_i² = β / (H_ii + β / σ₀²). Nothing of it depends on a
         learning rate, or on the number of steps. ``"gradient"``: they are trained as the means are.

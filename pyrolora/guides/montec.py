@@ -431,9 +431,9 @@ class MonteCLoRAProgram(Program):
         if self.options.covariance == "diagonal":
             H = torch.diag_embed(H.diagonal(dim1=-2, dim2=-1))
         distance = 0.5 * self._squared_distance() / squared_scale
-        order = self.param("concentration").mean(-1)
+        order, price = self.param("concentration").mean(-1), beta * self._kappa()
         for _ in range(SETTLING):
-            noise = squared_scale * self._mixture.squared(order) / (beta * self._kappa())
+            noise = squared_scale * self._mixture.squared(order) / price
             V = torch.linalg.inv(self._eye + noise[:, None, None] * H)
             loss = 0.5 * squared_scale * (V * H).sum((-2, -1)) / beta
             order = self._mixture.best(loss + self.options.cooperation, distance)

@@ -74,13 +74,11 @@ def settle(
 def _batches(
     joint: JointModel, data: Prepared, picked: list[int], args: TrainingArguments, title: str | None
 ) -> Iterator[Batch]:
-    size = args.per_device_train_batch_size
-    starts: Any = range(0, len(picked), size)
+    loader: Any = data.loader(args.per_device_train_batch_size, picked)
     if title is not None:  # not ``disable=False``, which would overrule a user's TQDM_DISABLE
         hidden = {"disable": True} if args.disable_tqdm else {}
-        starts = tqdm(starts, desc=title, delay=2, leave=False, **hidden)
+        loader = tqdm(loader, desc=title, delay=2, leave=False, **hidden)
     device = joint.program.bank.get_parameter("A_loc").device
-    for start in starts:
+    for batch in loader:
         give_way(joint)
-        batch = data.collate([data.examples[i] for i in picked[start : start + size]])
         yield to_device(batch, device)
