@@ -148,6 +148,10 @@ VARIANTS: dict[str, Guide] = {
     "mean field by curvature": MeanField(
         scale_updates="curvature", units="fan_in", prior_scale=1.0, prior_mean="learned", latent="B"
     ),
+    "montec in units of its rows": MonteCLoRA(
+        scale_updates="curvature", units="row", prior_mean="learned", component_prior="hierarchical"
+    ),
+    "mean field in units of its rows": MeanField(units="row", prior_mean="learned"),
     "sparse montec on B": MonteCLoRA(sparse=True, latent="B", num_components=1),
     "montec with two draws a batch": MonteCLoRA(draws_per_batch=2),
     "montec around zero": MonteCLoRA(prior_mean="zero", draws_per_batch=2),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyrolora.adapters.initializers import Start, initial_factor
 from pyrolora.adapters.layer import Factors
@@ -71,6 +72,19 @@ class Layout:
     def scale(self, per_block: Tensor, flat: Tensor) -> Tensor:
         """Each block times its number in ``per_block`` (..., L)."""
         return map_blocks(torch.mul, per_block[..., None, None], flat, self.groups)
+
+    def scale_rows(self, per_row: Tensor, flat: Tensor) -> Tensor:
+        """Each row of each block times its number in ``per_row`` (..., L, r)."""
+        return map_blocks(torch.mul, per_row[..., None], flat, self.groups)
+
+    def row_sizes(self, flat: Tensor) -> Tensor:
+        """(L, rank): the root mean square of each row of each block; 1 for rows that a block does
+        not have."""
+        sizes = [
+            pad(part.square().mean(-1).sqrt(), (0, self.rank - part.shape[-2]), value=1.0)
+            for part in split_blocks(flat, self.groups)
+        ]
+        return torch.cat(sizes)
 
     def fan_in(self) -> Tensor:
         """(L,): how many numbers an output of each block's matrix is a sum of: in for A, r for

@@ -32,7 +32,9 @@ LATENTS = ("A", "B", "AB")
 AGAINST = ("sum", "mean")
 SCALE_UPDATES = ("curvature", "gradient")
 PRIOR_MEANS = ("learned", "start", "zero")
-UNITS = ("fan_in", "one")
+TINY = 1e-12
+"""The least size of a row that scales are multiples of: idle ranks have zeros."""
+UNITS = ("row", "fan_in", "one")
 
 Sites = Mapping[str, Tensor]
 """Site name -> value, or -> draws with one leading dimension."""
@@ -257,6 +259,17 @@ class Variational(Guide):
         return self.kl_weight * factor * rise
 
 
+def check_units(units: str, latent: str, prior_mean: str) -> None:
+    """Raise `ConfigError` for units that there are not, or not for these factors."""
+    require(units in UNITS, "units", f"one of {UNITS}", units)
+    if units == "row" and (latent != "A" or prior_mean != "learned"):
+        raise ConfigError(
+            "units='row' takes the size of a row of A from its mean, which therefore has no price: "
+            f"it goes with latent='A' and prior_mean='learned', got latent={latent!r} and "
+            f"prior_mean={prior_mean!r}; choose units='fan_in' for those"
+        )
+
+
 def require(condition: bool, name: str, expected: str, received: object) -> None:
     """Raise `ConfigError` for an option outside its range."""
     if not condition:
@@ -303,6 +316,7 @@ class Program(ParamModule, ABC):
     options: Any
     previous: Any
     prior_loc: Tensor | None
+    row_sizes: Tensor | None
     progress: float = 1.0
     draws_per_batch: int = 1
     members: int = 1
@@ -317,6 +331,7 @@ class Program(ParamModule, ABC):
         self.options = options
         self.register_module("previous", None)
         self.register_buffer("prior_loc", None)
+        self.register_buffer("row_sizes", None)
         if isinstance(options, Variational):
             self.draws_per_batch = options.draws_per_batch
 
@@ -328,6 +343,16 @@ class Program(ParamModule, ABC):
         means = FlatFactors(A, B)
         value = self.bank.latent_part(latent, means).clone() if kept else None
         self.register_buffer("prior_loc", value)
+
+    def sizes(self) -> Tensor | None:
+        """(L, r): the root mean square of each row of the latent means, where scales are multiples
+        of it; after an earlier posterior that of its means."""
+        if getattr(self.options, "units", None) != "row":
+            return None
+        if self.row_sizes is not None:
+            return self.row_sizes
+        means = self.bank.latent_part(self.options.latent, self.bank.means())
+        return self.bank.layout(self.options.latent).row_sizes(means).clamp(min=TINY)
 
     def centre(self, site: str) -> Tensor | None:
         """The prior's mean of the factors of a site, flat; None: zero."""
@@ -439,6 +464,8 @@ class Program(ParamModule, ABC):
             self.get_parameter(name).requires_grad_(True)
         self.previous = copy.deepcopy(previous).requires_grad_(False)
         self.previous.previous = None
+        sizes = previous.sizes()
+        self.register_buffer("row_sizes", None if sizes is None else sizes.detach().clone())
 
     def await_prior(self, options: Guide) -> None:
         """`succeed` a program of these options whose tensors are yet to be loaded."""

@@ -17,11 +17,11 @@ from pyrolora.errors import positive
 from pyrolora.guides.base import (
     LATENTS,
     PRIOR_MEANS,
-    UNITS,
     Program,
     Quantities,
     Sites,
     Variational,
+    check_units,
     flat,
     require,
     tempered,
@@ -40,8 +40,10 @@ class GaussianGuide(Variational):
         The start of every σ_i, in the ``units``: a small one lets the network learn before the
         noise.
     units
-        ``"fan_in"``: scales are multiples of 1/√in for A and of 1/√r for B, so that the noise of
-        A x, or of B A x, is the same at every width and rank. ``"one"``: they are as they are.
+        ``"row"``: scales are multiples of the root mean square of the row of the mean of A; for
+        ``latent="A"`` and the learned prior mean. ``"fan_in"``: they are multiples of 1/√in for A
+        and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every width and
+        rank. ``"one"``: they are as they are.
     prior_mean
         m₀: ``"learned"``, the guide's own means m, which then cost nothing (empirical Bayes);
         ``"start"``, where the factors start (a price on what is learnt; where the adapter is
@@ -64,9 +66,9 @@ class GaussianGuide(Variational):
         positive("prior_scale", self.prior_scale)
         positive("init_scale", self.init_scale)
         require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
-        require(self.units in UNITS, "units", f"one of {UNITS}", self.units)
         mean = self.prior_mean
         require(mean in PRIOR_MEANS, "prior_mean", f"one of {PRIOR_MEANS}", mean)
+        check_units(self.units, self.latent, mean)
 
     def takes_prior(self) -> bool:
         return True
@@ -97,13 +99,18 @@ class FactorProgram(Program):
         layout = self.bank.layout(latent)
         device = self.bank.get_parameter("A_loc").device
         one = torch.ones(layout.total, device=device)
-        if getattr(self.options, "units", "one") == "one":  # SWAG has none
+        if getattr(self.options, "units", "one") != "fan_in":  # SWAG has none
             return one
         return layout.scale(layout.fan_in().to(device).rsqrt(), one)
 
     def prior_scale(self, site: str) -> Tensor:
         """σ₀ of each entry."""
-        return self.options.prior_scale * self.units(site)
+        return self.in_rows(self.options.prior_scale * self.units(site))
+
+    def in_rows(self, scale: Tensor) -> Tensor:
+        """A scale of each entry times the size of its row, where that is the unit."""
+        sizes = self.sizes()
+        return scale if sizes is None else self.bank.layouts["A"].scale_rows(sizes, scale)
 
     @abstractmethod
     def law(self, site: str) -> dist.TorchDistribution:

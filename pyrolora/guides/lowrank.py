@@ -80,7 +80,8 @@ class LowRankProgram(FactorProgram):
         return {"scale": entries, "directions": entries.unsqueeze(-1)}
 
     def law(self, site: str) -> dist.TorchDistribution:
-        scale, directions = self.in_use(site, self.param("scale")), self.param("directions")
+        scale = self.in_use(site, self.in_rows(self.param("scale")))
+        directions = self.param("directions")
         active = self.bank.entries(site)
         if active is not None:
             directions = torch.where(active.unsqueeze(-1), directions, 0.0)

@@ -21,13 +21,13 @@ from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
 from pyrolora.guides.base import (
     LATENTS,
     PRIOR_MEANS,
-    UNITS,
     Curvature,
     Fit,
     Program,
     Quantities,
     Sites,
     Variational,
+    check_units,
     flat,
     require,
     tempered,
@@ -91,8 +91,12 @@ class MonteCLoRA(Variational):
     sample_scale
         ε₀, the scale of the noise in the model; in the ``units``.
     units
-        ``"fan_in"``: ε₀ is a multiple of 1/√in for A and of 1/√r for B, so that the noise of A x,
-        or of B A x, is the same at every width and rank. ``"one"``: it is as it is (paper).
+        ``"row"``: ε₀ is a multiple of d_k, the root mean square of row k of M, so that
+        a_j = m_j + ε D Σ_k π_k δ_jk with D = diag(d): the noise is relative to what is learnt, and
+        no other size of A and B with the same B A escapes it. For ``latent="A"`` and the learned
+        prior mean; after an earlier posterior D is that one's. ``"fan_in"``: ε₀ is a multiple of
+        1/√in for A and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every
+        width and rank. ``"one"``: it is as it is (paper).
     learn_sample_scale
         Learn the guide's ε, one a layer, from ε₀ on; its price is the KL of z.
     component_prior
@@ -160,11 +164,11 @@ class MonteCLoRA(Variational):
             ("component_prior", COMPONENT_PRIORS),
             ("covariance", COVARIANCES),
             ("prior_mean", PRIOR_MEANS),
-            ("units", UNITS),
             ("latent", LATENTS),
         ):
             value = getattr(self, name)
             require(value in choices, name, f"one of {choices}", value)
+        check_units(self.units, self.latent, self.prior_mean)
 
     @property
     def has_closed_scales(self) -> bool:  # type: ignore[override]
@@ -293,9 +297,9 @@ class MonteCLoRAProgram(Program):
     ) -> FlatFactors:
         """The factors whose noise is ε₀ ‖π‖ z, or ε₀ ‖π‖ L z."""
         if self.options.component_prior == "hierarchical":
-            delta = self.layout.transform(gain[..., None, None] * tril, flat(noise))
+            delta = self.layout.transform(gain[..., None] * tril, flat(noise))
         else:
-            delta = self.layout.scale(gain, flat(noise))
+            delta = self.layout.scale_rows(gain, flat(noise))
         return self.bank.shifted(self.options.latent, delta, means)
 
     def quantities(self, sites: Sites) -> Quantities:
@@ -307,6 +311,8 @@ class MonteCLoRAProgram(Program):
         learned = self.options.learn_sample_scale
         scale = scale * (self.param("sample_scale") if learned else self._epsilon)
         noise = scale.unsqueeze(-1) * covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        sizes = self.sizes()
+        noise = noise if sizes is None else noise * sizes
         return {
             "mixture_weights": (sites["mixture_weights"], ("block", "component")),
             "covariance": (covariance, ("block", "rank", "rank_")),
@@ -337,10 +343,10 @@ class MonteCLoRAProgram(Program):
         if centre is not None:
             latent = latent - centre
         if self.options.component_prior == "hierarchical":
-            law = -gain[..., None, None] * tril
-            loc = whiten(law, latent.expand(*gain.shape[:-1], -1), self.layout.groups)
+            law = -gain[..., None] * tril
+            loc = whiten(law, latent.expand(*gain.shape[:-2], -1), self.layout.groups)
         else:
-            loc = self.layout.scale(-1 / gain, latent)
+            loc = self.layout.scale_rows(-1 / gain, latent)
         return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
 
     def _weights_prior(self) -> dist.TorchDistribution:
@@ -370,8 +376,9 @@ class MonteCLoRAProgram(Program):
         return StandardColumns(self._scale, groups, loc)
 
     def _gain(self, weights: Tensor) -> Tensor:
-        """ε₀ ‖π‖ of every block, (..., L)."""
-        return self._epsilon * self._spread(weights)
+        """ε₀ ‖π‖ of every row, times its size in those units, (..., L, r)."""
+        gain, sizes = (self._epsilon * self._spread(weights))[..., None], self.sizes()
+        return gain.expand(*gain.shape[:-1], self.layout.rank) if sizes is None else gain * sizes
 
     def _spread(self, weights: Tensor) -> Tensor:
         """‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""
@@ -427,7 +434,9 @@ class MonteCLoRAProgram(Program):
     @torch.no_grad()
     def settle(self, curvature: Curvature, beta: float) -> None:
         """V and α at the optimum of the objective, one given the other."""
-        H, squared_scale = curvature.ranks, self._epsilon.square()
+        H, squared_scale, sizes = curvature.ranks, self._epsilon.square(), self.sizes()
+        if sizes is not None:
+            H = sizes[:, :, None] * H * sizes[:, None, :]
         if self.options.covariance == "diagonal":
             H = torch.diag_embed(H.diagonal(dim1=-2, dim2=-1))
         distance = 0.5 * self._squared_distance() / squared_scale
@@ -468,10 +477,5 @@ class MonteCLoRAProgram(Program):
     def _signal(self) -> Tensor:
         """(L, r): the root mean square of each row of the means; 0 for rows that do not exist, or
         are idle."""
-        rows = []
-        means = self.bank.means()
-        matrices = {f: self.bank.layouts[f].matrices(getattr(means, f).detach()) for f in "AB"}
-        for block in self.layout.blocks:
-            signal = matrices[block.factor][block.layer].square().mean(-1).sqrt()
-            rows.append(torch.nn.functional.pad(signal, (0, self.layout.rank - block.rank)))
-        return torch.where(self._in_use(), torch.stack(rows), 0.0)
+        means = self.bank.latent_part(self.options.latent, self.bank.means()).detach()
+        return torch.where(self._in_use(), self.layout.row_sizes(means), 0.0)
