@@ -99,14 +99,14 @@ def inputs(problem: str) -> dict[str, Tensor]:
 
 
 def own_logits(posterior: Posterior, problem: str, draw: int | None = None) -> Tensor:
-    """What the network says under the mean adapter, or under the draw of that seed."""
+    """What the network says under the mean adapter, or under the draw of that number."""
     model = posterior.model
     if draw is None:
         factors = model.program.mean()
     elif model.program.stored() is not None:
         factors = model.program.factors(model.program.pick(torch.tensor([draw])))[0]
     else:
-        factors = model.program.factors(posterior.sample(1, seed=draw))[0]
+        factors = model.program.factors(posterior.sample(draws=[draw]))[0]
     with torch.no_grad(), bind(model.binding(factors)):
         return posterior.base(**inputs(problem)).logits
 
@@ -194,7 +194,9 @@ def test_a_plain_network_goes_out_and_comes_back(tmp_path: Path) -> None:
         ("3", "draw must be 'mean' or the number of a draw, got '3'"),
         (-1, "draw must be a whole number >= 0, got -1"),
         (True, "draw must be a whole number >= 0, got True"),
-        ([0, 1.5], "draw must be a whole number >= 0, got 1.5"),
+        ([0, 1.5], r"draw\[1\] must be a whole number >= 0, got 1.5"),
+        ([2, 0, 2], r"draw has \[2\] more than once; name each draw once"),
+        ([], "draw names no draw"),
         (1.5, "draw must be a whole number >= 0, got 1.5"),
         (None, "draw must be a whole number >= 0, got None"),
     ],
@@ -203,7 +205,7 @@ def test_a_plain_network_goes_out_and_comes_back(tmp_path: Path) -> None:
 def test_other_draws_are_refused(how: str, draw: Any, message: str, tmp_path: Path) -> None:
     posterior = fitted("encoder", "map")
     if how == "merge" and isinstance(draw, list):
-        message = r"draw must be a whole number >= 0, got \[0, 1.5\]"
+        message = r"draw must be a whole number >= 0, got \["
     with pytest.raises(ConfigError, match=message):
         posterior.merge(draw) if how == "merge" else posterior.to_peft(tmp_path / "out", draw)
 
