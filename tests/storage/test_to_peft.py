@@ -25,6 +25,7 @@ from problems import (
     tokenizer,
     tokens,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -263,6 +264,43 @@ def test_a_draw_of_a_reloaded_posterior_is_the_same_file(tmp_path: Path) -> None
     again.to_peft(tmp_path / "two", draw=7)
     names = [tmp_path / folder / "adapter_model.safetensors" for folder in ("one", "two")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("draw", ["mean", 2])
+def test_a_uniform_adapter_has_one_rank_and_the_scaling_one(
+    draw: str | int, tmp_path: Path
+) -> None:
+    """Of layers with patterns, for servers that read none: PEFT's outputs are the same, and so are
+    the updates of whoever knows r and lora_alpha alone."""
+    posterior = fitted("llama", GUIDES["montec"])
+    posterior.to_peft(tmp_path / "own", draw)
+    posterior.to_peft(tmp_path / "uniform", draw, uniform=True)
+    own, config = (json.loads((tmp_path / n / CONFIG).read_text()) for n in ("own", "uniform"))
+    assert own["rank_pattern"]
+    assert own["alpha_pattern"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 3, False)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    close(pefts_logits(tmp_path / "uniform", "llama"), pefts_logits(tmp_path / "own", "llama"))
+    close(
+        pefts_logits(tmp_path / "uniform", "llama"),
+        own_logits(posterior, "llama", None if draw == "mean" else draw),
+    )
+    tensors = load_file(tmp_path / "uniform" / "adapter_model.safetensors")
+    plain = {n: load_file(tmp_path / "own" / "adapter_model.safetensors")[n] for n in tensors}
+    for name, spec in posterior.bank.specs.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        assert (A.shape, B.shape) == ((3, spec.in_features), (spec.out_features, 3))
+        A0, B0 = (plain[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        close(B @ A, spec.scaling * B0 @ A0)
+    read = pyrolora.from_peft(tmp_path / "uniform", llama())
+    close(own_logits(read, "llama"), pefts_logits(tmp_path / "uniform", "llama"))
+
+
+def test_uniform_is_true_or_false(tmp_path: Path) -> None:
+    posterior = fitted("encoder", GUIDES["map"])
+    with pytest.raises(ConfigError, match="uniform must be True or False, got 1"):
+        posterior.to_peft(tmp_path / "out", uniform=1)
+    assert not (tmp_path / "out").exists()
 
 
 # In -----------------------------------------------------------------------------------------------
