@@ -168,7 +168,9 @@ class Posterior:
             `generate` and `to_arviz`, and in ``draw`` of `to_peft` and `merge`. It is the k-th
             stored draw of ``"nuts"`` (chain after chain) and ``"ensemble"`` (with its head); of
             other guides the one that the fit's seed and k determine, whatever else is drawn, for a
-            posterior that was saved and loaded, too, on every device.
+            posterior that was saved and loaded, too, on every device. (Linearised ``"laplace"``
+            predicts with the tangent plane at the mean, in the direction of draw k, which `to_peft`
+            and `merge` refuse.)
 
         Returns
         -------

@@ -24,8 +24,9 @@ class NumberedDraws:
     Draw k is the k-th stored draw of ``"ensemble"`` (with the member's task head) and ``"nuts"``
     (chain after chain), and otherwise what the guide samples from a seed that is made of the fit's
     seed and k. It depends on nothing else: not on the other draws that are taken, on the caller's
-    generators, on batches, or on the device, since it is drawn on the CPU. Numbers are drawn one
-    by one, so that many cost more than as many of a seed.
+    generators, on batches, or on the device, since it is sampled on the CPU. (The noise on weights
+    of ``Flat(at_prediction=True)`` has the number's seed, too, but is made where the weights are.)
+    Draws are sampled one by one, so that many cost more than as many of a seed.
 
     Parameters
     ----------
