@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, whole_number
+from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
+from pyrolora.errors import ConfigError, true_or_false, whole_number
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Prepared, prepare
 from pyrolora.inference.examples import as_examples, without_labels
@@ -26,7 +26,9 @@ from pyrolora.predictive import (
     Calibration,
     ClassPrediction,
     Generation,
+    NumberedDraws,
     Prediction,
+    alone,
     calibrated,
     check_temperature,
     choice_rows,
@@ -39,6 +41,7 @@ from pyrolora.predictive import (
 from pyrolora.report import PSIS, inference_data, judge, summary
 from pyrolora.seeding import seeded
 from pyrolora.storage import (
+    as_uniform,
     describe_base,
     merged,
     write_adapter,
@@ -145,18 +148,68 @@ class Posterior:
 
     # Draws --------------------------------------------------------------------------------------
 
-    def sample(self, num_samples: int, *, seed: int | None = None) -> dict[str, Tensor]:
+    def sample(
+        self,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        seed: int | None = None,
+    ) -> dict[str, Tensor]:
         """Independent draws of every latent site; of ``"nuts"`` and ``"ensemble"``, whose draws
         are a list, evenly spaced ones whatever the seed.
+
+        Parameters
+        ----------
+        num_samples, seed
+            How many, and what makes them repeatable.
+        draws
+            In their place the numbers of draws, in this order. Draw k is one function wherever its
+            number stands: here, in ``draws`` of `predict`, `evaluate`, `log_likelihood`,
+            `generate` and `to_arviz`, and in ``draw`` of `to_peft` and `merge`. It is the k-th
+            stored draw of ``"nuts"`` (chain after chain) and ``"ensemble"`` (with its head); of
+            other guides the one that the fit's seed and k determine, whatever else is drawn, for a
+            posterior that was saved and loaded, too, on every device. (Linearised ``"laplace"``
+            predicts with the tangent plane at the mean, in the direction of draw k, which `to_peft`
+            and `merge` refuse.)
 
         Returns
         -------
         dict
-            Site -> (num_samples, ...). `factors` turns them to the matrices of each layer.
+            Site -> (S, ...). `factors` turns them to the matrices of each layer.
+
+        Raises
+        ------
+        ConfigError
+            When both are given, or ``draws`` has none, one twice, or one that there is not.
         """
+        numbers = self._named(draws, num_samples=num_samples, seed=seed)
+        if numbers is not None:
+            return self._numbered.sites(numbers)
+        if num_samples is None:
+            raise ConfigError("say how many draws, sample(8), or which, sample(draws=[0, 1, 2])")
         whole_number("num_samples", num_samples, at_least=1)
         with seeded(seed):
             return self.model.program.draw(num_samples)
+
+    @property
+    def _numbered(self) -> NumberedDraws:
+        """The draws by their numbers, for which the seed of the fit is read."""
+        return NumberedDraws(self.model, self.settings.get("seed", 0))
+
+    def _named(self, draws: Any, **beside: Any) -> list[int] | None:
+        """The numbers in ``draws``, checked, with nothing ``beside`` them; None: none is named."""
+        if draws is None:
+            return None
+        alone(**beside)
+        return self._numbered.check(draws)
+
+    def _drawn(
+        self, num_samples: int | None, seed: int | None, numbers: list[int] | None
+    ) -> FlatFactors:
+        """The factors of the draws of these numbers, or of ``num_samples`` others."""
+        if numbers is None:
+            return draw_factors(self.model, num_samples, seed)
+        return self._numbered.factors(numbers)
 
     @torch.no_grad()
     def factors(
@@ -182,6 +235,7 @@ class Posterior:
         data: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Prediction:
@@ -195,17 +249,22 @@ class Posterior:
         num_samples
             S. Each draw is one function, the same weights for all examples. None: 32; of an
             ensemble every member once.
+        draws
+            In place of ``num_samples`` and ``seed`` the numbers of draws, as in `sample`:
+            ``draws=[0, 1, 2]`` are the functions that ``to_peft(path, draw=[0, 1, 2])`` writes.
         batch_size
             Examples a batch. Draws share its passes where the device is faster so.
         seed
-            Makes the draws repeatable.
+            Makes the draws repeatable; others than those that have numbers.
 
         Returns
         -------
         Prediction
             ``ClassPrediction``, ``RegressionPrediction`` or ``TokenPrediction``.
         """
-        prediction = self._predict(data, num_samples, batch_size, seed, need_labels=False)
+        prediction = self._predict(
+            data, num_samples, batch_size, seed, draws=draws, need_labels=False
+        )
         prediction.check_finite()
         return prediction
 
@@ -293,15 +352,17 @@ class Posterior:
         data: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         per_token: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> ClassPrediction:
         """What a language model chooses between the texts of each example's column ``choices``:
         p_s(c) ∝ exp(log p(c | context, draw s)), with ``per_token`` the mean log-likelihood of the
-        choice's tokens in place of their sum."""
+        choice's tokens in place of their sum. The rest is as in `predict`."""
         whole_number("batch_size", batch_size, at_least=1)
-        factors = draw_factors(self.model, num_samples, seed)
+        numbers = self._named(draws, num_samples=num_samples, seed=seed)
+        factors = self._drawn(num_samples, seed, numbers)
         return choose(
             self.model,
             data,
@@ -317,6 +378,7 @@ class Posterior:
         inputs: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         seed: int | None = None,
         **generate_options: Any,
     ) -> Generation:
@@ -332,8 +394,10 @@ class Posterior:
             ``pixel_values``.
         num_samples
             S. None: 8; of an ensemble every member once.
+        draws
+            In place of ``num_samples`` the numbers of draws, as in `sample`.
         seed
-            Makes the draws, and the sampling of tokens, repeatable.
+            Makes the draws, those without numbers, and the sampling of tokens repeatable.
         **generate_options
             Of transformers' ``generate``: ``max_new_tokens`` (what the network's own settings say,
             or 40, at most to the end of its context), ``do_sample``, ``temperature``,
@@ -346,15 +410,17 @@ class Posterior:
             When the network is no causal language model, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
+        numbers = self._named(draws, num_samples=num_samples)
         if num_samples is None:
             num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
         with seeded(seed):
-            factors = draw_factors(self.model, num_samples)
+            factors = self._drawn(num_samples, None, numbers)
             return generate(
                 self.model,
                 inputs,
                 factors,
                 self.tokenizer,
+                numbers=numbers,
                 options=generate_options,
                 temperature=self.temperature,
             )
@@ -364,6 +430,7 @@ class Posterior:
         data: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         outside: Any = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
@@ -375,12 +442,15 @@ class Posterior:
         language models: ``nll`` (a counted token) and ``perplexity``, or, of data with a column
         ``choices``, what classification has (`predict_choices`). With ``outside``, data of
         another distribution (labels are not needed): ``ood_auroc``.
-        `pyrolora.predictive.evaluate` defines each.
+        `pyrolora.predictive.evaluate` defines each. The draws are those of `predict`.
         """
-        inside = self._predict(data, num_samples, batch_size, seed, need_labels=True)
+        numbers = self._named(draws, num_samples=num_samples, seed=seed)
+        inside = self._predict(data, num_samples, batch_size, seed, draws=numbers, need_labels=True)
         if outside is None:
             return evaluate(inside)
-        other = self.predict(self.inputs_of(outside), num_samples, batch_size=batch_size, seed=seed)
+        other = self.predict(
+            self.inputs_of(outside), num_samples, draws=numbers, batch_size=batch_size, seed=seed
+        )
         return evaluate(inside, other)
 
     def log_likelihood(
@@ -388,12 +458,16 @@ class Posterior:
         data: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Tensor:
         """log p(y_i | draw s), (S, n), in nats; a text's is the sum over its labelled tokens, and
-        of data with ``choices`` it is that of the right choice among them."""
-        prediction = self._predict(data, num_samples, batch_size, seed, need_labels=True)
+        of data with ``choices`` it is that of the right choice among them. The draws are those of
+        `predict`."""
+        prediction = self._predict(
+            data, num_samples, batch_size, seed, draws=draws, need_labels=True
+        )
         assert prediction.log_likelihood is not None
         return prediction.log_likelihood
 
@@ -404,11 +478,13 @@ class Posterior:
         batch_size: int,
         seed: int | None,
         *,
+        draws: Iterable[int] | None,
         need_labels: bool,
     ) -> Prediction:
         whole_number("batch_size", batch_size, at_least=1)
+        numbers = self._named(draws, num_samples=num_samples, seed=seed)
         read = self._reader(data, batch_size, need_labels=need_labels)
-        return read(draw_factors(self.model, num_samples, seed))
+        return read(self._drawn(num_samples, seed, numbers))
 
     def _reader(
         self, data: Any, batch_size: int = defaults.BATCH_SIZE, *, need_labels: bool
@@ -448,6 +524,7 @@ class Posterior:
         self,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         data: Any = None,
         log_likelihood: bool = False,
         factors: bool = False,
@@ -461,6 +538,12 @@ class Posterior:
         ``factor_norm`` and ``covariance_eigenvalues``, which no rotation of the ranks changes, not
         at entries of the factors.
 
+        The coordinate ``draw`` is the number of the draw, as in `sample`: without ``seed`` and
+        ``draws`` they are 0, 1, ... (of ``"nuts"`` draw k stands in chain k // n at k % n, n the
+        draws of a chain; fewer of stored ones are evenly spaced). Draws of a ``seed`` have no
+        numbers, nor have stored ones that are asked for more than once: there ``draw`` counts them.
+        The attribute ``draws`` of every group says which it is.
+
         Dimensions are ``layer``, ``block`` (a factor of a layer), ``rank``, ``component``,
         ``class`` (under the network's names), ``example`` and ``token``; the attributes of every
         group say which guide made the draws.
@@ -470,6 +553,8 @@ class Posterior:
         num_samples
             Number of draws, over all chains. None: 200, or all that there are where draws are
             stored (``"nuts"``, ``"ensemble"``).
+        draws
+            In its place the numbers of draws, as in `sample`; in one chain.
         data
             Adds ``posterior_predictive`` (sampled ``y``, and ``probs`` or ``mean`` of each draw)
             and, with labels, ``observed_data`` for these examples. Of a language model there is no
@@ -489,8 +574,9 @@ class Posterior:
             guide's scales (mixture weights, Σ, signal-to-noise) and ``adapter_norm``, ‖s B A‖_F per
             layer.
         seed
-            Makes the draws repeatable.
+            Of other draws than the numbered ones.
         """
+        numbers = self._named(draws, num_samples=num_samples, seed=seed)
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
         read = None if data is None else self._reader(data, need_labels=log_likelihood)
@@ -500,7 +586,9 @@ class Posterior:
             self.model,
             self.options,
             read,
+            self._numbered,
             num_samples,
+            draws=numbers,
             temperature=self.temperature,
             log_likelihood=log_likelihood,
             factors=factors,
@@ -665,7 +753,13 @@ class Posterior:
         self._warn_untempered("a merged model")
         return merged(self.model, self._setting(draw))
 
-    def to_peft(self, path: str | Path, draw: str | int | Iterable[int] = "mean") -> None:
+    def to_peft(
+        self,
+        path: str | Path,
+        draw: str | int | Iterable[int] = "mean",
+        *,
+        uniform: bool = False,
+    ) -> None:
         """Write a LoRA adapter that ``peft.PeftModel.from_pretrained(network, path)`` loads, with
         the same outputs; PEFT itself is not needed to write it.
 
@@ -674,29 +768,38 @@ class Posterior:
         path
             A folder.
         draw
-            ``"mean"``; or k, the draw that ``sample(1, seed=k)`` gives (the k-th stored one of
-            ``"nuts"`` and ``"ensemble"``); or a list of these, written to ``path/draw-<k>`` each,
-            for a server that holds several adapters on one network.
+            ``"mean"``; or k, the number of a draw, as in `sample` and ``predict(draws=[k])``; or a
+            list of these, written to ``path/draw-<k>`` each, for a server that holds several
+            adapters on one network.
+        uniform
+            Give all layers the largest of their ranks, filled up with zeros, and the scaling 1
+            (``lora_alpha`` = ``r``), with s in B: the same outputs, for servers that read neither
+            ``rank_pattern`` nor ``alpha_pattern`` (vLLM, LoRAX). Ranks of zeros do not learn, if
+            the adapter is trained on.
 
         Raises
         ------
         ConfigError
             When the folder holds something else, or the draw is no low-rank adapter.
         """
+        true_or_false("uniform", uniform)
         if not self.bank.specs:
             raise ConfigError(
                 f"{full_name(self.options)!r} has no adapter; write the network itself with "
                 "posterior.merge().save_pretrained(path)"
             )
         if isinstance(draw, Iterable) and not isinstance(draw, str):
-            for number in draw:
-                self.to_peft(Path(path) / f"draw-{number}", number)
+            for number in self._numbered.check(draw, "draw"):
+                self.to_peft(Path(path) / f"draw-{number}", number, uniform=uniform)
             return
         self._warn_untempered("an adapter")
         setting = self._setting(draw)
         heads = {name: own for name, (own,) in self.model.named_heads(setting).items()}
         matrices = self.bank.matrices(setting)
-        write_adapter(Path(path), self.bank.specs, matrices, heads, self.base)
+        specs: Mapping[str, LayerSpec] = self.bank.specs
+        if uniform:
+            specs, matrices = as_uniform(specs, matrices)
+        write_adapter(Path(path), specs, matrices, heads, self.base)
 
     def _warn_untempered(self, what: str) -> None:
         if self.temperature != 1:
@@ -720,18 +823,14 @@ class Posterior:
             return program.mean()
         if isinstance(draw, str):
             raise ConfigError(f"draw must be 'mean' or the number of a draw, got {draw!r}")
-        whole_number("draw", draw, at_least=0)
+        numbered = self._numbered
+        numbered.check_one(draw)
         if program.linearised and self.likelihood.linearisable:
             raise ConfigError(
                 "the predictions of this posterior are linear in its draws, and the network with a "
                 "draw in it gives others; use draw='mean', or fit with Laplace(linearised=False)"
             )
-        stored = program.stored()
-        if stored is not None and draw >= stored:
-            raise ConfigError(f"there are {stored} draws, numbered from 0, got draw={draw}")
-        with seeded(draw):
-            sites = program.draw(1) if stored is None else program.pick(torch.tensor([draw]))
-        setting = program.factors(sites)[0]
+        setting = program.factors(numbered.sites([draw]))[0]
         if setting.seeds is not None:
             raise ConfigError(
                 "a draw of Flat(at_prediction=True) has noise on the weights, which no adapter "

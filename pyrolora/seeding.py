@@ -183,6 +183,13 @@ def seed_of_process(seed: int, number: int) -> int:
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
+def seed_of_draw(seed: int, number: int) -> int:
+    """The seed of the draw of that number of a posterior whose fit had ``seed``: another for each
+    number below 2**32, of which torch's generator takes no more, and far from small seeds."""
+    first = int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])
+    return (first + number) % 2**32
+
+
 def _generators() -> Generators:
     """The states of all generators: Python's, NumPy's, and torch's of the CPU and of all GPUs."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

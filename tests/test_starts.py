@@ -152,7 +152,7 @@ def test_a_draw_is_exported_too(start: str, tmp_path: Path) -> None:
     posterior = fitted(MonteCLoRA(sample_scale=0.3, latent="AB"), start, epochs=1)
     posterior.to_peft(tmp_path, draw=3)
     model = PeftModel.from_pretrained(strong_bert(), tmp_path)
-    sites = posterior.sample(1, seed=3)
+    sites = posterior.sample(draws=[3])
     joint = posterior.model
     with torch.no_grad(), bind(joint.binding(joint.program.factors(sites)[0])):
         expected = logits(posterior.base)

@@ -17,8 +17,9 @@ def evaluate(
     data: Annotated[str, typer.Argument(help=f"Labelled data: a file ({KINDS}), folder or name.")],
     outside: posteriors.Outside = None,
     num_samples: posteriors.NumSamples = None,
+    draws: posteriors.Draws = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
-    seed: posteriors.Seed = defaults.SEED,
+    seed: posteriors.DrawSeed = None,
     text: posteriors.Text = None,
     label: posteriors.Label = None,
     split: posteriors.Split = None,
@@ -36,15 +37,15 @@ def evaluate(
     of the 90 % interval; language models: NLL a token, perplexity, or, of data with a
     column 'choices', what classification has.
     """
+    taken = posteriors.drawn(draws, num_samples, seed)
     examples = posteriors.labelled(run, data, split, text, label)
     other = posteriors.outside(run, outside, text)
     posterior = posteriors.load(run, model)
-    if num_samples is None:
-        num_samples = posterior.model.program.usual_draws()
-    metrics = posterior.evaluate(
-        examples, num_samples, outside=other, batch_size=batch_size, seed=seed
-    )
+    which = {name: value for name, value in taken.items() if name != "seed"}
+    if "num_samples" in which and num_samples is None:
+        which["num_samples"] = posterior.model.program.usual_draws()
+    metrics = posterior.evaluate(examples, outside=other, batch_size=batch_size, **taken | which)
     if json:
-        print_json({"run": str(run), "num_samples": num_samples, **metrics})
+        print_json({"run": str(run), **which, **metrics})
     else:
         metrics_table({posterior.options.name: metrics})

@@ -46,9 +46,28 @@ def export(
     num_samples: Annotated[
         int | None, typer.Option(help="Draws (arviz); otherwise 200, or all that are stored.")
     ] = None,
+    draws: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of draws, such as 0,1,2 (peft, a folder draw-<k> for each; arviz)."
+        ),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option(
+            "--uniform",
+            help="One rank and the scaling 1 for all layers (peft), for servers that read no "
+            "patterns.",
+        ),
+    ] = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws (arviz).")
-    ] = defaults.SEED,
+        int | None,
+        typer.Option(
+            min=0,
+            max=defaults.MAX_SEED,
+            help="Of other draws than the numbered ones 0, 1, ... (arviz).",
+        ),
+    ] = None,
     model: posteriors.Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
@@ -57,21 +76,24 @@ def export(
     \b
     pyrolora export run merged
     pyrolora export run adapter --to peft
+    pyrolora export run adapters --to peft --draws 0,1,2 --uniform
     pyrolora export run posterior.nc --to arviz --num-samples 500
     """
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists; choose another name")
-    if draw is not None and to is Format.ARVIZ:
-        raise ConfigError("--draw picks one draw and arviz takes many; use --num-samples")
+    _check(to, draw, draws, uniform)
+    numbers = posteriors.draw_numbers(draws, draw=draw, num_samples=num_samples, seed=seed)
     posterior = posteriors.load(run, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     if to is Format.ARVIZ:
         with replacing(path) as scratch:
-            posterior.to_arviz(num_samples, seed=seed).to_netcdf(str(scratch))
+            posterior.to_arviz(num_samples, draws=numbers, seed=seed).to_netcdf(str(scratch))
         next_step = f"az.summary(az.from_netcdf({str(path)!r}), kind='stats')"
     elif to is Format.PEFT:
-        posterior.to_peft(path, "mean" if draw is None else draw)
-        next_step = f"peft.PeftModel.from_pretrained(network, {str(path)!r})"
+        which = numbers or ("mean" if draw is None else draw)
+        posterior.to_peft(path, which, uniform=uniform)
+        first = path if numbers is None else path / f"draw-{numbers[0]}"
+        next_step = f"peft.PeftModel.from_pretrained(network, {str(first)!r})"
     else:
         _merged(posterior, path, "mean" if draw is None else draw)
         next_step = f"{type(posterior.base).__name__}.from_pretrained({str(path)!r})"
@@ -79,6 +101,18 @@ def export(
         print_json({"run": str(run), "to": to.value, "path": str(path)})
     else:
         tell(f"Written: {path}. Next, in Python: {next_step}")
+
+
+def _check(to: Format, draw: int | None, draws: str | None, uniform: bool) -> None:
+    """Raise `ConfigError` for options that the form has no use for."""
+    if draw is not None and to is Format.ARVIZ:
+        raise ConfigError(
+            "--draw picks one draw and arviz takes many; use --num-samples or --draws"
+        )
+    if draws is not None and to is Format.TRANSFORMERS:
+        raise ConfigError("a plain model holds one draw; use --draw with its number")
+    if uniform and to is not Format.PEFT:
+        raise ConfigError(f"--uniform is about ranks of a LoRA adapter, and {to.value} has none")
 
 
 def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:

@@ -34,6 +34,7 @@ def generate(
             "member of an ensemble."
         ),
     ] = None,
+    draws: posteriors.Draws = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -72,6 +73,7 @@ def generate(
     the draws write the same) and "continuations": text, nll, entropy, aleatoric and
     epistemic in nats a token, as all draws see it.
     """
+    numbers = posteriors.draw_numbers(draws, num_samples=num_samples)
     if (temperature is not None or top_p is not None) and not do_sample:
         raise ConfigError("--temperature and --top-p are for sampled tokens; add --do-sample")
     if num_return_sequences > num_beams and not (do_sample and num_beams == 1):
@@ -86,10 +88,15 @@ def generate(
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
     texts = _prompts(inputs, prompts)
     posterior = posteriors.load(run, model)
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
     found = posterior.generate(
         texts,
         num_samples,
+        draws=numbers,
         seed=seed,
         do_sample=do_sample,
         num_beams=num_beams,

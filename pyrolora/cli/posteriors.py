@@ -12,7 +12,7 @@ from pyrolora import defaults
 from pyrolora.cli import files
 from pyrolora.cli.output import say
 from pyrolora.cli.runs import LAST_GOOD, Run
-from pyrolora.errors import CheckpointError
+from pyrolora.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from pyrolora.posterior import Posterior
@@ -28,6 +28,21 @@ NumSamples = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Examples a batch.")]
 Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")]
+Draws = Annotated[
+    str | None,
+    typer.Option(
+        help="Numbers of draws, such as 0,1,2, in place of --num-samples: the functions that "
+        "'export --draw' writes."
+    ),
+]
+DrawSeed = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=defaults.MAX_SEED,
+        help=f"Of draws without numbers; otherwise {defaults.SEED}.",
+    ),
+]
 Text = Annotated[list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")]
 Label = Annotated[str | None, typer.Option(help="The target's column; otherwise as in the fit.")]
 Outside = Annotated[
@@ -36,6 +51,32 @@ Outside = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="Which split of the data.")]
 Model = Annotated[str | None, typer.Option(help="The base network, if it has moved since the fit.")]
+
+
+def draw_numbers(draws: str | None, **beside: object) -> list[int] | None:
+    """What ``--draws`` says, without it None; the options ``beside`` it may not be given, too."""
+    if draws is None:
+        return None
+    given = [f"--{name.replace('_', '-')}" for name, value in beside.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"--draws names the draws, and {' and '.join(given)} would take others; give one of "
+            "them"
+        )
+    parts = [part.strip() for part in draws.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise ConfigError(
+            f"--draws takes numbers from 0 with commas between them, such as 0,1,2, got {draws!r}"
+        )
+    return [int(part) for part in parts]
+
+
+def drawn(draws: str | None, num_samples: int | None, seed: int | None) -> dict[str, Any]:
+    """Which draws a command takes, as options of `Posterior.predict` and its like."""
+    numbers = draw_numbers(draws, num_samples=num_samples, seed=seed)
+    if numbers is not None:
+        return {"draws": numbers}
+    return {"num_samples": num_samples, "seed": defaults.SEED if seed is None else seed}
 
 
 def load(folder: Path, model: str | None) -> Posterior:

@@ -26,8 +26,9 @@ def predict(
         typer.Option(help="A .csv, .tsv, .jsonl or .parquet file; otherwise CSV is printed."),
     ] = None,
     num_samples: posteriors.NumSamples = None,
+    draws: posteriors.Draws = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
-    seed: posteriors.Seed = defaults.SEED,
+    seed: posteriors.DrawSeed = None,
     text: posteriors.Text = None,
     split: posteriors.Split = None,
     model: posteriors.Model = None,
@@ -37,6 +38,7 @@ def predict(
 
     \b
     pyrolora predict run new.jsonl --output predictions.csv
+    pyrolora predict run new.jsonl --draws 0,1,2
     pyrolora predict run new.jsonl --json | jq 'select(.epistemic > 0.1)'
 
     entropy is the total uncertainty in nats; aleatoric is the part in the data,
@@ -44,10 +46,11 @@ def predict(
     not needed. In CSV and TSV an apostrophe stands before texts that a spreadsheet
     would run as a formula; .jsonl and .parquet hold every text as it was.
     """
+    taken = posteriors.drawn(draws, num_samples, seed)
     write = None if output is None else writer(output)
     original, examples = posteriors.unlabelled(run, data, split, text)
     posterior = posteriors.load(run, model)
-    prediction = posterior.predict(examples, num_samples, batch_size=batch_size, seed=seed)
+    prediction = posterior.predict(examples, batch_size=batch_size, **taken)
     table = _beside(original, prediction.to_pandas(), data)
     if write is not None:
         write(table)

@@ -6,6 +6,7 @@ from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
+from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.prediction import (
     ClassPrediction,
@@ -21,9 +22,11 @@ __all__ = [
     "ClassPrediction",
     "Conformal",
     "Generation",
+    "NumberedDraws",
     "Prediction",
     "RegressionPrediction",
     "TokenPrediction",
+    "alone",
     "aurc",
     "auroc",
     "calibrated",

@@ -48,6 +48,7 @@ def generate(
     factors: FlatFactors,
     tokenizer: Any = None,
     *,
+    numbers: Sequence[int] | None = None,
     rows: int = defaults.PREDICT_ROWS,
     options: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
@@ -66,6 +67,8 @@ def generate(
         ``pixel_values``, with a row per prompt.
     factors
         Of S draws, or of one setting.
+    numbers
+        Of the draws; None: they are counted.
     rows
         Most rows (draws x prompts x beams) of one pass.
     options
@@ -106,7 +109,8 @@ def generate(
                 written[start + i] += continuations
     ended = _ends(settings)
     kept = [[_until(ids, ended) for ids in continuations] for continuations in written]
-    draw = torch.arange(draws or 1).repeat_interleave(several)
+    names = torch.arange(draws or 1) if numbers is None else torch.tensor(numbers)
+    draw = names.repeat_interleave(several)
     return _scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature)
 
 

@@ -30,7 +30,7 @@ class Generation:
         Token ids of the continuations, (n, K, T), and which of them count: those up to the first
         end of text, which is one of them.
     draw
-        (K,): the number of the draw that wrote each.
+        (K,): the number of the draw that wrote each, as given in ``draws``; otherwise its place.
     log_likelihood
         log p(continuation | prompt, draw), (S, n, K), in nats, for every draw.
     entropy, aleatoric

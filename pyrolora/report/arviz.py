@@ -30,7 +30,7 @@ def to_inference_data(
         ``posterior``, ``posterior_predictive``, ``log_likelihood``: values (chain, draw, ...);
         ``observed_data``: values without these two.
     coords
-        Dimension -> labels; a dimension without labels is numbered from 0.
+        Dimension -> labels, ``draw`` among them; one without labels is numbered from 0.
     attrs
         Attributes of each group: which guide made the draws, and from what.
     """
@@ -47,6 +47,8 @@ def to_inference_data(
             for variable, names in dims.items()
             for dim, size in zip(names, data[variable].shape[-len(names) :], strict=True)
         }
+        if "draw" in coords and name != "observed_data":
+            labels["draw"] = list(coords["draw"])
         # One conversion a group: ``y`` has other dimensions in each.
         trees[name] = _from_dict(arviz, name, data, labels, dims)
         trees[name][name].attrs.update(attrs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.inference.labels import class_names_of
 from pyrolora.likelihoods import Classification, MultipleChoice
 from pyrolora.model import JointModel
-from pyrolora.predictive import Prediction
+from pyrolora.predictive import NumberedDraws, Prediction
 from pyrolora.report.arviz import to_inference_data
 from pyrolora.seeding import seeded
 
@@ -32,8 +32,10 @@ def inference_data(
     joint: JointModel,
     options: Guide,
     read: Callable[[FlatFactors], Prediction] | None,
+    numbered: NumberedDraws,
     num_samples: int | None = None,
     *,
+    draws: Sequence[int] | None = None,
     log_likelihood: bool = False,
     factors: bool = False,
     seed: int | None = None,
@@ -42,12 +44,14 @@ def inference_data(
     """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it.
     ``read`` makes the prediction of the data from draws, at the ``temperature`` that is noted."""
     program = joint.program
-    num_samples = _count(program, num_samples)
-    shape = partial(_by_chain, chains=program.chains)
+    chains = program.chains if draws is None else 1
+    num_samples = _count(program, num_samples) if draws is None else len(draws)
+    numbers = _numbers(program, num_samples) if draws is None and seed is None else draws
+    shape = partial(_by_chain, chains=chains)
     pieces, kept = [], []
     with seeded(seed):
         joint.align()
-        for sites in program.draws(num_samples, DRAWS_AT_ONCE):
+        for sites in _pieces(numbered, numbers, num_samples):
             drawn = program.factors(sites)
             pieces.append(_variables(program, sites, drawn, factors))
             if read is not None:
@@ -60,11 +64,18 @@ def inference_data(
         }
         stored = program.stored()
         if stored is not None:
-            statistics = program.statistics(spread(stored, num_samples))
+            picked = spread(stored, num_samples) if numbers is None else torch.tensor(numbers)
+            statistics = program.statistics(picked)
             groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
         if read is not None:
             groups |= _data_groups(read(FlatFactors.cat(kept)), log_likelihood, shape)
-    coords = {"layer": list(program.bank.specs), "block": program.block_names()}
+    coords: dict[str, Sequence[Any]] = {
+        "layer": list(program.bank.specs),
+        "block": program.block_names(),
+        "draw": range(num_samples // chains),
+    }
+    if numbers is not None:
+        coords["draw"] = numbers if chains == 1 else numbers[: num_samples // chains]
     law = joint.likelihood
     names = class_names_of(joint.base, law)
     if names and isinstance(law, Classification) and not isinstance(law, MultipleChoice):
@@ -79,6 +90,7 @@ def inference_data(
         "inference_library": "pyrolora",
         "num_examples": joint.num_examples,
         "temperature": temperature,
+        "draws": "counted" if numbers is None else "numbered",
         # NUTS samples the tempered model of its inner guide.
         "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
     }
@@ -95,6 +107,25 @@ def _count(program: Program, num_samples: int | None) -> int:
             f"num_samples must be a multiple of the {program.chains} chains, got {num_samples}"
         )
     return num_samples
+
+
+def _numbers(program: Program, num_samples: int) -> list[int] | None:
+    """The draws that are taken where none is named; None where stored ones are, more than once."""
+    stored = program.stored()
+    if stored is not None and num_samples > stored:
+        return None
+    return list(range(num_samples)) if stored is None else spread(stored, num_samples).tolist()
+
+
+def _pieces(
+    numbered: NumberedDraws, numbers: Sequence[int] | None, num_samples: int
+) -> Iterator[Mapping[str, Tensor]]:
+    """The draws of these numbers, or of none, some at a time."""
+    if numbers is None:
+        yield from numbered.joint.program.draws(num_samples, DRAWS_AT_ONCE)
+        return
+    for start in range(0, num_samples, DRAWS_AT_ONCE):
+        yield numbered.sites(numbers[start : start + DRAWS_AT_ONCE])
 
 
 def _variables(

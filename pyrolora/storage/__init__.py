@@ -13,7 +13,7 @@ from pyrolora.storage.from_name import load_base
 from pyrolora.storage.merge import merged
 from pyrolora.storage.numbers import as_json, finite
 from pyrolora.storage.peft import CONFIG_FILE as PEFT_FILE
-from pyrolora.storage.peft import Adapter, read_adapter, write_adapter
+from pyrolora.storage.peft import Adapter, as_uniform, read_adapter, write_adapter
 
 __all__ = [
     "META_FILE",
@@ -22,6 +22,7 @@ __all__ = [
     "Description",
     "Saved",
     "as_json",
+    "as_uniform",
     "check_base",
     "check_description",
     "describe_base",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mode
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
@@ -119,7 +120,7 @@ def write_adapter(
     PEFT scales by ``lora_alpha / r`` with the rank of the matrices, so that ``lora_alpha`` is
     ``spec.scaling`` times that rank; layers that differ from the most common pair get entries of
     ``rank_pattern`` and ``alpha_pattern``. Servers that read neither (vLLM, LoRAX) scale all layers
-    alike: to them only adapters of one scaling are what they are here.
+    alike: for them there is `as_uniform`.
 
     The folder has the older adapter whole, none (it has no configuration), or the new one whole.
 
@@ -160,6 +161,19 @@ def write_adapter(
         scratch.write_bytes(content)
         (path / CONFIG_FILE).unlink(missing_ok=True)  # no adapter, rather than a mixture of two
     write_whole(path / CONFIG_FILE, config)
+
+
+def as_uniform(
+    specs: Mapping[str, LayerSpec], matrices: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[dict[str, LayerSpec], dict[str, tuple[Tensor, Tensor]]]:
+    """The same updates in matrices of one rank, the largest, and with the scaling 1: A gets rows
+    and B columns of zeros, and s is in B."""
+    rank = max(A.shape[0] for A, _ in matrices.values())
+    padded = {}
+    for name, (A, B) in matrices.items():
+        missing = rank - A.shape[0]
+        padded[name] = (pad(A, (0, 0, 0, missing)), pad(specs[name].scaling * B, (0, missing)))
+    return {name: replace(spec, scaling=1.0) for name, spec in specs.items()}, padded
 
 
 def _check_names(specs: Iterable[str], base: nn.Module) -> None:

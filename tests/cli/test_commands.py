@@ -508,6 +508,56 @@ def test_draws_are_written_for_arviz(fitted: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(written[name], expected[name], rtol=1e-6)
 
 
+def test_draws_are_named_by_their_numbers(fitted: Path, place: Path, tmp_path: Path) -> None:
+    """The same functions on every command, and in what Python and PEFT make of them."""
+    posterior, data = pyrolora.load(fitted), reviews(10, seed=1)
+    expected = posterior.predict(data, draws=[2, 0])
+    out = done("predict", fitted, place / "test.jsonl", "--draws", "2,0", "--json").out
+    entropy = [json.loads(line)["entropy"] for line in out.splitlines()]
+    assert entropy == pytest.approx(expected.entropy.tolist(), abs=1e-6)
+    scores = done("evaluate", fitted, place / "test.jsonl", "--draws", "2, 0", "--json").json
+    assert scores["draws"] == [2, 0]
+    assert "num_samples" not in scores
+    assert scores["nll"] == pytest.approx(posterior.evaluate(data, draws=[2, 0])["nll"], rel=1e-5)
+    command = ("export", fitted, tmp_path / "peft", "--to", "peft", "--draws", "2,0", "--uniform")
+    assert str(tmp_path / "peft" / "draw-2") in done(*command).out
+    for k, own in zip((2, 0), expected.draws, strict=True):
+        folder = tmp_path / "peft" / f"draw-{k}"
+        network = AutoModelForSequenceClassification.from_pretrained(place / "encoder")
+        read = pyrolora.from_peft(folder, network, tokenizer=posterior.tokenizer)
+        torch.testing.assert_close(read.predict(data, 0).draws[0], own, atol=1e-5, rtol=1e-5)
+        assert json.loads((folder / "adapter_config.json").read_text())["alpha_pattern"] == {}
+    file = tmp_path / "draws.nc"
+    done("export", fitted, file, "--to", "arviz", "--draws", "2,0")
+    assert az.from_netcdf(str(file)).posterior["draw"].values.tolist() == [2, 0]
+    done("export", fitted, tmp_path / "first.nc", "--to", "arviz", "--num-samples", 3)
+    first = az.from_netcdf(str(tmp_path / "first.nc")).posterior
+    named = az.from_netcdf(str(file)).posterior
+    np.testing.assert_allclose(first["adapter_norm"][:, [2, 0]], named["adapter_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("predict", ("--draws", "0,x"), "0,1,2, got '0,x'"),
+        ("predict", ("--draws", ""), "0,1,2, got ''"),
+        ("predict", ("--draws", "-1"), "0,1,2, got '-1'"),
+        ("predict", ("--draws", "0,0"), "more than once"),
+        ("predict", ("--draws", "0", "--num-samples", 2), "--num-samples would take others"),
+        ("evaluate", ("--draws", "0", "--seed", 2), "--seed would take others"),
+        ("generate", ("--draws", "0", "--num-samples", 2), "--num-samples would take others"),
+        ("export", ("--draws", "0"), "use --draw"),
+        ("export", ("--draws", "0", "--draw", 1, "--to", "peft"), "--draw would take others"),
+        ("export", ("--uniform",), "--uniform is about ranks"),
+    ],
+)
+def test_what_names_no_draws_is_refused(
+    command: str, options: tuple[Any, ...], message: str, fitted: Path, place: Path, tmp_path: Path
+) -> None:
+    where = tmp_path / "out" if command == "export" else place / "test.jsonl"
+    refused(pyrolora_(command, fitted, where, *options), message)
+
+
 # Help ---------------------------------------------------------------------------------------------
 
 

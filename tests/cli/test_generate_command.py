@@ -93,3 +93,11 @@ def test_what_cannot_be_generated_is_refused(place: Path, tmp_path: Path) -> Non
     refused(pyrolora_("generate", place / "run", tmp_path / "bad.jsonl"), "empty prompts")
     (tmp_path / "clash.jsonl").write_text('{"text": "the film", "agreement": 1}', encoding="utf-8")
     refused(pyrolora_("generate", place / "run", tmp_path / "clash.jsonl"), "['agreement']")
+
+
+def test_continuations_are_of_the_draws_of_these_numbers(place: Path) -> None:
+    rows = generated(place, "--draws", "4,1", "--max-new-tokens", 3)
+    found = pyrolora.load(place / "run").generate(PROMPTS, draws=[4, 1], seed=7, max_new_tokens=3)
+    texts = [[c["text"] for c in row["continuations"]] for row in rows]
+    assert texts == found.texts
+    assert [[c["draw"] for c in row["continuations"]] for row in rows] == [[4, 1]] * 3

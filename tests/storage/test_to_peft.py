@@ -25,6 +25,7 @@ from problems import (
     tokenizer,
     tokens,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
@@ -99,14 +100,14 @@ def inputs(problem: str) -> dict[str, Tensor]:
 
 
 def own_logits(posterior: Posterior, problem: str, draw: int | None = None) -> Tensor:
-    """What the network says under the mean adapter, or under the draw of that seed."""
+    """What the network says under the mean adapter, or under the draw of that number."""
     model = posterior.model
     if draw is None:
         factors = model.program.mean()
     elif model.program.stored() is not None:
         factors = model.program.factors(model.program.pick(torch.tensor([draw])))[0]
     else:
-        factors = model.program.factors(posterior.sample(1, seed=draw))[0]
+        factors = model.program.factors(posterior.sample(draws=[draw]))[0]
     with torch.no_grad(), bind(model.binding(factors)):
         return posterior.base(**inputs(problem)).logits
 
@@ -194,7 +195,9 @@ def test_a_plain_network_goes_out_and_comes_back(tmp_path: Path) -> None:
         ("3", "draw must be 'mean' or the number of a draw, got '3'"),
         (-1, "draw must be a whole number >= 0, got -1"),
         (True, "draw must be a whole number >= 0, got True"),
-        ([0, 1.5], "draw must be a whole number >= 0, got 1.5"),
+        ([0, 1.5], r"draw\[1\] must be a whole number >= 0, got 1.5"),
+        ([2, 0, 2], r"draw has \[2\] more than once; name each draw once"),
+        ([], "draw names no draw"),
         (1.5, "draw must be a whole number >= 0, got 1.5"),
         (None, "draw must be a whole number >= 0, got None"),
     ],
@@ -203,7 +206,7 @@ def test_a_plain_network_goes_out_and_comes_back(tmp_path: Path) -> None:
 def test_other_draws_are_refused(how: str, draw: Any, message: str, tmp_path: Path) -> None:
     posterior = fitted("encoder", "map")
     if how == "merge" and isinstance(draw, list):
-        message = r"draw must be a whole number >= 0, got \[0, 1.5\]"
+        message = r"draw must be a whole number >= 0, got \["
     with pytest.raises(ConfigError, match=message):
         posterior.merge(draw) if how == "merge" else posterior.to_peft(tmp_path / "out", draw)
 
@@ -261,6 +264,43 @@ def test_a_draw_of_a_reloaded_posterior_is_the_same_file(tmp_path: Path) -> None
     again.to_peft(tmp_path / "two", draw=7)
     names = [tmp_path / folder / "adapter_model.safetensors" for folder in ("one", "two")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("draw", ["mean", 2])
+def test_a_uniform_adapter_has_one_rank_and_the_scaling_one(
+    draw: str | int, tmp_path: Path
+) -> None:
+    """Of layers with patterns, for servers that read none: PEFT's outputs are the same, and so are
+    the updates of whoever knows r and lora_alpha alone."""
+    posterior = fitted("llama", GUIDES["montec"])
+    posterior.to_peft(tmp_path / "own", draw)
+    posterior.to_peft(tmp_path / "uniform", draw, uniform=True)
+    own, config = (json.loads((tmp_path / n / CONFIG).read_text()) for n in ("own", "uniform"))
+    assert own["rank_pattern"]
+    assert own["alpha_pattern"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (3, 3, False)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    close(pefts_logits(tmp_path / "uniform", "llama"), pefts_logits(tmp_path / "own", "llama"))
+    close(
+        pefts_logits(tmp_path / "uniform", "llama"),
+        own_logits(posterior, "llama", None if draw == "mean" else draw),
+    )
+    tensors = load_file(tmp_path / "uniform" / "adapter_model.safetensors")
+    plain = {n: load_file(tmp_path / "own" / "adapter_model.safetensors")[n] for n in tensors}
+    for name, spec in posterior.bank.specs.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        assert (A.shape, B.shape) == ((3, spec.in_features), (spec.out_features, 3))
+        A0, B0 = (plain[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        close(B @ A, spec.scaling * B0 @ A0)
+    read = pyrolora.from_peft(tmp_path / "uniform", llama())
+    close(own_logits(read, "llama"), pefts_logits(tmp_path / "uniform", "llama"))
+
+
+def test_uniform_is_true_or_false(tmp_path: Path) -> None:
+    posterior = fitted("encoder", GUIDES["map"])
+    with pytest.raises(ConfigError, match="uniform must be True or False, got 1"):
+        posterior.to_peft(tmp_path / "out", uniform=1)
+    assert not (tmp_path / "out").exists()
 
 
 # In -----------------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""Draws of a posterior by their numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.errors import ConfigError, whole_number
+from pyrolora.model import JointModel
+from pyrolora.seeding import DRAWING, seed_of_draw, seeded
+
+
+class NumberedDraws:
+    """The draws 0, 1, 2, ... of a posterior, each one function wherever its number is given.
+
+    Draw k is the k-th stored draw of ``"ensemble"`` (with the member's task head) and ``"nuts"``
+    (chain after chain), and otherwise what the guide samples from a seed that is made of the fit's
+    seed and k. It depends on nothing else: not on the other draws that are taken, on the caller's
+    generators, on batches, or on the device, since it is sampled on the CPU. (The noise on weights
+    of ``Flat(at_prediction=True)`` has the number's seed, too, but is made where the weights are.)
+    Draws are sampled one by one, so that many cost more than as many of a seed.
+
+    Parameters
+    ----------
+    joint
+        The joint model.
+    seed
+        The seed of the fit.
+    """
+
+    def __init__(self, joint: JointModel, seed: int) -> None:
+        whole_number("the posterior's settings['seed']", seed, at_least=0)
+        self.joint = joint
+        self.seed = seed
+
+    def check(self, draws: Any, name: str = "draws") -> list[int]:
+        """The numbers of a list of draws.
+
+        Raises
+        ------
+        ConfigError
+            Unless they are whole numbers of draws that there are, at least one, each once.
+        """
+        if isinstance(draws, Tensor | np.ndarray):
+            draws = draws.tolist()
+        if isinstance(draws, str | bytes | Mapping | Set) or not isinstance(draws, Iterable):
+            raise ConfigError(
+                f"{name} must be a list of the numbers of draws, such as [0, 1, 2], got {draws!r}"
+            )
+        numbers = list(draws)
+        if not numbers:
+            raise ConfigError(f"{name} names no draw; give at least one number, such as [0]")
+        for place, number in enumerate(numbers):
+            self.check_one(number, f"{name}[{place}]")
+        repeated = [int(number) for number, times in Counter(numbers).items() if times > 1]
+        if repeated:
+            raise ConfigError(f"{name} has {repeated} more than once; name each draw once")
+        return [int(number) for number in numbers]
+
+    def check_one(self, number: Any, name: str = "draw") -> None:
+        """Raise `ConfigError` unless it is the number of a draw."""
+        whole_number(name, number, at_least=0, at_most=defaults.MAX_SEED)
+        stored = self.joint.program.stored()
+        if stored is not None and number >= stored:
+            raise ConfigError(
+                f"there are {stored} draws, numbered from 0, got {name}={int(number)}"
+            )
+
+    @torch.no_grad()
+    def sites(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Site -> (len(numbers), ...): the values of these draws, in this order."""
+        program = self.joint.program
+        stored = program.stored() is not None
+        device = program.bank.get_parameter("A_loc").device
+        with DRAWING:
+            if not stored and device.type != "cpu":  # a GPU has another stream
+                program = copy.deepcopy(program).cpu()
+            found = []
+            for number in numbers:
+                with seeded(seed_of_draw(self.seed, number)):
+                    one = torch.tensor([number])
+                    found.append(program.pick(one) if stored else program.draw(1))
+        return {name: torch.cat([own[name] for own in found]).to(device) for name in found[0]}
+
+    @torch.no_grad()
+    def factors(self, numbers: Sequence[int]) -> FlatFactors:
+        """What these draws put into the layers, (S, total), and whose task head each has."""
+        with DRAWING:
+            self.joint.align()
+            return self.joint.program.factors(self.sites(numbers))
+
+
+def alone(**beside: Any) -> None:
+    """Raise `ConfigError` where one of the options that stand ``beside`` ``draws`` is given."""
+    given = [f"{name}={value!r}" for name, value in beside.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"draws= names the draws, and {' and '.join(given)} would take others; give one of them"
+        )
