@@ -577,7 +577,8 @@ class Posterior:
         path
             A file; one that is there is replaced.
         data
-            As in `predict`. Without labels there are no metrics.
+            As in `predict`. Without labels there are no metrics, and with those of the training no
+            judgement of what was learnt: they can be memorised, random ones too.
         outside
             Other data, without labels: how well does the uncertainty tell them from ``data``?
         num_samples

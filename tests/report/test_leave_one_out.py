@@ -203,6 +203,9 @@ def test_after_a_calibration_the_scores_are_those_of_its_temperature() -> None:
     found = loo(after)
     np.testing.assert_allclose(found.loo_i.values, expected, rtol=1e-4)
     np.testing.assert_allclose(found.pareto_k.values, khat, atol=1e-2)
+    posterior.temperature = 3.0
+    with pytest.raises(ConfigError, match=r"fit 1 has another temperature than fit 0: 3\.0 for 2"):
+        as_chains([after, posterior.to_arviz(50, **{**options, "seed": 1})])
 
 
 def dataset_of(idata, group):
