@@ -292,7 +292,7 @@ class Posterior:
         From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
         texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
         it. What is about the fit has none: `model`, `guide`, `khat`, ArviZ's ``log_likelihood``
-        (`az.loo` weighs draws by the likelihood that made them), and a later fit. `merge` and
+        (leave-one-out weighs draws by the likelihood that made them), and a later fit. `merge` and
         `to_peft` cannot hold it, and warn.
 
         Parameters
@@ -507,17 +507,6 @@ class Posterior:
             self.model, prepared, factors, batch_size=batch_size, temperature=temperature
         )
 
-    def _with_stated_likelihood(
-        self, read: Callable[..., Prediction]
-    ) -> Callable[[FlatFactors], Prediction]:
-        """Predictions at the posterior's temperature, with the log-likelihood of the model, which
-        has none."""
-        if self.temperature == 1:
-            return read
-        return lambda factors: dataclasses.replace(
-            read(factors), log_likelihood=read(factors, 1.0).log_likelihood
-        )
-
     # ArviZ --------------------------------------------------------------------------------------
 
     def to_arviz(
@@ -563,12 +552,14 @@ class Posterior:
             Of data with ``choices`` ``y`` is what it chooses (`predict_choices`).
         log_likelihood
             With ``data``: adds the pointwise log-likelihood, that of the model, without the
-            temperature of `calibrate`. ``az.loo`` is about the training data,
-            and exact for draws of the posterior itself. With the means, a head and a noise that
-            were fitted to the same data, or with ``kl_weight`` below 1, it is too good; held-out
-            data have ``evaluate(data)["nll"]``. The attribute ``kl_weight`` of every group is that
-            of the fit, β: at β other than 1 leave-one-out needs the weights p(y_i|θ)^(−1/β), which
-            ``az.loo`` does not take.
+            temperature of `calibrate`. `pyrolora.report.loo` makes a leave-one-out estimate of
+            those of the training data, exact for draws of the posterior itself: it has the weights
+            p(y_i|θ)^(−1/β) of the β of the fit, which is the attribute ``kl_weight`` of every
+            group. ``az.loo`` has those of β = 1; for another β a log says so, once, and the
+            attribute ``leave_one_out``. After `calibrate`, ``sample_stats`` has the
+            ``calibrated_log_likelihood``, too, which `loo` then scores by. With means, a head and a
+            noise that were fitted to the same data both are too good; held-out data have
+            ``evaluate(data)["nll"]``.
         factors
             Adds every entry of A and B, ``A[layer]`` and ``B[layer]``; by default there are the
             guide's scales (mixture weights, Σ, signal-to-noise) and ``adapter_norm``, ‖s B A‖_F per
@@ -580,8 +571,6 @@ class Posterior:
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
         read = None if data is None else self._reader(data, need_labels=log_likelihood)
-        if read is not None and log_likelihood:
-            read = self._with_stated_likelihood(read)
         return inference_data(
             self.model,
             self.options,
@@ -676,7 +665,8 @@ class Posterior:
         path
             A file; one that is there is replaced.
         data
-            As in `predict`. Without labels there are no metrics.
+            As in `predict`. Without labels there are no metrics, and with those of the training no
+            judgement of what was learnt: they can be memorised, random ones too.
         outside
             Other data, without labels: how well does the uncertainty tell them from ``data``?
         num_samples

@@ -29,20 +29,45 @@ class Finding:
     advice: str
 
 
-def prior_dominated(blocks: Sequence[Contraction]) -> Finding | None:
-    """Whether in more than half of the blocks the posterior is its prior."""
+def prior_dominated(blocks: Sequence[Contraction], *, trained: bool = False) -> Finding | None:
+    """Whether in more than half of the blocks the posterior is its prior.
+
+    Parameters
+    ----------
+    trained
+        Whether gradient steps made the widths (`has_trained_widths`), so that the schedule may have
+        left them there, and not the data.
+    """
     same = [block for block in blocks if block.prior_dominated]
     if 2 * len(same) <= len(blocks):
         return None
     scales = np.median([block.scale for block in blocks])
+    cause = "The data told the posterior next to nothing there."
+    if trained:
+        cause = "Whether the data or the number of training steps left it there is not known."
     return Finding(
         "prior_dominated",
         "The spread of the adapters is the prior's, not the data's",
         f"In {len(same)} of {len(blocks)} blocks the draws have the prior's spread around the "
-        f"prior's mean (median of posterior over prior spread: {scales:.2f}). The data told the "
-        "posterior next to nothing there.",
+        f"prior's mean (median of posterior over prior spread: {scales:.2f}). {cause}",
         "The uncertainty then measures the choice of the prior. Lower kl_weight, use more data or "
         "train longer; or adapt fewer layers or ranks.",
+    )
+
+
+def no_update(norms: Mapping[str, float]) -> Finding | None:
+    """Whether in more than half of the layers the mean update, ‖s B A‖, is exactly zero: with B at
+    its start no gradient of the data ever came there, and Adam makes a step of any."""
+    zero = [name for name, norm in norms.items() if norm == 0]
+    if 2 * len(zero) <= len(norms):
+        return None
+    return Finding(
+        "no_update",
+        "The adapters never left their start",
+        f"In {len(zero)} of {len(norms)} layers the mean update is exactly zero: no gradient of "
+        "the data came there, and the network predicts as without them.",
+        "Look whether the inputs reach these layers and whether any label counts. Means and widths "
+        "there are the start's, the prior's and the schedule's, whatever they look like.",
     )
 
 

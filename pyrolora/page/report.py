@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from pyrolora.files import write_whole
 from pyrolora.guides import full_name
 from pyrolora.inference.labels import class_names_of
 from pyrolora.page import findings
-from pyrolora.page.contraction import contractions
+from pyrolora.page.chance import no_better_than_chance, unadapted
+from pyrolora.page.contraction import (
+    Contraction,
+    about_widths,
+    contraction_table,
+    contractions,
+    has_trained_widths,
+    update_norms,
+)
 from pyrolora.page.examples import Examples
 from pyrolora.page.facts import (
     Subject,
@@ -112,7 +122,10 @@ def report_on(
         other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
     idata = posterior.to_arviz(seed=seed)
     metrics = _metrics(prediction, other)
-    warnings = _findings(posterior, prediction, num_samples)
+    blocks = contractions(posterior.model.program)
+    warnings = _findings(
+        posterior, prediction, num_samples, blocks, partial(unadapted, posterior, data, batch_size)
+    )
     texts = []
     if isinstance(prediction, TokenPrediction):
         texts = shaded_texts(posterior, prediction, examples, num_samples, seed)
@@ -135,6 +148,9 @@ def report_on(
             texts=texts,
             fit_pictures=list(fit_pictures(posterior.history)),
             posterior_pictures=list(posterior_pictures(idata)),
+            contractions=contraction_table(blocks),
+            about_widths=about_widths(posterior.model.program, blocks),
+            labelled=prediction.targets is not None,
             facts_of_posterior=posterior_facts(posterior),
             options=option_facts(posterior.options),
             layers=list(posterior.bank.specs.values()),
@@ -154,14 +170,22 @@ def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, fl
     return {"ood_auroc": auroc(prediction.uncertainty, outside.uncertainty)}
 
 
-def _findings(posterior: Subject, prediction: Prediction, num_samples: int) -> list[Finding]:
+def _findings(
+    posterior: Subject,
+    prediction: Prediction,
+    num_samples: int,
+    blocks: list[Contraction],
+    plain: Callable[[], Prediction | None],
+) -> list[Finding]:
     program = posterior.model.program
     sites = posterior.sample(2, seed=0)
     factors = program.factors(sites)
     point = factors.draws is None or len(factors.distinct()[1]) < 2
     found = [
         overconfident(prediction),
-        findings.prior_dominated(contractions(program)),
+        no_better_than_chance(prediction, plain),
+        findings.no_update(update_norms(program)),
+        findings.prior_dominated(blocks, trained=has_trained_widths(program)),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
         findings.few_examples(len(prediction.uncertainty)),

@@ -4,6 +4,7 @@ from pyrolora.report.arviz import summary, to_inference_data
 from pyrolora.report.chains import as_chains
 from pyrolora.report.groups import inference_data
 from pyrolora.report.khat import judge
+from pyrolora.report.leave_one_out import loo
 from pyrolora.report.plots import entropy_histogram, reliability_diagram, risk_coverage_curve
 from pyrolora.report.posterior_plots import (
     adapter_norms,
@@ -26,6 +27,7 @@ __all__ = [
     "inference_data",
     "judge",
     "kl_curves",
+    "loo",
     "mixture_weights",
     "reliability_diagram",
     "risk_coverage_curve",

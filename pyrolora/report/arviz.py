@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 MOST_DIMS = 4
 """Of a variable in a summary: chain, draw, block and rank; Σ has one more."""
 
+CALIBRATED = "calibrated_log_likelihood"
+"""The variable of ``sample_stats`` that has log p_T(y_i | draw s) where a temperature is not 1."""
+
 Group = Mapping[str, tuple[np.ndarray, Sequence[str]]]
 """Variable -> (values, names of the dimensions after chain and draw)."""
 

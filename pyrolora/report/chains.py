@@ -8,7 +8,7 @@ from typing import Any
 from pyrolora.errors import ConfigError
 from pyrolora.report.arviz import container, dataset, group_names
 
-FITTED_FROM = ("guide", "guide_options", "likelihood", "base", "num_examples")
+FITTED_FROM = ("guide", "guide_options", "likelihood", "base", "num_examples", "temperature")
 """Attributes that fits have in common if they are chains of one another."""
 
 

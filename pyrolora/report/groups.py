@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from pyrolora.inference.labels import class_names_of
 from pyrolora.likelihoods import Classification, MultipleChoice
 from pyrolora.model import JointModel
 from pyrolora.predictive import NumberedDraws, Prediction
-from pyrolora.report.arviz import to_inference_data
+from pyrolora.report.arviz import CALIBRATED, to_inference_data
 from pyrolora.seeding import seeded
+
+logger = logging.getLogger(__name__)
 
 DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
 
@@ -31,7 +34,7 @@ Variables = dict[str, tuple[Tensor, tuple[str, ...]]]
 def inference_data(
     joint: JointModel,
     options: Guide,
-    read: Callable[[FlatFactors], Prediction] | None,
+    read: Callable[..., Prediction] | None,
     numbered: NumberedDraws,
     num_samples: int | None = None,
     *,
@@ -42,7 +45,8 @@ def inference_data(
     temperature: float = 1.0,
 ) -> Any:
     """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it.
-    ``read`` makes the prediction of the data from draws, at the ``temperature`` that is noted."""
+    ``read(factors, temperature)`` makes the prediction of the data from draws; ``temperature`` is
+    that of the posterior."""
     program = joint.program
     chains = program.chains if draws is None else 1
     num_samples = _count(program, num_samples) if draws is None else len(draws)
@@ -68,7 +72,15 @@ def inference_data(
             statistics = program.statistics(picked)
             groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
         if read is not None:
-            groups |= _data_groups(read(FlatFactors.cat(kept)), log_likelihood, shape)
+            all_drawn = FlatFactors.cat(kept)
+            prediction = read(all_drawn, temperature)
+            groups |= _data_groups(prediction, shape)
+            if log_likelihood:  # the model's has no temperature
+                own = prediction if temperature == 1 else read(all_drawn, 1.0)
+                groups["log_likelihood"] = {"y": (_scores(own, shape), ("example",))}
+                if temperature != 1:
+                    calibrated = {CALIBRATED: (_scores(prediction, shape), ("example",))}
+                    groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
     coords: dict[str, Sequence[Any]] = {
         "layer": list(program.bank.specs),
         "block": program.block_names(),
@@ -94,7 +106,19 @@ def inference_data(
         # NUTS samples the tempered model of its inner guide.
         "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
     }
+    if log_likelihood and attrs["kl_weight"] != 1:
+        attrs["leave_one_out"] = _of_another_beta(float(attrs["kl_weight"]))
     return to_inference_data(groups, coords, attrs)
+
+
+@cache
+def _of_another_beta(beta: float) -> str:
+    """What is said of leave-one-out at β other than 1: as an attribute, and in a log, once."""
+    wrong = "too good" if beta < 1 else "too strict"
+    said = f"pyrolora.report.loo(idata), since az.loo, which takes a KL weight of {beta:g} for 1, "
+    said += f"would be {wrong}"
+    logger.warning("leave-one-out of these log-likelihoods: %s", said)
+    return said
 
 
 def _count(program: Program, num_samples: int | None) -> int:
@@ -146,9 +170,7 @@ def _variables(
     return variables
 
 
-def _data_groups(
-    prediction: Prediction, log_likelihood: bool, shape: Callable[[Tensor], np.ndarray]
-) -> dict[str, Any]:
+def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> dict[str, Any]:
     """What the draws say of data, and the data."""
     groups: dict[str, Any] = {
         "posterior_predictive": {
@@ -159,10 +181,13 @@ def _data_groups(
     if prediction.targets is not None:
         dims = ("example", "token")[: prediction.targets.dim()]
         groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
-    if log_likelihood:
-        assert prediction.log_likelihood is not None
-        groups["log_likelihood"] = {"y": (shape(prediction.log_likelihood), ("example",))}
     return groups
+
+
+def _scores(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+    """log p(y_i | draw s), (chain, draw, n)."""
+    assert prediction.log_likelihood is not None
+    return shape(prediction.log_likelihood)
 
 
 def _by_chain(draws: Tensor, chains: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -67,9 +68,8 @@ class PSIS:
         )
 
 
-def psis_khat(log_weights: np.ndarray) -> float:
-    """k̂ of importance weights, (S,), by ArviZ; −∞ where all are equal to a thousandth, and any
-    tail is rounding.
+def psis(log_weights: np.ndarray, relative_efficiency: float = 1.0) -> tuple[np.ndarray, Any]:
+    """Log-weights (..., S), smoothed and normalised, and their k̂ (...), by ArviZ.
 
     ArviZ 0.2x takes log w. That of 1.x takes log-likelihoods, whose weights in leave-one-out are
     1 / p: it negates its input.
@@ -82,13 +82,21 @@ def psis_khat(log_weights: np.ndarray) -> float:
     import arviz
 
     log_weights = np.asarray(log_weights, dtype=np.float64)
-    if np.ptp(log_weights) < 1e-3:
-        return -math.inf
     with np.errstate(over="ignore"):  # in the fit of the tail, of a share that is 0 then
         if not is_modern(arviz):
-            return float(arviz.psislw(log_weights)[1])
-        stats = import_module("arviz_stats.base").array_stats
-        return float(stats.psislw(-log_weights)[1])
+            smoothed, shape = arviz.psislw(log_weights, relative_efficiency)
+        else:
+            stats = import_module("arviz_stats.base").array_stats
+            smoothed, shape = stats.psislw(-log_weights, r_eff=relative_efficiency)
+    return smoothed, shape
+
+
+def psis_khat(log_weights: np.ndarray) -> float:
+    """k̂ of importance weights, (S,); −∞ where all are equal to a thousandth, and any tail is
+    rounding."""
+    if np.ptp(log_weights) < 1e-3:
+        return -math.inf
+    return float(psis(log_weights)[1])
 
 
 def yardstick(dimensions: int, num_samples: int, ratio: float = 0.9) -> float:

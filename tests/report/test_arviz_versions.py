@@ -18,7 +18,7 @@ from problems import bert, mlp, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.report import as_chains, groups, summary, to_inference_data
+from pyrolora.report import as_chains, groups, loo, summary, to_inference_data
 from pyrolora.report.psis import psis_khat
 
 PACKAGE = Path(pyrolora.__file__).parent
@@ -38,6 +38,7 @@ matplotlib.use("agg")
 import arviz as az, numpy as np
 from pyrolora.errors import ConfigError
 from pyrolora.report.arviz import summary, to_inference_data
+from pyrolora.report.leave_one_out import loo
 from pyrolora.report.psis import psis_khat
 from pyrolora.report.chains import as_chains
 
@@ -60,6 +61,11 @@ for name, calls in fits.items():
     found[name] = {
         "mean": table["mean"].to_dict(), "sd": table["sd"].to_dict(), "elpd": float(elpd),
     }
+    cold = loo(first)
+    found[name]["cold"] = [float(cold[part]) for part in ("elpd", "se", "p")]
+    found[name]["khat"] = float(cold.pareto_k.max())
+    assert float(cold.elpd_i.sum()) == cold.elpd
+    assert set(az.compare({"a": cold, "b": loo(second)}).index) == {"a", "b"}
     assert set(az.compare({"first": first, "second": second}).index) == {"first", "second"}
     for plot in ("plot_forest", "plot_trace", "plot_trace_dist"):
         getattr(az, plot)(first, var_names=["adapter_norm"])
@@ -152,6 +158,10 @@ def test_arviz_1_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for column in ("mean", "sd"):
             assert found[name][column] == pytest.approx(table[column].to_dict(), rel=1e-4)
         assert found[name]["elpd"] == pytest.approx(arviz.loo(trees[0]).elpd_loo, abs=1e-3)
+        cold = loo(trees[0])
+        parts = [cold[part] for part in ("elpd_loo", "se", "p_loo")]
+        assert found[name]["cold"] == pytest.approx(parts, abs=1e-3)
+        assert found[name]["khat"] == pytest.approx(float(cold.pareto_k.max()), abs=1e-2)
         r_hat = summary(as_chains(trees))["r_hat"].to_dict()
         assert found[name]["r_hat"] == pytest.approx(r_hat, rel=1e-3)
 
