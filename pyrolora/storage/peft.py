@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters import LayerSpec, refuse_foreign
 from pyrolora.adapters.modules import features, linear_layers, unwrapped, walk
+from pyrolora.adapters.projections import model_type
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.files import read_json, replacing, shown, write_whole
 from pyrolora.options import check_options, short
@@ -48,6 +49,10 @@ _CONVERTED: Mapping[Any, str] = {
     **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}),
     "mixtral": "mixtral",
 }
+
+# Of these architectures PEFT takes no such target: their kernels read it without calling it.
+KERNELS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+READ_BY_KERNELS = ("out_proj", "conv1d")
 
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # Without bearing on the function that the stored tensors give.
@@ -207,6 +212,7 @@ def _describe(
     if any(_selects(names, other, Patterns()) for other in modules.keys() - ranks.keys()):
         names = "|".join(re.escape(name) for name in names)  # PEFT matches it in full
     _check_experts(names, list(ranks), base)
+    _check_kernels(list(ranks), base)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -231,7 +237,7 @@ def _describe(
 def _check_experts(wanted: list[str] | str, layers: list[str], base: nn.Module) -> None:
     """PEFT takes such names, of layers beside fused experts, for the experts themselves; and makes
     of a regular expression the ends of the names that it matches."""
-    kind = _CONVERTED.get(getattr(getattr(base, "config", None), "model_type", None))
+    kind = _CONVERTED.get(model_type(base))
     fused = FUSED_TARGETS.get(kind, ())
     taken = [name for name in layers if name.rpartition(".")[2] in fused]
     if fused and isinstance(wanted, str):
@@ -242,6 +248,16 @@ def _check_experts(wanted: list[str] | str, layers: list[str], base: nn.Module) 
             f"PEFT takes {_listing(taken)} of a {base.__class__.__name__} for its fused experts, "
             "whatever adapter_config.json says, and would read another adapter; export the merged "
             f"network (posterior.merge()), or fit with exclude_modules={ends}"
+        )
+
+
+def _check_kernels(layers: list[str], base: nn.Module) -> None:
+    taken = [name for name in layers if name.rpartition(".")[2] in READ_BY_KERNELS]
+    if taken and model_type(base) in KERNELS:
+        raise ConfigError(
+            f"PEFT refuses {_listing(taken)} of a {type(base).__name__}, whose kernels read such "
+            "weights without calling the layer; export the merged network (posterior.merge()), or "
+            "fit without them in target_modules"
         )
 
 
