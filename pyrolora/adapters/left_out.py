@@ -177,8 +177,10 @@ def _multiplies(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return False
+    flat = "Expert" in type(module).__name__  # DBRX has its experts below one another
     return any(
-        (tensor.dim() == 3 and min(tensor.shape) > 1) or (tensor.dim() == 2 and name == "weight")
+        (tensor.dim() == 3 and min(tensor.shape) > 1)
+        or (tensor.dim() == 2 and (flat or name == "weight"))
         for name, tensor in module.named_parameters(recurse=False)
     )
 
