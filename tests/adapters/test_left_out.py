@@ -164,7 +164,7 @@ def test_fused_experts_of_every_kind_are_named(experts) -> None:
 def test_experts_that_lie_below_one_another_in_a_matrix_are_named() -> None:
     config = DbrxFFNConfig(hidden_size=16, ffn_hidden_size=8, moe_num_experts=2)
     network = nn.Sequential(nn.Linear(16, 16), DbrxExpertGLU(config))
-    with pytest.warns(UserWarning, match=r"here 25% .*are '# \(DbrxExpertGLU\)'"):
+    with pytest.warns(UserWarning, match=r"here 25% .*are '1 \(DbrxExpertGLU\)'"):
         attach(network, AdapterConfig(r=2, target_modules="all-linear"))
 
 
