@@ -100,7 +100,7 @@ SOUND = {"conv_dim": (8,), "conv_stride": (4,), "conv_kernel": (8,), "num_conv_p
 SOUND |= {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
 MLA = {"kv_lora_rank": 4, "q_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
 MLA |= {"v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-MLA |= {"num_key_value_heads": 2}
+MLA |= {"num_key_value_heads": 2, "head_dim": 4}
 STATES = {"state_size": 4, "time_step_rank": 4}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -179,9 +179,9 @@ def build(name: str) -> nn.Module:
         if isinstance(value, float) and re.search("drop|jitter|mask_time|mask_feature", option):
             setattr(config, option, 0.0)
     torch.manual_seed(0)
-    network: nn.Module = (
-        getattr(transformers, f"AutoModelFor{arch.task}").from_config(config).eval()
-    )
+    classes = getattr(transformers, f"AutoModelFor{arch.task}")._model_mapping[kind]
+    # Of DeiT's two the first has one head.
+    network: nn.Module = (classes[0] if isinstance(classes, tuple) else classes)(config).eval()
     with torch.no_grad():
         for own, parameter in network.named_parameters():
             if parameter.dim() > 1 and not own.endswith("A_log"):
