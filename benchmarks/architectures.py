@@ -1,6 +1,6 @@
 """Which architectures of transformers get which adapters, and whether these compute W + s B A.
 
-    python benchmarks/architectures.py                                # a table; a minute of one core
+    python benchmarks/architectures.py                                # a minute of one core
     python benchmarks/architectures.py --only bert,t5                 # some of them
     python benchmarks/architectures.py --write docs/architectures.md  # puts it into the docs
 

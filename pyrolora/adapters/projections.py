@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyrolora.adapters.modules import has_weights, matches, unwrapped, walk
+from pyrolora.adapters.modules import (
+    has_weights,
+    is_linear,
+    matches,
+    patterns,
+    unwrapped,
+    walk,
+)
 
 QUERY, KEY, VALUE = "query", "key", "value"
 _ROLES: Mapping[str, tuple[str, ...]] = {
@@ -72,19 +79,24 @@ def roles(name: str, kind: str = "") -> tuple[str, ...]:
 
 
 def _by_structure(network: nn.Module) -> list[str]:
-    """The projections of every module that has all three."""
+    """The projections of every module that has all three, and of those that stand in its place in
+    other blocks: these may share keys and values."""
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     kinds = {name: type(unwrapped(module)).__name__ for name, module in walk(network)}
     for name, module in walk(network):
         place = _outer(name)
-        own = roles(name.removesuffix(_SHELL), kinds[place]) if name and has_weights(module) else ()
+        known = name and (is_linear(unwrapped(module)) or has_weights(module))
+        own = roles(name.removesuffix(_SHELL), kinds[place]) if known else ()
         if own:
             groups.setdefault(place, {})[name] = own
-    return [
-        name
-        for group in groups.values()
+    whole = [
+        place
+        for place, group in groups.items()
         if {role for own in group.values() for role in own} >= {QUERY, KEY, VALUE}
-        for name in group
+    ]
+    places = patterns(whole)
+    return [
+        name for place, group in groups.items() if patterns([place])[0] in places for name in group
     ]
 
 

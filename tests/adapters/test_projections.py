@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
 import transformers
-from problems import SIZES, WORDS
+from problems import SIZES, WORDS, llama
 from torch import nn
 
-from pyrolora.adapters import attach, projections
+from pyrolora.adapters import Binding, attach, bind, projections, unwrap
+from pyrolora.adapters.layer import Factors
+from pyrolora.adapters.modules import features
 from pyrolora.adapters.projections import KEY, QUERY, VALUE, roles
 from pyrolora.errors import TargetError
 from pyrolora.types import AdapterConfig
@@ -176,6 +179,42 @@ def test_a_module_with_two_of_the_three_is_no_attention() -> None:
     three = Block(q=nn.Linear(4, 4), kv_proj=nn.Linear(4, 8), out=nn.Linear(4, 4))
     found = projections.projections(Block(ffn=two, attn=three))
     assert found == ["attn.q", "attn.kv_proj"]
+
+
+def test_blocks_that_share_keys_and_values_have_their_queries() -> None:
+    def attention(*names: str) -> nn.Module:
+        return Block(attn=Block(**{name: nn.Linear(4, 4) for name in names}))
+
+    blocks = nn.ModuleList([attention("wq", "wk", "wv"), attention("wq"), attention("wo")])
+    other = nn.ModuleList([attention("wq", "wo")])
+    found = projections.projections(Block(blocks=blocks, readers=other))
+    assert found == ["blocks.0.attn.wq", "blocks.0.attn.wk", "blocks.0.attn.wv", "blocks.1.attn.wq"]
+
+
+def test_parametrised_and_tied_projections_are_found_and_computed() -> None:
+    """The adapter of a weight that is computed adds to what the layer gives; of one that two layers
+    share, each layer has its own."""
+    network = llama()
+    first, second = (block.self_attn for block in network.model.layers)
+    nn.utils.parametrizations.weight_norm(first.q_proj)
+    second.k_proj.weight = second.v_proj.weight = nn.Parameter(torch.randn(8, 16) / 4)
+    found = attach(network, AdapterConfig(r=2))
+    assert len(found.layers) == 6
+    ids = torch.tensor([[4, 5, 6, 7]])
+    factors, plain = {}, copy.deepcopy(network)
+    unwrap(plain)
+    for name, layer in found.layers.items():
+        inputs, outputs = features(layer)
+        A, sB = torch.randn(2, inputs) / 4, torch.randn(2, outputs) / 4
+        factors[layer] = Factors(A, sB)
+        own = plain.get_submodule(name)
+        changed = nn.Linear(inputs, outputs, bias=False)
+        changed.weight = nn.Parameter(own.weight.detach() + sB.T @ A)
+        plain.set_submodule(name, changed)
+    with torch.no_grad(), bind(Binding(factors)):
+        ours = network(ids).logits
+    with torch.no_grad():
+        torch.testing.assert_close(ours, plain(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_projection_whose_layer_lies_in_a_shell_is_found() -> None:
