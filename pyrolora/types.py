@@ -22,6 +22,8 @@ RANDOM_STARTS = ("kaiming", "gaussian")
 INITIALIZERS = (*RANDOM_STARTS, "lora-ga", "pissa", "olora")
 IMPORTANCES = ("alora", "snr")
 SCHEDULES = ("prune", "move")
+EVERY_LAYER = ("auto", "all-linear")
+"""Targets that are rules, no names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +131,20 @@ class AdapterConfig:
     r, lora_alpha
         Rank, and the numerator of the scaling.
     target_modules
-        ``"auto"``, or None (the attention projections of a known architecture, else every linear
-        layer), ``"all-linear"``, names or name suffixes, or one string: a regular expression for
-        the whole name, or a suffix. Each name of a list has to select a layer; of a pattern,
-        layers that are smaller than their rank or that the network does not call are left out,
-        with a warning.
+        ``"auto"``, or None (the query, key and value projections of attention in a transformers
+        network, of its language model where it reads more than text; every linear layer of
+        another network), ``"all-linear"``, names or name suffixes, or one string: a regular
+        expression for the whole name, or a suffix. Each name of a list has to select a layer; of
+        a pattern, layers that are smaller than their rank or that the network does not call are
+        left out, with a warning.
     exclude_modules
         Taken out of the targets; by the same rules. Each has to be in the network.
+    layers_to_transform
+        Numbers of blocks, counted from 0: of the targets, those in other blocks or in none get no
+        adapter. ``None``: all blocks.
+    layers_pattern
+        What comes before a block's number in the names, where there are several stacks:
+        ``"decoder.layers"``. ``None``: the first number counts.
     lora_dropout
         Dropout on the adapter's input during training.
     modules_to_save
@@ -166,6 +175,8 @@ class AdapterConfig:
     lora_alpha: float = 16.0
     target_modules: str | Sequence[str] | None = "auto"
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: str = "kaiming"
@@ -189,10 +200,11 @@ class AdapterConfig:
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "
                 f"write [{self.modules_to_save!r}]"
             )
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         if self.target_modules is None:  # PEFT's default
             object.__setattr__(self, "target_modules", "auto")
+        self._check_blocks()
         share("lora_dropout", self.lora_dropout, "[0, 1)")
         true_or_false("use_rslora", self.use_rslora)
         if self.init_lora_weights not in INITIALIZERS:
@@ -201,6 +213,28 @@ class AdapterConfig:
                 f"choose one of {', '.join(INITIALIZERS)}"
             )
         self._check_allocation()
+
+    def _check_blocks(self) -> None:
+        wanted, targets = self.layers_to_transform, self.target_modules
+        if wanted is None:
+            if self.layers_pattern:
+                raise ConfigError(
+                    f"layers_pattern={self.layers_pattern!r} says where the numbers of "
+                    "layers_to_transform stand, which is not given; give it, or leave out both"
+                )
+            return
+        numbers = [wanted] if not isinstance(wanted, Collection) else [*wanted]
+        for number in numbers:
+            whole_number("layers_to_transform", number, at_least=0)
+        if not numbers:
+            raise ConfigError("layers_to_transform is empty: no layer is left; None means all")
+        if isinstance(targets, str) and targets not in EVERY_LAYER:
+            raise ConfigError(
+                f"target_modules={targets!r} is a regular expression, which says for itself which "
+                f"layers it means, and layers_to_transform={wanted!r} would take some out; write "
+                "the numbers in the expression, or a list of names"
+            )
+        object.__setattr__(self, "layers_to_transform", sorted({int(n) for n in numbers}))
 
     def _check_allocation(self) -> None:
         given = self.rank_allocation

@@ -19,11 +19,10 @@ from pyrolora.adapters.left_out import refuse_foreign
 from pyrolora.adapters.lora_config import as_adapter_config
 from pyrolora.adapters.modules import plain_parameters
 from pyrolora.adapters.sharing import Sharing, kind_of, shares, sharing_of
-from pyrolora.adapters.targets import AUTO_TARGETS, LayerSpec, check_uncalled
+from pyrolora.adapters.targets import LayerSpec, check_uncalled
 from pyrolora.adapters.whole import check_eager, check_in_memory
 
 __all__ = [
-    "AUTO_TARGETS",
     "AdapterBank",
     "AdapterLayer",
     "Attachment",

@@ -18,13 +18,12 @@ from pyrolora.adapters.modules import (
     linear_layers,
     matches,
     patterns,
+    read_by_kernels,
     unwrapped,
     walk,
 )
 from pyrolora.errors import ConfigError, TargetError, listed
 from pyrolora.types import AdapterConfig
-
-EVERY_LAYER = ("auto", "all-linear")
 
 
 def names_layers(config: AdapterConfig) -> bool:
@@ -67,7 +66,7 @@ def check_names(
     assert wanted is not None
     idle = [own for own in wanted if not any(ends_with(name, [own]) for name in adapted)]
     if idle:
-        reasons = [f"{own!r} {_what_is(network, own, selected, heads)}" for own in idle]
+        reasons = [f"{own!r} {_what_is(network, own, config, selected, heads)}" for own in idle]
         raise TargetError(
             f"target_modules names what gets no adapter: {'; '.join(reasons)}. Leave out what is "
             "no linear layer, and write the others as the network has them"
@@ -96,11 +95,13 @@ def warn_of_left_out(
     network: nn.Module, adapted: Collection[str], heads: Sequence[str], config: AdapterConfig
 ) -> None:
     """Warn of weights beside the linear layers that multiply as theirs do: fused experts, routers,
-    the projections of ``nn.MultiheadAttention``."""
+    the projections of ``nn.MultiheadAttention``; and of linear layers that kernels read."""
+    read = read_by_kernels(network)
     left = {
-        name: f"{name} ({type(module).__name__})"
+        name: f"{name} ({type(unwrapped(module)).__name__})"
         for name, module in walk(network)
-        if name and not _is_within(name, heads) and name not in adapted and _multiplies(module)
+        if name and not _is_within(name, heads) and name not in adapted
+        if _multiplies(module) or name in read
     }
     if config.exclude_modules is not None:
         left = {n: what for n, what in left.items() if not matches(n, config.exclude_modules)}
@@ -110,7 +111,7 @@ def warn_of_left_out(
             f"{config.target_modules!r} adapts linear layers, here {share:.0%} of the weights "
             "beside embeddings and heads; without an adapter are "
             f"{listed(patterns(left.values()))} ('#' stands for a number): pyrolora has none for "
-            "fused parameters and for projections that torch does not call"
+            "fused parameters and for projections that torch or a kernel reads without calling them"
         )
 
 
@@ -121,12 +122,20 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
     return f" (like it: {listed(found)})" if found else ""
 
 
-def _what_is(network: nn.Module, own: str, selected: Sequence[str], heads: Sequence[str]) -> str:
+def _what_is(
+    network: nn.Module,
+    own: str,
+    config: AdapterConfig,
+    selected: Sequence[str],
+    heads: Sequence[str],
+) -> str:
     """Why a name of ``target_modules`` selects nothing, as the rest of a sentence."""
     modules = {name: unwrapped(module) for name, module in walk(network) if name}
     found = [name for name in modules if ends_with(name, [own])]
     if any(ends_with(name, [own]) for name in selected):
-        return "is excluded by exclude_modules"
+        options = ("exclude_modules", "layers_to_transform")
+        given = [name for name in options if getattr(config, name) is not None]
+        return f"is excluded by {' and '.join(given)}"
     if not found:
         parameters = [n for n, _ in network.named_parameters() if ends_with(n, [own])]
         if parameters:
@@ -168,8 +177,10 @@ def _multiplies(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return False
+    flat = "Expert" in type(module).__name__  # DBRX has its experts below one another
     return any(
-        (tensor.dim() == 3 and min(tensor.shape) > 1) or (tensor.dim() == 2 and name == "weight")
+        (tensor.dim() == 3 and min(tensor.shape) > 1)
+        or (tensor.dim() == 2 and (flat or name == "weight"))
         for name, tensor in module.named_parameters(recurse=False)
     )
 

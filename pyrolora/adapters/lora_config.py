@@ -10,6 +10,15 @@ from pyrolora.types import AdapterConfig
 
 _NAMES = {True: "kaiming", "lora_ga": "lora-ga"}
 """PEFT's names of initialisers to ours, where they differ."""
+_WHY = {
+    "bias": "biases stay as they are; train a module in full with modules_to_save",
+    "trainable_token_indices": "adapters are those of linear layers, and embeddings have none",
+    "target_parameters": "parameters that are fused, such as experts, have no adapter; name the "
+    "linear layers beside them in target_modules",
+    "use_dora": "the posterior is one of W + s B A, and DoRA scales that by a norm of its own",
+    "lora_bias": "the update is s B A x alone",
+}
+"""Why some options are refused, and what to do instead."""
 
 
 def as_adapter_config(adapter: Any) -> AdapterConfig:
@@ -38,8 +47,10 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
         if field.name == "lora_ga_config" and value == type(value)():
             continue  # the start as PEFT has it by default, which is ours
         if field.name not in taken | neutral and value != getattr(plain, field.name):
+            why = _WHY.get(field.name)
             raise ConfigError(
-                f"pyrolora does not support LoraConfig({field.name}={value!r}); leave it out"
+                f"pyrolora does not support LoraConfig({field.name}={value!r})"
+                + (f": {why}; leave it out" if why else "; leave it out")
             )
     options = {name: getattr(adapter, name) for name in taken if hasattr(adapter, name)}
     options["target_modules"] = _in_order(options["target_modules"])  # None: as ours

@@ -63,6 +63,15 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def read_by_kernels(network: nn.Module) -> list[str]:
+    """Names of the linear layers of Mamba's mixers whose weights its fused kernels read without
+    calling them, where they run: PEFT adapts none of these."""
+    found = {name: unwrapped(module) for name, module in walk(network)}
+    mixers = [name for name, module in found.items() if "Mamba" in type(module).__name__]
+    read = [f"{name}.out_proj" for name in mixers]
+    return [name for name in read if name in found and is_linear(found[name])]
+
+
 def has_weights(module: nn.Module) -> bool:
     """Whether a module itself, not one inside of it, holds a matrix."""
     module = unwrapped(module)

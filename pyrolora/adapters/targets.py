@@ -6,13 +6,13 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from pyrolora.adapters.depth import in_blocks
 from pyrolora.adapters.left_out import (
-    EVERY_LAYER,
     check_names,
     names_layers,
     nearest,
@@ -22,14 +22,15 @@ from pyrolora.adapters.left_out import (
 from pyrolora.adapters.modules import (
     ends_with,
     features,
-    has_weights,
     linear_layers,
     listing,
     matches,
     patterns,
+    read_by_kernels,
     unwrapped,
     walk,
 )
+from pyrolora.adapters.projections import model_type, projections
 from pyrolora.errors import (
     BindingError,
     ConfigError,
@@ -38,25 +39,9 @@ from pyrolora.errors import (
     positive,
     whole_number,
 )
-from pyrolora.types import AdapterConfig
+from pyrolora.types import EVERY_LAYER, AdapterConfig
 
 N = TypeVar("N", int, float)
-
-# The attention projections of query, key and value: where adapters pay most for their size.
-AUTO_TARGETS: dict[str, tuple[str, ...]] = {
-    "bert": ("query", "key", "value"),
-    "roberta": ("query", "key", "value"),
-    "xlm-roberta": ("query", "key", "value"),
-    "electra": ("query", "key", "value"),
-    "distilbert": ("q_lin", "k_lin", "v_lin"),
-    "gpt2": ("c_attn",),
-    "llama": ("q_proj", "k_proj", "v_proj"),
-    "mistral": ("q_proj", "k_proj", "v_proj"),
-    "qwen2": ("q_proj", "k_proj", "v_proj"),
-    "qwen3": ("q_proj", "k_proj", "v_proj"),
-    # ViT named its projections query, key, value before transformers 5.
-    "vit": ("q_proj", "k_proj", "v_proj", "query", "key", "value"),
-}
 
 
 @dataclass(frozen=True)
@@ -146,7 +131,7 @@ def find_targets(
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
     }
     selected = _select(network, config, list(layers))
-    names = _without_excluded(network, config, selected)
+    names = _without_excluded(network, config, in_blocks(selected, config))
     if not names:
         raise TargetError(
             f"target_modules={config.target_modules!r}"
@@ -159,7 +144,7 @@ def find_targets(
         check_names(network, config, selected, names, heads)
     elif config.target_modules not in EVERY_LAYER:
         warn_of_matches(network, config, names)
-    elif config.target_modules == "all-linear" or _model_type(network) not in AUTO_TARGETS:
+    elif selected == _every_layer(network, list(layers)):
         warn_of_left_out(network, names, heads, config)
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
@@ -196,39 +181,45 @@ def check_uncalled(config: AdapterConfig, uncalled: Sequence[str], adapted: Sequ
 
 def _select(network: nn.Module, config: AdapterConfig, names: list[str]) -> list[str]:
     wanted = config.target_modules
-    if wanted == "auto":
-        model_type = _model_type(network)
-        if model_type in AUTO_TARGETS:
-            return _known(network, AUTO_TARGETS[model_type], names)
+    if wanted == "auto" and model_type(network) is not None:
+        found = projections(network)
+        if found:
+            return _all_linear(network, found, names)
         if isinstance(network, PreTrainedModel):
             raise TargetError(
-                f"target_modules='auto' does not know the architecture {model_type!r}; "
-                f"its linear layers are {listing(patterns(names))}. Name some of these, "
-                "or use 'all-linear'"
+                f"target_modules='auto' adapts linear layers that project to the queries, keys and "
+                f"values of attention, and the architecture {model_type(network)!r} has none that "
+                f"are modules; its linear layers are {listing(patterns(names))}. Name some of "
+                "these, or use 'all-linear'"
             )
     if wanted in EVERY_LAYER:
-        output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
-        output = None if output is None else unwrapped(output)
-        return [name for name in names if unwrapped(network.get_submodule(name)) is not output]
+        return _every_layer(network, names)
     assert wanted is not None
     return [name for name in names if matches(name, wanted)]
 
 
-def _model_type(network: nn.Module) -> Any:
-    return getattr(getattr(network, "config", None), "model_type", None)
+def _every_layer(network: nn.Module, names: list[str]) -> list[str]:
+    """All but the output layer for tokens, as in PEFT, and what kernels read."""
+    read = read_by_kernels(network)
+    output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
+    output = None if output is None else unwrapped(output)
+    return [
+        name
+        for name in names
+        if unwrapped(network.get_submodule(name)) is not output and name not in read
+    ]
 
 
-def _known(network: nn.Module, wanted: Sequence[str], names: list[str]) -> list[str]:
-    """The layers with these endings; each module with one has to be such a layer."""
-    found = [name for name in names if ends_with(name, wanted)]
+def _all_linear(network: nn.Module, found: list[str], names: list[str]) -> list[str]:
+    """The projections, each of which has to be a linear layer."""
     others = {
-        name: type(unwrapped(module)).__name__
-        for name, module in walk(network)
-        if ends_with(name, wanted) and name not in found and has_weights(module)
+        name: type(unwrapped(network.get_submodule(name))).__name__
+        for name in found
+        if name not in names
     }
     if others:
         raise TargetError(
-            f"target_modules='auto' adapts {listing(wanted)} of this architecture, and "
+            "target_modules='auto' adapts the projections of attention, and "
             f"{listed([*others])} cannot be adapted: {listing(dict.fromkeys(others.values()))} "
             "is no linear layer that pyrolora knows; name the layers to adapt in target_modules, "
             "or load the network without that quantisation"

@@ -9,7 +9,7 @@ names are matched are those of PEFT 0.21 (``peft/utils/other.py``, ``peft/tuners
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import mode
@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters import LayerSpec, refuse_foreign
 from pyrolora.adapters.modules import features, linear_layers, unwrapped, walk
+from pyrolora.adapters.projections import model_type
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.files import read_json, replacing, shown, write_whole
 from pyrolora.options import check_options, short
@@ -36,6 +37,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
+WEIGHT = "weight"
 # PEFT saves these of a sequence classifier, whether its configuration names them or not.
 CLASSIFIER_HEADS = ("classifier", "score")
 
@@ -49,6 +51,10 @@ _CONVERTED: Mapping[Any, str] = {
     **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}),
     "mixtral": "mixtral",
 }
+
+# Of these architectures PEFT takes no such target: their kernels read it without calling it.
+KERNELS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+READ_BY_KERNELS = ("out_proj", "conv1d")
 
 REQUIRED = ("peft_type", "r", "lora_alpha", "target_modules")
 # Without bearing on the function that the stored tensors give.
@@ -72,6 +78,7 @@ class LoraOptions:
     lora_alpha: float
     target_modules: str | Sequence[str] | None
     exclude_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     lora_dropout: float | None = None
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str | None = None
@@ -141,8 +148,8 @@ def write_adapter(
     ------
     ConfigError
         When the folder holds something else, a layer stands under several names of which PEFT
-        knows one, PEFT takes a layer's name for fused experts, or its rules cannot tell the heads
-        from other modules of the network.
+        knows one, PEFT refuses a layer or finds others beside it, or its rules cannot tell the
+        heads from other modules of the network.
     """
     _check_folder(path)
     _check_names(specs, base)
@@ -220,7 +227,10 @@ def _describe(
     names: list[str] | str = list(ranks)
     if any(_selects(names, other, Patterns()) for other in modules.keys() - ranks.keys()):
         names = "|".join(re.escape(name) for name in names)  # PEFT matches it in full
-    _check_experts(names, list(ranks), base)
+    parameters = _beside_experts(names, list(ranks), base)
+    if parameters:
+        names = [name for name in names if name not in parameters]
+    _check_kernels(list(ranks), base)
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -236,26 +246,33 @@ def _describe(
         "init_lora_weights": True,
         "fan_in_fan_out": all(isinstance(unwrapped(modules[name]), Conv1D) for name in ranks),
         "target_modules": names,
-        "rank_pattern": {_exactly(n): rank for n, rank in ranks.items() if rank != r},
-        "alpha_pattern": {_exactly(n): alpha for n, alpha in alphas.items() if alpha != lora_alpha},
+        "target_parameters": [f"{name}.{WEIGHT}" for name in parameters] or None,
+        "rank_pattern": {_exactly(n, parameters): v for n, v in ranks.items() if v != r},
+        "alpha_pattern": {_exactly(n, parameters): v for n, v in alphas.items() if v != lora_alpha},
         "modules_to_save": heads or None,
     }
 
 
-def _check_experts(wanted: list[str] | str, layers: list[str], base: nn.Module) -> None:
-    """PEFT takes such names, of layers beside fused experts, for the experts themselves; and makes
-    of a regular expression the ends of the names that it matches."""
-    kind = _CONVERTED.get(getattr(getattr(base, "config", None), "model_type", None))
-    fused = FUSED_TARGETS.get(kind, ())
-    taken = [name for name in layers if name.rpartition(".")[2] in fused]
-    if fused and isinstance(wanted, str):
-        taken = layers
-    if taken:
-        ends = sorted({name.rpartition(".")[2] for name in taken})
+def _beside_experts(names: list[str] | str, layers: list[str], base: nn.Module) -> list[str]:
+    """The layers that PEFT would take for the fused experts beside them, as it knows those by the
+    ends of such names, too; it takes their weights by ``target_parameters``."""
+    fused = FUSED_TARGETS.get(_CONVERTED.get(model_type(base)), ())
+    if fused and isinstance(names, str):  # PEFT makes of it the ends of the names that it matches
         raise ConfigError(
-            f"PEFT takes {_listing(taken)} of a {base.__class__.__name__} for its fused experts, "
-            "whatever adapter_config.json says, and would read another adapter; export the merged "
-            f"network (posterior.merge()), or fit with exclude_modules={ends}"
+            f"PEFT knows the layers of a {type(base).__name__} by the ends of their names alone, "
+            f"and would adapt more than {_listing(layers)}; export the merged network "
+            "(posterior.merge()), or fit layers whose names end alike together"
+        )
+    return [name for name in layers if name.rpartition(".")[2] in fused]
+
+
+def _check_kernels(layers: list[str], base: nn.Module) -> None:
+    taken = [name for name in layers if name.rpartition(".")[2] in READ_BY_KERNELS]
+    if taken and model_type(base) in KERNELS:
+        raise ConfigError(
+            f"PEFT refuses {_listing(taken)} of a {type(base).__name__}, whose kernels read such "
+            "weights without calling the layer; export the merged network (posterior.merge()), or "
+            "fit without them in target_modules"
         )
 
 
@@ -265,9 +282,9 @@ def _alpha(scaling: float, rank: int) -> float:
     return round(alpha) if round(alpha) / rank == scaling else alpha
 
 
-def _exactly(name: str) -> str:
-    """The key of a pattern that matches this layer and no other."""
-    return f"^{re.escape(name)}"
+def _exactly(name: str, parameters: Collection[str]) -> str:
+    """The key of a pattern that matches this layer and no other, or its weight."""
+    return f"^{re.escape(name)}" + (rf"(\.{WEIGHT})?" if name in parameters else "")
 
 
 def _task(base: nn.Module, heads: Sequence[str], modules: Iterable[str]) -> str | None:
@@ -394,13 +411,22 @@ def _check_options(options: Mapping[str, Any]) -> None:
             "fits no other; save it as a plain LoRA with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
+    own = set() if _of_layers(options.get("target_parameters")) else {"target_parameters"}
     for name, value in options.items():
-        if name not in TAKEN | NEUTRAL and value and value != "none":
+        if name not in (TAKEN | NEUTRAL) - own and value and value != "none":
             raise ConfigError(
                 f"the adapter has {short(name)}={shown(value)}, and pyrolora takes plain LoRA "
                 "alone; merge it into its base with PEFT's merge_and_unload() and adapt the "
                 "result, or train it again without this option"
             )
+
+
+def _of_layers(parameters: Any) -> bool:
+    """Whether ``target_parameters`` names weights of layers alone, no fused experts."""
+    return parameters is None or (
+        isinstance(parameters, list)
+        and all(isinstance(own, str) and own.endswith(f".{WEIGHT}") for own in parameters)
+    )
 
 
 def _weights(folder: Path) -> TensorFile:
@@ -545,7 +571,7 @@ def _check_selection(
     wanted, excluded = options["target_modules"], options.get("exclude_modules") or []
     if wanted in (None, "all-linear") or options.get("layers_to_transform") is not None:
         return
-    saved = options.get("modules_to_save") or []
+    saved, parameters = options.get("modules_to_save") or [], options.get("target_parameters") or []
     first_names = {id(unwrapped(m)): name for name, m in reversed(linear_layers(network).items())}
     selected = {
         name
@@ -554,6 +580,7 @@ def _check_selection(
         and not _selects(excluded, name, patterns)
         and not _is_within(saved, name, patterns)
     }
+    selected |= {n for n in first_names.values() if _selects(parameters, f"{n}.{WEIGHT}", patterns)}
     missing, surplus = sorted(selected - set(layers)), sorted(set(layers) - selected)
     if missing:
         raise CheckpointError(

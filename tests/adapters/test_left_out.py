@@ -8,6 +8,7 @@ import torch
 from problems import SIZES, bert, bert_mlm, llama, mlp
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BlipConfig,
     BlipForConditionalGeneration,
     CLIPConfig,
@@ -16,13 +17,20 @@ from transformers import (
     DistilBertForMaskedLM,
     ElectraConfig,
     ElectraForMaskedLM,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     T5Config,
     T5ForQuestionAnswering,
 )
+from transformers.models.dbrx.configuration_dbrx import DbrxFFNConfig
+from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -137,6 +145,36 @@ def test_experts_and_routers_are_pointed_out_with_the_share_that_is_adapted() ->
     said = said.replace("57%", f"{own / (own + rest):.0%}")
     with pytest.warns(UserWarning, match=said):
         attach(network, AdapterConfig(r=2, target_modules="all-linear"))
+
+
+MOES = {
+    "GptOssExperts": GptOssConfig(**WITH_HEADS, **EXPERTS, num_local_experts=2, head_dim=8),
+    "OlmoeExperts": OlmoeConfig(**WITH_HEADS, **EXPERTS, num_experts=2),
+    "GraniteMoeExperts": GraniteMoeConfig(**WITH_HEADS, **EXPERTS, num_local_experts=2),
+}
+
+
+@pytest.mark.parametrize("experts", MOES)
+def test_fused_experts_of_every_kind_are_named(experts) -> None:
+    network = AutoModelForCausalLM.from_config(MOES[experts])
+    with pytest.warns(UserWarning, match=rf"without an adapter are .*experts \({experts}\)"):
+        attach(network, AdapterConfig(r=2, target_modules="all-linear"))
+
+
+def test_experts_that_lie_below_one_another_in_a_matrix_are_named() -> None:
+    config = DbrxFFNConfig(hidden_size=16, ffn_hidden_size=8, moe_num_experts=2)
+    network = nn.Sequential(nn.Linear(16, 16), DbrxExpertGLU(config))
+    with pytest.warns(UserWarning, match=r"here 25% .*are '1 \(DbrxExpertGLU\)'"):
+        attach(network, AdapterConfig(r=2, target_modules="all-linear"))
+
+
+def test_what_mambas_kernels_read_is_left_out_by_name() -> None:
+    """They read the weight without calling the layer, where they run; PEFT refuses it."""
+    own = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+    network = MambaForCausalLM(MambaConfig(vocab_size=30, **own))
+    with pytest.warns(UserWarning, match=r"'backbone.layers.#.mixer.out_proj \(Linear\)'"):
+        found = attach(network, AdapterConfig(r=2, target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in found.layers} == {"in_proj", "x_proj", "dt_proj"}
 
 
 @pytest.mark.filterwarnings("ignore:'all-linear' adapts linear layers")

@@ -19,8 +19,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -31,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from pyrolora.adapters import AUTO_TARGETS, attach
+from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError, TargetError
 from pyrolora.types import AdapterConfig
 
@@ -76,18 +76,10 @@ def vit():
     return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4))
 
 
-def opt():
-    """An architecture that "auto" does not know."""
-    config = OPTConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        ffn_dim=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        word_embed_proj_dim=16,
-    )
-    return OPTForCausalLM(config)
+def mamba():
+    """An architecture without attention."""
+    own = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+    return MambaForCausalLM(MambaConfig(vocab_size=len(WORDS), **own))
 
 
 def names(network, **options):
@@ -159,20 +151,16 @@ def test_auto_wraps_every_linear_layer_of_a_plain_network():
     assert names(mlp()) == ["0", "2"]
 
 
-def test_auto_targets_are_known_for_the_documented_architectures():
-    known = {"bert", "roberta", "distilbert", "gpt2", "llama", "qwen2", "qwen3", "vit"}
-    assert known <= set(AUTO_TARGETS)
-
-
-def test_auto_raises_for_an_unknown_architecture_and_lists_its_layers():
-    with pytest.raises(TargetError, match="'opt'") as caught:
-        attach(opt(), AdapterConfig(r=2))
-    assert "'model.decoder.layers.#.self_attn.q_proj'" in str(caught.value)
+def test_auto_raises_where_there_is_no_attention_and_lists_the_layers():
+    with pytest.raises(TargetError, match=r"keys and values .*'mamba' has none") as caught:
+        attach(mamba(), AdapterConfig(r=2))
+    assert "'backbone.layers.#.mixer.in_proj'" in str(caught.value)
     assert "all-linear" in str(caught.value)
 
 
-def test_unknown_architectures_work_with_names():
-    assert names(opt(), target_modules=["q_proj"]) == ["model.decoder.layers.0.self_attn.q_proj"]
+def test_architectures_without_attention_work_with_names():
+    found = names(mamba(), target_modules=["in_proj"])
+    assert found == ["backbone.layers.0.mixer.in_proj"]
 
 
 # The same LoraConfig in PEFT -------------------------------------------------------------------

@@ -19,6 +19,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
     RobertaConfig,
@@ -696,8 +698,15 @@ def test_a_folder_without_one_of_the_files_is_refused(name: str, folder: Path) -
         read_adapter(folder, bert())
 
 
-def test_layers_that_peft_takes_for_fused_experts_are_not_exported(tmp_path: Path) -> None:
-    """The attention of such a network is; a dense layer beside the experts is not."""
+# PEFT reads the pattern, and looks for its key among the names of modules alone.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+@pytest.mark.parametrize("targets", ["q_proj v_proj", "q_proj down_proj", "gate_proj up_proj"])
+@pytest.mark.parametrize("rank_pattern", [{}, {"down_proj": 3, "gate_proj": 1}])
+def test_dense_layers_beside_fused_experts_are_exported_by_their_weights(
+    targets: str, rank_pattern: dict[str, int], tmp_path: Path
+) -> None:
+    """PEFT takes ``down_proj`` for the experts', whatever stands before it."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 30}
@@ -707,13 +716,27 @@ def test_layers_that_peft_takes_for_fused_experts_are_not_exported(tmp_path: Pat
         torch.manual_seed(0)
         return Qwen3MoeForCausalLM(config).eval()
 
-    own = randomised(network(), AdapterConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    with pytest.raises(ConfigError, match=r"takes 'model.layers.0.mlp.down_proj' .*fused experts"):
-        write(own, tmp_path / "refused")
-    own = randomised(network(), AdapterConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    write(own, tmp_path / "attention")
+    rank_pattern = {name: rank for name, rank in rank_pattern.items() if name in targets}
+    chosen = AdapterConfig(r=2, target_modules=targets.split(), rank_pattern=rank_pattern)
+    own = randomised(network(), chosen)
+    write(own, tmp_path)
     ids = torch.randint(3, 30, (2, 5))
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(network(), tmp_path / "attention")(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(network(), tmp_path)(input_ids=ids).logits
         ours = own.network({"input_ids": ids}, own.program.mean())
+        plain = network()(input_ids=ids).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert (ours - plain).abs().max() > 1e-2
+    found = read_adapter(tmp_path, network())
+    matrices = own.program.bank.matrices(own.program.mean())
+    assert [spec.name for spec in found.specs] == list(matrices)
+    for name, (A, B) in matrices.items():
+        torch.testing.assert_close(found.matrices[name], (A, B))
+
+
+def test_what_mambas_kernels_read_is_not_exported_since_peft_refuses_it(tmp_path: Path) -> None:
+    own_sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 4}
+    network = MambaForCausalLM(MambaConfig(vocab_size=30, **own_sizes))
+    own = randomised(network, AdapterConfig(r=2, target_modules=["in_proj", "out_proj"]))
+    with pytest.raises(ConfigError, match=r"PEFT refuses 'backbone.layers.0.mixer.out_proj'"):
+        write(own, tmp_path)

@@ -1,0 +1,54 @@
+"""Which blocks of a stack get adapters: ``layers_to_transform``, by PEFT's rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pyrolora.errors import ConfigError, TargetError, listed
+from pyrolora.types import AdapterConfig
+
+
+def in_blocks(names: Sequence[str], config: AdapterConfig) -> list[str]:
+    """The names in the blocks that ``layers_to_transform`` counts out; all of them without it.
+
+    The number of a name's block is the first of its parts that is one, behind another part; with
+    ``layers_pattern``, behind a part of that name. What has none is in no block.
+
+    Raises
+    ------
+    TargetError
+        For a number that no name has.
+    """
+    wanted = config.layers_to_transform
+    if wanted is None or not names:
+        return [*names]
+    assert not isinstance(wanted, int)  # `AdapterConfig` makes a list of it
+    numbers = {name: _number(name, config.layers_pattern) for name in names}
+    present = {number for number in numbers.values() if number is not None}
+    missing = [number for number in wanted if number not in present]
+    if missing:
+        where = f" behind {config.layers_pattern!r}" if config.layers_pattern else ""
+        raise TargetError(
+            f"layers_to_transform names {listed([*map(str, missing)])}, and the layers that "
+            f"target_modules={config.target_modules!r} selects have {_span(present)}{where}; they "
+            "are counted from 0"
+        )
+    return [name for name in names if numbers[name] in wanted]
+
+
+def _number(name: str, behind: str | Sequence[str] | None) -> int | None:
+    parts = [behind] if isinstance(behind, str) else behind
+    for pattern in parts or [r"[^.]*"]:
+        prefix = r".*?\." if not parts else r"(?:^|.*?\.)"
+        try:
+            found = re.match(rf"{prefix}{pattern}\.(\d+)\.", name)
+        except re.error as error:
+            raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
+        if found:
+            return int(found[found.re.groups])
+    return None
+
+
+def _span(numbers: set[int]) -> str:
+    return f"the numbers {listed([str(n) for n in sorted(numbers)])}" if numbers else "no number"
