@@ -380,7 +380,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--examples", type=positive, default=200, help="to train on, of each task")
     add("--held-out", type=positive, default=200, help="that choose the temperature")
     add("--scored", type=positive, default=100, help="at most")
-    add("--epochs", type=positive, default=3)
+    add("--epochs", type=positive, default=2)
     add("--batch-size", type=positive, default=4)
     add("--learning-rate", type=float, default=1e-4)
     add("--draws", type=positive, default=10, help="of a prediction")
