@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.distributions import KroneckerNormal
-from pyrolora.errors import ConfigError, positive, true_or_false
+from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
 from pyrolora.guides.base import (
     LATENTS,
     Fit,
     Guide,
     Law,
+    Program,
     require,
 )
 from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.guides.full_laplace import FullLaplaceProgram
 from pyrolora.guides.map import MAP
 
+CURVATURES = ("kronecker", "full")
 TUNING = ("marginal_likelihood", "validation")
 GRID = tuple(10.0**exponent for exponent in range(-2, 6))
 """The precisions λ that validation compares: prior scales from 10 down to 0.003."""
@@ -52,6 +56,12 @@ class Laplace(Guide):
     sampled labels). Layers are independent, and A and B of a layer are. Where the adapters have a
     start that is taken off again, the prior is around it.
 
+    With ``curvature="full"`` H is the matrix itself, over all latent factors of all layers, of the
+    model that is linear around θ̄; the guide is around the mode of that model, where H is taken. It
+    is a Gaussian process over the training outputs (`pyrolora.inference.dual.Dual`), for some
+    thousand examples x classes. The prior is around the network without adapters: B around 0,
+    and, since A then says nothing, A around its own means where both are latent.
+
     Parameters
     ----------
     prior_scale
@@ -68,6 +78,12 @@ class Laplace(Guide):
         pair, whose model has the network itself, predicts with f(x; θ) either way.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
+    curvature
+        ``"kronecker"`` or ``"full"``. The latter has linearised predictions only. Its draws are
+        made at the end of the fit, and kept.
+    num_draws
+        How many, with ``curvature="full"``; each takes the memory of the latent factors once more.
+        None: 32.
 
     References
     ----------
@@ -82,6 +98,8 @@ class Laplace(Guide):
     tune: str | None = None
     linearised: bool | None = None
     latent: str = "AB"
+    curvature: str = "kronecker"
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
         require(self.tune in (None, *TUNING), "tune", f"one of {TUNING}", self.tune)
@@ -92,9 +110,32 @@ class Laplace(Guide):
             positive("prior_scale", self.prior_scale)
             if self.tune is not None:
                 raise ConfigError("tune chooses the prior; leave it out, or prior_scale")
+        require(self.curvature in CURVATURES, "curvature", f"one of {CURVATURES}", self.curvature)
+        if self.num_draws is not None:
+            whole_number("num_draws", self.num_draws, at_least=1)
+            if not self.full:
+                raise ConfigError(
+                    "num_draws is how many draws curvature='full' keeps; those of 'kronecker' are "
+                    "drawn anew; leave it out"
+                )
+        if self.full and self.linearised is False:
+            raise ConfigError(
+                "curvature='full' has the mode of the linear model, which says nothing of the "
+                "network's own output there; leave linearised=False out, or curvature"
+            )
 
-    def build(self, bank: AdapterBank) -> LaplaceProgram:
-        return LaplaceProgram(bank, self)
+    @property
+    def full(self) -> bool:
+        """Whether the curvature is the full matrix."""
+        return self.curvature == "full"
+
+    @property
+    def size(self) -> int:
+        """How many draws are kept."""
+        return self.num_draws or defaults.NUM_SAMPLES
+
+    def build(self, bank: AdapterBank) -> Program:
+        return FullLaplaceProgram(bank, self) if self.full else LaplaceProgram(bank, self)
 
     def infer(self, fit: Fit) -> None:
         start = MAP()
@@ -106,7 +147,34 @@ class Laplace(Guide):
                 "the prior of 'laplace' is to be tuned on held-out data here, and there are none; "
                 "pass eval_data=, or Laplace(prior_scale=...); or choose 'montec' or 'meanfield'"
             )
+        if self.full:
+            fit.check_dual()
         fit.joint.adopt(fit.point(start))
+        if self.full:
+            self._keep_draws(fit, tune)
+        else:
+            self._curve(fit, tune)
+        fit.log(prior_precision=float(fit.program.precision))
+
+    def _keep_draws(self, fit: Fit, tune: str | None) -> None:
+        """The full curvature, and λ."""
+        program = fit.program
+        dual = fit.dual(program.centre_of_all(), self.latent, self.size)
+
+        def score(precision: float) -> float:
+            program.keep(dual.deviations(precision), precision)
+            return fit.held_out_nll()
+
+        if self.prior_scale is not None:
+            precision = self.prior_scale**-2
+        elif tune == "marginal_likelihood":
+            precision = dual.best_precision()
+        else:
+            precision = min(GRID, key=score)
+        program.keep(dual.deviations(precision), precision)
+
+    def _curve(self, fit: Fit, tune: str | None) -> None:
+        """The Kronecker factors, and λ."""
         program = fit.program
         program.curve(fit.kfac())
         if self.prior_scale is not None:
@@ -115,7 +183,6 @@ class Laplace(Guide):
             program.precision.fill_(fit.best_precision(*program.evidence()))
         else:
             program.precision.fill_(min(GRID, key=lambda λ: _score(fit, λ)))
-        fit.log(prior_precision=float(program.precision))
 
     def _tuning(self, fit: Fit) -> str | None:
         if self.prior_scale is not None or self.tune is not None:
@@ -127,6 +194,12 @@ class Laplace(Guide):
         return "computed"
 
     def check(self, likelihood: Law) -> None:
+        if self.full and not likelihood.linearisable:
+            raise ConfigError(
+                f"curvature='full' has a row for each output of an example, and "
+                f"{likelihood.name!r} has one for each token and word; choose "
+                "curvature='kronecker'"
+            )
         if self.linearised and not likelihood.linearisable:
             raise ConfigError(
                 f"linearised=True has no predictive for {likelihood.name!r}: one Jacobian a token "

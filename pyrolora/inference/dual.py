@@ -1,0 +1,231 @@
+"""The posterior of all factors together in the linearised model: a Gaussian process over the
+training outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyrolora.errors import DataError
+from pyrolora.inference.jacobian import Batches, examples, slabs
+from pyrolora.model import JointModel
+
+MOST_ROWS = 4096
+"""n k beyond which `Dual` refuses: its matrices then have 128 MiB each, and a step of Newton's
+takes some seconds of a core."""
+RANGE = (1e-6, 1e3)
+"""Where the evidence is looked at, relative to the largest eigenvalue of the curvature."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The mode for one λ: α with θ* − θ₀ = J̃ᵀ α / λ; per example the root S (n, k, k) of the
+    Hessian H_i = S Sᵀ of −log p there; the lower factor of I + Sᵀ K S / λ; and the evidence."""
+
+    alpha: Tensor
+    root: Tensor
+    factor: Tensor
+    log_evidence: float
+
+
+class Dual:
+    """The linearised model's posterior of all P latent entries θ, without a matrix of side P:
+
+        f_i(θ) = f_i(θ̄) + J_i (θ − θ̄),   θ ~ N(θ₀, I / λ),   p(θ | y) ≈ N(θ*, (λ I + Jᵀ H J)⁻¹)
+
+    with θ* its mode and H the Hessian of −log p(y|f) there, block by block S_i S_iᵀ. Both depend on
+    θ through the training outputs only, that is, on K = J Jᵀ (n k, n k) and on J (θ₀ − θ̄); J has k
+    rows an example, in the directions of which the likelihood depends on its outputs. The mode is
+    found by Newton's method on g = J (θ − θ₀), a Gaussian process with covariance K / λ; then
+
+        log p(y | λ) ≈ log p(y | f(θ*)) − ½ λ ‖θ* − θ₀‖² − ½ log |I + Sᵀ K S / λ|.
+
+    All of it is exact for a Gaussian law. Draws come by Matheron's rule, with z ~ N(0, I) and
+    ε ~ N(0, I):
+
+        θ = θ* + λ^(−½) z − Jᵀ S (Sᵀ K S + λ I)⁻¹ (λ^(−½) Sᵀ J z + ε)
+
+    Time: to make it, per slab of layers (`slabs`) a forward pass over the examples and k backward
+    ones, and n² k² P multiplications; a step of Newton's (n k)³ / 3; for draws, the slabs once
+    more unless there is one alone. Memory: 32 (n k)² bytes, draws x P numbers twice, and a slab.
+
+    Parameters
+    ----------
+    joint
+        The model at θ̄; heads and likelihood are constants here.
+    batches
+        The training examples.
+    centre
+        θ₀, (P,).
+    latent
+        Which factors θ is of.
+    draws
+        How many draws `deviations` gives.
+
+    Raises
+    ------
+    DataError
+        For more than `MOST_ROWS` rows.
+
+    References
+    ----------
+    C. E. Rasmussen and C. K. I. Williams (2006), "Gaussian Processes for Machine Learning",
+    sections 3.4 and 3.5. A. Immer et al. (2021), "Improving predictions of Bayesian neural nets via
+    local linearization", AISTATS. J. Wilson et al. (2020), "Efficiently Sampling Functions from
+    Gaussian Process Posteriors", ICML.
+    """
+
+    def __init__(
+        self, joint: JointModel, batches: Batches, centre: Tensor, latent: str, draws: int
+    ) -> None:
+        self.joint, self.batches, self.latent = joint, batches, latent
+        self.parts = examples(joint, batches)
+        self.k = self.parts[0].basis.shape[-1]
+        self.n = sum(len(part.output) for part in self.parts)
+        check_size(self.n, self.k)
+        bank = joint.program.bank
+        self.shift = (centre - bank.latent_part(latent, bank.means())).detach()
+        self.z = torch.randn(draws, len(self.shift), device=centre.device)
+        rows = self.n * self.k
+        self.K = torch.zeros(rows, rows, dtype=torch.float64, device=centre.device)
+        self.Jz = torch.zeros(rows, draws, dtype=torch.float64, device=centre.device)
+        self.start = torch.zeros(rows, dtype=torch.float64, device=centre.device)
+        self._only: tuple[Tensor, Tensor] | None = None
+        for number, (columns, J) in enumerate(slabs(joint, batches, self.parts, latent)):
+            self.K += J @ J.T
+            self.Jz += J @ self.z[:, columns].T
+            self.start += J @ self.shift[columns]
+            self._only = (columns, J) if number == 0 else None
+        self._last = torch.zeros_like(self.start)
+
+    def best_precision(self) -> float:
+        """The λ of the highest evidence, by golden section of log λ within `RANGE`."""
+        _, _, root = self._law(torch.zeros_like(self.start))
+        scale = float(torch.linalg.eigvalsh(self._inner(root))[-1])
+        if scale <= 0:
+            raise DataError("no output depends on the latent factors; give prior_scale")
+        low, high = (math.log(scale * bound) for bound in RANGE)
+        return math.exp(_golden(lambda x: self.mode(math.exp(x)).log_evidence, low, high))
+
+    @torch.no_grad()
+    def mode(self, precision: float) -> Mode:
+        """The mode of θ for that λ: damped Newton steps on a concave objective."""
+        alpha = self._last
+        g = self.K @ alpha / precision
+        likelihood, slope, root = self._law(self.start + g)
+        value = likelihood - 0.5 * float(alpha @ g)
+        for _ in range(100):
+            factor = self._factor(root, precision)
+            b = self._times(root, self._transposed(root, g)) + slope
+            inner = self._transposed(root, self.K @ b / precision)
+            step = b - self._times(root, _solve(factor, inner)) - alpha
+            step_g, size = self.K @ step / precision, 1.0
+            while size > 1e-6:
+                new_alpha, new_g = alpha + size * step, g + size * step_g
+                likelihood, new_slope, new_root = self._law(self.start + new_g)
+                new = likelihood - 0.5 * float(new_alpha @ new_g)
+                if new > value - 1e-9 * abs(value):
+                    break
+                size /= 2
+            else:
+                break
+            gain, value = new - value, new
+            alpha, g, slope, root = new_alpha, new_g, new_slope, new_root
+            if gain < 1e-7 * (1 + abs(value)):
+                break
+        self._last = alpha
+        factor = self._factor(root, precision)
+        return Mode(alpha, root, factor, value - float(factor.diagonal().log().sum()))
+
+    @torch.no_grad()
+    def deviations(self, precision: float) -> Tensor:
+        """(draws, P): draws of θ − θ̄."""
+        mode = self.mode(precision)
+        z, root = self.z * precision**-0.5, mode.root
+        noise = torch.randn_like(self.Jz)
+        seen = self._transposed(root, self.Jz * precision**-0.5) + noise
+        # (Sᵀ K S + λ I)⁻¹ = (1 / λ) (I + Sᵀ K S / λ)⁻¹
+        weights = mode.alpha[:, None] - self._times(root, _solve(mode.factor, seen))
+        weights = (weights / precision).to(z.dtype)
+        found = self.shift + z
+        again = slabs(self.joint, self.batches, self.parts, self.latent)
+        for columns, J in again if self._only is None else [self._only]:
+            found[:, columns] += weights.T @ J
+        return found
+
+    def _law(self, moved: Tensor) -> tuple[float, Tensor, Tensor]:
+        """log p(y|f̄ + Q g), its gradient in g (n k,), and the roots (n, k, k) of its Hessian."""
+        total, slopes, roots, start = 0.0, [], [], 0
+        for part in self.parts:
+            count = len(part.output)
+            own = moved.view(self.n, self.k)[start : start + count].detach()
+            start += count
+            with torch.enable_grad():
+                own.requires_grad_()
+                output = part.at(own)
+                log_prob = self.joint.likelihood.log_prob(output, part.batch).double().sum()
+                slopes.append(torch.autograd.grad(log_prob, own)[0])
+            total += float(log_prob.detach())
+            vectors = torch.stack(
+                list(self.joint.likelihood.curvature(output.detach(), part.batch)), 1
+            )
+            vectors = vectors.reshape(count, vectors.shape[1], -1).double() @ part.basis
+            values, basis = torch.linalg.eigh(vectors.mT @ vectors)
+            roots.append(basis * values.clamp(min=0).sqrt()[:, None])
+        return total, torch.cat(slopes).flatten(), torch.cat(roots)
+
+    def _factor(self, root: Tensor, precision: float) -> Tensor:
+        inner = self._inner(root).div_(precision)
+        inner.diagonal().add_(1.0)
+        return torch.linalg.cholesky(inner)
+
+    def _inner(self, root: Tensor) -> Tensor:
+        """Sᵀ K S."""
+        half = self._transposed(root, self.K)
+        return self._transposed(root, half.T)
+
+    def _transposed(self, root: Tensor, right: Tensor) -> Tensor:
+        """Sᵀ times (n k, ...)."""
+        return self._times(root.mT, right)
+
+    def _times(self, root: Tensor, right: Tensor) -> Tensor:
+        """S times (n k, ...)."""
+        columns = right.reshape(self.n, self.k, -1)
+        return (root @ columns).reshape(right.shape)
+
+
+def check_size(examples: int, directions: int = 1) -> None:
+    """Raise `DataError` for a curvature that is too large."""
+    rows = examples * directions
+    if rows > MOST_ROWS:
+        raise DataError(
+            f"curvature='full' takes a matrix with a row for each training example and output, "
+            f"{examples} x {directions} here, and at most {MOST_ROWS}; fit on "
+            f"{MOST_ROWS // directions} examples, or choose curvature='kronecker'"
+        )
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    columns = right.reshape(len(factor), -1)
+    return torch.cholesky_solve(columns, factor).reshape(right.shape)
+
+
+def _golden(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with one maximum has it, to 0.05."""
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > 0.05:
+        if at_left > at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = function(right)
+    return 0.5 * (low + high)
