@@ -38,14 +38,19 @@ class FullLaplaceProgram(FactorProgram):
     def prior(self, site: str) -> dist.TorchDistribution:
         return dist.Normal(self.prior_centre(site), self.precision.rsqrt()).to_event(1)
 
+    @property
+    def shrunk(self) -> str:
+        """The latent factors whose prior is not around their own means. Where B is latent and
+        around zero, A is no part of the network without adapters: any A gives that."""
+        latent: str = self.options.latent
+        return "B" if latent == "AB" and self.bank.origin is None else latent
+
     def prior_centre(self, site: str) -> Tensor:
-        """θ₀ of a site: the origin, where the bank has one; else zero; but A's own means where B is
-        latent, too."""
+        """θ₀ of a site: that of the network without adapters; A's own means where that has none."""
         if self.bank.origin is not None:
             return self.bank.latent_part(site, self.bank.origin)
         mean = self.loc(site)
-        own = site == "A" and "B" in self.options.latent
-        return mean if own else torch.zeros_like(mean)
+        return torch.zeros_like(mean) if site in self.shrunk else mean
 
     def centre_of_all(self) -> Tensor:
         """θ₀, (P,)."""

@@ -140,7 +140,8 @@ class Laplace(Guide):
     def infer(self, fit: Fit) -> None:
         start = MAP()
         if self.prior_scale is not None:
-            start = MAP(prior_scale=self.prior_scale, latent=self.latent)
+            shrunk = fit.program.shrunk if self.full else self.latent
+            start = MAP(prior_scale=self.prior_scale, latent=shrunk)
         tune = self._tuning(fit)
         if tune == "validation" and not fit.can_validate:
             raise ConfigError(
@@ -172,6 +173,7 @@ class Laplace(Guide):
         else:
             precision = min(GRID, key=score)
         program.keep(dual.deviations(precision), precision)
+        fit.log(log_evidence=dual.mode(precision).log_evidence)
 
     def _curve(self, fit: Fit, tune: str | None) -> None:
         """The Kronecker factors, and λ."""

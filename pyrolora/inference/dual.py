@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import DataError
-from pyrolora.inference.jacobian import Batches, examples, slabs
+from pyrolora.inference.jacobian import Batches, Part, examples, hessian, slabs
 from pyrolora.model import JointModel
 
 MOST_ROWS = 4096
 """n k beyond which `Dual` refuses: its matrices then have 128 MiB each, and a step of Newton's
 takes some seconds of a core."""
-RANGE = (1e-6, 1e3)
-"""Where the evidence is looked at, relative to the largest eigenvalue of the curvature."""
+DECADES = range(-6, 4)
+"""Where the evidence is looked at, relative to the largest eigenvalue that the curvature has where
+all outputs are zero."""
+COLUMNS = 2**13
+"""Columns of the Jacobian whose products are taken at a time, in double precision."""
 
 
 @dataclass(frozen=True)
@@ -95,29 +98,40 @@ class Dual:
         self.Jz = torch.zeros(rows, draws, dtype=torch.float64, device=centre.device)
         self.start = torch.zeros(rows, dtype=torch.float64, device=centre.device)
         self._only: tuple[Tensor, Tensor] | None = None
+        self.noise = torch.randn_like(self.Jz)
         for number, (columns, J) in enumerate(slabs(joint, batches, self.parts, latent)):
-            self.K += J @ J.T
+            for few in J.split(COLUMNS, dim=1):  # in float32 K may have negative eigenvalues
+                few = few.double()
+                self.K.addmm_(few, few.T)
             self.Jz += J @ self.z[:, columns].T
             self.start += J @ self.shift[columns]
             self._only = (columns, J) if number == 0 else None
         self._last = torch.zeros_like(self.start)
 
+    @torch.no_grad()
     def best_precision(self) -> float:
-        """The λ of the highest evidence, by golden section of log λ within `RANGE`."""
-        _, _, root = self._law(torch.zeros_like(self.start))
-        scale = float(torch.linalg.eigvalsh(self._inner(root))[-1])
+        """The λ of the highest evidence: the best of `DECADES`, and between its neighbours by
+        golden section of log λ."""
+        flat = [self._root(part, torch.zeros_like(part.output)) for part in self.parts]
+        scale = float(torch.linalg.eigvalsh(self._inner(torch.cat(flat)))[-1])
         if scale <= 0:
             raise DataError("no output depends on the latent factors; give prior_scale")
-        low, high = (math.log(scale * bound) for bound in RANGE)
-        return math.exp(_golden(lambda x: self.mode(math.exp(x)).log_evidence, low, high))
+
+        def evidence(x: float) -> float:
+            return self.mode(scale * 10**x).log_evidence
+
+        best = max(DECADES, key=evidence)
+        return scale * 10 ** _golden(evidence, best - 1, best + 1)
 
     @torch.no_grad()
     def mode(self, precision: float) -> Mode:
-        """The mode of θ for that λ: damped Newton steps on a concave objective."""
-        alpha = self._last
-        g = self.K @ alpha / precision
-        likelihood, slope, root = self._law(self.start + g)
-        value = likelihood - 0.5 * float(alpha @ g)
+        """The mode of θ for that λ: damped Newton steps on a concave objective, from where the
+        last λ had it, or, if that is better, from the prior's mean."""
+        points = [(alpha, self.K @ alpha / precision) for alpha in (self._last, 0 * self._last)]
+        values = [self._law(self.start + g)[0] - 0.5 * float(alpha @ g) for alpha, g in points]
+        value = max(values)
+        alpha, g = points[values.index(value)]
+        _, slope, root = self._law(self.start + g)
         for _ in range(100):
             factor = self._factor(root, precision)
             b = self._times(root, self._transposed(root, g)) + slope
@@ -146,8 +160,7 @@ class Dual:
         """(draws, P): draws of θ − θ̄."""
         mode = self.mode(precision)
         z, root = self.z * precision**-0.5, mode.root
-        noise = torch.randn_like(self.Jz)
-        seen = self._transposed(root, self.Jz * precision**-0.5) + noise
+        seen = self._transposed(root, self.Jz * precision**-0.5) + self.noise
         # (Sᵀ K S + λ I)⁻¹ = (1 / λ) (I + Sᵀ K S / λ)⁻¹
         weights = mode.alpha[:, None] - self._times(root, _solve(mode.factor, seen))
         weights = (weights / precision).to(z.dtype)
@@ -170,18 +183,25 @@ class Dual:
                 log_prob = self.joint.likelihood.log_prob(output, part.batch).double().sum()
                 slopes.append(torch.autograd.grad(log_prob, own)[0])
             total += float(log_prob.detach())
-            vectors = torch.stack(
-                list(self.joint.likelihood.curvature(output.detach(), part.batch)), 1
-            )
-            vectors = vectors.reshape(count, vectors.shape[1], -1).double() @ part.basis
-            values, basis = torch.linalg.eigh(vectors.mT @ vectors)
-            roots.append(basis * values.clamp(min=0).sqrt()[:, None])
+            roots.append(self._root(part, output.detach()))
         return total, torch.cat(slopes).flatten(), torch.cat(roots)
+
+    def _root(self, part: Part, output: Tensor) -> Tensor:
+        """S (b, k, k) of the Hessian at those outputs."""
+        full = hessian(self.joint.likelihood, output.reshape(part.shape), part.batch)
+        values, vectors = torch.linalg.eigh(part.basis.mT @ full @ part.basis)
+        return vectors * values.clamp(min=0).sqrt()[:, None]
 
     def _factor(self, root: Tensor, precision: float) -> Tensor:
         inner = self._inner(root).div_(precision)
         inner.diagonal().add_(1.0)
-        return torch.linalg.cholesky(inner)
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        if failed:
+            raise DataError(
+                f"with a prior of the scale {precision**-0.5:.4g} the curvature of the data is "
+                "singular in double precision; give a smaller prior_scale"
+            )
+        return factor
 
     def _inner(self, root: Tensor) -> Tensor:
         """Sᵀ K S."""
@@ -215,11 +235,11 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _golden(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with one maximum has it, to 0.05."""
+    """Where a function with one maximum has it, to 0.02."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(left), function(right)
-    while high - low > 0.05:
+    while high - low > 0.02:
         if at_left > at_right:
             high, right, at_right = right, left, at_left
             left = high - ratio * (high - low)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters import Factors
-from pyrolora.inference.curvature import Recording, readable
+from pyrolora.inference.curvature import readable, recorded
+from pyrolora.likelihoods import Likelihood
 from pyrolora.model import LABELS, JointModel, evaluating
 from pyrolora.types import Batch
 
@@ -24,8 +24,8 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Part:
-    """A batch: what its likelihood reads; the outputs f (b, o), flat, with their shape; and the
-    directions Q (b, o, k), orthonormal, in which the likelihood depends on them."""
+    """A batch: what its likelihood reads; the outputs f (b, o) at the means, flat, and their shape;
+    and the directions Q (b, o, k), orthonormal, in which the likelihood depends on them."""
 
     batch: Batch
     output: Tensor
@@ -39,21 +39,31 @@ class Part:
 
 def examples(joint: JointModel, batches: Batches) -> list[Part]:
     """The training examples at the means; k is the same in all: as many directions as the example
-    with most has (for the softmax of C classes C − 1)."""
-    found, most = [], 1
+    with most has (for the softmax of C classes C − 1).
+
+    The directions are those of the Hessian at outputs of zero: where a network is sure of an
+    example, its own Hessian is nearly zero in all of them.
+    """
+    parts, most = [], 1
     with evaluating(joint), torch.no_grad(), torch.autocast(_device(joint), enabled=False):
         for batch in _read(joint, batches):
             output = joint.run(batch, joint.binding(joint.program.bank.means()))
-            size = len(output)
-            vectors = torch.stack(list(joint.likelihood.curvature(output, batch)), 1)
-            vectors = vectors.reshape(size, vectors.shape[1], -1).double()
-            values, basis = torch.linalg.eigh(vectors.mT @ vectors)
+            values, basis = torch.linalg.eigh(
+                hessian(joint.likelihood, torch.zeros_like(output), batch)
+            )
             counted = (values > ROUNDING * values[:, -1:]).sum(-1)
             most = max(most, int(counted.max()))
             kept = {n: batch[n] for n in (LABELS, *joint.likelihood.extras) if n in batch}
-            flat = output.reshape(size, -1).double()
-            found.append(Part(kept, flat, output.shape, basis.flip(-1)))
-    return [replace(part, basis=_cut(part.basis, most)) for part in found]
+            flat = output.reshape(len(output), -1).double()
+            parts.append(Part(kept, flat, output.shape, basis.flip(-1)))
+    return [replace(part, basis=_cut(part.basis, most)) for part in parts]
+
+
+def hessian(likelihood: Likelihood, output: Tensor, batch: Batch) -> Tensor:
+    """(b, o, o), in double precision: the Hessian of −log p(y_i | f) in an example's o outputs."""
+    vectors = torch.stack(list(likelihood.curvature(output, batch)), 1)
+    vectors = vectors.reshape(*vectors.shape[:2], -1).double()
+    return vectors.mT @ vectors
 
 
 def slabs(
@@ -68,11 +78,11 @@ def slabs(
     rows = sum(part.basis.shape[0] * part.basis.shape[2] for part in parts)
     for names in _slab_names(joint, rows, latent):
         columns = _columns(joint, names, latent)
-        found = []
+        of_batches = []
         with evaluating(joint), torch.enable_grad(), torch.autocast(_device(joint), enabled=False):
             for batch, part in zip(_read(joint, batches), parts, strict=True):
-                found.append(_rows(joint, batch, part, names, latent))
-        yield columns, torch.cat(found)
+                of_batches.append(_rows(joint, batch, part, names, latent))
+        yield columns, torch.cat(of_batches)
 
 
 def _rows(joint: JointModel, batch: Batch, part: Part, names: Sequence[str], latent: str) -> Tensor:
@@ -80,18 +90,10 @@ def _rows(joint: JointModel, batch: Batch, part: Part, names: Sequence[str], lat
     bank = joint.program.bank
     means = bank.means()
     means = replace(means, A=means.A.detach(), B=means.B.detach().requires_grad_())
-    plain = joint.binding(means)
-    layers = {
-        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
-        for name, layer in joint.attachment.layers.items()
-    }
-    bound: dict[nn.Module, Factors] = {
-        joint.attachment.layers[name]: layer for name, layer in layers.items()
-    }
-    output = joint.run(batch, replace(plain, factors=bound))
+    output, layers = recorded(joint, batch, means)
     matrices = {f: bank.layouts[f].matrices(bank.kept(f, getattr(means, f).detach())) for f in "AB"}
     updates = [update for name in names for update in layers[name].updates]
-    size, found = len(output), []
+    size, rows = len(output), []
     for q in part.basis.to(output.dtype).unbind(-1):
         gradients = iter(
             torch.autograd.grad(
@@ -108,8 +110,8 @@ def _rows(joint: JointModel, batch: Batch, part: Part, names: Sequence[str], lat
             for f in latent
             for name in names
         ]
-        found.append(torch.cat([block.flatten(1) for block in blocks], 1))
-    return torch.stack(found, 1).flatten(0, 1)
+        rows.append(torch.cat([block.flatten(1) for block in blocks], 1))
+    return torch.stack(rows, 1).flatten(0, 1)
 
 
 def _of_block(
@@ -120,11 +122,11 @@ def _of_block(
     size: int,
 ) -> Tensor:
     """(b, r, columns): over all positions Σ Bᵀ g xᵀ for A, and Σ A x gᵀ for Bᵀ."""
-    own = matrices[factor][name]
+    shape = matrices[factor][name].shape
     other = matrices["AB".replace(factor, "")][name]
-    total = own.new_zeros(size, *own.shape)  # of a layer that is not called it stays
+    total = other.new_zeros(size, *shape)  # of a layer that is not called it stays
     for x, g in uses:
-        x, g = (t.reshape(size, -1, t.shape[-1]).to(own.dtype) for t in (x, g))
+        x, g = (t.reshape(size, -1, t.shape[-1]).to(other.dtype) for t in (x, g))
         left, right = (g, x) if factor == "A" else (x, g)
         total += torch.einsum("btr,btc->brc", left @ other.mT, right)
     return total

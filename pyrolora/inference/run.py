@@ -172,9 +172,10 @@ class Run:
 
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""
+        check_size(len(self.data))
         self.joint.to(self.args.device)
-        first = next(self._batches("curvature"))
-        check_size(len(self.data), examples(self.joint, lambda: [first])[0].basis.shape[-1])
+        parts = examples(self.joint, lambda: self._batches("outputs"))
+        check_size(len(self.data), parts[0].basis.shape[-1])
 
     def dual(self, centre: Tensor, latent: str, draws: int) -> Dual:
         """The posterior of all latent factors in the linearised model at the means of `joint`."""
