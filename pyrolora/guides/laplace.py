@@ -56,11 +56,19 @@ class Laplace(Guide):
     sampled labels). Layers are independent, and A and B of a layer are. Where the adapters have a
     start that is taken off again, the prior is around it.
 
-    With ``curvature="full"`` H is the matrix itself, over all latent factors of all layers, of the
-    model that is linear around θ̄; the guide is around the mode of that model, where H is taken. It
-    is a Gaussian process over the training outputs (`pyrolora.inference.dual.Dual`), for some
-    thousand examples x classes. The prior is around the network without adapters: B around 0,
-    and, since A then says nothing, A around its own means where both are latent.
+    With ``curvature="full"`` H is the matrix itself, over all latent factors of all layers, and the
+    model is the network linearised around θ̄; its mode θ*, where H is taken, is the guide's mean:
+
+        prior  θ ~ N(θ₀, I / λ)         guide  θ ~ N(θ*, (H + λ I)⁻¹)
+
+    It is computed as a Gaussian process over the training outputs (`pyrolora.inference.dual.Dual`),
+    of which there may be 4,096: n (C − 1) of C classes. θ₀ is the network without adapters: B
+    around 0, and, since A is no part of it then, A around its own means where both are latent.
+
+    Its evidence, too, is that of the linearised model, whose features the same labels have taught:
+    it takes an overfitted network for one that labels follow closely, and asks for a prior of many
+    times the size of what was learnt. So predictions are unsure far from the training data, also
+    where the network was right. More scales, for each factor or layer, only let it do so more.
 
     Parameters
     ----------
@@ -70,8 +78,8 @@ class Laplace(Guide):
         Without ``prior_scale``: λ by the negative log-likelihood of the ``eval_data``
         (``"validation"``), or by the ``"marginal_likelihood"`` of the training data, which is that
         of the linearised model. None: by validation; by the marginal likelihood where predictions
-        are linearised and there is no ``eval_data``. The latter takes layers as independent, which
-        they are not, and often ends with a posterior that is far too wide.
+        are linearised and there is no ``eval_data``. The latter, with ``"kronecker"``, takes layers
+        as independent, which they are not, and often ends with a posterior that is far too wide.
     linearised
         Predict with f(x; θ̄) + J(x) (θ − θ̄), the model whose posterior this is, in place of
         f(x; θ). None: where the likelihood allows it, which a language model's does not. The Pyro
@@ -80,7 +88,7 @@ class Laplace(Guide):
         ``"A"``, ``"B"``, or ``"AB"``.
     curvature
         ``"kronecker"`` or ``"full"``. The latter has linearised predictions only. Its draws are
-        made at the end of the fit, and kept.
+        made at the end of the fit, kept and saved; the history has its ``log_evidence``.
     num_draws
         How many, with ``curvature="full"``; each takes the memory of the latent factors once more.
         None: 32.
@@ -90,6 +98,8 @@ class Laplace(Guide):
     E. Daxberger et al. (2021), "Laplace Redux", NeurIPS. A. X. Yang et al. (2024), "Bayesian
     Low-rank Adaptation for Large Language Models", ICLR, arXiv 2308.13111. R. Eschenhagen et al.
     (2023), "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures".
+    A. Immer et al. (2021), "Improving predictions of Bayesian neural nets via local linearization",
+    AISTATS.
     """
 
     name = "laplace"
@@ -155,10 +165,9 @@ class Laplace(Guide):
             self._keep_draws(fit, tune)
         else:
             self._curve(fit, tune)
-        fit.log(prior_precision=float(fit.program.precision))
 
     def _keep_draws(self, fit: Fit, tune: str | None) -> None:
-        """The full curvature, and λ."""
+        """Choose λ by the full curvature, and keep draws of the posterior."""
         program = fit.program
         dual = fit.dual(program.centre_of_all(), self.latent, self.size)
 
@@ -173,10 +182,10 @@ class Laplace(Guide):
         else:
             precision = min(GRID, key=score)
         program.keep(dual.deviations(precision), precision)
-        fit.log(log_evidence=dual.mode(precision).log_evidence)
+        fit.log(prior_precision=precision, log_evidence=dual.mode(precision).log_evidence)
 
     def _curve(self, fit: Fit, tune: str | None) -> None:
-        """The Kronecker factors, and λ."""
+        """Set the Kronecker factors, and λ by them."""
         program = fit.program
         program.curve(fit.kfac())
         if self.prior_scale is not None:
@@ -185,6 +194,7 @@ class Laplace(Guide):
             program.precision.fill_(fit.best_precision(*program.evidence()))
         else:
             program.precision.fill_(min(GRID, key=lambda λ: _score(fit, λ)))
+        fit.log(prior_precision=float(program.precision))
 
     def _tuning(self, fit: Fit) -> str | None:
         if self.prior_scale is not None or self.tune is not None:

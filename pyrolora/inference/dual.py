@@ -137,23 +137,31 @@ class Dual:
             b = self._times(root, self._transposed(root, g)) + slope
             inner = self._transposed(root, self.K @ b / precision)
             step = b - self._times(root, _solve(factor, inner)) - alpha
-            step_g, size = self.K @ step / precision, 1.0
-            while size > 1e-6:
-                new_alpha, new_g = alpha + size * step, g + size * step_g
-                likelihood, new_slope, new_root = self._law(self.start + new_g)
-                new = likelihood - 0.5 * float(new_alpha @ new_g)
-                if new > value - 1e-9 * abs(value):
-                    break
-                size /= 2
-            else:
+            step_g = self.K @ step / precision
+            rise = float(step_g @ (slope - alpha))
+            if rise < 1e-9 * (1 + abs(value)):
                 break
-            gain, value = new - value, new
-            alpha, g, slope, root = new_alpha, new_g, new_slope, new_root
-            if gain < 1e-7 * (1 + abs(value)):
-                break
+            size = self._size(rise, alpha, g, step, step_g)
+            alpha, g = alpha + size * step, g + size * step_g
+            likelihood, slope, root = self._law(self.start + g)
+            value = likelihood - 0.5 * float(alpha @ g)
         self._last = alpha
         factor = self._factor(root, precision)
         return Mode(alpha, root, factor, value - float(factor.diagonal().log().sum()))
+
+    def _size(self, first: float, alpha: Tensor, g: Tensor, step: Tensor, step_g: Tensor) -> float:
+        """How much of a step to take: all of it, or, where the objective falls at its end, a part
+        that ends before it does. ``first`` is the slope of the objective, which is concave, at the
+        beginning."""
+        low, size, high = 0.0, 1.0, 1.0
+        for _ in range(50):
+            _, slope, _ = self._law(self.start + g + size * step_g)
+            now = float(step_g @ (slope - alpha - size * step))
+            if abs(now) <= 0.1 * first or (0 <= now and (size == 1 or now <= 0.5 * first)):
+                return size
+            low, high = (size, high) if now > 0 else (low, size)
+            size = 0.5 * (low + high)
+        return low
 
     @torch.no_grad()
     def deviations(self, precision: float) -> Tensor:

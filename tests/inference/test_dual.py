@@ -82,6 +82,11 @@ def problem_of(kind: str) -> tuple[JointModel, dict[str, Tensor]]:
     if kind in ("classes", "allocated"):
         network, batch = mlp(), {"inputs": torch.randn(7, 4), "labels": torch.arange(7) % 3}
         law = likelihood_for(network, "classification")
+    elif kind == "sure":
+        network, batch = mlp(), {"inputs": torch.randn(7, 4), "labels": torch.arange(7) % 3}
+        with torch.no_grad():
+            network.get_submodule("2").weight.mul_(200)
+        law = likelihood_for(network, "classification")
     else:
         network = bert(3, initializer_range=0.3) if kind == "bert" else bert_choice()
         shape = (5, 6) if kind == "bert" else (5, 3, 6)
@@ -97,10 +102,16 @@ def problem_of(kind: str) -> tuple[JointModel, dict[str, Tensor]]:
         r=2,
         target_modules="all-linear",
         modules_to_save=["classifier"] if kind in ("bert", "choices") else None,
+        rank_allocation="alora" if kind == "allocated" else "uniform",
     )
     joint = build(network, attach(network, config), config, MAP(), law, 7)
     bank = joint.program.bank
-    bank.assign("B_loc", 0.5 * torch.randn_like(bank.get_parameter("B_loc")))
+    if kind == "allocated":
+        idle = bank.mask().clone()
+        idle[0, 1] = False
+        bank.activate(idle)
+    B = 0.5 * torch.randn_like(bank.get_parameter("B_loc"))
+    bank.assign("B_loc", bank.kept("B", B))
     return joint, batch
 
 
@@ -109,7 +120,7 @@ def flat_output(joint: JointModel, batch: dict[str, Tensor], theta: Tensor) -> T
     return output.reshape(len(output), -1)
 
 
-@pytest.mark.parametrize("kind", ["classes", "bert", "choices"])
+@pytest.mark.parametrize("kind", ["classes", "allocated", "bert", "choices"])
 @pytest.mark.parametrize("size", [2**30, 1], ids=["one slab", "a layer a slab"])
 def test_the_kernel_is_that_of_the_dense_jacobian(kind, size, monkeypatch):
     monkeypatch.setattr(jacobian, "SLAB_BYTES", size)
@@ -171,6 +182,32 @@ def test_mode_and_covariance_are_those_of_the_dense_linearised_model():
     assert ((draws.mean(0) - mean).abs() <= 5 * sd / math.sqrt(DRAWS)).all()
     tolerance = 6 * math.sqrt(2 / DRAWS) * sd[:, None] * sd[None, :]
     assert ((draws.T.cov() - torch.linalg.inv(posterior)).abs() <= tolerance).all()
+
+
+def test_of_a_sure_network_the_directions_and_the_best_precision_are_found():
+    """Where its outputs are, the Hessian is zero but for rounding."""
+    joint, batch = problem_of("sure")
+    bank = joint.program.bank
+    theta = bank.latent_part("AB", bank.means()).detach()
+    assert flat_output(joint, batch, theta).softmax(-1).max(-1).values.median() > 1 - 1e-6
+    found = Dual(joint, lambda: [batch], torch.zeros_like(theta), "AB", 1)
+    assert found.k == 2
+    best = found.best_precision()
+    grid = [best * 10 ** (step / 10) for step in range(-20, 21)]
+    values = [found.mode(λ).log_evidence for λ in grid]
+    assert values.index(max(values)) == 20
+
+
+def test_equal_examples_leave_a_kernel_without_negative_eigenvalues():
+    joint, batch = problem_of("classes")
+    same = {name: tensor[:1].expand(7, *tensor.shape[1:]) for name, tensor in batch.items()}
+    theta = joint.program.bank.latent_part("AB", joint.program.bank.means()).detach()
+    found = Dual(joint, lambda: [same], torch.zeros_like(theta), "AB", 1)
+    values = torch.linalg.eigvalsh(found.K)
+    assert (values[:12] < 1e-12 * values[-1]).all(), "two directions, seven times"
+    one = found.mode(1e-9 * float(values[-1]))
+    assert math.isfinite(one.log_evidence)
+    assert torch.isfinite(found.deviations(1e-9 * float(values[-1]))).all()
 
 
 # What is refused ---------------------------------------------------------------------------------
