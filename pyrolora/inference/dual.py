@@ -157,7 +157,7 @@ class Dual:
         for _ in range(50):
             _, slope, _ = self._law(self.start + g + size * step_g)
             now = float(step_g @ (slope - alpha - size * step))
-            if abs(now) <= 0.1 * first or (0 <= now and (size == 1 or now <= 0.5 * first)):
+            if abs(now) <= 0.1 * first or (now >= 0 and (size == 1 or now <= 0.5 * first)):
                 return size
             low, high = (size, high) if now > 0 else (low, size)
             size = 0.5 * (low + high)
