@@ -53,8 +53,12 @@ class Dual:
         θ = θ* + λ^(−½) z − Jᵀ S (Sᵀ K S + λ I)⁻¹ (λ^(−½) Sᵀ J z + ε)
 
     Time: to make it, per slab of layers (`slabs`) a forward pass over the examples and k backward
-    ones, and n² k² P multiplications; a step of Newton's (n k)³ / 3; for draws, the slabs once
-    more unless there is one alone. Memory: 32 (n k)² bytes, draws x P numbers twice, and a slab.
+    ones, and n² k² P multiplications in double precision; a step of Newton's (n k)³ / 3; for draws,
+    the slabs once more unless there is one alone. Memory: 32 (n k)² bytes, draws x P numbers twice,
+    and a slab.
+
+    One λ for all entries: one for A and another for B were tried, and such units that A's was
+    relative to 1/√in. The evidence then leaves one of the factors out, and predictions stay.
 
     Parameters
     ----------
