@@ -184,6 +184,26 @@ def test_mode_and_covariance_are_those_of_the_dense_linearised_model():
     assert ((draws.T.cov() - torch.linalg.inv(posterior)).abs() <= tolerance).all()
 
 
+def test_the_evidence_of_a_regression_is_the_density_of_its_labels():
+    """y ~ N(f(θ̄) + J (θ₀ − θ̄), σ² I + J Jᵀ / λ), whatever the network."""
+    network, x, y = mlp(outputs=1), torch.randn(9, 4), torch.randn(9)
+    config = AdapterConfig(r=2, target_modules="all-linear")
+    law = likelihood_for(network, "regression")
+    law.start(y)
+    joint = build(network, attach(network, config), config, MAP(), law, 9)
+    bank, batch = joint.program.bank, {"inputs": x, "labels": y}
+    bank.assign("B_loc", 0.5 * torch.randn_like(bank.get_parameter("B_loc")))
+    theta = bank.latent_part("AB", bank.means()).detach()
+    J = torch.autograd.functional.jacobian(lambda t: flat_output(joint, batch, t)[:, 0], theta)
+    centre = 0.3 * torch.randn_like(theta)
+    found = Dual(joint, lambda: [batch], centre, "AB", 1)
+    mean = flat_output(joint, batch, theta)[:, 0].detach() + J @ (centre - theta)
+    for precision in (0.1, 10.0):
+        covariance = law.noise().detach() ** 2 * torch.eye(9) + J @ J.T / precision
+        expected = torch.distributions.MultivariateNormal(mean, covariance).log_prob(y)
+        assert found.mode(precision).log_evidence == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_of_a_sure_network_the_directions_and_the_best_precision_are_found():
     """Where its outputs are, the Hessian is zero but for rounding."""
     joint, batch = problem_of("sure")
