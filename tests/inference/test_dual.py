@@ -187,7 +187,7 @@ def test_mode_and_covariance_are_those_of_the_dense_linearised_model():
 def test_the_evidence_of_a_regression_is_the_density_of_its_labels():
     """y ~ N(f(θ̄) + J (θ₀ − θ̄), σ² I + J Jᵀ / λ), whatever the network."""
     network, x, y = mlp(outputs=1), torch.randn(9, 4), torch.randn(9)
-    config = AdapterConfig(r=2, target_modules="all-linear")
+    config = AdapterConfig(r=1, target_modules="all-linear")
     law = likelihood_for(network, "regression")
     law.start(y)
     joint = build(network, attach(network, config), config, MAP(), law, 9)
