@@ -195,9 +195,9 @@ def test_the_evidence_of_a_regression_is_the_density_of_its_labels():
     bank.assign("B_loc", 0.5 * torch.randn_like(bank.get_parameter("B_loc")))
     theta = bank.latent_part("AB", bank.means()).detach()
     J = torch.autograd.functional.jacobian(lambda t: flat_output(joint, batch, t)[:, 0], theta)
-    centre = 0.3 * torch.randn_like(theta)
+    J, centre = J.double(), 0.3 * torch.randn_like(theta)
     found = Dual(joint, lambda: [batch], centre, "AB", 1)
-    mean = flat_output(joint, batch, theta)[:, 0].detach() + J @ (centre - theta)
+    mean = flat_output(joint, batch, theta)[:, 0].detach() + J @ (centre - theta).double()
     for precision in (0.1, 10.0):
         covariance = law.noise().detach() ** 2 * torch.eye(9) + J @ J.T / precision
         expected = torch.distributions.MultivariateNormal(mean, covariance).log_prob(y)
