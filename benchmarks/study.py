@@ -667,10 +667,10 @@ def narrower() -> Iterator[Job]:
 
 def dual() -> Iterator[Job]:
     """Laplace with the full curvature and the prior's precision by evidence, beside LoRA: as many
-    examples as its kernel is soon made for."""
+    examples as its kernel is soon made for, and all of its draws, which cost little."""
     options = {"curvature": "full", "tune": "marginal_likelihood"}
     for task, examples in (("sst2", 400), ("cola", 400), ("trec", 400), ("books", 200)):
-        yield Job(task, examples, "laplace", options)
+        yield Job(task, examples, "laplace", options, draws=32)
         yield Job(task, examples, "map")
 
 
