@@ -67,8 +67,8 @@ class Laplace(Guide):
 
     Its evidence, too, is that of the linearised model, whose features the same labels have taught:
     it takes an overfitted network for one that labels follow closely, and asks for a prior of many
-    times the size of what was learnt. So predictions are unsure far from the training data, also
-    where the network was right. More scales, for each factor or layer, only let it do so more.
+    times the size of what was learnt. Then each draw is sure of itself, and predictions, unsure
+    far from the training data, take all ``num_draws``: with 8 they are votes.
 
     Parameters
     ----------

@@ -57,8 +57,8 @@ class Dual:
     the slabs once more unless there is one alone. Memory: 32 (n k)² bytes, draws x P numbers twice,
     and a slab.
 
-    One λ for all entries: one for A and another for B were tried, and such units that A's was
-    relative to 1/√in. The evidence then leaves one of the factors out, and predictions stay.
+    One λ is for all entries: with one for A and another for B the evidence often leaves a factor
+    out, and the predictions stay as they are.
 
     Parameters
     ----------
