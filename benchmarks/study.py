@@ -665,6 +665,15 @@ def narrower() -> Iterator[Job]:
         yield Job(task, 1000, "laplace", {"tune": "marginal_likelihood"})
 
 
+def dual() -> Iterator[Job]:
+    """Laplace with the full curvature and the prior's precision by evidence, beside LoRA: as many
+    examples as its kernel is soon made for, and all of its draws, which cost little."""
+    options = {"curvature": "full", "tune": "marginal_likelihood"}
+    for task, examples in (("sst2", 400), ("cola", 400), ("trec", 400), ("books", 200)):
+        yield Job(task, examples, "laplace", options, draws=32)
+        yield Job(task, examples, "map")
+
+
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "choose": choose,
     "confirm": confirm,
@@ -673,6 +682,7 @@ STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "grid": grid,
     "two": two,
     "narrower": narrower,
+    "dual": dual,
 }
 
 

@@ -523,6 +523,8 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "tune": ["evidence"],
         "linearised": ["yes", 1],
         "latent": ["C"],
+        "curvature": ["dense", None],
+        "num_draws": [0, 1.5],
     },
     guides.Ensemble: {"members": [0, 1, 2.5], "side_by_side": FLAGS},
     guides.SWAG: {

@@ -100,6 +100,13 @@ class Fit(Protocol):
     def kfac(self) -> Mapping[str, Any]:
         """The Kronecker factors of the curvature at the means of `joint`, by block."""
 
+    def check_dual(self) -> None:
+        """Raise `DataError` for more examples than `dual` takes."""
+
+    def dual(self, centre: Tensor, latent: str, draws: int) -> Any:
+        """The posterior of all latent factors in the linearised model at the means of `joint`, with
+        ``centre`` for the prior's mean: ``best_precision()``, ``deviations(λ)`` (draws, P)."""
+
     def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
         """The prior's precision of the highest marginal likelihood."""
 

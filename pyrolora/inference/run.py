@@ -37,6 +37,8 @@ from pyrolora.inference.checkpoints import (
 )
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
 from pyrolora.inference.data import Prepared
+from pyrolora.inference.dual import Dual, check_size
+from pyrolora.inference.jacobian import examples
 from pyrolora.inference.mcmc import nuts
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.settling import SettleScales, settle_finally
@@ -167,6 +169,18 @@ class Run:
     def kfac(self) -> dict[str, Kronecker]:
         """The Kronecker factors of the curvature at the means of `joint`, by block."""
         return kfac(self.joint, self._batches("curvature"))
+
+    def check_dual(self) -> None:
+        """Raise `DataError` for more examples than `dual` takes."""
+        check_size(len(self.data))
+        self.joint.to(self.args.device)
+        parts = examples(self.joint, lambda: self._batches("outputs"))
+        check_size(len(self.data), parts[0].basis.shape[-1])
+
+    def dual(self, centre: Tensor, latent: str, draws: int) -> Dual:
+        """The posterior of all latent factors in the linearised model at the means of `joint`."""
+        set_seed(self.args.seed)
+        return Dual(self.joint, lambda: self._batches("curvature"), centre, latent, draws)
 
     def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
         """The prior's precision of the highest marginal likelihood."""

@@ -193,8 +193,9 @@ def _check_drawn(program: Program, options: Guide) -> None:
         )
     if program.stored() is not None:
         raise ConfigError(
-            f"khat judges a guide, and the draws of {name!r} are the posterior's own; look at "
-            "R-hat and effective sample sizes, in posterior.summary() and posterior.history"
+            f"khat judges a guide by its density, and {name!r} keeps draws, which have none; of "
+            "Markov chains look at R-hat and effective sample sizes, in posterior.summary() and "
+            "posterior.history"
         )
 
 

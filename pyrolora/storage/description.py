@@ -41,7 +41,7 @@ MOST_COUNT = 2**53
 LOGGED = {
     *("step", "epoch", "loss", "elbo", "member"),
     *("r_hat", "effective_sample_size", "divergences", "kl_weight", "prior_precision"),
-    *("noise_scale", "anchor_loss", "tolerated"),
+    *("noise_scale", "anchor_loss", "tolerated", "log_evidence"),
 }
 """Numbers that a fit adds to the history."""
 

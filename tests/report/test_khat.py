@@ -288,8 +288,9 @@ def quick(guide):
         (Ensemble(members=2), "members of 'ensemble' are point masses"),
         (
             NUTS(chains=1, num_samples=4, warmup_steps=1, max_tree_depth=1),
-            r"'nuts\+meanfield' are the posterior's own.*R-hat",
+            r"'nuts\+meanfield' keeps draws, which have none.*R-hat",
         ),
+        (Laplace(curvature="full", num_draws=4), "'laplace' keeps draws, which have none"),
     ],
 )
 def test_a_guide_without_a_density_is_refused(guide, message):

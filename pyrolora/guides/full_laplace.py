@@ -1,0 +1,87 @@
+"""The program of Laplace with the full curvature: draws that were made at the end of the fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrolora.adapters import AdapterBank
+from pyrolora.errors import ConfigError
+from pyrolora.guides.factor_program import FactorProgram
+
+
+class FullLaplaceProgram(FactorProgram):
+    """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
+
+    Buffers: λ, ``precision``; and ``deviations`` (draws, P), the draws of θ − θ̄, that are all
+    there are. Zeros until `keep`.
+    """
+
+    layers_independent = False
+    linearised = True
+
+    precision: Tensor
+    deviations: Tensor
+
+    def __init__(self, bank: AdapterBank, options: Any) -> None:
+        super().__init__(bank, options)
+        self.register_buffer("precision", torch.ones(()))
+        self.confine("precision", constraints.positive)
+        total = bank.layout(options.latent).total
+        self.register_buffer("deviations", torch.zeros(options.size, total))
+
+    def prior(self, site: str) -> dist.TorchDistribution:
+        return dist.Normal(self.prior_centre(site), self.precision.rsqrt()).to_event(1)
+
+    @property
+    def shrunk(self) -> str:
+        """The latent factors whose prior is not around their own means. Where B is latent and
+        around zero, A is no part of the network without adapters: any A gives that."""
+        latent: str = self.options.latent
+        return "B" if latent == "AB" and self.bank.origin is None else latent
+
+    def prior_centre(self, site: str) -> Tensor:
+        """θ₀ of a site: that of the network without adapters; A's own means where that has none."""
+        if self.bank.origin is not None:
+            return self.bank.latent_part(site, self.bank.origin)
+        mean = self.loc(site)
+        return torch.zeros_like(mean) if site in self.shrunk else mean
+
+    def centre_of_all(self) -> Tensor:
+        """θ₀, (P,)."""
+        return torch.cat([self.prior_centre(site) for site in self.sites]).detach()
+
+    def law(self, site: str) -> dist.TorchDistribution:
+        """A point: the draws have no density."""
+        return dist.Delta(self.loc(site), event_dim=1)
+
+    def guide(self, kl_weight: float = 1.0) -> None:
+        """One of the draws, whose number is the auxiliary site ``draw``."""
+        law = dist.Categorical(torch.ones(self.stored(), device=self.precision.device))
+        number = pyro.sample("draw", law, infer={"is_auxiliary": True})
+        if number.dim():
+            raise ConfigError(
+                "the stored draws of 'laplace' come one at a time, not in a plate; use "
+                "posterior.sample(n), or Predictive(..., parallel=False)"
+            )
+        for name, value in self.pick(number).items():
+            pyro.sample(name, dist.Delta(value, event_dim=1))
+
+    def stored(self) -> int:
+        return len(self.deviations)
+
+    def pick(self, index: Tensor) -> dict[str, Tensor]:
+        sizes = [self.bank.layouts[site].total for site in self.sites]
+        parts = self.deviations[index].split(sizes, dim=-1)
+        return {s: self.loc(s) + part for s, part in zip(self.sites, parts, strict=True)}
+
+    @torch.no_grad()
+    def keep(self, deviations: Tensor, precision: float) -> None:
+        """Store draws of θ − θ̄, (draws, P), and the λ that they are for."""
+        self.deviations.copy_(deviations)
+        self.precision.fill_(precision)
