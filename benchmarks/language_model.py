@@ -247,7 +247,7 @@ def work_through(args: argparse.Namespace) -> dict[str, Row]:
     about = {"hardware": hardware(), "versions": versions()}
     model = digest([*args.model.glob("*.safetensors"), args.model / "config.json"])
     data = {task: identity(args.data, task) for task in args.tasks}
-    stored = read(store)
+    stored = read_store(store)
     rows = {}
     for job in jobs(args):
         files = {"model": model, "data": data[job.task]}
@@ -259,17 +259,6 @@ def work_through(args: argparse.Namespace) -> dict[str, Row]:
                 stored[key(settings[method])] = row
                 print(line(job, method, results), flush=True)
         rows |= {key(own): stored[key(own)] for own in settings.values() if key(own) in stored}
-    return rows
-
-
-def read(store: Path) -> dict[str, Row]:
-    """Settings -> row. An option that is newer than a row was at its default."""
-    rows = {}
-    for row in read_store(store).values():
-        settings = row["settings"]
-        defaults = describe(guides.from_options(settings["guide"], {}))
-        settings["options"] = defaults | settings["options"]
-        rows[key(settings)] = row
     return rows
 
 

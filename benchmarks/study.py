@@ -76,6 +76,13 @@ PEFT = "peft-montec"
 ADAPTER = pyrolora.AdapterConfig(target_modules=("query", "key", "value", "dense"))
 POINTS = ("map", "flat", PEFT, "full")  # one draw is all there is
 OWN_RATE = {"full": 1e-4}  # where all weights move, the rate of adapters is far too high
+# What fits did before an option gave the choice.
+BEFORE = {
+    "scale_updates": "gradient",
+    "units": "one",
+    "prior_mean": "zero",
+    "curvature": "kronecker",
+}
 FOLLOWED = "map"  # scored after every epoch: the rival that is stopped in time
 
 Row = dict[str, Any]
@@ -354,11 +361,27 @@ def read_store(path: Path) -> dict[str, Row]:
         except json.JSONDecodeError:
             print(f"{path}: skipped a line that is not complete")
             continue
+        settings = row["settings"]
         # An option of adapters that is newer than the row was at its default.
-        row["settings"]["adapter"] = dataclasses.asdict(ADAPTER) | row["settings"]["adapter"]
-        _as_relative(row, row["settings"]["options"])
-        rows[key(row["settings"])] = row
+        settings["adapter"] = dataclasses.asdict(ADAPTER) | settings["adapter"]
+        if settings["guide"] != PEFT:
+            now = describe(guides.from_options(settings["guide"], {}))
+            settings["options"] = _completed(settings["options"], now)
+        _as_relative(row, settings["options"])
+        rows[key(settings)] = row
     return rows
+
+
+def _completed(options: Row, now: Row) -> Row:
+    """The options of a row with those that are newer than it: as fits were before there was a
+    choice, or else at their default."""
+    found = dict(options)
+    for name, default in now.items():
+        if isinstance(default, dict):
+            found[name] = _completed(options.get(name, {}), default)
+        else:
+            found.setdefault(name, BEFORE.get(name, default))
+    return found
 
 
 def _as_relative(row: Row, options: Row) -> None:

@@ -78,6 +78,20 @@ def test_what_does_not_fit_is_passed_over_for_what_does(study: Any) -> None:
     assert study.affordable(prices, prices.get, 0.5) == []
 
 
+def test_a_row_older_than_an_option_has_what_fits_did_then(study: Any, tmp_path: Path) -> None:
+    store = tmp_path / "rows.jsonl"
+    changed = {"units": "fan_in", "prior_mean": "start"}
+    stored = row(study, "cola", "flat+montec", options={"inner": changed})
+    for name in ("units", "scale_updates"):
+        del stored["settings"]["options"]["inner"][name]
+    study.append(store, stored)
+    (found,) = study.read_store(store).values()
+    options = found["settings"]["options"]["inner"]
+    assert [options[n] for n in ("units", "scale_updates", "prior_mean")] == [
+        "one", "gradient", "start"
+    ]  # fmt: skip
+
+
 def test_a_half_written_line_is_skipped_and_closed(
     study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
