@@ -602,6 +602,15 @@ SCALE_RATES: tuple[Row, ...] = ({}, {"scale_learning_rate": 1e-2}, {"scale_learn
 LONG = ((3e-3, 16, 8), (1e-3, 16, 8), (1e-3, 32, 16))
 
 
+# Noise relative to the rows of A, whose widths are set by curvature at the full price of the KL.
+RELATIVE = {
+    "scale_updates": "curvature",
+    "units": "row",
+    "prior_mean": "learned",
+    "kl_weight": 1.0,
+}
+
+
 def choose() -> Iterator[Job]:
     """What the defaults were chosen from."""
     for task, (guide, options) in itertools.product(CHOOSING, CANDIDATES):
@@ -697,6 +706,15 @@ def dual() -> Iterator[Job]:
         yield Job(task, examples, "map")
 
 
+def relative() -> Iterator[Job]:
+    """montec with noise relative to the rows of A, by curvature, on the tasks that choose."""
+    for task, scale in itertools.product(CHOOSING, (3.0, 6.0)):
+        yield Job(task, 1000, "montec", {**RELATIVE, "sample_scale": scale})
+    for scale, (rate, batch) in itertools.product((3.0, 6.0), CORNERS):
+        options = {**RELATIVE, "sample_scale": scale}
+        yield Job("books", 1000, "montec", options, learning_rate=rate, batch=batch)
+
+
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "choose": choose,
     "confirm": confirm,
@@ -706,6 +724,7 @@ STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "two": two,
     "narrower": narrower,
     "dual": dual,
+    "relative": relative,
 }
 
 

@@ -478,7 +478,7 @@ class Posterior:
         batch_size: int,
         seed: int | None,
         *,
-        draws: Iterable[int] | None,
+        draws: Iterable[int] | None = None,
         need_labels: bool,
     ) -> Prediction:
         whole_number("batch_size", batch_size, at_least=1)

@@ -108,6 +108,7 @@ MONTEC = [
         ("hierarchical", "diagonal", True, "B", "learned"),
     ]
 ]  # fmt: skip
+MONTEC.append(dataclasses.replace(MONTEC[1], latent="A", units="row"))
 
 
 def changed(problem: Layer) -> None:
@@ -117,7 +118,9 @@ def changed(problem: Layer) -> None:
         parameter.data.add_(0.3 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("options", MONTEC, ids=lambda o: f"{o.component_prior}-{o.latent}")
+@pytest.mark.parametrize(
+    "options", MONTEC, ids=lambda o: f"{o.component_prior}-{o.latent}-{o.units}"
+)
 def test_montecs_prior_is_the_earlier_guide(options):
     """log p(θ) of the model, at draws of the new guide, is log q_earlier of the same factors; and
     its expected difference is the closed-form KL of the bound."""
@@ -167,10 +170,10 @@ def log_ratio(program: Any, previous: Any, count: int) -> Tensor:
         old = previous.bank.latent_part(latent, previous.bank.means())
         gain = program._gain(sites["mixture_weights"])
         if program.options.component_prior == "hierarchical":
-            tril = gain[..., None, None] * sites["covariance_tril"]
+            tril = gain[..., None] * sites["covariance_tril"]
             shift = whiten(tril, (own - old).expand(count, -1), program.layout.groups)
         else:
-            shift = program.layout.scale(1 / gain, own - old)
+            shift = program.layout.scale_rows(1 / gain, own - old)
         there = {**sites, "noise": sites["noise"] + shift}
         torch.testing.assert_close(previous.factors(there).A, program.factors(sites).A)
         placed = [
