@@ -73,14 +73,17 @@ BLOB = {
     "prior_scale": 0.2,
     "init_scale": 0.00184,
     "kl_weight": 1.0,
+    "prior_mean": "zero",
+    "units": "one",
+    "scale_updates": "gradient",
     "scale_learning_rate": 0.01,
     "draws_per_batch": 4,
 }
 CURVATURE = {
     "scale_updates": "curvature",
     "prior_mean": "learned",
-    "units": "fan_in",
-    "sample_scale": 1.6,
+    "units": "row",
+    "sample_scale": 6.0,
     "kl_weight": 1.0,
 }
 TEMPERATURE = "MLE, temperature"
