@@ -472,7 +472,8 @@ class Program(ParamModule, ABC):
         self.previous = copy.deepcopy(previous).requires_grad_(False)
         self.previous.previous = None
         sizes = previous.sizes()
-        self.register_buffer("row_sizes", None if sizes is None else sizes.detach().clone())
+        for program in (self, self.previous):  # whose own means may have moved from there
+            program.register_buffer("row_sizes", None if sizes is None else sizes.detach().clone())
 
     def await_prior(self, options: Guide) -> None:
         """`succeed` a program of these options whose tensors are yet to be loaded."""

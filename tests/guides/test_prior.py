@@ -196,9 +196,11 @@ def test_the_cooperation_of_the_earlier_fit_does_not_count_again():
 GUIDES = {
     "montec": MonteCLoRA(latent="AB"),
     "montec hierarchical": MonteCLoRA(component_prior="hierarchical", covariance="full"),
+    "montec in units of its rows": MonteCLoRA(units="row", prior_mean="learned", df_per_rank=8),
     "meanfield": MeanField(latent="AB"),
     "lowrank": LowRank(latent="B", rank=2),
     "flat+meanfield": Flat(inner=MeanField()),
+    "flat+meanfield in units of its rows": Flat(inner=MeanField(units="row", prior_mean="learned")),
 }
 
 
