@@ -818,7 +818,8 @@ class Posterior:
         if program.linearised and self.likelihood.linearisable:
             raise ConfigError(
                 "the predictions of this posterior are linear in its draws, and the network with a "
-                "draw in it gives others; use draw='mean', or fit with Laplace(linearised=False)"
+                "draw in it gives others; use draw='mean', or fit with "
+                "Laplace(curvature='kronecker', linearised=False)"
             )
         setting = program.factors(numbered.sites([draw]))[0]
         if setting.seeds is not None:
