@@ -22,6 +22,9 @@ Matrices = Mapping[str, Tensor]
 """Layer -> (..., r, columns)."""
 
 
+TINY = 1e-12
+
+
 @dataclass(frozen=True)
 class Block:
     """One factor of one layer as r x columns: A itself, or Bᵀ, whose columns are B's rows."""
@@ -79,9 +82,13 @@ class Layout:
 
     def row_sizes(self, flat: Tensor) -> Tensor:
         """(L, rank): the root mean square of each row of each block; 1 for rows that a block does
-        not have."""
+        not have. That of zeros, of an idle rank, is all but zero and has no gradient."""
         sizes = [
-            pad(part.square().mean(-1).sqrt(), (0, self.rank - part.shape[-2]), value=1.0)
+            pad(
+                part.square().mean(-1).clamp(min=TINY**2).sqrt(),
+                (0, self.rank - part.shape[-2]),
+                value=1.0,
+            )
             for part in split_blocks(flat, self.groups)
         ]
         return torch.cat(sizes)

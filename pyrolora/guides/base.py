@@ -32,8 +32,6 @@ LATENTS = ("A", "B", "AB")
 AGAINST = ("sum", "mean")
 SCALE_UPDATES = ("curvature", "gradient")
 PRIOR_MEANS = ("learned", "start", "zero")
-TINY = 1e-12
-"""The least size of a row that scales are multiples of: idle ranks have zeros."""
 UNITS = ("row", "fan_in", "one")
 
 Sites = Mapping[str, Tensor]
@@ -359,7 +357,7 @@ class Program(ParamModule, ABC):
         if self.row_sizes is not None:
             return self.row_sizes
         means = self.bank.latent_part(self.options.latent, self.bank.means())
-        return self.bank.layout(self.options.latent).row_sizes(means).clamp(min=TINY)
+        return self.bank.layout(self.options.latent).row_sizes(means)
 
     def centre(self, site: str) -> Tensor | None:
         """The prior's mean of the factors of a site, flat; None: zero."""

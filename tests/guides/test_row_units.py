@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
@@ -106,6 +107,24 @@ def test_the_noise_follows_the_means_with_a_gradient(guide: Variational) -> None
     gradient = bank.get_parameter("A_loc").grad
     assert gradient is not None
     torch.testing.assert_close(gradient, wanted.flatten())
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=NAMES)
+def test_ranks_that_move_have_finite_gradients(guide: Variational) -> None:
+    """Idle ranks have zeros in A, whose size has no derivative."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    posterior = pyrolora.fit(
+        network,
+        (torch.randn(24, 6), torch.randint(0, 3, (24,))),
+        guide,
+        likelihood="classification",
+        adapter=AdapterConfig(r=2, target_modules=["0", "2"], rank_allocation="snr"),
+        epochs=4,
+        batch_size=4,
+    )
+    assert all(torch.isfinite(p).all() for p in posterior.model.parameters())
+    assert not posterior.bank.mask().all()  # there are idle ranks
 
 
 @pytest.mark.parametrize("guide", [MonteCLoRA, MeanField, LowRank])
