@@ -21,8 +21,7 @@ from pyrolora.types import RANDOM_STARTS, AdapterConfig
 Matrices = Mapping[str, Tensor]
 """Layer -> (..., r, columns)."""
 
-
-TINY = 1e-12
+TINY = 1e-12  # the size of a row of zeros, which scales are multiples of
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -492,6 +493,22 @@ class Program(ParamModule, ABC):
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         """Site -> the stored draws of these numbers; of programs whose draws are `stored`."""
         raise NotImplementedError(f"{type(self).__name__} draws anew")
+
+    def sample_stored(self, guide: str) -> None:
+        """Sample one of the stored draws, whose number is the auxiliary site ``draw``; ``guide`` is
+        whose program this is."""
+        stored = self.stored()
+        assert stored is not None
+        device = self.bank.get_parameter("A_loc").device
+        law = dist.Categorical(torch.ones(stored, device=device))
+        number = pyro.sample("draw", law, infer={"is_auxiliary": True})
+        if number.dim():
+            raise ConfigError(
+                f"the stored draws of {guide!r} come one at a time, not in a plate; use "
+                "posterior.sample(n), or Predictive(..., parallel=False)"
+            )
+        for name, value in self.pick(number).items():
+            pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
 
     def statistics(self, index: Tensor) -> dict[str, Tensor]:
         """What the sampler says of the stored draws of these numbers, by ArviZ's names."""

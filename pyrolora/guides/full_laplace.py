@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
-from pyrolora.errors import ConfigError
 from pyrolora.guides.factor_program import FactorProgram
 
 
@@ -62,15 +60,7 @@ class FullLaplaceProgram(FactorProgram):
 
     def guide(self, kl_weight: float = 1.0) -> None:
         """One of the draws, whose number is the auxiliary site ``draw``."""
-        law = dist.Categorical(torch.ones(self.stored(), device=self.precision.device))
-        number = pyro.sample("draw", law, infer={"is_auxiliary": True})
-        if number.dim():
-            raise ConfigError(
-                "the stored draws of 'laplace' come one at a time, not in a plate; use "
-                "posterior.sample(n), or Predictive(..., parallel=False)"
-            )
-        for name, value in self.pick(number).items():
-            pyro.sample(name, dist.Delta(value, event_dim=1))
+        self.sample_stored("laplace")
 
     def stored(self) -> int:
         return len(self.deviations)

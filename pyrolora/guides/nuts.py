@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
@@ -154,15 +152,7 @@ class NUTSProgram(WrappingProgram):
 
     def guide(self, kl_weight: float = 1.0) -> None:
         """One of the draws, whose number is the auxiliary site ``draw``."""
-        law = dist.Categorical(torch.ones(self.stored()))
-        number = pyro.sample("draw", law, infer={"is_auxiliary": True})
-        if number.dim():
-            raise ConfigError(
-                "the stored draws of 'nuts' come one at a time, not in a plate; use "
-                "posterior.sample(n), or Predictive(..., parallel=False)"
-            )
-        for name, value in self.pick(number).items():
-            pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
+        self.sample_stored("nuts")
 
     def factors(self, sites: Sites) -> FlatFactors:
         return self.inner.factors(sites)
