@@ -249,9 +249,7 @@ def fitted(name: str, targets: str, data: Examples) -> Any:
             report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
             dataloader_pin_memory=False,
         )  # fmt: skip
-        return pyrolora.fit(
-            build(name), data, guide, adapter=adapter, likelihood=kind, training=steps
-        )
+        return pyrolora.fit(build(name), data, guide, adapter=adapter, task=kind, training=steps)
 
 
 # Cells: each gives the largest difference ---------------------------------------------------------
@@ -285,9 +283,7 @@ def exported(posterior: Any, network: nn.Module, data: Examples) -> float:
     with tempfile.TemporaryDirectory() as folder:
         posterior.to_peft(folder)
         theirs = data.scores(peft.PeftModel.from_pretrained(copy.deepcopy(network), folder))
-        again = pyrolora.from_peft(
-            folder, copy.deepcopy(network), likelihood=posterior.likelihood.name
-        )
+        again = pyrolora.from_peft(folder, copy.deepcopy(network), task=posterior.task.name)
     return max(gap(theirs, expected), gap(again.log_likelihood(data, 0)[0], expected))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pyrolora.adapters import attach
 from pyrolora.guides import MAP, Dropout, Flat, Guide, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference.trainer import Objective
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
+from pyrolora.tasks import task_for
 from pyrolora.types import Batch
 
 NUM_EXAMPLES = 10_000  # n of the pretended data set; it scales the loss and costs nothing
@@ -112,8 +112,8 @@ def pyrolora_guide(guide: Guide) -> Maker:
 
     def make(case: Case, network: nn.Module) -> Contestant:
         model = twin(network)
-        likelihood, config = likelihood_for(model), case.adapter
-        joint = build(model, attach(model, config), config, guide, likelihood, NUM_EXAMPLES)
+        task, config = task_for(model), case.adapter
+        joint = build(model, attach(model, config), config, guide, task, NUM_EXAMPLES)
         objective = Objective(joint.to(model.device), NUM_EXAMPLES)
         beta = guide.beta(NUM_EXAMPLES)
         return _contestant(objective, lambda batch: objective(batch, beta))

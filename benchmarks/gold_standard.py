@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.data import prepare
 from pyrolora.guides import (
     MAP,
     NUTS,
@@ -42,7 +43,6 @@ from pyrolora.guides import (
     MeanField,
     MonteCLoRA,
 )
-from pyrolora.inference import prepare
 from pyrolora.predictive import draw_factors, predict
 
 Data = tuple[Tensor, Tensor]
@@ -201,7 +201,7 @@ class Bench:
         """A fit of the network, or around the means of a posterior; all examples a batch."""
         if isinstance(start, nn.Module):
             adapter = ADAPTER if guide.adapts else None
-            training |= {"likelihood": "classification", "adapter": adapter}
+            training |= {"task": "classification", "adapter": adapter}
         return pyrolora.fit(
             start, self.problem.train, guide, batch_size=TRAIN, seed=self.seed, **training
         )
@@ -216,14 +216,14 @@ class Bench:
         """`trained` on batches of a third, whose noise is what spreads SWAG's iterates."""
         epochs = max(self.budget.epochs // 3, 1)
         batch = {"batch_size": TRAIN // 3, "epochs": epochs, "learning_rate": 2e-2}
-        options = {"likelihood": "classification", "adapter": ADAPTER, "seed": self.seed}
+        options = {"task": "classification", "adapter": ADAPTER, "seed": self.seed}
         return pyrolora.fit(start, self.problem.train, guide, **batch, **options)
 
     def predicted(self, posterior: Posterior, factors: FlatFactors | None = None) -> Predicted:
         """Of the test inputs, with draws of the posterior, or with ``factors``."""
         if factors is None:
             factors = draw_factors(posterior.model, self.budget.draws, self.seed)
-        data = prepare(self.problem.test, posterior.base, posterior.likelihood)
+        data = prepare(self.problem.test, posterior.base, posterior.task)
         prediction: Any = predict(posterior.model, data, factors, batch_size=NEAR + FAR)
         return Predicted(prediction.draws, self.problem.test[1])
 

@@ -33,9 +33,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 import pyrolora
 from pyrolora import defaults, zoo
+from pyrolora.data import prepare
 from pyrolora.demo import sentences
 from pyrolora.guides import Guide, MeanField, MonteCLoRA
-from pyrolora.inference import prepare
 from pyrolora.inference.trainer import Objective
 from pyrolora.posterior import Posterior
 
@@ -68,7 +68,7 @@ def fitted(guide: Guide, data: Any, epochs: int, seed: int) -> Posterior:
 
 def batches_of(posterior: Posterior, data: Any, size: int, count: int) -> list[Any]:
     """The first batches of the data, all of one size."""
-    found = prepare(data, posterior.base, posterior.likelihood, posterior.tokenizer)
+    found = prepare(data, posterior.base, posterior.task, posterior.tokenizer)
     if len(found) < size * count:
         raise SystemExit(f"{count} batches of {size} need more than the {len(found)} sentences")
     starts = range(0, size * count, size)

@@ -30,10 +30,10 @@ from networks import Case, case, twin
 from pyrolora import Posterior
 from pyrolora.adapters import attach
 from pyrolora.guides import MonteCLoRA
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import evaluating
 from pyrolora.predictive import draw_factors
+from pyrolora.tasks import task_for
 
 CASES = ["minilm", "minilm/all-linear", "roberta-base", "roberta-base/all-linear"]
 
@@ -42,7 +42,7 @@ def times_of(case: Case, args: argparse.Namespace, device: torch.device) -> pd.D
     network = case.shape.network(device).eval()
     model, guide = twin(network).eval(), MonteCLoRA()
     attachment = attach(model, case.adapter)
-    joint = build(model, attachment, case.adapter, guide, likelihood_for(model), NUM_EXAMPLES)
+    joint = build(model, attachment, case.adapter, guide, task_for(model), NUM_EXAMPLES)
     joint.to(device)
     posterior = Posterior(joint, guide)
     vocabulary = network.config.vocab_size

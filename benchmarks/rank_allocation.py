@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, RankAllocation, defaults
-from pyrolora.inference import ablation, prepare, signal_to_noise
+from pyrolora.data import prepare
+from pyrolora.inference import ablation, signal_to_noise
 
 NAME = "rank_allocation"
 WIDTH, LAYERS, CLASSES = 24, 6, 8
@@ -116,7 +117,7 @@ def fitted(
         network,
         data["train"],
         guide="meanfield",
-        likelihood="classification",
+        task="classification",
         eval_data=data["held out"] if ablates else None,
         adapter=adapter,
         epochs=args.epochs,
@@ -128,7 +129,7 @@ def fitted(
 
 def importances(posterior: Posterior, held_out: Data, repeats: int = 5) -> dict[str, Any]:
     """Both scores of every rank, layer by layer, and the median of the seconds that each takes."""
-    prepared = prepare(held_out, posterior.base, posterior.likelihood)
+    prepared = prepare(held_out, posterior.base, posterior.task)
     count = min(defaults.ALLOCATION_EXAMPLES, len(prepared))
     batch = prepared.collate([prepared.examples[i] for i in range(count)])
     found: dict[str, Any] = {}

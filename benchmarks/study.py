@@ -64,7 +64,8 @@ from transformers import (
 
 import pyrolora
 from pyrolora import guides
-from pyrolora.inference import prepare, training_arguments
+from pyrolora.data import prepare
+from pyrolora.inference import training_arguments
 from pyrolora.predictive import auroc, draw_factors, evaluate, predict
 from pyrolora.predictive.metrics import calibration_error
 from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
@@ -229,7 +230,7 @@ class Curve(TrainerCallback):
         joint = rest["model"].joint
         row: Row = {"epoch": round(state.epoch)}
         for name, data in self.parts.items():
-            ready = prepare(data, joint.base, joint.likelihood, self.tokenizer)
+            ready = prepare(data, joint.base, joint.task, self.tokenizer)
             row[name] = scores(predict(joint, ready, draw_factors(joint, 0)))
         self.rows.append(row)
 

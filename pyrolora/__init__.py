@@ -15,7 +15,7 @@ from pyrolora.errors import PyroLoraError
 from pyrolora.types import AdapterConfig, RankAllocation
 
 if TYPE_CHECKING:
-    from pyrolora import distributions, guides, likelihoods
+    from pyrolora import diagnostics, distributions, guides, plots, tasks
     from pyrolora.comparing import compare
     from pyrolora.fitting import fit
     from pyrolora.loading import from_peft, load
@@ -27,12 +27,14 @@ _LAZY = {
     "Posterior": "pyrolora.posterior",
     "Prediction": "pyrolora.predictive",
     "compare": "pyrolora.comparing",
+    "diagnostics": "",
     "distributions": "",
     "fit": "pyrolora.fitting",
     "from_peft": "pyrolora.loading",
     "guides": "",
-    "likelihoods": "",
     "load": "pyrolora.loading",
+    "plots": "",
+    "tasks": "",
 }
 
 
@@ -56,10 +58,12 @@ __all__ = [
     "PyroLoraError",
     "RankAllocation",
     "compare",
+    "diagnostics",
     "distributions",
     "fit",
     "from_peft",
     "guides",
-    "likelihoods",
     "load",
+    "plots",
+    "tasks",
 ]

@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from pyrolora import defaults
+from pyrolora.columns import INPUTS
+from pyrolora.data.examples import as_examples
+from pyrolora.data.labels import class_names_of, has_names, plain_name
 from pyrolora.errors import ConfigError
-from pyrolora.inference.examples import as_examples
-from pyrolora.inference.labels import class_names_of, has_names, plain_name
-from pyrolora.likelihoods import Classification
-from pyrolora.model import INPUTS
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import evaluate
+from pyrolora.tasks import Classification
 
 
 def compare(
@@ -53,7 +53,7 @@ def compare(
         ``nll_difference``, the mean over examples of the loss −log p̄ beyond that of the posterior
         with the lowest mean, with its standard error ``difference_se`` (of the paired differences:
         most of what makes an example hard is the same for all). A language model's are nats a
-        text, not a token. ``pyrolora.report.as_table`` makes a table for the terminal of it.
+        text, not a token. ``pyrolora.arviz.as_table`` makes a table for the terminal of it.
 
     Raises
     ------
@@ -69,9 +69,9 @@ def compare(
     for name, posterior in posteriors.items():
         if not isinstance(posterior, Posterior):
             raise ConfigError(f"{name!r} is a {type(posterior).__name__}, not a posterior")
-    laws = {posterior.likelihood.name for posterior in posteriors.values()}
+    laws = {posterior.task.name for posterior in posteriors.values()}
     if len(laws) > 1:
-        raise ConfigError(f"the posteriors have different likelihoods, {sorted(laws)}")
+        raise ConfigError(f"the posteriors have different tasks, {sorted(laws)}")
     _check_classes(posteriors, data)
     rows, losses = {}, {}
     for name, posterior in posteriors.items():
@@ -101,9 +101,9 @@ def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
     """Raise `ConfigError` where a label that is a number would be another class to each network;
     names are turned to each network's numbers."""
     orders = {
-        name: class_names_of(posterior.base, posterior.likelihood)
+        name: class_names_of(posterior.base, posterior.task)
         for name, posterior in posteriors.items()
-        if isinstance(posterior.likelihood, Classification)
+        if isinstance(posterior.task, Classification)
     }
     for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
         names = set(first.values())

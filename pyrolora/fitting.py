@@ -30,23 +30,19 @@ from pyrolora.adapters import (
     plain_copy,
     start_of,
 )
+from pyrolora.data import Prepared, load_network, prepare, to_device
+from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.folder_lock import locked
 from pyrolora.guides import MAP, Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import (
-    Prepared,
     Run,
     check_allocation,
     check_arguments,
-    load_network,
-    prepare,
-    to_device,
     training_arguments,
     weight_gradients,
 )
-from pyrolora.inference.labels import class_names_of
 from pyrolora.inference.reading import check_reading, explained_pass
-from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel, evaluating
 from pyrolora.posterior import Posterior
@@ -55,6 +51,7 @@ from pyrolora.predictive.metrics import HIGHER_IS_BETTER
 from pyrolora.predictive.prediction import PREDICTIONS
 from pyrolora.seeding import fitting, seeded
 from pyrolora.storage import check_base, describe_base
+from pyrolora.tasks import Task, task_for
 from pyrolora.types import AdapterConfig
 
 
@@ -66,7 +63,7 @@ def fit(
     *,
     eval_data: Any = None,
     tokenizer: Any = None,
-    likelihood: str | None = None,
+    task: str | None = None,
     adapter: AdapterConfig | Any = None,
     prior: Posterior | None = None,
     epochs: float | None = None,
@@ -110,7 +107,7 @@ def fit(
     tokenizer
         For raw text and padding; loaded with a model that is given by its name.
     likelihood
-        A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
+        A name from ``pyrolora.tasks.available()``; None: from the model's class.
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
     prior
@@ -160,7 +157,7 @@ def fit(
     given = model if isinstance(model, Posterior) else None
     options = as_guide(_chosen(guide, prior))
     if prior is not None:
-        _check_prior(prior, options, given, adapter, likelihood)
+        _check_prior(prior, options, given, adapter, task)
     source = prior if given is None else given
     if source is not None and source.temperature != 1:
         warnings.warn(
@@ -182,21 +179,21 @@ def fit(
             check_eager(base)
             check_in_memory(base)
         if given is not None:
-            _check_post_hoc(given, options, adapter, likelihood, shortcuts, callbacks)
+            _check_post_hoc(given, options, adapter, task, shortcuts, callbacks)
             network = given.base
         else:
-            name = likelihood if prior is None else prior.likelihood.name
+            name = task if prior is None else prior.task.name
             like = None if prior is None else prior.base
             network, tokenizer = load_network(model, data, tokenizer, name, like)
         if source is not None:
-            config, law = source.bank.config, copy.deepcopy(source.likelihood)
+            config, law = source.bank.config, copy.deepcopy(source.task)
             tokenizer = source.tokenizer if tokenizer is None else tokenizer
         else:
             if options.adapts:
                 config = as_adapter_config(adapter)
             else:
                 config, network = _without_adapters(options, adapter), _trained_copy(network)
-            law = likelihood_for(network, likelihood)
+            law = task_for(network, task)
         options.check(law)
         prepared = prepare(data, network, law, tokenizer)
         law.class_names = prepared.names or law.class_names
@@ -228,10 +225,10 @@ def fit(
                 joint.freeze()
                 joint.program.recentre()
             if given is not None:
-                joint.likelihood.load_state_dict(law.state_dict())
-                joint.likelihood.requires_grad_(options.post_hoc() == "trained")
+                joint.task.load_state_dict(law.state_dict())
+                joint.task.requires_grad_(options.post_hoc() == "trained")
             if prior is not None:
-                joint.likelihood.requires_grad_(False)
+                joint.task.requires_grad_(False)
                 joint.program.succeed(prior.model.program)
             return joint
 
@@ -255,7 +252,7 @@ def fit(
             _check_output(joint, prepared, untrained=source is None)
             if given is not None and list(law.parameters()):
                 law.start(prepared.labels, _outputs(joint, prepared, args))
-                joint.likelihood.load_state_dict(law.state_dict())
+                joint.task.load_state_dict(law.state_dict())
             identity = describe_base(network, attachment.heads, weights=options.adapts)
             run = Run(
                 joint,
@@ -301,7 +298,7 @@ def _chosen(guide: str | Guide | None, prior: Posterior | None) -> str | Guide:
 
 
 def _check_prior(
-    prior: Posterior, options: Guide, given: Posterior | None, adapter: Any, likelihood: str | None
+    prior: Posterior, options: Guide, given: Posterior | None, adapter: Any, task: str | None
 ) -> None:
     """An earlier posterior brings adapters, heads and likelihood, and its guide has to be of the
     kind that follows."""
@@ -310,7 +307,7 @@ def _check_prior(
             "with prior= the network is what is fitted, and model= is a Posterior; pass "
             "posterior.base, or leave prior= out for a fit that keeps the means"
         )
-    for name, value in {"adapter": adapter, "likelihood": likelihood}.items():
+    for name, value in {"adapter": adapter, "task": task}.items():
         if value is not None:
             raise ConfigError(f"{name}= comes with the prior; leave it out")
     names = full_name(prior.options), full_name(options)
@@ -339,7 +336,7 @@ def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
         return attachment.again()
     heads = list(attachment.heads)
     check_base(network, heads, source.identity)
-    law = source.likelihood
+    law = source.task
     names, known = class_names_of(network, law), class_names_of(source.base, law)
     if names and known and names != known:
         raise ConfigError(
@@ -352,7 +349,7 @@ def _attached_as(source: Posterior, network: nn.Module) -> Attachment:
 def _attached(
     network: nn.Module,
     config: AdapterConfig,
-    law: Likelihood,
+    law: Task,
     data: Prepared,
     args: TrainingArguments,
 ) -> Attachment:
@@ -409,7 +406,7 @@ def _check_post_hoc(
     given: Posterior,
     options: Guide,
     adapter: Any,
-    likelihood: str | None,
+    task: str | None,
     shortcuts: Mapping[str, Any],
     callbacks: Sequence[TrainerCallback],
 ) -> None:
@@ -431,7 +428,7 @@ def _check_post_hoc(
             "an ensemble has no adapter of its own to give; export a member with to_peft(path, "
             "draw=k) and read it with from_peft"
         )
-    for name, value in {"adapter": adapter, "likelihood": likelihood}.items():
+    for name, value in {"adapter": adapter, "task": task}.items():
         if value is not None:
             raise ConfigError(f"{name}= comes with the posterior; leave it out")
     trained = {name: shortcuts[name] for name in ("epochs", "learning_rate")}
@@ -461,7 +458,7 @@ def _gradients(
     network: nn.Module,
     attachment: Attachment,
     config: AdapterConfig,
-    law: Likelihood,
+    law: Task,
     data: Prepared,
     args: TrainingArguments,
 ) -> dict[str, Tensor]:
@@ -485,10 +482,10 @@ def _check_output(joint: JointModel, data: Prepared, *, untrained: bool = False)
     with evaluating(joint):
         with explained_pass(joint.base, batch):
             output = joint.network(batch, joint.program.mean())
-        joint.likelihood.check_output(output, data.labels)
+        joint.task.check_output(output, data.labels)
         check_reading(joint, batch, output)
         if untrained:
-            joint.likelihood.check_start(output, data.labels)
+            joint.task.check_start(output, data.labels)
 
 
 @torch.no_grad()
@@ -553,9 +550,7 @@ def _check_evaluation(
         )
 
 
-def _choose_best(
-    args: TrainingArguments, law: Likelihood, callbacks: Sequence[TrainerCallback]
-) -> None:
+def _choose_best(args: TrainingArguments, law: Task, callbacks: Sequence[TrainerCallback]) -> None:
     """Set which way the metric of the best model is better, which the Trainer cannot know: it takes
     all but the loss to be better the higher."""
     metric = args.metric_for_best_model

@@ -21,10 +21,9 @@ from pyrolora.adapters import (
 )
 from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
+from pyrolora.data import load_language_model
 from pyrolora.errors import CheckpointError, true_or_false
 from pyrolora.guides import MAP, Guide, full_name
-from pyrolora.inference import load_language_model
-from pyrolora.likelihoods import Likelihood, likelihood_for
 from pyrolora.model import JointModel
 from pyrolora.parameters import ParamModule
 from pyrolora.posterior import Posterior
@@ -37,6 +36,7 @@ from pyrolora.storage import (
     read_adapter,
     read_folder,
 )
+from pyrolora.tasks import Task, task_for
 from pyrolora.types import AdapterConfig
 
 
@@ -45,15 +45,15 @@ def build(
     attachment: Attachment,
     config: AdapterConfig,
     guide: Guide,
-    likelihood: Likelihood,
+    task: Task,
     num_examples: int,
     start: Start | None = None,
 ) -> JointModel:
     """The joint model of a network with its wrapped layers; everything eager, on its device."""
     bank = AdapterBank(attachment.specs, config, start)
-    joint = JointModel(network, attachment, guide.build(bank), likelihood, num_examples)
+    joint = JointModel(network, attachment, guide.build(bank), task, num_examples)
     device = next(network.parameters()).device
-    for part in (joint.program, joint.heads, joint.likelihood):
+    for part in (joint.program, joint.heads, joint.task):
         part.to(device)
     return joint.eval()
 
@@ -131,8 +131,8 @@ def _joint(saved: Saved, network: nn.Module) -> JointModel:
     """The joint model of a saved posterior; nothing is left in the network where it fails."""
     description = saved.description
     check_base(network, description.heads, description.base)
-    likelihood = likelihood_for(network, description.likelihood)
-    likelihood.class_names = description.classes
+    task = task_for(network, description.task)
+    task.class_names = description.classes
     _check_layers(description.specs, network)
     attachment = Attachment(network, description.specs, description.heads)
     try:
@@ -141,7 +141,7 @@ def _joint(saved: Saved, network: nn.Module) -> JointModel:
             attachment,
             description.config,
             description.guide,
-            likelihood,
+            task,
             description.num_examples,
         )
         if description.prior is not None:
@@ -261,7 +261,7 @@ def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,
     *,
-    likelihood: str | None = None,
+    task: str | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Posterior:
@@ -278,7 +278,7 @@ def from_peft(
         The network that it was trained on, with a task head of the same size; of a language model
         also its hub id or folder.
     likelihood
-        A name from ``pyrolora.likelihoods.available()``; None: from the model's class.
+        A name from ``pyrolora.tasks.available()``; None: from the model's class.
     tokenizer
         For raw text; loaded with a model that is given by its name.
     trust_remote_code
@@ -305,7 +305,7 @@ def from_peft(
         network, tokenizer = load_language_model(
             str(model), tokenizer, trust_remote_code=trust_remote_code
         )
-    law = likelihood_for(network, likelihood)
+    law = task_for(network, task)
     adapter = read_adapter(path, network)
     with _as_it_was(network):
         heads = [*adapter.heads, *own_new_weights(network, adapter.heads)]

@@ -28,15 +28,14 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
+from pyrolora.columns import INPUTS, LABELS
 from pyrolora.errors import BindingError, CheckpointError, ConfigError, listed
 from pyrolora.guides import Program, averaged
-from pyrolora.likelihoods import Likelihood
 from pyrolora.parameters import param_statement
 from pyrolora.seeding import DRAWING
+from pyrolora.tasks import Task
 from pyrolora.types import Batch
 
-LABELS = "labels"
-INPUTS = "inputs"
 NOT_CALLED = (
     "the network does not call the adapted layer(s) {}: its code reads their weights directly, or "
     "does not use them for such inputs; leave them out with exclude_modules"
@@ -74,13 +73,13 @@ class JointModel(nn.Module):
         base: nn.Module,
         attachment: Attachment,
         program: Program,
-        likelihood: Likelihood,
+        task: Task,
         num_examples: int,
     ) -> None:
         super().__init__()
         self.base = base
         self.program = program
-        self.likelihood = likelihood
+        self.task = task
         self.num_examples = num_examples
         self.attachment = attachment
         self._foreign = ("base.",) if program.bank.specs else ()
@@ -126,7 +125,7 @@ class JointModel(nn.Module):
                         param_statement(f"{part}.{name}", parameter)
             # Groups share the rows of the batch out; other draws have all of them each.
             run = self.shared_out if groups > 1 else self.network
-            return self.likelihood(run(batch, factors), batch, self.num_examples)
+            return self.task(run(batch, factors), batch, self.num_examples)
 
     def _trained(self) -> dict[str, nn.Module]:
         """What is trained beside the program: the heads, or, without adapters, the network."""
@@ -218,7 +217,7 @@ class JointModel(nn.Module):
             raw = self._call(self._inputs(batch))
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)
-        return self.likelihood.output(raw)
+        return self.task.output(raw)
 
     def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
         """The posterior's copies of the task heads by their name in the network: one each, or one
@@ -286,7 +285,7 @@ class JointModel(nn.Module):
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         """The columns that the network is given."""
-        own = {LABELS, *self.likelihood.extras}
+        own = {LABELS, *self.task.extras}
         return {name: tensor for name, tensor in batch.items() if name not in own}
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -348,7 +347,7 @@ class JointModel(nn.Module):
         if member is None:
             self.program.bank.load_state_dict(other.program.bank.state_dict())
             self.heads.load_state_dict(other.heads.state_dict())
-            self.likelihood.load_state_dict(other.likelihood.state_dict())
+            self.task.load_state_dict(other.task.state_dict())
             return
         for key, head in other.heads.items():
             self.heads.get_submodule(f"{key}.{member}").load_state_dict(head.state_dict())
@@ -356,7 +355,7 @@ class JointModel(nn.Module):
     def align(self) -> None:
         """Move the posterior's own parts to where the network is: a later fit may have moved it."""
         device = next(self.base.parameters()).device
-        for part in (self.program, self.heads, self.likelihood):
+        for part in (self.program, self.heads, self.task):
             part.to(device)
 
     def freeze(self) -> None:

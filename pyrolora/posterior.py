@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
+from pyrolora.arviz import inference_data, summary
+from pyrolora.columns import INPUTS
+from pyrolora.data import Prepared, prepare
+from pyrolora.data.examples import as_examples, without_labels
+from pyrolora.diagnostics import PSIS, judge
 from pyrolora.errors import ConfigError, true_or_false, whole_number
 from pyrolora.guides import Guide, full_name
-from pyrolora.inference import Prepared, prepare
-from pyrolora.inference.examples import as_examples, without_labels
-from pyrolora.likelihoods import Likelihood, Regression, TokenLikelihood
-from pyrolora.model import INPUTS, JointGuide, JointModel
-from pyrolora.page import page_file, report_on
+from pyrolora.model import JointGuide, JointModel
 from pyrolora.predictive import (
     Calibration,
     ClassPrediction,
@@ -38,7 +39,7 @@ from pyrolora.predictive import (
     generate,
     predict,
 )
-from pyrolora.report import PSIS, inference_data, judge, summary
+from pyrolora.report import page_file, report_on
 from pyrolora.seeding import seeded
 from pyrolora.storage import (
     as_uniform,
@@ -47,6 +48,7 @@ from pyrolora.storage import (
     write_adapter,
     write_folder,
 )
+from pyrolora.tasks import Regression, Task, TokenTask
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class Posterior:
     def __repr__(self) -> str:
         cooled = "" if self.temperature == 1 else f", temperature={self.temperature:.4g}"
         return (
-            f"Posterior(guide={full_name(self.options)!r}, likelihood={self.likelihood.name!r}, "
+            f"Posterior(guide={full_name(self.options)!r}, task={self.task.name!r}, "
             f"base={type(self.base).__name__}, layers={len(self.bank.specs)}, "
             f"num_examples={self.model.num_examples}{cooled})"
         )
@@ -126,9 +128,9 @@ class Posterior:
         return self.bank.ranks()
 
     @property
-    def likelihood(self) -> Likelihood:
+    def task(self) -> Task:
         """The law of the targets."""
-        return self.model.likelihood
+        return self.model.task
 
     @property
     def temperature(self) -> float:
@@ -143,7 +145,7 @@ class Posterior:
     def classes(self) -> list[str] | None:
         """What the data of the fit call the classes, where the network has no names for them: in
         predictions and tables, and to number later labels that are names."""
-        names = self.likelihood.class_names
+        names = self.task.class_names
         return None if names is None else list(names)
 
     # Draws --------------------------------------------------------------------------------------
@@ -523,7 +525,7 @@ class Posterior:
 
         The draws of a fitted guide are one chain of independent draws: R-hat and effective sample
         size say nothing about its quality. Those of ``"nuts"`` are its chains, and
-        `pyrolora.report.as_chains` makes chains of several fits; look at ``adapter_norm``,
+        `pyrolora.arviz.as_chains` makes chains of several fits; look at ``adapter_norm``,
         ``factor_norm`` and ``covariance_eigenvalues``, which no rotation of the ranks changes, not
         at entries of the factors.
 
@@ -552,7 +554,7 @@ class Posterior:
             Of data with ``choices`` ``y`` is what it chooses (`predict_choices`).
         log_likelihood
             With ``data``: adds the pointwise log-likelihood, that of the model, without the
-            temperature of `calibrate`. `pyrolora.report.loo` makes a leave-one-out estimate of
+            temperature of `calibrate`. `pyrolora.diagnostics.loo` makes a leave-one-out estimate of
             those of the training data, exact for draws of the posterior itself: it has the weights
             p(y_i|θ)^(−1/β) of the β of the fit, which is the attribute ``kl_weight`` of every
             group. ``az.loo`` has those of β = 1; for another β a log says so, once, and the
@@ -639,7 +641,7 @@ class Posterior:
         DataError
             When ``data`` has another number of examples than the fit.
         """
-        prepared = prepare(data, self.base, self.likelihood, self.tokenizer)
+        prepared = prepare(data, self.base, self.task, self.tokenizer)
         return judge(
             self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer
         )
@@ -711,7 +713,7 @@ class Posterior:
         meta = {
             "guide": _described(self.options),
             "prior": None if previous is None else _described(previous.options),
-            "likelihood": self.likelihood.name,
+            "task": self.task.name,
             "classes": self.classes,
             "adapter": dataclasses.asdict(self.bank.config),
             "layers": [dataclasses.asdict(spec) for spec in specs],
@@ -795,7 +797,7 @@ class Posterior:
         if self.temperature != 1:
             means = (
                 "T is a factor of the noise's variance"
-                if isinstance(self.likelihood, Regression)
+                if isinstance(self.task, Regression)
                 else "divide its logits by it"
             )
             warnings.warn(
@@ -815,7 +817,7 @@ class Posterior:
             raise ConfigError(f"draw must be 'mean' or the number of a draw, got {draw!r}")
         numbered = self._numbered
         numbered.check_one(draw)
-        if program.linearised and self.likelihood.linearisable:
+        if program.linearised and self.task.linearisable:
             raise ConfigError(
                 "the predictions of this posterior are linear in its draws, and the network with a "
                 "draw in it gives others; use draw='mean', or fit with "
@@ -839,7 +841,7 @@ class Posterior:
         """Data as `predict` takes it, without labels, which may be of other classes; those of texts
         stay, since they say which tokens count."""
         name = getattr(self.base, "main_input_name", INPUTS)
-        if isinstance(self.likelihood, TokenLikelihood):
+        if isinstance(self.task, TokenTask):
             return as_examples(data, name, defaults.OUTSIDE_SPLITS)
         return without_labels(data, name, defaults.OUTSIDE_SPLITS)
 
@@ -849,7 +851,7 @@ class Posterior:
         return prepare(
             data,
             self.base,
-            self.likelihood,
+            self.task,
             self.tokenizer,
             splits=splits,
             need_labels=need_labels,

@@ -224,7 +224,7 @@ PLAIN: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", PLAIN)
 def test_data_of_plain_networks_that_cannot_be_used(case: str, steps: list[int]) -> None:
     data, words = PLAIN[case]
-    refused(DataError, words, steps, mlp(), data, likelihood="classification", adapter=THIN)
+    refused(DataError, words, steps, mlp(), data, task="classification", adapter=THIN)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -232,13 +232,13 @@ def test_regression_needs_finite_labels(bad: float, steps: list[int]) -> None:
     y = torch.ones(12)
     y[7] = bad
     words = f"label of example 7, {bad}"
-    options = {"likelihood": "regression", "adapter": THIN}
+    options = {"task": "regression", "adapter": THIN}
     refused(DataError, words, steps, mlp(outputs=1), (X, y), **options)
 
 
 def test_regression_needs_one_label_an_example(steps: list[int]) -> None:
     y = torch.ones(12, 2)
-    options = {"likelihood": "regression", "adapter": THIN}
+    options = {"task": "regression", "adapter": THIN}
     refused(DataError, "one number, (12, 2)", steps, mlp(outputs=1), (X, y), **options)
 
 
@@ -250,7 +250,7 @@ def test_regression_needs_one_label_an_example(steps: list[int]) -> None:
     ],
 )
 def test_regression_needs_one_output(network: Any, data: Any, steps: list[int]) -> None:
-    options = {"likelihood": "regression", "adapter": THIN}
+    options = {"task": "regression", "adapter": THIN}
     refused(DataError, "one output", steps, network(), data(), **options)
 
 
@@ -271,7 +271,7 @@ def test_token_labels_that_cannot_be_used(labels: Any, words: str, steps: list[i
 
 
 def test_a_plain_network_needs_a_likelihood(steps: list[int]) -> None:
-    words = "Sequential, likelihood=, classification, regression, causal_lm"
+    words = "Sequential, task=, classification, regression, causal_lm"
     refused(ConfigError, words, steps, mlp(), (X, Y))
 
 
@@ -449,7 +449,7 @@ def test_a_start_that_cannot_be_had(
     network: nn.Module, options: dict[str, Any], words: str, steps: list[int]
 ) -> None:
     adapter = AdapterConfig(**{"r": 1, **options})
-    how = {"likelihood": "classification", "adapter": adapter}
+    how = {"task": "classification", "adapter": adapter}
     refused(ConfigError, words, steps, network, (X, Y), **how)
 
 
@@ -457,7 +457,7 @@ def test_a_start_from_a_gradient_meets_labels_that_do_not_fit_as_any_fit_does(
     steps: list[int],
 ) -> None:
     adapter = AdapterConfig(r=1, init_lora_weights="lora-ga")
-    how = {"likelihood": "classification", "adapter": adapter}
+    how = {"task": "classification", "adapter": adapter}
     refused(DataError, "3", steps, mlp(outputs=2), (X, Y), **how)
 
 
@@ -483,7 +483,7 @@ def test_a_guide_of_another_kind_is_answered_with_the_names(guide: Any, steps: l
 
 def test_an_unknown_likelihood_is_answered_with_the_names(steps: list[int]) -> None:
     words = "'poisson', classification, regression, causal_lm"
-    refused(UnknownNameError, words, steps, bert(), tokens(), likelihood="poisson")
+    refused(UnknownNameError, words, steps, bert(), tokens(), task="poisson")
 
 
 FLAGS = ["no", "False", 1, None]
@@ -703,7 +703,7 @@ def test_a_network_without_checkpointing_is_refused(
     prefix: str, tmp_path: Path, steps: list[int]
 ) -> None:
     training = arguments(tmp_path, **{f"{prefix}_checkpointing": True})
-    options = {"training": training, "likelihood": "classification", "adapter": THIN}
+    options = {"training": training, "task": "classification", "adapter": THIN}
     refused(ConfigError, "Sequential, checkpointing", steps, mlp(), (X, Y), **options)
 
 
@@ -796,7 +796,7 @@ def test_one_callback_needs_no_list() -> None:
 )
 def test_labels_that_a_network_does_not_reach_are_told(labels: Any, warned: bool) -> None:
     data = (X, labels(torch.linspace(-2, 2, len(X))))
-    options = {"likelihood": "regression", "epochs": 1, "adapter": AdapterConfig(r=1)}
+    options = {"task": "regression", "epochs": 1, "adapter": AdapterConfig(r=1)}
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         pyrolora.fit(mlp(outputs=1), data, "map", **options)
@@ -808,7 +808,7 @@ def test_what_is_not_trained_is_not_told_where_it_may_not_get() -> None:
     with torch.no_grad():
         network[2].bias += 5000
         data = (X, network(X).flatten() + torch.linspace(-1, 1, len(X)))
-    options = {"likelihood": "regression", "epochs": 1, "adapter": AdapterConfig(r=1)}
+    options = {"task": "regression", "epochs": 1, "adapter": AdapterConfig(r=1)}
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         given = pyrolora.fit(network, data, "map", **options)
@@ -947,7 +947,7 @@ def test_a_peft_model_one_text_and_an_impossible_interval_are_refused() -> None:
 def test_numpys_float64_features_are_taken() -> None:
     x = torch.randn(8, 4, dtype=torch.float64).numpy()
     posterior = pyrolora.fit(
-        mlp(), (x, np.arange(8) % 3), likelihood="classification",
+        mlp(), (x, np.arange(8) % 3), task="classification",
         adapter=AdapterConfig(r=2), epochs=1,
     )  # fmt: skip
     assert posterior.predict((x,), num_samples=2).draws.shape == (2, 8, 3)

@@ -14,7 +14,7 @@ from rich.console import Console
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.report import as_table
+from pyrolora.plots import as_table
 
 
 def fitted(guide, **options):
@@ -101,10 +101,10 @@ def test_what_cannot_be_compared_is_refused(posteriors):
     with pytest.raises(ConfigError, match="'a' is a Sequential"):
         pyrolora.compare({"a": mlp()}, tokens(4))
     other = pyrolora.fit(
-        bert(1), tokens(8), guide="map", likelihood="regression", epochs=1,
+        bert(1), tokens(8), guide="map", task="regression", epochs=1,
         adapter=AdapterConfig(r=1),
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"different likelihoods.*classification.*regression"):
+    with pytest.raises(ConfigError, match=r"different tasks.*classification.*regression"):
         pyrolora.compare({**posteriors, "other": other}, tokens(4))
     with pytest.raises(DataError, match="needs labels"):
         pyrolora.compare(posteriors, tokens(4).remove_columns("labels"), 2)

@@ -110,7 +110,7 @@ PROBLEMS = {
         pairs(3),
         CLASS,
         {
-            "likelihood": "classification",
+            "task": "classification",
             "adapter": AdapterConfig(r=2, init_lora_weights="gaussian", modules_to_save=["2"]),
         },
     ),
@@ -118,7 +118,7 @@ PROBLEMS = {
         lambda: mlp(outputs=1),
         pairs(1),
         REAL,
-        {"likelihood": "regression", "adapter": AdapterConfig(r=1)},
+        {"task": "regression", "adapter": AdapterConfig(r=1)},
     ),
 }
 WITHOUT_DENSITY = {"map", "ensemble", "nuts", "dropout", "full", "tfb"}
@@ -256,7 +256,7 @@ def test_conformance(
     if "accuracy" in scores or "rmse" in scores:
         found = Conformal(prediction, 0.5).evaluate(prediction)  # but for one on the threshold
         assert 3 / 7 <= found["coverage"] + 1e-6 <= 1.1
-    if posterior.likelihood.name == "causal_lm":
+    if posterior.task.name == "causal_lm":
         found = posterior.generate(["the film", "good"], 3, max_new_tokens=2, seed=0)
         assert found.log_likelihood.shape == (3, 2, 3)
         assert torch.isfinite(found.log_predictive).all()

@@ -79,7 +79,7 @@ def test_targets_of_a_regression_are_not_rounded(data, tmp_path):
         prediction = posterior.predict(data, 0)
     assert torch.equal(prediction.targets, TARGETS)
     law = torch.distributions.Normal(
-        posterior.predict(data, 0).mean, posterior.likelihood.param("noise_scale").detach()
+        posterior.predict(data, 0).mean, posterior.task.param("noise_scale").detach()
     )
     mean = posterior.evaluate(data, 0)["nll"]
     assert mean == pytest.approx(float(-law.log_prob(TARGETS).mean()), rel=1e-6)
@@ -105,7 +105,7 @@ def test_the_network_sees_the_callers_default():
         network = Marked()
         data = (torch.randn(8, 4), torch.arange(8) % 3)
         posterior = pyrolora.fit(
-            network, data, "montec", likelihood="classification", epochs=1, adapter=ADAPTER
+            network, data, "montec", task="classification", epochs=1, adapter=ADAPTER
         )
         posterior.predict(data, 2, seed=0)
     assert network.seen == {torch.bfloat16}

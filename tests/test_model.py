@@ -18,15 +18,15 @@ from pyrolora.adapters import attach, bind
 from pyrolora.errors import BindingError, ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointGuide
+from pyrolora.tasks import task_for
 
 CONFIG = AdapterConfig(r=2)
 
 
-def joint_of(network, guide=None, config=CONFIG, likelihood=None, n=16):
-    law = likelihood_for(network, likelihood)
+def joint_of(network, guide=None, config=CONFIG, task=None, n=16):
+    law = task_for(network, task)
     return build(network, attach(network, config), config, guide or MonteCLoRA(), law, n)
 
 
@@ -122,7 +122,7 @@ def linear_gaussian(guide, inputs=3, n=20, noise=0.5):
     network = Linear(inputs)
     config = AdapterConfig(r=1, lora_alpha=2.0)
     joint = joint_of(network, guide, config, "regression", n)
-    joint.likelihood.assign("noise_scale", torch.tensor(noise))
+    joint.task.assign("noise_scale", torch.tensor(noise))
     joint.program.bank.assign("A_loc", torch.randn(inputs))
     joint.program.bank.assign("B_loc", torch.tensor([0.8]))
     batch = {"inputs": torch.randn(n, inputs), "labels": torch.randn(n)}
@@ -192,7 +192,7 @@ def test_nuts_runs_on_all_sites_of_a_fitted_posterior():
     posterior = pyrolora.fit(
         mlp(), (torch.randn(20, 4), torch.arange(20) % 3),
         guide=MonteCLoRA(component_prior="hierarchical", num_components=2),
-        likelihood="classification", adapter=CONFIG, epochs=2,
+        task="classification", adapter=CONFIG, epochs=2,
     )  # fmt: skip
     batch = {"inputs": torch.randn(20, 4), "labels": torch.arange(20) % 3}
     mcmc = MCMC(NUTS(posterior.model), num_samples=20, warmup_steps=20, disable_progbar=True)
@@ -300,7 +300,7 @@ def test_a_layer_that_the_network_never_calls_is_refused():
             return nn.functional.linear(self.used(inputs), self.unused.weight)
 
     data = (torch.randn(6, 4), torch.arange(6) % 3)
-    options = {"likelihood": "classification", "epochs": 1}
+    options = {"task": "classification", "epochs": 1}
     for targets in (["used", "unused"], ["unused"], "unused"):
         adapter = AdapterConfig(r=2, target_modules=targets)
         with pytest.raises(BindingError, match=r"calls no layer .*'unused'"):

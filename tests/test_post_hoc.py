@@ -59,7 +59,7 @@ class Problem:
     network: Callable[[], nn.Module]
     data: Callable[[int], Any]
     options: dict[str, Any] = field(default_factory=dict)
-    likelihood: str | None = None
+    task: str | None = None
 
 
 R2 = {"adapter": AdapterConfig(r=2)}
@@ -87,7 +87,7 @@ def adapted(problem: str, guide: Any = "map") -> Posterior:
     """The posterior whose adapter is given on."""
     case = PROBLEMS[problem]
     return pyrolora.fit(
-        case.network(), case.data(10), guide=guide, likelihood=case.likelihood,
+        case.network(), case.data(10), guide=guide, task=case.task,
         tokenizer=words(problem), epochs=3, learning_rate=0.05, batch_size=5, seed=1,
         **case.options,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_the_adapter_stays_and_a_spread_is_inferred(problem: str, name: str) -> 
     assert posterior.options == guide
     assert posterior.model.num_examples == 12
     assert posterior.bank.specs == given.bank.specs
-    assert posterior.likelihood is not given.likelihood
+    assert posterior.task is not given.task
     assert_equal(fixed(posterior), before)
     if name != "nuts":  # whose mean adapter is the mean of the draws
         same(said(posterior, problem), expected)
@@ -198,14 +198,14 @@ def test_the_scale_of_montec_is_learned_from_its_start() -> None:
 def test_of_a_regression_the_noise_is_that_of_the_residuals(name: str) -> None:
     """Where it starts for guides that are trained, and where it stays for the others."""
     given = adapted("regression")
-    noise = given.likelihood.param("noise_scale").item()
+    noise = given.task.param("noise_scale").item()
     posterior = post_hoc(given, "regression", GUIDES[name])
     trained = {key for key, p in posterior.model.named_parameters() if p.requires_grad}
     computed = GUIDES[name].post_hoc() == "computed"
     assert any("noise_scale" in key for key in trained) is not computed
     assert not any("bank" in key or "heads" in key for key in trained)
-    assert posterior.likelihood.param("noise_scale").item() != pytest.approx(noise, rel=1e-3)
-    assert given.likelihood.param("noise_scale").item() == noise
+    assert posterior.task.param("noise_scale").item() != pytest.approx(noise, rel=1e-3)
+    assert given.task.param("noise_scale").item() == noise
 
 
 def test_laplace_of_a_given_regression_is_laplace_with_the_noise_that_fits_the_residuals() -> None:
@@ -215,7 +215,7 @@ def test_laplace_of_a_given_regression_is_laplace_with_the_noise_that_fits_the_r
     posterior = pyrolora.fit(given, (x, y), guide="laplace", batch_size=5)
     residuals = y - given.predict((x,), 0).mean
     expected = residuals.square().mean().sqrt().item()
-    assert posterior.likelihood.param("noise_scale").item() == pytest.approx(expected, rel=1e-5)
+    assert posterior.task.param("noise_scale").item() == pytest.approx(expected, rel=1e-5)
 
 
 # Where the adapter comes from ---------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_guides_without_a_spread_to_infer_are_refused(guide: str, given: Posteri
     ("options", "message"),
     [
         ({"adapter": AdapterConfig(r=2)}, "adapter= comes with the posterior"),
-        ({"likelihood": "classification"}, "likelihood= comes with the posterior"),
+        ({"task": "classification"}, "task= comes with the posterior"),
         ({"epochs": 2, "guide": "laplace"}, "'laplace' trains nothing.*leave epochs out"),
         ({"learning_rate": 0.1, "guide": "nuts"}, "'nuts' trains nothing.*learning_rate out"),
         (

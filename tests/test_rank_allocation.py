@@ -16,6 +16,7 @@ from problems import bert, llama, reviews, tokenizer, tokens
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, guides
 from pyrolora.adapters import bind
+from pyrolora.diagnostics.contraction import contractions
 from pyrolora.guides import (
     NUTS,
     SWAG,
@@ -27,8 +28,7 @@ from pyrolora.guides import (
     MeanField,
     MonteCLoRA,
 )
-from pyrolora.page.contraction import contractions
-from pyrolora.page.facts import posterior_facts
+from pyrolora.report.facts import posterior_facts
 from pyrolora.types import RankAllocation
 
 NETWORKS: dict[str, Any] = {
@@ -183,7 +183,7 @@ def test_khat_counts_what_is_in_use_and_layers_add_up(guide: str) -> None:
 @pytest.mark.parametrize("guide", ["mean field on both", "laplace"])
 def test_what_idle_ranks_are_changes_no_khat(guide: str) -> None:
     """The weight of a draw is that of its entries in use."""
-    from pyrolora.report import khat
+    from pyrolora.diagnostics import khat
 
     posterior = fitted("encoder", guide, "alora")
     program = posterior.model.program

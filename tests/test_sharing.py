@@ -23,8 +23,8 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import FlatFactors, attach
 from pyrolora.guides import MAP, Dropout, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference.curvature import kfac
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
+from pyrolora.tasks import task_for
 
 # XLNet's projections are parameters of three dimensions, which are pointed out.
 pytestmark = pytest.mark.filterwarnings("ignore:'all-linear' adapts linear layers")
@@ -121,7 +121,7 @@ def batch_of(network: nn.Module, n: int = 6, length: int = LENGTH) -> dict[str, 
 
 
 def joint_of(network: nn.Module, guide=None, config=EVERY_LAYER, n=6):
-    law = likelihood_for(network, "classification")
+    law = task_for(network, "classification")
     return build(network, attach(network, config), config, guide or MAP(), law, n).eval()
 
 
@@ -317,7 +317,7 @@ def test_heads_that_draws_do_not_share_are_cut_by_example() -> None:
 
     X, y = torch.randn(8, 4), torch.arange(8) % 3
     posterior = pyrolora.fit(
-        Named(), (X, y), Ensemble(members=2, side_by_side=True), likelihood="classification",
+        Named(), (X, y), Ensemble(members=2, side_by_side=True), task="classification",
         adapter=AdapterConfig(r=2, target_modules=["body.0"], modules_to_save=["head"]), epochs=2,
     )  # fmt: skip
     draws = posterior.predict((X,)).draws

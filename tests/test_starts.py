@@ -106,7 +106,7 @@ def test_the_network_stays_as_it_was(make: Callable[[], nn.Module]) -> None:
     if make is mlp:
         data = (torch.randn(12, 4), torch.arange(12) % 3)
         adapter = AdapterConfig(r=1, init_lora_weights="lora-ga")
-        pyrolora.fit(network, data, "map", likelihood="classification", adapter=adapter).detach()
+        pyrolora.fit(network, data, "map", task="classification", adapter=adapter).detach()
     else:
         fitted(network=network, adapter=ONE).detach()
     for (name, own), (_, old) in zip(

@@ -53,7 +53,7 @@ def fit(
             help="Data to score after every epoch and at the end; laplace sets its prior by it."
         ),
     ] = None,
-    likelihood: Annotated[
+    task: Annotated[
         str | None,
         typer.Option(
             help="classification, regression, causal_lm, multiple_choice or masked_lm; otherwise "
@@ -161,7 +161,7 @@ def fit(
         "prior": None if prior is None else _place(str(prior)),
         "guide": {"name": full_name(options), **dataclasses.asdict(options)},
         "adapter": dataclasses.asdict(config) if new_adapters else None,
-        "likelihood": likelihood,
+        "task": task,
         "epochs": epochs,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
@@ -182,7 +182,7 @@ def fit(
                 examples,
                 options,
                 held_out,
-                likelihood,
+                task,
                 config if new_adapters else None,
                 given,
                 prior,
@@ -267,7 +267,7 @@ def _fitted(
     examples: Any,
     options: Any,
     held_out: Any,
-    likelihood: str | None,
+    task: str | None,
     config: Any,
     given: Path | None,
     prior: Path | None,
@@ -291,10 +291,10 @@ def _fitted(
     source: Any = model
     earlier = None
     if given is not None:
-        source, likelihood = _given(given, model, examples, likelihood), None
+        source, task = _given(given, model, examples, task), None
     if prior is not None:
-        earlier = _given(prior, model, examples, likelihood)
-        source, likelihood = earlier.base, None
+        earlier = _given(prior, model, examples, task)
+        source, task = earlier.base, None
     started = time.perf_counter()
     try:
         posterior = infer(
@@ -302,7 +302,7 @@ def _fitted(
             examples,
             options,
             eval_data=held_out,
-            likelihood=likelihood,
+            task=task,
             adapter=config,
             prior=earlier,
             training=training,
@@ -330,17 +330,17 @@ def _fitted(
     }
 
 
-def _given(folder: Path, model: str, examples: Any, likelihood: str | None) -> Posterior:
+def _given(folder: Path, model: str, examples: Any, task: str | None) -> Posterior:
     """The posterior whose adapter is given. A saved one knows its classes; those of PEFT's adapter
     are taken to be the data's."""
-    from pyrolora.inference import load_network
+    from pyrolora.data import load_network
     from pyrolora.loading import from_peft, load
     from pyrolora.storage import PEFT_FILE
 
     if not (folder / PEFT_FILE).is_file():
         return load(folder, model)
-    network, tokenizer = load_network(model, examples, likelihood=likelihood)
-    return from_peft(folder, network, likelihood=likelihood, tokenizer=tokenizer)
+    network, tokenizer = load_network(model, examples, task=task)
+    return from_peft(folder, network, task=task, tokenizer=tokenizer)
 
 
 def _check_source(name: str, folder: Path, chosen: dict[str, dict[str, Any]]) -> None:

@@ -112,7 +112,7 @@ def generate(
 
 
 def _prompts(inputs: Any, source: str) -> list[str]:
-    from pyrolora.inference.columns import text_columns
+    from pyrolora.data.columns import text_columns
 
     names = text_columns(inputs)
     if len(names) != 1:

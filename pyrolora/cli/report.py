@@ -40,7 +40,7 @@ def report(
     about a posterior that is its prior, and about a fit that had not converged.
     Labels are not needed; without them there are no metrics.
     """
-    from pyrolora.page import page_file, report_on
+    from pyrolora.report import page_file, report_on
 
     file = page_file(output)
     examples = _examples(run, data, split, text, label)

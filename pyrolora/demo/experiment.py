@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pyrolora import defaults, zoo
 from pyrolora.fitting import fit
 from pyrolora.guides import Guide
+from pyrolora.plots import entropy_histogram, reliability_diagram
 from pyrolora.predictive import ClassPrediction, Prediction, auroc, evaluate
-from pyrolora.report import entropy_histogram, reliability_diagram
 
 if TYPE_CHECKING:
     from pyrolora.posterior import Posterior

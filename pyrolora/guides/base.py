@@ -173,7 +173,7 @@ class Guide(ABC):
         """Whether the guide of an earlier fit may be its prior."""
         return False
 
-    def check(self, likelihood: Law) -> None:  # noqa: B027 - most have nothing to refuse
+    def check(self, task: Law) -> None:  # noqa: B027 - most have nothing to refuse
         """Raise `ConfigError` for a likelihood that this method cannot serve."""
 
 

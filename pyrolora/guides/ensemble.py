@@ -81,7 +81,7 @@ class Ensemble(Guide):
             points.append(fit.point(MAP(), number))
             fit.program.store(number, points[-1].program.bank.means())
             fit.joint.adopt(points[-1], member=number)
-        fit.joint.likelihood.pool([point.likelihood for point in points])
+        fit.joint.task.pool([point.task for point in points])
 
     def post_hoc(self) -> str | None:
         return None

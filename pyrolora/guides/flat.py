@@ -108,8 +108,8 @@ class Flat(Guide):
     def post_hoc(self) -> str | None:
         return self.inner.post_hoc() if isinstance(self.inner, Variational) else None
 
-    def check(self, likelihood: Law) -> None:
-        self.inner.check(likelihood)
+    def check(self, task: Law) -> None:
+        self.inner.check(task)
 
 
 class _FlatFit:

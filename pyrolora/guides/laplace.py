@@ -199,22 +199,22 @@ class Laplace(Guide):
     def _tuning(self, fit: Fit) -> str | None:
         if self.prior_scale is not None or self.tune is not None:
             return self.tune
-        linear = fit.joint.likelihood.linearisable and self.linearised is not False
+        linear = fit.joint.task.linearisable and self.linearised is not False
         return "marginal_likelihood" if linear and not fit.can_validate else "validation"
 
     def post_hoc(self) -> str | None:
         return "computed"
 
-    def check(self, likelihood: Law) -> None:
-        if self.full and not likelihood.linearisable:
+    def check(self, task: Law) -> None:
+        if self.full and not task.linearisable:
             raise ConfigError(
                 f"curvature='full' has a row for each output of an example, and "
-                f"{likelihood.name!r} has one for each token and word; choose "
+                f"{task.name!r} has one for each token and word; choose "
                 "curvature='kronecker'"
             )
-        if self.linearised and not likelihood.linearisable:
+        if self.linearised and not task.linearisable:
             raise ConfigError(
-                f"linearised=True has no predictive for {likelihood.name!r}: one Jacobian a token "
+                f"linearised=True has no predictive for {task.name!r}: one Jacobian a token "
                 "and word is too many; leave it out for sampled predictions, or use 'montec'"
             )
 

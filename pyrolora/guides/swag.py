@@ -80,7 +80,7 @@ class SWAG(Guide):
 
     def infer(self, fit: Fit) -> None:
         joint = fit.joint
-        fit.program.begin([*joint.heads.parameters(), *joint.likelihood.parameters()])
+        fit.program.begin([*joint.heads.parameters(), *joint.task.parameters()])
         try:
             fit.svi(final=False)
         finally:

@@ -1,8 +1,10 @@
 """Inference: the ELBO, the Trainer around it, and the data that both take."""
 
+from pyrolora.data.collate import pass_rows, to_device
+from pyrolora.data.network import load_language_model, load_network
+from pyrolora.data.prepared import Prepared, check_finite, prepare
 from pyrolora.inference.allocation import AllocateRanks, check_allocation
 from pyrolora.inference.arguments import check_arguments, training_arguments
-from pyrolora.inference.batches import pass_rows, to_device
 from pyrolora.inference.checkpoints import (
     checkpoint_step,
     checkpoints,
@@ -19,11 +21,9 @@ from pyrolora.inference.curvature import (
     kfac,
     log_marginal_likelihood,
 )
-from pyrolora.inference.data import Prepared, check_finite, prepare
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.inference.gradients import weight_gradients
 from pyrolora.inference.importance import ablation, signal_to_noise
-from pyrolora.inference.network import load_language_model, load_network
 from pyrolora.inference.run import Run
 from pyrolora.inference.trainer import Objective, SVITrainer
 

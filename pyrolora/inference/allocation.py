@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from pyrolora import defaults
 from pyrolora.adapters import moved, pruned
+from pyrolora.data.collate import to_device
+from pyrolora.data.prepared import Prepared
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Program, full_name
-from pyrolora.inference.batches import to_device
-from pyrolora.inference.data import Prepared
 from pyrolora.inference.importance import ablation, signal_to_noise
 from pyrolora.model import JointModel
 from pyrolora.seeding import seeded

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
+from pyrolora.data.examples import TensorExamples
+from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.guides import Guide, full_name
-from pyrolora.inference.data import Prepared
-from pyrolora.inference.examples import TensorExamples
 from pyrolora.model import JointModel
 
 STATE_FILE = "adapters.safetensors"
@@ -232,7 +232,7 @@ def describe_fit(
         "guide": {"name": full_name(guide), **dataclasses.asdict(guide)},
         "adapter": dataclasses.asdict(joint.program.bank.config),
         "layers": list(joint.program.bank.specs),
-        "likelihood": joint.likelihood.name,
+        "task": joint.task.name,
         "num_examples": len(data),
         "data_digest": digest_of_data(data),
         "constants_digest": _digest_of_constants(joint),

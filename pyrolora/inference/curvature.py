@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters import Factors, FlatFactors
+from pyrolora.columns import CHOICE_MASK
 from pyrolora.errors import DataError
-from pyrolora.likelihoods import CHOICE_MASK
 from pyrolora.model import JointModel, evaluating
 from pyrolora.types import Batch
 
@@ -194,7 +194,7 @@ def _accumulate(
             sums[name].inputs.addmm_(rows.T, rows)
             sums[name].positions += len(rows)
     updates = [update for layer in layers.values() for update in layer.updates]
-    for v in joint.likelihood.curvature(output.detach(), batch):
+    for v in joint.task.curvature(output.detach(), batch):
         gradients = torch.autograd.grad(
             output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
         )

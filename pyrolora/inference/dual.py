@@ -147,8 +147,8 @@ class Dual:
                 break
             size = self._size(rise, alpha, g, step, step_g)
             alpha, g = alpha + size * step, g + size * step_g
-            likelihood, slope, root = self._law(self.start + g)
-            value = likelihood - 0.5 * float(alpha @ g)
+            task, slope, root = self._law(self.start + g)
+            value = task - 0.5 * float(alpha @ g)
         self._last = alpha
         factor = self._factor(root, precision)
         return Mode(alpha, root, factor, value - float(factor.diagonal().log().sum()))
@@ -192,7 +192,7 @@ class Dual:
             with torch.enable_grad():
                 own.requires_grad_()
                 output = part.at(own)
-                log_prob = self.joint.likelihood.log_prob(output, part.batch).double().sum()
+                log_prob = self.joint.task.log_prob(output, part.batch).double().sum()
                 slopes.append(torch.autograd.grad(log_prob, own)[0])
             total += float(log_prob.detach())
             roots.append(self._root(part, output.detach()))
@@ -200,7 +200,7 @@ class Dual:
 
     def _root(self, part: Part, output: Tensor) -> Tensor:
         """S (b, k, k) of the Hessian at those outputs."""
-        full = hessian(self.joint.likelihood, output.reshape(part.shape), part.batch)
+        full = hessian(self.joint.task, output.reshape(part.shape), part.batch)
         values, vectors = torch.linalg.eigh(part.basis.mT @ full @ part.basis)
         return vectors * values.clamp(min=0).sqrt()[:, None]
 

@@ -108,7 +108,7 @@ def _of_use(layer: Recording, x: Tensor, g: Tensor, factor: str, size: int) -> T
 
 
 def _directions(joint: JointModel, output: Tensor, batch: Batch, passes: int) -> list[Tensor]:
-    every = list(joint.likelihood.curvature(output.detach(), batch))
+    every = list(joint.task.curvature(output.detach(), batch))
     if len(every) <= passes:
         return every
     shape = (len(every), len(output), *[1] * (output.dim() - 1))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters import frozen_weight
+from pyrolora.columns import LABELS
 from pyrolora.errors import ConfigError
-from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.model import JointModel, evaluating
 from pyrolora.types import Batch
 
 
@@ -51,8 +52,8 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
         torch.autocast(device.type, enabled=False),
     ):
         output = joint.run(batch, bare)
-        observations = joint.likelihood.count(batch[LABELS])
-        loss = -joint.likelihood.log_prob(output, batch).sum() / observations
+        observations = joint.task.count(batch[LABELS])
+        loss = -joint.task.log_prob(output, batch).sum() / observations
         gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
     found = {}
     for name, gradient in zip(weights, gradients, strict=True):

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.columns import LABELS
+from pyrolora.data.collate import pass_rows
 from pyrolora.guides import Program
-from pyrolora.inference.batches import pass_rows
-from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.model import JointModel, evaluating
 from pyrolora.types import Batch
 
 
@@ -44,7 +45,7 @@ def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS)
     bank = joint.program.bank
     means = bank.means()
     active = bank.mask().to(means.B.device)
-    observations = joint.likelihood.count(batch[LABELS])
+    observations = joint.task.count(batch[LABELS])
     step = max(1, pass_rows(batch, rows) // len(next(iter(batch.values()))))
 
     def score(masks: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS)
         for part in masks.split(step):
             factors = FlatFactors(means.A, bank.kept("B", means.B, part))
             output = joint.network(batch, factors)
-            scores.append(joint.likelihood.log_prob(output, batch).double().sum(-1))
+            scores.append(joint.task.log_prob(output, batch).double().sum(-1))
         return torch.cat(scores) / observations
 
     found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)

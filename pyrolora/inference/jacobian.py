@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pyrolora.columns import LABELS
 from pyrolora.inference.curvature import readable, recorded
-from pyrolora.likelihoods import Likelihood
-from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.model import JointModel, evaluating
+from pyrolora.tasks import Task
 from pyrolora.types import Batch
 
 Batches = Callable[[], Iterable[Batch]]
@@ -48,20 +49,18 @@ def examples(joint: JointModel, batches: Batches) -> list[Part]:
     with evaluating(joint), torch.no_grad(), torch.autocast(_device(joint), enabled=False):
         for batch in _read(joint, batches):
             output = joint.run(batch, joint.binding(joint.program.bank.means()))
-            values, basis = torch.linalg.eigh(
-                hessian(joint.likelihood, torch.zeros_like(output), batch)
-            )
+            values, basis = torch.linalg.eigh(hessian(joint.task, torch.zeros_like(output), batch))
             counted = (values > ROUNDING * values[:, -1:]).sum(-1)
             most = max(most, int(counted.max()))
-            kept = {n: batch[n] for n in (LABELS, *joint.likelihood.extras) if n in batch}
+            kept = {n: batch[n] for n in (LABELS, *joint.task.extras) if n in batch}
             flat = output.reshape(len(output), -1).double()
             parts.append(Part(kept, flat, output.shape, basis.flip(-1)))
     return [replace(part, basis=_cut(part.basis, most)) for part in parts]
 
 
-def hessian(likelihood: Likelihood, output: Tensor, batch: Batch) -> Tensor:
+def hessian(task: Task, output: Tensor, batch: Batch) -> Tensor:
     """(b, o, o), in double precision: the Hessian of −log p(y_i | f) in an example's o outputs."""
-    vectors = torch.stack(list(likelihood.curvature(output, batch)), 1)
+    vectors = torch.stack(list(task.curvature(output, batch)), 1)
     vectors = vectors.reshape(*vectors.shape[:2], -1).double()
     return vectors.mT @ vectors
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pyrolora.columns import IGNORED, LABELS
+from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
-from pyrolora.inference.padding import MASK
-from pyrolora.likelihoods import IGNORED, CausalLM, TokenLikelihood
-from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.model import JointModel, evaluating
+from pyrolora.tasks import CausalLM, TokenTask
 
 # How much outputs may differ by the order of sums alone, as a share of the largest.
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -42,7 +43,7 @@ def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[
 def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:
     """Raise `ConfigError` for a network that gives no logits of the vocabulary for each of the
     tokens of ``batch``, or that is to be causal and is not."""
-    if not isinstance(joint.likelihood, TokenLikelihood):
+    if not isinstance(joint.task, TokenTask):
         return
     labels, (places, width) = batch[LABELS], output.shape[-2:]
     config = getattr(joint.base, "config", None)
@@ -50,13 +51,13 @@ def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor
     few = isinstance(vocabulary, int) and width < vocabulary
     if places != labels.shape[-1] or few or int(labels.max()) >= width:
         raise ConfigError(
-            f"{joint.likelihood.title} gives logits of its vocabulary for each of its input's "
+            f"{joint.task.title} gives logits of its vocabulary for each of its input's "
             f"{labels.shape[-1]} tokens, and this {type(joint.base).__name__} gives {width} for "
             f"{places} (the vocabulary has {vocabulary}, the labels go up to {int(labels.max())}); "
             "token classification (a tag per token) and texts that differ from the input are not "
             "supported yet"
         )
-    if isinstance(joint.likelihood, CausalLM):
+    if isinstance(joint.task, CausalLM):
         check_causal(joint, batch)
 
 

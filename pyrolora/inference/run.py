@@ -19,10 +19,12 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.columns import LABELS
+from pyrolora.data.collate import pass_rows, to_device
+from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide, Program
 from pyrolora.inference.allocation import AllocateRanks
-from pyrolora.inference.batches import pass_rows, to_device
 from pyrolora.inference.checkpoints import (
     MEMBER,
     STATE_FILE,
@@ -36,14 +38,13 @@ from pyrolora.inference.checkpoints import (
     save_state,
 )
 from pyrolora.inference.curvature import Kronecker, best_precision, kfac
-from pyrolora.inference.data import Prepared
 from pyrolora.inference.dual import Dual, check_size
 from pyrolora.inference.jacobian import examples
 from pyrolora.inference.mcmc import nuts
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.trainer import SVITrainer
-from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way
 from pyrolora.types import Batch
 
@@ -162,8 +163,8 @@ class Run:
                 for start in range(0, draws, step):
                     part = factors if factors.draws is None else factors[start : start + step]
                     output = joint.network(batch, part)
-                    total -= float(joint.likelihood.log_prob(output, batch).double().sum())
-                count += joint.likelihood.count(batch[LABELS])
+                    total -= float(joint.task.log_prob(output, batch).double().sum())
+                count += joint.task.count(batch[LABELS])
         return total / (count * draws)
 
     def kfac(self) -> dict[str, Kronecker]:

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from pyrolora import defaults
+from pyrolora.data.collate import to_device
+from pyrolora.data.prepared import Prepared
 from pyrolora.guides import Guide
-from pyrolora.inference.batches import to_device
-from pyrolora.inference.data import Prepared
 from pyrolora.inference.gauss_newton import gauss_newton
 from pyrolora.model import JointModel
 from pyrolora.seeding import give_way, seeded

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
 from pyrolora.inference.checkpoints import (
@@ -32,7 +33,6 @@ from pyrolora.inference.checkpoints import (
     read_tensors,
     save_state,
 )
-from pyrolora.inference.data import Prepared
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.seeding import give_way, seed_of_process
@@ -139,7 +139,7 @@ class SVITrainer(Trainer):
         self._resumed: Path | None = None
         self._averages: dict[str, Any] = {}
         super().__init__(
-            model=Objective(joint, joint.likelihood.count(data.labels)),
+            model=Objective(joint, joint.task.count(data.labels)),
             args=args,
             train_dataset=data.examples,
             eval_dataset=None if evaluate is None else data.examples[:1],
@@ -524,7 +524,7 @@ def _until(last: int, rate: Callable[[int], float], step: int) -> float:
 
 def _scales(joint: JointModel) -> list[nn.Parameter]:
     own = [joint.program.get_parameter(name) for name in joint.program.scale_parameters()]
-    return [*own, *joint.likelihood.parameters()]
+    return [*own, *joint.task.parameters()]
 
 
 def _size(batch: Mapping[str, Any]) -> int:

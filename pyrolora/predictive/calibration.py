@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.data import Prepared
 from pyrolora.errors import ConfigError, NonFiniteError, positive
-from pyrolora.inference import Prepared
 from pyrolora.model import JointModel
 from pyrolora.predictive.predict import reduced
 from pyrolora.types import Batch
@@ -62,13 +62,13 @@ def check_temperature(temperature: float) -> float:
 def calibrated(
     joint: JointModel, data: Prepared, factors: FlatFactors, *, batch_size: int
 ) -> Calibration:
-    """The T that minimises −Σ_i log mean_s p_T(y_i | draw s), with p_T of `Likelihood.at`, by two
+    """The T that minimises −Σ_i log mean_s p_T(y_i | draw s), with p_T of `Task.at`, by two
     passes over the data. The outputs of the network are not kept."""
     assert data.labels is not None
-    count = joint.likelihood.count(data.labels)
+    count = joint.task.count(data.labels)
 
     def nll(temperatures: Tensor) -> Tensor:
-        laws = [joint.likelihood.at(float(t)) for t in temperatures]
+        laws = [joint.task.at(float(t)) for t in temperatures]
 
         def losses(outputs: Iterable[Tensor], batch: Batch) -> Tensor:
             scores = [torch.stack([a.log_prob(o, batch) for a in laws]) for o in outputs]

@@ -11,23 +11,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.columns import IGNORED, LABELS
+from pyrolora.data import prepare
+from pyrolora.data.collate import context_length
+from pyrolora.data.columns import CHOICES, check_text, context_columns, unread, warn_unread
+from pyrolora.data.encoding import Encoder
+from pyrolora.data.examples import as_examples, is_plain
+from pyrolora.data.labels import no_labels
+from pyrolora.data.tokenising import choice_number, choice_texts
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.inference import prepare
-from pyrolora.inference.batches import context_length
-from pyrolora.inference.columns import CHOICES, check_text, context_columns, unread, warn_unread
-from pyrolora.inference.encoding import Encoder
-from pyrolora.inference.examples import as_examples, is_plain
-from pyrolora.inference.labels import no_labels
-from pyrolora.inference.tokenising import choice_number, choice_texts
-from pyrolora.likelihoods import IGNORED, CausalLM
-from pyrolora.model import LABELS, JointModel
+from pyrolora.model import JointModel
 from pyrolora.predictive.predict import predict
 from pyrolora.predictive.prediction import ClassPrediction, TokenScores
+from pyrolora.tasks import CausalLM
 
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
     """The data as rows with a column ``choices``, if a language model is to choose; else None."""
-    if not isinstance(joint.likelihood, CausalLM):
+    if not isinstance(joint.task, CausalLM):
         return None
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
     return rows if is_plain(rows) and CHOICES in rows.column_names else None
@@ -70,7 +71,7 @@ def choose(
     if rows is None:
         raise ConfigError(
             "choosing by likelihood needs a causal language model, and data with a column 'choices'"
-            f" beside the question; the likelihood is {joint.likelihood.name!r}"
+            f" beside the question; the task is {joint.task.name!r}"
         )
     context = context_columns(rows)
     check_text(rows, context, tokenizer)
@@ -84,7 +85,7 @@ def choose(
         for before, own in zip(contexts, choices, strict=True)
         for choice in own
     ]
-    prepared = prepare(examples, joint.base, joint.likelihood, tokenizer)
+    prepared = prepare(examples, joint.base, joint.task, tokenizer)
     read = predict(
         joint,
         prepared,

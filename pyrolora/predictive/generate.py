@@ -16,17 +16,18 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from pyrolora import defaults
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError, check_eager
+from pyrolora.columns import IGNORED, LABELS
+from pyrolora.data import prepare
+from pyrolora.data.collate import KNOWN_INPUTS, context_length, taken_by
+from pyrolora.data.encoding import Encoder
+from pyrolora.data.examples import TensorExamples
+from pyrolora.data.padding import MASK, padding_of
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.inference import prepare
-from pyrolora.inference.batches import KNOWN_INPUTS, context_length, taken_by
-from pyrolora.inference.encoding import Encoder
-from pyrolora.inference.examples import TensorExamples
-from pyrolora.inference.padding import MASK, padding_of
-from pyrolora.likelihoods import IGNORED, CausalLM
-from pyrolora.model import LABELS, JointModel, evaluating
+from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.predict import predict
 from pyrolora.predictive.prediction import TokenPrediction
+from pyrolora.tasks import CausalLM
 
 # Those that keep a row's neighbours, whatever they do with the rows.
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
@@ -74,7 +75,7 @@ def generate(
     options
         Of ``generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``, ...
     temperature
-        The posterior's own (`Likelihood.at`), in writing and in scoring; that of ``options`` acts
+        The posterior's own (`Task.at`), in writing and in scoring; that of ``options`` acts
         on what it gives.
     """
     options = dict(options or {})
@@ -117,7 +118,7 @@ def generate(
 @contextmanager
 def _at_temperature(joint: JointModel, temperature: float) -> Iterator[None]:
     """The network gives tempered logits to transformers' ``generate``, whatever the decoding."""
-    law = joint.likelihood.at(temperature)
+    law = joint.task.at(temperature)
 
     def temper(_: Any, __: Any, output: Any) -> Any:
         output.logits = law.tempered(output.logits)
@@ -135,10 +136,10 @@ def _check(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
     base: Any = joint.base
     check_eager(base)
     able = getattr(base, "can_generate", None)
-    if not isinstance(joint.likelihood, CausalLM) or able is None or not able():
+    if not isinstance(joint.task, CausalLM) or able is None or not able():
         raise ConfigError(
             "generate() needs a causal language model of transformers, fitted as one; this is a "
-            f"{type(base).__name__} with the likelihood {joint.likelihood.name!r}"
+            f"{type(base).__name__} with the task {joint.task.name!r}"
         )
     # As transformers does: what is given goes before what the network's own settings say.
     settings = copy.deepcopy(base.generation_config)
@@ -395,7 +396,7 @@ def _scored(
 ) -> Generation:
     pairs = [(p, new) for p, own in zip(prompts, written, strict=True) for new in own]
     beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
-    prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.likelihood)
+    prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.task)
     read = predict(
         joint,
         prepared,

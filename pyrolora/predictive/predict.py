@@ -13,15 +13,15 @@ from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.data import Prepared, check_finite, pass_rows, to_device
+from pyrolora.data.labels import class_names_of
 from pyrolora.errors import whole_number
-from pyrolora.inference import Prepared, check_finite, pass_rows, to_device
-from pyrolora.inference.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
-from pyrolora.likelihoods import MultipleChoice
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, ClassPrediction, Prediction
 from pyrolora.seeding import DRAWING, seeded
+from pyrolora.tasks import MultipleChoice
 from pyrolora.types import Batch
 
 R = TypeVar("R")
@@ -58,10 +58,10 @@ def predict(
     """The prediction of the S draws of ``factors``, or of one setting, for every example.
 
     ``kind`` is what is made of each batch, by default all that the likelihood says, at the
-    ``temperature`` (`Likelihood.at`). How the data are read, `reduced` says.
+    ``temperature`` (`Task.at`). How the data are read, `reduced` says.
     """
-    kind = PREDICTIONS[type(joint.likelihood)] if kind is None else kind
-    law = joint.likelihood.at(temperature)
+    kind = PREDICTIONS[type(joint.task)] if kind is None else kind
+    law = joint.task.at(temperature)
     order = data.by_length()
     reduce = partial(kind.reduce, law)
     records = reduced(joint, data, factors, reduce, order, batch_size=batch_size, rows=rows)
@@ -103,10 +103,10 @@ def reduced(
 
 def _named(prediction: Prediction, joint: JointModel) -> Prediction:
     """The prediction with the names of its classes."""
-    names = class_names_of(joint.base, joint.likelihood)
+    names = class_names_of(joint.base, joint.task)
     if not isinstance(prediction, ClassPrediction) or not names:
         return prediction
-    if isinstance(joint.likelihood, MultipleChoice):
+    if isinstance(joint.task, MultipleChoice):
         return prediction
     classes = tuple(names.get(i, str(i)) for i in range(prediction.draws.shape[-1]))
     return replace(prediction, classes=classes if len({*classes}) == len(classes) else None)
@@ -119,7 +119,7 @@ def passes(
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return
-    if joint.program.linearised and joint.likelihood.linearisable:
+    if joint.program.linearised and joint.task.linearisable:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
     settings, counts = factors.distinct()

@@ -12,16 +12,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolora.columns import IGNORED
 from pyrolora.errors import NonFiniteError, share
-from pyrolora.likelihoods import (
-    IGNORED,
+from pyrolora.tasks import (
     CausalLM,
     Classification,
-    Likelihood,
     MaskedLM,
     MultipleChoice,
     Regression,
-    TokenLikelihood,
+    Task,
+    TokenTask,
 )
 from pyrolora.types import Batch
 
@@ -45,21 +45,19 @@ class Prediction(ABC):
         log p(y_i | draw), (S, n), or None without labels.
     """
 
-    likelihood: ClassVar[type[Likelihood]]
+    task: ClassVar[type[Task]]
 
     targets: Tensor | None
     log_likelihood: Tensor | None
 
     @staticmethod
     @abstractmethod
-    def reduce(
-        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
-    ) -> dict[str, Tensor]:
+    def reduce(task: Task, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
         """What is kept of the outputs (s, b, ...) of one batch, by name."""
 
     @classmethod
     @abstractmethod
-    def collect(cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood) -> Prediction:
+    def collect(cls, records: Sequence[dict[str, Tensor]], task: Task) -> Prediction:
         """The prediction of all batches."""
 
     @abstractmethod
@@ -130,31 +128,27 @@ class ClassPrediction(Prediction):
     tables have them in place of numbers.
     """
 
-    likelihood = Classification
+    task = Classification
 
     draws: Tensor
     classes: tuple[str, ...] | None = None
 
     @staticmethod
-    def reduce(
-        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
-    ) -> dict[str, Tensor]:
-        assert isinstance(likelihood, Classification)
+    def reduce(task: Task, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(task, Classification)
         probs, scores = [], []
-        labelled = likelihood.targets(batch) is not None
+        labelled = task.targets(batch) is not None
         for output in outputs:
-            probs.append(likelihood.logits(output, batch).softmax(-1).cpu())
+            probs.append(task.logits(output, batch).softmax(-1).cpu())
             if labelled:
-                scores.append(likelihood.log_prob(output, batch).cpu())
+                scores.append(task.log_prob(output, batch).cpu())
         record = {"draws": torch.cat(probs)}
         if labelled:
             record |= {"log_likelihood": torch.cat(scores), "targets": batch["labels"].cpu()}
         return record
 
     @classmethod
-    def collect(
-        cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
-    ) -> ClassPrediction:
+    def collect(cls, records: Sequence[dict[str, Tensor]], task: Task) -> ClassPrediction:
         classes = max(record["draws"].shape[-1] for record in records)
         return cls(
             draws=torch.cat([_pad(record["draws"], classes, 0.0) for record in records], dim=1),
@@ -229,36 +223,32 @@ class RegressionPrediction(Prediction):
     """Means: ``draws`` is (S, n), in units of the target; ``noise_scale`` is the learned σ, times
     √T of a calibrated posterior."""
 
-    likelihood = Regression
+    task = Regression
 
     draws: Tensor
     noise_scale: float
 
     @staticmethod
-    def reduce(
-        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
-    ) -> dict[str, Tensor]:
+    def reduce(task: Task, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
         means, scores = [], []
-        labels = likelihood.targets(batch)
+        labels = task.targets(batch)
         for output in outputs:
             means.append(output.cpu())
             if labels is not None:
-                scores.append(likelihood.log_prob(output, batch).cpu())
+                scores.append(task.log_prob(output, batch).cpu())
         record = {"draws": torch.cat(means)}
         if labels is not None:
             record |= {"log_likelihood": torch.cat(scores), "targets": labels.cpu()}
         return record
 
     @classmethod
-    def collect(
-        cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
-    ) -> RegressionPrediction:
-        assert isinstance(likelihood, Regression)
+    def collect(cls, records: Sequence[dict[str, Tensor]], task: Task) -> RegressionPrediction:
+        assert isinstance(task, Regression)
         return cls(
             draws=torch.cat([record["draws"] for record in records], dim=1),
             targets=_join(records, "targets", 0),
             log_likelihood=_join(records, "log_likelihood", 1),
-            noise_scale=float(likelihood.noise().detach()),
+            noise_scale=float(task.noise().detach()),
         )
 
     @property
@@ -336,29 +326,27 @@ class TokenPrediction(Prediction):
     are.
     """
 
-    likelihood = TokenLikelihood
+    task = TokenTask
 
     entropy: Tensor
     aleatoric: Tensor
     num_tokens: Tensor
 
     @staticmethod
-    def reduce(
-        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
-    ) -> dict[str, Tensor]:
-        assert isinstance(likelihood, TokenLikelihood)
-        mask = likelihood.token_mask(batch)
-        labels = likelihood.targets(batch)
+    def reduce(task: Task, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(task, TokenTask)
+        mask = task.token_mask(batch)
+        labels = task.targets(batch)
         total: Tensor | float = 0.0
         aleatoric: Tensor | float = 0.0
         scores, count = [], 0
         for output in outputs:
-            probs = likelihood.token_logits(output).softmax(-1)
+            probs = task.token_logits(output).softmax(-1)
             total = total + probs.sum(0)
             aleatoric = aleatoric + _entropy(probs).sum(0)
             count += len(output)
             if labels is not None:
-                scores.append(likelihood.log_prob(output, batch).cpu())
+                scores.append(task.log_prob(output, batch).cpu())
         assert isinstance(total, Tensor)
         assert isinstance(aleatoric, Tensor)
         record = {
@@ -372,9 +360,7 @@ class TokenPrediction(Prediction):
         return record
 
     @classmethod
-    def collect(
-        cls, records: Sequence[dict[str, Tensor]], likelihood: Likelihood
-    ) -> TokenPrediction:
+    def collect(cls, records: Sequence[dict[str, Tensor]], task: Task) -> TokenPrediction:
         length = max(record["entropy"].shape[1] for record in records)
         padded = [
             {
@@ -437,18 +423,16 @@ class TokenScores(TokenPrediction):
     vocabulary at every token, are NaN."""
 
     @staticmethod
-    def reduce(
-        likelihood: Likelihood, outputs: Iterable[Tensor], batch: Batch
-    ) -> dict[str, Tensor]:
-        assert isinstance(likelihood, TokenLikelihood)
-        mask, labels = likelihood.token_mask(batch), likelihood.targets(batch)
+    def reduce(task: Task, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
+        assert isinstance(task, TokenTask)
+        mask, labels = task.token_mask(batch), task.targets(batch)
         assert labels is not None
         unknown = torch.full(mask.shape, torch.nan)
         return {
             "entropy": unknown,
             "aleatoric": unknown,
             "num_tokens": mask.sum(-1).cpu(),
-            "log_likelihood": torch.cat([likelihood.log_prob(o, batch).cpu() for o in outputs]),
+            "log_likelihood": torch.cat([task.log_prob(o, batch).cpu() for o in outputs]),
             "targets": labels.masked_fill(~mask, IGNORED).cpu(),
         }
 
@@ -478,9 +462,9 @@ def _frame(columns: dict[str, Tensor], targets: Tensor | None) -> pd.DataFrame:
     return pd.DataFrame({name: tensor.numpy() for name, tensor in columns.items()})
 
 
-PREDICTIONS: dict[type[Likelihood], type[Prediction]] = {
-    likelihood: kind
-    for likelihood in (Classification, Regression, CausalLM, MultipleChoice, MaskedLM)
+PREDICTIONS: dict[type[Task], type[Prediction]] = {
+    task: kind
+    for task in (Classification, Regression, CausalLM, MultipleChoice, MaskedLM)
     for kind in (ClassPrediction, RegressionPrediction, TokenPrediction)
-    if issubclass(likelihood, kind.likelihood)
+    if issubclass(task, kind.task)
 }

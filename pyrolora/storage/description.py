@@ -20,10 +20,10 @@ from pyrolora.adapters import LayerSpec
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.files import shown
 from pyrolora.guides import Guide, from_options, full_name
-from pyrolora.likelihoods import available
 from pyrolora.options import check_options
 from pyrolora.storage.base import check_description
 from pyrolora.storage.numbers import finite
+from pyrolora.tasks import available
 from pyrolora.types import AdapterConfig
 
 FORMAT = "pyrolora-posterior"
@@ -67,7 +67,7 @@ class Description:
 
     guide: Guide
     prior: Guide | None
-    likelihood: str
+    task: str
     config: AdapterConfig
     specs: list[LayerSpec]
     heads: list[str]
@@ -244,7 +244,7 @@ def _logged(entry: Mapping[str, Any]) -> dict[str, Any]:
 _HEX = _text("[0-9a-f]{64}")
 _GUIDE = _record({"name": _text(), "options": _mapping(_anything)})
 AS_THEY_ARE = (
-    *("likelihood", "heads", "base", "classes", "num_examples", "settings"),
+    *("task", "heads", "base", "classes", "num_examples", "settings"),
     *("state_file", "sha256", "tokenizer", "temperature"),
 )
 EARLIER = {"temperature": 1.0}
@@ -260,7 +260,7 @@ ENTRIES: dict[str, Check] = {
     "tokenizer_files": _optional(_mapping(_HEX, at_least=1)),
     "guide": _GUIDE,
     "prior": _optional(_GUIDE),
-    "likelihood": _one_of(*available()),
+    "task": _one_of(*available()),
     "adapter": _mapping(_anything),
     "layers": _list(_mapping(_anything)),
     "heads": _list(_text()),

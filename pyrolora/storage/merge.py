@@ -51,7 +51,7 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
     for name, (head,) in joint.named_heads(factors).items():
         dtype = next(network.get_submodule(name).parameters()).dtype
         network.set_submodule(name, copy.deepcopy(head).to(dtype))
-    names = joint.likelihood.class_names
+    names = joint.task.class_names
     config: Any = getattr(network, "config", None)
     if names is not None and config is not None:
         config.id2label = dict(enumerate(names))

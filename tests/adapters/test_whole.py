@@ -58,9 +58,9 @@ def test_a_compiled_network_is_refused_before_a_fit_and_before_loading(
     pyrolora.fit(bert(), tokens(8), "map", **OPTIONS).save(tmp_path / "run")
     begun = len(steps)
     network = compiled(bert())
-    for likelihood in (None, "classification"):
+    for task in (None, "classification"):
         with pytest.raises(ConfigError, match=message):
-            pyrolora.fit(network, tokens(8), "map", likelihood=likelihood, **OPTIONS)
+            pyrolora.fit(network, tokens(8), "map", task=task, **OPTIONS)
     with pytest.raises(ConfigError, match=message):
         pyrolora.load(tmp_path / "run", network)
     with pytest.raises(ConfigError, match=message):

@@ -444,7 +444,7 @@ def test_regression(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done(*fit_command(place, run, data=str(tmp_path / "train.csv")))
     posterior = pyrolora.load(run)
-    assert posterior.likelihood.name == "regression"
+    assert posterior.task.name == "regression"
     scores = posterior.evaluate(data, 4, seed=7)
     assert set(scores) == {"rmse", "nll", "crps", "coverage", "aurc"}
     found = done("evaluate", run, tmp_path / "train.csv", *PREDICT, "--json").json
@@ -458,7 +458,7 @@ def test_regression(place: Path, tmp_path: Path) -> None:
 
 def test_whole_numbers_are_a_regression_if_that_is_said(place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done(*fit_command(place, run, "--likelihood", "regression"))
+    done(*fit_command(place, run, "--task", "regression"))
     assert set(done("evaluate", run, place / "test.jsonl", "--json").json) >= {"rmse", "crps"}
 
 
@@ -470,7 +470,7 @@ def test_a_language_model(network: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done("fit", tmp_path / "train.txt", "--model", tmp_path / "decoder", "--output-dir", run, *FIT)
     posterior = pyrolora.load(run)
-    assert posterior.likelihood.name == "causal_lm"
+    assert posterior.task.name == "causal_lm"
     found = done("evaluate", run, tmp_path / "train.txt", *PREDICT, "--json").json
     scores = posterior.evaluate(texts, 4, seed=7)
     assert {"nll", "perplexity"} == set(scores)

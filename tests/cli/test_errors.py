@@ -88,7 +88,7 @@ FITS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "no model": (("train.jsonl",), ("--model",)),
     "a model that is a file": (("train.jsonl", "--model", "train.jsonl"), ("cannot load",)),
     "no such guide": ((*TRAIN, "--guide", "vae"), ("'vae'", "montec")),
-    "no such likelihood": ((*TRAIN, "--likelihood", "poisson"), ("'poisson'", "regression")),
+    "no such likelihood": ((*TRAIN, "--task", "poisson"), ("'poisson'", "regression")),
     "no such option": ((*TRAIN, "--warp", "9"), ("--warp",)),
     "epochs in words": ((*TRAIN, "--epochs", "many"), ("--epochs",)),
     "no epochs": ((*TRAIN, "--epochs", "0"), ("epochs must be", "0")),

@@ -9,7 +9,7 @@ from console import done, pyrolora_, refused, saved
 from problems import bert, reviews
 
 import pyrolora
-from pyrolora.page import Report, report_on
+from pyrolora.report import Report, report_on
 
 FIT = ("--epochs", 2, "--batch-size", 8, "--learning-rate", 0.01, "--seed", 3)
 OPTIONS = ("--num-samples", 4, "--seed", 7)

@@ -23,15 +23,15 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.guides import MAP, Guide, averaged
 from pyrolora.inference import NamedELBO
-from pyrolora.likelihoods import Likelihood
 from pyrolora.loading import build
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.posterior import Posterior
+from pyrolora.tasks import Task
 
 NOISE = 0.7
 
 
-class GaussianOutputs(Likelihood):
+class GaussianOutputs(Task):
     """y ~ N(f, σ² I) on several outputs, with σ known."""
 
     name = "gaussian"
@@ -124,7 +124,7 @@ class Layer:
         bank = self.joint.program.bank
         with torch.no_grad():
             output = self.joint.network(self.batch, bank.replaced(factor, at_zero.float()))
-            constant = self.joint.likelihood.log_prob(output, self.batch).sum()
+            constant = self.joint.task.log_prob(output, self.batch).sum()
         return constant + h @ mean - 0.5 * (mean @ H @ mean + (H * covariance).sum())
 
 

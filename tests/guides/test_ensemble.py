@@ -32,7 +32,7 @@ HEADED = AdapterConfig(r=2, target_modules=["0"], modules_to_save=["2"])
 def fitted(guide: Any, network: nn.Module | None = None, **options: Any) -> Posterior:
     """A classifier of numbers, adapter and head."""
     defaults_: dict[str, Any] = {
-        "likelihood": "classification",
+        "task": "classification",
         "adapter": HEADED,
         "epochs": 4,
         "learning_rate": 0.05,
@@ -260,13 +260,13 @@ def test_of_a_linear_network_the_merged_one_gives_the_mean_of_the_members() -> N
 
 def test_the_noise_of_a_regression_makes_the_variance_that_of_the_mixture() -> None:
     options = {
-        "network": mlp(outputs=1), "data": (X, NUMBERS), "likelihood": "regression", "epochs": 5
+        "network": mlp(outputs=1), "data": (X, NUMBERS), "task": "regression", "epochs": 5
     }  # fmt: skip
     posterior = fitted(Ensemble(members=K), **options)
     alone = [fitted("map", **{**options, "seed": 3 + k}) for k in range(K)]
-    noise = torch.tensor([one.likelihood.param("noise_scale").item() for one in alone])
+    noise = torch.tensor([one.task.param("noise_scale").item() for one in alone])
     assert noise.std() > 1e-5
-    pooled = posterior.likelihood.param("noise_scale").item()
+    pooled = posterior.task.param("noise_scale").item()
     assert pooled == pytest.approx(noise.square().mean().sqrt().item())
     means = torch.stack([one.predict((X,), 1).mean for one in alone])
     prediction = posterior.predict((X,), num_samples=K)
@@ -503,7 +503,7 @@ def test_members_differ_in_the_order_of_the_data_whatever_seed_it_has(tmp_path: 
         str(tmp_path), data_seed=5, num_train_epochs=1, save_strategy="no", report_to="none"
     )
     pyrolora.fit(
-        mlp(), (X, CLASSES), Ensemble(members=2), likelihood="classification", adapter=HEADED,
+        mlp(), (X, CLASSES), Ensemble(members=2), task="classification", adapter=HEADED,
         training=same, callbacks=[Seen()],
     )  # fmt: skip
     assert sorted(orders[0]) == sorted(orders[1])

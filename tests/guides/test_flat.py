@@ -29,20 +29,20 @@ from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.posterior import Posterior
+from pyrolora.tasks import task_for
 
 CONFIG = AdapterConfig(r=2)
 RHO = 0.05
 
 
 def joint_of(
-    network: nn.Module, guide: Guide, likelihood: str, rows: int, config: AdapterConfig = CONFIG
+    network: nn.Module, guide: Guide, task: str, rows: int, config: AdapterConfig = CONFIG
 ) -> JointModel:
     """A joint model in training mode at the last step; its B is not zero."""
-    law = likelihood_for(network, likelihood)
+    law = task_for(network, task)
     joint = build(network, attach(network, config), config, guide, law, rows)
     bank = joint.program.bank
     bank.assign("B_loc", torch.randn(bank.layouts["B"].total) / 4)
@@ -81,7 +81,7 @@ def fitted(guide: Guide | str, network: nn.Module | None = None, **options: Any)
     data = (torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3)
     network = mlp() if network is None else network
     return pyrolora.fit(
-        network, data, guide=guide, likelihood="classification", adapter=CONFIG, **options
+        network, data, guide=guide, task="classification", adapter=CONFIG, **options
     )
 
 
@@ -294,7 +294,7 @@ def test_the_scale_rises_by_half_a_cosine_over_the_optimiser_steps(accumulation,
     recorder = Steps(noises)
     data = (torch.randn(14, 4), torch.arange(14) % 3)
     pyrolora.fit(
-        mlp(), data, guide=Flat(rho=0.1), likelihood="classification", adapter=CONFIG,
+        mlp(), data, guide=Flat(rho=0.1), task="classification", adapter=CONFIG,
         training=arguments(
             tmp_path, max_steps=5, per_device_train_batch_size=2,
             gradient_accumulation_steps=accumulation,
@@ -325,7 +325,7 @@ def spy(self, *args):
 WeightNoise.frozen = spy
 pyrolora.fit(
     mlp(), (torch.randn(24, 4), torch.arange(24) % 3), guide=Flat(rho=0.1),
-    likelihood="classification", adapter=pyrolora.AdapterConfig(r=2),
+    task="classification", adapter=pyrolora.AdapterConfig(r=2),
     training=TrainingArguments(
         output_dir={out!r}, max_steps=4, per_device_train_batch_size=2,
         gradient_accumulation_steps=3, use_cpu=True, save_strategy="no", report_to="none",

@@ -67,7 +67,7 @@ POINTS = (torch.randn(32, 4, generator=torch.Generator().manual_seed(0)), torch.
 
 def fit_points(network, guide, **options):
     return pyrolora.fit(
-        network, POINTS, guide=guide, likelihood="classification", epochs=3, batch_size=8, **options
+        network, POINTS, guide=guide, task="classification", epochs=3, batch_size=8, **options
     )
 
 

@@ -30,7 +30,7 @@ def classifier(guide: Any, epochs: int = 60, adapter: Any = None, **options: Any
         mlp(outputs=2),
         data(),
         guide=guide,
-        likelihood="classification",
+        task="classification",
         adapter=AdapterConfig(r=2, **(adapter or {})),
         epochs=epochs,
         learning_rate=0.05,

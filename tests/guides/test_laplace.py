@@ -20,11 +20,11 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Laplace
 from pyrolora.guides.laplace import GRID
 from pyrolora.inference import log_marginal_likelihood
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors
 from pyrolora.predictive.linearised import linearised
+from pyrolora.tasks import task_for
 
 
 def data(n: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def classifier(guide: Any, epochs: int = 20, **options: Any) -> Posterior:
         mlp(outputs=2),
         data(),
         guide=guide,
-        likelihood="classification",
+        task="classification",
         adapter=AdapterConfig(r=2),
         epochs=epochs,
         learning_rate=0.05,
@@ -160,7 +160,7 @@ def test_a_language_model_has_sampled_predictions_only(steps):
     rows = batch.collate([batch.examples[i] for i in range(4)])
     with torch.no_grad():
         output = posterior.model.network(rows, factors)
-        expected = posterior.likelihood.log_prob(output, rows)
+        expected = posterior.task.log_prob(output, rows)
     torch.testing.assert_close(found, expected.to(found.dtype))
 
 
@@ -218,7 +218,7 @@ def test_a_post_hoc_fit_predicts_with_the_covariance_of_laplace_torch():
     x = torch.randn(30, 4)
     y = torch.arange(30) % 3
     attachment = attach(network, config)
-    law = likelihood_for(network, "classification")
+    law = task_for(network, "classification")
     joint = build(network, attachment, config, MAP(), law, len(y))
     bank = joint.program.bank
     bank.assign("B_loc", 0.7 * torch.randn_like(bank.get_parameter("B_loc")))

@@ -16,9 +16,9 @@ from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointGuide, JointModel
+from pyrolora.tasks import task_for
 
 PRIOR_SCALE = 0.8
 
@@ -98,7 +98,7 @@ def encoder(guide: Guide) -> tuple[JointModel, dict[str, Tensor]]:
     network = bert(initializer_range=0.3)
     config = AdapterConfig(r=2)
     attachment = attach(network, config)
-    joint = build(network, attachment, config, guide, likelihood_for(network), 6)
+    joint = build(network, attachment, config, guide, task_for(network), 6)
     bank = joint.program.bank
     bank.assign("B_loc", torch.randn_like(bank.get_parameter("B_loc")))
     batch = batch_of(tokens(6, length=8))

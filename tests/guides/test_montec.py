@@ -25,9 +25,9 @@ from pyrolora.distributions import WishartCholesky
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.likelihoods import Regression
 from pyrolora.loading import build
 from pyrolora.model import JointModel
+from pyrolora.tasks import Regression
 
 R, IN, OUT, N_DATA, NOISE = 2, 3, 4, 6, 0.7
 
@@ -481,7 +481,7 @@ def test_around_zero_the_hierarchical_form_needs_enough_degrees_of_freedom():
         guide = montec(component_prior="hierarchical", **options)
         adapter = AdapterConfig(r=3)
         return pyrolora.fit(
-            mlp(4, 4), data, guide, likelihood="classification", adapter=adapter, epochs=1
+            mlp(4, 4), data, guide, task="classification", adapter=adapter, epochs=1
         )
 
     with pytest.raises(ConfigError, match=r"df_per_rank > 1\.33.* at rank 3, got 1\.3"):

@@ -38,7 +38,7 @@ def fitted(guide: Any, network: nn.Module | None = None, **config: Any) -> Poste
         mlp(outputs=2) if network is None else network,
         data(),
         guide=guide,
-        likelihood="classification",
+        task="classification",
         adapter=AdapterConfig(r=1, **config),
         epochs=2,
         learning_rate=0.05,

@@ -295,7 +295,7 @@ def test_what_cannot_be_a_prior_is_refused():
         (field, {"guide": "montec"}, "same one"),
         (field, {"guide": MeanField(latent="AB")}, "latent='AB', and in the prior it is 'A'"),
         (field, {"adapter": AdapterConfig(r=2)}, "adapter= comes with the prior"),
-        (field, {"likelihood": "classification"}, "likelihood= comes with the prior"),
+        (field, {"task": "classification"}, "task= comes with the prior"),
         (0.2, {}, "MeanField"),
     ]:
         with pytest.raises(ConfigError, match=words):
@@ -316,9 +316,9 @@ def test_a_name_means_the_options_of_the_prior():
 
 def test_the_noise_of_a_regression_stays():
     x = torch.randn(24, 4)
-    options: dict[str, Any] = {"likelihood": "regression", "adapter": AdapterConfig(r=1)}
+    options: dict[str, Any] = {"task": "regression", "adapter": AdapterConfig(r=1)}
     network = mlp(outputs=1)
     first = pyrolora.fit(network, (x, x[:, 0]), "meanfield", epochs=2, **options)
     later = pyrolora.fit(network, (x, x[:, 1]), prior=first, epochs=2)
-    for a, b in zip(first.likelihood.parameters(), later.likelihood.parameters(), strict=True):
+    for a, b in zip(first.task.parameters(), later.task.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -137,7 +137,7 @@ def test_these_options_are_all_off_their_defaults(name: str) -> None:
 def test_options_come_back_with_a_posterior(name: str, tmp_path: Path) -> None:
     guide = CHANGED[name]
     posterior = pyrolora.fit(
-        mlp(), (X, Y), guide=guide, likelihood="classification",
+        mlp(), (X, Y), guide=guide, task="classification",
         adapter=AdapterConfig(r=1) if guide.adapts else None,
         epochs=1, learning_rate=0.05, batch_size=4,
     )  # fmt: skip
@@ -198,6 +198,6 @@ def test_a_refused_fit_leaves_the_network_as_it_was() -> None:
     before = list(network.state_dict())
     for guide in ("montec+map", "flat+vae"):
         with pytest.raises(pyrolora.PyroLoraError):
-            pyrolora.fit(network, (X, Y), guide=guide, likelihood="classification")
+            pyrolora.fit(network, (X, Y), guide=guide, task="classification")
     assert [type(module) for module in network.modules()] == [type(m) for m in mlp().modules()]
     assert list(network.state_dict()) == before

@@ -14,9 +14,9 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Curvature, LowRank, MeanField, MonteCLoRA, Variational
-from pyrolora.likelihoods import Regression
 from pyrolora.loading import build
 from pyrolora.model import JointModel
+from pyrolora.tasks import Regression
 
 MONTEC = MonteCLoRA(
     units="row", prior_mean="learned", scale_updates="curvature", num_components=1, sample_scale=0.5
@@ -118,7 +118,7 @@ def test_ranks_that_move_have_finite_gradients(guide: Variational) -> None:
         network,
         (torch.randn(24, 6), torch.randint(0, 3, (24,))),
         guide,
-        likelihood="classification",
+        task="classification",
         adapter=AdapterConfig(r=2, target_modules=["0", "2"], rank_allocation="snr"),
         epochs=4,
         batch_size=4,

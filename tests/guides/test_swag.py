@@ -30,7 +30,7 @@ class Iterates(TrainerCallback):
         joint = kwargs["model"].joint
         bank = joint.program.bank
         self.factors.append(torch.cat([bank.A_loc, bank.B_loc]).detach().clone())
-        others = [*joint.heads.parameters(), *joint.likelihood.parameters()]
+        others = [*joint.heads.parameters(), *joint.task.parameters()]
         self.others.append(parameters_to_vector(others).detach().clone())
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
 
@@ -109,13 +109,13 @@ def test_the_noise_of_a_regression_is_the_mean_of_the_iterates():
         mlp(outputs=1),
         (x, x[:, 0]),
         guide=SWAG(start=0.5, snapshots=4, rank=2),
-        likelihood="regression",
+        task="regression",
         adapter=AdapterConfig(r=1),
         epochs=4,
         batch_size=12,
         callbacks=[iterates],
     )
-    (noise,) = posterior.likelihood.parameters()
+    (noise,) = posterior.task.parameters()
     expected = torch.stack([other[-1] for other in iterates.others[4:]]).mean(0)
     torch.testing.assert_close(noise.detach().reshape(()), expected)
 

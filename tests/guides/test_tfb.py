@@ -109,7 +109,7 @@ def test_bounds_are_named():
 def test_held_out_data_may_be_the_anchor_and_have_to_be_there(steps):
     x = torch.randn(30, 4)
     y = (x[:, 0] > 0).long()
-    options = {"likelihood": "classification", "adapter": AdapterConfig(r=2), "epochs": 2}
+    options = {"task": "classification", "adapter": AdapterConfig(r=2), "epochs": 2}
     with pytest.raises(ConfigError, match="pass eval_data="):
         pyrolora.fit(mlp(outputs=2), (x, y), guide=TFB(anchor="validation"), **options)
     assert steps == []

@@ -9,7 +9,6 @@ from transformers import EarlyStoppingCallback
 
 import pyrolora
 from pyrolora.errors import ConfigError
-from pyrolora.likelihoods import available
 from pyrolora.predictive import evaluate
 from pyrolora.predictive.metrics import HIGHER_IS_BETTER
 from pyrolora.predictive.prediction import (
@@ -17,13 +16,14 @@ from pyrolora.predictive.prediction import (
     RegressionPrediction,
     TokenPrediction,
 )
+from pyrolora.tasks import available
 
 OPTIONS = {"adapter": pyrolora.AdapterConfig(r=1)}
 CLASSES = (torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3)
 NUMBERS = (CLASSES[0], CLASSES[0].sum(-1))
 
 
-def fitted(tmp_path, metric, data=CLASSES, likelihood="classification", callbacks=(), **changes):
+def fitted(tmp_path, metric, data=CLASSES, task="classification", callbacks=(), **changes):
     """Trained on labels, scored on others: from epoch to epoch the model gets worse."""
     options = {
         "max_steps": -1,
@@ -35,13 +35,13 @@ def fitted(tmp_path, metric, data=CLASSES, likelihood="classification", callback
         "learning_rate": 0.1,
         **changes,
     }
-    labels = data[1].flip(0) if likelihood == "classification" else -data[1]
+    labels = data[1].flip(0) if task == "classification" else -data[1]
     return pyrolora.fit(
-        mlp(outputs=3 if likelihood == "classification" else 1),
+        mlp(outputs=3 if task == "classification" else 1),
         data,
         "map",
         eval_data=(data[0], labels),
-        likelihood=likelihood,
+        task=task,
         training=arguments(tmp_path, **options),
         callbacks=callbacks,
         **OPTIONS,
@@ -143,8 +143,8 @@ def test_coverage_is_no_metric_of_the_best(tmp_path):
 
 def test_every_metric_has_its_direction():
     posteriors = {
-        ClassPrediction: (mlp(), CLASSES, {"likelihood": "classification", **OPTIONS}),
-        RegressionPrediction: (mlp(outputs=1), NUMBERS, {"likelihood": "regression", **OPTIONS}),
+        ClassPrediction: (mlp(), CLASSES, {"task": "classification", **OPTIONS}),
+        RegressionPrediction: (mlp(outputs=1), NUMBERS, {"task": "regression", **OPTIONS}),
         TokenPrediction: (llama(), tokens(4).remove_columns("labels"), OPTIONS),
     }
     for kind, (network, data, options) in posteriors.items():

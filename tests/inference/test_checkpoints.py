@@ -19,11 +19,12 @@ from transformers import TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig
+from pyrolora.data import prepare
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.guides import SWAG, Ensemble, MonteCLoRA
-from pyrolora.inference import last_checkpoint, prepare
+from pyrolora.inference import last_checkpoint
 from pyrolora.inference.checkpoints import damage, digest_of_data
-from pyrolora.likelihoods import likelihood_for
+from pyrolora.tasks import task_for
 
 STEPS = 6
 BY_EPOCH = ("eval_strategy", "logging_strategy")
@@ -420,7 +421,7 @@ def test_the_members_of_another_ensemble_are_refused(tmp_path):
 
 def prepared(data):
     network = bert()
-    return prepare(data, network, likelihood_for(network), tokenizer())
+    return prepare(data, network, task_for(network), tokenizer())
 
 
 def test_the_digest_of_data_is_of_what_they_hold():

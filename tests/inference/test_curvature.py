@@ -20,16 +20,16 @@ from pyrolora.errors import DataError
 from pyrolora.guides import MAP
 from pyrolora.inference import Kronecker, best_precision, kfac, log_marginal_likelihood
 from pyrolora.inference.curvature import PRECISIONS
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
+from pyrolora.tasks import task_for
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def joint_of(network, likelihood=None, **config):
+def joint_of(network, task=None, **config):
     """A joint model in double precision, its B away from zero."""
     options = AdapterConfig(**{"r": 2, "target_modules": "all-linear", **config})
-    law = likelihood_for(network, likelihood)
+    law = task_for(network, task)
     joint = build(network.double(), attach(network, options), options, MAP(), law, 1).double()
     bank = joint.program.bank
     bank.assign("B_loc", 0.5 * torch.randn_like(bank.B_loc))
@@ -70,15 +70,15 @@ def curvature_vectors(logits):
 def test_one_factor_of_a_linear_gaussian_layer_has_its_exact_hessian(factor):
     """f = (W + s B A) x: given the other factor it is linear in one."""
     joint = joint_of(nn.Sequential(nn.Linear(4, 1)), "regression", r=1, lora_alpha=3.0)
-    joint.likelihood.assign("noise_scale", torch.tensor(0.7, dtype=torch.float64))
+    joint.task.assign("noise_scale", torch.tensor(0.7, dtype=torch.float64))
     x, y = numbers(9, 4), numbers(9)
-    joint.likelihood.targets = lambda batch: batch["labels"]  # in double precision
+    joint.task.targets = lambda batch: batch["labels"]  # in double precision
     point = means(joint)
 
     def negative_log_likelihood(flat):
         factors = FlatFactors(**{"A": point.A, "B": point.B, factor: flat})
         output = joint.network({"inputs": x}, factors)
-        return -joint.likelihood.log_prob(output, {"labels": y}).sum()
+        return -joint.task.log_prob(output, {"labels": y}).sum()
 
     found = dense(kfac(joint, [{"inputs": x, "labels": y}])[f"0.{factor}"])
 
@@ -127,7 +127,7 @@ def test_b_given_a_of_a_softmax_layer_has_its_exact_hessian_for_one_example():
 
     def negative_log_likelihood(B):
         output = joint.network(batch, FlatFactors(point.A, B))
-        return -joint.likelihood.log_prob(output, batch).sum()
+        return -joint.task.log_prob(output, batch).sum()
 
     found = dense(kfac(joint, [batch])["0.B"])
     torch.testing.assert_close(found, hessian(negative_log_likelihood, point.B), **CLOSE)
@@ -282,7 +282,7 @@ def test_a_language_model_takes_the_sampled_vector_at_every_position():
         )
     output = joint.network(batch, joint.program.bank.means())
     torch.manual_seed(5)
-    (v,) = joint.likelihood.curvature(output, batch)
+    (v,) = joint.task.curvature(output, batch)
     outs = [out for _, out in seen.values()]
     for (name, (x, _)), g in zip(
         seen.items(), torch.autograd.grad(output, outs, grad_outputs=v), strict=True
@@ -352,19 +352,19 @@ def test_eigen_takes_both_factors_apart_and_clamps_what_rounding_makes_negative(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_factors_precision_and_evidence_are_those_of_laplace_torch(likelihood):
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_factors_precision_and_evidence_are_those_of_laplace_torch(task):
     import laplace
 
-    outputs = 3 if likelihood == "classification" else 1
+    outputs = 3 if task == "classification" else 1
     x = numbers(11, 4)
-    y = torch.arange(11) % 3 if likelihood == "classification" else numbers(11, 1).float().double()
-    joint = low_rank(joint_of, outputs, likelihood)
+    y = torch.arange(11) % 3 if task == "classification" else numbers(11, 1).float().double()
+    joint = low_rank(joint_of, outputs, task)
     explicit = explicit_low_rank(joint)
-    sigma = 1.0 if likelihood == "classification" else 0.6
+    sigma = 1.0 if task == "classification" else 0.6
     peer = laplace.Laplace(
         explicit,
-        likelihood,
+        task,
         subset_of_weights="all",
         hessian_structure="kron",
         sigma_noise=sigma,
@@ -373,8 +373,8 @@ def test_factors_precision_and_evidence_are_those_of_laplace_torch(likelihood):
     data = torch.utils.data.TensorDataset(x, y)
     peer.fit(torch.utils.data.DataLoader(data, batch_size=4))
 
-    if likelihood == "regression":
-        joint.likelihood.assign("noise_scale", torch.tensor(sigma, dtype=torch.float64))
+    if task == "regression":
+        joint.task.assign("noise_scale", torch.tensor(sigma, dtype=torch.float64))
     batch = {"inputs": x, "labels": y if outputs > 1 else y.squeeze(-1)}
     batches = [{name: t[i : i + 4] for name, t in batch.items()} for i in range(0, 11, 4)]
     found = kfac(joint, batches)
@@ -391,7 +391,7 @@ def test_factors_precision_and_evidence_are_those_of_laplace_torch(likelihood):
 
     with torch.no_grad():
         output = joint.network(batch, means(joint))
-        log_likelihood = joint.likelihood.log_prob(output, batch).sum().item()
+        log_likelihood = joint.task.log_prob(output, batch).sum().item()
     theta = [means(joint).A, means(joint).B]
     for value in (0.7, 0.01, 30.0):
         evidence = log_marginal_likelihood(log_likelihood, eigenvalues, theta, value)
@@ -399,13 +399,13 @@ def test_factors_precision_and_evidence_are_those_of_laplace_torch(likelihood):
         assert evidence == pytest.approx(expected.item(), rel=1e-6)  # their constants: float32
 
 
-def low_rank(make, outputs, likelihood):
+def low_rank(make, outputs, task):
     """An adapted network whose own weights are 0: it is its adapters, with s = 1."""
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs))
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
     pattern = {"2": min(2, outputs)}
-    return make(network, likelihood, rank_pattern=pattern, lora_alpha=2.0, alpha_pattern=pattern)
+    return make(network, task, rank_pattern=pattern, lora_alpha=2.0, alpha_pattern=pattern)
 
 
 def explicit_low_rank(joint):

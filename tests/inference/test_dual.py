@@ -17,9 +17,9 @@ from pyrolora.guides import MAP
 from pyrolora.inference import dual as module
 from pyrolora.inference import jacobian
 from pyrolora.inference.dual import Dual, check_size
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel
+from pyrolora.tasks import task_for
 
 DRAWS = 4000
 
@@ -81,12 +81,12 @@ def problem_of(kind: str) -> tuple[JointModel, dict[str, Tensor]]:
     batch: dict[str, Tensor]
     if kind in ("classes", "allocated"):
         network, batch = mlp(), {"inputs": torch.randn(7, 4), "labels": torch.arange(7) % 3}
-        law = likelihood_for(network, "classification")
+        law = task_for(network, "classification")
     elif kind == "sure":
         network, batch = mlp(), {"inputs": torch.randn(7, 4), "labels": torch.arange(7) % 3}
         with torch.no_grad():
             network.get_submodule("2").weight.mul_(200)
-        law = likelihood_for(network, "classification")
+        law = task_for(network, "classification")
     else:
         network = bert(3, initializer_range=0.3) if kind == "bert" else bert_choice()
         shape = (5, 6) if kind == "bert" else (5, 3, 6)
@@ -97,7 +97,7 @@ def problem_of(kind: str) -> tuple[JointModel, dict[str, Tensor]]:
         if kind == "choices":
             batch["choice_mask"] = torch.ones(5, 3, dtype=torch.bool)
             batch["choice_mask"][1, 2] = False
-        law = likelihood_for(network)
+        law = task_for(network)
     config = AdapterConfig(
         r=2,
         target_modules="all-linear",
@@ -188,7 +188,7 @@ def test_the_evidence_of_a_regression_is_the_density_of_its_labels():
     """y ~ N(f(θ̄) + J (θ₀ − θ̄), σ² I + J Jᵀ / λ), whatever the network."""
     network, x, y = mlp(outputs=1), torch.randn(9, 4), torch.randn(9)
     config = AdapterConfig(r=1, target_modules="all-linear")
-    law = likelihood_for(network, "regression")
+    law = task_for(network, "regression")
     law.start(y)
     joint = build(network, attach(network, config), config, MAP(), law, 9)
     bank, batch = joint.program.bank, {"inputs": x, "labels": y}

@@ -28,7 +28,7 @@ def joint_of(data: tuple[Tensor, Tensor], latent: str, start: str = "kaiming") -
         network,
         data,
         guides.MeanField(latent=latent, scale_updates="gradient", init_scale=1e-6),
-        likelihood="classification",
+        task="classification",
         adapter=pyrolora.AdapterConfig(
             r=2, rank_pattern={"2": 1}, target_modules=["0", "2"], init_lora_weights=start
         ),

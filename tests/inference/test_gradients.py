@@ -13,14 +13,14 @@ from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP
 from pyrolora.inference import weight_gradients
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
+from pyrolora.tasks import task_for
 from pyrolora.types import AdapterConfig
 
 
-def joint_of(network, likelihood=None, **options):
+def joint_of(network, task=None, **options):
     config = AdapterConfig(r=2, **options)
-    law = likelihood_for(network, likelihood)
+    law = task_for(network, task)
     return build(network, attach(network, config), config, MAP(), law, 100)
 
 

@@ -13,14 +13,14 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.guides import MAP, Flat, MeanField, MonteCLoRA
 from pyrolora.inference import ablation, signal_to_noise
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
+from pyrolora.tasks import task_for
 
 
-def joint_of(network, guide=None, likelihood=None, **config):
+def joint_of(network, guide=None, task=None, **config):
     """A joint model with B away from zero and, where ranks move, not the leading ones active."""
     options = AdapterConfig(**{"r": 2, "target_modules": "all-linear", **config})
-    law = likelihood_for(network, likelihood)
+    law = task_for(network, task)
     joint = build(network, attach(network, options), options, guide or MAP(), law, 10)
     bank = joint.program.bank
     if bank.active is not None:
@@ -45,8 +45,8 @@ def one_by_one(joint, batch):
         factors = replace(means, B=bank.kept("B", means.B, mask))
         with torch.no_grad():
             output = joint.network(batch, factors)
-        found = joint.likelihood.log_prob(output, batch).double()
-        return float(found.sum()) / joint.likelihood.count(batch["labels"])
+        found = joint.task.log_prob(output, batch).double()
+        return float(found.sum()) / joint.task.count(batch["labels"])
 
     expected = torch.full(active.shape, torch.nan, dtype=torch.double)
     for i, k in active.nonzero().tolist():
@@ -59,7 +59,7 @@ def one_by_one(joint, batch):
 @pytest.mark.parametrize("rows", [1, 20, 10_000])
 @pytest.mark.parametrize("allocation", ["uniform", "alora"])
 def test_ablation_is_that_of_one_evaluation_after_the_other(rows, allocation):
-    joint = joint_of(mlp(), likelihood="classification", rank_allocation=allocation)
+    joint = joint_of(mlp(), task="classification", rank_allocation=allocation)
     batch = plain()
     found = ablation(joint, batch, rows)
     expected = one_by_one(joint, batch)
@@ -84,23 +84,21 @@ def test_ablation_of_transformers(network, data):
 
 
 def test_a_rank_that_does_nothing_is_worth_what_the_network_is_without_adapters():
-    joint = joint_of(mlp(), likelihood="classification")
+    joint = joint_of(mlp(), task="classification")
     bank, batch = joint.program.bank, plain()
     mask = bank.slots()
     mask[0, 1] = False
     bank.assign("B_loc", bank.kept("B", bank.B_loc.detach(), mask))
     nothing = replace(bank.means(), B=torch.zeros_like(bank.B_loc))
     with torch.no_grad():
-        score = joint.likelihood.log_prob(joint.network(batch, nothing), batch).mean()
+        score = joint.task.log_prob(joint.network(batch, nothing), batch).mean()
     torch.testing.assert_close(ablation(joint, batch)[0, 1].float(), score)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "snr"])
 def test_signal_to_noise_of_mean_field_is_the_ratio_of_its_means_and_scales(allocation):
     """Given B: ‖m_k‖² / Σ_j σ_kj²."""
-    joint = joint_of(
-        mlp(inputs=12), MeanField(), likelihood="classification", rank_allocation=allocation
-    )
+    joint = joint_of(mlp(inputs=12), MeanField(), task="classification", rank_allocation=allocation)
     program = joint.program
     bank = program.bank
     program.assign("A_scale", 0.05 + 0.2 * torch.rand_like(program.A_scale))
@@ -119,7 +117,7 @@ def test_signal_to_noise_of_mean_field_is_the_ratio_of_its_means_and_scales(allo
 def test_signal_to_noise_with_both_factors_latent_is_that_of_the_product():
     """‖m_a‖² ‖m_b‖² / ((‖m_a‖² + Σσ²) (‖m_b‖² + Σσ²) − ‖m_a‖² ‖m_b‖²)."""
     joint = joint_of(mlp(inputs=12), MeanField(latent="AB", init_scale=0.1),
-                     likelihood="classification")  # fmt: skip
+                     task="classification")  # fmt: skip
     bank = joint.program.bank
     found = signal_to_noise(joint.program, 20_000)
     for i, (name, (A, B)) in enumerate(bank.matrices(bank.means()).items()):
@@ -130,7 +128,7 @@ def test_signal_to_noise_with_both_factors_latent_is_that_of_the_product():
 
 
 def test_a_rank_whose_b_is_zero_has_no_signal():
-    joint = joint_of(mlp(), MonteCLoRA(), likelihood="classification")
+    joint = joint_of(mlp(), MonteCLoRA(), task="classification")
     bank = joint.program.bank
     bank.assign("B_loc", torch.zeros_like(bank.B_loc))
     assert (signal_to_noise(joint.program) == 0).all()
@@ -138,7 +136,7 @@ def test_a_rank_whose_b_is_zero_has_no_signal():
 
 def test_montecs_ratio_falls_with_its_covariance():
     guide = Flat(inner=MonteCLoRA(init_covariance=1.0))
-    joint = joint_of(mlp(), guide, likelihood="classification", rank_allocation="snr")
+    joint = joint_of(mlp(), guide, task="classification", rank_allocation="snr")
     wide = signal_to_noise(joint.program, 64)
     joint.program.inner.assign("scale_diag", 0.1 * joint.program.inner.param("scale_diag"))
     narrow = signal_to_noise(joint.program, 64)
@@ -148,7 +146,7 @@ def test_montecs_ratio_falls_with_its_covariance():
 
 
 def test_a_rank_whose_mean_is_zero_has_no_signal_however_few_the_draws():
-    joint = joint_of(mlp(inputs=12), MeanField(init_scale=0.5), likelihood="classification")
+    joint = joint_of(mlp(inputs=12), MeanField(init_scale=0.5), task="classification")
     bank = joint.program.bank
     mask = bank.slots()
     mask[0, 1] = False

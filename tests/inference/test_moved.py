@@ -14,7 +14,7 @@ from pyrolora.errors import BindingError, PyroLoraError
 from pyrolora.model import evaluating
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
-OPTIONS = {"likelihood": "classification", "epochs": 1, "batch_size": 4}
+OPTIONS = {"task": "classification", "epochs": 1, "batch_size": 4}
 EVERY_LAYER = AdapterConfig(r=2, target_modules="all-linear")
 IDS = torch.randint(4, 29, (8, 6), generator=torch.Generator().manual_seed(0))
 SIZES = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}
@@ -42,7 +42,7 @@ def test_a_learning_rate_of_zero_is_the_reason_where_it_is_zero(tmp_path) -> Non
     args = arguments(tmp_path, learning_rate=0.0, max_steps=1)
     with pytest.warns(UserWarning, match=r"2 of 2 layers, '0', '2': the learning rate is 0"):
         pyrolora.fit(
-            mlp(), (X, Y), "map", likelihood="classification", adapter=EVERY_LAYER, training=args
+            mlp(), (X, Y), "map", task="classification", adapter=EVERY_LAYER, training=args
         )
 
 
@@ -50,7 +50,7 @@ def test_a_warm_up_that_has_only_begun_is_the_reason(tmp_path) -> None:
     args = arguments(tmp_path, learning_rate=0.1, warmup_steps=5, max_steps=1)
     with pytest.warns(UserWarning, match=r"2 of 2 layers, '0', '2': the learning rate is 0"):
         pyrolora.fit(
-            mlp(), (X, Y), "map", likelihood="classification", adapter=EVERY_LAYER, training=args
+            mlp(), (X, Y), "map", task="classification", adapter=EVERY_LAYER, training=args
         )
 
 

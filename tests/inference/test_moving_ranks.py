@@ -213,7 +213,7 @@ def test_the_covariance_of_moved_ranks_has_the_mean_that_the_guide_states():
         guide = MonteCLoRA(covariance=covariance, df_per_rank=1)
         joint = pyrolora.fit(
             torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6)),
-            (torch.randn(8, 6), torch.arange(8) % 6), guide=guide, likelihood="classification",
+            (torch.randn(8, 6), torch.arange(8) % 6), guide=guide, task="classification",
             adapter=dataclasses.replace(config, modules_to_save=[]), epochs=1,
         ).model  # fmt: skip
         program = joint.program
@@ -242,7 +242,7 @@ def test_idle_ranks_cost_no_kl(tmp_path):
     widths = []
     for rank_allocation in ("uniform", allocation("snr", growth=3.0)):
         posterior = pyrolora.fit(
-            mlp(), data, guide=MeanField(latent="AB", kl_weight=1.0), likelihood="classification",
+            mlp(), data, guide=MeanField(latent="AB", kl_weight=1.0), task="classification",
             adapter=AdapterConfig(r=1, rank_allocation=rank_allocation, modules_to_save=[]),
             training=arguments(tmp_path, max_steps=1, learning_rate=1e-12),
         )  # fmt: skip
@@ -286,7 +286,7 @@ def test_a_round_leaves_the_random_numbers_of_the_training_alone(tmp_path, kind)
     states = []
     for rank_allocation in (allocation(kind), "uniform"):
         posterior = pyrolora.fit(
-            mlp(), data, guide="meanfield", likelihood="classification", eval_data=data,
+            mlp(), data, guide="meanfield", task="classification", eval_data=data,
             adapter=AdapterConfig(r=3, target_modules=["2"], rank_allocation=rank_allocation),
             training=arguments(tmp_path, max_steps=12),
         )  # fmt: skip
@@ -458,7 +458,7 @@ torch.manual_seed(0)
 data = (torch.randn(12, 4), torch.arange(12) % 3)
 allocation = RankAllocation(schedule="move", rounds=1, share=0.3, start=0.5)
 posterior = pyrolora.fit(
-    mlp(), data, guide=MAP(prior_scale=0.3), likelihood="classification", eval_data=data,
+    mlp(), data, guide=MAP(prior_scale=0.3), task="classification", eval_data=data,
     adapter=AdapterConfig(r=2, rank_allocation=allocation),
     training=TrainingArguments(
         output_dir={out!r}, max_steps=6, learning_rate=0.05, per_device_train_batch_size={batch},

@@ -88,7 +88,7 @@ def run(
         network,
         data(),
         guide=guide,
-        likelihood="classification",
+        task="classification",
         adapter=adapter,
         training=arguments,
         **options,

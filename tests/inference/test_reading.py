@@ -27,7 +27,7 @@ from transformers import (
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError
-from pyrolora.likelihoods import available, likelihood_for
+from pyrolora.tasks import available, task_for
 
 TEXTS = tokens(4).remove_columns("labels")
 BART: dict[str, Any] = {
@@ -80,7 +80,7 @@ def test_a_network_that_sees_what_it_predicts_is_no_causal_one(network: Any, dty
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_causal_ones_pass(network: Any, dtype: Any) -> None:
-    assert fit(network().to(dtype)).likelihood.name == "causal_lm"
+    assert fit(network().to(dtype)).task.name == "causal_lm"
 
 
 class SeesAll(nn.Module):
@@ -99,9 +99,9 @@ class SeesAll(nn.Module):
 def test_packed_texts_that_see_each_other_are_told() -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}] * 2
     with pytest.raises(ConfigError, match="packed in one row see each other"):
-        fit(SeesAll(), rows, likelihood="causal_lm")
+        fit(SeesAll(), rows, task="causal_lm")
     rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 2, 3]}] * 2
-    fit(SeesAll(), rows, likelihood="causal_lm")
+    fit(SeesAll(), rows, task="causal_lm")
 
 
 def test_tags_are_no_tokens() -> None:
@@ -118,7 +118,7 @@ def test_tags_are_no_tokens() -> None:
 
     rows = [{"input_ids": [5, 6, 7], "labels": [0, 1, 2]}] * 2
     with pytest.raises(ConfigError, match=r"logits of its vocabulary.*token classification"):
-        fit(Tags(), rows, likelihood="masked_lm")
+        fit(Tags(), rows, task="masked_lm")
 
 
 TASKS: dict[str, tuple[Any, str]] = {
@@ -145,15 +145,15 @@ def test_tasks_without_a_likelihood_are_refused_whichever_is_named(
 ) -> None:
     network, words = TASKS[task]
     with pytest.raises(ConfigError, match=f"{words}.*not supported yet"):
-        likelihood_for(network(), law)
+        task_for(network(), law)
 
 
 def test_an_encoder_decoder_may_classify() -> None:
     network = BartForSequenceClassification(BartConfig(**BART, num_labels=2))
-    assert likelihood_for(network).name == "classification"
+    assert task_for(network).name == "classification"
 
 
 def test_outputs_without_logits_are_told() -> None:
     raw = bert().bert(torch.ones(1, 3).long())
     with pytest.raises(ConfigError, match=r"'last_hidden_state'.*not supported yet"):
-        likelihood_for(bert()).output(raw)
+        task_for(bert()).output(raw)

@@ -35,11 +35,11 @@ def fitted(n: int, width: int, guide: Any, **options: Any) -> tuple[Any, Tensor]
     """The posterior of A given B, and the sum of squared gradients of each entry, over σ²."""
     network, data = linear(n, width)
     posterior = pyrolora.fit(
-        network, data, guide, likelihood="regression", adapter=ADAPTER, seed=1, **options
+        network, data, guide, task="regression", adapter=ADAPTER, seed=1, **options
     )
     program = posterior.model.program
     B = float(program.bank.get_parameter("B_loc").detach())
-    noise = float(posterior.model.likelihood.param("noise_scale").detach())
+    noise = float(posterior.model.task.param("noise_scale").detach())
     scaling = program.bank.specs["0"].scaling
     return posterior, (scaling * B / noise) ** 2 * data[0].square().sum(0)
 
@@ -101,7 +101,7 @@ def test_a_full_covariance_and_several_blocks_have_their_optimum() -> None:
         network,
         (torch.randn(8, 6), torch.randint(0, 4, (8,))),
         replace(MONTEC, covariance="full"),
-        likelihood="classification",
+        task="classification",
         adapter=pyrolora.AdapterConfig(r=3, target_modules=["0", "2"]),
         epochs=1,
     )
@@ -147,7 +147,7 @@ def test_widths_are_not_those_of_the_schedule(guide: Any) -> None:
 def relative_deviation(posterior: Any) -> float:
     """The median deviation of an entry of s B A, in units of the noise of the regression."""
     program = posterior.model.program
-    noise = float(posterior.model.likelihood.param("noise_scale").detach())
+    noise = float(posterior.model.task.param("noise_scale").detach())
     slope = program.bank.specs["0"].scaling * float(program.bank.get_parameter("B_loc").detach())
     return deviation(posterior) * abs(slope) / noise
 
@@ -174,7 +174,7 @@ def test_without_a_word_from_the_data_the_prior_stays() -> None:
         network,
         data,
         "map",
-        likelihood="regression",
+        task="regression",
         adapter=ADAPTER,
         epochs=1,
         learning_rate=1e-12,
@@ -193,7 +193,7 @@ def test_the_noise_of_a_product_is_the_same_at_every_width(width: int) -> None:
             network,
             data,
             guide,
-            likelihood="classification",
+            task="classification",
             adapter=pyrolora.AdapterConfig(r=4, target_modules=["0"]),
             epochs=1,
         )
@@ -215,6 +215,6 @@ def test_what_has_no_closed_optimum_is_refused() -> None:
     with pytest.raises(pyrolora.PyroLoraError, match="no closed optimum"):
         guides.LowRank(scale_updates="curvature")
     network, data = linear(20, 16)
-    first = pyrolora.fit(network, data, MEANFIELD, likelihood="regression", adapter=ADAPTER)
+    first = pyrolora.fit(network, data, MEANFIELD, task="regression", adapter=ADAPTER)
     with pytest.raises(pyrolora.PyroLoraError, match="after an earlier posterior"):
         pyrolora.fit(network, data, prior=first)

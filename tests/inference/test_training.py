@@ -126,7 +126,7 @@ def one_step(tmp_path, guide, batch_size, accumulation, data):
         mlp(),
         data,
         guide=guide,
-        likelihood="classification",
+        task="classification",
         adapter=AdapterConfig(r=2),
         training=arguments(
             tmp_path,
@@ -167,7 +167,7 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 data = (torch.randn(12, 4), torch.arange(12) % 3)
 posterior = pyrolora.fit(
-    mlp(), data, guide=MAP(prior_scale=0.3), likelihood="classification",
+    mlp(), data, guide=MAP(prior_scale=0.3), task="classification",
     adapter=AdapterConfig(r=2),
     training=TrainingArguments(
         output_dir={out!r}, optim="sgd", max_steps=2, max_grad_norm=0.0, learning_rate=1.0,
@@ -228,7 +228,7 @@ def fitted():
     args = arguments({out!r}, max_steps=4, per_device_train_batch_size=3, logging_steps=2)
     drawn.clear()
     found = pyrolora.fit(
-        mlp(), data, "flat+montec", likelihood="classification", training=args,
+        mlp(), data, "flat+montec", task="classification", training=args,
         adapter=pyrolora.AdapterConfig(r=2),
     )
     state = {{name: value.tolist() for name, value in found.model.own_state().items()}}
@@ -246,7 +246,7 @@ JointModel.binding = binding
 found = [fitted(), fitted()]
 JointModel.binding = original
 full = pyrolora.fit(
-    PartlyUnused(), data, "full", likelihood="classification", epochs=1, batch_size=3
+    PartlyUnused(), data, "full", task="classification", epochs=1, batch_size=3
 )
 found.append({{name: value.tolist() for name, value in full.model.own_state().items()}})
 with open({out!r} + os.environ["RANK"] + ".json", "w") as file:
@@ -349,7 +349,7 @@ def test_loss_is_minus_the_tempered_elbo_an_observation(tmp_path):
     guide = MonteCLoRA(kl_weight=0.3)
     posterior = pyrolora.fit(
         mlp(), (torch.randn(8, 4), torch.arange(8) % 3), guide=guide,
-        likelihood="classification", adapter=AdapterConfig(r=2),
+        task="classification", adapter=AdapterConfig(r=2),
         training=arguments(tmp_path, max_steps=1, per_device_train_batch_size=8),
     )  # fmt: skip
     entry = posterior.history[0]

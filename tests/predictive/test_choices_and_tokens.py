@@ -14,9 +14,10 @@ from problems import bert_choice, bert_mlm, mask_tokenizer, questions, reviews
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
-from pyrolora.inference import prepare
-from pyrolora.likelihoods import CHOICE_MASK, CausalLM, MaskedLM
+from pyrolora.columns import CHOICE_MASK
+from pyrolora.data import prepare
 from pyrolora.predictive import ClassPrediction, TokenPrediction
+from pyrolora.tasks import CausalLM, MaskedLM
 
 # The texts here are classified elsewhere.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the columns \['label'\] are not read")
@@ -123,7 +124,7 @@ def test_a_saved_posterior_predicts_the_same(
     posterior: Posterior = request.getfixturevalue(case)
     posterior.save(tmp_path)
     loaded = pyrolora.load(tmp_path, network())
-    assert type(loaded.likelihood) is type(posterior.likelihood)
+    assert type(loaded.task) is type(posterior.task)
     test = data(7, seed=3)
     expected = posterior.predict(test, num_samples=3, seed=0).log_likelihood
     found = loaded.predict(test, num_samples=3, seed=0).log_likelihood
@@ -142,7 +143,7 @@ def test_a_folder_and_data_are_enough(case: str, tmp_path: Path) -> None:
     if case == "masked":
         data = data.remove_columns("label")
     posterior = pyrolora.fit(folder, data, guide="map", epochs=1, seed=0)
-    assert posterior.likelihood.name == {"choice": "multiple_choice", "masked": "masked_lm"}[case]
+    assert posterior.task.name == {"choice": "multiple_choice", "masked": "masked_lm"}[case]
     scores = posterior.evaluate(data, num_samples=0)
     assert torch.isfinite(torch.tensor(scores["nll"]))
 
@@ -151,7 +152,7 @@ def test_the_merged_network_scores_choices_as_the_mean_adapter(choice: Posterior
     data = questions(6, seed=4)
     found = choice.predict(data, num_samples=0)
     assert isinstance(found, ClassPrediction)
-    (batch,) = prepare(data, choice.base, choice.likelihood, mask_tokenizer()).loader(6)
+    (batch,) = prepare(data, choice.base, choice.task, mask_tokenizer()).loader(6)
     inputs = {k: v for k, v in batch.items() if k not in ("labels", CHOICE_MASK)}
     with torch.no_grad():
         scores = choice.merge()(**inputs).logits.masked_fill(~batch[CHOICE_MASK], -torch.inf)

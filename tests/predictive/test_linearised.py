@@ -17,18 +17,18 @@ from pyrolora.adapters import FlatFactors, attach
 from pyrolora.distributions import KroneckerNormal
 from pyrolora.guides import MAP
 from pyrolora.inference import kfac
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.predictive import linearised as module
 from pyrolora.predictive.linearised import linearised
+from pyrolora.tasks import task_for
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
-def joint_of(network, likelihood=None, **config):
+def joint_of(network, task=None, **config):
     """A joint model in double precision, its B away from zero."""
     options = AdapterConfig(**{"r": 2, "target_modules": "all-linear", **config})
-    law = likelihood_for(network, likelihood)
+    law = task_for(network, task)
     joint = build(network.double(), attach(network, options), options, MAP(), law, 1).double()
     bank = joint.program.bank
     bank.assign("B_loc", 0.5 * torch.randn_like(bank.B_loc))
@@ -165,16 +165,14 @@ def test_dropout_is_off_and_it_works_without_gradients():
 # Laplace's predictive ----------------------------------------------------------------------------
 
 
-def low_rank(outputs, likelihood):
+def low_rank(outputs, task):
     """An adapted network whose own weights are 0, so that it is its adapters, with s = 1; and the
     same function as plain linear layers."""
     network = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs))
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
     pattern = {"2": min(2, outputs)}
-    joint = joint_of(
-        network, likelihood, rank_pattern=pattern, lora_alpha=2.0, alpha_pattern=pattern
-    )
+    joint = joint_of(network, task, rank_pattern=pattern, lora_alpha=2.0, alpha_pattern=pattern)
     layers = []
     for name in ("0", "2"):
         for weight in joint.program.bank.matrices(mean_of(joint))[name]:
@@ -209,16 +207,16 @@ def posterior(joint, batches, precision):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_jacobian_and_predictive_covariance_are_those_of_laplace_torch(likelihood):
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_jacobian_and_predictive_covariance_are_those_of_laplace_torch(task):
     import laplace
 
-    outputs = 3 if likelihood == "classification" else 1
-    joint, explicit = low_rank(outputs, likelihood)
+    outputs = 3 if task == "classification" else 1
+    joint, explicit = low_rank(outputs, task)
     x = numbers(11, 4)
-    y = torch.arange(11) % 3 if likelihood == "classification" else numbers(11, 1)
+    y = torch.arange(11) % 3 if task == "classification" else numbers(11, 1)
     peer = laplace.Laplace(
-        explicit, likelihood, subset_of_weights="all", hessian_structure="kron", prior_precision=0.7
+        explicit, task, subset_of_weights="all", hessian_structure="kron", prior_precision=0.7
     )
     data = torch.utils.data.TensorDataset(x, y)
     peer.fit(torch.utils.data.DataLoader(data, batch_size=11))

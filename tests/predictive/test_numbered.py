@@ -15,10 +15,10 @@ from torch import Tensor
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
+from pyrolora.arviz import as_chains
 from pyrolora.errors import ConfigError
 from pyrolora.guides import NUTS, Ensemble, Flat, Guide, Laplace, MonteCLoRA
 from pyrolora.predictive.predict import passes
-from pyrolora.report import as_chains
 from pyrolora.seeding import seed_of_draw
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,7 @@ def fitted(guide: Guide, **options: Any) -> Posterior:
     """A plain classifier, whose last layer is the task head."""
     adapter = AdapterConfig(r=2, modules_to_save=["2"]) if guide.adapts else None
     return pyrolora.fit(
-        mlp(), (X, Y), guide=guide, likelihood="classification", adapter=adapter,
+        mlp(), (X, Y), guide=guide, task="classification", adapter=adapter,
         eval_data=(X[:6], Y[:6]),
         **{"epochs": 4, "batch_size": 4, "learning_rate": 0.05, "seed": 1, **options},
     )  # fmt: skip

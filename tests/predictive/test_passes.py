@@ -35,7 +35,7 @@ class Counting(nn.Module):
 
 def fitted(guide: Guide) -> Posterior:
     return pyrolora.fit(
-        Counting(), (X, Y), guide=guide, likelihood="classification",
+        Counting(), (X, Y), guide=guide, task="classification",
         adapter=AdapterConfig(r=2), epochs=3, learning_rate=0.05, batch_size=4, seed=1,
     )  # fmt: skip
 

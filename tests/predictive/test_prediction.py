@@ -12,9 +12,9 @@ import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import MonteCLoRA
-from pyrolora.likelihoods import Classification, Regression
 from pyrolora.predictive import ClassPrediction, RegressionPrediction, draw_factors, evaluate
 from pyrolora.predictive.predict import predict
+from pyrolora.tasks import Classification, Regression
 
 
 def class_prediction(s=7, n=50, c=4) -> ClassPrediction:
@@ -209,19 +209,19 @@ def test_regression_learns_its_noise():
     x = torch.randn(400, 4)
     y = x @ torch.tensor([1.0, -2.0, 0.5, 0.0]) + 0.3 * torch.randn(400)
     posterior = pyrolora.fit(
-        mlp(4, 1), (x[:300], y[:300]), likelihood="regression", adapter=AdapterConfig(r=1),
+        mlp(4, 1), (x[:300], y[:300]), task="regression", adapter=AdapterConfig(r=1),
         guide=MonteCLoRA(sample_scale=0.05, scale_learning_rate=0.05),
         epochs=60, learning_rate=0.05, batch_size=100, seed=0,
     )  # fmt: skip
     scores = posterior.evaluate((x[300:], y[300:]))
-    assert posterior.likelihood.param("noise_scale").item() < 0.7
+    assert posterior.task.param("noise_scale").item() < 0.7
     assert scores["rmse"] < 0.7
     assert 0.75 < scores["coverage"] <= 1
 
 
 def test_every_likelihood_predicts_what_its_class_says():
-    assert ClassPrediction.likelihood is Classification
-    assert RegressionPrediction.likelihood is Regression
+    assert ClassPrediction.task is Classification
+    assert RegressionPrediction.task is Regression
 
 
 def test_a_point_mass_is_run_once_whatever_the_number_of_draws(monkeypatch):
@@ -243,7 +243,7 @@ def test_labels_of_any_whole_type_are_scored(kind):
     codes = np.arange(12) % 2
     small = (inputs, codes.astype(kind))
     found = pyrolora.fit(
-        mlp(outputs=2), small, "map", likelihood="classification", adapter=AdapterConfig(r=2),
+        mlp(outputs=2), small, "map", task="classification", adapter=AdapterConfig(r=2),
         epochs=1, eval_data=small,
     )  # fmt: skip
     expected = found.evaluate((inputs, codes), 0)
@@ -254,7 +254,7 @@ def test_labels_of_any_whole_type_are_scored(kind):
 def test_features_that_are_not_finite_are_found_wherever_they_are():
     data = (torch.randn(12, 4), torch.arange(12) % 3)
     adapter = AdapterConfig(r=2)
-    found = pyrolora.fit(mlp(), data, "map", likelihood="classification", adapter=adapter)
+    found = pyrolora.fit(mlp(), data, "map", task="classification", adapter=adapter)
     inputs = torch.randn(1600, 4)
     inputs[1500, 2] = torch.nan
     rows = Rows([(x, 0) for x in inputs])
@@ -297,7 +297,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     inputs = np.random.default_rng(0).normal(size=(12, 4))
     data = (inputs, np.arange(12) % 3)
     found = pyrolora.fit(
-        mlp(), data, guide, likelihood="classification", adapter=adapter, epochs=np.int64(1)
+        mlp(), data, guide, task="classification", adapter=adapter, epochs=np.int64(1)
     )
     four, seed, size = np.int64(4), np.int32(1), np.int16(5)
     probs = found.predict(data, four, seed=seed, batch_size=size).probs

@@ -24,11 +24,11 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 import pyrolora
-from pyrolora import AdapterConfig, likelihoods
+from pyrolora import AdapterConfig, tasks
 from pyrolora.errors import ConfigError, NonFiniteError
-from pyrolora.likelihoods import Classification, Likelihood
 from pyrolora.predictive.calibration import lowest
 from pyrolora.storage import digest_of
+from pyrolora.tasks import Classification, Task
 
 OPTIONS = {"epochs": 1, "adapter": AdapterConfig(r=2), "seed": 0}
 
@@ -40,7 +40,7 @@ def identity(guide="map", inputs=3, **options):
         network[0].weight.copy_(torch.eye(inputs))
     data = torch.randn(6, inputs), torch.arange(6) % inputs
     return pyrolora.fit(
-        network, data, guide, likelihood="classification", learning_rate=1e-9, **OPTIONS, **options
+        network, data, guide, task="classification", learning_rate=1e-9, **OPTIONS, **options
     )
 
 
@@ -78,7 +78,7 @@ def test_a_point_gets_classical_temperature_scaling():
 def test_the_noise_of_a_point_regression_gets_the_variance_of_the_residuals():
     network = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
     data = torch.randn(20, 2), torch.randn(20)
-    options = {**OPTIONS, "adapter": AdapterConfig(r=1), "likelihood": "regression"}
+    options = {**OPTIONS, "adapter": AdapterConfig(r=1), "task": "regression"}
     posterior = pyrolora.fit(network, data, "map", **options)
     held_out = torch.randn(50, 2), 3 * torch.randn(50)
     before = posterior.predict(held_out)
@@ -125,7 +125,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:the temperature .* is the end:RuntimeWarning")
-@pytest.mark.parametrize("name", likelihoods.available())
+@pytest.mark.parametrize("name", tasks.available())
 def test_every_likelihood_has_its_lowest_nll_there(name):
     network, data, words = CASES[name]
     posterior = pyrolora.fit(network(), data(8), "montec", tokenizer=words and words(), **OPTIONS)
@@ -143,12 +143,12 @@ def test_every_likelihood_has_its_lowest_nll_there(name):
 @pytest.mark.parametrize("temperature", [0.5, 2.5])
 def test_a_tempered_law_is_the_power_normalised(temperature):
     logits = torch.randn(4, 3, dtype=torch.float64)
-    law = likelihoods.Classification().at(temperature)
+    law = tasks.Classification().at(temperature)
     for y in range(3):
         got = law.log_prob(logits, {"labels": torch.full((4,), y)})
         powers = logits.softmax(-1) ** (1 / temperature)
         torch.testing.assert_close(got, (powers[:, y] / powers.sum(-1)).log())
-    gaussian = likelihoods.Regression()
+    gaussian = tasks.Regression()
     grid = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
     batch = {"labels": grid}
     powers = (gaussian.log_prob(torch.zeros_like(grid), batch) / temperature).exp().double()
@@ -159,7 +159,7 @@ def test_a_tempered_law_is_the_power_normalised(temperature):
 
 
 def test_a_likelihood_without_a_temperature_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(Classification, "tempers", Likelihood.tempers)
+    monkeypatch.setattr(Classification, "tempers", Task.tempers)
     posterior = identity()
     with pytest.raises(ConfigError, match=r"'classification' has no temperature.*Conformal"):
         posterior.calibrate(labelled(torch.randn(9, 3), 2.0))

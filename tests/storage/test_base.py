@@ -201,7 +201,7 @@ class Repacked(nn.Linear):
 def test_saving_does_not_ask_the_network_for_its_state() -> None:
     network = nn.Sequential(nn.Linear(4, 4), Repacked(4, 3))
     rows = (torch.randn(8, 4), torch.arange(8) % 3)
-    options: dict[str, Any] = {"likelihood": "classification", "epochs": 1}
+    options: dict[str, Any] = {"task": "classification", "epochs": 1}
     posterior = pyrolora.fit(network, rows, "map", adapter=AdapterConfig(r=2), **options)
     before = posterior.predict(rows, 0).probs
     state = posterior.model.own_state()

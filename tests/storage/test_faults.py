@@ -207,7 +207,7 @@ def test_tensors_of_another_kind(change: Any, word: str, folder: Path) -> None:
 # The description ----------------------------------------------------------------------------------
 
 KEYS = [
-    *("format", "format_version", "state_file", "sha256", "tokenizer", "guide", "likelihood"),
+    *("format", "format_version", "state_file", "sha256", "tokenizer", "guide", "task"),
     *("adapter", "layers", "heads", "base", "num_examples", "settings", "history"),
 ]
 
@@ -252,8 +252,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
         lambda m: m["guide"]["options"].update(covariance="full"),
         ["missing", "scale_tril"],
     ),
-    "another likelihood": (lambda m: m.update(likelihood="regression"), ["noise_scale"]),
-    "an unknown likelihood": (lambda m: m.update(likelihood="poisson"), ["'poisson'"]),
+    "another likelihood": (lambda m: m.update(task="regression"), ["noise_scale"]),
+    "an unknown likelihood": (lambda m: m.update(task="poisson"), ["'poisson'"]),
     "another rank": (lambda m: [row.update(rank=3) for row in m["layers"]] and None, ["shape"]),
     "no layers": (lambda m: m.update(layers=[]), ["no layers", *EDITED]),
     "a layer that is not there": (lambda m: m["layers"][-1].update(name="nowhere"), ["nowhere"]),

@@ -33,10 +33,10 @@ from pyrolora.adapters.layer import Wrapper
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP
-from pyrolora.likelihoods import MaskedLM, likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel
 from pyrolora.storage import merged as merge_of
+from pyrolora.tasks import MaskedLM, task_for
 
 X, Y = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 
@@ -61,12 +61,12 @@ PROBLEMS: dict[str, tuple[Any, Any, str]] = {
 
 def fitted(name: str, guide: str = "map", network: Any = None, **adapter: Any) -> Posterior:
     """A posterior whose adapter has moved far enough to change the function."""
-    make, data, likelihood = PROBLEMS[name]
+    make, data, task = PROBLEMS[name]
     return pyrolora.fit(
         make() if network is None else network,
         data(),
         guide=guide,
-        likelihood=likelihood,
+        task=task,
         adapter=AdapterConfig(**{"r": 3, **adapter}),
         epochs=3,
         learning_rate=0.05,
@@ -92,7 +92,7 @@ def logits(network: nn.Module, name: str) -> Tensor:
 def mean_logits(posterior: Posterior, name: str) -> Tensor:
     """The network under the mean adapter, as the posterior itself runs it."""
     output = posterior.model.network(inputs_of(name), posterior.bank.means())
-    return output.unsqueeze(-1) if posterior.likelihood.name == "regression" else output
+    return output.unsqueeze(-1) if posterior.task.name == "regression" else output
 
 
 def copies(module: nn.Module) -> dict[str, Tensor]:
@@ -258,7 +258,7 @@ def test_a_quantised_network_keeps_adapters_in_their_own_precision(
     kind: torch.dtype, guide: str, tmp_path: Path
 ) -> None:
     network = quantised(kind)
-    options = {"epochs": 5, "learning_rate": 0.05, "seed": 0, "likelihood": "classification"}
+    options = {"epochs": 5, "learning_rate": 0.05, "seed": 0, "task": "classification"}
     posterior = pyrolora.fit(network, (X, Y), guide, adapter=AdapterConfig(r=2), **options)
     found = posterior.predict((X, Y), 1, seed=0).probs
     draws = posterior.sample(1, seed=0)
@@ -281,7 +281,7 @@ def test_a_parametrised_layer_is_not_merged() -> None:
     network = mlp()
     torch.nn.utils.parametrizations.weight_norm(network[0])
     posterior = pyrolora.fit(
-        network, (X, Y), "map", epochs=1, likelihood="classification", adapter=AdapterConfig(r=2)
+        network, (X, Y), "map", epochs=1, task="classification", adapter=AdapterConfig(r=2)
     )
     with pytest.raises(ConfigError, match=r"of '0' is no plain one.*parametrised"):
         posterior.merge()
@@ -289,7 +289,7 @@ def test_a_parametrised_layer_is_not_merged() -> None:
 
 def test_a_layer_under_two_names_gets_a_weight_for_each(tmp_path: Path) -> None:
     lin = nn.Linear(4, 4)
-    options = {"epochs": 20, "learning_rate": 0.02, "seed": 0, "likelihood": "classification"}
+    options = {"epochs": 20, "learning_rate": 0.02, "seed": 0, "task": "classification"}
     apart = nn.Sequential(nn.Sequential(lin), nn.Tanh(), nn.Sequential(lin), nn.Linear(4, 3))
     beside = nn.Sequential(lin, nn.Tanh(), lin, nn.Linear(4, 3))
     for network, adapted in ((apart, ["0.0", "2.0", "3"]), (beside, ["0", "3"])):
@@ -398,7 +398,7 @@ def test_what_is_saved_says_whether_the_embeddings_are_tied(case: str, tmp_path:
 def test_a_copy_of_the_embeddings_that_is_equal_is_tied_again() -> None:
     network = tied_llama()
     config = AdapterConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    law = likelihood_for(network, "causal_lm")
+    law = task_for(network, "causal_lm")
     joint = build(network, attach(network, config), config, MAP(), law, 4)
     merged: Any = merge_of(joint, joint.program.mean())
     assert merged.config.tie_word_embeddings

@@ -32,11 +32,11 @@ from pyrolora.adapters import Attachment, LayerSpec, attach, bind
 from pyrolora.adapters.targets import find_targets
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.guides import MAP
-from pyrolora.likelihoods import likelihood_for
 from pyrolora.loading import build
 from pyrolora.model import JointModel
 from pyrolora.storage import peft as module
 from pyrolora.storage import read_adapter, write_adapter
+from pyrolora.tasks import task_for
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,7 +76,7 @@ def logits(network: nn.Module) -> Tensor:
 
 def joint_of(network: nn.Module, attachment: Attachment, config: AdapterConfig) -> JointModel:
     plain = "classification" if isinstance(network, nn.Sequential) else None
-    return build(network, attachment, config, MAP(), likelihood_for(network, plain), 1)
+    return build(network, attachment, config, MAP(), task_for(network, plain), 1)
 
 
 def mean_logits(joint: JointModel) -> Tensor:

@@ -37,7 +37,7 @@ class Problem:
 
     network: Callable[[], nn.Module]
     data: Callable[[], Any]
-    likelihood: str
+    task: str
     hosted: bool = True
 
 
@@ -64,7 +64,7 @@ def fitted(problem: str, guide: Any, model: Any, **options: Any) -> Posterior:
         case.data(),
         guide=guide,
         tokenizer=words,
-        likelihood=case.likelihood,
+        task=case.task,
         **{
             "adapter": AdapterConfig(r=2),
             "epochs": 2,
@@ -204,7 +204,7 @@ def test_history_settings_and_options_come_back(problem: str, guide: str, saved:
     assert again.bank.config == writer.bank.config
     assert again.bank.specs == writer.bank.specs
     assert again.model.num_examples == writer.model.num_examples
-    assert again.likelihood.name == writer.likelihood.name
+    assert again.task.name == writer.task.name
     assert again.guide is not None
     assert not any(module.training for module in again.model.modules())
 

@@ -177,12 +177,12 @@ def test_the_global_generator_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_plain_network_goes_out_and_comes_back(tmp_path: Path) -> None:
     posterior = pyrolora.fit(
-        mlp(), (NUMBERS, torch.arange(6) % 3), guide=MeanField(), likelihood="classification",
+        mlp(), (NUMBERS, torch.arange(6) % 3), guide=MeanField(), task="classification",
         adapter=AdapterConfig(r=2, target_modules=["0"], modules_to_save=["2"]), epochs=2,
     )  # fmt: skip
     posterior.to_peft(tmp_path, draw=4)
     model = PeftModel.from_pretrained(mlp(), tmp_path)
-    read = pyrolora.from_peft(tmp_path, mlp(), likelihood="classification")
+    read = pyrolora.from_peft(tmp_path, mlp(), task="classification")
     with torch.no_grad():
         close(model(NUMBERS), posterior.merge(4)(NUMBERS))
         close(read.merge()(NUMBERS), model(NUMBERS))

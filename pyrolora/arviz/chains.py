@@ -1,0 +1,91 @@
+"""Several independent fits as the chains of one ArviZ container."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pyrolora.arviz.arviz import container, dataset, group_names
+from pyrolora.errors import ConfigError
+
+FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples", "temperature")
+"""Attributes that fits have in common if they are chains of one another."""
+
+
+def as_chains(fits: Sequence[Any]) -> Any:
+    """The draws of independent fits as the chains of one container.
+
+    R-hat then compares fits: of ``adapter_norm``, whether they found updates of the same size; of
+    ``posterior_predictive``, whether they predict the same. Near 1 another fit would change
+    nothing; far above it the fits, not the draws of one of them, carry most of the uncertainty.
+
+        two = as_chains([a.to_arviz(200, data=test), b.to_arviz(200, data=test)])
+        az.rhat(two, var_names=["adapter_norm"])
+        az.rhat(two["posterior_predictive"]["probs"])
+
+    Parameters
+    ----------
+    fits
+        What ``Posterior.to_arviz`` gave, or what was read from its files: two or more with the same
+        guide, layers and data, and as many draws each. The fits differ in their seeds.
+
+    Raises
+    ------
+    ConfigError
+        When the fits cannot be chains of one another.
+    """
+    import arviz
+    import xarray
+
+    fits = [{name: dataset(fit[name]) for name in group_names(fit)} for fit in fits]
+    if len(fits) < 2:
+        raise ConfigError(f"chains need two fits or more, got {len(fits)}")
+    for number, fit in enumerate(fits[1:], start=1):
+        _check_alike(fits[0], fit, number)
+        for other, earlier in enumerate(fits[:number]):
+            if fit["posterior"].equals(earlier["posterior"]):
+                raise ConfigError(
+                    f"fit {number} has the very draws of fit {other}: chains are independent fits; "
+                    "fit again with another seed"
+                )
+    joined = {}
+    for name, first in fits[0].items():
+        parts = [fit[name] for fit in fits]
+        if "chain" in first.dims:
+            both = xarray.concat(parts, dim="chain", join="override", combine_attrs="override")
+            joined[name] = both.assign_coords(chain=range(both.sizes["chain"]))
+        else:
+            joined[name] = first
+    return container(arviz, joined)
+
+
+def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], number: int) -> None:
+    """Raise `ConfigError` unless ``other`` can be a chain beside ``first``."""
+
+    def refuse(what: str, expected: object, received: object) -> None:
+        raise ConfigError(
+            f"fit {number} has another {what} than fit 0: {received} for {expected}; chains are "
+            "fits of one guide to the same layers and data, with as many draws each"
+        )
+
+    if set(first) != set(other):
+        refuse("set of groups", sorted(first), sorted(other))
+    for name, group in first.items():
+        for key in FITTED_FROM:
+            if group.attrs.get(key) != other[name].attrs.get(key):
+                refuse(key, group.attrs.get(key), other[name].attrs.get(key))
+        if set(group.data_vars) != set(other[name].data_vars):
+            refuse(f"set of variables in {name}", list(group), list(other[name]))
+        for dim in sorted(map(str, {*group.dims, *other[name].dims} - {"chain"})):
+            mine, yours = (
+                list(g[dim].values) if dim in g.dims else [] for g in (group, other[name])
+            )
+            if mine != yours:
+                refuse(f"{dim!r} in {name}", _shown(mine), _shown(yours))
+    data = "observed_data"
+    if data in first and not first[data].equals(other[data]):
+        raise ConfigError(f"fit {number} has other observed data than fit 0; pass the same data=")
+
+
+def _shown(labels: list[Any]) -> str:
+    return f"{len(labels)} ({', '.join(map(str, labels[:3]))}{', ...' if len(labels) > 3 else ''})"

@@ -1,0 +1,195 @@
+"""From a joint model to ArviZ: the draws, what follows from them, and what they say of data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.arviz.arviz import CALIBRATED, to_inference_data
+from pyrolora.data.labels import class_names_of
+from pyrolora.errors import ConfigError, whole_number
+from pyrolora.guides import Guide, Program, full_name, spread
+from pyrolora.model import JointModel
+from pyrolora.predictive import NumberedDraws, Prediction
+from pyrolora.seeding import seeded
+from pyrolora.tasks import Classification, MultipleChoice
+
+logger = logging.getLogger(__name__)
+
+DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
+
+Variables = dict[str, tuple[Tensor, tuple[str, ...]]]
+"""Name -> (S, ...) and the names of the dimensions after the first."""
+
+
+@torch.no_grad()
+def inference_data(
+    joint: JointModel,
+    options: Guide,
+    read: Callable[..., Prediction] | None,
+    numbered: NumberedDraws,
+    num_samples: int | None = None,
+    *,
+    draws: Sequence[int] | None = None,
+    log_likelihood: bool = False,
+    factors: bool = False,
+    seed: int | None = None,
+    temperature: float = 1.0,
+) -> Any:
+    """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it.
+    ``read(factors, temperature)`` makes the prediction of the data from draws; ``temperature`` is
+    that of the posterior."""
+    program = joint.program
+    chains = program.chains if draws is None else 1
+    num_samples = _count(program, num_samples) if draws is None else len(draws)
+    numbers = _numbers(program, num_samples) if draws is None and seed is None else draws
+    shape = partial(_by_chain, chains=chains)
+    pieces, kept = [], []
+    with seeded(seed):
+        joint.align()
+        for sites in _pieces(numbered, numbers, num_samples):
+            drawn = program.factors(sites)
+            pieces.append(_variables(program, sites, drawn, factors))
+            if read is not None:
+                kept.append(drawn)
+        groups: dict[str, Any] = {
+            "posterior": {
+                name: (shape(torch.cat([piece[name][0] for piece in pieces])), dims)
+                for name, (_, dims) in pieces[0].items()
+            }
+        }
+        stored = program.stored()
+        if stored is not None:
+            picked = spread(stored, num_samples) if numbers is None else torch.tensor(numbers)
+            statistics = program.statistics(picked)
+            groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
+        if read is not None:
+            all_drawn = FlatFactors.cat(kept)
+            prediction = read(all_drawn, temperature)
+            groups |= _data_groups(prediction, shape)
+            if log_likelihood:  # the model's has no temperature
+                own = prediction if temperature == 1 else read(all_drawn, 1.0)
+                groups["log_likelihood"] = {"y": (_scores(own, shape), ("example",))}
+                if temperature != 1:
+                    calibrated = {CALIBRATED: (_scores(prediction, shape), ("example",))}
+                    groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
+    coords: dict[str, Sequence[Any]] = {
+        "layer": list(program.bank.specs),
+        "block": program.block_names(),
+        "draw": range(num_samples // chains),
+    }
+    if numbers is not None:
+        coords["draw"] = numbers if chains == 1 else numbers[: num_samples // chains]
+    law = joint.task
+    names = class_names_of(joint.base, law)
+    if names and isinstance(law, Classification) and not isinstance(law, MultipleChoice):
+        probs = groups.get("posterior_predictive", {}).get("probs")
+        count = len(names) if probs is None else probs[0].shape[-1]
+        coords["class"] = [names.get(i, str(i)) for i in range(count)]
+    attrs: dict[str, str | int | float] = {
+        "guide": full_name(options),
+        "guide_options": str(options),
+        "task": joint.task.name,
+        "base": type(joint.base).__name__,
+        "inference_library": "pyrolora",
+        "num_examples": joint.num_examples,
+        "temperature": temperature,
+        "draws": "counted" if numbers is None else "numbered",
+        # NUTS samples the tempered model of its inner guide.
+        "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
+    }
+    if log_likelihood and attrs["kl_weight"] != 1:
+        attrs["leave_one_out"] = _of_another_beta(float(attrs["kl_weight"]))
+    return to_inference_data(groups, coords, attrs)
+
+
+@cache
+def _of_another_beta(beta: float) -> str:
+    """What is said of leave-one-out at β other than 1: as an attribute, and in a log, once."""
+    wrong = "too good" if beta < 1 else "too strict"
+    said = "pyrolora.diagnostics.loo(idata), since az.loo, which takes a KL weight of "
+    said += f"{beta:g} for 1, would be {wrong}"
+    logger.warning("leave-one-out of these log-likelihoods: %s", said)
+    return said
+
+
+def _count(program: Program, num_samples: int | None) -> int:
+    """The number of draws over all chains, checked."""
+    if num_samples is None:
+        num_samples = program.stored() or defaults.ARVIZ_DRAWS
+    whole_number("num_samples", num_samples, at_least=1)
+    if num_samples % program.chains:
+        raise ConfigError(
+            f"num_samples must be a multiple of the {program.chains} chains, got {num_samples}"
+        )
+    return num_samples
+
+
+def _numbers(program: Program, num_samples: int) -> list[int] | None:
+    """The draws that are taken where none is named; None where stored ones are, more than once."""
+    stored = program.stored()
+    if stored is not None and num_samples > stored:
+        return None
+    return list(range(num_samples)) if stored is None else spread(stored, num_samples).tolist()
+
+
+def _pieces(
+    numbered: NumberedDraws, numbers: Sequence[int] | None, num_samples: int
+) -> Iterator[Mapping[str, Tensor]]:
+    """The draws of these numbers, or of none, some at a time."""
+    if numbers is None:
+        yield from numbered.joint.program.draws(num_samples, DRAWS_AT_ONCE)
+        return
+    for start in range(0, num_samples, DRAWS_AT_ONCE):
+        yield numbered.sites(numbers[start : start + DRAWS_AT_ONCE])
+
+
+def _variables(
+    program: Program, sites: Mapping[str, Tensor], drawn: FlatFactors, factors: bool
+) -> Variables:
+    """The posterior group of some draws."""
+    bank = program.bank
+    norms = bank.update_norms(drawn).expand(drawn.draws or 1, -1)
+    variables: Variables = {"adapter_norm": (norms, ("layer",)), **program.quantities(sites)}
+    if factors:
+        size = len(next(iter(sites.values())))
+        for name, (A, B) in bank.matrices(drawn).items():
+            A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
+            # A layer of another rank has a dimension of its own.
+            rank = "rank" if A.shape[-2] == bank.layouts["A"].rank else f"rank[{name}]"
+            variables[f"A[{name}]"] = (A, (rank, f"in[{name}]"))
+            variables[f"B[{name}]"] = (B, (f"out[{name}]", rank))
+    return variables
+
+
+def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> dict[str, Any]:
+    """What the draws say of data, and the data."""
+    groups: dict[str, Any] = {
+        "posterior_predictive": {
+            name: (shape(draws), dims)
+            for name, (draws, dims) in prediction.predictive_draws().items()
+        }
+    }
+    if prediction.targets is not None:
+        dims = ("example", "token")[: prediction.targets.dim()]
+        groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
+    return groups
+
+
+def _scores(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+    """log p(y_i | draw s), (chain, draw, n)."""
+    assert prediction.log_likelihood is not None
+    return shape(prediction.log_likelihood)
+
+
+def _by_chain(draws: Tensor, chains: int) -> np.ndarray:
+    """(S, ...) -> (chains, S / chains, ...)."""
+    return draws.detach().cpu().unflatten(0, (chains, -1)).numpy()

@@ -1,0 +1,243 @@
+"""What the columns of data are: text, labels, masks, names of rows; and those that are not read."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection
+from itertools import chain
+from typing import Any
+
+import datasets
+import numpy as np
+
+from pyrolora.columns import LABELS
+from pyrolora.data.examples import is_text
+from pyrolora.errors import DataError
+
+CHOICES = "choices"
+TARGETS = (LABELS, "label")
+
+# Text columns of well-known data sets, the pairs in the order that they are known in.
+TEXT_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("question", "answer"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("sentence_A", "sentence_B"),
+    ("text", "text_pair"),
+)
+# Of multiple choice, what stands before each choice; joined in this order.
+CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
+# Columns that number or name a row, or repeat its label, and are left out without a word; so are
+# those that `ROW_NUMBERS` matches, and what a tokenizer says of its tokens beside them.
+ROW_NAMES = frozenset(
+    (
+        *("id", "ids", "idx", "index", "guid", "uid", "uuid", "qid", "pid"),
+        *("label_text", "label_name", "label_names", "label_str", "text_label", "answerKey"),
+        *("special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping"),
+    )
+)
+# As in pair_id, sent_idx, MNLI's pairID, MRPC's id1, and the indices of pandas, in a CSV file, too.
+ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__index_level_\d+__|")
+# Of a text, where it comes from: no input where another column of text is.
+ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
+# Which tokens of a text count; 0: those that do not.
+TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")
+# What would change how much a token or an example counts, and is not supported.
+WEIGHTS = re.compile(
+    r"weights|(sample|example|token|loss)_weights?"
+    r"|(loss|labels?|target|response|answer|prompt|action)_masks?"
+)
+# Labels of tokens under other names, which would have to be renamed to count.
+TOKEN_LABELS = frozenset(("label_ids", "lm_labels", "target_ids", "decoder_input_ids"))
+# Formats of texts to learn from that are more than one text.
+DIALOGUES = (
+    *("prompt", "completion", "response", "instruction", "output", "question", "answer"),
+    *("messages", "conversations", "chosen", "rejected"),
+)
+# Tasks without a likelihood, by columns that only they have.
+SPANS = ("start_positions", "end_positions")
+
+
+def is_row_name(name: str) -> bool:
+    """Whether a column of this name numbers or names the row, and is nothing to learn from."""
+    return name in ROW_NAMES or ROW_NUMBERS.fullmatch(name) is not None
+
+
+def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
+    """The one or two columns of raw text that make the input.
+
+    Raises
+    ------
+    DataError
+        For several columns of text that are no well-known pair.
+    """
+    text = free_text(data)
+    if len(text) < 2:
+        return tuple(text)
+    for known in TEXT_COLUMNS:
+        if set(known) == set(text):
+            return known
+    one = " or ".join(map(repr, text))
+    raise DataError(
+        f"cannot tell which of the text columns {text} are the input: one alone ({one}), two as a "
+        "pair, or all of them joined; keep one with data.select_columns([...]) or drop the others "
+        "with data.remove_columns([...]), name a pair 'text' and 'text_pair' (--text on the "
+        "command line), or join them to one column 'text'"
+    )
+
+
+def free_text(data: datasets.Dataset) -> list[str]:
+    """The columns of raw text that are neither labels nor names of rows, nor, beside others, say
+    where these come from."""
+    text = [
+        name
+        for name, feature in data.features.items()
+        if is_text(feature) and name not in TARGETS and not is_row_name(name)
+    ]
+    return [name for name in text if not _is_origin(data, name)] or text
+
+
+def _is_origin(data: datasets.Dataset, name: str) -> bool:
+    """Whether a column says where a text comes from: by its name, or, of a ``source``, which may be
+    a text as well, by its single words (CoLA's "gj04")."""
+    if name == "source":
+        return all(len(str(value).split()) < 2 for value in data.unique(name))
+    return ORIGINS.fullmatch(name) is not None
+
+
+def check_one_text(data: datasets.Dataset) -> None:
+    """Raise `DataError` for columns that a language model would have to join to one text."""
+    text = free_text(data)
+    several = [name for name in data.column_names if name in (*DIALOGUES, *text)]
+    nested = [name for name in several if name not in text]
+    if nested or len(text) > 1:
+        raise DataError(
+            f"a language model learns from one text here, and the data has {several}: dialogues, "
+            "preferences, and prompts with their completions are not read yet. Join them in one "
+            "column 'text' (of messages with tokenizer.apply_chat_template(..., tokenize=False)) "
+            "and drop the others, or tokenise them yourself, with 'labels' of -100 at the prompt"
+        )
+
+
+def check_nested(data: datasets.Dataset) -> None:
+    """Raise `DataError` for columns of raw text that hold named parts."""
+    nested = [
+        name
+        for name, feature in data.features.items()
+        if name != CHOICES and isinstance(getattr(feature, "feature", feature), dict)
+    ]
+    if nested:
+        raise DataError(
+            f"the columns {nested} hold dicts, and their parts are not read; make columns of them "
+            f"with data.flatten(), or drop them with data.remove_columns({nested})"
+        )
+
+
+def check_task(names: Collection[str]) -> None:
+    """Raise `DataError` for columns of a task without a likelihood."""
+    found = [name for name in SPANS if name in names]
+    if found:
+        raise DataError(
+            f"the data has {found}: extractive question answering (a start and an end in the text) "
+            "is not supported yet; remove these columns if the task is another"
+        )
+
+
+def unread(names: Collection[str], read: Collection[str], *, tokens: bool = False) -> list[str]:
+    """Columns that are left out and no names of rows; raise `DataError` where leaving one out would
+    change how much something counts, or which ``tokens`` are to be learnt."""
+    left = sorted(n for n in names if n not in read and n not in TARGETS and not is_row_name(n))
+    weights = [name for name in left if WEIGHTS.fullmatch(name)]
+    if weights:
+        raise DataError(
+            f"the columns {weights} say how much a token or an example counts, which is not "
+            f"supported; drop them with data.remove_columns({weights}) to have all count alike, or "
+            "give tokens that do not count the label -100"
+        )
+    targets = [name for name in left if tokens and name in TOKEN_LABELS and LABELS not in names]
+    if targets:
+        raise DataError(
+            f"the columns {targets} may be the tokens to learn, which are read under the name "
+            f"'labels' alone: data.rename_column({targets[0]!r}, 'labels'), or drop them with "
+            f"data.remove_columns({targets})"
+        )
+    return left
+
+
+def warn_unread(left: list[str], reader: str) -> None:
+    """Name columns that are not read."""
+    if left:
+        warnings.warn(f"the columns {left} are not read: {reader} takes none of them", stacklevel=2)
+
+
+def check_two_labels(data: datasets.Dataset) -> None:
+    """Raise `DataError` for two columns of labels that differ."""
+    if all(name in data.column_names for name in TARGETS):
+        stored = data.with_format(None)
+        if list(stored[LABELS]) != list(stored["label"]):
+            raise DataError(TWO_LABELS)
+
+
+TWO_LABELS = (
+    "there are two labels, 'label' and 'labels', and they differ; drop the one that is not the "
+    "target: data.remove_columns('label') or data.remove_columns('labels')"
+)
+
+
+def same_labels(example: Any) -> bool:
+    """Whether an example's ``label`` and ``labels``, if it has both, are the same."""
+    if not all(name in example for name in TARGETS):
+        return True
+    return bool(np.array_equal(np.asarray(example[LABELS]), np.asarray(example["label"])))
+
+
+def check_columns(data: datasets.Dataset) -> None:
+    """Say what is wrong with columns that would be text."""
+    for name in dict.fromkeys((*chain.from_iterable(TEXT_COLUMNS), "text", "sentence", "content")):
+        feature = data.features.get(name)
+        if isinstance(feature, datasets.Value) and feature.dtype == "null":
+            raise DataError(f"the text column {name!r} has missing values alone")
+        if isinstance(feature, datasets.List | datasets.LargeList | datasets.Sequence):
+            raise DataError(
+                f"the column {name!r} holds lists; join them to texts, or tokenise them yourself, "
+                "with is_split_into_words=True"
+            )
+
+
+def check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) -> None:
+    """Raise `DataError` for raw text without a tokenizer, or with missing values."""
+    if tokenizer is None:
+        raise DataError(
+            f"the data holds raw text ({', '.join(text)}) and there is no tokenizer; pass "
+            "tokenizer=AutoTokenizer.from_pretrained(...), or tokenise the data yourself"
+        )
+    for name in text:
+        if any(value is None for value in data[name]):
+            raise DataError(f"the text column {name!r} has missing values; fill or remove them")
+
+
+def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
+    """The columns of raw text that stand before each choice."""
+    text = free_text(data)
+    known = tuple(name for name in CONTEXT_COLUMNS if name in text)
+    if not known and len(text) != 1:
+        raise DataError(
+            f"multiple choice needs a text column that the choices belong to, one of "
+            f"{', '.join(CONTEXT_COLUMNS)}, got {text}; rename it: "
+            "data.rename_column(name, 'question')"
+        )
+    left = [name for name in text if name not in known]
+    if known and left:
+        raise DataError(
+            f"of the text columns {text}, {list(known)} stand before the choices, and {left} may "
+            f"belong to them or not; drop them with data.remove_columns({left}), or rename one to "
+            "'context'"
+        )
+    return known or tuple(text)

@@ -1,0 +1,169 @@
+"""What may be passed as data, turned to something with ``len`` and ``[i]``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from pyrolora.columns import LABELS
+from pyrolora.errors import DataError
+
+TABLES = ("pandas", "polars", "arrow")
+"""Formats in which a row of a ``datasets.Dataset`` is a table, and no dict."""
+
+
+def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
+    """Something with ``len`` and ``[i]``."""
+    if isinstance(data, DataLoader):
+        return as_examples(data.dataset, input_name, splits)
+    if isinstance(data, datasets.Dataset) and data.format["type"] in TABLES:
+        return data.with_format(None, data.format["columns"])
+    if isinstance(data, Subset) and isinstance(data.dataset, datasets.Dataset):
+        return as_examples(data.dataset.select(data.indices), input_name, splits)
+    if isinstance(data, datasets.DatasetDict):
+        for split in splits:
+            if split in data:
+                return as_examples(data[split], input_name, splits)
+        raise DataError(
+            f"the DatasetDict has no split {' or '.join(map(repr, splits))}; it has "
+            f"{sorted(data)}: pass one of them, as data['{next(iter(data), 'name')}']"
+        )
+    if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError(
+            "the size of a streamed data set is unknown, and the posterior depends on it; "
+            "make it a datasets.Dataset, for example with data.take(n)"
+        )
+    data = _texts_as_list(data)
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if isinstance(data, Tensor):
+        data = (data,)
+    if isinstance(data, tuple):
+        return _from_tuple(data, input_name)
+    if isinstance(data, list):
+        return _from_list(data)
+    if isinstance(data, TensorExamples):
+        return data
+    if isinstance(data, str):
+        raise DataError(
+            f"one text is no data set; write it as a list: [{data[:40]!r}]. A file is read with "
+            "datasets.Dataset.from_json or from_csv"
+        )
+    indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
+        return data
+    raise DataError(
+        "data must be a datasets.Dataset or DatasetDict, a torch Dataset or DataLoader, a list of "
+        f"dicts or texts, or a tuple of tensors, got {type(data).__name__}; a table of columns "
+        "becomes one with datasets.Dataset.from_dict(...) or from_pandas(...)"
+    )
+
+
+def _texts_as_list(data: Any) -> Any:
+    """A list in place of a column of texts, such as ``data["text"]`` of a ``datasets.Dataset``."""
+    column = isinstance(data, datasets.Column | np.ndarray | pd.Series)
+    rows = list(data) if column else []
+    return rows if rows and all(isinstance(row, str) for row in rows) else data
+
+
+def _from_list(rows: list[Any]) -> datasets.Dataset:
+    if rows and all(isinstance(row, str) for row in rows):
+        return datasets.Dataset.from_dict({"text": rows})
+    if not all(isinstance(row, Mapping) for row in rows):
+        kinds = sorted({type(row).__name__ for row in rows})
+        raise DataError(f"a list must hold dicts or texts, got {' and '.join(kinds)}")
+    return datasets.Dataset.from_list([dict(row) for row in rows])
+
+
+def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
+    if not 1 <= len(parts) <= 2:
+        raise DataError(
+            f"a tuple must be (inputs, labels) or (inputs,), got {len(parts)} entries; "
+            "for more inputs pass a list of dicts or a datasets.Dataset"
+        )
+    parts = tuple(map(_texts_as_list, parts))
+    texts = isinstance(parts[0], list | tuple) and len(parts[0]) and isinstance(parts[0][0], str)
+    names = ("text" if texts else input_name, LABELS)
+    if any(isinstance(part, Tensor) and (part.is_nested or part.dim() == 0) for part in parts):
+        raise DataError(
+            "a tuple must hold tensors (n, ...), or lists of numbers or texts, no nested tensor "
+            "and no single number; of rows with different lengths make a list of dicts: "
+            "[{'input_ids': ids, 'labels': label}, ...]"
+        )
+    sizes = {name: len(part) for name, part in zip(names, parts, strict=False)}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"inputs and labels differ in length: {sizes}")
+    if texts:
+        columns = dict(zip(names, map(list, parts), strict=False))
+        return datasets.Dataset.from_dict(columns)
+    try:
+        tensors = [as_numbers(part) for part in parts]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"a tuple must hold tensors or lists of numbers: {error}") from error
+    return TensorExamples(dict(zip(names, tensors, strict=False)))
+
+
+def as_numbers(value: Any) -> Tensor:
+    """A tensor of these numbers; real ones of Python in float32, whatever torch's default is."""
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
+        return torch.as_tensor(value, dtype=torch.float32)
+    return tensor
+
+
+class TensorExamples(TorchDataset[dict[str, Tensor]]):
+    """Named tensors as examples."""
+
+    def __init__(self, columns: dict[str, Tensor]) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.columns.items()}
+
+
+def without_labels(data: Any, input_name: str, splits: Sequence[str]) -> Any:
+    """The data without labels of its own, which may be of other classes."""
+    rows = as_examples(data, input_name, splits)
+    if is_plain(rows):
+        return rows.remove_columns([n for n in rows.column_names if n in (LABELS, "label")])
+    if isinstance(rows, TensorExamples):
+        return tuple(t for n, t in rows.columns.items() if n != LABELS)
+    examples = (as_dict(rows[i], input_name) for i in range(len(rows)))
+    return [
+        {n: v.tolist() if isinstance(v, Tensor) else v for n, v in row.items() if n != LABELS}
+        for row in examples
+    ]
+
+
+def as_dict(example: Any, input_name: str) -> dict[str, Any]:
+    """One example as a dict with ``labels``; of an (x, y) pair, x is the network's main input."""
+    if isinstance(example, Mapping):
+        example = dict(example)
+        if "label" in example and LABELS not in example:
+            example[LABELS] = example.pop("label")
+        return example
+    if isinstance(example, tuple | list) and 1 <= len(example) <= 2:
+        return dict(zip((input_name, LABELS), example, strict=False))
+    raise DataError(
+        f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
+    )
+
+
+def is_plain(examples: Any) -> bool:
+    """A ``datasets.Dataset`` whose rows are its columns, not made by a transform on access."""
+    return isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom"
+
+
+def is_text(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")

@@ -1,0 +1,208 @@
+"""k̂: how far a fitted guide is from the posterior that it stands for, by importance weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.data import Prepared
+from pyrolora.diagnostics.psis import PSIS, psis_khat, yardstick
+from pyrolora.errors import ConfigError, DataError, whole_number
+from pyrolora.guides import Guide, Program, full_name
+from pyrolora.model import JointModel, evaluating
+from pyrolora.predictive import predict
+from pyrolora.seeding import DRAWING, seeded
+
+FEWEST_DRAWS = 25  # of which a fifth is the tail, which needs five
+DRAWS_AT_ONCE = 50
+
+Values = Mapping[str, Tensor]
+"""Site -> (S, ...), as the sites are inside a plate of S draws at dimension -2."""
+
+
+@torch.no_grad()
+def judge(
+    joint: JointModel,
+    options: Guide,
+    data: Prepared,
+    num_samples: int = defaults.KHAT_DRAWS,
+    *,
+    seed: int | None = None,
+    per_layer: bool = False,
+) -> PSIS | dict[str, PSIS]:
+    """PSIS of the whole pair, or of each layer; `Posterior.khat` says of what."""
+    whole_number("num_samples", num_samples, at_least=FEWEST_DRAWS)
+    if len(data) != joint.num_examples:
+        raise DataError(
+            f"khat is about the training data, {joint.num_examples} examples, got {len(data)}; "
+            "pass the data that the posterior was fitted on"
+        )
+    _check_drawn(joint.program, options)
+    if not joint.program.has_prior:
+        raise ConfigError(
+            f"khat judges a guide by the model's prior, and {full_name(options)!r} has none: the "
+            "law of its draws is the same in model and guide; SWAG has one with prior_scale="
+        )
+    if per_layer and not joint.program.layers_independent:
+        raise ConfigError(
+            f"per_layer judges the guide's law of a layer given the others, and the layers of "
+            f"{full_name(options)!r} are not independent; leave per_layer out"
+        )
+    beta = options.beta(joint.num_examples)
+    with DRAWING, evaluating(joint):
+        joint.align()
+        with seeded(seed):
+            trace = _traced(joint.program, joint.program.guide, {}, num_samples)
+        sites = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
+        _check_width(sites, options)
+        drawn = {name: site["value"] for name, site in sites.items()}
+        free = {name: _free_entries(site) // num_samples for name, site in sites.items()}
+        used = _in_use(joint.program, sites)
+        if not per_layer:
+            size = sum(round(free[n] * float(used[n].float().mean())) for n in sites)
+            return _psis(joint, data, drawn, beta, size)
+        centre = {name: _centre(site) for name, site in sites.items()}
+        found = {}
+        for layer, own in _masks(joint.program, sites).items():
+            values = {n: torch.where(own[n], drawn[n], centre[n]) for n in sites}
+            size = sum(round(free[n] * float((own[n] & used[n]).float().mean())) for n in sites)
+            found[layer] = _psis(joint, data, values, beta, size)
+        return found
+
+
+def _psis(joint: JointModel, data: Prepared, values: Values, beta: float, size: int) -> PSIS:
+    """log w = log p(θ) + (1/β) Σ_i log p(y_i|θ) − log q(θ), and its k̂."""
+    count = len(next(iter(values.values())))
+    ratios, kept = [], []
+    for start in range(0, count, DRAWS_AT_ONCE):
+        part = {name: value[start : start + DRAWS_AT_ONCE] for name, value in values.items()}
+        ratio, factors = _prior_over_guide(joint.program, part)
+        ratios.append(ratio)
+        kept.append(factors)
+    scores = predict(joint, data, FlatFactors.cat(kept)).log_likelihood
+    assert scores is not None
+    weights = torch.cat(ratios).cpu() + scores.double().sum(-1) / beta
+    return PSIS(psis_khat(weights.numpy()), count, size, yardstick(size, count))
+
+
+def _prior_over_guide(program: Program, values: Values) -> tuple[Tensor, FlatFactors]:
+    """log p(θ) − log q(θ), (S,), and the factors of θ."""
+    count = len(next(iter(values.values())))
+    guide = _traced(program, program.guide, values, count)
+    model = _traced(program, program.model, values, count)
+    return _log_density(model) - _log_density(guide), model.nodes["_RETURN"]["value"]
+
+
+def _traced(program: Program, part: Any, values: Values, count: int) -> Trace:
+    """The trace of ``program.model`` or ``program.guide`` on ``count`` draws."""
+    with poutine.block(), pyro.plate("draws", count, dim=-2):
+        return poutine.trace(poutine.condition(part, data=dict(values))).get_trace()
+
+
+def _log_density(trace: Trace) -> Tensor:
+    """The sum over sites and blocks, (S,), in double precision."""
+    trace.compute_log_prob()
+    terms = [
+        site["log_prob"].double().flatten(1).sum(-1)
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def _is_latent(site: Mapping[str, Any]) -> bool:
+    return site["type"] == "sample" and not site_is_subsample(site) and not site["is_observed"]
+
+
+def _free_entries(site: Mapping[str, Any]) -> int:
+    """How many unconstrained numbers the draws of the site are."""
+    return biject_to(site["fn"].support).inverse_shape(site["value"].shape).numel()
+
+
+def _centre(site: Mapping[str, Any]) -> Tensor:
+    """The guide's mean of factors; of scales any value, here the first draw's, since the mean of
+    the factors does not depend on it."""
+    if _is_blocked(site):
+        return site["value"][:1]
+    return site["fn"].mean[:1] if site["fn"].event_dim else site["value"]
+
+
+def _is_blocked(site: Mapping[str, Any]) -> bool:
+    """Whether the site has an element a block, in a plate inside that of the draws."""
+    return len(site["cond_indep_stack"]) > 1
+
+
+def _masks(program: Program, sites: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Layer -> site -> booleans that say which elements are the layer's; a site without factors
+    or blocks, as the seed of noise on the weights, belongs to every layer."""
+    bank = program.bank
+    size = {b.name: b.rank * b.columns for f in bank.layouts.values() for b in f.blocks}
+    names = program.block_names()
+    layers = list(bank.specs)
+    device = next(iter(sites.values()))["value"].device
+    block = torch.tensor([layers.index(n.rpartition(".")[0]) for n in names], device=device)
+    # The sites of entries, one after the other, hold the blocks in their order.
+    entry = block.repeat_interleave(torch.tensor([size[n] for n in names], device=device))
+    owner: dict[str, Tensor] = {}
+    for name, site in sites.items():
+        if _is_blocked(site):
+            owner[name] = block.view(-1, *[1] * site["fn"].event_dim)
+        elif site["fn"].event_dim:
+            length = site["value"].shape[-1]
+            owner[name], entry = entry[:length], entry[length:]
+    everywhere = torch.ones((), dtype=torch.bool, device=device)
+    return {
+        layer: {n: owner[n] == i if n in owner else everywhere for n in sites}
+        for i, layer in enumerate(layers)
+    }
+
+
+def _in_use(program: Program, sites: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Site -> booleans that say which entries are of active ranks; the guide's law of the others is
+    their prior, or has no bearing on the factors."""
+    found = {
+        n: torch.ones((), dtype=torch.bool, device=s["value"].device) for n, s in sites.items()
+    }
+    latent = "".join(dict.fromkeys(name.rpartition(".")[2] for name in program.block_names()))
+    active = program.bank.entries(latent) if latent else None
+    if active is not None:
+        for name, site in sites.items():
+            if not _is_blocked(site) and site["fn"].event_dim:
+                length = site["value"].shape[-1]
+                found[name], active = active[:length], active[length:]
+    return found
+
+
+def _check_drawn(program: Program, options: Guide) -> None:
+    """Raise `ConfigError` for draws that are a list."""
+    name = full_name(options)
+    if program.members > 1:
+        raise ConfigError(
+            f"khat weighs draws by the guide's density, and the members of {name!r} are point "
+            "masses; compare them with another guide by evaluate(...)"
+        )
+    if program.stored() is not None:
+        raise ConfigError(
+            f"khat judges a guide by its density, and {name!r} keeps draws, which have none; of "
+            "Markov chains look at R-hat and effective sample sizes, in posterior.summary() and "
+            "posterior.history"
+        )
+
+
+def _check_width(sites: Mapping[str, Any], options: Guide) -> None:
+    """Raise `ConfigError` for a guide that is a point mass."""
+    if any(isinstance(site["fn"], pyro.distributions.Delta) for site in sites.values()):
+        raise ConfigError(
+            f"khat needs a guide with width, and {full_name(options)!r} is a point; fit with "
+            "'montec', 'meanfield', 'lowrank' or 'laplace'"
+        )

@@ -1,0 +1,145 @@
+"""What a report says of the posterior and of the data, as names and values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from pyrolora.adapters import AdapterBank
+from pyrolora.guides import Guide, full_name
+from pyrolora.model import JointModel
+from pyrolora.predictive import ClassPrediction, Prediction, RegressionPrediction
+from pyrolora.report.examples import Examples
+from pyrolora.tasks import Task
+
+MOST_CLASSES = 50
+"""Rows of the table of classes."""
+PACKAGES = ("pyrolora", "torch", "pyro-ppl", "transformers", "arviz")
+
+
+class Subject(Protocol):
+    """What a report reads of a posterior."""
+
+    options: Guide
+    model: JointModel
+    history: list[dict[str, Any]]
+    settings: dict[str, Any]
+    tokenizer: Any
+    temperature: float
+
+    @property
+    def base(self) -> nn.Module: ...
+
+    @property
+    def bank(self) -> AdapterBank: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    def sample(self, num_samples: int, *, seed: int | None = None) -> Mapping[str, Tensor]: ...
+
+    def predict(
+        self, data: Any, num_samples: int | None = None, *, batch_size: int, seed: int | None
+    ) -> Prediction: ...
+
+    def inputs_of(self, data: Any) -> Any: ...
+
+    def to_arviz(self, num_samples: int | None = None, *, seed: int | None = None) -> Any: ...
+
+
+def posterior_facts(posterior: Subject) -> dict[str, str]:
+    """The guide, the network under it, the adapters, and how they were fitted."""
+    specs = posterior.bank.specs.values()
+    ranks = posterior.bank.ranks()
+    sites = {name: draw[0].numel() for name, draw in posterior.sample(1, seed=0).items()}
+    entries = sum(ranks[spec.name] * (spec.in_features + spec.out_features) for spec in specs)
+    named = posterior.model.named_parameters()
+    frozen = ("base.",) if specs else ()
+    trained = sum(p.numel() for n, p in named if p.requires_grad and not n.startswith(frozen))
+    config = getattr(posterior.base, "config", None)
+    source = getattr(config, "name_or_path", "")
+    return {
+        "guide": full_name(posterior.options),
+        "network": type(posterior.base).__name__ + (f" ({source})" if source else ""),
+        "weights of the network": f"{sum(p.numel() for p in posterior.base.parameters()):,}",
+        "adapted layers": f"{len(specs)}",
+        "rank": ", ".join(map(str, sorted({*ranks.values()}))) or "none",
+        "entries of the adapters": f"{entries:,}",
+        "trained parameters": f"{trained:,}",
+        "latent sites": ", ".join(f"{name} ({size:,})" for name, size in sites.items()),
+        "task": posterior.task.name,
+        "training examples": f"{posterior.model.num_examples:,}",
+        "temperature": f"{posterior.temperature:.4g}",
+        **{name.replace("_", " "): _value(value) for name, value in posterior.settings.items()},
+    }
+
+
+def option_facts(guide: Guide) -> dict[str, str]:
+    """Every option of the guide, those of an inner one after it."""
+    facts = {}
+    for field in dataclasses.fields(guide):
+        value = getattr(guide, field.name)
+        if isinstance(value, Guide):
+            facts[field.name] = full_name(value)
+            facts |= {f"{field.name}.{n}": shown for n, shown in option_facts(value).items()}
+        else:
+            facts[field.name] = _value(value)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """What the report was made with."""
+    return {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def data_facts(examples: Examples, prediction: Prediction) -> dict[str, str]:
+    """How many examples there are, how long they are, and whether they are labelled."""
+    unit, sizes = examples.lengths()
+    facts = {"examples": f"{len(examples):,}"}
+    if examples.columns:
+        facts["text columns"] = ", ".join(examples.columns)
+    if sizes:
+        low, middle, high = min(sizes), np.median(sizes), max(sizes)
+        facts["length"] = f"{low} to {high} {unit}, median {middle:g}"
+    facts["labels"] = "yes" if prediction.targets is not None else "none: there are no metrics"
+    if isinstance(prediction, RegressionPrediction):
+        facts["learned noise"] = f"{prediction.noise_scale:.3g}, a standard deviation"
+    if prediction.targets is not None and isinstance(prediction, RegressionPrediction):
+        targets = prediction.targets.double().numpy()
+        facts["targets"] = (
+            f"{targets.min():.3g} to {targets.max():.3g}, mean {targets.mean():.3g}, "
+            f"standard deviation {targets.std():.3g}"
+        )
+    return facts
+
+
+def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | None:
+    """How often each class is the target and how often it is predicted; of multiple choice, each
+    place; of very many classes the most frequent ones. None for other predictions."""
+    if not isinstance(prediction, ClassPrediction):
+        return None
+    classes = prediction.probs.shape[-1]
+    choosing = len(examples) and bool(examples.choices(0))
+    names = [f"choice {k}" if choosing else examples.label(0, k) for k in range(classes)]
+    table = {"class": names}
+    if prediction.targets is not None:
+        table["target"] = prediction.targets.bincount(minlength=classes).tolist()
+    table["predicted"] = prediction.predicted.bincount(minlength=classes).tolist()
+    made = pd.DataFrame(table)
+    if len(made) > MOST_CLASSES:
+        made = made.sort_values(list(made)[1], ascending=False, kind="stable")[:MOST_CLASSES]
+    return made
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

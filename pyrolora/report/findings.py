@@ -1,0 +1,165 @@
+"""What is wrong with a posterior, if anything, in plain words: small functions of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyrolora.diagnostics.contraction import Contraction
+from pyrolora.guides.nuts import HIGH_R_HAT
+
+ENOUGH_EXAMPLES = 100
+ENOUGH_DRAWS = 16
+LEAST_ENTRIES = 8
+"""Entries of the log from which a trend can be told."""
+MATERIAL_RISE = 0.05
+"""Share of the whole rise of the ELBO that may still be under way at the end."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One warning: its name for programs, a title, what was found, with numbers, and what to do."""
+
+    name: str
+    title: str
+    found: str
+    advice: str
+
+
+def prior_dominated(blocks: Sequence[Contraction], *, trained: bool = False) -> Finding | None:
+    """Whether in more than half of the blocks the posterior is its prior.
+
+    Parameters
+    ----------
+    trained
+        Whether gradient steps made the widths (`has_trained_widths`), so that the schedule may have
+        left them there, and not the data.
+    """
+    same = [block for block in blocks if block.prior_dominated]
+    if 2 * len(same) <= len(blocks):
+        return None
+    scales = np.median([block.scale for block in blocks])
+    cause = "The data told the posterior next to nothing there."
+    if trained:
+        cause = "Whether the data or the number of training steps left it there is not known."
+    return Finding(
+        "prior_dominated",
+        "The spread of the adapters is the prior's, not the data's",
+        f"In {len(same)} of {len(blocks)} blocks the draws have the prior's spread around the "
+        f"prior's mean (median of posterior over prior spread: {scales:.2f}). {cause}",
+        "The uncertainty then measures the choice of the prior. Lower kl_weight, use more data or "
+        "train longer; or adapt fewer layers or ranks.",
+    )
+
+
+def no_update(norms: Mapping[str, float]) -> Finding | None:
+    """Whether in more than half of the layers the mean update, ‖s B A‖, is exactly zero: with B at
+    its start no gradient of the data ever came there, and Adam makes a step of any."""
+    zero = [name for name, norm in norms.items() if norm == 0]
+    if 2 * len(zero) <= len(norms):
+        return None
+    return Finding(
+        "no_update",
+        "The adapters never left their start",
+        f"In {len(zero)} of {len(norms)} layers the mean update is exactly zero: no gradient of "
+        "the data came there, and the network predicts as without them.",
+        "Look whether the inputs reach these layers and whether any label counts. Means and widths "
+        "there are the start's, the prior's and the schedule's, whatever they look like.",
+    )
+
+
+def not_converged(history: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """Whether the ELBO was still rising when the training ended.
+
+    Of the last half of the log's entries the two halves are compared. It fires where the mean of
+    the second exceeds that of the first by more than twice the standard error of the difference,
+    with the scatter around a straight line, and by more than 5 % of the rise since the start. Of an
+    ensemble, for the member that rises most.
+    """
+    members: dict[Any, list[float]] = {}
+    for entry in history:
+        if "elbo" in entry:
+            members.setdefault(entry.get("member"), []).append(float(entry["elbo"]))
+    shares = [share for values in members.values() if (share := _rising(values)) is not None]
+    if not shares:
+        return None
+    return Finding(
+        "not_converged",
+        "The fit had not converged",
+        f"The objective (ELBO) was still rising at the end: {max(shares):.0%} of its whole rise "
+        "came between the third and the last quarter of the training.",
+        "Train for more epochs, or with a higher learning rate; the posterior's spread, which "
+        "learns last, is the least to be trusted.",
+    )
+
+
+def _rising(values: Sequence[float]) -> float | None:
+    """The share of the whole rise between the last two quarters, if it is more than noise."""
+    if len(values) < LEAST_ENTRIES:
+        return None
+    quarter = len(values) // 4
+    last = np.array(values[-2 * quarter :])
+    steps = np.arange(len(last))
+    residual = last - np.polyval(np.polyfit(steps, last, 1), steps)
+    scatter = (residual @ residual / (len(last) - 2)) ** 0.5
+    before, after = last[:quarter].mean(), last[quarter:].mean()
+    whole = after - values[0]
+    rise = after - before
+    if rise > 2 * scatter * (2 / quarter) ** 0.5 and rise > MATERIAL_RISE * whole > 0:
+        return float(rise / whole)
+    return None
+
+
+def chains_disagree(history: Sequence[Mapping[str, Any]]) -> Finding | None:
+    """Whether Markov chains have not mixed, or have diverged."""
+    found = next((entry for entry in reversed(history) if "r_hat" in entry), None)
+    if found is None or (found["r_hat"] < HIGH_R_HAT and not found.get("divergences")):
+        return None
+    return Finding(
+        "chains_disagree",
+        "The Markov chains are not to be trusted yet",
+        f"R-hat of the adapter norms is {found['r_hat']:.2f} (it should be below {HIGH_R_HAT}), "
+        f"the effective sample size {found['effective_sample_size']:.0f}, and "
+        f"{found.get('divergences', 0)} steps diverged.",
+        "Take more warmup_steps and num_samples, a higher target_accept_prob, or smaller adapters.",
+    )
+
+
+def few_examples(examples: int) -> Finding | None:
+    """Whether there are fewer than 100 examples to judge by."""
+    if examples >= ENOUGH_EXAMPLES:
+        return None
+    return Finding(
+        "few_examples",
+        "There are few examples",
+        f"These are {examples} examples: a share among them, such as an accuracy of one half, is "
+        f"known to ±{0.5 / examples**0.5:.2f} (a standard error), and bins of the reliability "
+        "table hold a handful each.",
+        f"Take the numbers as rough, or score on {ENOUGH_EXAMPLES} examples at least.",
+    )
+
+
+def few_draws(draws: int, *, stored: int | None = None, point: bool = False) -> Finding | None:
+    """Whether there are fewer than 16 draws, and more could be had.
+
+    Parameters
+    ----------
+    draws
+        S; 0: the mean adapter alone.
+    stored
+        How many draws there are, where they are a list.
+    point
+        Whether the posterior is one point, so that all its draws are the same.
+    """
+    if point or draws >= min(ENOUGH_DRAWS, stored or ENOUGH_DRAWS):
+        return None
+    if draws < 2:
+        found = "One setting of the adapters was used, so that nothing on this page shows what the "
+        found += "posterior is unsure of: mutual information is zero everywhere."
+    else:
+        found = f"With {draws} draws a probability has a Monte Carlo error of up to "
+        found += f"±{0.5 / draws**0.5:.2f}."
+    return Finding("few_draws", "There are few draws", found, "Raise num_samples; 32 is usual.")

@@ -1,0 +1,162 @@
+"""The pictures of a report: drawn, and embedded as data that the page carries in itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pyrolora.plots.posterior import (
+    adapter_norms,
+    elbo_curve,
+    kl_curves,
+    mixture_weights,
+    signal_to_noise_map,
+)
+from pyrolora.plots.predictions import entropy_histogram, reliability_diagram, risk_coverage_curve
+from pyrolora.predictive import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 3.7, 2.8
+"""Inches; 96 pixels each in a browser, so that a picture fits a narrow screen without shrinking."""
+MOST_COMPONENTS = 8
+"""Labels of a legend."""
+
+_UNCERTAINTIES: dict[type[Prediction], str] = {
+    ClassPrediction: "predictive entropy (nats)",
+    RegressionPrediction: "predictive standard deviation",
+    TokenPrediction: "mean entropy of a token (nats)",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its heading, what it shows, and itself as a data URI."""
+
+    title: str
+    caption: str
+    source: str
+
+
+def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> Iterator[Picture]:
+    """What can be drawn of predictions, with labels and without, and of other data beside them."""
+    targets = prediction.targets
+    if isinstance(prediction, ClassPrediction) and targets is not None:
+        yield picture(
+            "Reliability",
+            "Accuracy against confidence, in ten bins; the larger a point, the more predictions. "
+            "Below the dotted line the predictions are overconfident.",
+            lambda ax: reliability_diagram(prediction.probs, targets, ax=ax),
+        )
+    if targets is not None:
+        yield picture(
+            "Risk and coverage",
+            "The risk when only the most certain share is answered. It should fall to the left.",
+            lambda ax: risk_coverage_curve(prediction, ax=ax),
+        )
+    name = next(name for kind, name in _UNCERTAINTIES.items() if isinstance(prediction, kind))
+
+    def uncertainty(ax: Axes) -> None:
+        inside, other = (
+            None if p is None else p.uncertainty[p.uncertainty.isfinite()]
+            for p in (prediction, outside)
+        )
+        assert inside is not None
+        if not len(inside):  # texts of one token, which nothing predicts
+            return
+        other = None if other is not None and not len(other) else other
+        entropy_histogram(inside, other, ax=ax)
+        ax.set_xlabel(name)
+        if other is not None:
+            ax.legend()
+
+    which = "these examples" if outside is None else "these examples and of the outside data"
+    yield picture("Uncertainty", f"The {name} of {which}.", uncertainty)
+
+
+def fit_pictures(history: Any) -> Iterator[Picture]:
+    """The course of the training, where one was logged."""
+    logged = [entry for entry in history if "elbo" in entry]
+    members = any("member" in entry for entry in logged)
+    if not logged:
+        return
+    yield picture(
+        "Objective",
+        "The ELBO over the steps of the training. It should have stopped rising.",
+        lambda ax: _with_legend(elbo_curve(history, ax=ax), members),
+    )
+    if any(entry[key] for entry in logged for key in entry if key.startswith("kl/")):
+        yield picture(
+            "KL by site",
+            "The KL divergence of posterior and prior, for every latent site.",
+            lambda ax: _with_legend(kl_curves(history, ax=ax), True),
+        )
+
+
+def posterior_pictures(idata: Any) -> Iterator[Picture]:
+    """What the draws of the posterior have to show."""
+    group = idata["posterior"]
+    sizes = dict(group.sizes)
+    if not sizes["layer"]:
+        return
+    yield picture(
+        "Adapter norms",
+        "The size of each layer's update, mean and 90 % interval over draws.",
+        lambda ax: adapter_norms(idata, ax=ax),
+        rows=sizes["layer"],
+    )
+    if "signal_to_noise" in group.data_vars:
+        yield picture(
+            "Signal to noise",
+            "Of every rank: its mean over its posterior spread. Ranks far below 1 could be left "
+            "out.",
+            lambda ax: signal_to_noise_map(idata, ax=ax),
+            rows=sizes["block"],
+        )
+    if "mixture_weights" in group.data_vars:
+        yield picture(
+            "Mixture weights",
+            "The mean weight of each component, a bar for each layer.",
+            lambda ax: _legend_above(mixture_weights(idata, ax=ax), sizes["component"]),
+            rows=sizes["block"],
+        )
+
+
+def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0) -> Picture:
+    """Draw on axes of a figure as wide as a narrow screen; higher where it has ``rows`` to name."""
+    from matplotlib import rc_context, style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    height = max(HEIGHT, min(1.2 + 0.17 * rows, 8.0))
+    stream = io.BytesIO()
+    with (
+        style.context("default"),  # not the user's own, which may need LaTeX or a dark page
+        rc_context({"font.size": 9, "svg.hashsalt": "pyrolora", "legend.fontsize": "small"}),
+        warnings.catch_warnings(),
+    ):
+        # Of names in scripts that the font lacks: they are boxes in the picture, and read in the
+        # tables.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.subplots())
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    content = base64.b64encode(stream.getvalue()).decode("ascii")
+    return Picture(title, caption, f"data:image/svg+xml;base64,{content}")
+
+
+def _with_legend(ax: Axes, wanted: bool) -> None:
+    if wanted and len(ax.lines) <= 2 * MOST_COMPONENTS:
+        for text in ax.legend().get_texts():
+            text.set_parse_math(False)
+
+
+def _legend_above(ax: Axes, components: int) -> None:
+    if components <= MOST_COMPONENTS:
+        ax.legend(ncols=components, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)

@@ -1,0 +1,224 @@
+"""One self-contained page about a posterior: no script, no network, readable on a narrow screen."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pyrolora import defaults
+from pyrolora.data.labels import class_names_of
+from pyrolora.diagnostics.contraction import (
+    Contraction,
+    about_widths,
+    contraction_table,
+    contractions,
+    has_trained_widths,
+    update_norms,
+)
+from pyrolora.errors import ConfigError
+from pyrolora.files import write_whole
+from pyrolora.guides import full_name
+from pyrolora.predictive import (
+    ClassPrediction,
+    Prediction,
+    TokenPrediction,
+    auroc,
+    evaluate,
+    reliability_table,
+)
+from pyrolora.report import findings
+from pyrolora.report.chance import no_better_than_chance, unadapted
+from pyrolora.report.examples import Examples
+from pyrolora.report.facts import (
+    Subject,
+    data_facts,
+    label_table,
+    option_facts,
+    posterior_facts,
+    versions,
+)
+from pyrolora.report.findings import Finding
+from pyrolora.report.overconfidence import overconfident
+from pyrolora.report.pictures import fit_pictures, posterior_pictures, prediction_pictures
+from pyrolora.report.shaded import shaded_texts
+from pyrolora.report.tables import example_tables, metrics_table
+
+TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and what it warns of.
+
+    Attributes
+    ----------
+    html
+        The whole page.
+    findings
+        The warnings, as they stand on it.
+    metrics
+        Scores by name; empty without labels, but for ``ood_auroc``.
+    """
+
+    html: str
+    findings: list[Finding]
+    metrics: dict[str, float]
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page, whole or not at all, over one that is there."""
+        file = page_file(path)
+        write_whole(file, self.html.encode())
+        return file
+
+
+def page_file(path: str | Path) -> Path:
+    """Where a page is to be written.
+
+    Raises
+    ------
+    ConfigError
+        When it is a folder, or stands in none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(
+            f"{file} is a folder; name a file in it, such as {str(file / 'report.html')!r}"
+        )
+    if not file.parent.is_dir():
+        raise ConfigError(f"there is no folder {file.parent} to write {file.name} to; make it")
+    return file
+
+
+def report_on(
+    posterior: Subject,
+    data: Any,
+    *,
+    outside: Any = None,
+    num_samples: int | None = None,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int | None = None,
+) -> Report:
+    """The report that `Posterior.report` writes; its parameters are described there."""
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    if num_samples is None:
+        num_samples = posterior.model.program.usual_draws()
+    names = class_names_of(posterior.base, posterior.task)
+    examples = Examples(data, posterior.base, posterior.tokenizer, names)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    prediction = posterior.predict(data, num_samples, **options)
+    other = None
+    if outside is not None:
+        other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
+    idata = posterior.to_arviz(seed=seed)
+    metrics = _metrics(prediction, other)
+    blocks = contractions(posterior.model.program)
+    warnings = _findings(
+        posterior, prediction, num_samples, blocks, partial(unadapted, posterior, data, batch_size)
+    )
+    texts = []
+    if isinstance(prediction, TokenPrediction):
+        texts = shaded_texts(posterior, prediction, examples, num_samples, seed)
+    labelled = isinstance(prediction, ClassPrediction) and prediction.targets is not None
+    html = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            title=f"{full_name(posterior.options)} on {type(posterior.base).__name__}",
+            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            draws=num_samples,
+            seed=seed,
+            size=len(examples),
+            outside_size=None if other is None else len(other.uncertainty),
+            findings=warnings,
+            metrics=metrics_table(metrics),
+            pictures=list(prediction_pictures(prediction, other)),
+            reliability=_used_bins(prediction) if labelled else None,
+            tables=example_tables(prediction, examples),
+            texts=texts,
+            fit_pictures=list(fit_pictures(posterior.history)),
+            posterior_pictures=list(posterior_pictures(idata)),
+            contractions=contraction_table(blocks),
+            about_widths=about_widths(posterior.model.program, blocks),
+            labelled=prediction.targets is not None,
+            facts_of_posterior=posterior_facts(posterior),
+            options=option_facts(posterior.options),
+            layers=list(posterior.bank.specs.values()),
+            data=data_facts(examples, prediction),
+            labels=label_table(examples, prediction),
+            versions=versions(),
+        )
+    )
+    return Report(html, warnings, metrics)
+
+
+def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, float]:
+    if prediction.targets is not None:
+        return evaluate(prediction, outside)
+    if outside is None:
+        return {}
+    return {"ood_auroc": auroc(prediction.uncertainty, outside.uncertainty)}
+
+
+def _findings(
+    posterior: Subject,
+    prediction: Prediction,
+    num_samples: int,
+    blocks: list[Contraction],
+    plain: Callable[[], Prediction | None],
+) -> list[Finding]:
+    program = posterior.model.program
+    sites = posterior.sample(2, seed=0)
+    factors = program.factors(sites)
+    point = factors.draws is None or len(factors.distinct()[1]) < 2
+    found = [
+        overconfident(prediction),
+        no_better_than_chance(prediction, plain),
+        findings.no_update(update_norms(program)),
+        findings.prior_dominated(blocks, trained=has_trained_widths(program)),
+        findings.not_converged(posterior.history),
+        findings.chains_disagree(posterior.history),
+        findings.few_examples(len(prediction.uncertainty)),
+        findings.few_draws(num_samples, stored=program.stored(), point=point),
+    ]
+    return [one for one in found if one is not None]
+
+
+def _used_bins(prediction: Prediction) -> pd.DataFrame:
+    table = reliability_table(prediction)
+    table = table[table["count"] > 0]
+    bins = [f"{low:.2f} to {high:.2f}" for low, high in zip(table.low, table.high, strict=True)]
+    return table.drop(columns=["low", "high"]).assign(
+        **{"confidence in": bins, "gap": table.confidence - table.accuracy}
+    )[["confidence in", "count", "confidence", "accuracy", "gap"]]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pyrolora.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    return environment
+
+
+def _number(value: Any) -> str:
+    """Whole numbers as they are, others with three digits."""
+    if isinstance(value, bool | str | int | np.integer):
+        return str(value)
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

@@ -1,0 +1,114 @@
+"""Regression with a Gaussian noise whose scale is learned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+from transformers.models.auto import modeling_auto
+
+from pyrolora.errors import DataError
+from pyrolora.tasks.base import Task
+from pyrolora.tasks.classification import check_one_label
+from pyrolora.types import Batch
+
+FAR = 5
+"""How many standard deviations of the labels from where the network starts they may lie."""
+WIDE = 100
+"""The largest standard deviation of labels that a head is sure to learn."""
+
+
+class Regression(Task):
+    """y ~ N(f, σ²), with f (..., b) the network's single output and σ, ``noise_scale``, learned.
+
+    σ starts at the standard deviation of the training labels, which a network leaves unexplained
+    that knows nothing but their mean. A new head starts near 0, and moves by no more than the
+    learning rate a step: labels far from 0, or of a large spread, are to be standardised.
+    """
+
+    name = "regression"
+    classes = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    linearisable = True
+    tempers = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.declare("noise_scale", torch.tensor(1.0), constraints.positive)
+
+    @classmethod
+    def matches(cls, network: nn.Module) -> bool:
+        config: Any = getattr(network, "config", None)
+        return super().matches(network) and (
+            config.problem_type == "regression" or config.num_labels == 1
+        )
+
+    def output(self, raw: Any) -> Tensor:
+        output = super().output(raw)
+        return output.squeeze(-1) if output.dim() == 2 else output
+
+    def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
+        return dist.Normal(output, self.noise(), validate_args=False)
+
+    def noise(self) -> Tensor:
+        """The standard deviation of the noise: σ, or σ √T at a temperature T."""
+        scale = self.param("noise_scale")
+        return scale if self.temperature == 1 else scale * self.temperature**0.5
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        labels = batch.get("labels")
+        return None if labels is None else labels.flatten().float()
+
+    def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """1 / σ, whose square is the Hessian."""
+        yield torch.ones_like(output) / self.param("noise_scale").detach()
+
+    def check_labels(self, labels: Tensor, network: nn.Module) -> None:
+        check_one_label(labels, "regression needs one number per example")
+        if not torch.isfinite(labels.double()).all():
+            bad = int((~torch.isfinite(labels.double().flatten())).nonzero()[0])
+            raise DataError(f"the label of example {bad} is {labels.flatten()[bad]}; remove it")
+        outputs = getattr(getattr(network, "config", None), "num_labels", 1)
+        if outputs != 1:
+            raise DataError(
+                f"regression needs a network with one output, this one has {outputs}; load it "
+                "with num_labels=1"
+            )
+
+    def check_output(self, output: Tensor, labels: Tensor) -> None:
+        if output.dim() != 1:
+            raise DataError(
+                "regression needs a network with one output, (n,) or (n, 1); this one gave shape "
+                f"{tuple(output.shape)}"
+            )
+
+    def check_start(self, output: Tensor, labels: Tensor) -> None:
+        y = labels.double().flatten()
+        mean, deviation, first = float(y.mean()), float(y.std(correction=0)), float(output.mean())
+        if len(y) < 2 or (abs(first - mean) <= FAR * deviation and deviation <= WIDE):
+            return
+        scaled = "y -> (y - mean) / deviation" if deviation else "y -> y - mean"
+        warnings.warn(
+            f"the labels have mean {mean:.4g} and standard deviation {deviation:.4g}, and the "
+            f"network starts at {first:.4g}: training may not get there; standardise them, "
+            f"{scaled}, and scale the predictions back",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def pool(self, others: Sequence[Task]) -> None:
+        """σ² = mean σ_k²: with it the mixture of the fits has its own variance."""
+        squares = torch.stack([other.param("noise_scale").detach().square() for other in others])
+        self.assign("noise_scale", squares.mean().sqrt())
+
+    def start(self, labels: Tensor, output: Tensor | None = None) -> None:
+        """σ of what is unexplained: the root mean square of y − f, or the labels' deviation."""
+        y = labels.double().flatten()
+        if len(y) > 1:
+            rest = y.std() if output is None else (y - output.double()).square().mean().sqrt()
+            scale = rest.clamp(min=1e-3).to(self.get_parameter("noise_scale"))
+            self.assign("noise_scale", scale)

@@ -1,0 +1,121 @@
+"""A model that is given by its folder is loaded as what data and likelihood call for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from console import saved
+from problems import Rows, bert_choice, bert_mlm, llama, mask_tokenizer, questions, reviews, tokens
+from transformers import ViTConfig, ViTForImageClassification
+
+import pyrolora
+from pyrolora.data import load_network
+from pyrolora.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {}
+    for name, network in {"masked": bert_mlm(), "choice": bert_choice(), "causal": llama()}.items():
+        made[name] = saved(network, tmp_path_factory.mktemp(name))
+        mask_tokenizer().save_pretrained(made[name])
+    return made
+
+
+def token_labels() -> datasets.Dataset:
+    data = tokens(4)
+    return data.remove_columns("labels").add_column("labels", data["input_ids"][:])
+
+
+def nested() -> Rows:
+    return Rows([{"input_ids": [[4, 5], [6, 7]], "labels": 1}] * 3)
+
+
+@pytest.mark.parametrize(
+    ("folder", "data", "task", "expected"),
+    [
+        ("masked", questions(4), None, "BertForMultipleChoice"),
+        ("masked", nested(), None, "BertForMultipleChoice"),
+        ("choice", questions(4), "multiple_choice", "BertForMultipleChoice"),
+        ("choice", nested(), None, "BertForMultipleChoice"),
+        ("masked", reviews(6), None, "BertForSequenceClassification"),
+        ("masked", (torch.ones(4, 3).long(), torch.arange(4) % 2), None, "BertForSequenceClass"),
+        ("masked", Rows(list(tokens(4))), None, "BertForSequenceClassification"),
+        ("masked", reviews(6), "masked_lm", "BertForMaskedLM"),
+        ("masked", reviews(6).remove_columns("label"), None, "BertForMaskedLM"),
+        ("masked", ["good", "bad"], None, "BertForMaskedLM"),
+        ("masked", token_labels(), "masked_lm", "BertForMaskedLM"),
+        ("masked", (torch.ones(4, 3).long(),), None, "BertForMaskedLM"),
+        ("causal", reviews(6), "causal_lm", "LlamaForCausalLM"),
+        ("causal", reviews(6).remove_columns("label"), None, "LlamaForCausalLM"),
+    ],
+)
+def test_the_class_follows_from_data_and_likelihood(
+    folders: dict[str, Path], folder: str, data: Any, task: str | None, expected: str
+) -> None:
+    network, found = load_network(folders[folder], data, None, task)
+    assert type(network).__name__.startswith(expected)
+    assert found.mask_token == "[MASK]"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [reviews(6), (torch.ones(4, 3).long(), torch.arange(4) % 2)],
+    ids=["data set", "tuple"],
+)
+def test_a_causal_model_and_classes_are_ambiguous(folders: dict[str, Path], data: Any) -> None:
+    with pytest.raises(ConfigError, match="is a language model and the data has labels"):
+        load_network(folders["causal"], data)
+
+
+@pytest.mark.parametrize(("data", "task"), [(questions(4), None), (reviews(4), "masked_lm")])
+def test_a_model_without_such_a_class_is_refused(
+    folders: dict[str, Path], data: Any, task: str | None
+) -> None:
+    with pytest.raises(ConfigError, match=r"cannot load.*LlamaConfig.*AutoModelFor"):
+        load_network(folders["causal"], data, None, task)
+
+
+@pytest.mark.parametrize("form", [lambda data: data, lambda data: Rows(list(data))])
+def test_a_label_per_token_may_be_a_tag_or_a_word(folders: dict[str, Path], form: Any) -> None:
+    with pytest.raises(DataError, match=r"tags, of token classification.*task='masked_lm'"):
+        load_network(folders["masked"], form(token_labels()))
+    with pytest.raises(ConfigError, match=r"token classification .* is not supported yet"):
+        load_network(folders["choice"], form(token_labels()))
+
+
+def test_a_network_for_images_by_its_name(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = ViTConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4, num_labels=3)
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    pixels = torch.randn(6, 3, 8, 8)
+    data = Rows([{"pixel_values": pixels[i], "labels": i % 3} for i in range(6)])
+    posterior = pyrolora.fit(tmp_path, data, "map", epochs=1, adapter=pyrolora.AdapterConfig(r=1))
+    assert type(posterior.base).__name__ == "ViTForImageClassification"
+    assert posterior.predict(data, 0).probs.shape == (6, 3)
+
+
+def test_sound_by_name_is_told_to_pass_the_network(folders: dict[str, Path]) -> None:
+    data = Rows([{"input_values": torch.ones(4), "labels": i % 2} for i in range(4)])
+    with pytest.raises(ConfigError, match="pass the network itself"):
+        load_network(folders["masked"], data)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"labels": [1.0, 0.0, 1.0]}, "several labels per example"),
+        ({"start_positions": 1, "end_positions": 2}, "extractive question answering"),
+    ],
+)
+def test_tasks_without_a_likelihood_by_name(
+    folders: dict[str, Path], labels: Any, words: str
+) -> None:
+    rows = [{"input_ids": [4, 5, 6, 7], **labels}] * 4
+    for data in (rows, Rows(rows)):
+        with pytest.raises(DataError, match=words):
+            load_network(folders["masked"], data)
