@@ -16,11 +16,11 @@ from networks import Case, case, twin
 from torch import Tensor, nn
 
 from pyrolora.adapters import attach
+from pyrolora.columns import Batch
 from pyrolora.guides import MAP, Dropout, Flat, Guide, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference.trainer import Objective
 from pyrolora.loading import build
 from pyrolora.tasks import task_for
-from pyrolora.types import Batch
 
 NUM_EXAMPLES = 10_000  # n of the pretended data set; it scales the loss and costs nothing
 LEARNING_RATE = 1e-3

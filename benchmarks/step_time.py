@@ -39,11 +39,11 @@ from networks import Case, adapted_layers, case_names, title
 from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank
+from pyrolora.columns import Batch
 from pyrolora.guides import Program
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide
 from pyrolora.parameters import param_statement
-from pyrolora.types import Batch
 
 LEAST = 4  # timed steps, however long they take
 # Of the networks whose sites, KL and factors are timed alone. With a narrow network there is next

@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from pyrolora.errors import PyroLoraError
-from pyrolora.types import AdapterConfig, RankAllocation
 
 if TYPE_CHECKING:
     from pyrolora import diagnostics, distributions, guides, plots, tasks
+    from pyrolora.adapters.config import AdapterConfig, RankAllocation
     from pyrolora.comparing import compare
     from pyrolora.fitting import fit
     from pyrolora.loading import from_peft, load
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from pyrolora.predictive import Generation, Prediction
 
 _LAZY = {
+    "AdapterConfig": "pyrolora.adapters",
     "Generation": "pyrolora.predictive",
     "Posterior": "pyrolora.posterior",
     "Prediction": "pyrolora.predictive",
+    "RankAllocation": "pyrolora.adapters",
     "compare": "pyrolora.comparing",
     "diagnostics": "",
     "distributions": "",

@@ -1,6 +1,15 @@
-"""The names of a batch's columns."""
+"""The batch, and the names of its columns."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Batch = Mapping[str, "Tensor"]
+"""Column name -> tensor whose first dimension counts examples; the targets are ``labels``."""
 
 LABELS = "labels"
 INPUTS = "inputs"

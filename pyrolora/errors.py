@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
-from numbers import Integral, Real
 from typing import Any
 
 
@@ -72,44 +70,3 @@ def listed(names: Collection[str], most: int = 4) -> str:
 
 def _without_sites(message: str) -> str:
     return re.split(r"\n\s*Trace Shapes:", message, maxsplit=1)[0]
-
-
-def whole_number(name: str, value: Any, *, at_least: int, at_most: float = math.inf) -> None:
-    """Raise `ConfigError` unless ``value`` is a whole number from ``at_least`` to ``at_most``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < at_least:
-        raise ConfigError(f"{name} must be a whole number >= {at_least}, got {value!r}")
-    if int(value) > at_most:
-        raise ConfigError(f"{name} must be at most {at_most}, got {value!r}")
-
-
-def positive(name: str, value: Any, *, or_zero: bool = False) -> None:
-    """Raise `ConfigError` unless ``value`` is a finite number > 0 (or 0, where that is allowed)."""
-    if (
-        not _is_number(value)
-        or not math.isfinite(value)
-        or value < 0
-        or (value == 0 and not or_zero)
-    ):
-        expected = ">= 0" if or_zero else "> 0"
-        raise ConfigError(f"{name} must be a finite number {expected}, got {value!r}")
-
-
-def share(name: str, value: Any, within: str) -> None:
-    """Raise `ConfigError` unless ``value`` is a number in ``within``: ``"(0, 1)"``, with a square
-    bracket where the end belongs to it."""
-    lowest, highest = within[0] == "[", within[-1] == "]"
-    inside = _is_number(value) and (
-        0 < value < 1 or (value == 0 and lowest) or (value == 1 and highest)
-    )
-    if not inside:
-        raise ConfigError(f"{name} must be a number in {within}, got {value!r}")
-
-
-def true_or_false(name: str, value: Any) -> None:
-    """Raise `ConfigError` unless ``value`` is a boolean: any text would count as true."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be True or False, got {value!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -30,6 +30,7 @@ from pyrolora.adapters import (
     plain_copy,
     start_of,
 )
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.data import Prepared, load_network, prepare, to_device
 from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
@@ -52,7 +53,6 @@ from pyrolora.predictive.prediction import PREDICTIONS
 from pyrolora.seeding import fitting, seeded
 from pyrolora.storage import check_base, describe_base
 from pyrolora.tasks import Task, task_for
-from pyrolora.types import AdapterConfig
 
 
 @fitting()

@@ -19,10 +19,12 @@ from pyrolora.adapters import (
     plain_copy,
     refuse_foreign,
 )
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
+from pyrolora.checks import true_or_false
 from pyrolora.data import load_language_model
-from pyrolora.errors import CheckpointError, true_or_false
+from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel
 from pyrolora.parameters import ParamModule
@@ -37,7 +39,6 @@ from pyrolora.storage import (
     read_folder,
 )
 from pyrolora.tasks import Task, task_for
-from pyrolora.types import AdapterConfig
 
 
 def build(

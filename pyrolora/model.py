@@ -28,13 +28,12 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, LABELS
+from pyrolora.columns import INPUTS, LABELS, Batch
 from pyrolora.errors import BindingError, CheckpointError, ConfigError, listed
 from pyrolora.guides import Program, averaged
 from pyrolora.parameters import param_statement
 from pyrolora.seeding import DRAWING
 from pyrolora.tasks import Task
-from pyrolora.types import Batch
 
 NOT_CALLED = (
     "the network does not call the adapted layer(s) {}: its code reads their weights directly, or "

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.arviz import inference_data, summary
+from pyrolora.checks import true_or_false, whole_number
 from pyrolora.columns import INPUTS
 from pyrolora.data import Prepared, prepare
 from pyrolora.data.examples import as_examples, without_labels
 from pyrolora.diagnostics import PSIS, judge
-from pyrolora.errors import ConfigError, true_or_false, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.predictive import (

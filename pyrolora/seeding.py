@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyrolora.errors import whole_number
+from pyrolora.checks import whole_number
 
 Generators = tuple[Any, ...]
 

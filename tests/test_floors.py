@@ -13,7 +13,7 @@ import pyrolora
 
 PACKAGE = Path(pyrolora.__file__).parent
 FLOORS = {
-    "types": 0,
+    "checks": 0,
     "errors": 0,
     "defaults": 0,
     "visible": 0,
@@ -47,8 +47,8 @@ FLOORS = {
 }
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"
-# The configuration checks its values and has defaults: floor 0 has an order within, types last.
-WITHIN_A_FLOOR = {("types", "errors"), ("types", "defaults"), ("options", "files")}
+# Checks raise the errors, and options are read by what reads files.
+WITHIN_A_FLOOR = {("checks", "errors"), ("options", "files")}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 

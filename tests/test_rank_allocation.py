@@ -16,6 +16,7 @@ from problems import bert, llama, reviews, tokenizer, tokens
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, guides
 from pyrolora.adapters import bind
+from pyrolora.adapters.config import RankAllocation
 from pyrolora.diagnostics.contraction import contractions
 from pyrolora.guides import (
     NUTS,
@@ -29,7 +30,6 @@ from pyrolora.guides import (
     MonteCLoRA,
 )
 from pyrolora.report.facts import posterior_facts
-from pyrolora.types import RankAllocation
 
 NETWORKS: dict[str, Any] = {
     "encoder": lambda: bert(initializer_range=0.3),

@@ -3,6 +3,7 @@
 from pyrolora.adapters.adapted_linear import is_quantised, is_quantised_layer
 from pyrolora.adapters.allocation import moved, pruned
 from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
+from pyrolora.adapters.config import AdapterConfig, RankAllocation
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, explained_kernels, plain_copy, unwrap
 from pyrolora.adapters.layer import (
@@ -24,6 +25,7 @@ from pyrolora.adapters.whole import check_eager, check_in_memory
 
 __all__ = [
     "AdapterBank",
+    "AdapterConfig",
     "AdapterLayer",
     "Attachment",
     "Binding",
@@ -33,6 +35,7 @@ __all__ = [
     "HeadSlot",
     "LayerSpec",
     "Layout",
+    "RankAllocation",
     "SharedPassError",
     "Sharing",
     "Start",

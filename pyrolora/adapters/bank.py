@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyrolora.adapters.config import RANDOM_STARTS, AdapterConfig
 from pyrolora.adapters.initializers import Start, initial_factor
 from pyrolora.adapters.layer import Factors
 from pyrolora.adapters.targets import LayerSpec
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.distributions import BlockGroup, map_blocks, split_blocks
 from pyrolora.parameters import ParamModule
-from pyrolora.types import RANDOM_STARTS, AdapterConfig
 
 Matrices = Mapping[str, Tensor]
 """Layer -> (..., r, columns)."""

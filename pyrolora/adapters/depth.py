@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import ConfigError, TargetError, listed
-from pyrolora.types import AdapterConfig
 
 
 def in_blocks(names: Sequence[str], config: AdapterConfig) -> list[str]:

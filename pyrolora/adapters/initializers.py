@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters.adapted_linear import is_quantised, oriented
+from pyrolora.adapters.config import INITIALIZERS, RANDOM_STARTS
 from pyrolora.adapters.modules import unwrapped
 from pyrolora.adapters.targets import LayerSpec
 from pyrolora.errors import ConfigError
-from pyrolora.types import INITIALIZERS, RANDOM_STARTS
 
 Start = Mapping[str, tuple[Tensor, Tensor]]
 """Layer -> (A₀ (r, in), B₀ (out, r))."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.layer import Wrapper
 from pyrolora.adapters.modules import (
     ends_with,
@@ -23,7 +24,6 @@ from pyrolora.adapters.modules import (
     walk,
 )
 from pyrolora.errors import ConfigError, TargetError, listed
-from pyrolora.types import AdapterConfig
 
 
 def names_layers(config: AdapterConfig) -> bool:

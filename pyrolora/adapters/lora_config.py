@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import ConfigError
-from pyrolora.types import AdapterConfig
 
 _NAMES = {True: "kaiming", "lora_ga": "lora-ga"}
 """PEFT's names of initialisers to ours, where they differ."""

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from pyrolora.adapters.config import EVERY_LAYER, AdapterConfig
 from pyrolora.adapters.depth import in_blocks
 from pyrolora.adapters.left_out import (
     check_names,
@@ -31,15 +32,8 @@ from pyrolora.adapters.modules import (
     walk,
 )
 from pyrolora.adapters.projections import model_type, projections
-from pyrolora.errors import (
-    BindingError,
-    ConfigError,
-    TargetError,
-    listed,
-    positive,
-    whole_number,
-)
-from pyrolora.types import EVERY_LAYER, AdapterConfig
+from pyrolora.checks import positive, whole_number
+from pyrolora.errors import BindingError, ConfigError, TargetError, listed
 
 N = TypeVar("N", int, float)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters.adapted_linear import PLAIN, is_dense, oriented
-from pyrolora.errors import BindingError, ConfigError, positive
+from pyrolora.checks import positive
+from pyrolora.errors import BindingError, ConfigError
 
 # Numbers of one chunk of W + E: 4 MiB of float32. That is small beside the activations of a
 # training step and fits a processor's cache. Smaller chunks do not draw faster and mean more and

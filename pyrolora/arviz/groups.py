@@ -14,8 +14,9 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.arviz.arviz import CALIBRATED, to_inference_data
+from pyrolora.checks import whole_number
 from pyrolora.data.labels import class_names_of
-from pyrolora.errors import ConfigError, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.model import JointModel
 from pyrolora.predictive import NumberedDraws, Prediction

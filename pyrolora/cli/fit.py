@@ -213,8 +213,8 @@ def _built(
 ) -> tuple[Any, Any, TrainingArguments]:
     """The guide, the adapters and the Trainer's arguments, from options."""
     say("loading libraries")
+    from pyrolora.adapters.config import AdapterConfig
     from pyrolora.inference import training_arguments
-    from pyrolora.types import AdapterConfig
 
     options = settings.refined(_guide(guide, prior), chosen["guide"])
     config = settings.build(AdapterConfig, "adapter", chosen["adapter"])

@@ -15,9 +15,10 @@ from torch.distributions import biject_to
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.checks import whole_number
 from pyrolora.data import Prepared
 from pyrolora.diagnostics.psis import PSIS, psis_khat, yardstick
-from pyrolora.errors import ConfigError, DataError, whole_number
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import Guide, Program, full_name
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import predict

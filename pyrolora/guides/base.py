@@ -24,10 +24,11 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
-from pyrolora.errors import ConfigError, positive, share, whole_number
+from pyrolora.adapters.config import AdapterConfig
+from pyrolora.checks import positive, share, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.seeding import DRAWING
-from pyrolora.types import AdapterConfig
 
 LATENTS = ("A", "B", "AB")
 AGAINST = ("sum", "mean")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import share, whole_number
+from pyrolora.checks import share, whole_number
 from pyrolora.guides.base import Guide, Program, Quantities, Sites, flat, require
 
 UNITS = ("input", "rank")

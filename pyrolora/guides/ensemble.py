@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
-from pyrolora.errors import ConfigError, true_or_false, whole_number
+from pyrolora.adapters.config import AdapterConfig
+from pyrolora.checks import true_or_false, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import Fit, Guide, Program, Quantities, Sites
 from pyrolora.guides.map import MAP
-from pyrolora.types import AdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import positive
+from pyrolora.checks import positive
 from pyrolora.guides.base import (
     LATENTS,
     PRIOR_MEANS,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, positive, true_or_false
+from pyrolora.checks import positive, true_or_false
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import (
     Fit,
     Guide,

@@ -12,8 +12,9 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
+from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.distributions import KroneckerNormal
-from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import (
     LATENTS,
     Fit,

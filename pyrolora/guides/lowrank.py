@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
-from pyrolora.errors import whole_number
+from pyrolora.checks import whole_number
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
 
 

@@ -9,7 +9,8 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, positive
+from pyrolora.checks import positive
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import (
     LATENTS,
     Program,

@@ -14,10 +14,11 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.distributions import ColumnNormal, StandardColumns, WishartCholesky
 from pyrolora.distributions.column_normal import split_blocks, whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
-from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import (
     LATENTS,
     PRIOR_MEANS,

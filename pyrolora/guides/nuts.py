@@ -16,12 +16,13 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
-from pyrolora.errors import ConfigError, share, whole_number
+from pyrolora.adapters.config import AdapterConfig
+from pyrolora.checks import share, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
-from pyrolora.types import AdapterConfig
 
 HIGH_R_HAT = 1.05
 

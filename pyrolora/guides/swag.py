@@ -14,7 +14,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
-from pyrolora.errors import ConfigError, positive, share, whole_number
+from pyrolora.checks import positive, share, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import LATENTS, Fit, Guide, require
 from pyrolora.guides.factor_program import FactorProgram
 

@@ -15,7 +15,8 @@ from torch.distributions import constraints
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.errors import ConfigError, positive, true_or_false, whole_number
+from pyrolora.checks import positive, true_or_false, whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.guides.base import Fit, Guide, Sites, flat, require
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.map import MAP

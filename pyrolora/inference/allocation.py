@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 
 from pyrolora import defaults
 from pyrolora.adapters import moved, pruned
+from pyrolora.adapters.config import RankAllocation
+from pyrolora.columns import Batch
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import ConfigError
@@ -19,7 +21,6 @@ from pyrolora.guides import Program, full_name
 from pyrolora.inference.importance import ablation, signal_to_noise
 from pyrolora.model import JointModel
 from pyrolora.seeding import seeded
-from pyrolora.types import Batch, RankAllocation
 
 
 def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from pyrolora import defaults
-from pyrolora.errors import ConfigError, positive, whole_number
+from pyrolora.checks import positive, whole_number
+from pyrolora.errors import ConfigError
 
 OURS = "evaluation is pyrolora's own, of the predictive mean, and makes no use of it"
 SPREAD = "several processes train with torchrun, each with the whole network"

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK
+from pyrolora.columns import CHOICE_MASK, Batch
 from pyrolora.errors import DataError
 from pyrolora.model import JointModel, evaluating
-from pyrolora.types import Batch
 
 PRECISIONS = (1e-8, 1e12)
 """Where `best_precision` looks: prior standard deviations of the factors from 1e4 to 1e-6."""

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyrolora.columns import Batch
 from pyrolora.guides import Curvature
 from pyrolora.inference.curvature import Recording, readable, recorded
 from pyrolora.model import JointModel, evaluating
-from pyrolora.types import Batch
 
 
 @torch.no_grad()

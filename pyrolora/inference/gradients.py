@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters import frozen_weight
-from pyrolora.columns import LABELS
+from pyrolora.columns import LABELS, Batch
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel, evaluating
-from pyrolora.types import Batch
 
 
 def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.columns import LABELS
+from pyrolora.columns import LABELS, Batch
 from pyrolora.data.collate import pass_rows
 from pyrolora.guides import Program
 from pyrolora.model import JointModel, evaluating
-from pyrolora.types import Batch
 
 
 @torch.no_grad()

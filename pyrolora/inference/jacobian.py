@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pyrolora.columns import LABELS
+from pyrolora.columns import LABELS, Batch
 from pyrolora.inference.curvature import readable, recorded
 from pyrolora.model import JointModel, evaluating
 from pyrolora.tasks import Task
-from pyrolora.types import Batch
 
 Batches = Callable[[], Iterable[Batch]]
 """Gives all training examples once, on the model's device, and again in the same order."""

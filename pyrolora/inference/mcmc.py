@@ -10,9 +10,9 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
+from pyrolora.columns import Batch
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way
-from pyrolora.types import Batch
 
 
 def nuts(

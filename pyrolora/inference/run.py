@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.columns import LABELS
+from pyrolora.columns import LABELS, Batch
 from pyrolora.data.collate import pass_rows, to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
@@ -46,7 +46,6 @@ from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way
-from pyrolora.types import Batch
 
 Score = Callable[[JointModel, int | None], dict[str, float]]
 

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from pyrolora import defaults
+from pyrolora.columns import Batch
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.guides import Guide
 from pyrolora.inference.gauss_newton import gauss_newton
 from pyrolora.model import JointModel
 from pyrolora.seeding import give_way, seeded
-from pyrolora.types import Batch
 
 
 class SettleScales(TrainerCallback):

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from pyrolora.columns import Batch
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
 from pyrolora.guides import Guide
@@ -36,7 +37,6 @@ from pyrolora.inference.checkpoints import (
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.seeding import give_way, seed_of_process
-from pyrolora.types import Batch
 
 _OF_ENTRIES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
 """What torch's optimisers keep for each entry of a parameter."""

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.checks import positive
+from pyrolora.columns import Batch
 from pyrolora.data import Prepared
-from pyrolora.errors import ConfigError, NonFiniteError, positive
+from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.model import JointModel
 from pyrolora.predictive.predict import reduced
-from pyrolora.types import Batch
 
 POINTS = 25
 """Temperatures of one pass over the data: odd, so that 1 is one of them."""

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyrolora.errors import ConfigError, DataError, share
+from pyrolora.checks import share
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyrolora.adapters import FlatFactors
+from pyrolora.columns import Batch
 from pyrolora.model import JointModel, evaluating
-from pyrolora.types import Batch
 
 JACOBIAN_ENTRIES = 2**26
 """Entries of the Jacobian of one output that live at a time: 256 MiB in float32."""

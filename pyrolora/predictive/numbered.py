@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.errors import ConfigError, whole_number
+from pyrolora.checks import whole_number
+from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 from pyrolora.seeding import DRAWING, seed_of_draw, seeded
 

@@ -13,16 +13,16 @@ from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.checks import whole_number
+from pyrolora.columns import Batch
 from pyrolora.data import Prepared, check_finite, pass_rows, to_device
 from pyrolora.data.labels import class_names_of
-from pyrolora.errors import whole_number
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.predictive.prediction import PREDICTIONS, ClassPrediction, Prediction
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.tasks import MultipleChoice
-from pyrolora.types import Batch
 
 R = TypeVar("R")
 

@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolora.columns import IGNORED
-from pyrolora.errors import NonFiniteError, share
+from pyrolora.checks import share
+from pyrolora.columns import IGNORED, Batch
+from pyrolora.errors import NonFiniteError
 from pyrolora.tasks import (
     CausalLM,
     Classification,
@@ -23,7 +24,6 @@ from pyrolora.tasks import (
     Task,
     TokenTask,
 )
-from pyrolora.types import Batch
 
 _BY_DRAW = ("draws", "log_likelihood")  # tensors (S, n, ...); of the others n comes first
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from pyrolora.errors import ConfigError, DataError, whole_number
+from pyrolora.checks import whole_number
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.predictive.prediction import ClassPrediction, Prediction
 
 ECE_BINS = 15

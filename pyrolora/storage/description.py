@@ -17,6 +17,7 @@ from typing import Any
 
 from pyrolora import defaults
 from pyrolora.adapters import LayerSpec
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.files import shown
 from pyrolora.guides import Guide, from_options, full_name
@@ -24,7 +25,6 @@ from pyrolora.options import check_options
 from pyrolora.storage.base import check_description
 from pyrolora.storage.numbers import finite
 from pyrolora.tasks import available
-from pyrolora.types import AdapterConfig
 
 FORMAT = "pyrolora-posterior"
 FORMAT_VERSION = 2

@@ -23,6 +23,7 @@ from transformers import conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from pyrolora.adapters import LayerSpec, refuse_foreign
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.modules import features, linear_layers, unwrapped, walk
 from pyrolora.adapters.projections import model_type
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
@@ -31,7 +32,6 @@ from pyrolora.options import check_options, short
 from pyrolora.storage.numbers import as_json
 from pyrolora.storage.patterns import Patterns
 from pyrolora.storage.tensor_file import TensorFile, tensor_file
-from pyrolora.types import AdapterConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

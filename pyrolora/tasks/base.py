@@ -13,9 +13,9 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyrolora.columns import Batch
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
-from pyrolora.types import Batch
 
 
 class Task(ParamModule, ABC):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
-from pyrolora.types import Batch
 
 
 class Classification(Task):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from pyrolora.columns import CHOICE_MASK
+from pyrolora.columns import CHOICE_MASK, Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.classification import Classification, check_whole_numbers
-from pyrolora.types import Batch
 
 # In place of -inf, which makes NaN of an entropy's gradient; its exponential is 0 in every dtype.
 IMPOSSIBLE = -1e30

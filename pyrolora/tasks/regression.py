@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from transformers.models.auto import modeling_auto
 
+from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
-from pyrolora.types import Batch
 
 FAR = 5
 """How many standard deviations of the labels from where the network starts they may lie."""

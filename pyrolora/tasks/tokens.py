@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrolora.columns import IGNORED
+from pyrolora.columns import IGNORED, Batch
 from pyrolora.distributions import LogitsCategorical
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
-from pyrolora.types import Batch
 
 
 class TokenTask(Task):

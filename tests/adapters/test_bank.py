@@ -13,7 +13,7 @@ from problems import bert
 from torch import nn
 
 from pyrolora.adapters import AdapterBank, Block, FlatFactors, LayerSpec, Layout, attach
-from pyrolora.types import AdapterConfig, RankAllocation
+from pyrolora.adapters.config import AdapterConfig, RankAllocation
 
 # Layers of several shapes, ranks and scalings, such that equal shapes are not neighbours.
 SPECS = [

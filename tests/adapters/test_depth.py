@@ -11,8 +11,8 @@ from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
 import pyrolora
 from pyrolora.adapters import as_adapter_config, attach
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import ConfigError, TargetError
-from pyrolora.types import AdapterConfig
 
 
 def t5():

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import pyrolora
 from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec, attach, frozen_weight, start_of
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.modules import linear_layers
 from pyrolora.adapters.targets import find_targets
 from pyrolora.errors import ConfigError
-from pyrolora.types import AdapterConfig
 
 STARTS = ("lora-ga", "pissa", "olora")
 BERT: dict[str, Any] = {

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from pyrolora.adapters import AdapterLayer, Binding, Factors, HeadSlot, attach, bind, unwrap
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import TargetError
-from pyrolora.types import AdapterConfig
 
 CONFIG = AdapterConfig(r=2)
 ALL = AdapterConfig(r=2, target_modules="all-linear")

@@ -12,11 +12,11 @@ from problems import SIZES, WORDS, llama
 from torch import nn
 
 from pyrolora.adapters import Binding, attach, bind, projections, unwrap
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.layer import Factors
 from pyrolora.adapters.modules import features
 from pyrolora.adapters.projections import KEY, QUERY, VALUE, roles
 from pyrolora.errors import TargetError
-from pyrolora.types import AdapterConfig
 
 SMALL = {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 2}
 PICTURE = {"hidden_size": 16, "intermediate_size": 32, "image_size": 8, "patch_size": 4}

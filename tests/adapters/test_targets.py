@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from pyrolora.adapters import attach
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import ConfigError, TargetError
-from pyrolora.types import AdapterConfig
 
 
 def roberta():

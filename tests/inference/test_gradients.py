@@ -10,12 +10,12 @@ from problems import batch_of, bert, gpt2, mlp, tokens
 from torch import nn
 
 from pyrolora.adapters import attach
+from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP
 from pyrolora.inference import weight_gradients
 from pyrolora.loading import build
 from pyrolora.tasks import task_for
-from pyrolora.types import AdapterConfig
 
 
 def joint_of(network, task=None, **options):

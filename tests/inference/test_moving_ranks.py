@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig, types
+from pyrolora.adapters.config import SCHEDULES, RankAllocation
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, SWAG, Ensemble, Flat, Laplace, LowRank, MeanField, MonteCLoRA
-from pyrolora.types import SCHEDULES, RankAllocation
 
 KINDS = ["alora", "snr"]
 

@@ -1,4 +1,4 @@
-"""Types that every floor shares: the batch, and the configuration of the adapters."""
+"""The configuration of the adapters."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyrolora import defaults
-from pyrolora.errors import ConfigError, positive, share, true_or_false, whole_number
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Batch = Mapping[str, "Tensor"]
-"""Column name -> tensor whose first dimension counts examples; the targets are ``labels``."""
+from pyrolora.checks import positive, share, true_or_false, whole_number
+from pyrolora.errors import ConfigError
 
 RANDOM_STARTS = ("kaiming", "gaussian")
 """Those by which a rank can start at any time: a random row of A, and B at zero."""
