@@ -16,11 +16,12 @@ from pyrolora.adapters import (
     LayerSpec,
     Start,
     check_eager,
+    features,
+    linear_layers,
     plain_copy,
     refuse_foreign,
 )
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.checks import true_or_false
 from pyrolora.data import load_language_model

@@ -22,10 +22,9 @@ from torch.nn.functional import pad
 from transformers import conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters import LayerSpec, refuse_foreign
+from pyrolora.adapters import LayerSpec, features, linear_layers, refuse_foreign, unwrapped, walk
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.modules import features, linear_layers, unwrapped, walk
-from pyrolora.adapters.projections import model_type
+from pyrolora.adapters.modules import model_type
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.files import read_json, replacing, shown, write_whole
 from pyrolora.options import check_options, short
