@@ -44,8 +44,7 @@ from pyrolora.inference import (
     weight_gradients,
 )
 from pyrolora.inference.reading import check_reading, explained_pass
-from pyrolora.loading import build
-from pyrolora.model import JointModel, evaluating
+from pyrolora.model import JointModel, build, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.predictive.metrics import HIGHER_IS_BETTER
