@@ -26,6 +26,7 @@ from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel, build
 from pyrolora.parameters import ParamModule
+from pyrolora.peft import read_adapter
 from pyrolora.posterior import Posterior
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.storage import (
@@ -33,7 +34,6 @@ from pyrolora.storage import (
     Saved,
     check_base,
     load_base,
-    read_adapter,
     read_folder,
 )
 from pyrolora.tasks import task_for

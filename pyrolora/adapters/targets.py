@@ -241,5 +241,4 @@ def _spec(name: str, module: nn.Module, config: AdapterConfig) -> LayerSpec:
             f"{out_features}); choose r <= {min(in_features, out_features)}, or give this layer "
             "its own rank with rank_pattern"
         )
-    scaling = alpha / (rank**0.5 if config.use_rslora else rank)
-    return LayerSpec(name, in_features, out_features, rank, scaling)
+    return LayerSpec(name, in_features, out_features, rank, config.scaling(rank, alpha))

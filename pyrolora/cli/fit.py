@@ -335,7 +335,7 @@ def _given(folder: Path, model: str, examples: Any, task: str | None) -> Posteri
     are taken to be the data's."""
     from pyrolora.data import load_network
     from pyrolora.loading import from_peft, load
-    from pyrolora.storage import PEFT_FILE
+    from pyrolora.peft import CONFIG_FILE as PEFT_FILE
 
     if not (folder / PEFT_FILE).is_file():
         return load(folder, model)
