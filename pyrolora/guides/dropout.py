@@ -12,7 +12,9 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import share, whole_number
-from pyrolora.guides.base import Guide, Program, Quantities, Sites, flat, require
+from pyrolora.guides.options import Guide, require
+from pyrolora.guides.plates import flat
+from pyrolora.guides.program import Program, Quantities, Sites
 
 UNITS = ("input", "rank")
 

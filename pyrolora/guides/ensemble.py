@@ -15,8 +15,10 @@ from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.checks import true_or_false, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import Fit, Guide, Program, Quantities, Sites
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
+from pyrolora.guides.options import Guide
+from pyrolora.guides.program import Program, Quantities, Sites
 
 
 @dataclass(frozen=True, kw_only=True)

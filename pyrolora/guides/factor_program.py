@@ -14,18 +14,9 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive
-from pyrolora.guides.base import (
-    LATENTS,
-    PRIOR_MEANS,
-    Program,
-    Quantities,
-    Sites,
-    Variational,
-    check_units,
-    flat,
-    require,
-    tempered,
-)
+from pyrolora.guides.options import LATENTS, PRIOR_MEANS, Variational, check_units, require
+from pyrolora.guides.plates import flat, tempered
+from pyrolora.guides.program import Program, Quantities, Sites
 
 
 @dataclass(frozen=True, kw_only=True)

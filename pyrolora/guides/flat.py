@@ -16,18 +16,12 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive, true_or_false
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    Fit,
-    Guide,
-    Law,
-    Program,
-    Sites,
-    Variational,
-    WrappingProgram,
-    require,
-)
+from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
+from pyrolora.guides.options import Guide, Variational, require
+from pyrolora.guides.program import Program, Sites
+from pyrolora.guides.wrapping import WrappingProgram
 
 SEEDS = 2**24  # the numbers that a float32 in [0, 1) tells apart
 

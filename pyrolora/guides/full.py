@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyrolora.adapters import AdapterBank
-from pyrolora.guides.base import Guide
 from pyrolora.guides.map import MAP, MAPProgram
+from pyrolora.guides.options import Guide
 
 
 @dataclass(frozen=True, kw_only=True)

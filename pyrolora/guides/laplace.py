@@ -15,17 +15,12 @@ from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.distributions import KroneckerNormal
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    LATENTS,
-    Fit,
-    Guide,
-    Law,
-    Program,
-    require,
-)
+from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.full_laplace import FullLaplaceProgram
 from pyrolora.guides.map import MAP
+from pyrolora.guides.options import LATENTS, Guide, require
+from pyrolora.guides.program import Program
 
 CURVATURES = ("kronecker", "full")
 TUNING = ("marginal_likelihood", "validation")

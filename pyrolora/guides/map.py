@@ -11,16 +11,9 @@ from torch import Tensor
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    LATENTS,
-    Program,
-    Quantities,
-    Sites,
-    Variational,
-    flat,
-    require,
-    tempered,
-)
+from pyrolora.guides.options import LATENTS, Variational, require
+from pyrolora.guides.plates import flat, tempered
+from pyrolora.guides.program import Program, Quantities, Sites
 
 
 @dataclass(frozen=True, kw_only=True)

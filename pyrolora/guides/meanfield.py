@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
-from pyrolora.guides.base import Curvature
+from pyrolora.guides.engines import Curvature
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
 
 

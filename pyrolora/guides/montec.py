@@ -19,21 +19,11 @@ from pyrolora.distributions import ColumnNormal, StandardColumns, WishartCholesk
 from pyrolora.distributions.column_normal import split_blocks, whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    LATENTS,
-    PRIOR_MEANS,
-    Curvature,
-    Fit,
-    Program,
-    Quantities,
-    Sites,
-    Variational,
-    check_units,
-    flat,
-    require,
-    tempered,
-)
+from pyrolora.guides.engines import Curvature, Fit
 from pyrolora.guides.mixture import SymmetricMixture
+from pyrolora.guides.options import LATENTS, PRIOR_MEANS, Variational, check_units, require
+from pyrolora.guides.plates import flat, tempered
+from pyrolora.guides.program import Program, Quantities, Sites
 
 SETTLING = 5
 """How often V and α are found in turn."""

@@ -19,10 +19,13 @@ from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.checks import share, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
+from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.program import Sites
+from pyrolora.guides.wrapping import WrappingProgram
 
 HIGH_R_HAT = 1.05
 

@@ -16,8 +16,9 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, share, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import LATENTS, Fit, Guide, require
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.guides.options import LATENTS, Guide, require
 
 SMALLEST_VARIANCE = 1e-12
 """Of an entry that did not move, so that the law has a density."""

@@ -17,9 +17,12 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import Fit, Guide, Sites, flat, require
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.map import MAP
+from pyrolora.guides.options import Guide, require
+from pyrolora.guides.plates import flat
+from pyrolora.guides.program import Sites
 
 ANCHORS = ("training", "validation")
 SCALES = (1e-6, 10.0)
