@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Curvature:
-    """The generalised Gauss-Newton matrix of −log p(y | A, B), over all n training examples: its
-    diagonal, and what of it a block's ranks share. In a block X (r, c) with Jacobians G of shape
-    (r, c), one for each example and output, ``entries`` is Σ G² and ``ranks`` is Σ G Gᵀ.
+    """The generalised Gauss-Newton matrix of −log p(y | A, B), over all n training examples.
+
+    It has the diagonal, and the part that the ranks of a block share: in a block X (r, c) with
+    Jacobians G of shape (r, c), one per example and output, ``entries`` is Σ G² and ``ranks`` is
+    Σ G Gᵀ.
 
     Attributes
     ----------
     entries
-        (total,), as ``bank.layout(latent)`` lies.
+        (total,), in the order of ``bank.layout(latent)``.
     ranks
         (L, r, r); zero where a block has fewer ranks.
     """
@@ -33,14 +35,14 @@ class Curvature:
 
 
 class Law(Protocol):
-    """What `Guide.check` reads of a likelihood."""
+    """The attributes of a task that `Guide.check` reads."""
 
     name: ClassVar[str]
     linearisable: ClassVar[bool]
 
 
 class Fit(Protocol):
-    """What `Guide.infer` works with: the joint model, its data, and engines that guides share."""
+    """The joint model of a fit, its data, and the engines that guides share."""
 
     @property
     def joint(self) -> Any:
@@ -48,42 +50,61 @@ class Fit(Protocol):
 
     @property
     def program(self) -> Any:
-        """The guide's own program in it."""
+        """The guide's program in it."""
 
     def svi(self, *, final: bool = True) -> None:
-        """Train the pair of `joint`; with ``final`` what it leaves is the result."""
+        """Train the pair of `joint`; with ``final`` the result is the posterior."""
 
     def point(self, guide: Guide, number: int | None = None) -> Any:
-        """A joint model of its own with ``guide``, a point mass, trained from its own start (of
-        that number, with its own seed, where there are several); with frozen means as they are."""
+        """Train a point mass from its own start, and return its joint model.
+
+        Frozen means stay as they are.
+
+        Parameters
+        ----------
+        guide
+            The options of the point mass.
+        number
+            The number of this start, where there are several; it has its own seed.
+        """
 
     @property
     def can_validate(self) -> bool:
         """Whether there is evaluation data."""
 
     def held_out_nll(self) -> float:
-        """The negative log-likelihood of the evaluation data under `joint`."""
+        """Return the negative log-likelihood of the evaluation data under `joint`."""
 
     def loss(self, factors: FlatFactors, *, held_out: bool = False) -> float:
-        """−log p of an observation, in nats, of the training (or evaluation) data: a mean over them
-        and over the draws of ``factors``."""
+        """Return −log p per observation, in nats, on the training (or evaluation) data.
+
+        It is a mean over observations and over the draws of ``factors``.
+        """
 
     def kfac(self) -> Mapping[str, Any]:
-        """The Kronecker factors of the curvature at the means of `joint`, by block."""
+        """Return block name -> Kronecker factors of the curvature at the means of `joint`."""
 
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""
 
     def dual(self, centre: Tensor, latent: str, draws: int) -> Any:
-        """The posterior of all latent factors in the linearised model at the means of `joint`, with
-        ``centre`` for the prior's mean: ``best_precision()``, ``deviations(λ)`` (draws, P)."""
+        """Return the posterior of all latent factors in the model linearised at the means.
+
+        Its prior has the mean ``centre``; its methods are ``best_precision()`` and
+        ``deviations(λ)``, (draws, P).
+        """
 
     def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
-        """The prior's precision of the highest marginal likelihood."""
+        """Return the prior's precision with the highest marginal likelihood."""
 
     def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Site -> (chains, draws, ...) of NUTS on `joint`, and (chains, draws) booleans: which
-        steps diverged."""
+        """Run NUTS on `joint`.
+
+        Returns
+        -------
+        dict, Tensor
+            Site -> (chains, draws, ...), and (chains, draws) booleans: which steps diverged.
+        """
 
     def log(self, **numbers: float) -> None:
         """Add an entry to the history."""

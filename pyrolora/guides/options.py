@@ -5,59 +5,76 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.checks import positive, share, whole_number
+from pyrolora.checks import check_choices, positive, share, whole_number
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit, Law
+from pyrolora.guides.supports import PostHoc, Supports
 
 if TYPE_CHECKING:
     from pyrolora.guides.program import Program
 
-LATENTS = ("A", "B", "AB")
-AGAINST = ("sum", "mean")
-SCALE_UPDATES = ("curvature", "gradient")
-PRIOR_MEANS = ("learned", "start", "zero")
-UNITS = ("row", "fan_in", "one")
+Latent = Literal["A", "B", "AB"]
+Against = Literal["sum", "mean"]
+ScaleUpdates = Literal["curvature", "gradient"]
+PriorMean = Literal["learned", "start", "zero"]
+Units = Literal["row", "fan_in", "one"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guide(ABC):
-    """Options of a method."""
+    """Options of a method.
+
+    Options annotated with ``Literal`` are checked against it.
+    """
 
     name: ClassVar[str]
     adapts: ClassVar[bool] = True
-    """Whether the network gets adapters; without, its own weights are trained."""
+    """Whether the network gets adapters; without, the weights of the network are trained."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    @property
+    @abstractmethod
+    def supports(self) -> Supports:
+        """The capabilities of the guide with these options; all others raise `ConfigError`."""
 
     @abstractmethod
     def build(self, bank: AdapterBank) -> Program:
-        """The model/guide pair over the factors of ``bank``."""
+        """Return the model/guide pair over the factors of ``bank``."""
 
     def shapes(
         self, specs: Sequence[LayerSpec], config: AdapterConfig
     ) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every stored tensor of the program that `build` makes of these layers,
-        without making one."""
+        """Return name -> shape of every stored tensor of the program that `build` makes.
+
+        No such tensor is allocated.
+        """
         with torch.device("meta"):
             state = self.build(AdapterBank(specs, config)).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def infer(self, fit: Fit) -> None:
-        """Infer the posterior of ``fit.joint``; by stochastic variational inference."""
+        """Infer the posterior of ``fit.joint``, by stochastic variational inference."""
         fit.svi()
 
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
-        """The weight of the KL at ``progress`` (0..1) through the training steps."""
+        """Return the weight of the KL at ``progress`` (0..1) through the training steps."""
         return 1.0
 
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
-        """The learning rate of scales, of the posterior and of the noise of a regression, in a fit
-        of so many steps with that of the means."""
+        """Return the learning rate of the scales in a fit of ``steps`` steps.
+
+        Scales are those of the posterior and of a regression's noise; the means have
+        ``learning_rate``.
+        """
         highest = defaults.SCALE_LEARNING_RATE
         if self.beta(num_examples) < 1:
             highest *= min(1.0, defaults.SCALE_STEPS / steps) ** 0.5
@@ -65,25 +82,23 @@ class Guide(ABC):
 
     @property
     def settles(self) -> bool:
-        """Whether the scales of the posterior are put where the curvature of the loss has their
-        optimum (`Program.settle`), rather than trained."""
+        """Whether `Program.settle` sets the scales to their optimum, so that none is trained."""
         return False
 
     def rate_held_from(self) -> float:
-        """The share of the training steps after which the learning rate stays what it is."""
+        """Return the share of the training steps after which the learning rate is held."""
         return 1.0
 
-    def post_hoc(self) -> str | None:
-        """How it infers a posterior whose means are given: ``"trained"`` (SVI of the scales),
-        ``"computed"`` (without SVI), or None: it cannot."""
-        return "trained"
+    def post_hoc(self) -> PostHoc | None:
+        """Return how a posterior is inferred around means that stay: see `Supports`."""
+        return self.supports.post_hoc
 
     def takes_prior(self) -> bool:
-        """Whether the guide of an earlier fit may be its prior."""
-        return False
+        """Return whether the posterior of an earlier fit can be the prior: see `Supports`."""
+        return self.supports.prior
 
-    def check(self, task: Law) -> None:  # noqa: B027 - most have nothing to refuse
-        """Raise `ConfigError` for a likelihood that this method cannot serve."""
+    def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
+        """Raise `ConfigError` for a task that this method cannot serve."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,21 +114,22 @@ class Variational(Guide):
     kl_warmup
         Share of the training steps over which the weight rises linearly from 0 to β.
     draws_per_batch
-        G: the examples of a training batch fall into G equal groups, each with a draw of its own
-        (the largest divisor of the batch size up to G). The same expected gradient; of its
-        variance the part that all examples share falls as 1/G. 1 is one draw a batch.
+        G: the examples of a training batch are split into G equal groups, each with its own draw
+        (the largest divisor of the batch size up to G). The gradient has the same expectation; the
+        part of its variance that all examples share falls as 1/G. 1 is one draw per batch.
     scale_updates
-        How the scales of the posterior find the optimum of the objective. ``"curvature"``: they are
-        put there, before steps 0, 1, 2, 4, ... and at the end, given the generalised Gauss-Newton
-        matrix H of −log p(y|θ), expected under the posterior as it is: for θ_i ~ N(m_i, σ_i²) and
-        the prior N(m_i0, σ₀²) that is σ_i² = β / (H_ii + β / σ₀²). Nothing of it depends on a
-        learning rate, or on the number of steps. ``"gradient"``: they are trained as the means are.
+        How the scales of the posterior reach the optimum of the objective. ``"curvature"``: they
+        are set to it, before steps 0, 1, 2, 4, ... and at the end, given the generalised
+        Gauss-Newton matrix H of −log p(y|θ), in expectation under the present posterior: for
+        θ_i ~ N(m_i, σ_i²) and the prior N(m_i0, σ₀²) the optimum is σ_i² = β / (H_ii + β / σ₀²). It
+        depends neither on a learning rate nor on the number of steps. ``"gradient"``: they are
+        trained like the means.
     scale_learning_rate
         Learning rate of the scales of the posterior, where they are trained, and of the noise of a
-        regression; the means take the fit's ``learning_rate``. None: ten times that, so that noise
-        does not grow before the means have learnt, but no more than 1e-2, or, where β < 1, than
+        regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
+        does not grow before the means have learnt, but at most 1e-2, or, where β < 1, at most
         1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
-        learnt. At β = 1 the optimum is what is asked for, and near it the better the sooner.
+        learnt. At β = 1 the optimum is what is asked for, and a fast approach does no harm.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
@@ -125,36 +141,32 @@ class Variational(Guide):
     """Options that do not change the model."""
 
     kl_weight: float = 1.0
-    kl_weight_against: str = "sum"
+    kl_weight_against: Against = "sum"
     kl_warmup: float = 0.0
     draws_per_batch: int = 1
     scale_learning_rate: float | None = None
-    scale_updates: str = "gradient"
-
-    has_closed_scales: ClassVar[bool] = False
-    """Whether a program of this guide can `Program.settle`."""
+    scale_updates: ScaleUpdates = "gradient"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("kl_weight", self.kl_weight)
-        against = self.kl_weight_against
-        require(against in AGAINST, "kl_weight_against", f"one of {AGAINST}", against)
         share("kl_warmup", self.kl_warmup, "[0, 1]")
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
         if self.scale_learning_rate is not None:
             positive("scale_learning_rate", self.scale_learning_rate)
-        updates = self.scale_updates
-        require(updates in SCALE_UPDATES, "scale_updates", f"one of {SCALE_UPDATES}", updates)
-        if self.scale_updates == "curvature" and not self.has_closed_scales:
+        if self.settles and not self.supports.closed_scales:
             raise ConfigError(
-                f"the scales of {self.name!r} with these options have no closed optimum; leave "
-                "scale_updates out, or choose scale_updates='gradient'"
+                f"the scales of {self.name!r} with these options have no closed optimum, got "
+                "scale_updates='curvature'; leave it out, or choose scale_updates='gradient'"
             )
 
     @property
     def settles(self) -> bool:
         return self.scale_updates == "curvature"
 
-    def post_hoc(self) -> str | None:
+    @property
+    def post_hoc_scales(self) -> PostHoc:
+        """How the scales are inferred around means that stay."""
         return "computed" if self.settles else "trained"
 
     def infer(self, fit: Fit) -> None:
@@ -174,9 +186,8 @@ class Variational(Guide):
         return self.kl_weight * factor * rise
 
 
-def check_units(units: str, latent: str, prior_mean: str) -> None:
-    """Raise `ConfigError` for units that there are not, or not for these factors."""
-    require(units in UNITS, "units", f"one of {UNITS}", units)
+def check_units(units: Units, latent: Latent, prior_mean: PriorMean) -> None:
+    """Raise `ConfigError` for units that do not go with the latent factors or the prior's mean."""
     if units == "row" and (latent != "A" or prior_mean != "learned"):
         raise ConfigError(
             "units='row' takes the size of a row of A from its mean, which therefore has no price: "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import pyro
 import pyro.distributions as dist
@@ -19,8 +18,9 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Curvature
-from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.options import Guide
 from pyrolora.guides.plates import spread, without_plate
+from pyrolora.guides.supports import METHODS, Capability, Supports
 from pyrolora.parameters import ParamModule
 from pyrolora.seeding import DRAWING
 
@@ -34,97 +34,71 @@ Quantities = Mapping[str, tuple[Tensor, tuple[str, ...]]]
 class Program(ParamModule, ABC):
     """The latent part of a Pyro model/guide pair: the sites of the adapters and their parameters.
 
-    ``model`` and ``guide`` run once a call of the joint model, before the network, whatever the
+    ``model`` and ``guide`` run once per call of the joint model, before the network, whatever the
     number of layers. Inside an outer plate at dimension -2 they give draws: all values get one
     leading dimension S, and so do the factors.
+
+    Which optional methods a program defines follows from the capabilities that its guide states
+    (`Guide.supports`): a program that lacks one cannot be built, and the others raise.
 
     Parameters
     ----------
     bank
         The adapter means, shared by model and guide.
     options
-        The guide's.
+        The guide's options.
 
     Attributes
     ----------
     progress
-        0..1: how far the training is; 1 outside of it.
+        How far the training is, from 0 to 1; 1 outside of it.
     draws_per_batch
-        Into how many groups with a draw of their own a training batch falls, at most.
+        The most groups, each with its own draw, into which a training batch is split.
     members
-        How many copies of the task heads draws choose from.
+        Number of copies of the task heads that draws choose from.
     chains
-        Of how many chains the stored draws are.
-    linearised
-        Whether predictions are linear in the draws, around the mean adapter.
-    layers_independent
-        Whether the guide's draws of one layer say nothing of another.
-    has_prior
-        Whether the model's law of the latent sites is another than the guide's.
+        Number of chains that the stored draws come from.
     previous
-        The program of an earlier posterior, whose guide is the prior here; None: the options' own.
+        The program of an earlier posterior, whose guide is the prior here; None: the prior is that
+        of the options.
+
+    Raises
+    ------
+    ConfigError
+        When a method is missing that a stated capability needs.
     """
 
-    supports: ClassVar[Mapping[str, constraints.Constraint]] = {}
-    """Site -> what its values can be, where that is not every number."""
+    site_supports: ClassVar[Mapping[str, constraints.Constraint]] = {}
+    """Site -> its support, where that is not the real numbers."""
 
     options: Any
     previous: Any
-    prior_loc: Tensor | None
-    row_sizes: Tensor | None
     progress: float = 1.0
     draws_per_batch: int = 1
     members: int = 1
     chains: int = 1
-    linearised: bool = False
-    layers_independent: bool = True
-    has_prior: bool = True
 
     def __init__(self, bank: AdapterBank, options: Guide) -> None:
         super().__init__()
         self.bank = bank
         self.options = options
         self.register_module("previous", None)
-        self.register_buffer("prior_loc", None)
-        self.register_buffer("row_sizes", None)
-        if isinstance(options, Variational):
-            self.draws_per_batch = options.draws_per_batch
+        self.draws_per_batch = getattr(options, "draws_per_batch", 1)
+        self._check_methods()
 
-    def keep_start(self, latent: str, prior_mean: str) -> None:
-        """Keep the means of the latent factors as they are for those of the prior; where the bank
-        has an origin, that is the one."""
-        kept = prior_mean == "start" and self.bank.origin is None
-        A, B = (self.bank.get_parameter(f"{factor}_loc").detach() for factor in "AB")
-        means = FlatFactors(A, B)
-        value = self.bank.latent_part(latent, means).clone() if kept else None
-        self.register_buffer("prior_loc", value)
+    def _check_methods(self) -> None:
+        for capability, methods in METHODS.items():
+            if not getattr(self.supports, capability):
+                continue
+            missing = [m for m in methods if getattr(type(self), m) is getattr(Program, m)]
+            if missing:
+                raise ConfigError(
+                    f"guide {self.options.name!r} states that it supports {capability!r}, and its "
+                    f"program {type(self).__name__} has no {' and no '.join(missing)}; define "
+                    f"{', '.join(missing)}, or leave {capability} out of Supports(...)"
+                )
 
-    def sizes(self) -> Tensor | None:
-        """(L, r): the root mean square of each row of the latent means, where scales are multiples
-        of it; after an earlier posterior that of its means."""
-        if getattr(self.options, "units", None) != "row":
-            return None
-        if self.row_sizes is not None:
-            return self.row_sizes
-        means = self.bank.latent_part(self.options.latent, self.bank.means())
-        return self.bank.layout(self.options.latent).row_sizes(means)
-
-    def centre(self, site: str) -> Tensor | None:
-        """The prior's mean of the factors of a site, flat; None: zero."""
-        if self.bank.origin is not None:
-            return self.bank.latent_part(site, self.bank.origin)
-        if self.prior_loc is None or site == self.options.latent:
-            return self.prior_loc
-        first = self.bank.layouts["A"].total
-        return self.prior_loc[:first] if site == "A" else self.prior_loc[first:]
-
-    @torch.no_grad()
-    def recentre(self) -> None:
-        """Have the prior, where it is around the start, around the means as they are: given ones
-        came."""
-        if self.prior_loc is not None:
-            means = self.bank.latent_part(self.options.latent, self.bank.means())
-            self.prior_loc.copy_(means.detach())
+    # What is inferred ---------------------------------------------------------------------------
 
     @abstractmethod
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
@@ -136,116 +110,152 @@ class Program(ParamModule, ABC):
 
     @abstractmethod
     def factors(self, sites: Sites) -> FlatFactors:
-        """The factors that the values of the sites determine."""
+        """Return the factors that the values of the sites determine."""
 
     @abstractmethod
     def quantities(self, sites: Sites) -> Quantities:
-        """Low-dimensional functions of draws that are worth looking at."""
+        """Return low-dimensional functions of draws that are worth looking at."""
 
     def mean(self) -> FlatFactors:
-        """The mean adapter."""
+        """Return the mean adapter."""
         return self.bank.means()
 
     def block_names(self) -> list[str]:
-        """Labels of the dimension ``block`` in `quantities`, if it is used."""
+        """Return the labels of the dimension ``block`` in `quantities`, if it is used."""
         return []
 
+    # Capabilities -------------------------------------------------------------------------------
+
+    @property
+    def supports(self) -> Supports:
+        """The capabilities that the guide states."""
+        supports: Supports = self.options.supports
+        return supports
+
+    @property
+    def linearised(self) -> bool:
+        """Whether predictions are linear in the draws, around the mean adapter."""
+        return self.supports.linearised
+
+    @property
+    def layers_independent(self) -> bool:
+        """Whether the guide draws different layers independently."""
+        return self.supports.independent_layers
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether the latent sites have another law in the model than in the guide."""
+        return self.supports.distinct_prior
+
+    def _refuse(self, capability: Capability) -> NoReturn:
+        raise ConfigError(
+            f"guide {self.options.name!r} does not support {capability!r}; choose a guide whose "
+            f"Supports(...) states {capability}"
+        )
+
+    # Scales -------------------------------------------------------------------------------------
+
     def scale_parameters(self) -> list[str]:
-        """Names of the parameters that are scales of the posterior, not means."""
+        """Return the names of the parameters that are scales of the posterior, not means."""
         return [name for name, _ in self.named_parameters(recurse=False)]
 
     @property
     def settles(self) -> bool:
-        """Whether `settle` finds the scales; an earlier posterior has no such options."""
+        """Whether `settle` sets the scales; around an earlier posterior they are trained."""
         return self.previous is None and self.options.settles
 
     def hold_scales(self) -> None:
-        """Make constants of the scales that `settle` finds: the optimiser leaves them alone."""
+        """Make constants of the scales that `settle` sets: the optimiser leaves them alone."""
         if self.settles:
             for name in self.scale_parameters():
                 self.get_parameter(name).requires_grad_(False)
 
     def settle(self, curvature: Curvature, beta: float) -> None:
-        """Put the scales of the guide where the objective has its optimum, given the means."""
-        raise NotImplementedError(f"{type(self).__name__} has no closed optimum")
+        """Set the scales of the guide to the optimum of the objective, given the means."""
+        self._refuse("closed_scales")
+
+    # Training -----------------------------------------------------------------------------------
 
     def groups(self, batch_size: int) -> int:
-        """Into how many equal groups, each with a draw of its own, a training batch falls."""
+        """Return the number of equal groups, each with its own draw, in a training batch."""
         most = min(self.draws_per_batch, batch_size) if self.training else 1
         return next(count for count in range(most, 0, -1) if batch_size % count == 0)
 
     def side_by_side(self) -> int:
-        """How many members are trained on the same batch."""
+        """Return the number of members that are trained on the same batch."""
         return 1
 
-    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
-        """Own parameter -> booleans that broadcast to it: its entries that belong to the ranks of
-        ``rows``, (L, r_max)."""
-        return {}
+    def after_step(self, step: int, steps: int) -> None:
+        """React to a step of the optimiser, the ``step``-th of ``steps``, counted from 1."""
 
-    @torch.no_grad()
-    def renew(self, rows: Tensor) -> dict[str, Tensor]:
-        """Have what belongs to the ranks of ``rows``, (L, r_max), as it is at a start: others came
-        in their place.
+    # Ranks that move ----------------------------------------------------------------------------
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return which entries of the parameters belong to the ranks in ``rows``.
+
+        Parameters
+        ----------
+        rows
+            (L, r_max) booleans, layers in the order of the bank.
 
         Returns
         -------
         dict
-            Own parameter -> booleans of its shape: the entries that are new.
+            Parameter name -> booleans that broadcast to it; parameters that belong to no rank are
+            left out.
         """
-        fresh, found = self.options.build(self.bank), {}
-        for name, entries in self.of_ranks(rows.to(self.bank.mask().device)).items():
-            parameter, start = self.get_parameter(name), fresh.get_parameter(name)
-            found[name] = entries.expand_as(parameter)
-            parameter.copy_(torch.where(entries, start.to(parameter), parameter))
-        if self.prior_loc is not None:
-            latent = self.options.latent
-            means = self.bank.latent_part(latent, self.bank.means())
-            new = self.bank.spread(latent, rows.to(means.device))
-            self.prior_loc.copy_(torch.where(new, means, self.prior_loc))
-        return found
+        self._refuse("rank_allocation")
 
     @torch.no_grad()
-    def succeed(self, previous: Any) -> None:
-        """Take the guide of ``previous``, a program of the same kind, for the prior, and start from
-        it: what it had as its means and scales. What has no prior, a factor that is not latent,
-        becomes a constant."""
-        for name, parameter in previous.named_parameters(recurse=False):
-            self.get_parameter(name).copy_(parameter)
-        for factor in "AB":
-            latent = factor in self.options.latent
-            self.bank.get_parameter(f"{factor}_loc").requires_grad_(latent)
-        for name in self.scale_parameters():
-            self.get_parameter(name).requires_grad_(True)
-        self.previous = copy.deepcopy(previous).requires_grad_(False)
-        self.previous.previous = None
-        sizes = previous.sizes()
-        for program in (self, self.previous):  # whose own means may have moved from there
-            program.register_buffer("row_sizes", None if sizes is None else sizes.detach().clone())
+    def renew(self, rows: Tensor) -> dict[str, Tensor]:
+        """Reset the parameters of the ranks in ``rows``, (L, r_max); new ranks took these slots.
 
-    def await_prior(self, options: Guide) -> None:
-        """`succeed` a program of these options whose tensors are yet to be loaded."""
-        bank = AdapterBank(list(self.bank.specs.values()), self.bank.config)
-        self.succeed(options.build(bank))
+        Returns
+        -------
+        dict
+            Parameter name -> booleans of its shape: the entries that were reset.
+        """
+        fresh, renewed = self.options.build(self.bank), {}
+        for name, entries in self.rank_entries(rows.to(self.bank.mask().device)).items():
+            parameter, start = self.get_parameter(name), fresh.get_parameter(name)
+            renewed[name] = entries.expand_as(parameter)
+            parameter.copy_(torch.where(entries, start.to(parameter), parameter))
+        return renewed
 
-    def after_step(self, step: int, steps: int) -> None:
-        """Called after each of the ``steps`` steps of the optimiser, counted from 1."""
+    # Earlier fits -------------------------------------------------------------------------------
 
-    def usual_draws(self, otherwise: int = defaults.NUM_SAMPLES) -> int:
-        """How many draws are taken unless it is told: of an ensemble, every member once."""
-        return self.members if self.members > 1 else otherwise
+    def recentre(self) -> None:
+        """Move a prior around the start of the means to the means as they are now."""
+
+    def succeed(self, previous: Program | Guide) -> None:
+        """Take the guide of ``previous`` for the prior, and start from its means and scales.
+
+        Parameters
+        ----------
+        previous
+            A program of the same guide; or its options alone, when its tensors are loaded later.
+        """
+        self._refuse("prior")
+
+    # Draws --------------------------------------------------------------------------------------
 
     def stored(self) -> int | None:
-        """How many draws there are, where they are a list; None where they are drawn anew."""
+        """Return the number of stored draws; None where draws are made anew."""
         return None
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
-        """Site -> the stored draws of these numbers; of programs whose draws are `stored`."""
-        raise NotImplementedError(f"{type(self).__name__} draws anew")
+        """Return site -> the stored draws with the numbers in ``index``."""
+        self._refuse("stored_draws")
+
+    def statistics(self, index: Tensor) -> dict[str, Tensor]:
+        """Return the sampler's statistics of the stored draws in ``index``, by ArviZ's names."""
+        return {}
 
     def sample_stored(self, guide: str) -> None:
-        """Sample one of the stored draws, whose number is the auxiliary site ``draw``; ``guide`` is
-        whose program this is."""
+        """Sample one of the stored draws of the guide called ``guide``.
+
+        Its number is the auxiliary site ``draw``.
+        """
         stored = self.stored()
         assert stored is not None
         device = self.bank.get_parameter("A_loc").device
@@ -259,18 +269,20 @@ class Program(ParamModule, ABC):
         for name, value in self.pick(number).items():
             pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
 
-    def statistics(self, index: Tensor) -> dict[str, Tensor]:
-        """What the sampler says of the stored draws of these numbers, by ArviZ's names."""
-        return {}
+    def usual_draws(self, otherwise: int = defaults.NUM_SAMPLES) -> int:
+        """Return the default number of draws: for an ensemble, every member once."""
+        return self.members if self.members > 1 else otherwise
 
     def draw(self, num_samples: int) -> dict[str, Tensor]:
-        """Site -> (num_samples, *event): independent draws from the guide, or stored ones, evenly
-        spaced; each several times, one after the other, where there are fewer."""
+        """Return site -> (num_samples, *event): draws from the guide.
+
+        They are independent; or stored ones, evenly spaced, each repeated where there are fewer.
+        """
         return next(self.draws(num_samples, num_samples))
 
     @torch.no_grad()
     def draws(self, num_samples: int, at_once: int) -> Iterator[dict[str, Tensor]]:
-        """`draw` in pieces of at most ``at_once`` draws."""
+        """Yield the draws of `draw`, at most ``at_once`` at a time."""
         stored = self.stored()
         if stored is not None:
             yield from map(self.pick, spread(stored, num_samples).split(at_once))
@@ -280,7 +292,7 @@ class Program(ParamModule, ABC):
 
     def _sampled(self, num_samples: int) -> dict[str, Tensor]:
         with (
-            DRAWING,  # first: a plate is on the stack from its making on
+            DRAWING,  # first: a plate joins Pyro's stack when it is made
             poutine.block(),
             poutine.trace() as trace,
             pyro.plate("draws", num_samples, dim=-2),
