@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.arviz.arviz import CALIBRATED, to_inference_data
+from pyrolora.arviz.containers import CALIBRATED, to_inference_data
 from pyrolora.checks import whole_number
 from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError
