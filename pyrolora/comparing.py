@@ -53,7 +53,7 @@ def compare(
         ``nll_difference``, the mean over examples of the loss −log p̄ beyond that of the posterior
         with the lowest mean, with its standard error ``difference_se`` (of the paired differences:
         most of what makes an example hard is the same for all). A language model's are nats a
-        text, not a token. ``pyrolora.arviz.as_table`` makes a table for the terminal of it.
+        text, not a token. ``pyrolora.report.as_table`` makes a table for the terminal of it.
 
     Raises
     ------

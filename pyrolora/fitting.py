@@ -47,8 +47,6 @@ from pyrolora.inference.reading import check_reading, explained_pass
 from pyrolora.model import JointModel, build, evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
-from pyrolora.predictive.metrics import HIGHER_IS_BETTER
-from pyrolora.predictive.prediction import PREDICTIONS
 from pyrolora.seeding import fitting, seeded
 from pyrolora.storage import check_base, describe_base
 from pyrolora.tasks import Task, task_for
@@ -566,7 +564,7 @@ def _choose_best(args: TrainingArguments, law: Task, callbacks: Sequence[Trainer
                 "set metric_for_best_model, for example to 'nll', in the TrainingArguments"
             )
         return
-    known = {"loss": False, **HIGHER_IS_BETTER[PREDICTIONS[type(law)]]}
+    known = {"loss": False, **law.prediction.higher_is_better}
     name = metric.removeprefix("eval_")
     higher = known.get(name)
     if higher is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyrolora.arviz.arviz import container, dataset, group_names
+from pyrolora.arviz.containers import container, dataset, group_names
 from pyrolora.errors import ConfigError
 
 FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples", "temperature")

@@ -13,15 +13,14 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.arviz.arviz import CALIBRATED, to_inference_data
+from pyrolora.arviz.containers import CALIBRATED, to_inference_data
 from pyrolora.checks import whole_number
-from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.model import JointModel
-from pyrolora.predictive import NumberedDraws, Prediction
+from pyrolora.predictive import NumberedDraws
 from pyrolora.seeding import seeded
-from pyrolora.tasks import Classification, MultipleChoice
+from pyrolora.tasks import Prediction
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +52,11 @@ def inference_data(
     num_samples = _count(program, num_samples) if draws is None else len(draws)
     numbers = _numbers(program, num_samples) if draws is None and seed is None else draws
     shape = partial(_by_chain, chains=chains)
+    coords: dict[str, Sequence[Any]] = {
+        "layer": list(program.bank.specs),
+        "block": program.block_names(),
+        "draw": range(num_samples // chains),
+    }
     pieces, kept = [], []
     with seeded(seed):
         joint.align()
@@ -75,26 +79,16 @@ def inference_data(
         if read is not None:
             all_drawn = FlatFactors.cat(kept)
             prediction = read(all_drawn, temperature)
+            coords |= prediction.coordinates()
             groups |= _data_groups(prediction, shape)
             if log_likelihood:  # the model's has no temperature
                 own = prediction if temperature == 1 else read(all_drawn, 1.0)
-                groups["log_likelihood"] = {"y": (_scores(own, shape), ("example",))}
+                groups["log_likelihood"] = {"y": (_scores(own, shape), (own.row,))}
                 if temperature != 1:
-                    calibrated = {CALIBRATED: (_scores(prediction, shape), ("example",))}
+                    calibrated = {CALIBRATED: (_scores(prediction, shape), (prediction.row,))}
                     groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
-    coords: dict[str, Sequence[Any]] = {
-        "layer": list(program.bank.specs),
-        "block": program.block_names(),
-        "draw": range(num_samples // chains),
-    }
     if numbers is not None:
         coords["draw"] = numbers if chains == 1 else numbers[: num_samples // chains]
-    law = joint.task
-    names = class_names_of(joint.base, law)
-    if names and isinstance(law, Classification) and not isinstance(law, MultipleChoice):
-        probs = groups.get("posterior_predictive", {}).get("probs")
-        count = len(names) if probs is None else probs[0].shape[-1]
-        coords["class"] = [names.get(i, str(i)) for i in range(count)]
     attrs: dict[str, str | int | float] = {
         "guide": full_name(options),
         "guide_options": str(options),
@@ -180,7 +174,7 @@ def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) 
         }
     }
     if prediction.targets is not None:
-        dims = ("example", "token")[: prediction.targets.dim()]
+        dims = (prediction.row, "token")[: prediction.targets.dim()]
         groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
     return groups
 

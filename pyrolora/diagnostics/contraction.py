@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
 import pyro
 import torch
 from pyro import poutine
@@ -75,22 +73,6 @@ def has_trained_widths(program: Program) -> bool:
     options = getattr(program.options, "inner", program.options)
     return (
         isinstance(options, Variational | SWAG) and not program.settles and program.stored() is None
-    )
-
-
-def about_widths(program: Program, blocks: Sequence[Contraction]) -> str:
-    """What the widths of a posterior can say of the data, in words."""
-    if not any(one.scale for one in blocks):
-        return "The posterior is a point: it has no widths."
-    if has_trained_widths(program):
-        return (
-            "The widths come from the steps of the training: from their number and size, with any "
-            "data or none. Their KL is no sign of learning, and whether the data would have them "
-            "so is not known. (Of montec and meanfield scale_updates='curvature' finds out.)"
-        )
-    return (
-        "The widths are those of the objective: the prior's where the data said nothing. Their KL "
-        "says that the data constrain the entries, which random labels do, too."
     )
 
 
@@ -212,20 +194,3 @@ def _moments(bank: AdapterBank, draws: Iterator[FlatFactors]) -> dict[str, tuple
         variance = (squares[f] / DRAWS - centre.square()).clamp(min=0) * DRAWS / (DRAWS - 1)
         found[f] = (bank.in_use(f, first + centre), bank.in_use(f, variance))
     return found
-
-
-def contraction_table(blocks: Sequence[Contraction]) -> pd.DataFrame:
-    """A row per block: the ratio of the widths, the distance of the means, and nats per entry."""
-    parts = [(np.array(one.width_kl), np.array(one.mean_kl)) for one in blocks]
-    both = [width + mean for width, mean in parts]
-    return pd.DataFrame(
-        {
-            "block": [one.block for one in blocks],
-            "width, of the prior's": [one.scale for one in blocks],
-            "distance of the means": [one.shift for one in blocks],
-            "KL of the width": [width.mean() for width, _ in parts],
-            "KL of the mean": [mean.mean() for _, mean in parts],
-            "KL, lowest rank": [kl.min() for kl in both],
-            "KL, highest rank": [kl.max() for kl in both],
-        }
-    )

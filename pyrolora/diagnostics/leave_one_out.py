@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrolora.arviz.arviz import CALIBRATED, container, dataset, group_names, is_modern
+from pyrolora.arviz.containers import CALIBRATED, container, dataset, group_names, is_modern
 from pyrolora.diagnostics.psis import psis
 from pyrolora.errors import ConfigError, DataError
 

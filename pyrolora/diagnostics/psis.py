@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pyrolora.arviz.arviz import is_modern
+from pyrolora.arviz.containers import is_modern
 
 ROUNDS = 20  # simulations that `yardstick` averages: its error is then below 0.1
 

@@ -8,24 +8,12 @@ import numpy as np
 import torch
 
 from pyrolora.errors import DataError
-from pyrolora.predictive import (
-    ClassPrediction,
-    Prediction,
-    RegressionPrediction,
-    TokenPrediction,
-    reliability_table,
-    risk_coverage,
-)
+from pyrolora.predictive import reliability_table, risk_coverage
+from pyrolora.tasks import ClassPrediction, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
-
-_RISKS: dict[type[Prediction], str] = {
-    ClassPrediction: "error rate",
-    RegressionPrediction: "mean squared error",
-    TokenPrediction: "nats a token",
-}
 
 
 def reliability_diagram(
@@ -102,8 +90,8 @@ def risk_coverage_curve(prediction: Prediction, *, ax: Axes, label: str | None =
     """
     table = risk_coverage(prediction)
     ax.plot(table["coverage"].to_numpy(), table["risk"].to_numpy(), label=label)
-    risk = next(name for kind, name in _RISKS.items() if isinstance(prediction, kind))
-    ax.set(xlabel="coverage: share that is answered", ylabel=f"risk: {risk}", xlim=(0, 1))
-    if isinstance(prediction, ClassPrediction):
+    risk = f"risk: {prediction.risk_name}"
+    ax.set(xlabel="coverage: share that is answered", ylabel=risk, xlim=(0, 1))
+    if prediction.risk_from_zero:
         ax.set_ylim(bottom=0)
     return ax

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from pyrolora.adapters import AdapterBank
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointModel
-from pyrolora.predictive import ClassPrediction, Prediction, RegressionPrediction
 from pyrolora.report.examples import Examples
-from pyrolora.tasks import Task
+from pyrolora.tasks import Prediction, Task
 
 MOST_CLASSES = 50
 """Rows of the table of classes."""
@@ -110,21 +109,13 @@ def data_facts(examples: Examples, prediction: Prediction) -> dict[str, str]:
         low, middle, high = min(sizes), np.median(sizes), max(sizes)
         facts["length"] = f"{low} to {high} {unit}, median {middle:g}"
     facts["labels"] = "yes" if prediction.targets is not None else "none: there are no metrics"
-    if isinstance(prediction, RegressionPrediction):
-        facts["learned noise"] = f"{prediction.noise_scale:.3g}, a standard deviation"
-    if prediction.targets is not None and isinstance(prediction, RegressionPrediction):
-        targets = prediction.targets.double().numpy()
-        facts["targets"] = (
-            f"{targets.min():.3g} to {targets.max():.3g}, mean {targets.mean():.3g}, "
-            f"standard deviation {targets.std():.3g}"
-        )
-    return facts
+    return {**facts, **prediction.facts()}
 
 
 def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | None:
     """How often each class is the target and how often it is predicted; of multiple choice, each
     place; of very many classes the most frequent ones. None for other predictions."""
-    if not isinstance(prediction, ClassPrediction):
+    if prediction.probs is None:
         return None
     classes = prediction.probs.shape[-1]
     choosing = len(examples) and bool(examples.choices(0))
@@ -132,7 +123,7 @@ def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | No
     table = {"class": names}
     if prediction.targets is not None:
         table["target"] = prediction.targets.bincount(minlength=classes).tolist()
-    table["predicted"] = prediction.predicted.bincount(minlength=classes).tolist()
+    table["predicted"] = prediction.probs.argmax(-1).bincount(minlength=classes).tolist()
     made = pd.DataFrame(table)
     if len(made) > MOST_CLASSES:
         made = made.sort_values(list(made)[1], ascending=False, kind="stable")[:MOST_CLASSES]

@@ -1,15 +1,19 @@
-"""What is wrong with a posterior, if anything, in plain words: small functions of numbers."""
+"""Findings of a report: each function warns of one thing, in plain words, or returns None."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pyrolora.diagnostics.chance import no_gain
 from pyrolora.diagnostics.contraction import Contraction
+from pyrolora.diagnostics.overconfidence import overconfidence
 from pyrolora.guides.nuts import HIGH_R_HAT
+from pyrolora.tasks import Prediction
 
 ENOUGH_EXAMPLES = 100
 ENOUGH_DRAWS = 16
@@ -27,6 +31,55 @@ class Finding:
     title: str
     found: str
     advice: str
+
+
+def overconfident(prediction: Prediction) -> Finding | None:
+    """Warn where predictions promise more than they keep, by more than two standard errors.
+
+    `Prediction.promise` says what is promised; a prediction without one is never warned about.
+    """
+    promise = prediction.promise()
+    gap = None if promise is None else overconfidence(promise)
+    if promise is None or gap is None:
+        return None
+    return Finding(
+        "overconfident",
+        "The predictions are overconfident",
+        promise.statement.format(**dataclasses.asdict(gap)),
+        "Do not read the probabilities as frequencies. Give the posterior more spread (a larger "
+        "kl_weight, more latent factors, an ensemble), train for fewer epochs, or calibrate on "
+        "held-out data (posterior.calibrate, pyrolora.predictive.Conformal).",
+    )
+
+
+def no_better_than_chance(
+    prediction: Prediction, without_adapters: Callable[[], Prediction | None]
+) -> Finding | None:
+    """Warn where predictions are no better on these labels than those that ignore the fit.
+
+    Parameters
+    ----------
+    prediction
+        Its `baseline` is what it has to beat: for classes the frequencies of these labels, for a
+        regression the normal distribution of these targets, so that no prediction that is the same
+        for all examples is better.
+    without_adapters
+        Returns the prediction by the network without its adapters, the baseline of all others.
+    """
+    chance = no_gain(prediction, without_adapters)
+    if chance is None:
+        return None
+    losses = ", and the answers are no closer either" if chance.losses_too else ""
+    return Finding(
+        "no_better_than_chance",
+        f"The predictions are no better than the {chance.baseline}",
+        f"The log-likelihood per {prediction.row} differs from that of the {chance.baseline} by "
+        f"{chance.nats:+.3f} nats (standard error {chance.error:.3f}){losses}: nothing in these "
+        f"{chance.n} {prediction.row}s shows that anything was learnt.",
+        "Check that labels and inputs belong together and that the loss fell; train longer, or "
+        "with more data. The width of the posterior is no evidence of learning: random labels "
+        "change it as real ones do.",
+    )
 
 
 def prior_dominated(blocks: Sequence[Contraction], *, trained: bool = False) -> Finding | None:

@@ -17,7 +17,7 @@ from pyrolora.plots.posterior import (
     signal_to_noise_map,
 )
 from pyrolora.plots.predictions import entropy_histogram, reliability_diagram, risk_coverage_curve
-from pyrolora.predictive import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
+from pyrolora.tasks import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,12 +26,6 @@ WIDTH, HEIGHT = 3.7, 2.8
 """Inches; 96 pixels each in a browser, so that a picture fits a narrow screen without shrinking."""
 MOST_COMPONENTS = 8
 """Labels of a legend."""
-
-_UNCERTAINTIES: dict[type[Prediction], str] = {
-    ClassPrediction: "predictive entropy (nats)",
-    RegressionPrediction: "predictive standard deviation",
-    TokenPrediction: "mean entropy of a token (nats)",
-}
 
 
 @dataclass(frozen=True)
@@ -45,21 +39,21 @@ class Picture:
 
 def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> Iterator[Picture]:
     """What can be drawn of predictions, with labels and without, and of other data beside them."""
-    targets = prediction.targets
-    if isinstance(prediction, ClassPrediction) and targets is not None:
+    probs, targets = prediction.probs, prediction.targets
+    if probs is not None and targets is not None:
         yield picture(
             "Reliability",
             "Accuracy against confidence, in ten bins; the larger a point, the more predictions. "
             "Below the dotted line the predictions are overconfident.",
-            lambda ax: reliability_diagram(prediction.probs, targets, ax=ax),
+            lambda ax: reliability_diagram(probs, targets, ax=ax),
         )
-    if targets is not None:
+    if prediction.loss is not None:
         yield picture(
             "Risk and coverage",
             "The risk when only the most certain share is answered. It should fall to the left.",
             lambda ax: risk_coverage_curve(prediction, ax=ax),
         )
-    name = next(name for kind, name in _UNCERTAINTIES.items() if isinstance(prediction, kind))
+    name = prediction.uncertainty_name
 
     def uncertainty(ax: Axes) -> None:
         inside, other = (

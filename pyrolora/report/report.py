@@ -17,10 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora import defaults
 from pyrolora.data.labels import class_names_of
+from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
     Contraction,
-    about_widths,
-    contraction_table,
     contractions,
     has_trained_widths,
     update_norms,
@@ -28,16 +27,8 @@ from pyrolora.diagnostics.contraction import (
 from pyrolora.errors import ConfigError
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
-from pyrolora.predictive import (
-    ClassPrediction,
-    Prediction,
-    TokenPrediction,
-    auroc,
-    evaluate,
-    reliability_table,
-)
+from pyrolora.predictive import auroc, evaluate, reliability_table
 from pyrolora.report import findings
-from pyrolora.report.chance import no_better_than_chance, unadapted
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import (
     Subject,
@@ -48,10 +39,11 @@ from pyrolora.report.facts import (
     versions,
 )
 from pyrolora.report.findings import Finding
-from pyrolora.report.overconfidence import overconfident
 from pyrolora.report.pictures import fit_pictures, posterior_pictures, prediction_pictures
 from pyrolora.report.shaded import shaded_texts
 from pyrolora.report.tables import example_tables, metrics_table
+from pyrolora.report.widths import about_widths, contraction_table
+from pyrolora.tasks import Prediction
 
 TEMPLATE = "page.html.jinja"
 
@@ -123,13 +115,12 @@ def report_on(
     idata = posterior.to_arviz(seed=seed)
     metrics = _metrics(prediction, other)
     blocks = contractions(posterior.model.program)
-    warnings = _findings(
-        posterior, prediction, num_samples, blocks, partial(unadapted, posterior, data, batch_size)
-    )
+    plain = partial(without_adapters, posterior, data, batch_size)
+    warnings = _findings(posterior, prediction, num_samples, blocks, plain)
     texts = []
-    if isinstance(prediction, TokenPrediction):
+    if prediction.token_entropy is not None:
         texts = shaded_texts(posterior, prediction, examples, num_samples, seed)
-    labelled = isinstance(prediction, ClassPrediction) and prediction.targets is not None
+    labelled = prediction.probs is not None and prediction.targets is not None
     html = (
         _environment()
         .get_template(TEMPLATE)
@@ -139,7 +130,7 @@ def report_on(
             draws=num_samples,
             seed=seed,
             size=len(examples),
-            outside_size=None if other is None else len(other.uncertainty),
+            outside_size=None if other is None else len(other.examples.unique()),
             findings=warnings,
             metrics=metrics_table(metrics),
             pictures=list(prediction_pictures(prediction, other)),
@@ -182,13 +173,13 @@ def _findings(
     factors = program.factors(sites)
     point = factors.draws is None or len(factors.distinct()[1]) < 2
     found = [
-        overconfident(prediction),
-        no_better_than_chance(prediction, plain),
+        findings.overconfident(prediction),
+        findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
         findings.prior_dominated(blocks, trained=has_trained_widths(program)),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
-        findings.few_examples(len(prediction.uncertainty)),
+        findings.few_examples(len(prediction.examples.unique())),
         findings.few_draws(num_samples, stored=program.stored(), point=point),
     ]
     return [one for one in found if one is not None]

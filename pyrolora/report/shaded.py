@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyrolora.data import prepare
-from pyrolora.predictive import TokenPrediction
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import Subject
+from pyrolora.tasks import Prediction
 
 TEXTS = 2
 """Texts whose tokens are shown one by one."""
@@ -27,16 +27,16 @@ class ShadedText:
 
 
 def shaded_texts(
-    posterior: Subject, prediction: TokenPrediction, examples: Examples, num_samples: int, seed: int
+    posterior: Subject, prediction: Prediction, examples: Examples, num_samples: int, seed: int
 ) -> list[ShadedText]:
     """The texts of the highest entropy, by the same draws again, each alone: without padding, its
     tokens and their entropies are the same in number, but for the first that nothing predicts."""
     order = prediction.uncertainty.nan_to_num(-1).argsort(descending=True)[:TEXTS].tolist()
     read = []
-    for i in order:
+    for i in prediction.examples[order].tolist():
         only = examples.only(i)
         alone = posterior.predict(only, num_samples, batch_size=1, seed=seed)
-        assert isinstance(alone, TokenPrediction)
+        assert alone.token_entropy is not None
         ids = prepare(
             only,
             posterior.base,
@@ -45,7 +45,7 @@ def shaded_texts(
             need_labels=False,
             to_learn=False,
         ).examples[0]["input_ids"]
-        values = alone.entropy[0].tolist()
+        values = alone.token_entropy[0].tolist()
         first = [math.nan] * (len(ids) - len(values))
         read.append((i, _words(ids, posterior.tokenizer), first + values))
     top = max((v for _, _, values in read for v in values if math.isfinite(v)), default=0.0)

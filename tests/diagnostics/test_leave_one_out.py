@@ -14,7 +14,7 @@ from problems import mlp
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.arviz import as_chains, groups, to_inference_data
-from pyrolora.arviz.arviz import CALIBRATED
+from pyrolora.arviz.containers import CALIBRATED
 from pyrolora.diagnostics import loo
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import MAP, MeanField, MonteCLoRA

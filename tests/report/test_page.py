@@ -263,7 +263,7 @@ def test_confident_errors_come_first_the_surest_at_the_top() -> None:
     page = Page(report_on(posterior, data, num_samples=4, seed=0).html)
     headings = [h for h in page.headings if h in ("Confident errors", "Most certain")]
     assert headings == ["Confident errors", "Most certain"]
-    assert "10 of 40 answers are wrong; these are the surest of them." in page.all("p")
+    assert "10 of 40 answers are wrong; these are the most confident of them." in page.all("p")
     surest = prediction.probs.amax(-1)[:10].argsort(descending=True)
     start = page.texts.index(("h3", "Confident errors"))
     cells = [text for tag, text in page.texts[start:] if tag == "td"]

@@ -32,7 +32,7 @@ Values = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def judge(
+def khat(
     joint: JointModel,
     options: Guide,
     data: Prepared,
