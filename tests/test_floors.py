@@ -43,6 +43,7 @@ FLOORS = {
     "comparing": 11,
     "fitting": 12,
     "demo": 13,
+    "serving": 13,
     "cli": 14,
     "__main__": 15,
 }

@@ -1,0 +1,137 @@
+"""The base network of all posteriors, loaded once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyrolora.errors import CheckpointError, PyroLoraError
+from pyrolora.loading import load
+from pyrolora.posterior import Posterior
+from pyrolora.serving.errors import DamagedPosteriorError, OtherBaseError
+from pyrolora.storage import check_base, load_base, read_folder
+
+WRAPPER = ".base_layer"
+"""What an adapted layer adds to the names of the parameters below it."""
+
+
+class Networks:
+    """Networks of one base: one per head, which all have the same tensors.
+
+    A classifier of three classes, one of eight, and a language model on the same encoder are three
+    modules of transformers. Those loaded later take over the tensors of the first that are equal,
+    so the weights are in memory once.
+
+    Parameters
+    ----------
+    model
+        A network, or the hub id or folder that every posterior's network is loaded from.
+    device
+        The device of networks and posteriors; None: where the network is.
+    """
+
+    def __init__(
+        self, model: str | Path | nn.Module, device: torch.device | str | None = None
+    ) -> None:
+        self.model = model
+        self.device = device
+        self._networks: dict[str, nn.Module] = {}
+        self._lock = threading.Lock()
+
+    def load(self, folder: Path) -> Posterior:
+        """Return the posterior in ``folder``, on the network that it shares with others.
+
+        Raises
+        ------
+        DamagedPosteriorError
+            When the folder is incomplete, edited, or no posterior.
+        OtherBaseError
+            When the posterior was fitted on another network.
+        """
+        try:
+            description = read_folder(folder).description
+        except (PyroLoraError, OSError) as error:
+            raise DamagedPosteriorError(_damaged(folder, error)) from error
+        with self._lock:
+            key = json.dumps([description.base["class"], description.base["config"]])
+            network = self._network(key, folder, description.base)
+            try:
+                posterior = load(folder, network)
+            except (PyroLoraError, OSError) as error:
+                self._check_base(network, folder, description)
+                raise DamagedPosteriorError(_damaged(folder, error)) from error
+            self._networks.setdefault(key, network)
+            if self.device is not None:
+                posterior.model.to(self.device)
+            return posterior
+
+    def detach(self, posterior: Posterior) -> None:
+        """Take a posterior's adapters out of its network; loading waits meanwhile, because it
+        reuses the wrappers that it finds."""
+        with self._lock:
+            posterior.detach()
+
+    def _network(self, key: str, folder: Path, base: dict[str, Any]) -> nn.Module:
+        if isinstance(self.model, nn.Module):
+            return self.model
+        if key in self._networks:
+            return self._networks[key]
+        try:
+            network = load_base(base, str(self.model))
+        except CheckpointError as error:
+            raise OtherBaseError(
+                _of_other_base(folder, error).replace(str(self.model), Path(self.model).name),
+                "model",
+            ) from error
+        share_tensors(network, self._networks.values())
+        return network.to(self.device) if self.device is not None else network
+
+    def _check_base(self, network: nn.Module, folder: Path, description: Any) -> None:
+        try:
+            check_base(network, description.heads, description.base)
+        except CheckpointError as error:
+            raise OtherBaseError(_of_other_base(folder, error), "model") from error
+
+
+def share_tensors(network: nn.Module, others: Iterable[nn.Module]) -> None:
+    """Replace every parameter of ``network`` that equals the one of that name in one of the
+    ``others`` by that one."""
+    known = {
+        name.replace(WRAPPER, ""): parameter
+        for other in others
+        for name, parameter in other.named_parameters(remove_duplicate=False)
+    }
+    for prefix, module in network.named_modules():
+        for leaf, parameter in module._parameters.items():
+            twin = known.get(f"{prefix}.{leaf}".removeprefix("."))
+            if parameter is not None and twin is not None and _equal(parameter, twin):
+                module._parameters[leaf] = twin
+
+
+def _equal(parameter: nn.Parameter, twin: nn.Parameter) -> bool:
+    return (
+        parameter.shape == twin.shape
+        and parameter.dtype == twin.dtype
+        and torch.equal(parameter.to(twin.device), twin)
+    )
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    reason = _without_path(folder, error)
+    return f"the posterior {folder.name!r} cannot be loaded: {reason}"
+
+
+def _of_other_base(folder: Path, error: Exception) -> str:
+    reason = _without_path(folder, error)
+    return f"the posterior {folder.name!r} does not belong to the network of this server: {reason}"
+
+
+def _without_path(folder: Path, error: Exception) -> str:
+    """The error's text without the server's own folders in it."""
+    return str(error).replace(str(folder), folder.name).replace(f"{folder.parent}/", "")

@@ -1,0 +1,146 @@
+"""Texts to tokens, tokens to the pieces of a text, and the probability of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pyrolora.data.collate import context_length
+from pyrolora.data.encoding import Encoder
+from pyrolora.model import evaluating
+from pyrolora.posterior import Posterior
+from pyrolora.predictive import draw_factors
+from pyrolora.seeding import DRAWING
+from pyrolora.serving.errors import TooLongError, UnsupportedError
+from pyrolora.tasks import TokenTask
+
+UNFINISHED = "\ufffd"
+"""What a decoder writes in place of bytes that are no whole character yet."""
+MOST_LOGITS = 2**25
+"""Entries of logits that are held at a time in scoring tokens."""
+
+
+def context_of(posterior: Posterior) -> float:
+    """The most tokens that the network, and its tokenizer, take."""
+    length = getattr(posterior.tokenizer, "model_max_length", float("inf"))
+    return min(length, context_length(posterior.base))
+
+
+def encoded(posterior: Posterior, text: str, *, reserved: int = 0) -> dict[str, list[int]]:
+    """Return the columns of tokens of a text, as ``predict`` and ``generate`` encode it.
+
+    Parameters
+    ----------
+    reserved
+        Tokens that will be written after the text; the text is then left open for them.
+
+    Raises
+    ------
+    TooLongError
+        When the network does not take that many tokens.
+    UnsupportedError
+        When the posterior has no tokenizer, or the text no token.
+    """
+    if posterior.tokenizer is None:
+        raise UnsupportedError("this posterior has no tokenizer, and texts need one", "model")
+    columns = Encoder(posterior.tokenizer, float("inf"), open=reserved > 0)([text])
+    row = {name: list(values[0]) for name, values in columns.items() if name != "cut"}
+    size, limit = len(row["input_ids"]), context_of(posterior)
+    if not size:
+        raise UnsupportedError("the text has no token; send a text with at least one word")
+    if size + reserved > limit:
+        beside = f", and {reserved} are to be written after them" if reserved else ""
+        raise TooLongError(
+            f"the text has {size} tokens{beside}, and the network takes {int(limit)}; shorten it"
+            + (" or lower the number of new tokens" if reserved else "")
+        )
+    return row
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The part of the text that each token adds; together they are the decoded text.
+
+    A character of several tokens belongs to the last of them.
+    """
+    shown = ""
+    parts: list[str] = []
+    for end in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        ready = whole.startswith(shown) and not whole.endswith(UNFINISHED)
+        if end == len(ids) and not whole.startswith(shown):  # the decoder rewrote what it wrote
+            return [*[""] * (end - 1), whole]
+        parts.append(whole[len(shown) :] if ready or end == len(ids) else "")
+        shown += parts[-1]
+    return parts
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins, or None."""
+    places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+    return min(places, default=None)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities of a continuation's tokens under the mixture over draws.
+
+    Attributes
+    ----------
+    chosen
+        (T,): log mean_s p_s of each token.
+    ids, scores
+        (T, k): the k likeliest tokens of each place and their log-probabilities.
+    """
+
+    chosen: Tensor
+    ids: Tensor
+    scores: Tensor
+
+
+@torch.no_grad()
+def token_scores(
+    posterior: Posterior,
+    prompt: Sequence[int],
+    continuations: Sequence[Tensor],
+    *,
+    num_samples: int,
+    seed: int,
+    alternatives: int,
+) -> list[TokenScores]:
+    """Score every token of continuations of one prompt by the draws of that seed, which are those
+    of ``predict`` and ``generate``."""
+    joint, task = posterior.model, posterior.task
+    assert isinstance(task, TokenTask)
+    law = task.at(posterior.temperature)
+    factors = draw_factors(joint, num_samples, seed)
+    device = next(posterior.base.parameters()).device
+    start = torch.tensor(list(prompt))
+    whole = [torch.cat([start, new]) for new in continuations]
+    ids = pad_sequence(whole, batch_first=True).to(device)
+    mask = pad_sequence([torch.ones_like(row) for row in whole], batch_first=True).to(device)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    vocabulary = int(posterior.base.config.vocab_size)
+    step = max(1, MOST_LOGITS // (ids.numel() * vocabulary))
+    total: Tensor | float = 0.0
+    with DRAWING.shared(), evaluating(joint):
+        if factors.draws is None:
+            total = law.token_logits(joint.network(batch, factors)).softmax(-1)
+        else:
+            for first in range(0, factors.draws, step):
+                output = joint.network(batch, factors[first : first + step])
+                total = total + law.token_logits(output).softmax(-1).sum(0)
+            total = total / factors.draws
+    assert isinstance(total, Tensor)
+    logs = total.float().log().cpu()
+    scores = []
+    for row, new in zip(logs, continuations, strict=True):
+        own = row[len(start) - 1 : len(start) - 1 + len(new)]
+        best = own.topk(min(alternatives, own.shape[-1]), dim=-1)
+        chosen = own.gather(-1, new[:, None]).squeeze(-1)
+        scores.append(TokenScores(chosen, best.indices, best.values))
+    return scores

@@ -1,0 +1,155 @@
+"""The two things that a posterior is asked for: classes of a text, and continuations of one.
+
+Rows with equal settings share a pass; each gets what the posterior gives for that row alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrolora.posterior import Posterior
+from pyrolora.predictive import ClassPrediction, Generation
+from pyrolora.serving.text import TokenScores, token_scores
+
+Columns = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Class probabilities under ``num_samples`` draws of ``seed``."""
+
+    num_samples: int
+    seed: int
+
+    shares: bool = True
+
+    def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
+        prediction = posterior.predict(
+            list(rows), self.num_samples, batch_size=len(rows), seed=self.seed
+        )
+        assert isinstance(prediction, ClassPrediction)
+        return [prediction.select(torch.tensor([i])) for i in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Continuations by every one of ``num_samples`` draws of ``seed``, which also chooses tokens.
+
+    Attributes
+    ----------
+    options
+        Of ``generate``, as pairs of name and value.
+    sampled
+        Whether tokens are sampled. Rows of such settings run alone: the random numbers of a row
+        would depend on its neighbours.
+    choices
+        How many continuations are answered with.
+    alternatives
+        How many of the likeliest tokens are scored at every place; None: no token is scored.
+    """
+
+    num_samples: int
+    seed: int
+    max_new_tokens: int
+    options: tuple[tuple[str, Any], ...] = ()
+    sampled: bool = False
+    choices: int = 1
+    alternatives: int | None = None
+
+    @property
+    def shares(self) -> bool:
+        return not self.sampled
+
+    def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[Written]:
+        prompts = [row["input_ids"] for row in rows]
+        generation = posterior.generate(
+            {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]},
+            self.num_samples,
+            seed=self.seed,
+            do_sample=self.sampled,
+            max_new_tokens=self.max_new_tokens,
+            **dict(self.options),
+        )
+        return [
+            self._written(posterior, ids, alone(generation, i)) for i, ids in enumerate(prompts)
+        ]
+
+    def _written(self, posterior: Posterior, prompt: list[int], one: Generation) -> Written:
+        order = chosen(one, self.choices, sampled=self.sampled)
+        scores = None
+        if self.alternatives is not None:
+            scores = token_scores(
+                posterior,
+                prompt,
+                [one.sequences[0, k][one.mask[0, k]] for k in order],
+                num_samples=self.num_samples,
+                seed=self.seed,
+                alternatives=self.alternatives,
+            )
+        return Written(one, order, scores)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The continuations of one prompt, and which of them are the answer.
+
+    Attributes
+    ----------
+    generation
+        Of the one prompt.
+    order
+        The places of the continuations that are answered with.
+    scores
+        Of each of these, if they were asked for.
+    """
+
+    generation: Generation
+    order: list[int]
+    scores: list[TokenScores] | None
+
+
+def alone(generation: Generation, i: int) -> Generation:
+    """The part of a generation that belongs to prompt ``i``, without the padding of others."""
+    longest = max(int(generation.mask[i].sum(-1).max()), 1)
+
+    def row(values: Tensor) -> Tensor:
+        return values[i : i + 1, :, :longest]
+
+    def own(texts: Any) -> Any:
+        return None if texts is None else [texts[i]]
+
+    return replace(
+        generation,
+        sequences=row(generation.sequences),
+        mask=row(generation.mask),
+        entropy=row(generation.entropy),
+        aleatoric=row(generation.aleatoric),
+        log_likelihood=generation.log_likelihood[:, i : i + 1],
+        prompts=own(generation.prompts),
+        texts=own(generation.texts),
+        tokens=own(generation.tokens),
+    )
+
+
+def chosen(generation: Generation, count: int, *, sampled: bool) -> list[int]:
+    """The places of ``count`` continuations.
+
+    Of sampled ones the first of every draw, then the second, which is a sample of the posterior
+    predictive. Of greedy ones those that the mixture over draws finds likeliest per token.
+    """
+    places = range(generation.sequences.shape[1])
+    if sampled:
+        seen: dict[int, int] = {}
+        turns = []
+        for place in places:
+            draw = int(generation.draw[place])
+            turns.append(seen.setdefault(draw, 0))
+            seen[draw] += 1
+        return sorted(places, key=lambda place: (turns[place], place))[:count]
+    score = generation.log_predictive[0] / generation.num_tokens[0].clamp(min=1)
+    return score.argsort(descending=True, stable=True)[:count].tolist()
