@@ -21,7 +21,6 @@ from pyrolora.adapters import (
 )
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.checks import true_or_false
-from pyrolora.data import load_language_model
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel, build
@@ -36,7 +35,7 @@ from pyrolora.storage import (
     load_base,
     read_folder,
 )
-from pyrolora.tasks import task_for
+from pyrolora.tasks import load_language_model, task_for
 
 
 @torch.inference_mode(False)

@@ -167,3 +167,11 @@ def is_plain(examples: Any) -> bool:
 
 def is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def is_nested(value: Any) -> bool:
+    """Return whether a value is a list of lists."""
+    try:
+        return len(value) > 0 and len(value[0]) >= 0
+    except TypeError:  # for a number, or a tensor of one
+        return False
