@@ -30,6 +30,7 @@ FLOORS = {
     "guides": 3,
     "data": 4,
     "model": 4,
+    "attaching": 4,
     "inference": 5,
     "predictive": 6,
     "storage": 6,
