@@ -66,9 +66,16 @@ import pyrolora
 from pyrolora import guides
 from pyrolora.data import prepare
 from pyrolora.inference import training_arguments
-from pyrolora.predictive import auroc, draw_factors, evaluate, predict
+from pyrolora.predictive import (
+    ClassPrediction,
+    Prediction,
+    RegressionPrediction,
+    auroc,
+    draw_factors,
+    evaluate,
+    predict,
+)
 from pyrolora.predictive.metrics import calibration_error
-from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
 from pyrolora.seeding import seeded
 
 STORE = "study.jsonl"

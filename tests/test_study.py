@@ -20,7 +20,7 @@ from problems import WORDS, bert, tokenizer
 
 import pyrolora
 from pyrolora.errors import DataError
-from pyrolora.predictive.prediction import ClassPrediction
+from pyrolora.predictive import ClassPrediction
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GOOD = {"accuracy": 0.8, "nll": 0.5, "ece": 0.1, "held_out_nll": 0.5}

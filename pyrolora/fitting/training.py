@@ -15,8 +15,6 @@ from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.fitting.request import Request
 from pyrolora.folder_lock import locked
 from pyrolora.inference import check_arguments, training_arguments
-from pyrolora.predictive.metrics import HIGHER_IS_BETTER
-from pyrolora.predictive.prediction import PREDICTIONS
 from pyrolora.tasks import Task
 
 
@@ -145,7 +143,7 @@ def _from_shortcuts(request: Request, scratch: str) -> TrainingArguments:
 
 def _higher_is_better(metric: str, task: Task) -> bool:
     """Whether a higher value of the metric is better; raise `ConfigError` for an unknown one."""
-    known = {"loss": False, **HIGHER_IS_BETTER[PREDICTIONS[type(task)]]}
+    known = {"loss": False, **task.prediction.higher_is_better}
     higher = known.get(metric.removeprefix("eval_"))
     if higher is None:
         able = ", ".join(name for name, way in known.items() if way is not None)

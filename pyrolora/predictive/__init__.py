@@ -8,14 +8,9 @@ from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
-from pyrolora.predictive.prediction import (
-    ClassPrediction,
-    Prediction,
-    RegressionPrediction,
-    TokenPrediction,
-)
 from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
+from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
 
 __all__ = [
     "Calibration",

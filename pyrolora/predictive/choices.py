@@ -22,8 +22,7 @@ from pyrolora.data.tokenising import choice_number, choice_texts
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.model import JointModel
 from pyrolora.predictive.predict import predict
-from pyrolora.predictive.prediction import ClassPrediction, TokenScores
-from pyrolora.tasks import CausalLM
+from pyrolora.tasks import CausalLM, ClassPrediction, TokenScores
 
 
 def choice_rows(data: Any, joint: JointModel) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrolora.checks import share
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.predictive.prediction import ClassPrediction, Prediction, RegressionPrediction
+from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction
 
 
 class Conformal:

@@ -26,8 +26,7 @@ from pyrolora.errors import ConfigError, DataError
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.predict import predict
-from pyrolora.predictive.prediction import TokenPrediction
-from pyrolora.tasks import CausalLM
+from pyrolora.tasks import CausalLM, TokenPrediction
 
 # Those that keep a row's neighbours, whatever they do with the rows.
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pyrolora.predictive.prediction import log_mean_exp
+from pyrolora.tasks.prediction import log_mean_exp
 
 
 @dataclass(frozen=True)

@@ -11,35 +11,10 @@ from functools import singledispatch
 import torch
 
 from pyrolora.errors import DataError
-from pyrolora.predictive.prediction import (
-    ClassPrediction,
-    Prediction,
-    RegressionPrediction,
-    TokenPrediction,
-)
 from pyrolora.predictive.reliability import ECE_BINS
 from pyrolora.predictive.selective import aurc
 from pyrolora.seeding import DRAWING
-
-HIGHER_IS_BETTER: dict[type[Prediction], dict[str, bool | None]] = {
-    ClassPrediction: {
-        "accuracy": True,
-        "nll": False,
-        "ece": False,
-        "brier": False,
-        "error_auroc": True,
-        "aurc": False,
-    },
-    RegressionPrediction: {
-        "rmse": False,
-        "nll": False,
-        "crps": False,
-        "coverage": None,
-        "aurc": False,
-    },
-    TokenPrediction: {"nll": False, "perplexity": False},
-}
-"""The metrics of each kind of prediction; None where neither is better."""
+from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
 
 
 @DRAWING

@@ -20,9 +20,8 @@ from pyrolora.data.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
-from pyrolora.predictive.prediction import PREDICTIONS, ClassPrediction, Prediction
 from pyrolora.seeding import DRAWING, seeded
-from pyrolora.tasks import MultipleChoice
+from pyrolora.tasks import ClassPrediction, MultipleChoice, Prediction
 
 R = TypeVar("R")
 
@@ -60,7 +59,7 @@ def predict(
     ``kind`` is what is made of each batch, by default all that the likelihood says, at the
     ``temperature`` (`Task.at`). How the data are read, `reduced` says.
     """
-    kind = PREDICTIONS[type(joint.task)] if kind is None else kind
+    kind = joint.task.prediction if kind is None else kind
     law = joint.task.at(temperature)
     order = data.by_length()
     reduce = partial(kind.reduce, law)

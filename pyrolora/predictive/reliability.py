@@ -7,7 +7,7 @@ import torch
 
 from pyrolora.checks import whole_number
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.predictive.prediction import ClassPrediction, Prediction
+from pyrolora.tasks import ClassPrediction, Prediction
 
 ECE_BINS = 15
 

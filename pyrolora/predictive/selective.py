@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import DataError
-from pyrolora.predictive.prediction import Prediction
+from pyrolora.tasks import Prediction
 
 
 def risk_coverage(prediction: Prediction) -> pd.DataFrame:

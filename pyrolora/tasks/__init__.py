@@ -7,11 +7,12 @@ from torch import nn
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
-from pyrolora.tasks.classification import Classification
+from pyrolora.tasks.classification import Classification, ClassPrediction
 from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multiple_choice import MultipleChoice
-from pyrolora.tasks.regression import Regression
-from pyrolora.tasks.tokens import TokenTask
+from pyrolora.tasks.prediction import Prediction
+from pyrolora.tasks.regression import Regression, RegressionPrediction
+from pyrolora.tasks.tokens import TokenPrediction, TokenScores, TokenTask
 from pyrolora.tasks.unsupported import check_task, unsupported_task
 
 _REGISTRY: dict[str, type[Task]] = {
@@ -52,11 +53,16 @@ def task_for(network: nn.Module, name: str | None = None) -> Task:
 
 __all__ = [
     "CausalLM",
+    "ClassPrediction",
     "Classification",
     "MaskedLM",
     "MultipleChoice",
+    "Prediction",
     "Regression",
+    "RegressionPrediction",
     "Task",
+    "TokenPrediction",
+    "TokenScores",
     "TokenTask",
     "available",
     "task_for",

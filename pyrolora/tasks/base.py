@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyrolora.columns import Batch
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
+from pyrolora.tasks.prediction import Prediction
 
 
 class Task(ParamModule, ABC):
@@ -26,6 +27,8 @@ class Task(ParamModule, ABC):
     """
 
     name: ClassVar[str]
+    prediction: ClassVar[type[Prediction]]
+    """The class of predictions by this task."""
     extras: ClassVar[tuple[str, ...]] = ()
     """Keys of the batch that the law reads and the network does not take."""
     linearisable: ClassVar[bool] = False

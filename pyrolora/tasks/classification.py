@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import pandas as pd
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,116 @@ from transformers.models.auto import modeling_auto
 from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.prediction import Prediction, entropy_of, filled, joined, table_of, tail_of
+
+
+@dataclass(frozen=True)
+class ClassPrediction(Prediction):
+    """Class probabilities: ``draws`` is (S, n, C); of multiple choice, C is the largest number of
+    choices and an example with fewer has probability 0 at the others.
+
+    The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information: ``entropy``
+    is total, ``aleatoric`` what every draw is unsure of, ``epistemic`` what draws disagree on; in
+    nats.
+
+    ``classes`` are the names of the classes, where the network or the data of the fit have any;
+    tables have them in place of numbers.
+    """
+
+    higher_is_better: ClassVar[Mapping[str, bool | None]] = {
+        "accuracy": True,
+        "nll": False,
+        "ece": False,
+        "brier": False,
+        "error_auroc": True,
+        "aurc": False,
+    }
+
+    draws: Tensor
+    classes: tuple[str, ...] | None = None
+
+    @staticmethod
+    def reduce(task: Classification, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
+        probs, scores = [], []
+        labelled = task.targets(batch) is not None
+        for output in outputs:
+            probs.append(task.logits(output, batch).softmax(-1).cpu())
+            if labelled:
+                scores.append(task.log_prob(output, batch).cpu())
+        record = {"draws": torch.cat(probs)}
+        if labelled:
+            record |= {"log_likelihood": torch.cat(scores), "targets": batch["labels"].cpu()}
+        return record
+
+    @classmethod
+    def collect(cls, records: Sequence[dict[str, Tensor]], task: Task) -> ClassPrediction:
+        classes = max(record["draws"].shape[-1] for record in records)
+        return cls(
+            draws=torch.cat([filled(record["draws"], classes, 0.0) for record in records], dim=1),
+            targets=joined(records, "targets", 0),
+            log_likelihood=joined(records, "log_likelihood", 1),
+        )
+
+    @property
+    def probs(self) -> Tensor:
+        """p̄ = mean_s p_s, (n, C)."""
+        return self.draws.mean(0)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most probable class, (n,)."""
+        return self.probs.argmax(-1)
+
+    @property
+    def entropy(self) -> Tensor:
+        """H[p̄], (n,)."""
+        return entropy_of(self.probs)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """mean_s H[p_s], (n,)."""
+        return entropy_of(self.draws).mean(0)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """H[p̄] − mean_s H[p_s] >= 0, the mutual information of label and draw, (n,)."""
+        return (self.entropy - self.aleatoric).clamp(min=0)
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """The entropy, (n,), in nats."""
+        return self.entropy
+
+    @property
+    def loss(self) -> Tensor | None:
+        """1 where the prediction is wrong, else 0, (n,)."""
+        return None if self.targets is None else (self.predicted != self.targets).float()
+
+    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Bounds (n, C) of the central interval of each class probability over draws."""
+        tail = tail_of(mass)
+        return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
+
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        labels = torch.distributions.Categorical(probs=self.draws).sample()
+        return {"y": (labels, ("example",)), "probs": (self.draws, ("example", "class"))}
+
+    def to_pandas(self) -> pd.DataFrame:
+        names = self.classes or tuple(str(i) for i in range(self.probs.shape[1]))
+        columns: dict[str, Tensor] = {
+            f"prob_{name}": self.probs[:, i] for i, name in enumerate(names)
+        }
+        columns |= {
+            "predicted": self.predicted,
+            "entropy": self.entropy,
+            "aleatoric": self.aleatoric,
+            "epistemic": self.epistemic,
+        }
+        table = table_of(columns, self.targets)
+        if self.classes is not None:
+            for name in {"predicted", "target"} & {*table}:
+                table[name] = table[name].map(dict(enumerate(self.classes)))
+        return table
 
 
 class Classification(Task):
@@ -25,6 +137,7 @@ class Classification(Task):
             *modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
         }
     )
+    prediction = ClassPrediction
     linearisable = True
     tempers = True
 

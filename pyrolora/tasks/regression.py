@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import pandas as pd
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -16,11 +18,117 @@ from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
+from pyrolora.tasks.prediction import Prediction, joined, table_of, tail_of
 
 FAR = 5
 """How many standard deviations of the labels from where the network starts they may lie."""
 WIDE = 100
 """The largest standard deviation of labels that a head is sure to learn."""
+
+
+@dataclass(frozen=True)
+class RegressionPrediction(Prediction):
+    """Means: ``draws`` is (S, n), in units of the target; ``noise_scale`` is the learned σ, times
+    √T of a calibrated posterior."""
+
+    higher_is_better: ClassVar[Mapping[str, bool | None]] = {
+        "rmse": False,
+        "nll": False,
+        "crps": False,
+        "coverage": None,
+        "aurc": False,
+    }
+
+    draws: Tensor
+    noise_scale: float
+
+    @staticmethod
+    def reduce(task: Regression, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
+        means, scores = [], []
+        labels = task.targets(batch)
+        for output in outputs:
+            means.append(output.cpu())
+            if labels is not None:
+                scores.append(task.log_prob(output, batch).cpu())
+        record = {"draws": torch.cat(means)}
+        if labels is not None:
+            record |= {"log_likelihood": torch.cat(scores), "targets": labels.cpu()}
+        return record
+
+    @classmethod
+    def collect(
+        cls, records: Sequence[dict[str, Tensor]], task: Regression
+    ) -> RegressionPrediction:
+        return cls(
+            draws=torch.cat([record["draws"] for record in records], dim=1),
+            targets=joined(records, "targets", 0),
+            log_likelihood=joined(records, "log_likelihood", 1),
+            noise_scale=float(task.noise().detach()),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """The predictive mean, (n,)."""
+        return self.draws.mean(0)
+
+    @property
+    def predicted(self) -> Tensor:
+        """The predictive mean, (n,)."""
+        return self.mean
+
+    @property
+    def aleatoric(self) -> Tensor:
+        """σ: the standard deviation of the noise, (n,)."""
+        return torch.full_like(self.mean, self.noise_scale)
+
+    @property
+    def epistemic(self) -> Tensor:
+        """The standard deviation of the means over draws, (n,)."""
+        return self.draws.std(0, correction=0)
+
+    @property
+    def std(self) -> Tensor:
+        """The predictive standard deviation, √(σ² + epistemic²), (n,)."""
+        return (self.aleatoric.square() + self.epistemic.square()).sqrt()
+
+    @property
+    def entropy(self) -> Tensor:
+        """Entropy of the Gaussian with the predictive variance, (n,): an upper bound, in nats."""
+        return 0.5 * (2 * torch.pi * torch.e * self.std.square()).log()
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """The predictive standard deviation, (n,), in units of the target."""
+        return self.std
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The squared error of the mean, (n,), in units of the target squared."""
+        return None if self.targets is None else (self.mean - self.targets).square()
+
+    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Bounds (n,) of the central interval of the predictive law, the mixture over draws of
+        N(mean_s, σ²), by bisection of its distribution function."""
+        tail = tail_of(mass)
+        return self._quantile(tail), self._quantile(1 - tail)
+
+    def _quantile(self, level: float) -> Tensor:
+        width = 10 * self.noise_scale
+        low, high = self.draws.amin(0) - width, self.draws.amax(0) + width
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = torch.special.ndtr((middle - self.draws) / self.noise_scale).mean(0) < level
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        noise = self.noise_scale * torch.randn_like(self.draws)
+        return {"y": (self.draws + noise, ("example",)), "mean": (self.draws, ("example",))}
+
+    def to_pandas(self) -> pd.DataFrame:
+        low, high = self.interval()
+        columns = {"mean": self.mean, "std": self.std, "epistemic": self.epistemic}
+        return table_of({**columns, "low_90": low, "high_90": high}, self.targets)
 
 
 class Regression(Task):
@@ -33,6 +141,7 @@ class Regression(Task):
 
     name = "regression"
     classes = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    prediction = RegressionPrediction
     linearisable = True
     tempers = True
 

@@ -9,12 +9,11 @@ from transformers import EarlyStoppingCallback
 
 import pyrolora
 from pyrolora.errors import ConfigError
-from pyrolora.predictive import evaluate
-from pyrolora.predictive.metrics import HIGHER_IS_BETTER
-from pyrolora.predictive.prediction import (
+from pyrolora.predictive import (
     ClassPrediction,
     RegressionPrediction,
     TokenPrediction,
+    evaluate,
 )
 from pyrolora.tasks import available
 
@@ -151,5 +150,5 @@ def test_every_metric_has_its_direction():
         posterior = pyrolora.fit(network, data, "map", epochs=1, **options)
         found = posterior._predict(data, 0, 4, None, need_labels=True)
         assert type(found) is kind
-        assert [*evaluate(found)] == [*HIGHER_IS_BETTER[kind]]
+        assert [*evaluate(found)] == [*kind.higher_is_better]
     assert len(available()) == 5  # a new likelihood may bring a kind of prediction

@@ -219,9 +219,9 @@ def test_regression_learns_its_noise():
     assert 0.75 < scores["coverage"] <= 1
 
 
-def test_every_likelihood_predicts_what_its_class_says():
-    assert ClassPrediction.task is Classification
-    assert RegressionPrediction.task is Regression
+def test_every_task_names_its_prediction():
+    assert Classification.prediction is ClassPrediction
+    assert Regression.prediction is RegressionPrediction
 
 
 def test_a_point_mass_is_run_once_whatever_the_number_of_draws(monkeypatch):

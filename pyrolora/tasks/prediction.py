@@ -1,0 +1,155 @@
+"""Predictions: draws of the posterior's predictive law, with their uncertainty."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pyrolora.checks import share
+from pyrolora.columns import Batch
+from pyrolora.errors import NonFiniteError
+
+BY_DRAW = ("draws", "log_likelihood")
+"""Fields of shape (S, n, ...); in all other tensors n comes first."""
+
+
+@dataclass(frozen=True)
+class Prediction(ABC):
+    """S draws of the predictive law, in n rows: one row per example, unless a task says otherwise.
+
+    Attributes
+    ----------
+    targets
+        The labels, (n,), or None without labels in the data.
+    log_likelihood
+        log p(y_i | draw), (S, n), or None without labels.
+    """
+
+    row: ClassVar[str] = "example"
+    """The name of a row, and of its dimension in ArviZ."""
+    higher_is_better: ClassVar[Mapping[str, bool | None]] = {"nll": False, "aurc": False}
+    """The metrics of `evaluate`; None where neither direction is better."""
+
+    targets: Tensor | None
+    log_likelihood: Tensor | None
+
+    @staticmethod
+    @abstractmethod
+    def reduce(task: Any, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
+        """Return what is kept of the outputs (s, b, ...) of one batch, by name."""
+
+    @classmethod
+    @abstractmethod
+    def collect(cls, records: Sequence[dict[str, Tensor]], task: Any) -> Prediction:
+        """Return the prediction that the records of all batches make."""
+
+    @abstractmethod
+    def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
+        """Draw the targets, ``y``, and return them with what their law depends on.
+
+        Each name has a tensor (S, n, ...) and the names of its dimensions after the first.
+        """
+
+    @abstractmethod
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a table with one line per row."""
+
+    @property
+    @abstractmethod
+    def uncertainty(self) -> Tensor:
+        """One number per row, (n,), high where the prediction is not sure.
+
+        Selective prediction and the detection of other data go by it.
+        """
+
+    @property
+    @abstractmethod
+    def loss(self) -> Tensor | None:
+        """The cost of each prediction, (n,), or None without labels."""
+
+    @property
+    def examples(self) -> Tensor:
+        """The number of each row's example in the data, (n,)."""
+        return torch.arange(len(self.uncertainty))
+
+    def in_order(self, order: Sequence[int]) -> Self:
+        """Return the prediction in the order of the data; it was made in the ``order`` given."""
+        return self.select(torch.as_tensor(order).argsort())
+
+    def check_finite(self) -> None:
+        """Raise `NonFiniteError` for outputs of the network that are not finite.
+
+        A draw may give a class no probability at all; that is finite.
+        """
+        draws = getattr(self, "draws", None)
+        if draws is None or torch.isfinite(draws).all():
+            return
+        broken = (
+            (~torch.isfinite(draws)).flatten(2).any(-1) if draws.dim() > 2 else ~draws.isfinite()
+        )
+        example = int(self.examples[broken.any(0).nonzero()[0]])
+        raise NonFiniteError(
+            f"the network gives NaN or infinity for example {example}, in {int(broken.sum())} of "
+            f"{broken.numel()} predictions of a draw: the posterior's numbers, or the network's, "
+            "are too large for its precision; load it in float32, or fit with a lower learning rate"
+        )
+
+    def select(self, rows: Tensor) -> Self:
+        """Return the prediction of the rows with these numbers, (m,), in their order."""
+        chosen = {
+            part.name: value.index_select(1 if part.name in BY_DRAW else 0, rows)
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), Tensor)
+        }
+        return replace(self, **chosen)
+
+    def counted(self) -> Self:
+        """Return the prediction of the rows in which something is predicted."""
+        return self
+
+    @property
+    def log_predictive(self) -> Tensor | None:
+        """log mean_s p(y_i | draw s), (n,), in nats."""
+        return None if self.log_likelihood is None else log_mean_exp(self.log_likelihood)
+
+
+def log_mean_exp(scores: Tensor) -> Tensor:
+    """Return log mean_s exp(score_s) over the first dimension."""
+    return scores.logsumexp(0) - math.log(len(scores))
+
+
+def tail_of(mass: float) -> float:
+    """Return the probability on either side of a central interval."""
+    share("the mass of an interval", mass, "(0, 1)")
+    return (1 - mass) / 2
+
+
+def entropy_of(probs: Tensor) -> Tensor:
+    """Return the entropy over the last dimension, in nats."""
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def joined(records: Sequence[dict[str, Tensor]], name: str, dim: int) -> Tensor | None:
+    """Return that part of all records in one tensor; None where a record has none."""
+    if any(name not in record for record in records):
+        return None
+    return torch.cat([record[name] for record in records], dim=dim)
+
+
+def filled(tensor: Tensor, length: int, value: float) -> Tensor:
+    """Return a tensor whose last dimension is filled up to ``length``."""
+    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]), value=value)
+
+
+def table_of(columns: Mapping[str, Tensor], targets: Tensor | None) -> pd.DataFrame:
+    """Return a table of these columns, and of the targets if there are any."""
+    if targets is not None:
+        columns = {**columns, "target": targets}
+    return pd.DataFrame({name: tensor.numpy() for name, tensor in columns.items()})
