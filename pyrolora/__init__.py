@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyrolora import arviz, diagnostics, distributions, guides, plots, tasks
     from pyrolora.adapters.config import AdapterConfig, RankAllocation
     from pyrolora.comparing import compare
-    from pyrolora.fitting import fit
+    from pyrolora.fitting.fit import fit
     from pyrolora.loading import from_peft, load
     from pyrolora.posterior import Posterior
     from pyrolora.predictive import Generation, Prediction

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from pyrolora.adapters import (
     refuse_foreign,
 )
 from pyrolora.adapters.new_weights import own_new_weights
+from pyrolora.attaching import attached
 from pyrolora.checks import true_or_false
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel, build
 from pyrolora.parameters import ParamModule
-from pyrolora.peft import read_adapter
+from pyrolora.peft import Adapter, read_adapter
 from pyrolora.posterior import Posterior
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.storage import (
@@ -77,8 +78,8 @@ def load(
         _check_sizes(description, saved.tensors.declared)
         tokenizer = saved.tokenizer(trust_remote_code=trust_remote_code)
         network = _network(description, model, trust_remote_code)
-        with _as_it_was(network):
-            joint = _joint(saved, network)
+        with attached(network, partial(_attached, description, network)) as attachment:
+            joint = _joint(saved, attachment)
     except Exception as error:
         if isinstance(error, CheckpointError):
             raise
@@ -107,45 +108,33 @@ def _network(
     return load_base(description.base, name, trust_remote_code=trust_remote_code)
 
 
-def _joint(saved: Saved, network: nn.Module) -> JointModel:
-    """The joint model of a saved posterior; nothing is left in the network where it fails."""
-    description = saved.description
+def _attached(description: Description, network: nn.Module) -> Attachment:
+    """Wrap the layers and heads that a description names, in the network that it describes."""
     check_base(network, description.heads, description.base)
+    _check_layers(description.specs, network)
+    return Attachment(network, description.specs, description.heads)
+
+
+def _joint(saved: Saved, attachment: Attachment) -> JointModel:
+    """Build the joint model of a saved posterior, with its tensors."""
+    description, network = saved.description, attachment.network
     task = task_for(network, description.task)
     task.class_names = description.classes
-    _check_layers(description.specs, network)
-    attachment = Attachment(network, description.specs, description.heads)
-    try:
-        joint = build(
-            network,
-            attachment,
-            description.config,
-            description.guide,
-            task,
-            description.num_examples,
-        )
-        if description.prior is not None:
-            joint.program.succeed(description.prior)
-            joint.align()
-        joint.check_own_state(saved.tensors.declared)
-        joint.load_own_state(saved.state())
-        _check_values(joint)
-    except BaseException:
-        attachment.detach()
-        raise
+    joint = build(
+        network,
+        attachment,
+        description.config,
+        description.guide,
+        task,
+        description.num_examples,
+    )
+    if description.prior is not None:
+        joint.program.succeed(description.prior)
+        joint.align()
+    joint.check_own_state(saved.tensors.declared)
+    joint.load_own_state(saved.state())
+    _check_values(joint)
     return joint
-
-
-@contextmanager
-def _as_it_was(network: nn.Module) -> Iterator[None]:
-    """Where the block fails, every module of the network is in the mode that it had."""
-    modes = {module: module.training for module in network.modules()}
-    try:
-        yield
-    except BaseException:
-        for module, mode in modes.items():
-            module.training = mode
-        raise
 
 
 def _check_sizes(description: Description, declared: Mapping[str, Tensor]) -> None:
@@ -241,7 +230,7 @@ def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,
     *,
-    task: str | None = None,
+    task: Any = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Posterior:
@@ -257,8 +246,8 @@ def from_peft(
     model
         The network that it was trained on, with a task head of the same size; of a language model
         also its hub id or folder.
-    likelihood
-        A name from ``pyrolora.tasks.available()``; None: from the model's class.
+    task
+        A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
     tokenizer
         For raw text; loaded with a model that is given by its name.
     trust_remote_code
@@ -287,21 +276,21 @@ def from_peft(
         )
     law = task_for(network, task)
     adapter = read_adapter(path, network)
-    with _as_it_was(network):
-        heads = [*adapter.heads, *own_new_weights(network, adapter.heads)]
-        attachment = Attachment(network, adapter.specs, heads)
-        try:
-            joint = build(network, attachment, adapter.config, MAP(), law, num_examples=1)
-            bank = joint.program.bank
-            flat = bank.flattened(adapter.matrices)
-            bank.assign("A_loc", flat.A)
-            bank.assign("B_loc", flat.B)
-            for name, (head,) in joint.named_heads().items():
-                if name in adapter.heads:
-                    head.load_state_dict(adapter.heads[name])
-            _check_values(joint)
-        except BaseException:
-            attachment.detach()
-            raise
+    with attached(network, partial(_attached_as_peft, adapter, network)) as attachment:
+        joint = build(network, attachment, adapter.config, MAP(), law, num_examples=1)
+        bank = joint.program.bank
+        flat = bank.flattened(adapter.matrices)
+        bank.assign("A_loc", flat.A)
+        bank.assign("B_loc", flat.B)
+        for name, (head,) in joint.named_heads().items():
+            if name in adapter.heads:
+                head.load_state_dict(adapter.heads[name])
+        _check_values(joint)
         network.eval()
     return Posterior(joint, MAP(), tokenizer=tokenizer)
+
+
+def _attached_as_peft(adapter: Adapter, network: nn.Module) -> Attachment:
+    """Wrap the layers and heads of an adapter, and the modules that no checkpoint had."""
+    heads = [*adapter.heads, *own_new_weights(network, adapter.heads)]
+    return Attachment(network, adapter.specs, heads)

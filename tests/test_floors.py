@@ -30,6 +30,7 @@ FLOORS = {
     "tasks": 3,
     "guides": 3,
     "model": 4,
+    "attaching": 4,
     "inference": 5,
     "predictive": 6,
     "storage": 6,

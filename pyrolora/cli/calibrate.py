@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from pyrolora import defaults
-from pyrolora.cli import files, posteriors
-from pyrolora.cli.files import KINDS
+from pyrolora.cli import posteriors
+from pyrolora.cli.fingerprint import fingerprint
 from pyrolora.cli.output import print_json, say, tell
+from pyrolora.cli.readers import KINDS
 from pyrolora.cli.runs import Run
 
 
@@ -40,7 +41,7 @@ def calibrate(
     """
     examples = posteriors.labelled(run, data, split, text, label, defaults.FIT_SPLITS)
     digest = (Run(run).record or {}).get("options", {}).get("data_digest")
-    if digest == files.fingerprint(data, examples):
+    if digest == fingerprint(data, examples):
         say(
             "note: the fit was trained on these data, and is too sure of them: their temperature "
             "is too low; give others"

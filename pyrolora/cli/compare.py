@@ -9,8 +9,8 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import posteriors
-from pyrolora.cli.files import KINDS
 from pyrolora.cli.output import metrics_table, print_json
+from pyrolora.cli.readers import KINDS
 from pyrolora.errors import ConfigError
 
 

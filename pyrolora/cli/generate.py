@@ -12,8 +12,8 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import posteriors
-from pyrolora.cli.files import KINDS
 from pyrolora.cli.output import say
+from pyrolora.cli.readers import KINDS
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.files import write_whole
 

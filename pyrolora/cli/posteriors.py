@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyrolora import defaults
-from pyrolora.cli import files
+from pyrolora.cli import columns
 from pyrolora.cli.output import say
+from pyrolora.cli.reading import read_data
 from pyrolora.cli.runs import LAST_GOOD, Run
 from pyrolora.errors import CheckpointError, ConfigError
 
@@ -115,13 +116,13 @@ def labelled(
 ) -> Any:
     """Data with its target, in the columns that were given, or those of the fit."""
     run = Run(folder)
-    columns = run.columns()
-    return files.labelled(
+    chosen = run.columns()
+    return columns.labelled(
         source,
         split,
         splits,
-        text or columns.get("text", []),
-        label or columns.get("label"),
+        text or chosen.get("text", []),
+        label or chosen.get("label"),
         run.classes(),
     )
 
@@ -141,8 +142,8 @@ def unlabelled(
     splits: Sequence[str] = defaults.SCORE_SPLITS,
 ) -> tuple[Any, Any]:
     """Data as it is, and its inputs alone."""
-    columns = Run(folder).columns()
-    original = files.read_data(source, split, splits)
-    inputs = files.with_columns(original, text or columns.get("text", []), None, source)
-    targets = {*files.LABELS, columns.get("label")}
+    chosen = Run(folder).columns()
+    original = read_data(source, split, splits)
+    inputs = columns.with_columns(original, text or chosen.get("text", []), None, source)
+    targets = {*columns.LABELS, chosen.get("label")}
     return original, inputs.remove_columns([n for n in inputs.column_names if n in targets])

@@ -10,8 +10,9 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import posteriors
-from pyrolora.cli.files import KINDS, print_table, writer
 from pyrolora.cli.output import say
+from pyrolora.cli.readers import KINDS
+from pyrolora.cli.tables import print_table, writer
 from pyrolora.errors import DataError
 
 if TYPE_CHECKING:

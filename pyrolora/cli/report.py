@@ -8,9 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from pyrolora import defaults
-from pyrolora.cli import files, posteriors
-from pyrolora.cli.files import KINDS
+from pyrolora.cli import posteriors
+from pyrolora.cli.columns import as_told, with_columns
 from pyrolora.cli.output import print_json, say, tell
+from pyrolora.cli.readers import KINDS
+from pyrolora.cli.reading import read_data
 from pyrolora.cli.runs import Run
 
 
@@ -71,8 +73,8 @@ def _examples(
 ) -> Any:
     """Data with its target, if it has the column that was given or that of the fit."""
     columns = Run(run).columns()
-    original = files.read_data(source, split, defaults.SCORE_SPLITS)
+    original = read_data(source, split, defaults.SCORE_SPLITS)
     if label is None and columns.get("label") in original.column_names:
         label = columns["label"]
-    chosen = files.with_columns(original, text or columns.get("text", []), label, source)
-    return files.as_told(chosen, source, Run(run).classes())
+    chosen = with_columns(original, text or columns.get("text", []), label, source)
+    return as_told(chosen, source, Run(run).classes())

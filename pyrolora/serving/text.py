@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pyrolora.data.collate import context_length
 from pyrolora.data.encoding import Encoder
+from pyrolora.data.inputs import context_length
 from pyrolora.model import evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors

@@ -573,6 +573,13 @@ def test_help_shows_an_example(command: str) -> None:
     assert any(f"pyrolora {command}" in line for line in examples), result.out
 
 
+def test_the_help_of_fit_names_what_the_registries_hold() -> None:
+    text = " ".join(done("fit", "--help").out.replace("│", " ").split())
+    assert ", ".join(pyrolora.tasks.available()) in text
+    assert ", ".join(pyrolora.guides.available()) in text
+    assert "{" not in text.partition("{data}")[2]
+
+
 def test_help_names_the_commands_and_the_exit_codes() -> None:
     result = done("--help")
     for word in ("fit", "compare", "generate", "report", "demo", "Exit codes"):

@@ -16,15 +16,10 @@ import pandas as pd
 import pytest
 from problems import reviews
 
-from pyrolora.cli.files import (
-    fingerprint,
-    labelled,
-    numbers_as_numbers,
-    print_table,
-    read_data,
-    with_columns,
-    writer,
-)
+from pyrolora.cli.columns import labelled, numbers_as_numbers, with_columns
+from pyrolora.cli.fingerprint import fingerprint
+from pyrolora.cli.reading import read_data
+from pyrolora.cli.tables import print_table, writer
 from pyrolora.errors import ConfigError, DataError
 
 ROWS = [

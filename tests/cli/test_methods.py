@@ -107,9 +107,9 @@ def test_a_given_adapter_keeps_its_weights(place, tmp_path, given):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--guide", "laplace"), ("--epochs", "trains nothing")),
+        (("--guide", "laplace"), ("epochs", "trains nothing")),
         (("--guide", "map"), ("montec", "nothing to infer")),
-        (("--set", "adapter.r=4"), ("adapter is that of --given",)),
+        (("--set", "adapter.r=4"), ("adapter= comes with the posterior",)),
         (("--given", "nowhere"), ("no folder 'nowhere'",)),
     ],
 )
@@ -201,7 +201,7 @@ def test_classes_keep_their_names_in_files_that_hold_few_of_them(place, tmp_path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--prior", "nowhere"), ("--prior", "no folder")),
+        (("--prior", "nowhere"), ("nowhere", "no folder")),
         (("--prior", "encoder"), ("no saved posterior",)),
         (("--prior", "run"), ("cannot be the prior", "meanfield")),
         (("--guide", "full", "--set", "adapter.r=2"), ("has no adapters",)),

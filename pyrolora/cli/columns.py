@@ -1,0 +1,119 @@
+"""Columns of data: which are text and target, and which hold numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyrolora.cli.numerals import is_not_finite, is_number
+from pyrolora.cli.reading import read_data
+from pyrolora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+LABELS = ("label", "labels")
+CHOICES = "choices"
+TEXT_TABLES = (".csv", ".tsv")
+"""Formats whose cells are all text."""
+
+
+def labelled(
+    source: str,
+    split: str | None,
+    defaults: Sequence[str],
+    text: Sequence[str],
+    label: str | None,
+    names: Collection[str] = (),
+) -> datasets.Dataset:
+    """`read_data` in its chosen columns, its labels `as_told`."""
+    data = with_columns(read_data(source, split, defaults), text, label, source)
+    return as_told(data, source, names)
+
+
+def with_columns(
+    data: datasets.Dataset, text: Sequence[str], label: str | None, source: str
+) -> datasets.Dataset:
+    """The data with the chosen columns under the names that `pyrolora.fit` knows.
+
+    ``text`` names the column of the text, or the two of a pair; ``label`` that of the target. With
+    ``text`` no other column is input, but for ``choices``, which belong to it; with ``label`` no
+    other is the target.
+    """
+    if len(text) > 2 or len(set(text)) < len(text):
+        raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
+    for name in (*text, *([] if label is None else [label])):
+        if name not in data.column_names:
+            raise DataError(f"{source} has no column {name!r}; it has {data.column_names}")
+    new = dict(zip(text, ("text", "text_pair"), strict=False))
+    if label in new:
+        raise ConfigError(f"--text and --label are the same column, {label!r}")
+    if label is not None:
+        new[label] = "label"
+    if not text and Path(source).suffix.lower() in TEXT_TABLES:
+        data = _numbers_apart(data, {*LABELS, label})
+    kept = [
+        name
+        for name in data.column_names
+        if name in (*new, CHOICES) or (label is None if name in LABELS else not text)
+    ]
+    return data.select_columns(kept).rename_columns(
+        {old: name for old, name in new.items() if old != name}
+    )
+
+
+def as_told(data: datasets.Dataset, source: str, names: Collection[str]) -> datasets.Dataset:
+    """The data with numbers for labels where a table of text, CSV or TSV, has numbers alone, and
+    none of them is among ``names``, those of classes that are known."""
+    if Path(source).suffix.lower() not in TEXT_TABLES or label_names(data) & {*names}:
+        return data
+    return numbers_as_numbers(data)
+
+
+def label_names(data: datasets.Dataset) -> set[str]:
+    """The labels that are text."""
+    return {
+        cell
+        for name in LABELS
+        if name in data.column_names
+        for cell in data.unique(name)
+        if isinstance(cell, str)
+    }
+
+
+def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
+    """A text column of labels turned to whole or real numbers, if every one is a number (NaN and
+    infinity are, beside others): the columns of CSV files are text."""
+    for name in LABELS:
+        cells = data[name][:] if name in data.column_names else []
+        filled = [cell for cell in cells if cell is not None]
+        if not filled or not all(isinstance(cell, str) for cell in filled):
+            continue
+        rest = [cell for cell in filled if not is_number(cell.strip())]
+        if len(rest) == len(filled) or not all(is_not_finite(cell.strip()) for cell in rest):
+            continue  # names, though Python would read 'nan' and '1_0' as numbers
+        for kind in (int, float):
+            try:
+                values = [None if cell is None else kind(cell) for cell in cells]
+            except ValueError:
+                continue
+            return data.remove_columns(name).add_column(name, values)
+    return data
+
+
+def _numbers_apart(data: datasets.Dataset, targets: Collection[str | None]) -> datasets.Dataset:
+    """A table of text whose columns of numbers are numbers, beside others that are text: they are
+    no text to read."""
+    columns = {name: data[name][:] for name in data.column_names if name not in targets}
+    numbers = [
+        name
+        for name, cells in columns.items()
+        if any(cells) and all(cell is None or is_number(cell.strip()) for cell in cells)
+    ]
+    if len(numbers) == len(columns):
+        return data
+    for name in numbers:
+        values = [None if cell is None else float(cell) for cell in columns[name]]
+        data = data.remove_columns(name).add_column(name, values)
+    return data

@@ -1,0 +1,77 @@
+"""Data by name: files, folders, and data sets on the hub; their splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyrolora.cli.readers import KINDS, READERS, read_file
+from pyrolora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def read_data(source: str, split: str | None, defaults: Sequence[str]) -> datasets.Dataset:
+    """The data set that a source holds.
+
+    Parameters
+    ----------
+    source
+        A file (`KINDS`), a folder written by ``save_to_disk``, or ``name`` or ``name:config`` of a
+        data set on the hub.
+    split
+        Which split of a source that has several; None: the first of ``defaults`` that there is.
+
+    Raises
+    ------
+    DataError, ConfigError
+        In one line: no such file, no such split, not readable as what its name says.
+    """
+    path = Path(source)
+    if path.is_dir():
+        data = _from_folder(path)
+    elif path.is_file():
+        data = read_file(path)
+    elif path.suffix.lower() in READERS or path.is_absolute() or source.startswith("."):
+        raise DataError(f"there is no file {source!r} (seen from {Path.cwd()})")
+    else:
+        data = _from_hub(source)
+    if not isinstance(data, dict):
+        if split is not None:
+            raise ConfigError(f"{source} has no splits; leave out --split {split}")
+        return data
+    names = defaults if split is None else [split]
+    for name in names:
+        if name in data:
+            return data[name]
+    raise ConfigError(
+        f"{source} has no split {' or '.join(map(repr, names))}; it has {sorted(data)}: choose one "
+        "with --split"
+    )
+
+
+def _from_folder(path: Path) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # damaged in any way
+        raise DataError(
+            f"the folder {path} holds no data set written by save_to_disk, or a damaged one; pass "
+            f"such a folder, or a file ({KINDS})"
+        ) from error
+
+
+def _from_hub(source: str) -> Any:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None)
+    except Exception as error:  # of the network, the hub, the loader: whatever it is, it is no data
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{source!r} is no file or folder here, and no data set within reach: {reason[:200]}"
+        ) from error

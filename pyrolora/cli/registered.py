@@ -1,0 +1,31 @@
+"""Help that names what the registries hold, looked up when the help is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+
+class RegisteredHelp(TyperCommand):
+    """A command whose options say ``{tasks}``, ``{guides}``, ``{post_hoc}`` and ``{priors}``.
+
+    The registries import torch, for which the list of commands does not wait.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from pyrolora import guides, tasks
+
+        kinds = {name: guides.as_guide(name) for name in guides.available()}
+        names = {
+            "tasks": tasks.available(),
+            "guides": [*kinds],
+            "post_hoc": [name for name, guide in kinds.items() if guide.post_hoc() is not None],
+            "priors": [name for name, guide in kinds.items() if guide.takes_prior()],
+        }
+        listed = {part: ", ".join(some) for part, some in names.items()}
+        for parameter in self.params:
+            text = getattr(parameter, "help", None)
+            if text:
+                parameter.help = text.format(**listed)  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)

@@ -1,0 +1,53 @@
+"""The first passes of a fit's data through its joint model: checks, gradients, outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+from pyrolora.data import Prepared, to_device
+from pyrolora.inference import weight_gradients
+from pyrolora.inference.reading import check_reading, explained_pass
+from pyrolora.model import JointModel, evaluating
+
+
+@torch.no_grad()
+def check_first_pass(joint: JointModel, data: Prepared, *, untrained: bool = False) -> None:
+    """Raise an error unless the network runs on two examples, calls its adapted layers, fits the
+    labels and, with ``untrained``, can be trained from where it starts.
+    """
+    assert data.labels is not None
+    examples = [data.examples[i] for i in range(min(2, len(data)))]
+    batch = to_device(data.collate(examples), next(joint.parameters()).device)
+    with evaluating(joint):
+        with explained_pass(joint.base, batch):
+            output = joint.network(batch, joint.program.mean())
+        joint.task.check_output(output, data.labels)
+        check_reading(joint, batch, output)
+        if untrained:
+            joint.task.check_start(output, data.labels)
+
+
+def weight_gradients_of(
+    joint: JointModel, data: Prepared, args: TrainingArguments
+) -> dict[str, Tensor]:
+    """Return the gradient of each adapted layer's weight on one batch, which the seed chooses."""
+    check_first_pass(joint, data)
+    joint.to(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(data), generator=generator)[: args.per_device_train_batch_size]
+    (batch,) = data.loader(len(order), order.tolist())
+    return weight_gradients(joint, to_device(batch, args.device))
+
+
+@torch.no_grad()
+def mean_outputs(joint: JointModel, data: Prepared, args: TrainingArguments) -> Tensor:
+    """Return the outputs of the mean adapter for all training examples."""
+    joint.to(args.device)
+    with evaluating(joint):
+        outputs = [
+            joint.network(to_device(batch, args.device), joint.program.bank.means())
+            for batch in data.loader(args.per_device_train_batch_size)
+        ]
+    return torch.cat(outputs).cpu()

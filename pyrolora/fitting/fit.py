@@ -1,0 +1,259 @@
+"""`fit`: from a model and data to a posterior."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from pyrolora import defaults
+from pyrolora.adapters.config import AdapterConfig
+from pyrolora.attaching import attached
+from pyrolora.data import Prepared, prepare
+from pyrolora.errors import ConfigError, NonFiniteError, SaveError
+from pyrolora.fitting.earlier import Continued, Given
+from pyrolora.fitting.fresh import Fresh
+from pyrolora.fitting.origin import Origin
+from pyrolora.fitting.request import Request
+from pyrolora.fitting.training import (
+    check_evaluation,
+    choose_best,
+    opened_arguments,
+    settings_of,
+)
+from pyrolora.guides import Guide
+from pyrolora.inference import Run
+from pyrolora.model import JointModel
+from pyrolora.posterior import Posterior
+from pyrolora.predictive import draw_factors, evaluate, predict
+from pyrolora.seeding import fitting
+from pyrolora.storage import describe_base
+from pyrolora.tasks import Task
+
+
+def fit(
+    model: str | Path | nn.Module | Posterior,
+    data: Any,
+    guide: str | Guide | None = None,
+    *,
+    eval_data: Any = None,
+    tokenizer: Any = None,
+    task: str | Task | None = None,
+    adapter: AdapterConfig | Any = None,
+    prior: Posterior | None = None,
+    epochs: float | None = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    output_dir: str | Path | None = None,
+    training: TrainingArguments | None = None,
+    callbacks: Sequence[TrainerCallback] | TrainerCallback = (),
+) -> Posterior:
+    """Infer the posterior of a network's low-rank adapters.
+
+    Parameters
+    ----------
+    model
+        A transformers model, a hub id or local folder of one, or any ``nn.Module`` with linear
+        layers (then name the ``task``). Its own weights are not changed; one that is named
+        gets a head for the classes of ``data``, or, with ``prior``, of the earlier data. Or a
+        `Posterior`, such as `from_peft` reads: its means and task head stay as they are, and the
+        guide adds their spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; for
+        ``"nuts"`` they are what its model is given).
+    data
+        Training data: ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its ``validation``
+        becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch ``Dataset`` or
+        ``DataLoader`` (its data set is taken); a list of dicts; a tuple (inputs, labels). For
+        multiple choice a column ``choices`` (a list of texts) beside ``question``, and ``label``,
+        the number of the right one (of a network that scores choices: a causal language model
+        learns whole texts, and chooses in `Posterior.predict`); texts without labels for a masked
+        language model get some tokens hidden, always the same. Labels that are names go by the
+        network's, up to case, spaces, '-' and '_'; a network without names takes those of the data
+        (`Posterior.classes`). A text that a causal language model learns is ended by EOS; scores
+        are of the text itself. Columns that are not read are named in a warning, and what has two
+        readings is a `DataError`.
+    guide
+        A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
+        object with its options. None: ``"montec"``, or that of ``prior``.
+    eval_data
+        Scored every epoch by the predictive mean over draws; where draws come at the end
+        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too. ``"laplace"`` sets the scale of its
+        prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
+    tokenizer
+        For raw text and padding; loaded with a model that is given by its name.
+    task
+        A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
+    adapter
+        An `AdapterConfig`, or a ``peft.LoraConfig``.
+    prior
+        A posterior of the same network from earlier data, which becomes the prior of the latent
+        factors:
+
+            q(θ) = argmin −Σ_new log p(y|θ) + β KL(q ‖ q_earlier)
+
+        so that the new data are learnt and the earlier ones are not forgotten, without them. The
+        fit starts at the earlier means and scales. What has no prior (the factor that is not
+        latent, the task head, the noise of a regression) stays as it is; with ``latent="AB"`` both
+        factors move. For ``"montec"``, ``"meanfield"``, ``"lowrank"``, and ``"flat"`` around them,
+        with the options of the earlier fit but for the weight of the KL and what is of the training
+        alone.
+    epochs, learning_rate, batch_size, seed
+        Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
+        Trainer, the seed sets the process's random generators.
+    output_dir
+        Checkpoints, ten a run, and the posterior at the end, go there. One fit at a time uses it.
+    training
+        ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
+        schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
+        its own defaults then hold (a learning rate of 5e-5), and saving is up to you. For
+        ``metric_for_best_model`` any metric of `Posterior.evaluate`, or ``"loss"``, which is the
+        ``nll``; which way it is better is known. What would do nothing here is refused.
+    callbacks
+        Trainer callbacks, or one.
+
+    Returns
+    -------
+    Posterior
+        Its network is in evaluation mode.
+
+    Raises
+    ------
+    ConfigError, DataError, TargetError, UnknownNameError
+        Before any training step, for what cannot be fitted.
+    NonFiniteError
+        When the objective stops being finite; its ``posterior`` has the last good state.
+    SaveError
+        When the posterior cannot be written to ``output_dir``; it is the error's ``posterior``.
+    """
+    given = model if isinstance(model, Posterior) else None
+    request = Request(
+        model=model.base if isinstance(model, Posterior) else model,
+        data=data,
+        guide=guide,
+        eval_data=eval_data,
+        tokenizer=tokenizer,
+        task=task,
+        adapter=adapter,
+        given=given,
+        prior=prior,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        seed=seed,
+        output_dir=output_dir,
+        training=training,
+        callbacks=callbacks,
+    )
+    return fit_request(request)
+
+
+@fitting()
+def fit_request(request: Request) -> Posterior:
+    """Infer the posterior that ``request`` asks for, as `fit` says."""
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
+    request.check()
+    request = request.loaded()
+    _warn_of_temperature(request)
+    with opened_arguments(request) as args:
+        set_seed(args.seed)
+        origin = _origin_of(request)
+        data, held_out = _prepared(request, origin)
+        check_evaluation(args, held_out)
+        choose_best(args, origin.task, request)
+        with attached(origin.network, partial(origin.attach, data, args)) as attachment:
+            build = origin.builder(attachment, data, args)
+            joint = build(request.options)
+            origin.ready(joint, data, held_out, args)
+            identity = describe_base(
+                origin.network, attachment.heads, weights=request.options.adapts
+            )
+            posterior_of = partial(
+                Posterior, tokenizer=origin.tokenizer, settings=settings_of(args), identity=identity
+            )
+            score = None if held_out is None else partial(_score, data=held_out, args=args)
+            listeners = request.listeners
+            run = Run(
+                joint, request.options, build, data, args, listeners, score, held_out, posterior_of
+            )
+            posterior = _inferred(run, request)
+        _save(posterior, request, args)
+    return posterior
+
+
+def _origin_of(request: Request) -> Origin:
+    if request.given is not None:
+        return Given.of(request)
+    return Fresh.of(request) if request.prior is None else Continued.of(request)
+
+
+def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | None]:
+    """Prepare the training data, whose classes the task gets, and the evaluation data."""
+    network, task, tokenizer = origin.network, origin.task, origin.tokenizer
+    request.options.check(task)
+    data, held_out = prepare(request.data, network, task, tokenizer), None
+    task.class_names = data.names or task.class_names
+    if request.held_out is not None:
+        splits = defaults.FIT_SPLITS
+        held_out = prepare(
+            request.held_out, network, task, tokenizer, splits=splits, to_learn=False
+        )
+    return data, held_out
+
+
+def _inferred(run: Run, request: Request) -> Posterior:
+    """Run the guide's inference; a posterior that met NaN is saved, and is the error's."""
+    posterior: Posterior = run.posterior(run.joint, run.guide)
+    posterior.history = run.history
+    try:
+        run.guide.infer(run)
+        run.conclude()
+    except NonFiniteError as error:
+        if error.posterior is not None:
+            error.posterior.history = run.history
+            try:
+                _save(error.posterior, request, run.args)
+            except SaveError as unsaved:
+                error.add_note(str(unsaved))
+        raise
+    return posterior
+
+
+def _score(
+    joint: JointModel, num_samples: int | None, *, data: Prepared, args: TrainingArguments
+) -> dict[str, float]:
+    """Return the metrics of draws, always of the same seed, so that epochs compare."""
+    factors = draw_factors(joint, num_samples, seed=args.seed)
+    return evaluate(predict(joint, data, factors, batch_size=args.per_device_eval_batch_size))
+
+
+def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> None:
+    """Save to the request's folder, if there is one; of several processes the first does."""
+    folder = request.output_dir
+    if folder is None or not request.saves or not args.should_save:
+        return
+    try:
+        posterior.save(folder)
+    except Exception as error:  # tokenizers raise no specific exception for a full disk
+        unsaved = SaveError(
+            f"the fit is done, and its posterior could not be written to {folder}: {error}; "
+            "error.posterior is it (sys.last_value.posterior in a notebook): save it elsewhere"
+        )
+        unsaved.posterior = posterior
+        raise unsaved from error
+
+
+def _warn_of_temperature(request: Request) -> None:
+    source = request.prior if request.given is None else request.given
+    if isinstance(source, Posterior) and source.temperature != 1:
+        warnings.warn(
+            "the posterior that this fit starts from has the temperature "
+            f"{source.temperature:.4g}, and the new one has none: call calibrate(...) on it",
+            stacklevel=5,
+        )

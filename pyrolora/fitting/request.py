@@ -1,0 +1,215 @@
+"""The request of a fit: everything that was asked for, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from pyrolora import defaults
+from pyrolora.adapters import as_adapter_config
+from pyrolora.adapters.config import AdapterConfig
+from pyrolora.errors import ConfigError
+from pyrolora.fitting.stored import StoredPosterior
+from pyrolora.guides import Guide, Variational, as_guide, available, full_name
+from pyrolora.posterior import Posterior
+from pyrolora.tasks import Task
+
+_DEFAULTS: dict[str, Any] = {
+    "epochs": defaults.EPOCHS,
+    "learning_rate": defaults.LEARNING_RATE,
+    "batch_size": defaults.BATCH_SIZE,
+    "seed": defaults.SEED,
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """What a fit is asked to do; the attributes without a description are those of `pyrolora.fit`.
+
+    Attributes
+    ----------
+    model
+        The network, or its hub id or folder; with ``given`` its network.
+    given
+        The posterior whose means stay, for a post-hoc fit. One in a folder is loaded by `loaded`.
+    prior
+        The posterior of earlier data, or its folder.
+    training_options
+        Arguments of the Trainer that complete the shortcuts, by their names there.
+    saves
+        Whether the fit writes the posterior to ``output_dir``; without, checkpoints alone go there.
+    """
+
+    model: str | Path | nn.Module
+    data: Any
+    guide: str | Guide | None = None
+    eval_data: Any = None
+    tokenizer: Any = None
+    task: Any = None
+    adapter: AdapterConfig | Any = None
+    given: Posterior | StoredPosterior | None = None
+    prior: Posterior | StoredPosterior | None = None
+    epochs: float | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    seed: int | None = None
+    output_dir: str | Path | None = None
+    training: TrainingArguments | None = None
+    training_options: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[TrainerCallback] | TrainerCallback = ()
+    saves: bool = True
+
+    @cached_property
+    def options(self) -> Guide:
+        """The guide; unless its options are stated, that of the prior."""
+        prior, guide = self.prior, self.guide
+        if prior is None:
+            return as_guide("montec" if guide is None else guide)
+        if not isinstance(prior, Posterior | StoredPosterior):
+            raise ConfigError(
+                f"prior must be a Posterior of an earlier fit, got {prior!r}; the prior scale of a "
+                "guide is an option of the guide, as in MeanField(prior_scale=0.2)"
+            )
+        if guide is None or guide == full_name(prior.options):
+            return prior.options
+        return as_guide(guide)
+
+    @property
+    def shortcuts(self) -> dict[str, Any]:
+        """The Trainer's arguments that have a keyword of their own here, as far as they are set."""
+        names = (*_DEFAULTS, "output_dir")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def held_out(self) -> Any:
+        """The evaluation data; without ``eval_data`` the split ``validation`` of the data."""
+        if self.eval_data is None and isinstance(self.data, dict):
+            return self.data.get("validation")
+        return self.eval_data
+
+    @property
+    def listeners(self) -> list[TrainerCallback]:
+        """The callbacks as a list."""
+        callbacks = self.callbacks
+        return [callbacks] if isinstance(callbacks, TrainerCallback) else list(callbacks)
+
+    def loaded(self) -> Request:
+        """Return the request with its posteriors in memory, and their network in its place."""
+        if isinstance(self.given, StoredPosterior):
+            given = self.given.load(self.model, self.data, self.task)
+            return dataclasses.replace(self, model=given.base, given=given, task=None)
+        if isinstance(self.prior, StoredPosterior):
+            prior = self.prior.load(self.model, self.data, None)
+            return dataclasses.replace(self, model=prior.base, prior=prior)
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """Return the request as JSON can hold it, with the defaults that apply; what is not JSON is
+        there by its name."""
+        adapter = None
+        if self.options.adapts and self.given is None and self.prior is None:
+            adapter = dataclasses.asdict(as_adapter_config(self.adapter))
+        shortcuts: dict[str, Any] = {}
+        training: Any = dict(self.training_options)
+        if self.training is None:
+            shortcuts = {**_DEFAULTS, **self.shortcuts}
+            shortcuts.pop("output_dir", None)
+        else:
+            training = self.training.to_dict()
+        return {
+            "model": _name(self.model),
+            "data": _name(self.data),
+            "eval_data": _name(self.held_out),
+            "guide": {"name": full_name(self.options), **dataclasses.asdict(self.options)},
+            "task": _name(self.task),
+            "adapter": adapter,
+            "given": _name(self.given),
+            "prior": _name(self.prior),
+            **shortcuts,
+            "training": training,
+        }
+
+    # Checks --------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `ConfigError` for parts of the request that contradict one another."""
+        guide, adapter = self.options, self.adapter
+        if self.prior is not None:
+            self._check_prior(self.prior)
+        if self.given is not None:
+            self._check_given(self.given)
+        if adapter is not None and not guide.adapts:
+            raise ConfigError(
+                f"guide {guide.name!r} trains the network itself and has no adapters; leave "
+                "adapter= out"
+            )
+
+    def _check_prior(self, prior: Posterior | StoredPosterior) -> None:
+        """Refuse what an earlier posterior brings itself, and a guide that cannot follow its."""
+        if self.given is not None:
+            raise ConfigError(
+                "with prior= the network is what is fitted, and model= is a Posterior; pass "
+                "posterior.base, or leave prior= out for a fit that keeps the means"
+            )
+        self._refuse("the prior", adapter=self.adapter, task=self.task)
+        names = full_name(prior.options), full_name(self.options)
+        if names[0] != names[1] or not self.options.takes_prior():
+            able = ", ".join(n for n in available() if as_guide(n).takes_prior())
+            raise ConfigError(
+                f"a posterior of {names[0]!r} cannot be the prior of {names[1]!r}: both have to be "
+                f"the same one of {able}, or 'flat' around it"
+            )
+        earlier, later = (getattr(o, "inner", o) for o in (prior.options, self.options))
+        free = {option.name for option in dataclasses.fields(Variational)}
+        for option in dataclasses.fields(later):
+            before, now = getattr(earlier, option.name), getattr(later, option.name)
+            if option.name not in free and before != now:
+                raise ConfigError(
+                    f"{option.name}={now!r}, and in the prior it is {before!r}; it has to be the "
+                    "same"
+                )
+
+    def _check_given(self, given: Posterior | StoredPosterior) -> None:
+        """Refuse what a posterior brings itself, and a guide that has nothing to add to it."""
+        guide = self.options
+        how = guide.post_hoc()
+        if how is None:
+            able = ", ".join(n for n in available() if as_guide(n).post_hoc() is not None)
+            raise ConfigError(
+                f"guide {full_name(guide)!r} has nothing to infer when the adapter is given; "
+                f"choose one of {able}, or fit the network anew"
+            )
+        from_peft = isinstance(given, StoredPosterior) and given.from_peft
+        self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
+        useless = [name for name in ("epochs", "learning_rate", "callbacks") if getattr(self, name)]
+        if how == "computed" and useless:
+            raise ConfigError(
+                f"guide {guide.name!r} trains nothing when the adapter is given; leave "
+                f"{', '.join(useless)} out"
+            )
+
+    def _refuse(self, source: str, **options: Any) -> None:
+        for name, value in options.items():
+            if value is not None:
+                raise ConfigError(f"{name}= comes with {source}; leave it out")
+
+
+def _name(value: Any) -> Any:
+    """A value as JSON can hold it: objects by what they are called, or by their class."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if isinstance(value, StoredPosterior):
+        return str(value.folder.resolve())
+    if isinstance(value, Task):
+        return value.name
+    return repr(value) if isinstance(value, Posterior) else type(value).__name__
