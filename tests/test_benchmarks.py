@@ -199,3 +199,33 @@ def test_the_fuzzer_tells_a_failure(
     monkeypatch.setattr(fuzz, "_loaded", lambda *_: [].pop())
     assert fuzz.main(["--folders", "2"]) == 1
     assert "IndexError" in capsys.readouterr().out
+
+
+def test_commits_are_the_same_if_every_number_is(script: Callable[[str], Any]) -> None:
+    same = script("same_tensors")
+    tensors = {"A": torch.tensor([1.0, torch.nan]), "likelihood.noise": torch.tensor(2.0)}
+    assert same.difference(tensors, tensors) == same.Difference(0.0)
+    moved = {"A": tensors["A"], "task.noise": torch.tensor(2.0)}
+    assert same.difference(tensors, moved) == same.Difference(0.0)
+    assert same.difference(tensors, {**moved, "A": torch.tensor([1.5, torch.nan])}).largest == 0.5
+    assert same.difference(tensors, {**moved, "A": torch.ones(2)}).largest == torch.inf
+    assert same.difference(tensors, {**moved, "A": torch.ones(3)}).largest == torch.inf
+    assert same.difference(tensors, {"A": tensors["A"]}).note
+    assert same.difference(tensors, dict(reversed(moved.items()))).note
+    assert same.difference(tensors, {**moved, "A": tensors["A"].double()}).note
+
+    found = same.numbers_of("map", same.tasks()["regression"])
+    assert any(name.endswith(".noise_scale") for name in found["tensors"])
+    assert {*found["predictions"]} == {"draws", "log_likelihood", "noise_scale", "targets"}
+    refused, other = {"refused": "ConfigError: no"}, {"refused": "DataError: no"}
+    failed = {"failed": "KeyError: 'A'"}
+    for old, new, agree in (
+        (found, found, True),
+        (refused, refused, True),
+        (refused, other, False),
+        (refused, found, False),
+        (failed, failed, False),
+        (found, None, False),
+        (None, found, True),
+    ):
+        assert same.row_of("map", "regression", old, new).same == agree
