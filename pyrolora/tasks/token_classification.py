@@ -290,15 +290,16 @@ def label_column(examples: Any) -> str | None:
 
 
 def tags_of(examples: Any) -> datasets.Dataset | None:
-    """Return the tags of all words as one column; None where no column has lists of tags."""
+    """Return the tags of all words, one per row; None where no column has lists of tags."""
     column = label_column(examples)
     feature = None if column is None else getattr(examples.features[column], "feature", None)
     if not isinstance(feature, datasets.ClassLabel | datasets.Value):
         return None
     lists = examples.with_format("arrow", columns=[column])[:][column].combine_chunks()
-    table = pa.table({LABELS: lists.flatten()})
-    info = datasets.DatasetInfo(features=datasets.Features({LABELS: feature}))
-    return datasets.Dataset(table, info=info)
+    flat = lists.flatten()
+    table = pa.table({LABELS: flat, "place": pa.array(range(len(flat)))})
+    features = datasets.Features({LABELS: feature, "place": datasets.Value("int64")})
+    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
 def check_tokenizer(tokenizer: Any, *, words: bool) -> None:
