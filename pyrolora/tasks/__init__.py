@@ -10,6 +10,7 @@ from pyrolora.tasks.network import load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
+from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "Prediction",
     "Regression",
     "RegressionPrediction",
+    "TagPrediction",
     "Task",
+    "TokenClassification",
     "TokenPrediction",
     "TokenScores",
     "TokenTask",

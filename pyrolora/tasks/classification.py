@@ -119,7 +119,7 @@ class ClassPrediction(Prediction):
 
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         labels = torch.distributions.Categorical(probs=self.draws).sample()
-        return {"y": (labels, ("example",)), "probs": (self.draws, ("example", "class"))}
+        return {"y": (labels, (self.row,)), "probs": (self.draws, (self.row, "class"))}
 
     def to_pandas(self) -> pd.DataFrame:
         names = self.classes or tuple(str(i) for i in range(self.probs.shape[1]))

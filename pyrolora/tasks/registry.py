@@ -16,12 +16,21 @@ from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.regression import Regression
+from pyrolora.tasks.token_classification import TokenClassification
 from pyrolora.tasks.unsupported import check_supported
 
 K = TypeVar("K", bound=type[Task])
 
 _REGISTRY: dict[str, type[Task]] = {
-    kind.name: kind for kind in (Classification, Regression, CausalLM, MultipleChoice, MaskedLM)
+    kind.name: kind
+    for kind in (
+        Classification,
+        Regression,
+        CausalLM,
+        MultipleChoice,
+        MaskedLM,
+        TokenClassification,
+    )
 }
 
 
