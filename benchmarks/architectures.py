@@ -33,7 +33,8 @@ from transformers.pytorch_utils import Conv1D
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.adapters.modules import linear_layers, patterns
+from pyrolora.adapters import linear_layers
+from pyrolora.adapters.names import collapsed
 from pyrolora.errors import PyroLoraError
 from pyrolora.guides import MonteCLoRA
 
@@ -352,7 +353,7 @@ def _add(found: Row, name: str, targets: str, network: nn.Module, data: Examples
         ends = dict.fromkeys(layer.removesuffix(".linear").rpartition(".")[2] for layer in layers)
         found.cells.append(f"{len(layers)}: {', '.join(f'`{end}`' for end in ends)}")
     else:
-        left = patterns(_left_out(network, layers))
+        left = collapsed(_left_out(network, layers))
         found.cells += [str(len(layers)), ", ".join(f"`{own}`" for own in left)]
     checks = (draws,) if targets == "auto" else (draws, merged, exported)
     for check in checks:

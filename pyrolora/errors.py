@@ -62,10 +62,12 @@ class NonFiniteError(PyroLoraError, ArithmeticError):
         self.posterior: Any = None
 
 
-def listed(names: Collection[str], most: int = 4) -> str:
-    """Names for a message, the first of many."""
+def listed(names: Collection[str], most: int | None = 4) -> str:
+    """Return names for a message: ``most`` of them and the number of the rest; None: all."""
     shown = ", ".join(repr(name) for name in list(names)[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "none"
+    if most is not None and len(names) > most:
+        return f"{shown} and {len(names) - most} more"
+    return shown or "none"
 
 
 def _without_sites(message: str) -> str:

@@ -1,4 +1,4 @@
-"""From files and adapters to posteriors; and the joint model that both they and fits need."""
+"""From folders to posteriors: those that were saved, and adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -11,54 +11,33 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters import (
-    AdapterBank,
     Attachment,
     LayerSpec,
-    Start,
     check_eager,
+    features,
+    linear_layers,
     plain_copy,
     refuse_foreign,
 )
-from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.attaching import attached
 from pyrolora.checks import true_or_false
 from pyrolora.data import load_language_model
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.parameters import ParamModule
+from pyrolora.peft import Adapter, read_adapter
 from pyrolora.posterior import Posterior
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.storage import (
-    Adapter,
     Description,
     Saved,
     check_base,
     load_base,
-    read_adapter,
     read_folder,
 )
-from pyrolora.tasks import Task, task_for
-
-
-def build(
-    network: nn.Module,
-    attachment: Attachment,
-    config: AdapterConfig,
-    guide: Guide,
-    task: Task,
-    num_examples: int,
-    start: Start | None = None,
-) -> JointModel:
-    """The joint model of a network with its wrapped layers; everything eager, on its device."""
-    bank = AdapterBank(attachment.specs, config, start)
-    joint = JointModel(network, attachment, guide.build(bank), task, num_examples)
-    device = next(network.parameters()).device
-    for part in (joint.program, joint.heads, joint.task):
-        part.to(device)
-    return joint.eval()
+from pyrolora.tasks import task_for
 
 
 @torch.inference_mode(False)

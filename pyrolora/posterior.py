@@ -24,6 +24,7 @@ from pyrolora.diagnostics import PSIS, judge
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointGuide, JointModel
+from pyrolora.peft import as_uniform, write_adapter
 from pyrolora.predictive import (
     Calibration,
     ClassPrediction,
@@ -42,13 +43,7 @@ from pyrolora.predictive import (
 )
 from pyrolora.report import page_file, report_on
 from pyrolora.seeding import seeded
-from pyrolora.storage import (
-    as_uniform,
-    describe_base,
-    merged,
-    write_adapter,
-    write_folder,
-)
+from pyrolora.storage import describe_base, merged, write_folder
 from pyrolora.tasks import Regression, Task, TokenTask
 
 logger = logging.getLogger(__name__)

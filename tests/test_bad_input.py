@@ -29,7 +29,7 @@ from transformers import (
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, PyroLoraError, guides
-from pyrolora.adapters.layer import Wrapper
+from pyrolora.adapters import Wrapper
 from pyrolora.errors import (
     BindingError,
     ConfigError,

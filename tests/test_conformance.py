@@ -49,8 +49,8 @@ from pyrolora.guides import (
     MeanField,
     MonteCLoRA,
 )
+from pyrolora.peft import read_adapter
 from pyrolora.predictive import Conformal, risk_coverage
-from pyrolora.storage import read_adapter
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ FLOORS = {
     "inference": 5,
     "predictive": 6,
     "storage": 6,
+    "peft": 7,
     "arviz": 7,
     "plots": 7,
     "diagnostics": 8,

@@ -18,8 +18,7 @@ from pyrolora.adapters import attach, bind
 from pyrolora.errors import BindingError, ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointGuide
+from pyrolora.model import JointGuide, build
 from pyrolora.tasks import task_for
 
 CONFIG = AdapterConfig(r=2)

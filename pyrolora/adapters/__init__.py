@@ -1,27 +1,23 @@
 """Adapter layers inside a network, and the bank of their stacked factors."""
 
-from pyrolora.adapters.adapted_linear import is_quantised, is_quantised_layer
 from pyrolora.adapters.allocation import moved, pruned
-from pyrolora.adapters.bank import AdapterBank, Block, FlatFactors, Layout
+from pyrolora.adapters.bank import AdapterBank
+from pyrolora.adapters.binding import Binding, Factors, SharedPassError, bind, current_binding
 from pyrolora.adapters.config import AdapterConfig, RankAllocation
+from pyrolora.adapters.factors import FlatFactors
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, explained_kernels, plain_copy, unwrap
-from pyrolora.adapters.layer import (
-    AdapterLayer,
-    Binding,
-    Factors,
-    HeadSlot,
-    SharedPassError,
-    bind,
-    current_binding,
-    layers_called,
-)
+from pyrolora.adapters.kernels import layers_called
+from pyrolora.adapters.kinds import features, is_dense, is_quantised, is_quantised_layer
+from pyrolora.adapters.layer import AdapterLayer, HeadSlot
+from pyrolora.adapters.layout import Block, Layout
 from pyrolora.adapters.left_out import refuse_foreign
 from pyrolora.adapters.lora_config import as_adapter_config
-from pyrolora.adapters.modules import plain_parameters
+from pyrolora.adapters.modules import linear_layers, plain_parameters, walk
 from pyrolora.adapters.sharing import Sharing, kind_of, shares, sharing_of
 from pyrolora.adapters.targets import LayerSpec, check_uncalled
 from pyrolora.adapters.whole import check_eager, check_in_memory
+from pyrolora.adapters.wrapper import Wrapper, unwrapped
 
 __all__ = [
     "AdapterBank",
@@ -39,6 +35,7 @@ __all__ = [
     "SharedPassError",
     "Sharing",
     "Start",
+    "Wrapper",
     "as_adapter_config",
     "attach",
     "bind",
@@ -47,11 +44,14 @@ __all__ = [
     "check_uncalled",
     "current_binding",
     "explained_kernels",
+    "features",
     "frozen_weight",
+    "is_dense",
     "is_quantised",
     "is_quantised_layer",
     "kind_of",
     "layers_called",
+    "linear_layers",
     "moved",
     "plain_copy",
     "plain_parameters",
@@ -61,4 +61,6 @@ __all__ = [
     "sharing_of",
     "start_of",
     "unwrap",
+    "unwrapped",
+    "walk",
 ]

@@ -8,33 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
-PLAIN = (nn.Linear.forward, Conv1D.forward)
+from pyrolora.adapters.kinds import computes_plainly, oriented
+
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-def is_quantised(dtype: torch.dtype) -> bool:
-    """Whether numbers of this kind are weights only up to scales that are kept elsewhere; float8,
-    too."""
-    return not dtype.is_floating_point or dtype.itemsize < 2
-
-
-def is_dense(weight: Tensor) -> bool:
-    """Whether the numbers of a weight are the weight: no quantised ones, and no subclass of tensors
-    that computes in a way of its own."""
-    return type(weight) in (Tensor, nn.Parameter) and not is_quantised(weight.dtype)
-
-
-def is_quantised_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer with weights that are quantised and a forward pass of its
-    own."""
-    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-    return (
-        hasattr(module, "in_features")
-        and type(module).forward not in PLAIN
-        and any(is_quantised(tensor.dtype) for tensor in own)
-    )
 
 
 class Frozen(Protocol):
@@ -67,7 +44,7 @@ def plain(layer: nn.Module, x: Tensor) -> Plain | None:
     ``torch.func``'s transformations or forward-mode differentiation."""
     weight, bias = layer._parameters.get("weight"), getattr(layer, "bias", None)
     if (
-        type(layer).forward not in PLAIN
+        not computes_plainly(layer)
         or "forward" in layer.__dict__
         or any(getattr(layer, hooks) for hooks in HOOKS)
         or torch.nn.modules.module._has_any_global_hook()
@@ -81,11 +58,6 @@ def plain(layer: nn.Module, x: Tensor) -> Plain | None:
     ):
         return None
     return Plain(oriented(layer, weight), bias)
-
-
-def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
-    """(out, in), where ``Conv1D`` keeps (in, out)."""
-    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def adapted_linear(

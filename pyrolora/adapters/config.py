@@ -253,6 +253,10 @@ class AdapterConfig:
                 "rank_allocation='uniform'"
             )
 
+    def scaling(self, rank: int, alpha: float) -> float:
+        """Return the factor s of the update of a layer with this rank and alpha."""
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
     @property
     def allocation(self) -> RankAllocation | None:
         """How ranks move; None where they do not."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.errors import ConfigError, TargetError, listed
+from pyrolora.adapters.names import block_of
+from pyrolora.errors import TargetError, listed
 
 
 def in_blocks(names: Sequence[str], config: AdapterConfig) -> list[str]:
@@ -24,7 +24,7 @@ def in_blocks(names: Sequence[str], config: AdapterConfig) -> list[str]:
     if wanted is None or not names:
         return [*names]
     assert not isinstance(wanted, int)  # `AdapterConfig` makes a list of it
-    numbers = {name: _number(name, config.layers_pattern) for name in names}
+    numbers = {name: block_of(name, config.layers_pattern) for name in names}
     present = {number for number in numbers.values() if number is not None}
     missing = [number for number in wanted if number not in present]
     if missing:
@@ -35,19 +35,6 @@ def in_blocks(names: Sequence[str], config: AdapterConfig) -> list[str]:
             "are counted from 0"
         )
     return [name for name in names if numbers[name] in wanted]
-
-
-def _number(name: str, behind: str | Sequence[str] | None) -> int | None:
-    parts = [behind] if isinstance(behind, str) else behind
-    for pattern in parts or [r"[^.]*"]:
-        prefix = r".*?\." if not parts else r"(?:^|.*?\.)"
-        try:
-            found = re.match(rf"{prefix}{pattern}\.(\d+)\.", name)
-        except re.error as error:
-            raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
-        if found:
-            return int(found[found.re.groups])
-    return None
 
 
 def _span(numbers: set[int]) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters.adapted_linear import is_quantised, oriented
 from pyrolora.adapters.config import INITIALIZERS, RANDOM_STARTS
-from pyrolora.adapters.modules import unwrapped
+from pyrolora.adapters.kinds import is_quantised, oriented
 from pyrolora.adapters.targets import LayerSpec
+from pyrolora.adapters.wrapper import unwrapped
 from pyrolora.errors import ConfigError
 
 Start = Mapping[str, tuple[Tensor, Tensor]]

@@ -11,13 +11,15 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
-from pyrolora.adapters.adapted_linear import is_quantised_layer
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.layer import AdapterLayer, HeadSlot, Wrapper
+from pyrolora.adapters.heads import find_heads
+from pyrolora.adapters.kinds import is_quantised_layer
+from pyrolora.adapters.layer import AdapterLayer, HeadSlot
 from pyrolora.adapters.left_out import refuse_foreign
 from pyrolora.adapters.modules import plain_parameters, walk
 from pyrolora.adapters.new_weights import own_new_weights
-from pyrolora.adapters.targets import LayerSpec, find_heads, find_targets
+from pyrolora.adapters.targets import LayerSpec, find_targets
+from pyrolora.adapters.wrapper import Wrapper
 from pyrolora.errors import TargetError
 
 

@@ -10,19 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.layer import Wrapper
-from pyrolora.adapters.modules import (
-    ends_with,
-    features,
-    has_weights,
-    is_linear,
-    linear_layers,
-    matches,
-    patterns,
-    read_by_kernels,
-    unwrapped,
-    walk,
-)
+from pyrolora.adapters.kernels import read_by_kernels
+from pyrolora.adapters.kinds import features, is_linear
+from pyrolora.adapters.modules import has_weights, linear_layers, walk
+from pyrolora.adapters.names import collapsed, ends_with, matches
+from pyrolora.adapters.wrapper import Wrapper, unwrapped
 from pyrolora.errors import ConfigError, TargetError, listed
 
 
@@ -87,7 +79,7 @@ def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collecti
     if others:
         _warn(
             f"target_modules={wanted!r} selects modules that are no linear layers, which get no "
-            f"adapter: {listed(patterns(others))} ('#' stands for a number)"
+            f"adapter: {listed(collapsed(others))} ('#' stands for a number)"
         )
 
 
@@ -110,7 +102,7 @@ def warn_of_left_out(
         _warn(
             f"{config.target_modules!r} adapts linear layers, here {share:.0%} of the weights "
             "beside embeddings and heads; without an adapter are "
-            f"{listed(patterns(left.values()))} ('#' stands for a number): pyrolora has none for "
+            f"{listed(collapsed(left.values()))} ('#' stands for a number): pyrolora has none for "
             "fused parameters and for projections that torch or a kernel reads without calling them"
         )
 

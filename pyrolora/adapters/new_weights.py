@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from pyrolora.adapters.adapted_linear import is_dense
-from pyrolora.adapters.modules import plain_parameters, unwrapped
+from pyrolora.adapters.kinds import is_dense
+from pyrolora.adapters.modules import plain_parameters
+from pyrolora.adapters.wrapper import unwrapped
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 LOADED = "_is_hf_initialized"  # transformers marks each parameter that it has read or tied

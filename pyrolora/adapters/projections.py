@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from pyrolora.adapters.modules import (
-    has_weights,
-    is_linear,
-    matches,
-    patterns,
-    unwrapped,
-    walk,
-)
+from pyrolora.adapters.kinds import is_linear
+from pyrolora.adapters.modules import has_weights, model_type, walk
+from pyrolora.adapters.names import collapsed, matches
+from pyrolora.adapters.wrapper import unwrapped
 
 QUERY, KEY, VALUE = "query", "key", "value"
 _ROLES: Mapping[str, tuple[str, ...]] = {
@@ -94,9 +89,9 @@ def _by_structure(network: nn.Module) -> list[str]:
         for place, group in groups.items()
         if {role for own in group.values() for role in own} >= {QUERY, KEY, VALUE}
     ]
-    places = patterns(whole)
+    places = collapsed(whole)
     return [
-        name for place, group in groups.items() if patterns([place])[0] in places for name in group
+        name for place, group in groups.items() if collapsed([place])[0] in places for name in group
     ]
 
 
@@ -129,11 +124,6 @@ def _language_models(network: nn.Module) -> list[str]:
     inner = {name: unwrapped(module) for name, module in walk(network)}
     models = {name: part for name, part in inner.items() if isinstance(part, PreTrainedModel)}
     return [name for name, part in models.items() if type(part.config) is wanted]
-
-
-def model_type(network: nn.Module) -> Any:
-    """transformers' name of the architecture; None of a network that has none."""
-    return getattr(getattr(network, "config", None), "model_type", None)
 
 
 def _outer(name: str) -> str:

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters.layer import Binding, Factors, SharedPassError
+from pyrolora.adapters.binding import Binding, Factors, SharedPassError
 
 DRAWS, EXAMPLES = 3, 2
 """Of the joint pass of a check; each draw then has a pass of its own."""

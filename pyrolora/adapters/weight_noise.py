@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pyrolora.adapters.adapted_linear import PLAIN, is_dense, oriented
+from pyrolora.adapters.kinds import TITLES, computes_plainly, is_dense, oriented
 from pyrolora.checks import positive
 from pyrolora.errors import BindingError, ConfigError
 
@@ -215,9 +215,9 @@ def _plain_weight(layer: nn.Module) -> Tensor:
             f"{kind}{weight.dtype} (a quantised base); load the base in bfloat16, or choose a "
             "guide that works on quantised layers: 'montec', 'map'"
         )
-    if type(layer).forward not in PLAIN:
+    if not computes_plainly(layer):
         raise ConfigError(
-            f"weight noise knows nn.Linear and Conv1D, and {what} computes its output in a way of "
+            f"weight noise knows {TITLES}, and {what} computes its output in a way of "
             "its own; leave such layers out with exclude_modules, or choose a guide that does "
             "not read weights: 'montec', 'map'"
         )

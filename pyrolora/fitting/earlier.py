@@ -19,8 +19,7 @@ from pyrolora.fitting.origin import Builder, Origin, check_network
 from pyrolora.fitting.request import Request
 from pyrolora.guides import Guide
 from pyrolora.inference import check_allocation
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.posterior import Posterior
 from pyrolora.storage import check_base
 

@@ -31,8 +31,7 @@ from pyrolora.fitting.request import Request
 from pyrolora.guides import MAP, Guide
 from pyrolora.inference import check_allocation
 from pyrolora.inference.reading import explained_pass
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.seeding import seeded
 from pyrolora.tasks import task_for
 

@@ -11,8 +11,9 @@ from pyrolora.data import load_network
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Guide
 from pyrolora.loading import from_peft, load
+from pyrolora.peft import CONFIG_FILE as PEFT_FILE
 from pyrolora.posterior import Posterior
-from pyrolora.storage import PEFT_FILE, read_description
+from pyrolora.storage import read_description
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyrolora.adapters.adapted_linear import is_quantised
+from pyrolora.adapters import is_quantised
 from pyrolora.storage.tensors import tensors
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

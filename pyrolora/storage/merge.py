@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters import FlatFactors, unwrap
-from pyrolora.adapters.adapted_linear import is_dense
+from pyrolora.adapters import FlatFactors, is_dense, unwrap
+from pyrolora.adapters.kinds import oriented
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 
@@ -42,10 +41,8 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
         layer = copy.copy(network.get_submodule(name))
         layer._parameters = dict(layer._parameters)
         A, B = matrices[name]
-        update = spec.scaling * (B @ A)
+        update = oriented(layer, spec.scaling * (B @ A))
         weight = layer.get_parameter("weight")
-        if isinstance(layer, Conv1D):
-            update = update.T
         layer.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
         network.set_submodule(name, layer)
     for name, (head,) in joint.named_heads(factors).items():

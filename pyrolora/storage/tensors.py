@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from pyrolora.adapters.modules import unwrapped, walk
+from pyrolora.adapters import unwrapped, walk
 
 NIBBLES = 32  # rows that bitsandbytes packs together on a CPU
 

@@ -14,9 +14,16 @@ from problems import batch_of, bert, gpt2, tokens
 from torch import Tensor, nn
 
 import pyrolora
-from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec, attach, frozen_weight, start_of
+from pyrolora.adapters import (
+    AdapterBank,
+    FlatFactors,
+    LayerSpec,
+    attach,
+    frozen_weight,
+    linear_layers,
+    start_of,
+)
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.modules import linear_layers
 from pyrolora.adapters.targets import find_targets
 from pyrolora.errors import ConfigError
 

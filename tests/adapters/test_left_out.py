@@ -34,9 +34,8 @@ from transformers.models.dbrx.modeling_dbrx import DbrxExpertGLU
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.adapters import Binding, attach, bind
-from pyrolora.adapters.layer import Factors
-from pyrolora.adapters.targets import find_heads
+from pyrolora.adapters import Binding, Factors, attach, bind
+from pyrolora.adapters.heads import find_heads
 from pyrolora.errors import ConfigError, TargetError
 
 EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 1}

@@ -11,10 +11,8 @@ import transformers
 from problems import SIZES, WORDS, llama
 from torch import nn
 
-from pyrolora.adapters import Binding, attach, bind, projections, unwrap
+from pyrolora.adapters import Binding, Factors, attach, bind, features, projections, unwrap
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.adapters.layer import Factors
-from pyrolora.adapters.modules import features
 from pyrolora.adapters.projections import KEY, QUERY, VALUE, roles
 from pyrolora.errors import TargetError
 

@@ -20,7 +20,7 @@ from pyrolora.errors import DataError
 from pyrolora.guides import MAP
 from pyrolora.inference import Kronecker, best_precision, kfac, log_marginal_likelihood
 from pyrolora.inference.curvature import PRECISIONS
-from pyrolora.loading import build
+from pyrolora.model import build
 from pyrolora.tasks import task_for
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}

@@ -17,8 +17,7 @@ from pyrolora.guides import MAP
 from pyrolora.inference import dual as module
 from pyrolora.inference import jacobian
 from pyrolora.inference.dual import Dual, check_size
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.tasks import task_for
 
 DRAWS = 4000

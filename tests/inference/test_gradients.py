@@ -14,7 +14,7 @@ from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP
 from pyrolora.inference import weight_gradients
-from pyrolora.loading import build
+from pyrolora.model import build
 from pyrolora.tasks import task_for
 
 

@@ -13,7 +13,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.guides import MAP, Flat, MeanField, MonteCLoRA
 from pyrolora.inference import ablation, signal_to_noise
-from pyrolora.loading import build
+from pyrolora.model import build
 from pyrolora.tasks import task_for
 
 

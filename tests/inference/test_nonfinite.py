@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import pyrolora
 from pyrolora import Posterior, guides
-from pyrolora.adapters.layer import Wrapper
+from pyrolora.adapters import Wrapper
 from pyrolora.errors import NonFiniteError, PyroLoraError
 
 # Pyro's validation announces what pyrolora then stops at.

@@ -17,7 +17,7 @@ from pyrolora.adapters import FlatFactors, attach
 from pyrolora.distributions import KroneckerNormal
 from pyrolora.guides import MAP
 from pyrolora.inference import kfac
-from pyrolora.loading import build
+from pyrolora.model import build
 from pyrolora.predictive import linearised as module
 from pyrolora.predictive.linearised import linearised
 from pyrolora.tasks import task_for

@@ -28,8 +28,7 @@ from transformers import (
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
-from pyrolora.adapters import attach, bind
-from pyrolora.adapters.layer import Wrapper
+from pyrolora.adapters import Wrapper, attach, bind
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP

@@ -32,10 +32,9 @@ from pyrolora.adapters import Attachment, LayerSpec, attach, bind
 from pyrolora.adapters.targets import find_targets
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError
 from pyrolora.guides import MAP
-from pyrolora.loading import build
-from pyrolora.model import JointModel
-from pyrolora.storage import peft as module
-from pyrolora.storage import read_adapter, write_adapter
+from pyrolora.model import JointModel, build
+from pyrolora.peft import read_adapter, write_adapter
+from pyrolora.peft import write as module
 from pyrolora.tasks import task_for
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

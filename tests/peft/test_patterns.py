@@ -9,7 +9,7 @@ import time
 import pytest
 
 from pyrolora.errors import CheckpointError
-from pyrolora.storage.patterns import Patterns
+from pyrolora.peft.patterns import Patterns
 
 NAMES = ["encoder.layer.0.attention.self.query", "model.layers.11.mlp.up_proj", "vision.q", "", "q"]
 PATTERNS = [

@@ -41,6 +41,19 @@ class Patterns:
         self._left = steps
         self._parsed: dict[str, list[Any]] = {}
 
+    def whole(self, pattern: str, name: str) -> bool:
+        """Return whether the pattern matches the whole name."""
+        return self.match(pattern, name)
+
+    def end(self, pattern: str, name: str) -> bool:
+        """Return whether it matches the end of the name, from the start of one of its parts."""
+        return self.match(pattern, name, _starts(name))
+
+    def part(self, pattern: str, name: str) -> bool:
+        """Return whether it matches consecutive parts of a dotted name."""
+        ends = [place for place, character in enumerate(name) if character == "."]
+        return self.match(pattern, name, _starts(name), [*ends, len(name)])
+
     def match(
         self, pattern: str, name: str, starts: Iterable[int] = (0,), ends: Iterable[int] = ()
     ) -> bool:
@@ -141,6 +154,11 @@ class Patterns:
                 break
             found |= latest
         return found
+
+
+def _starts(name: str) -> list[int]:
+    """Return the places at which a part of a dotted name may begin."""
+    return [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
 
 
 def _is_boundary(name: str, place: int) -> bool:

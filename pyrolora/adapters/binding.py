@@ -1,0 +1,121 @@
+"""Factors and heads that a caller hands to the layers of a network for the time of one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyrolora.adapters.adapted_linear import (
+    Frozen,
+    adapted_linear,
+    plain,
+    product,
+    sum_with_product,
+)
+from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
+from pyrolora.errors import BindingError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of one layer for one call, ready for two matrix products.
+
+    ``A`` is (r, in) or (S, r, in); ``sB`` is the scaled transpose s Bᵀ, (r, out) or (S, r, out).
+    S draws are outermost in the batch: the input then has S * b rows.
+    """
+
+    A: Tensor
+    sB: Tensor
+    dropout: float = 0.0
+    noise: WeightNoise | None = None
+
+    def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
+        """Return the output of ``layer`` with the adapter for x (..., in)."""
+        dropout = self.dropout if training else 0.0
+        frozen: Frozen | None = None
+        if self.noise is not None:
+            frozen = self.noise.frozen(layer, x, self.A, self.sB)
+        if frozen is not None:
+            x = x.to(product_dtype(x))
+        else:
+            frozen = plain(layer, x)
+        if frozen is not None:
+            return adapted_linear(frozen, x, self.A, self.sB, dropout)
+        return self.add_to(layer(x), F.dropout(x, dropout) if dropout else x)
+
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """Return ``out + s B A x`` for x (..., in), and leave out (..., out) as it is."""
+        hidden = product(x.reshape(-1, x.shape[-1]).to(self.A.dtype), self.A.mT)
+        flat = out.reshape(-1, out.shape[-1])
+        if flat.dtype != hidden.dtype:
+            return (flat + product(hidden, self.sB).to(flat.dtype)).view_as(out)
+        return sum_with_product(flat, hidden, self.sB).view_as(out)
+
+
+class SharedPassError(BindingError):
+    """A layer or head saw rows that do not fall into equal blocks, draw after draw."""
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Factors per layer and heads per slot, for one call of the network.
+
+    Attributes
+    ----------
+    factors
+        Wrapped layer -> its factors.
+    heads
+        Wrapped head -> the heads that stand in for it; several of them serve equal blocks of rows,
+        one each.
+    used
+        The layers that were called.
+    rows
+        In a pass that several draws share, its rows, draws x examples: each layer has to see a
+        multiple of them. 1 for a single setting.
+    """
+
+    factors: Mapping[nn.Module, Factors]
+    heads: Mapping[nn.Module, Sequence[nn.Module]] = field(default_factory=dict)
+    used: set[nn.Module] = field(default_factory=set)
+    rows: int = 1
+
+
+_current: ContextVar[Binding | None] = ContextVar("pyrolora_binding", default=None)
+
+
+def current_binding() -> Binding | None:
+    """Return the binding of this thread and context, if any."""
+    return _current.get()
+
+
+@contextmanager
+def bind(binding: Binding | None) -> Iterator[None]:
+    """Bind factors and heads for the calls of the network inside the block."""
+    token = _current.set(binding)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def binding_for_forward() -> Binding | None:
+    """Return the current binding, and refuse a recomputation that has lost its binding.
+
+    Activation checkpointing runs the forward pass again during the backward pass, when the
+    binding of the first pass has ended (on a GPU even in another thread). Without factors it would
+    silently give the gradients of another function.
+    """
+    binding = _current.get()
+    if binding is None and torch._C._current_graph_task_id() != -1:
+        raise BindingError(
+            "an adapted layer is recomputed by activation checkpointing outside of its binding; "
+            "enable checkpointing through TrainingArguments(gradient_checkpointing=True) or "
+            "posterior.model.gradient_checkpointing_enable(), not on the base network"
+        )
+    return binding

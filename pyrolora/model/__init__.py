@@ -1,0 +1,8 @@
+"""The joint Pyro model of a network, a guide's program and a task; its state; how it is built."""
+
+from pyrolora.model.build import build
+from pyrolora.model.joint import JointGuide, JointModel
+from pyrolora.model.modes import evaluating
+from pyrolora.model.network import NOT_CALLED
+
+__all__ = ["NOT_CALLED", "JointGuide", "JointModel", "build", "evaluating"]

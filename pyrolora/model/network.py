@@ -1,0 +1,288 @@
+"""A network with adapters, run under factors: alone, or several draws in one pass."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyrolora.adapters import (
+    Attachment,
+    Binding,
+    FlatFactors,
+    SharedPassError,
+    Sharing,
+    bind,
+    check_eager,
+    is_quantised,
+    is_quantised_layer,
+    kind_of,
+    layers_called,
+    shares,
+    sharing_of,
+)
+from pyrolora.columns import INPUTS, LABELS, Batch
+from pyrolora.errors import BindingError, listed
+from pyrolora.guides import Program
+from pyrolora.model.heads import HeadCopies
+from pyrolora.model.modes import evaluating, running_statistics
+from pyrolora.seeding import DRAWING
+from pyrolora.tasks import Task
+
+NOT_CALLED = (
+    "the network does not call the adapted layer(s) {}: its code reads their weights directly, or "
+    "does not use them for such inputs; leave them out with exclude_modules"
+)
+
+
+class AdaptedNetwork(nn.Module):
+    """A network, the program that makes factors for it, and the task that reads its output.
+
+    A plain module around the network: were the network a ``PyroModule``, every access to a frozen
+    tensor would become a parameter statement.
+
+    Parameters
+    ----------
+    base
+        The network, with the layers of ``attachment`` wrapped.
+    attachment
+        The wrappers that receive the factors.
+    program
+        The latent part, with the bank.
+    task
+        The distribution of the targets.
+
+    Attributes
+    ----------
+    heads
+        The posterior's copies of the task heads.
+    trained_statistics
+        The normalisations whose running statistics training changes.
+    """
+
+    def __init__(
+        self, base: nn.Module, attachment: Attachment, program: Program, task: Task
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.program = program
+        self.task = task
+        self.attachment = attachment
+        heads = {name: wrapper.base_layer for name, wrapper in attachment.heads.items()}
+        self.heads = HeadCopies(heads, program.members)
+        of_base, of_heads = running_statistics(base), running_statistics(self.heads)
+        self._quantised = [m for m in base.modules() if is_quantised_layer(m)]
+        self._frozen_statistics = of_base if program.bank.specs else []
+        self.trained_statistics = of_heads if program.bank.specs else [*of_base, *of_heads]
+        encoders = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+        self._has_fastpath = any(isinstance(m, encoders) for m in base.modules())
+        self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
+
+    def train(self, mode: bool = True) -> AdaptedNetwork:
+        """Like `nn.Module.train`, except that an adapted network's running statistics stay frozen.
+
+        They belong to its weights. Quantised layers stay in training mode, which chooses their
+        kernels: in evaluation mode some repack their weights for good, for a product that has no
+        gradient.
+        """
+        super().train(mode)
+        for module in self._frozen_statistics:
+            module.eval()
+        for module in self._quantised:
+            module.train()
+        return self
+
+    # Draws ---------------------------------------------------------------------------------------
+
+    def network(self, batch: Batch, factors: FlatFactors) -> Tensor:
+        """Return the network's output under ``factors``, as the task reads it.
+
+        It is (b, ...), or (S, b, ...) for S draws, which share a pass where they can (`together`).
+        """
+        draws = factors.draws
+        if draws is None:
+            return self.run(batch, self.binding(factors))
+        if draws > 1 and self.together(batch):
+            repeated = {
+                name: t.repeat(draws, *[1] * (t.dim() - 1)) if isinstance(t, Tensor) else t
+                for name, t in batch.items()
+            }
+            output = self._in_one_pass(repeated, factors)
+            if output is not None:
+                return output.unflatten(0, (draws, -1))
+        return torch.stack([self.run(batch, self.binding(factors[s])) for s in range(draws)])
+
+    def shared_out(self, batch: Batch, factors: FlatFactors) -> Tensor:
+        """Like `network`, but S draws have one of S equal blocks of the batch each: (b, ...)."""
+        draws = factors.draws
+        assert draws is not None
+        if draws > 1 and self.together(batch):
+            output = self._in_one_pass(batch, factors)
+            if output is not None:
+                return output
+        size = batch_size(batch) // draws
+        blocks = [{n: t[s * size : (s + 1) * size] for n, t in batch.items()} for s in range(draws)]
+        outputs = [self.run(block, self.binding(factors[s])) for s, block in enumerate(blocks)]
+        return torch.cat(outputs)
+
+    def together(self, batch: Batch) -> bool:
+        """Return whether several draws can share a pass on data such as ``batch``.
+
+        Every adapted layer then sees rows that fall into equal blocks, draw after draw. So it is
+        where examples are outermost in each layer's input. A network that turns its tensors round,
+        projects a table that has no examples, or sends some rows to some layers computes another
+        function for such draws, and gets one draw per pass. The first batch of each kind shows
+        which it is (`adapters.shares`): the forward passes of 12 examples for a network and its
+        adapted layers, whatever follows. Layers that were not called then, and numbers of rows
+        that do not fit, end the sharing later on.
+        """
+        if not self.attachment.layers and self.program.members == 1:
+            return True
+        known, kind = self._sharing(), kind_of(self._inputs(batch))
+        if known.possible and kind not in known.checked:
+            plain = self.binding(self.program.mean())
+            with evaluating(self):
+                known.possible, called = shares(self.run, batch, plain, self.program.members > 1)
+            known.checked.add(kind)
+            known.seen |= self._names(called)
+        return known.possible
+
+    def fits(self, binding: Binding) -> bool:
+        """Return whether a shared pass called only layers that were seen to allow sharing.
+
+        If not, it was the last shared pass.
+        """
+        known = self._sharing()
+        known.possible &= self._names(binding.used) <= known.seen
+        return known.possible
+
+    def keep_apart(self) -> None:
+        """Let each draw have a pass of its own from now on."""
+        self._sharing().possible = False
+
+    def _in_one_pass(self, batch: Batch, factors: FlatFactors) -> Tensor | None:
+        """Return the output of draws that share a pass; None where they turn out not to."""
+        binding = self.binding(factors, batch_size(batch))
+        try:
+            output = self.run(batch, binding)
+        except SharedPassError:
+            self.keep_apart()
+            return None
+        return output if self.fits(binding) else None
+
+    def _sharing(self) -> Sharing:
+        heads = self.attachment.heads if self.program.members > 1 else ()
+        return sharing_of(self.base, self.attachment.layers, heads)
+
+    def _names(self, layers: Set[nn.Module]) -> set[str]:
+        return {name for name, layer in self.attachment.layers.items() if layer in layers}
+
+    # One pass ------------------------------------------------------------------------------------
+
+    def run(self, batch: Batch, binding: Binding) -> Tensor:
+        """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
+        check_eager(self.base)
+        with self.bound(binding):
+            raw = self._call(self._inputs(batch))
+        if len(binding.used) < len(binding.factors) and not self._may_leave_out():
+            self._warn_of_uncalled(binding)
+        return self.task.output(raw)
+
+    def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
+        """Return the posterior's task heads by their name in the network (`HeadCopies.named`)."""
+        return self.heads.named(factors)
+
+    def binding(self, factors: FlatFactors, rows: int = 1) -> Binding:
+        """Return the binding of ``factors`` and of this posterior's heads.
+
+        ``rows`` are those of a pass that several draws share.
+        """
+        if not self.attachment.attached:
+            raise BindingError(
+                "this posterior was detached from its network and cannot run it any more; "
+                "load it again with pyrolora.load(path, model)"
+            )
+        layers, slots = self.attachment.layers, self.attachment.heads
+        device = device_of(self)
+        dtype = next((layer.weight for layer in layers.values()), factors.A).dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        elif is_quantised(dtype):
+            dtype = factors.A.dtype
+        with torch.autocast(device.type, enabled=False):
+            per_layer = self.program.bank.layer_factors(factors, dtype)
+        return Binding(
+            {layers[name]: value for name, value in per_layer.items()},
+            {slots[name]: heads for name, heads in self.named_heads(factors).items()},
+            rows=rows,
+        )
+
+    @contextmanager
+    def bound(self, binding: Binding) -> Iterator[None]:
+        """Bind for the block, in which the network runs.
+
+        Its code calls its layers (torch's fast path for ``nn.TransformerEncoder`` would read their
+        weights), and has torch's default dtype as the caller set it.
+        """
+        calls = layers_called() if self._has_fastpath else nullcontext()
+        with bind(binding), calls, DRAWING.callers_dtype():
+            yield
+
+    def uncalled(self, batches: Iterable[Batch]) -> list[str]:
+        """Return the adapted layers that the network calls for none of the batches.
+
+        It runs in evaluation mode, and reads no more batches than are needed.
+        """
+        left = set(self.attachment.layers)
+        with evaluating(self), torch.no_grad():
+            for batch in batches:
+                binding = self.binding(self.program.mean())
+                with self.bound(binding):
+                    self._call(self._inputs(batch))
+                left -= self._names(binding.used)
+                if not left:
+                    break
+        return [name for name in self.attachment.layers if name in left]
+
+    def _may_leave_out(self) -> bool:
+        """Return whether uncalled layers are fine: training may skip layers (layerdrop)."""
+        return self.base.training or self.attachment.checked
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the columns that the network takes."""
+        of_task = {LABELS, *self.task.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in of_task}
+
+    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+        if set(inputs) == {INPUTS}:
+            return self.base(inputs[INPUTS])
+        if self._cacheless:
+            return self.base(**inputs, use_cache=False)
+        return self.base(**inputs)
+
+    def _warn_of_uncalled(self, binding: Binding) -> None:
+        """Warn, once, of layers that the network does not call: their adapters do nothing."""
+        self.attachment.checked = True
+        names = self._names(binding.factors.keys() - binding.used)
+        if len(names) == len(binding.factors):
+            raise BindingError(NOT_CALLED.format(listed(sorted(names))))
+        warnings.warn(
+            f"{NOT_CALLED.format(listed(sorted(names)))}: these adapters do nothing here",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def batch_size(batch: Batch) -> int:
+    """Return the number of examples in a batch."""
+    return len(next(iter(batch.values())))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's parameters."""
+    return next(module.parameters()).device

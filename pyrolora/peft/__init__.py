@@ -1,0 +1,12 @@
+"""LoRA adapters in PEFT's file format, written and read without PEFT.
+
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, whose tensors
+are named ``base_model.model.<layer>.lora_A.weight`` (r, in), ``.lora_B.weight`` (out, r), and
+``base_model.model.<module>.<tensor>`` for the modules of ``modules_to_save``.
+"""
+
+from pyrolora.peft.config import CONFIG_FILE
+from pyrolora.peft.read import Adapter, read_adapter
+from pyrolora.peft.write import as_uniform, write_adapter
+
+__all__ = ["CONFIG_FILE", "Adapter", "as_uniform", "read_adapter", "write_adapter"]
