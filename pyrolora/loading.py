@@ -130,7 +130,7 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
         description.num_examples,
     )
     if description.prior is not None:
-        joint.program.await_prior(description.prior)
+        joint.program.succeed(description.prior)
         joint.align()
     joint.check_own_state(saved.tensors.declared)
     joint.load_own_state(saved.state())

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyrolora.errors import ConfigError, UnknownNameError
-from pyrolora.guides.base import Curvature, Fit, Guide, Program, Variational, averaged, spread
 from pyrolora.guides.dropout import Dropout
+from pyrolora.guides.engines import Curvature, Fit
 from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.flat import Flat
 from pyrolora.guides.full import Full
@@ -18,8 +18,12 @@ from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.nuts import NUTS
+from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.plates import averaged, spread
+from pyrolora.guides.program import Program
 from pyrolora.guides.swag import SWAG
 from pyrolora.guides.tfb import TFB
+from pyrolora.guides.wrapping import WrappingProgram
 from pyrolora.options import check_options, short
 
 _REGISTRY: dict[str, type[Guide]] = {
@@ -98,6 +102,7 @@ __all__ = [
     "MonteCLoRA",
     "Program",
     "Variational",
+    "WrappingProgram",
     "as_guide",
     "available",
     "averaged",

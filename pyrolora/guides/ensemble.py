@@ -15,8 +15,11 @@ from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.checks import true_or_false, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import Fit, Guide, Program, Quantities, Sites
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
+from pyrolora.guides.options import Guide
+from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,13 @@ class Ensemble(Guide):
     side_by_side: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("members", self.members, at_least=2)
         true_or_false("side_by_side", self.side_by_side)
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(stored_draws=True)
 
     def build(self, bank: AdapterBank) -> EnsembleProgram:
         if self.side_by_side and bank.origin is not None:
@@ -83,9 +91,6 @@ class Ensemble(Guide):
             fit.program.store(number, points[-1].program.bank.means())
             fit.joint.adopt(points[-1], member=number)
         fit.joint.task.pool([point.task for point in points])
-
-    def post_hoc(self) -> str | None:
-        return None
 
 
 class EnsembleProgram(Program):

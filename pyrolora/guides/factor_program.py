@@ -14,18 +14,10 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive
-from pyrolora.guides.base import (
-    LATENTS,
-    PRIOR_MEANS,
-    Program,
-    Quantities,
-    Sites,
-    Variational,
-    check_units,
-    flat,
-    require,
-    tempered,
-)
+from pyrolora.guides.centred import CentredProgram
+from pyrolora.guides.options import Latent, PriorMean, Units, Variational, check_units
+from pyrolora.guides.plates import flat, tempered
+from pyrolora.guides.program import Quantities, Sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +48,19 @@ class GaussianGuide(Variational):
 
     prior_scale: float = defaults.PRIOR_SCALE
     init_scale: float = defaults.INIT_SCALE
-    units: str = "one"
-    prior_mean: str = defaults.PRIOR_MEAN
-    latent: str = "A"
+    units: Units = "one"
+    prior_mean: PriorMean = defaults.PRIOR_MEAN
+    latent: Latent = "A"
     kl_weight: float = defaults.MEANFIELD_KL_WEIGHT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("prior_scale", self.prior_scale)
         positive("init_scale", self.init_scale)
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
-        mean = self.prior_mean
-        require(mean in PRIOR_MEANS, "prior_mean", f"one of {PRIOR_MEANS}", mean)
-        check_units(self.units, self.latent, mean)
-
-    def takes_prior(self) -> bool:
-        return True
+        check_units(self.units, self.latent, self.prior_mean)
 
 
-class FactorProgram(Program):
+class FactorProgram(CentredProgram):
     """A program whose sites are the latent factors, flat. A factor that is not latent is its mean.
 
     The sites are ``A`` and ``B``, or, where their law is a joint one, the one site ``AB``.
@@ -84,8 +70,6 @@ class FactorProgram(Program):
 
     def __init__(self, bank: AdapterBank, options: Any) -> None:
         super().__init__(bank, options)
-        if isinstance(options, GaussianGuide):
-            self.keep_start(options.latent, options.prior_mean)
         self.sites: tuple[str, ...] = tuple(options.latent)
         if self.joint_law:
             self.sites = (options.latent,)

@@ -16,18 +16,13 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive, true_or_false
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    Fit,
-    Guide,
-    Law,
-    Program,
-    Sites,
-    Variational,
-    WrappingProgram,
-    require,
-)
+from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
+from pyrolora.guides.options import Guide, Variational, require
+from pyrolora.guides.program import Program, Sites
+from pyrolora.guides.supports import Supports
+from pyrolora.guides.wrapping import WrappingProgram
 
 SEEDS = 2**24  # the numbers that a float32 in [0, 1) tells apart
 
@@ -72,6 +67,7 @@ class Flat(Guide):
     at_prediction: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("rho", self.rho)
         true_or_false("at_prediction", self.at_prediction)
         require(
@@ -81,6 +77,14 @@ class Flat(Guide):
             "inner",
             "another guide that trains adapters, such as pyrolora.guides.MonteCLoRA()",
             self.inner,
+        )
+
+    @property
+    def supports(self) -> Supports:
+        return (
+            self.inner.supports
+            if isinstance(self.inner, Variational)
+            else replace(self.inner.supports, post_hoc=None)
         )
 
     def build(self, bank: AdapterBank) -> FlatProgram:
@@ -100,14 +104,12 @@ class Flat(Guide):
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
         return self.inner.scale_rate(learning_rate, steps, num_examples)
 
-    def takes_prior(self) -> bool:
-        return self.inner.takes_prior()
+    @property
+    def settles(self) -> bool:
+        return self.inner.settles
 
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
-
-    def post_hoc(self) -> str | None:
-        return self.inner.post_hoc() if isinstance(self.inner, Variational) else None
 
     def check(self, task: Law) -> None:
         self.inner.check(task)
@@ -154,9 +156,6 @@ class FlatProgram(WrappingProgram):
     def factors(self, sites: Sites) -> FlatFactors:
         own = {name: value for name, value in sites.items() if name != "seed"}
         return self._at_prediction(self.inner.factors(own), sites["seed"])
-
-    def stored(self) -> int | None:
-        return self.inner.stored()
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         return {**self.inner.pick(index), "seed": torch.rand(len(index))}

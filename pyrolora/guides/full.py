@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyrolora.adapters import AdapterBank
-from pyrolora.guides.base import Guide
 from pyrolora.guides.map import MAP, MAPProgram
+from pyrolora.guides.options import Guide
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,9 @@ class Full(Guide):
     name = "full"
     adapts = False
 
+    @property
+    def supports(self) -> Supports:
+        return Supports()
+
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, MAP())
-
-    def post_hoc(self) -> str | None:
-        return None

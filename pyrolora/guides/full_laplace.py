@@ -20,9 +20,6 @@ class FullLaplaceProgram(FactorProgram):
     there are. Zeros until `keep`.
     """
 
-    layers_independent = False
-    linearised = True
-
     precision: Tensor
     deviations: Tensor
 
@@ -61,6 +58,9 @@ class FullLaplaceProgram(FactorProgram):
     def guide(self, kl_weight: float = 1.0) -> None:
         """One of the draws, whose number is the auxiliary site ``draw``."""
         self.sample_stored("laplace")
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # draws are made after training
 
     def stored(self) -> int:
         return len(self.deviations)

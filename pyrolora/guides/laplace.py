@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -15,20 +15,16 @@ from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.distributions import KroneckerNormal
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    LATENTS,
-    Fit,
-    Guide,
-    Law,
-    Program,
-    require,
-)
+from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.full_laplace import FullLaplaceProgram
 from pyrolora.guides.map import MAP
+from pyrolora.guides.options import Guide, Latent
+from pyrolora.guides.program import Program
+from pyrolora.guides.supports import Supports
 
-CURVATURES = ("kronecker", "full")
-TUNING = ("marginal_likelihood", "validation")
+Structure = Literal["kronecker", "full"]
+Tuning = Literal["marginal_likelihood", "validation"]
 GRID = tuple(10.0**exponent for exponent in range(-2, 6))
 """The precisions λ that validation compares: prior scales from 10 down to 0.003."""
 
@@ -106,22 +102,20 @@ class Laplace(Guide):
     name = "laplace"
 
     prior_scale: float | None = None
-    tune: str | None = None
+    tune: Tuning | None = None
     linearised: bool | None = None
-    latent: str = "AB"
-    curvature: str = "kronecker"
+    latent: Latent = "AB"
+    curvature: Structure = "kronecker"
     num_draws: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.tune in (None, *TUNING), "tune", f"one of {TUNING}", self.tune)
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
+        super().__post_init__()
         if self.linearised is not None:
             true_or_false("linearised", self.linearised)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
             if self.tune is not None:
                 raise ConfigError("tune chooses the prior; leave it out, or prior_scale")
-        require(self.curvature in CURVATURES, "curvature", f"one of {CURVATURES}", self.curvature)
         if self.num_draws is not None:
             whole_number("num_draws", self.num_draws, at_least=1)
             if not self.full:
@@ -145,6 +139,17 @@ class Laplace(Guide):
         """How many draws are kept."""
         return self.num_draws or defaults.NUM_SAMPLES
 
+    @property
+    def supports(self) -> Supports:
+        return Supports(
+            rank_allocation=True,
+            post_hoc="computed",
+            stored_draws=self.full,
+            linearised=self.full or self.linearised is not False,
+            independent_layers=not self.full,
+            distinct_prior=True,
+        )
+
     def build(self, bank: AdapterBank) -> Program:
         return FullLaplaceProgram(bank, self) if self.full else LaplaceProgram(bank, self)
 
@@ -167,7 +172,7 @@ class Laplace(Guide):
         else:
             self._curve(fit, tune)
 
-    def _keep_draws(self, fit: Fit, tune: str | None) -> None:
+    def _keep_draws(self, fit: Fit, tune: Tuning | None) -> None:
         """Choose λ by the full curvature, and keep draws of the posterior."""
         program = fit.program
         dual = fit.dual(program.centre_of_all(), self.latent, self.size)
@@ -185,7 +190,7 @@ class Laplace(Guide):
         program.keep(dual.deviations(precision), precision)
         fit.log(prior_precision=precision, log_evidence=dual.mode(precision).log_evidence)
 
-    def _curve(self, fit: Fit, tune: str | None) -> None:
+    def _curve(self, fit: Fit, tune: Tuning | None) -> None:
         """Set the Kronecker factors, and λ by them."""
         program = fit.program
         program.curve(fit.kfac())
@@ -197,14 +202,11 @@ class Laplace(Guide):
             program.precision.fill_(min(GRID, key=lambda λ: _score(fit, λ)))
         fit.log(prior_precision=float(program.precision))
 
-    def _tuning(self, fit: Fit) -> str | None:
+    def _tuning(self, fit: Fit) -> Tuning | None:
         if self.prior_scale is not None or self.tune is not None:
             return self.tune
         linear = fit.joint.task.linearisable and self.linearised is not False
         return "marginal_likelihood" if linear and not fit.can_validate else "validation"
-
-    def post_hoc(self) -> str | None:
-        return "computed"
 
     def check(self, task: Law) -> None:
         if self.full and not task.linearisable:
@@ -239,7 +241,6 @@ class LaplaceProgram(FactorProgram):
 
     def __init__(self, bank: AdapterBank, options: Laplace) -> None:
         super().__init__(bank, options)
-        self.linearised = options.linearised is not False
         self.register_buffer("precision", torch.ones(()))
         self.confine("precision", constraints.positive)
         for factor in options.latent:
@@ -260,6 +261,9 @@ class LaplaceProgram(FactorProgram):
         rows, columns = (self._buffers_of(name, site) for name in ("rows", "columns"))
         groups = self.bank.layouts[site].groups
         return KroneckerNormal(self.loc(site), scale, rows, columns, groups)
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # the curvature is measured after training
 
     @torch.no_grad()
     def curve(self, curvature: Any) -> None:

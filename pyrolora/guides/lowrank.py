@@ -13,6 +13,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import whole_number
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,12 @@ class LowRank(GaussianGuide):
         super().__post_init__()
         whole_number("rank", self.rank, at_least=1)
 
+    @property
+    def supports(self) -> Supports:
+        return Supports(
+            rank_allocation=True, prior=True, post_hoc=self.post_hoc_scales, distinct_prior=True
+        )
+
     def build(self, bank: AdapterBank) -> LowRankProgram:
         return LowRankProgram(bank, self)
 
@@ -62,7 +69,6 @@ class LowRankProgram(FactorProgram):
     """One site, named by what is latent: ``A``, ``B`` or ``AB``."""
 
     joint_law = True
-    layers_independent = False
 
     options: LowRank
 
@@ -75,7 +81,7 @@ class LowRankProgram(FactorProgram):
         start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
         self.declare("directions", start)
 
-    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         entries = self.bank.spread(self.options.latent, rows)
         return {"scale": entries, "directions": entries.unsqueeze(-1)}
 

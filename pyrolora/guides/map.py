@@ -11,16 +11,10 @@ from torch import Tensor
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    LATENTS,
-    Program,
-    Quantities,
-    Sites,
-    Variational,
-    flat,
-    require,
-    tempered,
-)
+from pyrolora.guides.options import Latent, Variational, require
+from pyrolora.guides.plates import flat, tempered
+from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +42,10 @@ class MAP(Variational):
     name = "map"
 
     prior_scale: float | None = None
-    latent: str = "AB"
+    latent: Latent = "AB"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
         require(self.draws_per_batch == 1, "draws_per_batch", "1: a point", self.draws_per_batch)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
@@ -61,20 +54,18 @@ class MAP(Variational):
         elif self.latent != "AB":
             raise ConfigError("latent says which factors have the prior; give prior_scale, too")
 
+    @property
+    def supports(self) -> Supports:
+        return Supports(rank_allocation=True, independent_layers=True, distinct_prior=True)
+
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, self)
-
-    def post_hoc(self) -> str | None:
-        return None
 
 
 class MAPProgram(Program):
     """Sites ``A`` and ``B``: all entries of the factors, flat."""
 
     options: MAP
-
-    def __init__(self, bank: AdapterBank, options: MAP) -> None:
-        super().__init__(bank, options)
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         means = self.bank.means()
@@ -94,6 +85,9 @@ class MAPProgram(Program):
 
     def quantities(self, sites: Sites) -> Quantities:
         return {}
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # no parameters beside the means
 
     def _prior(self, factor: str, mean: Tensor) -> dist.TorchDistribution:
         if self.options.prior_scale is None or factor not in self.options.latent:

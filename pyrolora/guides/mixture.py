@@ -11,7 +11,9 @@ from pyrolora.seeding import seeded
 GRID = (-3.0, 7.0, 101)
 """log a from, to, and how many of them."""
 DRAWS = 2048
-"""Of the weights at each a, for what has no closed form."""
+"""Draws of the weights at each a, for the moments without a closed form."""
+ROUNDS = 5
+"""How often `optimal_scales` alternates between V and a."""
 
 
 class SymmetricMixture:
@@ -70,3 +72,53 @@ class SymmetricMixture:
 
     def _step(self) -> float:
         return (GRID[1] - GRID[0]) / (GRID[2] - 1)
+
+
+def optimal_scales(
+    H: Tensor,
+    mixture: SymmetricMixture,
+    *,
+    start: Tensor,
+    squared_scale: Tensor,
+    distance: Tensor,
+    kappa: Tensor,
+    beta: float,
+    cooperation: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return V and a at the optimum of MonteCLoRA's objective, for each of L blocks.
+
+    Each has a closed form given the other,
+
+        V = [ I + ε₀² E‖π‖² H / (β κ) ]⁻¹,    a = argmin f,  with the loss ½ ε₀² tr(V H) / β
+
+    and the two alternate `ROUNDS` times.
+
+    Parameters
+    ----------
+    H
+        (L, r, r): the curvature of the loss that the columns of a block share.
+    mixture
+        The mixture weights.
+    start
+        (L,): a to begin with.
+    squared_scale
+        (L,): ε₀².
+    distance
+        (L,): the price of the means, ½ ‖M − M₀‖² / ε₀².
+    kappa
+        (L,): κ, the weight of ½ (tr V − log|V|) in the KL.
+    beta, cooperation
+        β and λ_c.
+
+    Returns
+    -------
+    Tensor, Tensor
+        V, (L, r, r), and a, (L,).
+    """
+    eye, a, price = torch.eye(H.shape[-1]).to(H), start, beta * kappa
+    for _ in range(ROUNDS):
+        noise = squared_scale * mixture.squared(a) / price
+        V = torch.linalg.inv(eye + noise[:, None, None] * H)
+        loss = 0.5 * squared_scale * (V * H).sum((-2, -1)) / beta
+        a = mixture.best(loss + cooperation, distance)
+    return V, a

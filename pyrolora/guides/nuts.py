@@ -19,10 +19,13 @@ from pyrolora.adapters import AdapterBank, FlatFactors, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.checks import share, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import Fit, Guide, Sites, Variational, WrappingProgram
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
+from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.supports import Supports
+from pyrolora.guides.wrapping import WrappingProgram
 
 HIGH_R_HAT = 1.05
 
@@ -71,6 +74,7 @@ class NUTS(Guide):
     max_tree_depth: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("chains", "warmup_steps", "max_tree_depth"):
             whole_number(name, getattr(self, name), at_least=1)
         whole_number("num_samples", self.num_samples, at_least=4)  # R-hat halves each chain
@@ -95,6 +99,16 @@ class NUTS(Guide):
                     f"{name}={value!r} is an option of the guide of {inner.name!r}, and "
                     "NUTS samples its model; leave it out"
                 )
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(
+            rank_allocation=True,
+            post_hoc="computed",
+            stored_draws=True,
+            independent_layers=self.inner.supports.independent_layers,
+            distinct_prior=True,
+        )
 
     def build(self, bank: AdapterBank) -> NUTSProgram:
         return NUTSProgram(bank, self)
@@ -124,9 +138,6 @@ class NUTS(Guide):
         fit.program.store(draws, diverging)
         fit.log(**fit.program.diagnostics(), divergences=int(diverging.sum()), kl_weight=beta)
 
-    def post_hoc(self) -> str | None:
-        return "computed"
-
 
 class NUTSProgram(WrappingProgram):
     """The sites of the inner program; the draws are buffers, chain after chain."""
@@ -137,7 +148,6 @@ class NUTSProgram(WrappingProgram):
     def __init__(self, bank: AdapterBank, options: NUTS) -> None:
         super().__init__(options.inner.build(bank))
         self.options = options
-        self.chains = options.chains
         with poutine.block(), torch.no_grad():
             sites = self.inner.draw(1)
         self.sites = list(sites)
@@ -146,17 +156,15 @@ class NUTSProgram(WrappingProgram):
         self.confine("diverging", constraints.boolean)
         for name, value in sites.items():
             self.register_buffer(name, torch.zeros(size, *value.shape[1:]))
-            self.confine(name, self.inner.supports.get(name, constraints.real))
+            self.confine(name, self.inner.site_supports.get(name, constraints.real))
 
-    def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        return self.inner.model(kl_weight)
+    @property
+    def chains(self) -> int:  # type: ignore[override]
+        return self.options.chains
 
     def guide(self, kl_weight: float = 1.0) -> None:
         """One of the draws, whose number is the auxiliary site ``draw``."""
         self.sample_stored("nuts")
-
-    def factors(self, sites: Sites) -> FlatFactors:
-        return self.inner.factors(sites)
 
     def mean(self) -> FlatFactors:
         """The mean of the update over draws: of the one factor that varies, or pooled."""

@@ -16,8 +16,10 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, share, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import LATENTS, Fit, Guide, require
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.guides.options import Guide, Latent, require
+from pyrolora.guides.supports import Supports
 
 SMALLEST_VARIANCE = 1e-12
 """Of an entry that did not move, so that the law has a density."""
@@ -65,16 +67,20 @@ class SWAG(Guide):
     snapshots: int = defaults.SWAG_SNAPSHOTS
     rank: int = defaults.SWAG_RANK
     prior_scale: float | None = None
-    latent: str = "AB"
+    latent: Latent = "AB"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share("start", self.start, "[0, 1)")
         whole_number("snapshots", self.snapshots, at_least=2)
         whole_number("rank", self.rank, at_least=2)
         require(self.rank <= self.snapshots, "rank", "at most snapshots", self.rank)
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(rank_allocation=True, distinct_prior=self.prior_scale is not None)
 
     def build(self, bank: AdapterBank) -> SWAGProgram:
         return SWAGProgram(bank, self)
@@ -96,9 +102,6 @@ class SWAG(Guide):
     def rate_held_from(self) -> float:
         return self.start
 
-    def post_hoc(self) -> str | None:
-        return None
-
 
 class SWAGProgram(FactorProgram):
     """One site, named by what is latent: ``A``, ``B`` or ``AB``. While it is trained the program is
@@ -111,7 +114,6 @@ class SWAGProgram(FactorProgram):
     """
 
     joint_law = True
-    layers_independent = False
 
     options: SWAG
     count: Tensor
@@ -121,7 +123,6 @@ class SWAGProgram(FactorProgram):
 
     def __init__(self, bank: AdapterBank, options: SWAG) -> None:
         super().__init__(bank, options)
-        self.has_prior = options.prior_scale is not None
         total = bank.layout(options.latent).total
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("iterate_mean", torch.zeros(0))
@@ -142,6 +143,9 @@ class SWAGProgram(FactorProgram):
             return dist.Delta(mean, event_dim=1)
         variance = (0.5 * self.variance).clamp(min=SMALLEST_VARIANCE)
         return dist.LowRankMultivariateNormal(mean, self.deviations.mT, variance)
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # iterates are collected once the ranks no longer move
 
     def scale_parameters(self) -> list[str]:
         return []

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -17,11 +17,15 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import Fit, Guide, Sites, flat, require
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.map import MAP
+from pyrolora.guides.options import Guide, require
+from pyrolora.guides.plates import flat
+from pyrolora.guides.program import Sites
+from pyrolora.guides.supports import Supports
 
-ANCHORS = ("training", "validation")
+Anchor = Literal["training", "validation"]
 SCALES = (1e-6, 10.0)
 """The least and the largest σ that the search tries."""
 FIRST = 1e-2
@@ -85,17 +89,21 @@ class TFB(Guide):
 
     tolerance: float = defaults.TFB_TOLERANCE
     relative: bool = True
-    anchor: str = "training"
+    anchor: Anchor = "training"
     draws: int = defaults.TFB_DRAWS
     steps: int = defaults.TFB_STEPS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("tolerance", self.tolerance)
         true_or_false("relative", self.relative)
-        require(self.anchor in ANCHORS, "anchor", f"one of {ANCHORS}", self.anchor)
         whole_number("draws", self.draws, at_least=2)
         require(self.draws % 2 == 0, "draws", "even: half are the negatives", self.draws)
         whole_number("steps", self.steps, at_least=1)
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(rank_allocation=True, post_hoc="computed", independent_layers=True)
 
     def build(self, bank: AdapterBank) -> TFBProgram:
         return TFBProgram(bank, self)
@@ -125,9 +133,6 @@ class TFB(Guide):
         program.scale.fill_(found)
         _warn_of_bounds(found, tolerance)
         fit.log(noise_scale=found, anchor_loss=loss, tolerated=tolerance)
-
-    def post_hoc(self) -> str | None:
-        return "computed"
 
     def _nats(self, loss: float) -> float:
         """The tolerance in nats an observation."""
@@ -187,8 +192,6 @@ class TFBProgram(FactorProgram):
 
     options: TFB
 
-    has_prior = False
-
     def __init__(self, bank: AdapterBank, options: TFB) -> None:
         super().__init__(bank, options)
         self.sites = ("noise",)
@@ -201,6 +204,9 @@ class TFBProgram(FactorProgram):
     def law(self, site: str) -> dist.TorchDistribution:
         total = self.bank.layout("A").total
         return dist.Normal(torch.zeros_like(self.scale), 1.0).expand([total]).to_event(1)
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # σ is found after training
 
     def factors(self, sites: Sites) -> FlatFactors:
         roots = self.scale * self.roots()
