@@ -46,7 +46,7 @@ class Predictor:
         return NumberedDraws(self.joint, self.seed)
 
     def numbers(self, draws: Any, **beside: Any) -> list[int] | None:
-        """Validate the numbers in ``draws``, and refuse options ``beside`` them; None stays None."""
+        """Validate the numbers in ``draws``, which no option stands ``beside``; None stays None."""
         if draws is None:
             return None
         alone(**beside)
