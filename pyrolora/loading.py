@@ -22,7 +22,6 @@ from pyrolora.adapters import (
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.attaching import attached
 from pyrolora.checks import true_or_false
-from pyrolora.data import load_language_model
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel, build
@@ -37,7 +36,7 @@ from pyrolora.storage import (
     load_base,
     read_folder,
 )
-from pyrolora.tasks import task_for
+from pyrolora.tasks import Task, load_language_model, task_for
 
 
 @torch.inference_mode(False)
@@ -231,7 +230,7 @@ def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,
     *,
-    task: Any = None,
+    task: str | Task | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Posterior:

@@ -256,7 +256,7 @@ def test_conformance(
     if "accuracy" in scores or "rmse" in scores:
         found = Conformal(prediction, 0.5).evaluate(prediction)  # but for one on the threshold
         assert 3 / 7 <= found["coverage"] + 1e-6 <= 1.1
-    if posterior.task.name == "causal_lm":
+    if posterior.task.name == "text-generation":
         found = posterior.generate(["the film", "good"], 3, max_new_tokens=2, seed=0)
         assert found.log_likelihood.shape == (3, 2, 3)
         assert torch.isfinite(found.log_predictive).all()

@@ -21,7 +21,6 @@ from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.model import JointModel
 from pyrolora.predictive import NumberedDraws, Prediction
 from pyrolora.seeding import seeded
-from pyrolora.tasks import Classification, MultipleChoice
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +77,9 @@ def inference_data(
             groups |= _data_groups(prediction, shape)
             if log_likelihood:  # the model's has no temperature
                 own = prediction if temperature == 1 else read(all_drawn, 1.0)
-                groups["log_likelihood"] = {"y": (_scores(own, shape), ("example",))}
+                groups["log_likelihood"] = {"y": (_scores(own, shape), (own.row,))}
                 if temperature != 1:
-                    calibrated = {CALIBRATED: (_scores(prediction, shape), ("example",))}
+                    calibrated = {CALIBRATED: (_scores(prediction, shape), (prediction.row,))}
                     groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
     coords: dict[str, Sequence[Any]] = {
         "layer": list(program.bank.specs),
@@ -91,7 +90,7 @@ def inference_data(
         coords["draw"] = numbers if chains == 1 else numbers[: num_samples // chains]
     law = joint.task
     names = class_names_of(joint.base, law)
-    if names and isinstance(law, Classification) and not isinstance(law, MultipleChoice):
+    if names and law.names_classes:
         probs = groups.get("posterior_predictive", {}).get("probs")
         count = len(names) if probs is None else probs[0].shape[-1]
         coords["class"] = [names.get(i, str(i)) for i in range(count)]
@@ -180,7 +179,7 @@ def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) 
         }
     }
     if prediction.targets is not None:
-        dims = ("example", "token")[: prediction.targets.dim()]
+        dims = (prediction.row, "token")[: prediction.targets.dim()]
         groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
     return groups
 

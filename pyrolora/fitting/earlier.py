@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from pyrolora.adapters import Attachment
-from pyrolora.data import Prepared, load_network
+from pyrolora.data import Prepared
 from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError
 from pyrolora.fitting.first_pass import check_first_pass, mean_outputs
@@ -22,6 +22,7 @@ from pyrolora.inference import check_allocation
 from pyrolora.model import JointModel, build
 from pyrolora.posterior import Posterior
 from pyrolora.storage import check_base
+from pyrolora.tasks import load_network
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Continued(Earlier):
         assert isinstance(source, Posterior)
         check_network(request.model)
         network, tokenizer = load_network(
-            request.model, request.data, request.tokenizer, source.task.name, source.base
+            request.model, request.data, request.tokenizer, source.task, source.base
         )
         tokenizer = source.tokenizer if tokenizer is None else tokenizer
         config, task = source.bank.config, copy.deepcopy(source.task)

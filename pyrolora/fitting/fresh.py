@@ -23,7 +23,7 @@ from pyrolora.adapters import (
 )
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
-from pyrolora.data import Prepared, load_network, to_device
+from pyrolora.data import Prepared, to_device
 from pyrolora.errors import ConfigError
 from pyrolora.fitting.first_pass import check_first_pass, weight_gradients_of
 from pyrolora.fitting.origin import Builder, Origin, check_network
@@ -33,7 +33,7 @@ from pyrolora.inference import check_allocation
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, build
 from pyrolora.seeding import seeded
-from pyrolora.tasks import task_for
+from pyrolora.tasks import load_network, task_for
 
 
 class Fresh(Origin):
@@ -50,7 +50,7 @@ class Fresh(Origin):
             config = as_adapter_config(request.adapter)
         else:
             network = _trained_copy(network)
-        task = copy.deepcopy(task_for(network, request.task))
+        task = task_for(network, request.task)
         return cls(request.options, network, tokenizer, config, task)
 
     def attach(self, data: Prepared, args: TrainingArguments) -> Attachment:

@@ -16,7 +16,13 @@ from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
 from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
-from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
+from pyrolora.tasks import (
+    ClassPrediction,
+    Prediction,
+    RegressionPrediction,
+    TagPrediction,
+    TokenPrediction,
+)
 
 __all__ = [
     "Calibration",
@@ -27,6 +33,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "RegressionPrediction",
+    "TagPrediction",
     "TokenPrediction",
     "alone",
     "aurc",

@@ -16,7 +16,7 @@ from pyrolora.model import JointModel
 from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
-from pyrolora.tasks import Prediction, TokenTask
+from pyrolora.tasks import Prediction
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,6 @@ class Predictor:
         The labels of texts stay, since they say which tokens count.
         """
         name = getattr(self.joint.base, "main_input_name", INPUTS)
-        if isinstance(self.joint.task, TokenTask):
+        if self.joint.task.keeps_labels:
             return as_examples(data, name, defaults.OUTSIDE_SPLITS)
         return without_labels(data, name, defaults.OUTSIDE_SPLITS)

@@ -110,6 +110,10 @@ class Prediction(ABC):
         }
         return replace(self, **chosen)
 
+    def named(self, names: Mapping[int, str]) -> Self:
+        """Return the prediction with these names of its classes, if it has classes."""
+        return self
+
     def counted(self) -> Self:
         """Return the prediction of the rows in which something is predicted."""
         return self
