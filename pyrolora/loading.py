@@ -1,4 +1,4 @@
-"""From files and adapters to posteriors; and the joint model that both they and fits need."""
+"""From folders to posteriors: those that were saved, and adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pyrolora.storage import (
     load_base,
     read_folder,
 )
-from pyrolora.tasks import load_language_model, task_for
+from pyrolora.tasks import Task, load_language_model, task_for
 
 
 @torch.inference_mode(False)
@@ -230,7 +230,7 @@ def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,
     *,
-    task: Any = None,
+    task: str | Task | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Posterior:

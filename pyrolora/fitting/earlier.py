@@ -103,7 +103,7 @@ class Continued(Earlier):
         assert isinstance(source, Posterior)
         check_network(request.model)
         network, tokenizer = load_network(
-            request.model, request.data, request.tokenizer, source.task.name, source.base
+            request.model, request.data, request.tokenizer, source.task, source.base
         )
         tokenizer = source.tokenizer if tokenizer is None else tokenizer
         config, task = source.bank.config, copy.deepcopy(source.task)

@@ -50,7 +50,7 @@ class Fresh(Origin):
             config = as_adapter_config(request.adapter)
         else:
             network = _trained_copy(network)
-        task = copy.deepcopy(task_for(network, request.task))
+        task = task_for(network, request.task)
         return cls(request.options, network, tokenizer, config, task)
 
     def attach(self, data: Prepared, args: TrainingArguments) -> Attachment:

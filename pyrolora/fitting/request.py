@@ -52,7 +52,7 @@ class Request:
     guide: str | Guide | None = None
     eval_data: Any = None
     tokenizer: Any = None
-    task: Any = None
+    task: str | Task | None = None
     adapter: AdapterConfig | Any = None
     given: Posterior | StoredPosterior | None = None
     prior: Posterior | StoredPosterior | None = None

@@ -13,7 +13,7 @@ from pyrolora.loading import from_peft, load
 from pyrolora.peft import CONFIG_FILE as PEFT_FILE
 from pyrolora.posterior import Posterior
 from pyrolora.storage import read_description
-from pyrolora.tasks import load_network
+from pyrolora.tasks import Task, load_network
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StoredPosterior:
         """The guide of the posterior."""
         return MAP() if self.from_peft else read_description(self.folder).guide
 
-    def load(self, model: Any, data: Any, task: Any) -> Posterior:
+    def load(self, model: Any, data: Any, task: str | Task | None) -> Posterior:
         """Load it on the network ``model``.
 
         A saved posterior knows its task and its classes; an adapter of PEFT takes those of

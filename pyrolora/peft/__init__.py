@@ -6,7 +6,15 @@ are named ``base_model.model.<layer>.lora_A.weight`` (r, in), ``.lora_B.weight``
 """
 
 from pyrolora.peft.config import CONFIG_FILE
+from pyrolora.peft.export import export_factors
 from pyrolora.peft.read import Adapter, read_adapter
 from pyrolora.peft.write import as_uniform, write_adapter
 
-__all__ = ["CONFIG_FILE", "Adapter", "as_uniform", "read_adapter", "write_adapter"]
+__all__ = [
+    "CONFIG_FILE",
+    "Adapter",
+    "as_uniform",
+    "export_factors",
+    "read_adapter",
+    "write_adapter",
+]

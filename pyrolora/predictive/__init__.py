@@ -1,6 +1,11 @@
 """From draws of the posterior to predictions, texts and their scores."""
 
-from pyrolora.predictive.calibration import Calibration, calibrated, check_temperature
+from pyrolora.predictive.calibration import (
+    Calibration,
+    calibrate,
+    check_temperature,
+    warn_untempered,
+)
 from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
@@ -8,6 +13,7 @@ from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
+from pyrolora.predictive.predictor import Predictor
 from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
 from pyrolora.tasks import (
@@ -25,13 +31,14 @@ __all__ = [
     "Generation",
     "NumberedDraws",
     "Prediction",
+    "Predictor",
     "RegressionPrediction",
     "TagPrediction",
     "TokenPrediction",
     "alone",
     "aurc",
     "auroc",
-    "calibrated",
+    "calibrate",
     "check_temperature",
     "choice_rows",
     "choose",
@@ -41,4 +48,5 @@ __all__ = [
     "predict",
     "reliability_table",
     "risk_coverage",
+    "warn_untempered",
 ]

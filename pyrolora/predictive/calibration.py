@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.checks import positive
+from pyrolora.checks import positive, whole_number
 from pyrolora.columns import Batch
 from pyrolora.data import Prepared
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.model import JointModel
-from pyrolora.predictive.predict import reduced
+from pyrolora.predictive.choices import choice_rows
+from pyrolora.predictive.predict import draw_factors, reduced
+from pyrolora.predictive.predictor import Predictor
+
+logger = logging.getLogger(__name__)
 
 POINTS = 25
 """Temperatures of one pass over the data: odd, so that 1 is one of them."""
@@ -57,6 +64,57 @@ def check_temperature(temperature: float) -> float:
     if not low <= temperature <= high:
         raise ConfigError(f"temperature must be from {low} to {high}, got {temperature!r}")
     return float(temperature)
+
+
+def calibrate(
+    predictor: Predictor,
+    data: Any,
+    num_samples: int | None,
+    *,
+    batch_size: int,
+    seed: int | None,
+) -> Calibration:
+    """Return the temperature that suits held-out data best, as `Posterior.calibrate` has it."""
+    whole_number("batch_size", batch_size, at_least=1)
+    joint = predictor.joint
+    if choice_rows(data, joint) is not None:
+        raise ConfigError(
+            "a language model's temperature is that of each token, and the data have 'choices' "
+            "between texts, whose best temperature is another; calibrate on texts, or fit a "
+            "network that scores choices (AutoModelForMultipleChoice)"
+        )
+    prepared = predictor.prepare(data, need_labels=True, splits=defaults.FIT_SPLITS)
+    factors = draw_factors(joint, num_samples, seed)
+    calibration = calibrated(joint, prepared, factors, batch_size=batch_size)
+    logger.info(
+        "temperature %.4g from %d examples: NLL %.4f before, %.4f after",
+        calibration.temperature,
+        calibration.num_examples,
+        calibration.nll_before,
+        calibration.nll_after,
+    )
+    if calibration.at_an_end:
+        warnings.warn(
+            f"the temperature {calibration.temperature:.4g} is the end of what was looked at, "
+            f"{defaults.TEMPERATURES}: too few examples, all of them right, labels that the "
+            "predictions say nothing of, or draws that lie further apart than the labels; "
+            "posterior.temperature = 1.0 undoes it",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return calibration
+
+
+def warn_untempered(target: str, temperature: float) -> None:
+    """Warn that ``target``, which a posterior is exported to, does not hold its temperature."""
+    if temperature != 1:
+        warnings.warn(
+            f"{target} does not hold the temperature {temperature:.4g} of this posterior: its "
+            "predictions are those before calibrate(...); divide its logits by it, or multiply the "
+            "variance of a regression's noise by it",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()

@@ -98,9 +98,39 @@ class NumberedDraws:
             self.joint.align()
             return self.joint.program.factors(self.sites(numbers))
 
+    @torch.no_grad()
+    def exportable(self, draw: str | int) -> FlatFactors:
+        """Return the factors of the mean adapter, or of one draw, as an adapter can hold them.
+
+        Raises
+        ------
+        ConfigError
+            For what is neither ``"mean"`` nor the number of a draw, and for draws that predict
+            otherwise than an adapter with their factors would.
+        """
+        program = self.joint.program
+        if draw == "mean":
+            return program.mean()
+        if isinstance(draw, str):
+            raise ConfigError(f"draw must be 'mean' or the number of a draw, got {draw!r}")
+        self.check_one(draw)
+        if program.linearised and self.joint.task.linearisable:
+            raise ConfigError(
+                "the predictions of this posterior are linear in its draws, and the network with a "
+                "draw in it gives others; use draw='mean', or fit with "
+                "Laplace(curvature='kronecker', linearised=False)"
+            )
+        factors = program.factors(self.sites([draw]))[0]
+        if factors.seeds is not None:
+            raise ConfigError(
+                "a draw of Flat(at_prediction=True) has noise on the weights, which no adapter "
+                "holds; use draw='mean', or at_prediction=False"
+            )
+        return factors
+
 
 def alone(**beside: Any) -> None:
-    """Raise `ConfigError` where one of the options that stand ``beside`` ``draws`` is given."""
+    """Raise `ConfigError` for an option ``beside`` ``draws`` that has a value."""
     given = [f"{name}={value!r}" for name, value in beside.items() if value is not None]
     if given:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Save, load and merge posteriors."""
 
 from pyrolora.storage.base import check_base, check_description, describe_base
+from pyrolora.storage.describe import describe
 from pyrolora.storage.description import Description, digest_of
 from pyrolora.storage.folder import (
     META_FILE,
@@ -20,6 +21,7 @@ __all__ = [
     "as_json",
     "check_base",
     "check_description",
+    "describe",
     "describe_base",
     "digest_of",
     "finite",

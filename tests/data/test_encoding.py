@@ -18,7 +18,7 @@ from pyrolora.data import prepare
 from pyrolora.data.encoding import Encoder, added
 from pyrolora.data.inputs import context_length
 from pyrolora.errors import DataError
-from pyrolora.predictive.generate import _as_ids
+from pyrolora.predictive.prompts import prompt_ids
 from pyrolora.tasks import CausalLM, Classification
 
 EOS, BOS = 3, 2
@@ -61,9 +61,9 @@ def test_a_prompt_begins_once_and_goes_on() -> None:
     ).model  # fmt: skip
     for single in ("[CLS] $A", "$A", "[CLS] $A [SEP]"):
         made = decoder_tokenizer(single)
-        (found,) = _as_ids(["[CLS] good film"], made, joint)
+        (found,) = prompt_ids(["[CLS] good film"], made, joint)
         assert found.tolist() == [BOS, 4, 6]
-        (found,) = _as_ids(["good [SEP]"], made, joint)  # of a dialogue
+        (found,) = prompt_ids(["good [SEP]"], made, joint)  # of a dialogue
         assert found.tolist()[-2:] == [4, EOS]
 
 

@@ -158,7 +158,7 @@ def test_a_language_model_has_sampled_predictions_only(steps):
     texts = texts.select(range(4))
     found = posterior.log_likelihood(texts, num_samples=3, seed=0)
     factors = draw_factors(posterior.model, 3, seed=0)
-    batch = posterior._prepare(texts, need_labels=True)
+    batch = posterior.predictor.prepare(texts, need_labels=True)
     rows = batch.collate([batch.examples[i] for i in range(4)])
     with torch.no_grad():
         output = posterior.model.network(rows, factors)

@@ -150,7 +150,7 @@ def test_every_metric_has_its_direction():
     }
     for kind, (network, data, options) in posteriors.items():
         posterior = pyrolora.fit(network, data, "map", epochs=1, **options)
-        found = posterior._predict(data, 0, 4, None, need_labels=True)
+        found = posterior.predictor.predict(data, 0, 4, None, need_labels=True)
         assert type(found) is kind
         assert [*evaluate(found)] == [*kind.higher_is_better]
     assert len(available()) == 6  # a new task may bring a kind of prediction

@@ -197,7 +197,7 @@ def test_an_order_is_made_of_columns_of_tokens_that_differ_in_length_alone() -> 
     posterior = pyrolora.fit(bert(), labelled_reviews(), tokenizer=tokenizer(), epochs=1)
 
     def order(data: Any) -> list[int] | None:
-        return posterior._prepare(data, need_labels=False).by_length()
+        return posterior.predictor.prepare(data, need_labels=False).by_length()
 
     found = order(texts())
     lengths = [len(ids) for ids in tokenizer()(texts()["text"][:])["input_ids"]]

@@ -99,7 +99,7 @@ def posterior():
 def test_a_draw_is_one_function_whatever_the_batches_and_passes(posterior):
     """Same seed: the same draws for any batch size and any number of rows in a pass."""
     data = tokens(11, classes=3, seed=3)
-    prepared = posterior._prepare(data, need_labels=True)
+    prepared = posterior.predictor.prepare(data, need_labels=True)
     factors = draw_factors(posterior.model, 6, seed=0)
     whole = predict(posterior.model, prepared, factors, batch_size=11, rows=1000).draws
     assert (whole.std(0) > 1e-4).any(), "draws must differ for this test to say anything"
@@ -114,7 +114,7 @@ def test_draws_equal_networks_with_the_drawn_weights(posterior):
 
     data = tokens(5, classes=3)
     factors = draw_factors(posterior.model, 3, seed=2)
-    prepared = posterior._prepare(data, need_labels=True)
+    prepared = posterior.predictor.prepare(data, need_labels=True)
     found = predict(posterior.model, prepared, factors).draws
     ids = torch.tensor(data["input_ids"][:])
     for s in range(3):

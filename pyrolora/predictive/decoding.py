@@ -1,0 +1,118 @@
+"""The settings of transformers' ``generate``, as draws of a posterior can follow them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from pyrolora import defaults
+from pyrolora.adapters import check_eager
+from pyrolora.data.inputs import context_length
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.model import JointModel
+from pyrolora.tasks import CausalLM
+
+MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+"""Decodings in which the neighbours of a row stay its neighbours."""
+OURS = {
+    **dict.fromkeys(("return_dict_in_generate", "streamer", "stopping_criteria"), "leave it out"),
+    **dict.fromkeys(
+        ("input_ids", "attention_mask", "position_ids", "inputs_embeds"),
+        "pass inputs as a mapping with input_ids and attention_mask",
+    ),
+    "stop_strings": "a text is followed to its end token; cut the texts afterwards",
+}
+
+
+def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> GenerationConfig:
+    """Return the settings that ``generate`` will have.
+
+    Raises
+    ------
+    ConfigError
+        For a network that cannot generate, and for options with which rows would meet the weights
+        of other draws.
+    """
+    base: Any = joint.base
+    check_eager(base)
+    able = getattr(base, "can_generate", None)
+    if not isinstance(joint.task, CausalLM) or able is None or not able():
+        raise ConfigError(
+            "generate() needs a causal language model of transformers, fitted as one; this is a "
+            f"{type(base).__name__} with the task {joint.task.name!r}"
+        )
+    # As in transformers, options go before the settings of the network.
+    settings = copy.deepcopy(base.generation_config)
+    given = options.get("generation_config")
+    if given is not None:
+        settings.update(**{n: v for n, v in given.to_dict().items() if v is not None})
+    try:
+        unknown = settings.update(**{n: v for n, v in options.items() if n != "generation_config"})
+    except ValueError as error:  # settings that contradict one another
+        raise ConfigError(str(error)) from error
+    for name, advice in OURS.items():
+        if options.get(name) is not None or (name == "stop_strings" and settings.stop_strings):
+            raise ConfigError(f"generate() sets {name} itself: {advice}")
+    mode = str(getattr(settings.get_generation_mode(options.get("assistant_model")), "value", ""))
+    if mode not in MODES or options.get("custom_generate") is not None:
+        found = "custom_generate" if mode in MODES else mode
+        raise ConfigError(
+            f"{found} arranges the rows of a batch anew, and rows would meet the weights of other "
+            f"draws; generate() takes {', '.join(MODES)}"
+        )
+    if unknown:
+        raise ConfigError(f"transformers' generate() has no options {sorted(unknown)}")
+    return settings
+
+
+def set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationConfig) -> None:
+    """Give continuations a length, unless they have one.
+
+    Raises
+    ------
+    DataError
+        For a prompt whose continuation would leave the network's context.
+    """
+    context = context_length(joint.base)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = len(prompts[longest])
+    if settings.max_new_tokens is None and settings.max_length is None:
+        settings.max_new_tokens = int(max(1, min(defaults.MAX_NEW_TOKENS, context - size)))
+    if settings.max_new_tokens is None and settings.max_length <= size:
+        raise DataError(
+            f"prompt {longest} has {size} tokens, which max_length={settings.max_length} counts, "
+            "too: nothing would be written; give max_new_tokens"
+        )
+    needed = size + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
+    if needed > context:
+        raise DataError(
+            f"prompt {longest} has {size} tokens, and with its continuation {needed}; the network "
+            f"has {context} positions: shorten it, or lower max_new_tokens"
+        )
+
+
+def padding_id(settings: GenerationConfig, tokenizer: Any) -> int:
+    """Return the id that fills rows up; attention never sees it."""
+    for value in (settings.pad_token_id, getattr(tokenizer, "pad_token_id", None)):
+        if value is not None:
+            return int(value)
+    return next(iter(end_ids(settings)), 0)
+
+
+def end_ids(settings: GenerationConfig) -> set[int]:
+    """Return the ids that end a text."""
+    ends = settings.eos_token_id
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, list | tuple) else {int(ends)}
+
+
+def until_end(ids: Tensor, ends: set[int]) -> Tensor:
+    """Return the ids up to the first that ends a text, including it."""
+    places = torch.isin(ids, torch.tensor(sorted(ends), dtype=ids.dtype)).nonzero()
+    return ids[: int(places[0]) + 1] if len(places) else ids

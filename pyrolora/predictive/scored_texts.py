@@ -1,0 +1,130 @@
+"""The scores of continuations: how sure all draws are of every token that one of them wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pyrolora import defaults
+from pyrolora.adapters import FlatFactors
+from pyrolora.columns import IGNORED, LABELS
+from pyrolora.data import prepare
+from pyrolora.data.examples import TensorExamples
+from pyrolora.data.padding import MASK
+from pyrolora.model import JointModel
+from pyrolora.predictive.generation import Generation
+from pyrolora.predictive.predict import predict
+from pyrolora.predictive.prompts import PER_TOKEN
+from pyrolora.tasks import TokenPrediction
+
+
+def scored(
+    joint: JointModel,
+    prompts: Sequence[Tensor],
+    others: Mapping[str, list[Tensor]],
+    written: Sequence[Sequence[Tensor]],
+    draw: Tensor,
+    factors: FlatFactors,
+    pad: int,
+    tokenizer: Any,
+    rows: int,
+    temperature: float,
+) -> Generation:
+    """Return the continuations with the scores that all draws give them.
+
+    Parameters
+    ----------
+    joint
+        The joint model.
+    prompts, others
+        Token ids and other inputs, one row per prompt.
+    written
+        The continuations of each prompt.
+    draw
+        The number of the draw that wrote each continuation of a prompt.
+    factors
+        The factors of all draws.
+    pad
+        The id that fills rows up.
+    tokenizer
+        Turns ids to text, or None.
+    rows
+        Most rows (draws x texts) of one pass.
+    temperature
+        T of the scores (`Task.at`).
+    """
+    pairs = [(p, new) for p, own in zip(prompts, written, strict=True) for new in own]
+    beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
+    prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.task)
+    read = predict(
+        joint,
+        prepared,
+        factors,
+        batch_size=min(defaults.BATCH_SIZE, rows),
+        rows=rows,
+        temperature=temperature,
+    )
+    assert isinstance(read, TokenPrediction)
+    assert read.log_likelihood is not None
+    shape = (len(prompts), len(draw))
+
+    def aligned(values: Tensor) -> Tensor:
+        """Turn (n K, longest - 1), of whole texts, to (n, K, T), of the continuations alone."""
+        parts = [
+            row[len(p) - 1 : len(p) - 1 + len(new)]
+            for row, (p, new) in zip(values, pairs, strict=True)
+        ]
+        return pad_sequence(parts, True, torch.nan).unflatten(0, shape)
+
+    news = [new for _, new in pairs]
+    counted = pad_sequence([torch.ones_like(new, dtype=torch.bool) for new in news], True, False)
+    texts = tokens = None
+    if tokenizer is not None:
+        texts = [[_decode(tokenizer, new) for new in own] for own in written]
+        tokens = [[[_decode(tokenizer, i) for i in new] for new in own] for own in written]
+    return Generation(
+        sequences=pad_sequence(news, True, pad).unflatten(0, shape),
+        mask=counted.unflatten(0, shape),
+        draw=draw,
+        log_likelihood=read.log_likelihood.unflatten(1, shape),
+        entropy=aligned(read.entropy),
+        aleatoric=aligned(read.aleatoric),
+        prompts=None if tokenizer is None else [_decode(tokenizer, p) for p in prompts],
+        texts=texts,
+        tokens=tokens,
+    )
+
+
+def _examples(
+    pairs: Sequence[tuple[Tensor, Tensor]], beside: Mapping[str, list[Tensor]], pad: int
+) -> TensorExamples:
+    """Return whole texts of one length, whose labels are the tokens of the continuations.
+
+    An input with a value per token of the prompt goes on with its last value, as in transformers'
+    ``generate``.
+    """
+    whole = [torch.cat(pair) for pair in pairs]
+    columns = {
+        "input_ids": pad_sequence(whole, True, pad),
+        MASK: pad_sequence([torch.ones_like(ids) for ids in whole], True, 0),
+        LABELS: pad_sequence(
+            [torch.cat([torch.full_like(p, IGNORED), new]) for p, new in pairs], True, IGNORED
+        ),
+    }
+    for name, rows in beside.items():
+        if name == PER_TOKEN:
+            continued = [
+                torch.cat([r, r[-1:].expand(len(n))]) for r, (_, n) in zip(rows, pairs, strict=True)
+            ]
+            columns[name] = pad_sequence(continued, True, 0)
+        else:
+            columns[name] = torch.stack(rows)
+    return TensorExamples(columns)
+
+
+def _decode(tokenizer: Any, ids: Tensor) -> str:
+    return tokenizer.decode(ids.reshape(-1).tolist(), skip_special_tokens=ids.dim() > 0)
