@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyrolora.adapters import attach
 from pyrolora.columns import Batch
 from pyrolora.guides import MAP, Dropout, Flat, Guide, LowRank, MeanField, MonteCLoRA
-from pyrolora.inference.trainer import Objective
+from pyrolora.inference import Objective
 from pyrolora.loading import build
 from pyrolora.tasks import task_for
 

@@ -37,22 +37,22 @@ class MonteCLoRA(Variational):
       z_j ~ N(0, (ε/ε₀)² I) in the guide. The KL of z is zero when ε is fixed.
     - ``"isotropic"``, the paper's objective: the model has δ_jk ~ N(0, I) and keeps Σ under its
       Wishart prior, connected to nothing; a_j = m_j + ε₀ ‖π‖ z_j with z_j ~ N(0, (ε/ε₀)² Σ) in the
-      guide. The KL of z is KL(N(0, (ε/ε₀)² Σ) ‖ N(0, I)), once a column.
+      guide. The KL of z is KL(N(0, (ε/ε₀)² Σ) ‖ N(0, I)), once per column.
 
     The means M, B and the task head are parameters that model and guide share. With
     ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
-    above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² a column, with S = ε₀ ‖π‖ I, or
+    above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² per column, with S = ε₀ ‖π‖ I, or
     ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` it is where A starts, a⁰, in place of zero,
     a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j, what is learnt, has the price. (Where the adapters
     have a start A₀, B₀ that is taken off again, zero is there, too.)
 
     Given the generalised Gauss-Newton matrix of −log p(y|A), in which H = Σ_j H_jj, (r, r), is
     what the columns of a layer have in common, the optimum of V is a closed form, and that of
-    ‖π‖ a search in one number a layer, over symmetric α:
+    ‖π‖ a search in one number per layer, over symmetric α:
 
         V = [ I + ε₀² E‖π‖² H / (β κ) ]⁻¹,    κ = c + ν (isotropic),  κ = ν (hierarchical)
 
-    for c columns: the wider the fewer data, V = I without data. With ``covariance="diagonal"`` it
+    for c columns: fewer data give a wider V, and no data V = I. With ``covariance="diagonal"`` it
     is that of the diagonal of H.
 
     Where ranks move between layers, Σ and its V are cut to a layer's active ranks. Their Σ has the
@@ -74,9 +74,9 @@ class MonteCLoRA(Variational):
         no other size of A and B with the same B A escapes it. For ``latent="A"`` and the learned
         prior mean; after an earlier posterior D is that one's. ``"fan_in"``: ε₀ is a multiple of
         1/√in for A and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every
-        width and rank. ``"one"``: it is as it is (paper).
+        width and rank. ``"one"``: it is absolute (paper).
     learn_sample_scale
-        Learn the guide's ε, one a layer, from ε₀ on; its price is the KL of z.
+        Learn the guide's ε, one per layer, from ε₀ on; its price is the KL of z.
     component_prior
         ``"isotropic"`` or ``"hierarchical"``.
     covariance
@@ -91,8 +91,8 @@ class MonteCLoRA(Variational):
     concentration
         α₀.
     init_covariance
-        The start of V as a multiple of I: a small one lets the network learn before the noise.
-        Of ``scale_updates="gradient"``; by curvature it is where the first estimate is made.
+        Start of V as a multiple of I: with a small one the network learns before the noise grows,
+        for ``scale_updates="gradient"``; by curvature it is where the first estimate is made.
     cooperation
         λ_c >= 0: adds −λ_c ‖π‖² per layer to the log joint density.
     latent
@@ -155,8 +155,10 @@ class MonteCLoRA(Variational):
 
     @classmethod
     def paper(cls, **changes: Any) -> MonteCLoRA:
-        """The paper's setting: isotropic, diagonal, ν = r, N = 4, ε = 5e-3, and 1e-5 times the KL
-        against the mean loss; other options can be given as in the class."""
+        """Return the setting of the paper, with ``changes`` to it.
+
+        Isotropic, diagonal, ν = r, N = 4, ε = 5e-3, and 1e-5 times the KL against the mean loss.
+        """
         options: dict[str, Any] = {
             "component_prior": "isotropic",
             "covariance": "diagonal",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import warnings
@@ -11,19 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainingArguments
 from transformers.trainer_pt_utils import safe_globals
 
-from pyrolora.data.examples import TensorExamples
-from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointModel
 
 STATE_FILE = "adapters.safetensors"
@@ -31,17 +24,8 @@ FIT_FILE = "fit.json"
 TRAINER_FILE = "trainer_state.json"
 PICKLES = ("optimizer.pt", "scheduler.pt")
 MEMBER = "member-"
-SAMPLED = 1000
-"""Examples of a data set of a user's own class that its digest reads; of others, all."""
 
 _NAME = re.compile(r"checkpoint-\d+")
-_SCHEDULE = (
-    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
-    *("lr_scheduler_kwargs", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2"),
-    *("adam_epsilon", "max_grad_norm", "per_device_train_batch_size", "world_size", "bf16", "fp16"),
-    *("gradient_accumulation_steps", "seed", "data_seed", "dataloader_drop_last"),
-    *("train_sampling_strategy",),
-)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -216,115 +200,3 @@ def _is_state(state: Mapping[str, Any]) -> bool:
         and state["global_step"] > 0
         and all(isinstance(entry, dict) for entry in state["log_history"])
     )
-
-
-# Of which fit -------------------------------------------------------------------------------------
-
-
-def describe_fit(
-    joint: JointModel, guide: Guide, data: Prepared, args: TrainingArguments
-) -> dict[str, Any]:
-    """What a fit's numbers depend on, for JSON: two fits that differ in it cannot go on from one
-    another's checkpoints. The weights of the network are not read: its class and size are told."""
-    base = sum(parameter.numel() for parameter in joint.base.parameters())
-    described = {
-        "network": {"class": type(joint.base).__name__, "parameters": base},
-        "guide": {"name": full_name(guide), **dataclasses.asdict(guide)},
-        "adapter": dataclasses.asdict(joint.program.bank.config),
-        "layers": list(joint.program.bank.specs),
-        "task": joint.task.name,
-        "num_examples": len(data),
-        "data_digest": digest_of_data(data),
-        "constants_digest": _digest_of_constants(joint),
-        "training": {name: getattr(args, name) for name in _SCHEDULE},
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(described, default=_plain))
-    return plain
-
-
-def check_fit(now: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise `ConfigError` unless the checkpoint is one of the fit that `describe_fit` tells."""
-    check_same_fit(read_json(checkpoint / FIT_FILE)["fit"], now, checkpoint)
-
-
-def check_same_fit(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raise `ConfigError`, naming the differences, for two fits that are not the same."""
-    changed = differences(saved, now)
-    if changed:
-        raise ConfigError(
-            f"{where} is of another fit: {'; '.join(changed)}; resume with the same (the schedule "
-            "depends on the number of steps, too), or begin anew in another output_dir"
-        )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The entries of nested mappings that differ, as text."""
-    found = []
-    for name in dict.fromkeys([*old, *new]):
-        before, now = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{prefix}{name}.")
-        elif before != now:
-            found.append(f"{prefix}{name} was {before!r}, now {now!r}")
-    return found
-
-
-def digest_of_data(data: Prepared) -> str:
-    """A digest of the examples and their labels: of tables and tensors all, of a data set of a
-    user's own class up to `SAMPLED`, evenly spaced."""
-    digest = hashlib.blake2b(digest_size=16)
-    if data.labels is not None:
-        _add(digest, data.labels)
-    examples = data.examples
-    if isinstance(examples, TensorExamples):
-        for name, column in examples.columns.items():
-            digest.update(name.encode())
-            _add(digest, torch.as_tensor(column))
-    elif isinstance(examples, datasets.Dataset):
-        for table in examples.with_format("arrow").iter(10_000):
-            digest.update(_bytes_of(table))
-    else:
-        count = min(SAMPLED, len(examples))
-        for i in range(count):
-            batch = data.collate([examples[i * len(examples) // count]])
-            for name, value in sorted(batch.items()):
-                digest.update(name.encode())
-                _add(digest, torch.as_tensor(value))
-    return digest.hexdigest()
-
-
-def _digest_of_constants(joint: JointModel) -> str:
-    """Of the posterior's own parameters that are given and stay as they are: not of scales that are
-    settled."""
-    program = joint.program
-    settled = {f"program.{name}" for name in program.scale_parameters() if program.settles}
-    digest = hashlib.blake2b(digest_size=16)
-    own = joint.own_state()
-    for name, parameter in joint.named_parameters():
-        if name in own and name not in settled and not parameter.requires_grad:
-            digest.update(name.encode())
-            _add(digest, own[name])
-    return digest.hexdigest()
-
-
-def _bytes_of(table: pa.Table) -> bytes:
-    """The content of a table, however it lies in memory."""
-    sink = pa.BufferOutputStream()
-    plain = table.combine_chunks().replace_schema_metadata(None)
-    with pa.ipc.new_stream(sink, plain.schema) as stream:
-        stream.write_table(plain)
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
-
-
-def _add(digest: Any, tensor: Tensor) -> None:
-    plain = tensor.detach().cpu().contiguous()
-    digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-    digest.update(plain.flatten().view(torch.uint8).numpy())
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has no word for, as text."""
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    return str(value)

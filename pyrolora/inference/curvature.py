@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK, Batch
+from pyrolora.columns import Batch
 from pyrolora.errors import DataError
+from pyrolora.inference.recording import Recording, counted, masks, readable, recorded
 from pyrolora.model import JointModel, evaluating
-
-PRECISIONS = (1e-8, 1e12)
-"""Where `best_precision` looks: prior standard deviations of the factors from 1e4 to 1e-6."""
 
 
 class Eigen(NamedTuple):
@@ -136,48 +132,6 @@ class _Sums:
     positions: int = 0
 
 
-@dataclass(frozen=True)
-class Recording(Factors):
-    """Factors that keep the input and the update, s B A x, of each use of their layer."""
-
-    inputs: list[Tensor] = field(default_factory=list)
-    updates: list[Tensor] = field(default_factory=list)
-
-    def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
-        out: Tensor = layer(x)
-        x = x.to(self.A.dtype)
-        update = x @ self.A.mT @ self.sB
-        self.inputs.append(x.detach())
-        self.updates.append(update)
-        return out + update.to(out.dtype)
-
-
-def recorded(
-    joint: JointModel, batch: Batch, factors: FlatFactors
-) -> tuple[Tensor, dict[str, Recording]]:
-    """The network's output under one setting of the factors, and what each layer saw. The updates
-    have gradients where B requires one."""
-    plain = joint.binding(factors)
-    layers = {
-        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
-        for name, layer in joint.attachment.layers.items()
-    }
-    bound: dict[nn.Module, Factors] = {
-        joint.attachment.layers[name]: layer for name, layer in layers.items()
-    }
-    return joint.run(batch, replace(plain, factors=bound)), layers
-
-
-def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
-    """The batch; or one example after the other, where a layer's rows do not say whose they are."""
-    size = len(next(iter(batch.values())))
-    if size == 1 or joint.together(batch):
-        yield batch
-        return
-    for i in range(size):
-        yield {name: tensor[i : i + 1] for name, tensor in batch.items()}
-
-
 def _accumulate(
     joint: JointModel,
     batch: Batch,
@@ -185,11 +139,11 @@ def _accumulate(
     layers: dict[str, Recording],
     sums: dict[str, _Sums],
 ) -> None:
-    masks = _masks(batch)
+    counting = masks(batch)
     names = [name for name, layer in layers.items() for _ in layer.updates]
     for name, layer in layers.items():
         for x in layer.inputs:
-            rows = _counted(x, masks).to(sums[name].inputs.dtype)
+            rows = counted(x, counting).to(sums[name].inputs.dtype)
             sums[name].inputs.addmm_(rows.T, rows)
             sums[name].positions += len(rows)
     updates = [update for layer in layers.values() for update in layer.updates]
@@ -198,88 +152,5 @@ def _accumulate(
             output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
         )
         for name, gradient in zip(names, gradients, strict=True):
-            rows = _counted(gradient, masks).to(sums[name].gradients.dtype)
+            rows = counted(gradient, counting).to(sums[name].gradients.dtype)
             sums[name].gradients.addmm_(rows.T, rows)
-
-
-def _masks(batch: Batch) -> list[Tensor]:
-    """Which positions (rows, T), and which rows, count. A batch of choices, (b, choices, ...), has
-    b * choices rows."""
-    masks = []
-    choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
-    if attention is not None and attention.dim() > 1:
-        attention = attention if choices is None else attention * choices[..., None]
-        masks.append(attention.flatten(0, -2).bool())
-    if choices is not None:
-        masks.append(choices.flatten().bool())
-    return masks
-
-
-def _counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:
-    """The positions of a (..., k) tensor that count, as (m, k); all where no mask fits."""
-    for mask in masks:
-        if tensor.shape[:-1][: mask.dim()] == mask.shape:
-            tensor = tensor[mask]
-            break
-        if len(mask) == 1 and tensor.dim() == 3 and tensor.shape[:-1].numel() == mask.numel():
-            tensor = tensor.flatten(0, 1)[mask.flatten()]  # one example, positions first
-            break
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-# The prior's precision ---------------------------------------------------------------------------
-
-
-def log_marginal_likelihood(
-    log_likelihood: float, eigenvalues: Sequence[Tensor], means: Sequence[Tensor], precision: float
-) -> float:
-    """Laplace's log p(y) under θ ~ N(0, I / λ), in nats:
-
-        log p(y | θ̄) - ½ [ λ ‖θ̄‖² + Σ_i log(e_i + λ) - P log λ ]
-
-    It is exact for a Gaussian law of a linear function, at θ̄ the mode for this very λ.
-
-    Parameters
-    ----------
-    log_likelihood
-        log p(y | θ̄), summed over all examples.
-    eigenvalues
-        e >= 0 of the curvature, in tensors of any shape, P numbers in all.
-    means
-        θ̄, in tensors of any shape.
-    precision
-        λ > 0.
-    """
-    norm = _squared_norm(means)
-    # log((e + λ) / λ), which does not cancel where e is small.
-    log_ratio = sum(float((e.double() / precision).log1p().sum()) for e in eigenvalues)
-    return log_likelihood - 0.5 * (precision * norm + log_ratio)
-
-
-def best_precision(eigenvalues: Sequence[Tensor], means: Sequence[Tensor]) -> float:
-    """The λ that maximises `log_marginal_likelihood` with θ̄ and the eigenvalues held fixed.
-
-    It is MacKay's fixed point λ ‖θ̄‖² = γ(λ) = Σ_i e_i / (e_i + λ). The left side rises from 0 and
-    the right side falls to 0, so that there is one solution, found by bisection of log λ within
-    `PRECISIONS`. A solution outside, the bound next to it: the upper one for ‖θ̄‖ = 0, where the
-    evidence rises with λ for ever, and the lower one where all e_i are 0.
-
-    References
-    ----------
-    D. J. C. MacKay (1992), "Bayesian Interpolation".
-    """
-    norm = _squared_norm(means)
-    values = torch.cat([e.double().flatten() for e in eigenvalues])
-    low, high = (math.log(bound) for bound in PRECISIONS)
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        precision = math.exp(middle)
-        if precision * norm < float((values / (values + precision)).sum()):
-            low = middle
-        else:
-            high = middle
-    return min(max(math.exp(0.5 * (low + high)), PRECISIONS[0]), PRECISIONS[1])
-
-
-def _squared_norm(means: Sequence[Tensor]) -> float:
-    return sum(float(mean.detach().double().square().sum()) for mean in means)

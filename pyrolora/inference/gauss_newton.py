@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrolora.columns import Batch
 from pyrolora.guides import Curvature
-from pyrolora.inference.curvature import Recording, readable, recorded
+from pyrolora.inference.recording import Recording, readable, recorded
 from pyrolora.model import JointModel, evaluating
 
 

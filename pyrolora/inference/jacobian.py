@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import LABELS, Batch
-from pyrolora.inference.curvature import readable, recorded
+from pyrolora.inference.recording import readable, recorded
 from pyrolora.model import JointModel, evaluating
 from pyrolora.tasks import Task
 

@@ -3,88 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from pyrolora.columns import Batch
 from pyrolora.data.prepared import Prepared
-from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
+from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide
-from pyrolora.inference.checkpoints import (
-    FIT_FILE,
-    STATE_FILE,
-    check_fit,
-    describe_fit,
-    read_json,
-    read_state,
-    read_tensors,
-    save_state,
-)
-from pyrolora.inference.elbo import NamedELBO
-from pyrolora.model import JointGuide, JointModel
-from pyrolora.seeding import give_way, seed_of_process
-
-_OF_ENTRIES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
-"""What torch's optimisers keep for each entry of a parameter."""
+from pyrolora.inference.callbacks import CheckStep, Progress
+from pyrolora.inference.objective import Objective
+from pyrolora.inference.resuming import ResumingTrainer
+from pyrolora.model import JointModel
+from pyrolora.seeding import give_way
 
 
-class Objective(nn.Module):
-    """What the Trainer minimises: −ELBO of one batch over ``observations``, in nats each.
-
-    A constant divisor changes no optimum; without it the Trainer's gradient clipping would bite at
-    every step.
-
-    Parameters
-    ----------
-    joint
-        The joint model.
-    observations
-        The number of observations of the whole data: examples, or labelled tokens.
-    """
-
-    # The Trainer must not divide the loss by the accumulation steps: `compute_loss` weighs each
-    # micro-batch by its share of the examples, which is exact when they differ in size.
-    accepts_loss_kwargs = True
-
-    def __init__(self, joint: JointModel, observations: int) -> None:
-        super().__init__()
-        self.observations = observations
-        self.estimator = NamedELBO()
-        self.elbo = self.estimator(joint, JointGuide(joint.program))
-
-    @property
-    def joint(self) -> JointModel:
-        return self.elbo.model
-
-    def forward(self, batch: Batch, kl_weight: float) -> Tensor:
-        return self.elbo(batch, kl_weight=kl_weight) / self.observations
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        self.joint.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        self.joint.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-
-class SVITrainer(Trainer):
+class SVITrainer(ResumingTrainer):
     """A ``transformers.Trainer`` whose loss is the negative ELBO of a joint model.
 
     Parameters
@@ -136,7 +74,7 @@ class SVITrainer(Trainer):
         self._steps = 0
         self._unchecked: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self._data = data
-        self._resumed: Path | None = None
+        self._resumed = None
         self._averages: dict[str, Any] = {}
         super().__init__(
             model=Objective(joint, joint.task.count(data.labels)),
@@ -148,21 +86,16 @@ class SVITrainer(Trainer):
         )
         self._statistics: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._trained = [(n, p) for n, p in joint.named_parameters() if p.requires_grad]
-        self.add_callback(_CheckStep(self))
+        self.add_callback(CheckStep(self))
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(_Progress(f"fitting {guide.name}"))
+            self.add_callback(Progress(f"fitting {guide.name}"))
 
-    optimizer: Any
     control: Any
-
-    @property
-    def joint(self) -> JointModel:
-        return self.model.joint
 
     def close_progress(self) -> None:
         """Leave the line of the bar, also after a fit that failed."""
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, _Progress) and callback.training_bar is not None:
+            if isinstance(callback, Progress) and callback.training_bar is not None:
                 callback.training_bar.close()
 
     # The objective ------------------------------------------------------------------------------
@@ -347,175 +280,9 @@ class SVITrainer(Trainer):
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
-    # Checkpoints --------------------------------------------------------------------------------
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """What the fit's numbers depend on."""
-        return describe_fit(self.joint, self.guide, self._data, self.args)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._averages = self._since_last_log()  # here, where all devices are
-        super()._save_checkpoint(model, trial)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"fit": self.description, "averages": self._averages}
-        (folder / FIT_FILE).write_text(json.dumps(content), encoding="utf-8")
-        save_state(self.joint, folder / STATE_FILE)
-
-    def _since_last_log(self) -> dict[str, Any]:
-        """The sums whose averages the next log has, means over the devices."""
-        sums = None if self._sums is None else self.accelerator.reduce(self._sums, "mean").tolist()
-        return {
-            "terms": list(self._terms),
-            "sums": sums,
-            "from_step": self._steps,
-            "loss": float(self.accelerator.reduce(self._tr_loss.clone(), "mean")),
-            "logged_step": self._globalstep_last_logged,
-            "total_loss": float(self._total_loss_scalar),
-        }
-
-    def recall_averages(self) -> None:
-        """Go on with the sums of the checkpoint, so that the log is that of a training in one."""
-        if self._resumed is None:
-            return
-        kept = read_json(self._resumed / FIT_FILE)["averages"]
-        device = self.args.device
-        try:
-            self._terms, self._steps = tuple(kept["terms"]), int(kept["from_step"])
-            if kept["sums"] is not None:
-                self._sums = torch.tensor(kept["sums"], device=device, dtype=torch.float32)
-            self._tr_loss = torch.tensor(kept["loss"], device=device, dtype=torch.float32)
-            self._globalstep_last_logged = int(kept["logged_step"])
-            self._total_loss_scalar = float(kept["total_loss"])
-        except (LookupError, TypeError, ValueError) as error:
-            raise self._unusable(FIT_FILE, error) from error
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._resumed = Path(resume_from_checkpoint)
-        check_fit(self.description, self._resumed)
-        self._load_state(self._resumed)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        assert best is not None
-        self._load_state(Path(best))
-
-    def _load_state(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint / STATE_FILE)
-        for name, tensor in state.items():
-            if not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{name!r} of {checkpoint / STATE_FILE} is not finite")
-        self.joint.load_own_state(state)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        expected = set(self.lr_scheduler.state_dict())
-        if set(read_tensors(Path(checkpoint) / "scheduler.pt")) != expected:
-            raise self._unusable("scheduler.pt", "it is not of this schedule")
-        try:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        except Exception as error:  # of a file that was changed, any
-            raise self._unusable("optimizer.pt or scheduler.pt", error) from error
-        for parameter, state in self.optimizer.state.items():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and not _fits(name, value, parameter):
-                    raise self._unusable("optimizer.pt", "a tensor is of another size, or infinite")
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_scaler(checkpoint)
-        except Exception as error:
-            raise self._unusable("scaler.pt", error) from error
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_rng_state(checkpoint)
-        except Exception as error:
-            raise self._unusable("rng_state", error) from error
-
-    def _load_callback_state(self) -> None:
-        try:
-            super()._load_callback_state()
-        except Exception as error:
-            raise self._unusable("trainer_state.json", error) from error
-
-    def _unusable(self, name: str, reason: object) -> CheckpointError:
-        return CheckpointError(
-            f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; go on from an "
-            "older checkpoint, or begin anew"
-        )
-
-
-class _Progress(ProgressCallback):
-    """The Trainer's bar, with the newest numbers at its end in place of a line for each entry."""
-
-    SHOWN = ("loss", "eval_nll", "eval_accuracy")
-
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
-        self.numbers: dict[str, str] = {}
-
-    training_bar: Any
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        shown = {name: f"{logs[name]:.3f}" for name in self.SHOWN if name in (logs or {})}
-        self.numbers |= shown
-        if self.training_bar is not None:
-            self.training_bar.set_postfix(self.numbers)
-
-
-class _CheckStep(TrainerCallback):
-    """Has the trainer look at every step before it is made, and the program after it."""
-
-    def __init__(self, trainer: SVITrainer) -> None:
-        self.trainer = trainer
-        self.save_with_epoch = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.remember_statistics()
-        self.trainer.recall_averages()
-        if args.process_index > 0:  # else all devices would draw the same noise, that of one
-            set_seed(seed_of_process(args.seed, args.process_index))
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.joint.program.after_step(state.global_step, state.max_steps)
-        # An epoch is logged and scored after its last step: a checkpoint written before that would
-        # go on without these entries.
-        last = control.should_training_stop or float(state.epoch).is_integer()
-        self.save_with_epoch = control.should_save and last
-        control.should_save = control.should_save and not last
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save = control.should_save or self.save_with_epoch
-        self.save_with_epoch = False
-
 
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
-
-
-def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:
-    """Whether the optimiser can keep ``value`` for a parameter: averages have its size, unless they
-    are those of rows and columns (Adafactor) or of blocks (8-bit optimisers)."""
-    whole = name not in _OF_ENTRIES or value.shape == parameter.shape
-    return whole and bool(torch.isfinite(value).all())
 
 
 def _until(last: int, rate: Callable[[int], float], step: int) -> float:

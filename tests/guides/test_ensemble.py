@@ -458,7 +458,7 @@ def test_a_half_written_member_is_trained_on(
     whole: Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies while it notes a member as done."""
-    from pyrolora.inference import run as module
+    from pyrolora.inference import members as module
 
     original = module.save_state
 

@@ -19,7 +19,7 @@ from pyrolora.adapters import FlatFactors, attach
 from pyrolora.errors import DataError
 from pyrolora.guides import MAP
 from pyrolora.inference import Kronecker, best_precision, kfac, log_marginal_likelihood
-from pyrolora.inference.curvature import PRECISIONS
+from pyrolora.inference.evidence import PRECISIONS
 from pyrolora.model import build
 from pyrolora.tasks import task_for
 

@@ -28,10 +28,12 @@ def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
     allocation = joint.program.bank.config.allocation
     if allocation is None or joint.program.previous is not None:
         return
-    if joint.program.members > 1:
+    if not joint.program.supports.rank_allocation:
+        members = joint.program.members > 1
+        reason = "; all draws have the same ranks, and members would differ" if members else ""
         raise ConfigError(
-            f"rank_allocation={allocation.importance!r} gives all draws the same ranks, and each "
-            f"member of {full_name(joint.program.options)!r} would have its own; use "
+            f"rank_allocation={allocation.importance!r} moves ranks in training, which guide "
+            f"{full_name(joint.program.options)!r} does not support{reason}; use "
             "rank_allocation='uniform', or another guide"
         )
     if allocation.importance == "alora" and held_out is None:
