@@ -31,6 +31,8 @@ def fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in arguments)
+    if origin is typing.Literal:  # which of its values: `checks.check_choices` says that better
+        return any(type(value) is type(choice) for choice in arguments)
     if hint in (None, type(None)):
         return value is None
     if hint is float:

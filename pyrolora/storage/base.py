@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pyrolora.errors import CheckpointError
 from pyrolora.storage.configuration import differences, kept
 from pyrolora.storage.digest import FLOATS, digests, matches, quantised
+from pyrolora.storage.schema import check_plain
 from pyrolora.storage.tensors import tensors
 
 ENTRIES = {"class": str, "name_or_path": str, "dtype": str, "config": dict, "weights": dict}
@@ -22,7 +23,7 @@ WEIGHT = {"shape": list, "dtype": str, "bits": dict}
 DIGEST = re.compile("[0-9a-f]{16}")
 LARGEST = 2**63
 DTYPES = {**FLOATS, "float64": torch.float64, "": "auto"}
-DEEPEST = 12
+DEEPEST = 11
 LONGEST = 10_000
 
 
@@ -70,7 +71,7 @@ def check_description(base: object) -> None:
             f"base.class and base.dtype are no class and dtype: {base['class']!r:.80}, "
             f"{base['dtype']!r:.80}"
         )
-    _check_json("base.config", base["config"], DEEPEST)
+    check_plain("base.config", base["config"], deepest=DEEPEST, longest=LONGEST)
     for name, entry in base["weights"].items():
         _is_a(f"base.weights.{name:.80}", entry, dict)
         for key, kind in WEIGHT.items():
@@ -171,19 +172,3 @@ def _difference(name: str, tensor: Tensor, saved: Mapping[str, Any]) -> str | No
 def _is_a(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind) or (isinstance(value, str) and len(value) > LONGEST):
         raise CheckpointError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
-
-
-def _check_json(name: str, value: Any, depth: int) -> None:
-    """Refuse what is nested too deep, and numbers and texts out of bounds."""
-    if depth == 0:
-        raise CheckpointError(f"{name:.200} is nested too deep")
-    if isinstance(value, dict | list):
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in parts:
-            _check_json(f"{name}.{key}", part, depth - 1)
-    elif isinstance(value, str) and len(value) > LONGEST:
-        raise CheckpointError(f"{name:.200} is a text of {len(value)} characters")
-    elif isinstance(value, int | float) and not abs(value) < LARGEST * 1e20:
-        raise CheckpointError(f"{name:.200} is no number of a configuration: {value!r:.80}")
-    elif not isinstance(value, bool | int | float | str | None):
-        raise CheckpointError(f"{name:.200} is a {type(value).__name__}")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +24,21 @@ from pyrolora.guides import Guide, from_options, full_name, unregistered
 from pyrolora.options import check_options
 from pyrolora.storage.base import check_description
 from pyrolora.storage.numbers import finite
+from pyrolora.storage.schema import (
+    Check,
+    anything,
+    check_plain,
+    choice,
+    count,
+    items,
+    mapping,
+    number,
+    optional,
+    record,
+    refuse,
+    scalar,
+    text,
+)
 from pyrolora.tasks import available
 
 FORMAT = "pyrolora-posterior"
@@ -33,21 +48,12 @@ STATE_NAME = r"adapters-[0-9a-f]{12}\.safetensors"
 REGISTRABLE = r"[A-Za-z][A-Za-z0-9_-]{0,79}"
 TOKENIZER_NAME = r"tokenizer-[0-9a-f]{12}"
 
-LONGEST_NAME = 1000
-LONGEST_TEXT = 100_000
-DEEPEST = 20
-MOST_COUNT = 2**53
-"""Whole numbers beyond are not exact in every reader of JSON."""
-
 LOGGED = {
     *("step", "epoch", "loss", "elbo", "member"),
     *("r_hat", "effective_sample_size", "divergences", "kl_weight", "prior_precision"),
     *("noise_scale", "anchor_loss", "tolerated", "log_evidence"),
 }
 """Numbers that a fit adds to the history."""
-
-Check = Callable[[str, Any], None]
-"""Raises `CheckpointError` unless the value of the entry of that name is one that it can have."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,9 @@ def described(meta: Mapping[str, Any]) -> Description:
     CheckpointError
         For an entry that is missing, unknown, or not what it should be.
     """
-    _check_plain(meta)
+    check_plain("the description", meta)
     meta = {**EARLIER, **meta}
-    _record(ENTRIES)("the description", meta)
+    record(ENTRIES)("the description", meta)
     check_description(meta["base"])
     guide, prior = _guide("guide", meta["guide"]), None
     if meta["prior"] is not None:
@@ -157,106 +163,19 @@ def digest_of(meta: Mapping[str, Any]) -> str:
 # The entries -------------------------------------------------------------------------------------
 
 
-def _refuse(name: str, value: Any, expected: str) -> None:
-    raise CheckpointError(f"{name} must be {expected}, got {shown(value)}")
-
-
-def _text(pattern: str | None = None) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, str) or not 0 < len(value) <= LONGEST_NAME:
-            _refuse(name, value, f"a text of 1 to {LONGEST_NAME} characters")
-        elif pattern is not None and re.fullmatch(pattern, value) is None:
-            _refuse(name, value, f"a text of the form {pattern}")
-
-    return check
-
-
-def _count(at_least: int) -> Check:
-    def check(name: str, value: Any) -> None:
-        if type(value) is not int or not at_least <= value <= MOST_COUNT:
-            _refuse(name, value, f"a whole number from {at_least} to {MOST_COUNT}")
-
-    return check
-
-
-def _temperature(name: str, value: Any) -> None:
-    low, high = defaults.TEMPERATURES
-    if type(value) not in (int, float) or not low <= value <= high:
-        _refuse(name, value, f"a number from {low} to {high}")
-
-
-def _one_of(*choices: Any) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            _refuse(name, value, " or ".join(map(repr, choices)))
-
-    return check
-
-
 def _task(name: str, value: Any) -> None:
-    _one_of(*available())(name, value)  # with the tasks that are registered by now
-
-
-def _optional(inner: Check) -> Check:
-    def check(name: str, value: Any) -> None:
-        if value is not None:
-            inner(name, value)
-
-    return check
-
-
-def _list(item: Check) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, list):
-            _refuse(name, value, "a list")
-        for i, part in enumerate(value):
-            item(f"{name}[{i}]", part)
-
-    return check
-
-
-def _mapping(item: Check, at_least: int = 0) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, dict) or len(value) < at_least:
-            _refuse(name, value, "an object with named values")
-        for key, part in value.items():
-            item(f"{name}.{key[:80]}", part)
-
-    return check
-
-
-def _record(entries: Mapping[str, Check]) -> Check:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, dict):
-            _refuse(name, value, "an object with named values")
-        for key in entries:
-            if key not in value:
-                raise CheckpointError(f"{name} has no {key!r}")
-        for key, part in value.items():
-            if key not in entries:
-                raise CheckpointError(f"{name} has the unknown entry {shown(key)}")
-            entries[key](key, part)
-
-    return check
-
-
-def _scalar(name: str, value: Any) -> None:
-    if not isinstance(value, str | int | float | bool | None):
-        _refuse(name, value, "a number, a text, true, false or null")
-
-
-def _anything(name: str, value: Any) -> None:
-    """What `_check_plain` lets through."""
+    """Refuse a task that is not registered by now."""
+    choice(*available())(name, value)
 
 
 def _history_entry(name: str, value: Any) -> None:
     """What reports read has to be a number (null: one that was not finite); a callback may have
     logged anything else."""
-    _mapping(_anything)(name, value)
+    mapping(anything)(name, value)
     for key, part in value.items():
         number = isinstance(part, int | float | None) and not isinstance(part, bool)
         if _is_ours(key) and not number:
-            _refuse(f"{name}.{key}", part, "a number")
+            refuse(f"{name}.{key}", part, "a number")
     for key, needed in (("elbo", "step"), ("r_hat", "effective_sample_size")):
         if key in value and needed not in value:
             raise CheckpointError(f"{name} has {key!r} and no {needed!r}")
@@ -271,8 +190,8 @@ def _logged(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {k: math.nan if v is None and _is_ours(k) else v for k, v in entry.items()}
 
 
-_HEX = _text("[0-9a-f]{64}")
-_GUIDE = _record({"name": _text(), "options": _mapping(_anything)})
+_HEX = text("[0-9a-f]{64}")
+_GUIDE = record({"name": text(), "options": mapping(anything)})
 AS_THEY_ARE = (
     *("task", "heads", "base", "classes", "num_examples", "settings"),
     *("state_file", "sha256", "tokenizer", "temperature"),
@@ -280,54 +199,27 @@ AS_THEY_ARE = (
 EARLIER = {"temperature": 1.0}
 """Entries that folders of earlier versions do not have, and what they stand for."""
 ENTRIES: dict[str, Check] = {
-    "format": _one_of(FORMAT),
-    "format_version": _one_of(FORMAT_VERSION),
-    "versions": _mapping(_text()),
+    "format": choice(FORMAT),
+    "format_version": choice(FORMAT_VERSION),
+    "versions": mapping(text()),
     DIGEST: _HEX,
-    "state_file": _text(STATE_NAME),
+    "state_file": text(STATE_NAME),
     "sha256": _HEX,
-    "tokenizer": _optional(_text(TOKENIZER_NAME)),
-    "tokenizer_files": _optional(_mapping(_HEX, at_least=1)),
+    "tokenizer": optional(text(TOKENIZER_NAME)),
+    "tokenizer_files": optional(mapping(_HEX, at_least=1)),
     "guide": _GUIDE,
-    "prior": _optional(_GUIDE),
+    "prior": optional(_GUIDE),
     "task": _task,
-    "adapter": _mapping(_anything),
-    "layers": _list(_mapping(_anything)),
-    "heads": _list(_text()),
-    "base": _mapping(_anything),
-    "classes": _optional(_list(_text())),
-    "num_examples": _count(1),
-    "settings": _mapping(_scalar),
-    "history": _list(_history_entry),
-    "temperature": _temperature,
+    "adapter": mapping(anything),
+    "layers": items(mapping(anything)),
+    "heads": items(text()),
+    "base": mapping(anything),
+    "classes": optional(items(text())),
+    "num_examples": count(1),
+    "settings": mapping(scalar),
+    "history": items(_history_entry),
+    "temperature": number(*defaults.TEMPERATURES),
 }
-
-
-def _check_plain(value: Any, name: str = "the description", depth: int = 0) -> None:
-    """Refuse what no save writes anywhere: texts without an encoding, endless ones, deep nests."""
-    if depth > DEEPEST:
-        raise CheckpointError(f"{name[:80]} is nested too deeply")
-    if isinstance(value, str):
-        if len(value) > LONGEST_TEXT or not _is_encodable(value):
-            _refuse(name, value, f"a text of Unicode of at most {LONGEST_TEXT:,} characters")
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if len(key) > LONGEST_NAME or not _is_encodable(key):
-                _refuse(f"a name in {name}", key, f"of at most {LONGEST_NAME} characters")
-            _check_plain(part, key, depth + 1)
-    elif isinstance(value, list):
-        for part in value:
-            _check_plain(part, name, depth + 1)
-    elif isinstance(value, int) and not -MOST_COUNT <= value <= MOST_COUNT:
-        _refuse(name, value, f"at most {MOST_COUNT}")
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _guide(name: str, entry: Mapping[str, Any]) -> Guide:
@@ -337,7 +229,7 @@ def _guide(name: str, entry: Mapping[str, Any]) -> Guide:
         raise CheckpointError(f"{name}: {error}") from error
     _check_complete(name, guide, entry["options"])
     if full_name(guide) != entry["name"]:
-        _refuse(f"{name}.name", entry["name"], repr(full_name(guide)))
+        refuse(f"{name}.name", entry["name"], repr(full_name(guide)))
     return guide
 
 
