@@ -241,7 +241,7 @@ def fitted(name: str, targets: str, data: Examples) -> Any:
     """A posterior after one step, whose draws are far from one another. The head stays as it is."""
     adapter = AdapterConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, modules_to_save=[])
     guide = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
-    kind = "causal_lm" if ARCHITECTURES[name].task == "CausalLM" else "classification"
+    kind = "text-generation" if ARCHITECTURES[name].task == "CausalLM" else "classification"
     # The Trainer prints how long it took.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         steps = transformers.TrainingArguments(

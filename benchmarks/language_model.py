@@ -172,7 +172,7 @@ def run(job: Job) -> Iterator[tuple[str, Row]]:
         guide(job.method),
         tokenizer=tokenizer,
         adapter=adapter(job.task, args),
-        task="classification" if PROMPTS[job.task].words else "multiple_choice",
+        task="classification" if PROMPTS[job.task].words else "multiple-choice",
         training=training,
     )
     spent = time.process_time() - start

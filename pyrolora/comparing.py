@@ -16,7 +16,6 @@ from pyrolora.data.labels import class_names_of, has_names, plain_name
 from pyrolora.errors import ConfigError
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import evaluate
-from pyrolora.tasks import Classification
 
 
 def compare(
@@ -103,7 +102,7 @@ def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
     orders = {
         name: class_names_of(posterior.base, posterior.task)
         for name, posterior in posteriors.items()
-        if isinstance(posterior.task, Classification)
+        if posterior.task.names_classes
     }
     for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
         names = set(first.values())

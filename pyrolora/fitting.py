@@ -31,7 +31,7 @@ from pyrolora.adapters import (
     start_of,
 )
 from pyrolora.adapters.config import AdapterConfig
-from pyrolora.data import Prepared, load_network, prepare, to_device
+from pyrolora.data import Prepared, prepare, to_device
 from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.folder_lock import locked
@@ -50,7 +50,7 @@ from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.seeding import fitting, seeded
 from pyrolora.storage import check_base, describe_base
-from pyrolora.tasks import Task, task_for
+from pyrolora.tasks import Task, load_network, task_for
 
 
 @fitting()

@@ -23,7 +23,6 @@ from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.modules import features, linear_layers
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.checks import true_or_false
-from pyrolora.data import load_language_model
 from pyrolora.errors import CheckpointError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel
@@ -38,7 +37,7 @@ from pyrolora.storage import (
     read_adapter,
     read_folder,
 )
-from pyrolora.tasks import Task, task_for
+from pyrolora.tasks import Task, load_language_model, task_for
 
 
 def build(

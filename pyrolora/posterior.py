@@ -49,7 +49,7 @@ from pyrolora.storage import (
     write_adapter,
     write_folder,
 )
-from pyrolora.tasks import Regression, Task, TokenTask
+from pyrolora.tasks import Regression, Task
 
 logger = logging.getLogger(__name__)
 
@@ -840,7 +840,7 @@ class Posterior:
         """Data as `predict` takes it, without labels, which may be of other classes; those of texts
         stay, since they say which tokens count."""
         name = getattr(self.base, "main_input_name", INPUTS)
-        if isinstance(self.task, TokenTask):
+        if self.task.keeps_labels:
             return as_examples(data, name, defaults.OUTSIDE_SPLITS)
         return without_labels(data, name, defaults.OUTSIDE_SPLITS)
 

@@ -14,6 +14,7 @@ from transformers import (
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -108,6 +109,13 @@ def bert_choice(seed: int = 0, **changes: Any) -> BertForMultipleChoice:
     return BertForMultipleChoice(BertConfig(**sizes)).eval()
 
 
+def bert_tags(seed: int = 0, **changes: Any) -> BertForTokenClassification:
+    """A tiny BERT that tags tokens with one of three classes."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, **NO_DROPOUT, "num_labels": 3, "initializer_range": 0.3, **changes}
+    return BertForTokenClassification(BertConfig(**sizes)).eval()
+
+
 def bert_mlm(seed: int = 0, **changes: Any) -> BertForMaskedLM:
     """A tiny masked language model for `mask_tokenizer`."""
     torch.manual_seed(seed)
@@ -163,6 +171,16 @@ def questions(n: int = 24, seed: int = 0) -> datasets.Dataset:
         choices = [f"{'good' if j == label else 'bad'} {word}" for j, word in enumerate(fillers)]
         question = " ".join(["the film", "is not dull"][: 1 + size % 2])
         rows.append({"question": question, "choices": choices, "label": label})
+    return datasets.Dataset.from_list(rows)
+
+
+def tagged(n: int = 24, seed: int = 0) -> datasets.Dataset:
+    """Words with a tag each: is it 'good' or 'bad', an article, or another word?"""
+    rows = []
+    for text in reviews(n, seed)["text"]:
+        words = text.split()
+        kinds = [1 if w in ("good", "bad") else 2 if w in ("the", "a") else 0 for w in words]
+        rows.append({"tokens": words, "ner_tags": kinds})
     return datasets.Dataset.from_list(rows)
 
 

@@ -260,7 +260,7 @@ def test_regression_needs_one_output(network: Any, data: Any, steps: list[int]) 
         ([[99] * 8] * 2, "0..15, 99, tokenizer"),
         ([[-3] * 8] * 2, "-100, -3"),
         ([[-100] * 8] * 2, "-100, nothing to learn"),
-        ([0, 1], "token id a position, int64"),
+        ([0, 1], "token id per position, int64"),
     ],
 )
 def test_token_labels_that_cannot_be_used(labels: Any, words: str, steps: list[int]) -> None:
@@ -271,7 +271,7 @@ def test_token_labels_that_cannot_be_used(labels: Any, words: str, steps: list[i
 
 
 def test_a_plain_network_needs_a_likelihood(steps: list[int]) -> None:
-    words = "Sequential, task=, classification, regression, causal_lm"
+    words = "Sequential, task=, classification, regression, text-generation"
     refused(ConfigError, words, steps, mlp(), (X, Y))
 
 
@@ -482,7 +482,7 @@ def test_a_guide_of_another_kind_is_answered_with_the_names(guide: Any, steps: l
 
 
 def test_an_unknown_likelihood_is_answered_with_the_names(steps: list[int]) -> None:
-    words = "'poisson', classification, regression, causal_lm"
+    words = "'poisson', classification, regression, text-generation"
     refused(UnknownNameError, words, steps, bert(), tokens(), task="poisson")
 
 

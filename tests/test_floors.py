@@ -26,9 +26,9 @@ FLOORS = {
     "zoo": 1,
     "distributions": 1,
     "adapters": 2,
+    "data": 2,
     "tasks": 3,
     "guides": 3,
-    "data": 4,
     "model": 4,
     "inference": 5,
     "predictive": 6,
@@ -47,8 +47,8 @@ FLOORS = {
 }
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"
-# Checks raise the errors, and options are read by what reads files.
-WITHIN_A_FLOOR = {("checks", "errors"), ("options", "files")}
+# Checks raise the errors, options are read like files, and data ask whether weights are quantised.
+WITHIN_A_FLOOR = {("checks", "errors"), ("options", "files"), ("data", "adapters")}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 

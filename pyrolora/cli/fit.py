@@ -56,7 +56,8 @@ def fit(
     task: Annotated[
         str | None,
         typer.Option(
-            help="classification, regression, causal_lm, multiple_choice or masked_lm; otherwise "
+            help="classification, regression, text-generation, multiple-choice, fill-mask or "
+            "token-classification; otherwise "
             "from the model."
         ),
     ] = None,
@@ -333,9 +334,9 @@ def _fitted(
 def _given(folder: Path, model: str, examples: Any, task: str | None) -> Posterior:
     """The posterior whose adapter is given. A saved one knows its classes; those of PEFT's adapter
     are taken to be the data's."""
-    from pyrolora.data import load_network
     from pyrolora.loading import from_peft, load
     from pyrolora.storage import PEFT_FILE
+    from pyrolora.tasks import load_network
 
     if not (folder / PEFT_FILE).is_file():
         return load(folder, model)

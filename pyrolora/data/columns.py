@@ -11,12 +11,16 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pyrolora.columns import LABELS
-from pyrolora.data.examples import is_text
+from pyrolora.columns import INPUTS, LABELS
+from pyrolora.data.examples import as_dict, is_nested, is_plain, is_text
 from pyrolora.errors import DataError
 
 CHOICES = "choices"
 TARGETS = (LABELS, "label")
+
+# A text as a list of words, and a tag per word; the first of each that the data have is read.
+WORD_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = (*TARGETS, "ner_tags", "tags")
 
 # Text columns of well-known data sets, the pairs in the order that they are known in.
 TEXT_COLUMNS = (
@@ -241,3 +245,27 @@ def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
             "'context'"
         )
     return known or tuple(text)
+
+
+def has_choices(examples: Any) -> bool:
+    """Return whether examples have several choices each, in raw text or in tokens."""
+    row = as_dict(examples[0], INPUTS) if len(examples) else {}
+    ids: Any = row.get("input_ids")
+    return CHOICES in row or (is_nested(ids) and len(ids) > 1)
+
+
+def words_column(examples: Any) -> str | None:
+    """Return the name of the column that holds texts as lists of words, if there is one."""
+    if not is_plain(examples):
+        return None
+    features = examples.features
+    lists = (name for name in WORD_COLUMNS if name in features)
+    return next((name for name in lists if is_text(getattr(features[name], "feature", None))), None)
+
+
+def tags_column(examples: Any) -> str | None:
+    """Return the name of the column with a label per word, if there is one beside the words."""
+    if words_column(examples) is None:
+        return None
+    lists = datasets.Sequence | datasets.List | datasets.LargeList
+    return next((n for n in TAG_COLUMNS if isinstance(examples.features.get(n), lists)), None)

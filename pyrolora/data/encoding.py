@@ -8,31 +8,40 @@ from typing import Any
 
 TOO_LONG = 10**6
 """A tokenizer's limit from here on is none: transformers writes 1e30 where none is known."""
+WORD_IDS = "word_ids"
+"""The column with the number of each token's word in its text, None for special tokens."""
 
 
 @dataclass(frozen=True)
 class Encoder:
     """A tokenizer as it is used for a network.
 
-    A text that begins with the token that the tokenizer puts first (as a chat template writes it)
-    begins with it once, and so at its end. With ``ends`` a text ends with EOS: once, and only where
-    there is room. An ``open`` one is to be gone on with: without what the tokenizer puts last.
+    A text that already begins with the token that the tokenizer puts first, as a chat template
+    writes it, begins with it once; likewise at its end. With ``ends`` a text ends with EOS, once,
+    and only where there is room. An ``open`` text will be continued: it lacks the tokens that the
+    tokenizer puts last. With ``words`` the columns have the word of each token, `WORD_IDS`; a text
+    may then be a list of words.
     """
 
     tokenizer: Any
     limit: float
     ends: bool = False
     open: bool = False
+    words: bool = False
 
-    def __call__(self, *texts: list[str]) -> dict[str, Any]:
-        """Columns of tokens, cut at ``limit``, and ``cut``: which texts were."""
+    def __call__(self, *texts: list[Any]) -> dict[str, Any]:
+        """Return columns of tokens, cut at ``limit``, and ``cut``: which texts were."""
         limit = int(self.limit) if self.limit < TOO_LONG else None
-        made = dict(self.tokenizer(*texts, truncation=limit is not None, max_length=limit))
+        options = {"is_split_into_words": True} if texts and isinstance(texts[0][0], list) else {}
+        encoded = self.tokenizer(*texts, truncation=limit is not None, max_length=limit, **options)
+        made = dict(encoded)
+        if self.words:
+            made[WORD_IDS] = [encoded.word_ids(i) for i in range(len(made["input_ids"]))]
         full = [i for i, ids in enumerate(made["input_ids"]) if len(ids) == limit]
         cut = [False] * len(made["input_ids"])
         if full:
             chosen = [[part[i] for i in full] for part in texts]
-            whole = self.tokenizer(*chosen, truncation=False, verbose=False)["input_ids"]
+            whole = self.tokenizer(*chosen, truncation=False, verbose=False, **options)["input_ids"]
             for i, ids in zip(full, whole, strict=True):
                 cut[i] = len(ids) > len(made["input_ids"][i])
         first, last = added(self.tokenizer)
@@ -58,14 +67,14 @@ class Encoder:
 
 
 def _each(made: Mapping[str, Any], i: int, size: int, change: Any) -> None:
-    """Change what a text has for every token."""
+    """Change all columns in which the text has an entry per token."""
     for column in made.values():
         if isinstance(column[i], list) and len(column[i]) == size:
             column[i] = change(column[i])
 
 
 def added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts before and after every text."""
+    """Return the tokens that a tokenizer puts before and after every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for start in range(len(whole) - len(plain) + 1 if plain else 0):

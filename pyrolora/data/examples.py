@@ -133,10 +133,10 @@ class TensorExamples(TorchDataset[dict[str, Tensor]]):
 
 
 def without_labels(data: Any, input_name: str, splits: Sequence[str]) -> Any:
-    """The data without labels of its own, which may be of other classes."""
+    """Return the data without its labels, which may be of other classes."""
     rows = as_examples(data, input_name, splits)
     if is_plain(rows):
-        return rows.remove_columns([n for n in rows.column_names if n in (LABELS, "label")])
+        return rows.remove_columns([n for n in rows.column_names if _is_target(rows.features, n)])
     if isinstance(rows, TensorExamples):
         return tuple(t for n, t in rows.columns.items() if n != LABELS)
     examples = (as_dict(rows[i], input_name) for i in range(len(rows)))
@@ -144,6 +144,13 @@ def without_labels(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         {n: v.tolist() if isinstance(v, Tensor) else v for n, v in row.items() if n != LABELS}
         for row in examples
     ]
+
+
+def _is_target(features: Mapping[str, Any], name: str) -> bool:
+    """Return whether a column has labels of examples, or tags of words."""
+    lists = datasets.Sequence | datasets.List | datasets.LargeList
+    tags = name in ("ner_tags", "tags") and isinstance(features[name], lists)
+    return tags or name in (LABELS, "label")
 
 
 def as_dict(example: Any, input_name: str) -> dict[str, Any]:
@@ -167,3 +174,11 @@ def is_plain(examples: Any) -> bool:
 
 def is_text(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def is_nested(value: Any) -> bool:
+    """Return whether a value is a list of lists."""
+    try:
+        return len(value) > 0 and len(value[0]) >= 0
+    except TypeError:  # for a number, or a tensor of one
+        return False

@@ -4,7 +4,6 @@ masked language model."""
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -12,19 +11,12 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorForLanguageModeling
 
 from pyrolora.columns import IGNORED, INPUTS, LABELS
 from pyrolora.data.columns import check_task
 from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, is_plain, is_text
+from pyrolora.data.target import Target
 from pyrolora.errors import DataError
-from pyrolora.tasks import Task
-
-# Devlin et al. (2019): 15 % of the tokens, of which transformers replaces 80 % by the mask and 10 %
-# by random tokens.
-HIDDEN_SHARE = 0.15
-# With the tokens of a text, so that it always hides the same ones and scores compare.
-HIDDEN_SEED = 0
 
 
 def raw_labels(examples: Any) -> Tensor:
@@ -113,7 +105,7 @@ def _label_column(examples: Any) -> str | None:
     return next((name for name in (LABELS, "label") if name in examples.column_names), None)
 
 
-def numbered(data: datasets.Dataset, network: nn.Module, task: Task) -> datasets.Dataset:
+def numbered(data: datasets.Dataset, network: nn.Module, task: Target) -> datasets.Dataset:
     """Labels that are names, or numbers of names in another order than the classes', turned to the
     numbers of the classes: those of the network, or of the fit that gave a network without names
     its own.
@@ -240,7 +232,7 @@ def _check_ids(network: nn.Module) -> None:
         )
 
 
-def known_names(examples: Any, network: nn.Module, task: Task) -> list[str] | None:
+def known_names(examples: Any, network: nn.Module, task: Target) -> list[str] | None:
     """The names of the classes that a fit takes over from its data: those of numbered classes,
     where neither the network nor an earlier fit has names."""
     feature = examples.features.get(_label_column(examples.with_format(None)) or "")
@@ -259,7 +251,7 @@ def network_classes(network: nn.Module) -> dict[int, str]:
     return {} if _unnamed(names.values()) else names
 
 
-def class_names_of(network: nn.Module, task: Task) -> dict[int, str]:
+def class_names_of(network: nn.Module, task: Target) -> dict[int, str]:
     """The names of the classes, by number: the network's, or those of the data that it was fitted
     to; none where neither has names."""
     return network_classes(network) or dict(enumerate(task.class_names or ()))
@@ -308,35 +300,3 @@ def all_labels(
     if tensors[0].dim() == 1:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)
     return torch.stack(tensors)
-
-
-def hidden(
-    examples: Any, as_row: Callable[[Any], Mapping[str, Any]], tokenizer: Any
-) -> datasets.Dataset:
-    """Texts without labels for a masked language model: some tokens hidden, at least one in each,
-    and labels that say what they were; the same ones at every call."""
-    if getattr(tokenizer, "mask_token", None) is None:
-        raise DataError(
-            "to hide tokens of texts without labels a masked language model needs a tokenizer with "
-            f"a mask token, got {'none' if tokenizer is None else type(tokenizer).__name__}; pass "
-            "tokenizer=, or 'labels' with -100 at the tokens that are not to be predicted"
-        )
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=HIDDEN_SHARE)
-    rows = []
-    for i in range(len(examples)):
-        row = as_row(examples[i])
-        ids = torch.as_tensor(row["input_ids"])
-        fixed = torch.as_tensor(
-            tokenizer.get_special_tokens_mask(ids.tolist(), already_has_special_tokens=True)
-        ).bool()
-        if "attention_mask" in row:
-            fixed |= torch.as_tensor(row["attention_mask"]) == 0
-        if fixed.all():
-            raise DataError(f"example {i} has no token that could be hidden; leave it out")
-        seed = zlib.crc32(ids.numpy().tobytes(), HIDDEN_SEED)
-        collator.generator = torch.Generator().manual_seed(seed)
-        inputs, labels = ids, torch.full_like(ids, IGNORED)
-        while labels.eq(IGNORED).all():
-            inputs, labels = collator.torch_mask_tokens(ids.clone(), fixed)
-        rows.append({**row, "input_ids": inputs.tolist(), LABELS: labels.tolist()})
-    return datasets.Dataset.from_list(rows)

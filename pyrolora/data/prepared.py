@@ -14,30 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyrolora.columns import IGNORED, INPUTS, LABELS
-from pyrolora.data.collate import (
-    ChoiceCollator,
-    Collator,
-    collator_for,
-    has_choices,
-    is_nested,
-    whole_as_long,
-)
-from pyrolora.data.columns import CHOICES, TOKEN_MASKS, check_task, unread, warn_unread
-from pyrolora.data.examples import TensorExamples, as_dict, as_examples, is_plain
-from pyrolora.data.labels import all_labels, hidden, known_names, no_labels, numbered
-from pyrolora.data.tokenising import no_tokens, tokenised
+from pyrolora.columns import INPUTS, LABELS
+from pyrolora.data.collate import Collator, whole_as_long
+from pyrolora.data.columns import TOKEN_MASKS, check_columns, check_task, unread, warn_unread
+from pyrolora.data.examples import TensorExamples, as_dict, as_examples, is_nested, is_plain
+from pyrolora.data.inputs import MODEL_INPUTS
+from pyrolora.data.labels import all_labels, no_labels
+from pyrolora.data.target import Target
 from pyrolora.errors import DataError
-from pyrolora.tasks import CausalLM, Classification, MaskedLM, Task, TokenTask
-
-LOOKED_AT = 100
-"""How many examples tell whether labels of tokens are tokens of the texts."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data ready for a loader: indexable examples, how to make a batch of them, all labels, and the
-    names of their classes, where neither the network nor an earlier fit has names."""
+    """Data ready for a loader: indexable examples, their collator, and all labels.
+
+    ``names`` are those of the classes, where neither the network nor an earlier fit has names.
+    """
 
     examples: Any
     collate: Collator
@@ -48,19 +40,23 @@ class Prepared:
         return len(self.examples)
 
     def loader(self, batch_size: int, order: list[int] | None = None) -> DataLoader[Any]:
-        """Batches in order, or in the ``order`` of these numbers; iterating leaves the global
-        random numbers alone."""
+        """Return a loader of batches in order, or in the ``order`` of these numbers.
+
+        Iterating leaves the global random numbers alone.
+        """
         return DataLoader(
             self.examples,
-            batch_size=int(batch_size),  # torch takes none of NumPy's
+            batch_size=int(batch_size),  # torch refuses NumPy's integers
             sampler=order,
             collate_fn=self.collate,
             generator=torch.Generator(),
         )
 
     def by_length(self) -> list[int] | None:
-        """The numbers of the examples, the longest text first, so that batches of neighbours have
-        little padding; None where that is no use, or cannot be told from a column of tokens."""
+        """Return the numbers of the examples, the longest text first, for batches of like length.
+
+        None where that is no use, or where no column of tokens tells the lengths.
+        """
         lengths = token_counts(self.examples)
         if lengths is None or isinstance(self.examples, TensorExamples):
             return None
@@ -72,7 +68,7 @@ class Prepared:
 def prepare(
     data: Any,
     network: nn.Module,
-    task: Task,
+    task: Target,
     tokenizer: Any = None,
     *,
     splits: Sequence[str] = ("train",),
@@ -88,17 +84,20 @@ def prepare(
         tokenised; a torch ``Dataset``; a ``DataLoader`` (its data set is taken); a list of dicts or
         of texts; a tuple ``(inputs, labels)`` or ``(inputs,)`` of tensors or texts; a tensor. For
         multiple choice, a column ``choices`` with the texts of each example beside its
-        ``question``, or tokens (choices, T) an example. Of texts without labels a masked language
-        model is given some tokens hidden, always the same.
-    network, likelihood
-        What the batches are for.
+        ``question``, or tokens (choices, T) per example. For token classification, a column
+        ``tokens`` with the words of each example beside its ``ner_tags``, or tokens with a label
+        per token. A masked language model is given texts without labels with some tokens hidden,
+        always the same.
+    network, task
+        The network and the task that the batches are for.
     tokenizer
         Turns raw text to tokens and pads batches.
     splits
         The first of these that a ``DatasetDict`` has is taken.
     need_labels
-        Whether missing labels are an error; else examples that are labelled in part, or with -1
-        alone, have none. Of tokens the labels say which count: there all or none are given.
+        Whether missing labels are an error; otherwise examples that are labelled in part, or with
+        -1 alone, have none. Labels of tokens say which tokens count: there all examples have
+        labels, or none has.
     to_learn
         Whether a causal language model learns the texts: then EOS ends each, so that what it writes
         ends, too. Scores are of the texts as they are.
@@ -112,113 +111,79 @@ def prepare(
     examples = as_examples(data, getattr(network, "main_input_name", INPUTS), splits)
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
-    collate = collator_for(network, task, tokenizer)
+    collate: Collator = task.collator(network, tokenizer)
     collate.ends_texts &= to_learn
-    _check_no_choices(examples, collate)
+    collate.check_data(examples)
     names, columns = None, [*as_dict(examples[0], collate.input_name)]
-    classes = isinstance(task, Classification) and collate.labels_are_classes
-    if isinstance(examples, datasets.Dataset) and classes:
-        names = known_names(examples, network, task)
-        examples = numbered(examples, network, task)
+    if task.names_classes:
+        examples, names = collate.number(examples, network, task)
+    explicit = {LABELS, *TOKEN_MASKS} & {*_names(examples, columns)}
     if is_plain(examples):
-        explicit = {LABELS, *TOKEN_MASKS} & {*examples.column_names}
-        examples, left = tokenised(examples, collate)
+        examples, left = _tokenised(examples, collate)
     else:
-        explicit = {LABELS, *TOKEN_MASKS} & {*columns}
         check_task(columns)
-        left = unread(columns, collate.read, tokens=collate.labels_are_tokens)
-    if isinstance(task, MaskedLM):
-        first = collate.example(examples[0])
-        asked = not need_labels and _has_masks(examples, collate, tokenizer)
-        if LABELS not in first and "input_ids" in first and not asked:
-            examples = hidden(examples, collate.example, tokenizer)
-    optional = not need_labels and not isinstance(task, TokenTask)
-    labels = all_labels(
-        examples, collate.example, partly=optional, changed=isinstance(task, CausalLM)
-    )
-    if labels is None and need_labels:
-        raise DataError(no_labels(columns))
-    if optional and isinstance(task, Classification) and _are_secret(labels):
-        labels = None
-    if optional and labels is None:
-        collate.takes_labels = False
+        left = unread(columns, collate.read, tokens=collate.per_token)
+    examples = collate.complete(examples, need_labels=need_labels)
+    labels = _labels(examples, collate, task, need_labels=need_labels, columns=columns)
     if labels is not None:
-        labels = whole_as_long(labels)
         task.check_labels(labels, network)
-    if isinstance(task, CausalLM) and labels is not None and not explicit:
-        _check_predicted(labels)
-    if labels is not None and LABELS in explicit and isinstance(task, TokenTask):
-        _check_token_labels(examples, collate, task, tokenizer)
-    if isinstance(collate, ChoiceCollator):
-        _check_choices(examples, collate, labels)
+    collate.check(examples, labels, explicit)
     _check_features(examples, collate)
     _check_context(examples, collate)
     warn_unread(left, collate.network_name)
     return Prepared(examples, collate, labels, names)
 
 
-def _check_no_choices(examples: Any, collate: Collator) -> None:
-    """Raise `DataError` for choices before a network that takes none."""
-    if isinstance(collate, ChoiceCollator) or not has_choices(examples):
-        return
-    raw = CHOICES in as_dict(examples[0], INPUTS)
-    if collate.copies_tokens and raw and is_plain(examples):
+def _names(examples: Any, columns: list[str]) -> list[str]:
+    return examples.column_names if is_plain(examples) else columns
+
+
+def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Dataset, list[str]]:
+    """Return the tokens and other inputs of the data, and the names of the columns left out."""
+    data = collate.with_labels(data)
+    check_task(data.column_names)
+    names = data.column_names
+    read: tuple[str, ...] = ()
+    if not any(name in names for name in (*MODEL_INPUTS, INPUTS)):
+        data, read = collate.encode(data)
+    kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
+    if not set(kept) - {LABELS}:
+        check_columns(data)
         raise DataError(
-            "the data has a column 'choices', and a language model learns, or is scored on, whole "
-            "texts here; join the question and the right choice in one column, 'text'. predict() "
-            "and evaluate() let it choose"
+            f"none of the columns {data.column_names} is an input of {collate.network_name}; "
+            f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
         )
-    if collate.labels_are_classes and raw:
-        raise DataError(
-            f"the data has a column 'choices' and {collate.network_name} takes none; load the "
-            "model with AutoModelForMultipleChoice, or drop the column with "
-            "data.remove_columns('choices')"
-        )
+    of_texts = [
+        name for name in names if collate.per_token and name == "label" and name not in read
+    ]
+    if data.format["type"] is not None:  # a format with columns has chosen among them
+        names = [name for name in names if name in data.format["columns"]]
+    left = unread(names, read or kept, tokens=collate.per_token)
+    return data.select_columns(kept), [*of_texts, *left]
 
 
-def _check_predicted(labels: Tensor) -> None:
-    """Raise `DataError` for texts without a token that others predict."""
-    short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
-    if short:
-        raise DataError(no_tokens(short, "no token to predict (a text's first has none before it)"))
+def _labels(
+    examples: Any, collate: Collator, task: Target, *, need_labels: bool, columns: list[str]
+) -> Tensor | None:
+    """Return all labels; None where there are none and none are needed."""
+    optional = not need_labels and not collate.per_token
+    labels = all_labels(examples, collate.example, partly=optional, changed=collate.makes_labels)
+    if labels is None and need_labels:
+        raise DataError(no_labels(columns))
+    if optional and task.discrete and _are_secret(labels):
+        labels = None
+    if optional and labels is None:
+        collate.takes_labels = False
+    return None if labels is None else whole_as_long(labels)
 
 
-def _check_token_labels(examples: Any, collate: Collator, task: Task, tokenizer: Any) -> None:
-    """Raise `DataError` for labels that are not the tokens of the texts: tags, or tokens that are
-    shifted by the user already. Of a masked model some tokens are hidden, or random ones."""
-    causal = isinstance(task, CausalLM)
-    mask = getattr(tokenizer, "mask_token_id", None)
-    if not causal and mask is None:
-        return
-    same = shifted = count = 0
-    for i in range(min(len(examples), LOOKED_AT)):
-        row = collate.example(examples[i])
-        labels, ids = torch.as_tensor(row[LABELS]), row.get("input_ids")
-        if ids is None or labels.shape != torch.as_tensor(ids).shape:
-            return
-        ids = torch.as_tensor(ids)
-        counted = labels != IGNORED
-        fits = (labels == ids) | (ids == mask if mask is not None and not causal else False)
-        same += int(fits[counted].sum())
-        shifted += int((labels[:-1] == ids[1:])[counted[:-1]].sum())
-        count += int(counted.sum())
-    if 2 * same >= count:
-        return
-    if causal and 2 * shifted >= count:
-        raise DataError(
-            "the labels are the input_ids one place on; the likelihood shifts them itself, as "
-            "transformers does: give each token's own id as its label, -100 where it does not count"
-        )
-    raise DataError(
-        f"of {count} labels of tokens {same} are their tokens' ids"
-        + ("" if causal else " or those of hidden tokens")
-        + ": they are tags (token classification is not supported yet), or of another text, or of "
-        "another tokenizer; a language model's labels are the ids of its own input"
-    )
+def _are_secret(labels: Tensor | None) -> bool:
+    """Return whether all labels are -1, as in test splits with secret labels, such as GLUE's."""
+    return labels is not None and not labels.is_floating_point() and bool((labels == -1).all())
 
 
 def _check_context(examples: Any, collate: Collator) -> None:
-    """Warn of rows longer than what the network was made for, where it can go on."""
+    """Warn of rows longer than the network was made for, where it can go on."""
     sizes = token_counts(examples)
     long = 0 if sizes is None else int((np.asarray(sizes) > collate.context).sum())
     if long:
@@ -231,7 +196,7 @@ def _check_context(examples: Any, collate: Collator) -> None:
 
 
 def token_counts(examples: Any) -> list[int] | None:
-    """The number of tokens of each example, of its longest choice; None where no column says so."""
+    """Return the tokens per example, or of its longest choice; None where no column says so."""
     if isinstance(examples, TensorExamples):
         ids = examples.columns.get("input_ids")
         return None if ids is None or ids.dim() < 2 else [ids.shape[-1]] * len(ids)
@@ -243,31 +208,11 @@ def token_counts(examples: Any) -> list[int] | None:
     return [*pc.list_value_length(tokens).to_pylist()]
 
 
-def _are_secret(labels: Tensor | None) -> bool:
-    """Whether they are the -1 of a test split whose labels are not told (GLUE's are)."""
-    return labels is not None and not labels.is_floating_point() and bool((labels == -1).all())
-
-
-def _has_masks(examples: Any, collate: Collator, tokenizer: Any) -> bool:
-    """Whether texts say themselves, by the mask token, what is to be predicted."""
-    mask = getattr(tokenizer, "mask_token_id", None)
-    rows = (collate.example(examples[i])["input_ids"] for i in range(len(examples)))
-    return mask is not None and any(mask in torch.as_tensor(row) for row in rows)
-
-
-def _check_choices(examples: Any, collate: ChoiceCollator, labels: Tensor | None) -> None:
-    """Every example has choices, and its label is one of them."""
-    for i in range(len(examples)):
-        _, mask = collate.choices(examples[i])
-        if labels is not None and not any(mask[int(labels[i]) :][:1]):
-            raise DataError(
-                f"the label of example {i} is {int(labels[i])}, and its choices are "
-                f"{[j for j, own in enumerate(mask) if own]}; count the choices from 0"
-            )
-
-
 def _check_features(examples: Any, collate: Collator) -> None:
-    """Finite features: all of them where they are tensors, else the first thousand examples."""
+    """Raise `DataError` for features that are not finite.
+
+    All features are checked where they are tensors, else those of the first thousand examples.
+    """
     if isinstance(examples, TensorExamples):
         batches: list[Mapping[str, Tensor]] = [collate.converted(examples.columns)]
         collate([examples[0]])
@@ -285,7 +230,7 @@ def _check_features(examples: Any, collate: Collator) -> None:
 
 
 def check_finite(batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
-    """Raise `DataError` for features that are not finite, of the example of that number."""
+    """Raise `DataError` for features that are not finite, with the number of their example."""
     for name, tensor in batch.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue

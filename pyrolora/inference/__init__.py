@@ -1,8 +1,6 @@
 """Inference: the ELBO, the Trainer around it, and the data that both take."""
 
-from pyrolora.data.collate import pass_rows, to_device
-from pyrolora.data.network import load_language_model, load_network
-from pyrolora.data.prepared import Prepared, check_finite, prepare
+from pyrolora.data import Prepared, check_finite, pass_rows, prepare, to_device
 from pyrolora.inference.allocation import AllocateRanks, check_allocation
 from pyrolora.inference.arguments import check_arguments, training_arguments
 from pyrolora.inference.checkpoints import (
@@ -46,8 +44,6 @@ __all__ = [
     "differences",
     "kfac",
     "last_checkpoint",
-    "load_language_model",
-    "load_network",
     "log_marginal_likelihood",
     "member_folders",
     "newest_whole",

@@ -1,5 +1,4 @@
-"""Whether what a network gives is what its likelihood reads: a law of every token, and, of a causal
-language model, none that has seen the token."""
+"""Checks of a network's outputs: they fit their task, and a causal model has not read ahead."""
 
 from __future__ import annotations
 
@@ -13,20 +12,19 @@ from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.model import JointModel, evaluating
-from pyrolora.tasks import CausalLM, TokenTask
 
-# How much outputs may differ by the order of sums alone, as a share of the largest.
+# The most that outputs differ by the order of sums alone, as a share of the largest.
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @contextmanager
 def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[None]:
-    """Make a `DataError` of what a network raises at a batch that it cannot read.
+    """Turn an error that a network raises at a batch into a `DataError`.
 
     Raises
     ------
     DataError
-        With the network's own words and the shapes of the batch.
+        With the network's message and the shapes of the batch.
     """
     try:
         yield
@@ -41,23 +39,9 @@ def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[
 
 
 def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:
-    """Raise `ConfigError` for a network that gives no logits of the vocabulary for each of the
-    tokens of ``batch``, or that is to be causal and is not."""
-    if not isinstance(joint.task, TokenTask):
-        return
-    labels, (places, width) = batch[LABELS], output.shape[-2:]
-    config = getattr(joint.base, "config", None)
-    vocabulary = getattr(getattr(config, "text_config", config), "vocab_size", None)
-    few = isinstance(vocabulary, int) and width < vocabulary
-    if places != labels.shape[-1] or few or int(labels.max()) >= width:
-        raise ConfigError(
-            f"{joint.task.title} gives logits of its vocabulary for each of its input's "
-            f"{labels.shape[-1]} tokens, and this {type(joint.base).__name__} gives {width} for "
-            f"{places} (the vocabulary has {vocabulary}, the labels go up to {int(labels.max())}); "
-            "token classification (a tag per token) and texts that differ from the input are not "
-            "supported yet"
-        )
-    if isinstance(joint.task, CausalLM):
+    """Raise `ConfigError` for outputs that do not fit their task, or that have read ahead."""
+    joint.task.check_reading(output, batch, joint.base)
+    if joint.task.causal:
         check_causal(joint, batch)
 
 
@@ -65,8 +49,8 @@ def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor
 def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
     """Refuse a network whose outputs before a token change with it, by two passes of one example.
 
-    The token is the last that is to be predicted, so that a network which reads a prompt as a
-    whole, and only what follows in turn, is one.
+    The token is the last one to be predicted: a network may read a prompt as a whole, and only what
+    follows in turn.
 
     Raises
     ------
@@ -104,7 +88,7 @@ def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
 
 
 def _last(batch: Mapping[str, Tensor]) -> int:
-    """The place of the last token of the first example that counts."""
+    """Return the place of the last counted token of the first example."""
     labels = batch.get(LABELS)
     counted = (
         labels[0].ne(IGNORED) if labels is not None else batch.get(MASK, batch["input_ids"])[0]
@@ -114,7 +98,7 @@ def _last(batch: Mapping[str, Tensor]) -> int:
 
 
 def _starts(example: Mapping[str, Tensor]) -> list[int]:
-    """Where the packed texts of a row begin, but for the first."""
+    """Return the places at which the packed texts of a row begin, without the first."""
     positions = example.get("position_ids")
     if positions is None or positions.dim() != 2 or MASK in example:
         return []
@@ -122,7 +106,7 @@ def _starts(example: Mapping[str, Tensor]) -> list[int]:
 
 
 def _changed(joint: JointModel, example: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
-    """The example with another token in that place, one that does not occur in it."""
+    """Return the example with another token in that place, if possible one that is new to it."""
     ids = example["input_ids"].clone()
     config = getattr(joint.base, "config", None)
     size = getattr(getattr(config, "text_config", config), "vocab_size", None) or int(ids.max()) + 1

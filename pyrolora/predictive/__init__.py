@@ -10,7 +10,13 @@ from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
-from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
+from pyrolora.tasks import (
+    ClassPrediction,
+    Prediction,
+    RegressionPrediction,
+    TagPrediction,
+    TokenPrediction,
+)
 
 __all__ = [
     "Calibration",
@@ -20,6 +26,7 @@ __all__ = [
     "NumberedDraws",
     "Prediction",
     "RegressionPrediction",
+    "TagPrediction",
     "TokenPrediction",
     "alone",
     "aurc",

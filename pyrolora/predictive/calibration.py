@@ -72,7 +72,7 @@ def calibrated(
         laws = [joint.task.at(float(t)) for t in temperatures]
 
         def losses(outputs: Iterable[Tensor], batch: Batch) -> Tensor:
-            scores = [torch.stack([a.log_prob(o, batch) for a in laws]) for o in outputs]
+            scores = [torch.stack([a.row_log_prob(o, batch) for a in laws]) for o in outputs]
             joined = torch.cat(scores, 1).cpu().double()  # (T, S, b)
             return (math.log(joined.shape[1]) - joined.logsumexp(1)).sum(1)
 

@@ -13,10 +13,10 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import prepare
-from pyrolora.data.collate import context_length
 from pyrolora.data.columns import CHOICES, check_text, context_columns, unread, warn_unread
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_examples, is_plain
+from pyrolora.data.inputs import context_length
 from pyrolora.data.labels import no_labels
 from pyrolora.data.tokenising import choice_number, choice_texts
 from pyrolora.errors import ConfigError, DataError

@@ -18,9 +18,9 @@ from pyrolora import defaults
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError, check_eager
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import prepare
-from pyrolora.data.collate import KNOWN_INPUTS, context_length, taken_by
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import TensorExamples
+from pyrolora.data.inputs import KNOWN_INPUTS, context_length, taken_by
 from pyrolora.data.padding import MASK, padding_of
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.model import JointModel, evaluating

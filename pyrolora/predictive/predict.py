@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -21,7 +20,7 @@ from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
 from pyrolora.seeding import DRAWING, seeded
-from pyrolora.tasks import ClassPrediction, MultipleChoice, Prediction
+from pyrolora.tasks import Prediction
 
 R = TypeVar("R")
 
@@ -65,7 +64,7 @@ def predict(
     reduce = partial(kind.reduce, law)
     records = reduced(joint, data, factors, reduce, order, batch_size=batch_size, rows=rows)
     prediction = _named(kind.collect(records, law), joint)
-    return prediction if order is None else prediction.select(torch.tensor(order).argsort())
+    return prediction if order is None else prediction.in_order(order)
 
 
 def reduced(
@@ -101,14 +100,9 @@ def reduced(
 
 
 def _named(prediction: Prediction, joint: JointModel) -> Prediction:
-    """The prediction with the names of its classes."""
-    names = class_names_of(joint.base, joint.task)
-    if not isinstance(prediction, ClassPrediction) or not names:
-        return prediction
-    if isinstance(joint.task, MultipleChoice):
-        return prediction
-    classes = tuple(names.get(i, str(i)) for i in range(prediction.draws.shape[-1]))
-    return replace(prediction, classes=classes if len({*classes}) == len(classes) else None)
+    """Return the prediction with the names of its classes."""
+    names = class_names_of(joint.base, joint.task) if joint.task.names_classes else {}
+    return prediction.named(names) if names else prediction
 
 
 def passes(

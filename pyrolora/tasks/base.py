@@ -1,4 +1,4 @@
-"""What every likelihood is: the law of the targets given the network's output."""
+"""The base class of tasks: the law of the targets given the network's output, and their data."""
 
 from __future__ import annotations
 
@@ -10,48 +10,106 @@ from typing import Any, ClassVar, Self
 import pyro
 import pyro.distributions as dist
 import torch
+import transformers
 from pyro import poutine
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyrolora.columns import Batch
+from pyrolora.data import Collator
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
+from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.prediction import Prediction
+from pyrolora.tasks.unsupported import check_supported
 
 
 class Task(ParamModule, ABC):
-    """p(y | output), with one observed Pyro site ``y`` in the plate ``data``.
+    """One kind of target: p(y | output), with one observed Pyro site ``y`` in the plate ``data``.
 
-    `output` gives (b, ...) from what the network returns; with S draws the law gets (S, b, ...) and
-    has batch shape (S, b), else (b,).
+    A subclass states all that the library knows about the kind. It needs a `name`, a `prediction`,
+    and the abstract methods: `law`, `targets`, `curvature`, `check_labels`, `check_output`.
+    `pyrolora.tasks.register` makes its name known.
+
+    `output` gives (b, ...) from the network's return value; with S draws the law gets (S, b, ...)
+    and has batch shape (S, b), else (b,).
     """
 
+    # Names --------------------------------------------------------------------------------------
+
     name: ClassVar[str]
-    prediction: ClassVar[type[Prediction]]
-    """The class of predictions by this task."""
+    """The name that is stored; that of `transformers.pipeline`, if it has exactly one."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names that are accepted, such as those of `transformers.pipeline` and PEFT."""
+
+    # Data ---------------------------------------------------------------------------------------
+
+    collator: ClassVar[type[Collator]] = Collator
+    """Makes batches of examples, with the labels of this kind."""
     extras: ClassVar[tuple[str, ...]] = ()
-    """Keys of the batch that the law reads and the network does not take."""
-    linearisable: ClassVar[bool] = False
-    """Whether `curvature` is exact, with few vectors an example."""
-
+    """Columns of the batch that the law reads and the network does not take."""
+    discrete: ClassVar[bool] = False
+    """Whether labels are the numbers of classes or choices; -1 then stands for a secret label."""
+    names_classes: ClassVar[bool] = False
+    """Whether the numbers of classes have names, in the network or in the data."""
+    keeps_labels: ClassVar[bool] = False
+    """Whether data without labels of their own still need them: they say which tokens count."""
     class_names: Sequence[str] | None = None
-    """What the data of a fit call the classes of a network that has no names for them."""
+    """The names of the classes in the data of a fit, if its network has none."""
 
+    # The network --------------------------------------------------------------------------------
+
+    classes: ClassVar[frozenset[str]] = frozenset()
+    """transformers' classes of networks that call for the task."""
+    auto: ClassVar[str] = ""
+    """transformers' Auto class that loads a network by its name."""
+    causal: ClassVar[bool] = False
+    """Whether the network must not read a token before it predicts it."""
+
+    # The law ------------------------------------------------------------------------------------
+
+    prediction: ClassVar[type[Prediction]]
+    """The class of predictions."""
+    linearisable: ClassVar[bool] = False
+    """Whether `curvature` is exact, with few vectors per example."""
     tempers: ClassVar[bool] = False
     """Whether `at` is defined."""
     temperature: float = 1.0
     """T of `at`; 1 in a fit and in the joint model, always."""
 
-    classes: ClassVar[frozenset[str]] = frozenset()
-    """transformers' classes of networks that call for it."""
-
     @classmethod
     def matches(cls, network: nn.Module) -> bool:
-        """Whether the class of ``network`` calls for this likelihood."""
+        """Return whether the class of ``network`` calls for this task."""
         return type(network).__name__ in cls.classes
 
+    @classmethod
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        """Return whether data and checkpoint call for this task, which nobody named."""
+        return False
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        """Load the network of a checkpoint, with the outputs that its data or ``like`` need.
+
+        Raises
+        ------
+        ConfigError
+            For a task whose networks cannot be loaded by name.
+        """
+        if not cls.auto:
+            raise ConfigError(
+                f"networks for {cls.name!r} are not loaded by name, got {checkpoint.name!r}; pass "
+                "the network itself"
+            )
+        loader = getattr(transformers, cls.auto)
+        return loader.from_pretrained(checkpoint.name, dtype="auto")
+
+    def check_network(self, network: nn.Module) -> None:
+        """Raise `ConfigError` for a network of another task."""
+        check_supported(network, self.classes)
+
     def output(self, raw: Any) -> Tensor:
-        """What the law reads of the network's return value, rows first, in at least float32."""
+        """Return the tensor that the law reads, rows first, in at least float32."""
         if not isinstance(raw, Tensor) and not isinstance(getattr(raw, "logits", None), Tensor):
             fields = list(raw) if isinstance(raw, Mapping) else type(raw).__name__
             raise ConfigError(
@@ -62,14 +120,15 @@ class Task(ParamModule, ABC):
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
     def at(self, temperature: float) -> Self:
-        """This likelihood with every law p(y | output) replaced by p(y | output)^(1/T), normalised:
-        a softmax of logits / T, a Gaussian of T times the variance. Of texts it is the law of each
-        token. The parameters are shared.
+        """Return this task with every law p(y | output) replaced by its power 1/T, normalised.
+
+        That is a softmax of logits / T, or a Gaussian of T times the variance; for texts it is the
+        law of each token. The parameters are shared.
 
         Raises
         ------
         ConfigError
-            For another temperature than 1, where the likelihood has none.
+            For another temperature than 1, where the task has none.
         """
         if temperature != 1 and not self.tempers:
             raise ConfigError(
@@ -81,52 +140,63 @@ class Task(ParamModule, ABC):
         return tempered
 
     def tempered(self, logits: Tensor) -> Tensor:
-        """The logits of the law at this temperature."""
+        """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
 
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
-        """The law of the targets."""
+        """Return the law of the targets."""
 
     @abstractmethod
     def targets(self, batch: Batch) -> Tensor | None:
-        """What ``y`` is observed at, or None without labels in the batch."""
+        """Return the observed value of ``y``, or None without labels in the batch."""
 
     @abstractmethod
     def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """Tensors v of the shape of ``output``, without gradient, such that for every example
-        Σ v vᵀ is the Hessian of −log p(y_i | output) in the example's own output; where it is not
-        `linearisable`, one random v with E[v vᵀ] that Hessian."""
+        """Yield tensors v, of the shape of ``output`` without gradient; Σ v vᵀ is the Hessian.
+
+        It is the Hessian of −log p(y_i | output) in the example's own output. A task that is not
+        `linearisable` yields one random v with E[v vᵀ] that Hessian.
+        """
 
     @abstractmethod
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
-        """Raise `DataError` for labels that this likelihood cannot score."""
+        """Raise `DataError` for labels that this task cannot score."""
 
     @abstractmethod
     def check_output(self, output: Tensor, labels: Tensor) -> None:
         """Raise `DataError` where the network's output does not fit the labels."""
 
+    def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
+        """Raise `ConfigError` where the network's output does not fit its batch."""
+
     def check_start(self, output: Tensor, labels: Tensor) -> None:
         """Warn of labels that training may not reach from the first outputs of a network."""
 
     def start(self, labels: Tensor, output: Tensor | None = None) -> None:
-        """Set parameters of the likelihood from the training labels, and from what the network
-        gives for them, if it is trained already; most have none."""
+        """Set the task's parameters from the training labels; most tasks have none.
+
+        ``output`` is the output for them of a network that is trained already.
+        """
 
     def pool(self, others: Sequence[Task]) -> None:
-        """Set parameters of the likelihood from those of independent fits; most have none."""
+        """Set the task's parameters from those of independent fits; most tasks have none."""
 
     def count(self, labels: Tensor) -> int:
-        """How many observations the labels hold: examples, or tokens."""
+        """Return the number of observations: examples, or tokens."""
         return int(labels.shape[0])
 
     def forward(self, output: Tensor, batch: Batch, num_examples: int) -> Tensor:
-        """The data part of the model: b examples of the batch stand for all ``num_examples``."""
+        """Sample the data part of the model, in which b examples stand for all ``num_examples``."""
         law = self.law(output, batch)
         size = law.batch_shape[-1]
         with pyro.plate("data", size, dim=-1), poutine.scale(scale=num_examples / size):
             return pyro.sample("y", law, obs=self.targets(batch))
 
     def log_prob(self, output: Tensor, batch: Batch) -> Tensor:
-        """log p(y_i | output), (b,) or (S, b), in nats."""
+        """Return log p(y_i | output), (b,) or (S, b), in nats."""
         return self.law(output, batch).log_prob(self.targets(batch))
+
+    def row_log_prob(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the log-likelihood of each row of the prediction, (n,) or (S, n), in nats."""
+        return self.log_prob(output, batch)

@@ -1,18 +1,156 @@
-"""Causal language modelling: the labelled tokens of a sequence, each given those before it."""
+"""Causal language modelling: the labelled tokens of a text, each predicted by those before it."""
 
 from __future__ import annotations
 
-from transformers.models.auto import modeling_auto
+from collections.abc import Mapping
+from typing import Any
 
-from pyrolora.tasks.tokens import TokenTask
+import datasets
+import torch
+from torch import Tensor
+
+from pyrolora.columns import IGNORED, LABELS
+from pyrolora.data import Collator
+from pyrolora.data.columns import CHOICES, TOKEN_MASKS, check_nested, check_one_text, has_choices
+from pyrolora.data.examples import is_plain
+from pyrolora.data.padding import MASK
+from pyrolora.data.tokenising import no_tokens
+from pyrolora.errors import DataError
+from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.tokens import LanguageModel, check_own_tokens
+from pyrolora.tasks.unsupported import classes_of
 
 
-class CausalLM(TokenTask):
-    """log p(y) of an example is the **sum** over its labelled tokens, t = 1..T-1, of
-    log softmax(f_{t-1})[y_t]. Without labels every token of the text is one.
+class CausalCollator(Collator):
+    """Texts to a batch of tokens that are their own labels, unless the data have labels."""
+
+    per_token = True
+    makes_labels = True
+    beside = (MASK, *TOKEN_MASKS)
+    ends_texts = True
+
+    def check_data(self, examples: Any) -> None:
+        if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
+            raise DataError(
+                "the data has a column 'choices', and a language model learns, or is scored on, "
+                "whole texts here; join the question and the right choice in one column, 'text'. "
+                "predict() and evaluate() let it choose"
+            )
+
+    def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
+        check_nested(data)
+        check_one_text(data)
+        return super().encode(data)
+
+    def labels_of(self, row: Mapping[str, Any], mask: list[int] | None) -> Any:
+        labels = row.get(LABELS)
+        missing = LABELS in row and labels is None
+        if missing or "input_ids" not in row or "input_ids" not in self.taken:
+            return labels
+        return token_labels(row, labels, mask)
+
+    def packs(self, row: Mapping[str, Any]) -> bool:
+        return is_packed(row)
+
+    def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
+        """Raise `DataError` for texts without a token to predict, and labels of other texts."""
+        if labels is not None and not explicit:
+            short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
+            if short:
+                need = "no token to predict (a text's first has none before it)"
+                raise DataError(no_tokens(short, need))
+        if labels is not None and LABELS in explicit:
+            check_own_tokens(examples, self, causal=True)
+
+
+class CausalLM(LanguageModel):
+    """log p(y) of an example is the **sum** over its labelled tokens of log softmax(f_{t-1})[y_t].
+
+    t runs from 1 to T-1. Without labels every token of the text is one.
     """
 
-    name = "causal_lm"
-    classes = frozenset(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    name = "text-generation"
+    aliases = ("causal-lm",)
+    collator = CausalCollator
+    classes = classes_of("CAUSAL_LM")
+    auto = "AutoModelForCausalLM"
+    causal = True
     shift = 1
     title = "a causal language model"
+
+    @classmethod
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        return checkpoint.is_a("CAUSAL_LM") and checkpoint.layout in (None, "tokens")
+
+
+def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) -> Any:
+    """Return the labels of an example: its tokens, or ``labels`` checked against them.
+
+    Padding does not count, nor what a padding would predict, nor what a mask of the completion
+    leaves out. ``made`` is the attention mask of a row that came without one: there a label that is
+    padding does not count.
+    """
+    ids = torch.as_tensor(row["input_ids"])
+    mask = row.get(MASK, made)
+    seen = torch.ones_like(ids).bool() if mask is None else torch.as_tensor(mask) != 0
+    counted = _counted(row, len(ids))
+    if labels is None:
+        seen[1:] &= seen[:-1].clone()
+        if is_packed(row):  # what begins a text is not predicted by the one before
+            seen &= torch.as_tensor(row["position_ids"]) != 0
+        if counted is not None:
+            seen &= counted
+        return ids.masked_fill(~seen, IGNORED).tolist()
+    kept = torch.as_tensor(labels)
+    if kept.dim() == 1 and len(kept) != len(ids):
+        raise DataError(
+            f"an example has {len(ids)} tokens and {len(kept)} labels; a causal language model "
+            "has a label per token of its input, -100 where it does not count"
+        )
+    if kept.shape != ids.shape:
+        return labels
+    if counted is not None and not torch.equal((kept != IGNORED)[1:], (counted & seen)[1:]):
+        raise DataError(
+            "'labels' and the mask of the completion say different things about which tokens "
+            "count; leave one of them out"
+        )
+    unread = kept.eq(ids) & ~seen if made is not None else torch.zeros_like(seen)
+    return kept.masked_fill(unread, IGNORED).tolist()
+
+
+def _counted(row: Mapping[str, Any], size: int) -> Tensor | None:
+    """Return which tokens count, where a mask says so."""
+    masks = {n: torch.as_tensor(row[n]) != 0 for n in TOKEN_MASKS if row.get(n) is not None}
+    if not masks:
+        return None
+    first, *others = masks.values()
+    if any(mask.shape != (size,) for mask in masks.values()):
+        raise DataError(f"{sorted(masks)} must have a number per token, {size} of them")
+    if not all(torch.equal(first, other) for other in others):
+        raise DataError(
+            f"{sorted(masks)} say different things about which tokens count; keep one of them"
+        )
+    return first
+
+
+def is_packed(row: Mapping[str, Any]) -> bool:
+    """Return whether several texts stand in one row, each with positions from 0.
+
+    Raises
+    ------
+    DataError
+        With an ``attention_mask``, under which the texts would see each other.
+    """
+    if row.get("position_ids") is None:
+        return False
+    positions = torch.as_tensor(row["position_ids"])
+    seen = torch.as_tensor(row.get(MASK, torch.ones_like(positions))) != 0
+    if positions.dim() != 1 or seen.shape != positions.shape:
+        return False
+    jumps = (positions.diff() != 1) & seen[1:] & seen[:-1]
+    if jumps.any() and MASK in row:
+        raise DataError(
+            "an example packs several texts (its position_ids start again), and with an "
+            "attention_mask they would see each other; leave attention_mask out"
+        )
+    return bool(jumps.any())

@@ -1,36 +1,41 @@
-"""Classification: one label an example."""
+"""Classification: one label per example."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 
 from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.evidence import Baseline, Promise
+from pyrolora.tasks.heads import load_head, outputs_like, outputs_of
 from pyrolora.tasks.prediction import Prediction, entropy_of, filled, joined, table_of, tail_of
+from pyrolora.tasks.unsupported import classes_of
 
 
 @dataclass(frozen=True)
 class ClassPrediction(Prediction):
-    """Class probabilities: ``draws`` is (S, n, C); of multiple choice, C is the largest number of
-    choices and an example with fewer has probability 0 at the others.
+    """Class probabilities: ``draws`` is (S, n, C).
 
-    The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information: ``entropy``
-    is total, ``aleatoric`` what every draw is unsure of, ``epistemic`` what draws disagree on; in
-    nats.
+    In multiple choice, C is the largest number of choices, and an example with fewer has
+    probability 0 at the others.
+
+    The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information. ``entropy``
+    is the total, ``aleatoric`` the part that every draw has, ``epistemic`` the part on which draws
+    disagree; in nats.
 
     ``classes`` are the names of the classes, where the network or the data of the fit have any;
-    tables have them in place of numbers.
+    tables show them in place of numbers.
     """
 
     higher_is_better: ClassVar[Mapping[str, bool | None]] = {
@@ -66,6 +71,11 @@ class ClassPrediction(Prediction):
             targets=joined(records, "targets", 0),
             log_likelihood=joined(records, "log_likelihood", 1),
         )
+
+    def named(self, names: Mapping[int, str]) -> Self:
+        """Return the prediction with these names of its classes, unless two share a name."""
+        classes = tuple(names.get(i, str(i)) for i in range(self.draws.shape[-1]))
+        return replace(self, classes=classes if len({*classes}) == len(classes) else None)
 
     @property
     def probs(self) -> Tensor:
@@ -103,13 +113,13 @@ class ClassPrediction(Prediction):
         return None if self.targets is None else (self.predicted != self.targets).float()
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Bounds (n, C) of the central interval of each class probability over draws."""
+        """Return bounds (n, C) of the central interval of each class probability over draws."""
         tail = tail_of(mass)
         return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
 
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         labels = torch.distributions.Categorical(probs=self.draws).sample()
-        return {"y": (labels, ("example",)), "probs": (self.draws, ("example", "class"))}
+        return {"y": (labels, (self.row,)), "probs": (self.draws, (self.row, "class"))}
 
     def to_pandas(self) -> pd.DataFrame:
         names = self.classes or tuple(str(i) for i in range(self.probs.shape[1]))
@@ -171,9 +181,6 @@ class ClassPrediction(Prediction):
             "frequencies of the labels", torch.from_numpy(scores), torch.from_numpy(wrong)
         )
 
-    def coordinates(self) -> dict[str, Sequence[str]]:
-        return {} if self.classes is None else {"class": self.classes}
-
     def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
         def named(numbers: Tensor) -> list[str]:
             return [class_name(row, number) for row, number in enumerate(numbers.tolist())]
@@ -191,12 +198,15 @@ class Classification(Task):
     """y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
-    classes = frozenset(
-        {
-            *modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
-            *modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
-        }
+    aliases: ClassVar[tuple[str, ...]] = (
+        "text-classification",
+        "image-classification",
+        "audio-classification",
+        "seq-cls",
     )
+    discrete = True
+    names_classes = True
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
     prediction = ClassPrediction
     linearisable = True
     tempers = True
@@ -210,18 +220,27 @@ class Classification(Task):
             and config.num_labels > 1
         )
 
+    @classmethod
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        return checkpoint.layout == "example" and not checkpoint.has_real_labels
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        outputs = outputs_like(like) or outputs_of(checkpoint, checkpoint.names)
+        return load_head(checkpoint, outputs)
+
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
         return dist.Categorical(logits=self.logits(output, batch), validate_args=False)
 
     def logits(self, output: Tensor, batch: Batch) -> Tensor:
-        """What the probabilities are the softmax of, (..., b, classes)."""
+        """Return the logits of the probabilities, (..., b, classes)."""
         return self.tempered(output)
 
     def targets(self, batch: Batch) -> Tensor | None:
         return batch.get("labels")
 
     def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """√p_c (e_c − p) for every class c, which add up to diag(p) − p pᵀ."""
+        """Yield √p_c (e_c − p) for every class c; their Σ v vᵀ is diag(p) − p pᵀ."""
         probs = self.logits(output.detach(), batch).softmax(-1)
         units = torch.eye(probs.shape[-1], dtype=probs.dtype, device=probs.device)
         for prob, unit in zip(probs.unbind(-1), units, strict=True):
@@ -230,24 +249,24 @@ class Classification(Task):
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         check_whole_numbers(
             labels,
-            "classification needs one whole-number label an example",
+            "classification needs one whole-number label per example",
             "for real-valued targets use task='regression'",
         )
         classes = getattr(getattr(network, "config", None), "num_labels", None)
         if classes is not None:
-            _check_classes(classes, labels)
+            check_classes(classes, labels)
 
     def check_output(self, output: Tensor, labels: Tensor) -> None:
         if output.dim() != 2:
             raise DataError(
-                "classification needs one row of logits an example, (n, classes); the network gave "
-                f"shape {tuple(output.shape)}"
+                "classification needs one row of logits per example, (n, classes); the network "
+                f"gave shape {tuple(output.shape)}"
             )
-        _check_classes(output.shape[-1], labels)
+        check_classes(output.shape[-1], labels)
 
 
 def check_whole_numbers(labels: Tensor, need: str, remedy: str) -> None:
-    """Raise `DataError` unless labels are one whole number >= 0 each."""
+    """Raise `DataError` unless every label is one whole number >= 0."""
     check_one_label(labels, need)
     if labels.dtype.is_floating_point or labels.dim() != 1:
         raise DataError(
@@ -267,12 +286,13 @@ def check_one_label(labels: Tensor, need: str) -> None:
     if labels.dim() > 1 and labels.numel() != labels.shape[0]:
         raise DataError(
             f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}: several "
-            "labels per example (multi-label classification, a tag per token, or several targets) "
-            "are not supported yet"
+            "labels per example (multi-label classification, or several targets) are not supported "
+            "yet; for a label per token use task='token-classification'"
         )
 
 
-def _check_classes(classes: int, labels: Tensor) -> None:
+def check_classes(classes: int, labels: Tensor) -> None:
+    """Raise `DataError` for labels that the network has no class for."""
     low, high = int(labels.min()), int(labels.max())
     if high >= classes:
         raise DataError(

@@ -111,6 +111,10 @@ class Prediction(ABC):
         }
         return replace(self, **chosen)
 
+    def named(self, names: Mapping[int, str]) -> Self:
+        """Return the prediction with these names of its classes, if it has classes."""
+        return self
+
     def counted(self) -> Self:
         """Return the prediction of the rows in which something is predicted."""
         return self
@@ -167,10 +171,6 @@ class Prediction(ABC):
         if other is None or other.log_predictive is None:
             return None
         return Baseline("network without the adapters", other.log_predictive)
-
-    def coordinates(self) -> dict[str, Sequence[str]]:
-        """Return the labels of the dimensions of `predictive_draws` that have names."""
-        return {}
 
     def facts(self) -> dict[str, str]:
         """Return what is worth knowing about the rows as a whole, by name."""

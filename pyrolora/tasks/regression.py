@@ -1,4 +1,4 @@
-"""Regression with a Gaussian noise whose scale is learned."""
+"""Regression with Gaussian noise of a learned scale."""
 
 from __future__ import annotations
 
@@ -12,25 +12,30 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 
 from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.classification import check_one_label
 from pyrolora.tasks.evidence import Baseline, Promise
+from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.prediction import Prediction, joined, table_of, tail_of
+from pyrolora.tasks.unsupported import classes_of
 
 FAR = 5
-"""How many standard deviations of the labels from where the network starts they may lie."""
+"""The most standard deviations of the labels between their mean and the network's first output."""
 WIDE = 100
 """The largest standard deviation of labels that a head is sure to learn."""
 
 
 @dataclass(frozen=True)
 class RegressionPrediction(Prediction):
-    """Means: ``draws`` is (S, n), in units of the target; ``noise_scale`` is the learned σ, times
-    √T of a calibrated posterior."""
+    """Means: ``draws`` is (S, n), in units of the target.
+
+    ``noise_scale`` is the learned σ, times √T for a calibrated posterior.
+    """
 
     higher_is_better: ClassVar[Mapping[str, bool | None]] = {
         "rmse": False,
@@ -108,8 +113,10 @@ class RegressionPrediction(Prediction):
         return None if self.targets is None else (self.mean - self.targets).square()
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Bounds (n,) of the central interval of the predictive law, the mixture over draws of
-        N(mean_s, σ²), by bisection of its distribution function."""
+        """Return bounds (n,) of the central interval of the predictive law.
+
+        The law is the mixture over draws of N(mean_s, σ²); its distribution function is bisected.
+        """
         tail = tail_of(mass)
         return self._quantile(tail), self._quantile(1 - tail)
 
@@ -200,7 +207,7 @@ class Regression(Task):
     """
 
     name = "regression"
-    classes = frozenset(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+    classes = classes_of("SEQUENCE_CLASSIFICATION")
     prediction = RegressionPrediction
     linearisable = True
     tempers = True
@@ -216,6 +223,14 @@ class Regression(Task):
             config.problem_type == "regression" or config.num_labels == 1
         )
 
+    @classmethod
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        return checkpoint.layout == "example" and checkpoint.has_real_labels
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        return load_head(checkpoint, outputs_like(like) or {"num_labels": 1})
+
     def output(self, raw: Any) -> Tensor:
         output = super().output(raw)
         return output.squeeze(-1) if output.dim() == 2 else output
@@ -224,7 +239,7 @@ class Regression(Task):
         return dist.Normal(output, self.noise(), validate_args=False)
 
     def noise(self) -> Tensor:
-        """The standard deviation of the noise: σ, or σ √T at a temperature T."""
+        """Return the standard deviation of the noise: σ, or σ √T at a temperature T."""
         scale = self.param("noise_scale")
         return scale if self.temperature == 1 else scale * self.temperature**0.5
 
@@ -233,7 +248,7 @@ class Regression(Task):
         return None if labels is None else labels.flatten().float()
 
     def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """1 / σ, whose square is the Hessian."""
+        """Yield 1 / σ, whose square is the Hessian."""
         yield torch.ones_like(output) / self.param("noise_scale").detach()
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
@@ -270,12 +285,12 @@ class Regression(Task):
         )
 
     def pool(self, others: Sequence[Task]) -> None:
-        """σ² = mean σ_k²: with it the mixture of the fits has its own variance."""
+        """Set σ² = mean σ_k²: with it the mixture of the fits keeps its variance."""
         squares = torch.stack([other.param("noise_scale").detach().square() for other in others])
         self.assign("noise_scale", squares.mean().sqrt())
 
     def start(self, labels: Tensor, output: Tensor | None = None) -> None:
-        """σ of what is unexplained: the root mean square of y − f, or the labels' deviation."""
+        """Set σ to the root mean square of y − f, or, without f, to the labels' deviation."""
         y = labels.double().flatten()
         if len(y) > 1:
             rest = y.std() if output is None else (y - output.double()).square().mean().sqrt()

@@ -1,4 +1,4 @@
-"""What language models share: one label a token."""
+"""Tasks with one label per token: tags, and the tokens of language models."""
 
 from __future__ import annotations
 
@@ -12,20 +12,74 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrolora.columns import IGNORED, Batch
+from pyrolora.columns import IGNORED, LABELS, Batch
+from pyrolora.data import Collator
 from pyrolora.distributions import LogitsCategorical
-from pyrolora.errors import DataError
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
 from pyrolora.tasks.evidence import Promise
 from pyrolora.tasks.prediction import Prediction, entropy_of, filled, joined, table_of
 
+LOOKED_AT = 100
+"""The number of examples that show whether labels are the tokens of their texts."""
+
+
+class TokenTask(Task):
+    """log p(y) of an example is the **sum** over its labelled tokens of log softmax(f_{t-d})[y_t].
+
+    f is (..., b, T, classes), over the vocabulary or over tags, and d, ``shift``, is the distance
+    of a token from the place that predicts it. Tokens labelled -100 do not count.
+    """
+
+    tempers = True
+    shift: ClassVar[int]
+    title: ClassVar[str]
+    """The name of such a network in errors."""
+
+    def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
+        tokens = LogitsCategorical(self.token_logits(output), validate_args=False)
+        return tokens.mask(self.token_mask(batch)).to_event(1)
+
+    def targets(self, batch: Batch) -> Tensor | None:
+        labels = batch.get("labels")
+        return None if labels is None else labels[..., self.shift :].clamp(min=0)
+
+    def token_logits(self, output: Tensor) -> Tensor:
+        """Return the logits (..., b, T-d, classes) of the tokens d..T-1."""
+        return self.tempered(output[..., : output.shape[-2] - self.shift, :])
+
+    def token_mask(self, batch: Batch) -> Tensor:
+        """Return (b, T-d) booleans, true for tokens that count.
+
+        Without labels these are the tokens that are not padding, and that no padding predicts.
+        """
+        labels = batch.get("labels")
+        if labels is not None:
+            return labels[..., self.shift :].ne(IGNORED)
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        return mask[..., self.shift :] & mask[..., : mask.shape[-1] - self.shift]
+
+    def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
+        """Yield one vector, e_y − p with y drawn from p at each token that counts.
+
+        E[v vᵀ] is the Hessian, with one block diag(p) − p pᵀ per token.
+        """
+        logits = self.token_logits(output.detach())
+        drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
+        residual = -logits.softmax(-1)
+        residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
+        yield F.pad(residual * self.token_mask(batch)[..., None], (0, 0, 0, self.shift))
+
+    def count(self, labels: Tensor) -> int:
+        return int(labels[..., self.shift :].ne(IGNORED).sum())
+
 
 @dataclass(frozen=True)
 class TokenPrediction(Prediction):
-    """Predictions of the tokens of given texts: per token, NaN where a token does not count.
+    """Predictions of the tokens of known texts, NaN where a token does not count.
 
-    ``entropy`` and ``aleatoric`` are (n, T), in nats; (n, T-1) of a causal model, which predicts
+    ``entropy`` and ``aleatoric`` are (n, T), in nats; (n, T-1) for a causal model, which predicts
     every token but the first. The (S, n, T, vocabulary) probabilities are never held.
     ``log_likelihood`` sums an example's counted tokens; ``num_tokens`` (n,) says how many there
     are.
@@ -94,12 +148,12 @@ class TokenPrediction(Prediction):
 
     @property
     def uncertainty(self) -> Tensor:
-        """The mean entropy of the tokens that count, (n,), in nats a token."""
+        """The mean entropy of the tokens that count, (n,), in nats per token."""
         return self.entropy.nanmean(-1)
 
     @property
     def loss(self) -> Tensor | None:
-        """The negative log-likelihood of the mixture over draws, (n,), in nats a token."""
+        """The negative log-likelihood of the mixture over draws, (n,), in nats per token."""
         scores = self.log_predictive
         return None if scores is None else -scores / self.num_tokens
 
@@ -157,8 +211,10 @@ class TokenPrediction(Prediction):
 
 @dataclass(frozen=True)
 class TokenScores(TokenPrediction):
-    """The log-likelihoods of given texts alone: their entropies, which take a softmax over the
-    vocabulary at every token, are NaN."""
+    """The log-likelihoods of known texts alone.
+
+    Their entropies, which take a softmax over the vocabulary at every token, are NaN.
+    """
 
     @staticmethod
     def reduce(task: TokenTask, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -174,47 +230,11 @@ class TokenScores(TokenPrediction):
         }
 
 
-class TokenTask(Task):
-    """log p(y) of an example is the **sum** over its labelled tokens of log softmax(f_{t-d})[y_t],
-    with f (..., b, T, vocabulary) and the distance d, ``shift``, of a token from the place that
-    predicts it. Tokens labelled -100 do not count.
-    """
+class LanguageModel(TokenTask):
+    """A `TokenTask` whose labels are tokens of the vocabulary."""
 
+    keeps_labels = True
     prediction = TokenPrediction
-    tempers = True
-    shift: ClassVar[int]
-    title: ClassVar[str]
-    """What errors call the network."""
-
-    def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
-        tokens = LogitsCategorical(self.token_logits(output), validate_args=False)
-        return tokens.mask(self.token_mask(batch)).to_event(1)
-
-    def targets(self, batch: Batch) -> Tensor | None:
-        labels = batch.get("labels")
-        return None if labels is None else labels[..., self.shift :].clamp(min=0)
-
-    def token_logits(self, output: Tensor) -> Tensor:
-        """(..., b, T-d, vocabulary): what the tokens d..T-1 are predicted by."""
-        return self.tempered(output[..., : output.shape[-2] - self.shift, :])
-
-    def token_mask(self, batch: Batch) -> Tensor:
-        """(b, T-d) booleans: which tokens count; without labels all that are not padding, and that
-        no padding predicts."""
-        labels = batch.get("labels")
-        if labels is not None:
-            return labels[..., self.shift :].ne(IGNORED)
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        return mask[..., self.shift :] & mask[..., : mask.shape[-1] - self.shift]
-
-    def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """One vector, e_y − p with y drawn from p at each token that counts: E[v vᵀ] is the
-        Hessian, whose blocks are diag(p) − p pᵀ a token."""
-        logits = self.token_logits(output.detach())
-        drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
-        residual = -logits.softmax(-1)
-        residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
-        yield F.pad(residual * self.token_mask(batch)[..., None], (0, 0, 0, self.shift))
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
         vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
@@ -222,7 +242,7 @@ class TokenTask(Task):
             check_one_label(labels, f"{self.title} needs token ids as 'labels'")
         if labels.dim() != 2 or labels.is_floating_point():
             raise DataError(
-                f"{self.title} needs one token id a position as 'labels', got labels of dtype "
+                f"{self.title} needs one token id per position as 'labels', got labels of dtype "
                 f"{labels.dtype} and shape {tuple(labels.shape)}; leave 'labels' out to learn from "
                 "the text alone"
             )
@@ -246,5 +266,53 @@ class TokenTask(Task):
                 f"{tuple(output.shape)}"
             )
 
-    def count(self, labels: Tensor) -> int:
-        return int(labels[..., self.shift :].ne(IGNORED).sum())
+    def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
+        """Raise `ConfigError` unless there are logits of the vocabulary for each token."""
+        labels, (places, width) = batch[LABELS], output.shape[-2:]
+        config = getattr(network, "config", None)
+        vocabulary = getattr(getattr(config, "text_config", config), "vocab_size", None)
+        few = isinstance(vocabulary, int) and width < vocabulary
+        if places != labels.shape[-1] or few or int(labels.max()) >= width:
+            raise ConfigError(
+                f"{self.title} gives logits of its vocabulary for each of its input's "
+                f"{labels.shape[-1]} tokens, and this {type(network).__name__} gives {width} for "
+                f"{places} (the vocabulary has {vocabulary}, the labels go up to "
+                f"{int(labels.max())}); for a tag per token use task='token-classification'; texts "
+                "that differ from the input are not supported yet"
+            )
+
+
+def check_own_tokens(examples: Any, collate: Collator, *, causal: bool) -> None:
+    """Raise `DataError` for labels that are not the tokens of their texts.
+
+    They may be tags, or tokens that the user has shifted already. In texts for a masked model, some
+    tokens are hidden or replaced by random ones.
+    """
+    mask = getattr(collate.tokenizer, "mask_token_id", None)
+    if not causal and mask is None:
+        return
+    same = shifted = count = 0
+    for i in range(min(len(examples), LOOKED_AT)):
+        row = collate.example(examples[i])
+        labels, ids = torch.as_tensor(row[LABELS]), row.get("input_ids")
+        if ids is None or labels.shape != torch.as_tensor(ids).shape:
+            return
+        ids = torch.as_tensor(ids)
+        counted = labels != IGNORED
+        fits = (labels == ids) | (ids == mask if mask is not None and not causal else False)
+        same += int(fits[counted].sum())
+        shifted += int((labels[:-1] == ids[1:])[counted[:-1]].sum())
+        count += int(counted.sum())
+    if 2 * same >= count:
+        return
+    if causal and 2 * shifted >= count:
+        raise DataError(
+            "the labels are the input_ids one place on; the task shifts them itself, as "
+            "transformers does: give each token's id as its own label, -100 where it does not count"
+        )
+    raise DataError(
+        f"of {count} labels of tokens {same} are their tokens' ids"
+        + ("" if causal else " or those of hidden tokens")
+        + ": they are tags (use task='token-classification'), or of another text, or of another "
+        "tokenizer; a language model's labels are the ids of its own input"
+    )

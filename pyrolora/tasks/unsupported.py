@@ -1,7 +1,8 @@
-"""Tasks that no likelihood here reads, by transformers' own lists and by what a network gives."""
+"""Networks that no task reads, by transformers' own lists and by their configuration."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from pyrolora.errors import ConfigError
 
-# Named first that a class may stand in several lists for.
+# In the order in which a class of several lists is named.
 _LISTS = {
     "token classification (a tag per token)": "TOKEN_CLASSIFICATION",
     "extractive question answering": "QUESTION_ANSWERING",
@@ -25,32 +26,36 @@ _LISTS = {
     "speech recognition": "CTC",
     "classification of audio frames": "AUDIO_FRAME_CLASSIFICATION",
 }
-# Of classes in several lists, these have a likelihood.
-_READ = frozenset(
-    name
-    for kind in ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "MULTIPLE_CHOICE")
-    for value in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
-    for name in ([value] if isinstance(value, str) else value)
-)
 
 
-def unsupported_task(architecture: str) -> str | None:
-    """The task of that class of transformers, if no likelihood reads it."""
-    for title, kind in _LISTS.items():
-        names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {}).values()
-        if architecture in names and architecture not in _READ:
-            return title
-    return None
+def classes_of(*kinds: str) -> frozenset[str]:
+    """Return the names of transformers' classes for these kinds of heads ("CAUSAL_LM")."""
+    lists = (getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {}) for kind in kinds)
+    values = (value for names in lists for value in names.values())
+    return frozenset(
+        name for value in values for name in ([value] if isinstance(value, str) else value)
+    )
 
 
-def check_task(network: nn.Module) -> None:
-    """Refuse a network of a task without a likelihood, whichever is named.
+# Some of the classes above are also in these lists, which tasks read.
+_READ = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "MULTIPLE_CHOICE")
+
+
+def other_task(architecture: str, classes: Collection[str] = ()) -> str | None:
+    """Return what that class of transformers does, if neither ``classes`` nor a task reads it."""
+    if architecture in _READ or architecture in classes:
+        return None
+    return next((title for title, kind in _LISTS.items() if architecture in classes_of(kind)), None)
+
+
+def check_supported(network: nn.Module, classes: Collection[str] = ()) -> None:
+    """Refuse a network that no task reads, or a task other than that of these ``classes``.
 
     Raises
     ------
     ConfigError
-        For a network that writes what its decoder is given apart from its input, several labels per
-        example, and outputs that are neither classes of an example nor tokens.
+        For a network whose decoder writes another text than its input, several labels per example,
+        and outputs that are neither classes of an example nor tokens.
     """
     config: Any = getattr(network, "config", None)
     name = type(network).__name__
@@ -67,9 +72,14 @@ def check_task(network: nn.Module) -> None:
             "several labels per example are not supported yet; with one label per example, load "
             "it with problem_type='single_label_classification'"
         )
-    task = unsupported_task(name)
-    if task is not None:
+    title = other_task(name, classes)
+    if title is not None and title.startswith("token classification"):
         raise ConfigError(
-            f"{name} is a network for {task}, which is not supported yet, whichever likelihood is "
+            f"{name} is a network for {title}, and another task is named; leave task= out, or name "
+            "'token-classification'"
+        )
+    if title is not None:
+        raise ConfigError(
+            f"{name} is a network for {title}, which is not supported yet, whichever task is "
             "named; fit a classifier, or a language model, on the same encoder"
         )

@@ -470,7 +470,7 @@ def test_a_language_model(network: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done("fit", tmp_path / "train.txt", "--model", tmp_path / "decoder", "--output-dir", run, *FIT)
     posterior = pyrolora.load(run)
-    assert posterior.task.name == "causal_lm"
+    assert posterior.task.name == "text-generation"
     found = done("evaluate", run, tmp_path / "train.txt", *PREDICT, "--json").json
     scores = posterior.evaluate(texts, 4, seed=7)
     assert {"nll", "perplexity"} == set(scores)

@@ -186,7 +186,7 @@ def changed(**values: Any) -> list[dict[str, Any]]:
     [
         (changed(label=2), r"label of example 1 is 2.*\[0, 1\].*from 0"),
         (changed(label=-1), "labels must be >= 0, got -1"),
-        (changed(choices=[]), r"at least one text an example.*got \[\]"),
+        (changed(choices=[]), r"at least one text per example.*got \[\]"),
         (changed(choices=["good", None]), r"list of at least one text.*None"),
         (changed(question=None), "'question' has missing values"),
         ([{"text": "good", "label": 0}], r"a column 'choices'.*\['text', 'labels'\]"),

@@ -15,8 +15,8 @@ from tokenizers import processors
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.data import prepare
-from pyrolora.data.collate import context_length
 from pyrolora.data.encoding import Encoder, added
+from pyrolora.data.inputs import context_length
 from pyrolora.errors import DataError
 from pyrolora.predictive.generate import _as_ids
 from pyrolora.tasks import CausalLM, Classification

@@ -130,7 +130,7 @@ def test_labels_of_the_user_are_taken_as_they_are() -> None:
         (["good"], tokenizer(), "a mask token, got .*TokenizersBackend; pass tokenizer="),
         ([{"input_ids": [4, 5]}], None, "a mask token, got none; pass tokenizer="),
         (["good", ""], True, "example 1 has no token that could be hidden"),
-        (([[4, 5]], [1]), True, "one token id a position"),
+        (([[4, 5]], [1]), True, "one token id per position"),
     ],
 )
 def test_texts_that_cannot_be_hidden_are_refused(data: Any, tokens: Any, words: str) -> None:

@@ -13,8 +13,8 @@ from problems import Rows, bert_choice, bert_mlm, llama, mask_tokenizer, questio
 from transformers import ViTConfig, ViTForImageClassification
 
 import pyrolora
-from pyrolora.data import load_network
 from pyrolora.errors import ConfigError, DataError
+from pyrolora.tasks import load_network
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,17 @@ def nested() -> Rows:
     [
         ("masked", questions(4), None, "BertForMultipleChoice"),
         ("masked", nested(), None, "BertForMultipleChoice"),
-        ("choice", questions(4), "multiple_choice", "BertForMultipleChoice"),
+        ("choice", questions(4), "multiple-choice", "BertForMultipleChoice"),
         ("choice", nested(), None, "BertForMultipleChoice"),
         ("masked", reviews(6), None, "BertForSequenceClassification"),
         ("masked", (torch.ones(4, 3).long(), torch.arange(4) % 2), None, "BertForSequenceClass"),
         ("masked", Rows(list(tokens(4))), None, "BertForSequenceClassification"),
-        ("masked", reviews(6), "masked_lm", "BertForMaskedLM"),
+        ("masked", reviews(6), "fill-mask", "BertForMaskedLM"),
         ("masked", reviews(6).remove_columns("label"), None, "BertForMaskedLM"),
         ("masked", ["good", "bad"], None, "BertForMaskedLM"),
-        ("masked", token_labels(), "masked_lm", "BertForMaskedLM"),
+        ("masked", token_labels(), "fill-mask", "BertForMaskedLM"),
         ("masked", (torch.ones(4, 3).long(),), None, "BertForMaskedLM"),
-        ("causal", reviews(6), "causal_lm", "LlamaForCausalLM"),
+        ("causal", reviews(6), "text-generation", "LlamaForCausalLM"),
         ("causal", reviews(6).remove_columns("label"), None, "LlamaForCausalLM"),
     ],
 )
@@ -72,7 +72,7 @@ def test_a_causal_model_and_classes_are_ambiguous(folders: dict[str, Path], data
         load_network(folders["causal"], data)
 
 
-@pytest.mark.parametrize(("data", "task"), [(questions(4), None), (reviews(4), "masked_lm")])
+@pytest.mark.parametrize(("data", "task"), [(questions(4), None), (reviews(4), "fill-mask")])
 def test_a_model_without_such_a_class_is_refused(
     folders: dict[str, Path], data: Any, task: str | None
 ) -> None:
@@ -82,9 +82,9 @@ def test_a_model_without_such_a_class_is_refused(
 
 @pytest.mark.parametrize("form", [lambda data: data, lambda data: Rows(list(data))])
 def test_a_label_per_token_may_be_a_tag_or_a_word(folders: dict[str, Path], form: Any) -> None:
-    with pytest.raises(DataError, match=r"tags, of token classification.*task='masked_lm'"):
+    with pytest.raises(DataError, match=r"tags, or tokens of the vocabulary.*task='fill-mask'"):
         load_network(folders["masked"], form(token_labels()))
-    with pytest.raises(ConfigError, match=r"token classification .* is not supported yet"):
+    with pytest.raises(ConfigError, match=r"no task reads the data"):
         load_network(folders["choice"], form(token_labels()))
 
 

@@ -118,7 +118,7 @@ def test_what_is_too_large_is_refused_before_any_step(steps, monkeypatch):
     monkeypatch.setattr(dual, "MOST_ROWS", 39)
     with pytest.raises(DataError, match="40 x 1 here, and at most 39"):
         classifier(Laplace(curvature="full"))
-    with pytest.raises(ConfigError, match="'causal_lm' has one for each token"):
+    with pytest.raises(ConfigError, match="'text-generation' has one for each token"):
         pyrolora.fit(llama(), texts(6), guide=Laplace(curvature="full"), tokenizer=tokenizer())
     monkeypatch.setattr(dual, "MOST_ROWS", 3 * 24 - 1)  # questions of two choices come first
     options: dict[str, Any] = {"guide": Laplace(curvature="full"), "tokenizer": tokenizer()}

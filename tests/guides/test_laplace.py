@@ -149,7 +149,9 @@ def test_draws_are_those_of_the_linear_model_or_of_the_network(choice):
 def test_a_language_model_has_sampled_predictions_only(steps):
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=1), "epochs": 1}
     texts = reviews(6).remove_columns("label")
-    with pytest.raises(ConfigError, match="linearised=True has no predictive for 'causal_lm'"):
+    with pytest.raises(
+        ConfigError, match="linearised=True has no predictive for 'text-generation'"
+    ):
         pyrolora.fit(llama(), texts, guide=Laplace(linearised=True), **options)
     assert steps == []
     posterior = pyrolora.fit(llama(), texts, guide=Laplace(prior_scale=0.1), **options)

@@ -80,7 +80,7 @@ def test_a_network_that_sees_what_it_predicts_is_no_causal_one(network: Any, dty
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_causal_ones_pass(network: Any, dtype: Any) -> None:
-    assert fit(network().to(dtype)).task.name == "causal_lm"
+    assert fit(network().to(dtype)).task.name == "text-generation"
 
 
 class SeesAll(nn.Module):
@@ -99,9 +99,9 @@ class SeesAll(nn.Module):
 def test_packed_texts_that_see_each_other_are_told() -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}] * 2
     with pytest.raises(ConfigError, match="packed in one row see each other"):
-        fit(SeesAll(), rows, task="causal_lm")
+        fit(SeesAll(), rows, task="text-generation")
     rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 2, 3]}] * 2
-    fit(SeesAll(), rows, task="causal_lm")
+    fit(SeesAll(), rows, task="text-generation")
 
 
 def test_tags_are_no_tokens() -> None:
@@ -117,12 +117,11 @@ def test_tags_are_no_tokens() -> None:
             return self.head(self.bert(input_ids, attention_mask).last_hidden_state)
 
     rows = [{"input_ids": [5, 6, 7], "labels": [0, 1, 2]}] * 2
-    with pytest.raises(ConfigError, match=r"logits of its vocabulary.*token classification"):
-        fit(Tags(), rows, task="masked_lm")
+    with pytest.raises(ConfigError, match=r"logits of its vocabulary.*token-classification"):
+        fit(Tags(), rows, task="fill-mask")
 
 
 TASKS: dict[str, tuple[Any, str]] = {
-    "tags": (lambda: BertForTokenClassification(BertConfig(**SIZES)), "token classification"),
     "spans": (lambda: BertForQuestionAnswering(BertConfig(**SIZES)), "extractive question"),
     "T5": (
         lambda: T5ForConditionalGeneration(
@@ -146,6 +145,13 @@ def test_tasks_without_a_likelihood_are_refused_whichever_is_named(
     network, words = TASKS[task]
     with pytest.raises(ConfigError, match=f"{words}.*not supported yet"):
         task_for(network(), law)
+
+
+@pytest.mark.parametrize("law", [n for n in available() if n != "token-classification"])
+def test_a_network_for_tags_is_refused_by_other_tasks(law: str) -> None:
+    network = BertForTokenClassification(BertConfig(**SIZES))
+    with pytest.raises(ConfigError, match=r"network for token classification.*another task"):
+        task_for(network, law)
 
 
 def test_an_encoder_decoder_may_classify() -> None:

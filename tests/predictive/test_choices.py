@@ -153,5 +153,5 @@ def test_wrong_choices_are_refused_in_words(posterior):
     other = pyrolora.fit(
         bert_choice(), questions(8), epochs=1, adapter=AdapterConfig(r=1), tokenizer=tokenizer()
     )
-    with pytest.raises(ConfigError, match="the task is 'multiple_choice'"):
+    with pytest.raises(ConfigError, match="the task is 'multiple-choice'"):
         other.predict_choices(questions(4), 2)

@@ -143,7 +143,7 @@ def test_a_folder_and_data_are_enough(case: str, tmp_path: Path) -> None:
     if case == "masked":
         data = data.remove_columns("label")
     posterior = pyrolora.fit(folder, data, guide="map", epochs=1, seed=0)
-    assert posterior.task.name == {"choice": "multiple_choice", "masked": "masked_lm"}[case]
+    assert posterior.task.name == {"choice": "multiple-choice", "masked": "fill-mask"}[case]
     scores = posterior.evaluate(data, num_samples=0)
     assert torch.isfinite(torch.tensor(scores["nll"]))
 

@@ -49,7 +49,7 @@ def posterior() -> Posterior:
     for row in rows:
         row["labels"] = row["labels"].masked_fill(row["labels"] == IMAGE, -100)
     return pyrolora.fit(
-        network, Rows(rows), "meanfield", epochs=1, task="causal_lm", seed=0,
+        network, Rows(rows), "meanfield", epochs=1, task="text-generation", seed=0,
         adapter=AdapterConfig(r=2, target_modules="all-linear"),
     )  # fmt: skip
 

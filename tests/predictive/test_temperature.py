@@ -118,9 +118,9 @@ def numbers(n, seed=0):
 CASES = {
     "classification": (bert, tokens, None),
     "regression": (lambda: bert(1), numbers, None),
-    "causal_lm": (llama, texts, tokenizer),
-    "multiple_choice": (bert_choice, questions, tokenizer),
-    "masked_lm": (bert_mlm, texts, mask_tokenizer),
+    "text-generation": (llama, texts, tokenizer),
+    "multiple-choice": (bert_choice, questions, tokenizer),
+    "fill-mask": (bert_mlm, texts, mask_tokenizer),
 }
 
 

@@ -53,8 +53,8 @@ PROBLEMS: dict[str, tuple[Any, Any, str]] = {
         lambda: tokens().map(lambda row: {"labels": float(row["labels"])}),
         "regression",
     ),
-    "llama": (llama, texts, "causal_lm"),
-    "gpt2": (gpt2, texts, "causal_lm"),
+    "llama": (llama, texts, "text-generation"),
+    "gpt2": (gpt2, texts, "text-generation"),
     "plain": (mlp, lambda: (X, Y), "classification"),
 }
 
@@ -398,7 +398,7 @@ def test_what_is_saved_says_whether_the_embeddings_are_tied(case: str, tmp_path:
 def test_a_copy_of_the_embeddings_that_is_equal_is_tied_again() -> None:
     network = tied_llama()
     config = AdapterConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    law = task_for(network, "causal_lm")
+    law = task_for(network, "text-generation")
     joint = build(network, attach(network, config), config, MAP(), law, 4)
     merged: Any = merge_of(joint, joint.program.mean())
     assert merged.config.tie_word_embeddings

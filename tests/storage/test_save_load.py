@@ -48,7 +48,9 @@ def scored() -> Any:
 PROBLEMS = {
     "classification": Problem(bert, lambda: reviews(10), "classification"),
     "regression": Problem(lambda: bert(num_labels=1), scored, "regression"),
-    "causal_lm": Problem(llama, lambda: reviews(10).remove_columns("label"), "causal_lm"),
+    "text-generation": Problem(
+        llama, lambda: reviews(10).remove_columns("label"), "text-generation"
+    ),
     "plain": Problem(mlp, lambda: (X, Y), "classification", hosted=False),
 }
 GUIDES = {"map": guides.MAP(), "montec": guides.MonteCLoRA()}
@@ -209,7 +211,7 @@ def test_history_settings_and_options_come_back(problem: str, guide: str, saved:
     assert not any(module.training for module in again.model.modules())
 
 
-@pytest.mark.parametrize("problem", ["classification", "regression", "causal_lm"])
+@pytest.mark.parametrize("problem", ["classification", "regression", "text-generation"])
 def test_the_tokenizer_comes_back(problem: str, saved: Saved) -> None:
     again = reload(saved, problem, "montec")
     text = ["a good film", "dull"]

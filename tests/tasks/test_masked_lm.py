@@ -58,7 +58,7 @@ def test_without_labels_all_tokens_but_the_padding_count(law: TokenTask) -> None
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (torch.tensor([0, 1]), "a masked language model needs one token id a position"),
+        (torch.tensor([0, 1]), "a masked language model needs one token id per position"),
         (torch.full((2, 3), -100), "nothing to learn"),
         (torch.tensor([[3, 99]]), r"0\.\.16 or -100, got 3\.\.99"),
     ],

@@ -97,7 +97,7 @@ def test_labels_that_are_no_choice_are_refused(labels: Tensor, words: str) -> No
 
 
 def test_an_output_that_is_no_score_a_choice_is_refused() -> None:
-    with pytest.raises(DataError, match=r"one score a choice.*\(2, 4, 7\)"):
+    with pytest.raises(DataError, match=r"one score per choice.*\(2, 4, 7\)"):
         MultipleChoice().check_output(torch.zeros(2, 4, 7), LABELS)
 
 

@@ -1,0 +1,63 @@
+"""A network that is named, and the data that it is loaded for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from transformers.models.auto import modeling_auto
+
+from pyrolora.columns import INPUTS, LABELS
+from pyrolora.data.columns import has_choices, tags_column
+from pyrolora.data.examples import as_dict
+from pyrolora.data.labels import class_names, has_class_labels, raw_labels
+
+Layout = Literal["choices", "words", "example", "tokens"]
+"""Several choices per example; words with a tag each; one label per example; one per token."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A hub id or folder, its configuration, and the examples that its network will read."""
+
+    name: str
+    config: Any
+    examples: Any
+    tokenizer: Any = None
+
+    @property
+    def architecture(self) -> str:
+        """transformers' class of the network that was saved; "" where the checkpoint has none."""
+        return (self.config.architectures or [""])[0]
+
+    def is_a(self, kind: str) -> bool:
+        """Return whether transformers' list of that kind ("CAUSAL_LM") has the architecture."""
+        names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
+        return self.architecture in names
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """The first example."""
+        return as_dict(self.examples[0], INPUTS) if len(self.examples) else {}
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """The form of the labels; None without labels, and without choices."""
+        if has_choices(self.examples):
+            return "choices"
+        if tags_column(self.examples) is not None:
+            return "words"
+        if has_class_labels(self.examples):
+            return "example"
+        return None if self.row.get(LABELS) is None else "tokens"
+
+    @cached_property
+    def names(self) -> list[str] | None:
+        """The names of the classes in the data, where there is one label per example."""
+        return class_names(self.examples)
+
+    @property
+    def has_real_labels(self) -> bool:
+        """Whether the labels are real numbers."""
+        return self.names is None and raw_labels(self.examples).is_floating_point()

@@ -1,0 +1,179 @@
+"""The network that a user passes: a module, or the name of one that is then loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pyrolora.columns import INPUTS, LABELS
+from pyrolora.data.columns import check_task
+from pyrolora.data.examples import as_examples
+from pyrolora.data.labels import no_labels
+from pyrolora.errors import ConfigError, DataError, PyroLoraError
+from pyrolora.tasks.base import Task
+from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.heads import auto_classifier
+from pyrolora.tasks.registry import kinds, task_class
+from pyrolora.tasks.unsupported import classes_of
+
+
+def load_network(
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    task: str | Task | None = None,
+    like: nn.Module | None = None,
+) -> tuple[nn.Module, Any]:
+    """Return the network and its tokenizer, loaded if the network is a hub id or a folder.
+
+    It is loaded as the class that ``task`` calls for, or else the ``data``, with the names of its
+    labels, or with the outputs of the network ``like``.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or misses its padding token.
+    """
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ConfigError(
+            f"a {type(model).__name__} has adapters of its own; pass the network before PEFT "
+            "wrapped it, and PEFT's configuration as adapter=LoraConfig(...)"
+        )
+    if isinstance(model, nn.Module):
+        return _checked_padding(model), tokenizer
+    if not isinstance(model, str | Path):
+        raise ConfigError(
+            "model must be a transformers model, a hub id, a folder, or an nn.Module, got "
+            f"{type(model).__name__}"
+        )
+    name = str(model)
+    with _explained(name):
+        network, tokenizer = _loaded(name, data, tokenizer, task, like)
+    return _checked_padding(network), tokenizer
+
+
+def load_language_model(
+    name: str, tokenizer: Any = None, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """Return a causal language model and its tokenizer.
+
+    Other networks have a head whose size their folder does not say. Code that lies in the folder is
+    run only with ``trust_remote_code``.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or is no language model.
+    """
+    with _explained(name):
+        trust = {"trust_remote_code": trust_remote_code}  # None would ask at the terminal
+        architecture = (AutoConfig.from_pretrained(name, **trust).architectures or [""])[0]
+        if architecture not in classes_of("CAUSAL_LM") and not trust_remote_code:
+            raise ConfigError(
+                f"{name!r} is a {architecture or 'network without a class'}, not a causal "
+                "language model; load it with the task head that is needed, and pass that network"
+            )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, **trust)
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **trust), tokenizer
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except PyroLoraError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
+            f"hub id within reach ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _loaded(
+    name: str, data: Any, tokenizer: Any, task: str | Task | None, like: nn.Module | None
+) -> tuple[PreTrainedModel, Any]:
+    """Return the network of the task that is named, or that data and checkpoint imply."""
+    examples = as_examples(data, INPUTS, ("train",))
+    checkpoint = Checkpoint(name, AutoConfig.from_pretrained(name), examples, tokenizer)
+    if tokenizer is None and auto_classifier(checkpoint) != "AutoModelForImageClassification":
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        checkpoint = Checkpoint(name, checkpoint.config, examples, tokenizer)
+    kind = _implied(checkpoint) if task is None else task_class(task)
+    return kind.load(checkpoint, like), tokenizer
+
+
+def _implied(checkpoint: Checkpoint) -> type[Task]:
+    """Return the task that data and checkpoint call for.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Where they call for none, or for several.
+    """
+    name, architecture = checkpoint.name, checkpoint.architecture
+    check_task([*checkpoint.row])
+    if checkpoint.layout == "example" and checkpoint.is_a("CAUSAL_LM"):
+        raise ConfigError(
+            f"{name!r} is a language model and the data has labels; say which is meant: "
+            "task='classification' (or 'regression'), or 'text-generation' for the text alone"
+        )
+    if checkpoint.layout in (None, "tokens"):
+        _check_tokens(checkpoint)
+    for kind in kinds():
+        if kind.implied(checkpoint):
+            return kind
+    if checkpoint.layout is None:
+        raise DataError(no_labels([*checkpoint.row]))
+    raise ConfigError(
+        f"no task reads the data for {name!r}, a {architecture or 'network without a class'}: "
+        f"its columns are {sorted(checkpoint.row)}; name the task, task=, or pass the network "
+        "itself"
+    )
+
+
+def _check_tokens(checkpoint: Checkpoint) -> None:
+    """Raise for labels that are neither an example's class nor plainly tokens or tags."""
+    name, architecture = checkpoint.name, checkpoint.architecture
+    if getattr(checkpoint.config, "is_encoder_decoder", False) and len(checkpoint.examples):
+        raise ConfigError(
+            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
+            "supported yet, and the data has no label per example to classify by"
+        )
+    labels = checkpoint.row.get(LABELS)
+    if labels is None or checkpoint.is_a("CAUSAL_LM"):
+        return
+    if torch.as_tensor(labels).is_floating_point():
+        raise DataError(
+            f"the data has {len(labels)} numbers as the labels of an example: several labels per "
+            "example (multi-label classification) are not supported yet"
+        )
+    if checkpoint.is_a("MASKED_LM"):
+        raise DataError(
+            f"the data has a label per token, and {name!r} is a {architecture}: the labels are "
+            "tags, or tokens of the vocabulary; say which: task='token-classification', or "
+            "task='fill-mask'"
+        )
+
+
+def _checked_padding(network: nn.Module) -> nn.Module:
+    """Return a network; a decoder that classifies by its last token must know the padding token."""
+    config = getattr(network, "config", None)
+    if (
+        isinstance(network, PreTrainedModel)
+        and hasattr(network, "score")
+        and getattr(config, "pad_token_id", None) is None
+    ):
+        raise ConfigError(
+            f"{type(network).__name__} classifies by the last token that is not padding, and its "
+            "config has no pad_token_id; set model.config.pad_token_id = tokenizer.pad_token_id"
+        )
+    return network
