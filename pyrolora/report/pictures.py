@@ -1,4 +1,4 @@
-"""The pictures of a report: drawn, and embedded as data that the page carries in itself."""
+"""Pictures of a report, embedded in the page as data."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 3.7, 2.8
-"""Inches; 96 pixels each in a browser, so that a picture fits a narrow screen without shrinking."""
+"""Inches, of 96 pixels each in a browser: a picture fits a narrow screen without shrinking."""
 MOST_COMPONENTS = 8
-"""Labels of a legend."""
+"""The most labels of a legend."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its heading, what it shows, and itself as a data URI."""
+    """A picture as a data URI, with a heading and a caption."""
 
     title: str
     caption: str
@@ -38,7 +38,7 @@ class Picture:
 
 
 def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> Iterator[Picture]:
-    """What can be drawn of predictions, with labels and without, and of other data beside them."""
+    """Yield the pictures that a prediction allows, with those of other data beside it."""
     probs, targets = prediction.probs, prediction.targets
     if probs is not None and targets is not None:
         yield picture(
@@ -61,7 +61,7 @@ def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> I
             for p in (prediction, outside)
         )
         assert inside is not None
-        if not len(inside):  # texts of one token, which nothing predicts
+        if not len(inside):  # nothing predicts the token of texts that have only one
             return
         other = None if other is not None and not len(other) else other
         entropy_histogram(inside, other, ax=ax)
@@ -74,26 +74,26 @@ def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> I
 
 
 def fit_pictures(history: Any) -> Iterator[Picture]:
-    """The course of the training, where one was logged."""
+    """Yield the pictures of the training, where it was logged."""
     logged = [entry for entry in history if "elbo" in entry]
     members = any("member" in entry for entry in logged)
     if not logged:
         return
     yield picture(
         "Objective",
-        "The ELBO over the steps of the training. It should have stopped rising.",
+        "The ELBO over the training steps. It should have stopped rising.",
         lambda ax: _with_legend(elbo_curve(history, ax=ax), members),
     )
     if any(entry[key] for entry in logged for key in entry if key.startswith("kl/")):
         yield picture(
             "KL by site",
-            "The KL divergence of posterior and prior, for every latent site.",
+            "The KL divergence of the posterior from the prior, for every latent site.",
             lambda ax: _with_legend(kl_curves(history, ax=ax), True),
         )
 
 
 def posterior_pictures(idata: Any) -> Iterator[Picture]:
-    """What the draws of the posterior have to show."""
+    """Yield the pictures of the posterior's draws."""
     group = idata["posterior"]
     sizes = dict(group.sizes)
     if not sizes["layer"]:
@@ -107,7 +107,7 @@ def posterior_pictures(idata: Any) -> Iterator[Picture]:
     if "signal_to_noise" in group.data_vars:
         yield picture(
             "Signal to noise",
-            "Of every rank: its mean over its posterior spread. Ranks far below 1 could be left "
+            "The mean of every rank over its posterior spread. Ranks far below 1 could be left "
             "out.",
             lambda ax: signal_to_noise_map(idata, ax=ax),
             rows=sizes["block"],
@@ -115,14 +115,14 @@ def posterior_pictures(idata: Any) -> Iterator[Picture]:
     if "mixture_weights" in group.data_vars:
         yield picture(
             "Mixture weights",
-            "The mean weight of each component, a bar for each layer.",
+            "The mean weight of each component, one bar per layer.",
             lambda ax: _legend_above(mixture_weights(idata, ax=ax), sizes["component"]),
             rows=sizes["block"],
         )
 
 
 def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0) -> Picture:
-    """Draw on axes of a figure as wide as a narrow screen; higher where it has ``rows`` to name."""
+    """Draw a figure as wide as a narrow screen; it is higher where it has ``rows`` to name."""
     from matplotlib import rc_context, style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -130,12 +130,11 @@ def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0
     height = max(HEIGHT, min(1.2 + 0.17 * rows, 8.0))
     stream = io.BytesIO()
     with (
-        style.context("default"),  # not the user's own, which may need LaTeX or a dark page
+        style.context("default"),  # the user's style may need LaTeX or a dark page
         rc_context({"font.size": 9, "svg.hashsalt": "pyrolora", "legend.fontsize": "small"}),
         warnings.catch_warnings(),
     ):
-        # Of names in scripts that the font lacks: they are boxes in the picture, and read in the
-        # tables.
+        # Names in scripts that the font lacks are boxes in the picture; the tables show them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -146,11 +145,13 @@ def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0
 
 
 def _with_legend(ax: Axes, wanted: bool) -> None:
+    """Add a legend if it is wanted and short enough; names are never read as mathematics."""
     if wanted and len(ax.lines) <= 2 * MOST_COMPONENTS:
         for text in ax.legend().get_texts():
             text.set_parse_math(False)
 
 
 def _legend_above(ax: Axes, components: int) -> None:
+    """Add a legend of few components above the axes."""
     if components <= MOST_COMPONENTS:
         ax.legend(ncols=components, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)

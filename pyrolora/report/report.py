@@ -50,16 +50,16 @@ TEMPLATE = "page.html.jinja"
 
 @dataclass(frozen=True)
 class Report:
-    """A page, and what it warns of.
+    """A page about a posterior, with its warnings and metrics.
 
     Attributes
     ----------
     html
         The whole page.
     findings
-        The warnings, as they stand on it.
+        The warnings, as they stand on the page.
     metrics
-        Scores by name; empty without labels, but for ``ood_auroc``.
+        Scores by name; without labels only ``ood_auroc``, if there are outside data.
     """
 
     html: str
@@ -67,19 +67,19 @@ class Report:
     metrics: dict[str, float]
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, over one that is there."""
+        """Write the page, whole or not at all, over an older one."""
         file = page_file(path)
         write_whole(file, self.html.encode())
         return file
 
 
 def page_file(path: str | Path) -> Path:
-    """Where a page is to be written.
+    """Return the path to write a page to.
 
     Raises
     ------
     ConfigError
-        When it is a folder, or stands in none.
+        When ``path`` is a folder, or its folder does not exist.
     """
     file = Path(path)
     if file.is_dir():
@@ -100,7 +100,7 @@ def report_on(
     batch_size: int = defaults.BATCH_SIZE,
     seed: int | None = None,
 ) -> Report:
-    """The report that `Posterior.report` writes; its parameters are described there."""
+    """Make the report that `Posterior.report` writes; the parameters are described there."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     if num_samples is None:
@@ -154,6 +154,7 @@ def report_on(
 
 
 def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, float]:
+    """Return the scores; without labels only how well outside data are told apart."""
     if prediction.targets is not None:
         return evaluate(prediction, outside)
     if outside is None:
@@ -168,11 +169,12 @@ def _findings(
     blocks: list[Contraction],
     plain: Callable[[], Prediction | None],
 ) -> list[Finding]:
+    """Return all warnings; ``plain`` predicts without the adapters."""
     program = posterior.model.program
     sites = posterior.sample(2, seed=0)
     factors = program.factors(sites)
     point = factors.draws is None or len(factors.distinct()[1]) < 2
-    found = [
+    checked = [
         findings.overconfident(prediction),
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
@@ -182,10 +184,11 @@ def _findings(
         findings.few_examples(len(prediction.examples.unique())),
         findings.few_draws(num_samples, stored=program.stored(), point=point),
     ]
-    return [one for one in found if one is not None]
+    return [finding for finding in checked if finding is not None]
 
 
 def _used_bins(prediction: Prediction) -> pd.DataFrame:
+    """Return the reliability table without empty bins, with the gap of each."""
     table = reliability_table(prediction)
     table = table[table["count"] > 0]
     bins = [f"{low:.2f} to {high:.2f}" for low, high in zip(table.low, table.high, strict=True)]
@@ -195,6 +198,7 @@ def _used_bins(prediction: Prediction) -> pd.DataFrame:
 
 
 def _environment() -> Environment:
+    """Return jinja's environment; it escapes all text of the data."""
     environment = Environment(
         loader=PackageLoader("pyrolora.report", "."),
         autoescape=True,
@@ -207,7 +211,7 @@ def _environment() -> Environment:
 
 
 def _number(value: Any) -> str:
-    """Whole numbers as they are, others with three digits."""
+    """Format whole numbers and texts as they are, other numbers with three digits."""
     if isinstance(value, bool | str | int | np.integer):
         return str(value)
     if not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""The tables of a report: scores with what they mean, and the examples that are worth a look."""
+"""Tables of a report: scores with their meanings, and the examples that are worth a look."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pyrolora.report.examples import Examples
 from pyrolora.tasks import Prediction
 
 SHOWN = 5
-"""Examples of a table."""
+"""The number of examples in a table."""
 
 MEANINGS: dict[str, tuple[str, str]] = {
-    "accuracy": ("accuracy", "Share of right answers."),
+    "accuracy": ("accuracy", "Share of right answers. Higher is better."),
     "nll": (
         "negative log-likelihood",
-        "Nats for each answer; of texts, for each token. Lower is better.",
+        "Nats per answer, or per token of texts. Lower is better.",
     ),
     "ece": (
         "calibration error",
@@ -33,15 +33,17 @@ MEANINGS: dict[str, tuple[str, str]] = {
     ),
     "aurc": (
         "area under risk-coverage",
-        "The risk when only the most certain are answered, over all shares. Lower is better.",
+        "The mean risk over all shares of examples that are answered, the most certain first. "
+        "Lower is better.",
     ),
     "rmse": ("root mean squared error", "In units of the target. Lower is better."),
     "crps": (
         "CRPS",
-        "Distance of the whole predictive law to the target, in its units. Lower is better.",
+        "Distance of the whole predictive distribution from the target, in its units. Lower is "
+        "better.",
     ),
     "coverage": ("coverage", "Share of the targets inside the 90 % intervals: 0.9 is right."),
-    "perplexity": ("perplexity", "exp(nats a token). Lower is better."),
+    "perplexity": ("perplexity", "exp(nats per token). Lower is better."),
     "ood_auroc": (
         "AUROC of other data",
         "How well the uncertainty tells the outside data from these: 0.5 is chance, 1 perfect.",
@@ -51,7 +53,7 @@ MEANINGS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a sentence below it, and rows."""
+    """A table with a heading and a sentence below it."""
 
     title: str
     note: str
@@ -59,7 +61,7 @@ class Table:
 
 
 def metrics_table(metrics: Mapping[str, float]) -> pd.DataFrame:
-    """A row a metric: its name, its value, how to read it."""
+    """Return a row per metric: its name, its value, and how to read it."""
     named = [(MEANINGS.get(name, (name.replace("_", " "), "")), v) for name, v in metrics.items()]
     return pd.DataFrame(
         [

@@ -181,9 +181,6 @@ class ClassPrediction(Prediction):
             "frequencies of the labels", torch.from_numpy(scores), torch.from_numpy(wrong)
         )
 
-    def coordinates(self) -> dict[str, Sequence[str]]:
-        return {} if self.classes is None else {"class": self.classes}
-
     def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
         def named(numbers: Tensor) -> list[str]:
             return [class_name(row, number) for row, number in enumerate(numbers.tolist())]

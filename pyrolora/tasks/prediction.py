@@ -172,10 +172,6 @@ class Prediction(ABC):
             return None
         return Baseline("network without the adapters", other.log_predictive)
 
-    def coordinates(self) -> dict[str, Sequence[str]]:
-        """Return the labels of the dimensions of `predictive_draws` that have names."""
-        return {}
-
     def facts(self) -> dict[str, str]:
         """Return what is worth knowing about the rows as a whole, by name."""
         return {}

@@ -154,7 +154,7 @@ def test_the_weights_are_those_of_the_fits_beta(guide, beta: float, tmp_path) ->
 
 
 def test_a_cold_posterior_says_once_that_arvizs_would_be_wrong(caplog) -> None:
-    groups._of_another_beta.cache_clear()
+    groups._leave_one_out_advice.cache_clear()
     cold = fitted(MeanField(kl_weight=0.2))
     with caplog.at_level(logging.WARNING):
         said = [cold.to_arviz(4, data=DATA, log_likelihood=True) for _ in range(2)]
@@ -167,7 +167,7 @@ def test_a_cold_posterior_says_once_that_arvizs_would_be_wrong(caplog) -> None:
         assert "leave_one_out" not in cold.to_arviz(4, data=DATA)["posterior"].attrs
         exact = fitted(MeanField(kl_weight=1.0)).to_arviz(4, data=DATA, log_likelihood=True)
         assert "leave_one_out" not in exact["log_likelihood"].attrs
-        assert "too strict" in groups._of_another_beta(2.0)
+        assert "too strict" in groups._leave_one_out_advice(2.0)
     assert len(caplog.records) == 1
 
 
@@ -178,7 +178,7 @@ def test_what_leave_one_out_cannot_mean_is_refused() -> None:
     point = fitted(MAP()).to_arviz(5, data=DATA, log_likelihood=True)
     with pytest.raises(DataError, match="the same under every draw: the posterior is a point"):
         loo(point)
-    with pytest.raises(ConfigError, match=r"there are none; make them with posterior\.to_arviz"):
+    with pytest.raises(ConfigError, match=r"idata has none; make them with posterior\.to_arviz"):
         loo(fitted(MAP()).to_arviz(5))
     foreign = az.from_dict(
         posterior={"a": np.zeros((1, 5))}, log_likelihood={"y": np.zeros((1, 5, 3))}

@@ -16,7 +16,7 @@ from problems import mlp
 from torch import Tensor, nn
 
 import pyrolora
-from pyrolora import AdapterConfig, Posterior, tasks
+from pyrolora import AdapterConfig, Posterior
 from pyrolora.arviz.containers import group_names
 from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.plots import risk_coverage_curve
@@ -97,9 +97,7 @@ def data(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def posterior() -> Posterior:
     network: nn.Module = mlp(4, 1)
     options = {"adapter": AdapterConfig(r=1), "epochs": 3, "batch_size": 8, "learning_rate": 0.01}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks._REGISTRY, Counts.name, Counts)
-        return pyrolora.fit(network, data(24), "montec", task=Counts.name, **options)
+    return pyrolora.fit(network, data(24), "montec", task=Counts(), **options)
 
 
 def test_a_prediction_from_outside_has_a_page(posterior: Posterior) -> None:
