@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from problems import WORDS, bert, llama, reviews, texts, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig
+from pyrolora.serving.app import create_app
+from pyrolora.serving.limits import Limits
+from pyrolora.serving.registry import Registry
+from pyrolora.serving.service import Service
 
 CLASSIFIERS = ("reviews", "other", "third")
 CHAT = (
@@ -69,7 +79,6 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 @pytest.fixture
 def shop(classifiers: Shop, tmp_path: Path) -> Callable[..., Shop]:
     """Copies of the classifiers' folders, to be changed."""
-    import shutil
 
     def copy(*names: str) -> Shop:
         directory = tmp_path / "posteriors"
@@ -79,3 +88,53 @@ def shop(classifiers: Shop, tmp_path: Path) -> Callable[..., Shop]:
         return Shop(directory, classifiers.base)
 
     return copy
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """A server of ``app`` on a free port, in a thread; gives its address."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server that runs, and what it serves."""
+
+    url: str
+    shop: Shop
+    service: Service
+
+    def alone(self, name: str) -> pyrolora.Posterior:
+        """The posterior of that name, loaded beside the server."""
+        return pyrolora.load(self.shop.directory / name, self.shop.base)
+
+
+def served(shop: Shop, limits: Limits | None = None, **options: Any) -> Service:
+    return Service(Registry(shop.directory, shop.base), limits, **options)
+
+
+@pytest.fixture(scope="session")
+def classifying(classifiers: Shop) -> Iterator[Live]:
+    service = served(classifiers, default="reviews")
+    with running(create_app(service)) as url:
+        yield Live(url, classifiers, service)
+
+
+@pytest.fixture(scope="session")
+def writing(writers: Shop) -> Iterator[Live]:
+    service = served(writers)
+    with running(create_app(service)) as url:
+        yield Live(url, writers, service)
