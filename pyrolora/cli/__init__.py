@@ -20,6 +20,7 @@ from pyrolora.cli.generate import generate
 from pyrolora.cli.output import say
 from pyrolora.cli.predict import predict
 from pyrolora.cli.report import report
+from pyrolora.cli.serve import serve
 from pyrolora.errors import NonFiniteError, PyroLoraError
 from pyrolora.visible import visible
 
@@ -36,7 +37,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 2 a wrong option, file, column or folder; 3 the fit met NaN or "
     "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
 )
-for command in (fit, calibrate, predict, evaluate, compare, generate, report, export, demo):
+commands = (fit, calibrate, predict, evaluate, compare, generate, report, export, serve, demo)
+for command in commands:
     app.command()(command)
 
 

@@ -167,7 +167,7 @@ def test_a_text_that_stops_at_once_is_empty(writing: Any) -> None:
 
 
 def test_a_posterior_is_named_where_there_are_several(writing: Any) -> None:
-    with pytest.raises(ValidationError, match="name one of the posteriors.*chat, plain"):
+    with pytest.raises(ValidationError, match=r"name one of the posteriors.*chat, plain"):
         Client(writing.url).generate(TEXT)
 
 
