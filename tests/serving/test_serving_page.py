@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +119,14 @@ def with_driver(app: Any, name: str, text: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def evil(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def evil(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """A classifier whose class has markup for its name."""
     root = tmp_path_factory.mktemp("evil")
     names = {0: "bad", 1: EVIL}
     network = bert(id2label=names, label2id={name: k for k, name in names.items()})
     posterior = pyrolora.fit(network, reviews(16), tokenizer=tokenizer(), epochs=1)
     posterior.save(root / "posteriors" / "evil & sons")
-    yield Shop(root / "posteriors", network)
+    return Shop(root / "posteriors", network)
 
 
 def test_classes_are_shown_and_markup_is_text(evil: Shop, tmp_path: Path) -> None:
