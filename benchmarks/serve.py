@@ -41,22 +41,8 @@ from pyrolora.serving.registry import Registry
 from pyrolora.serving.service import Service
 
 WORDS = [
-    "the",
-    "array",
-    "returns",
-    "a",
-    "value",
-    "of",
-    "each",
-    "class",
-    "and",
-    "its",
-    "file",
-    "when",
-    "no",
-    "model",
-    "was",
-    "given",
+    *("the", "array", "returns", "a", "value", "of", "each", "class", "and", "its", "file"),
+    *("when", "no", "model", "was", "given"),
 ]
 
 
