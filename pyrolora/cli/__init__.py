@@ -21,6 +21,7 @@ from pyrolora.cli.output import say
 from pyrolora.cli.predict import predict
 from pyrolora.cli.registered import RegisteredHelp
 from pyrolora.cli.report import report
+from pyrolora.cli.serve import serve
 from pyrolora.errors import NonFiniteError, PyroLoraError
 from pyrolora.visible import visible
 
@@ -38,7 +39,8 @@ app = typer.Typer(
     "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
 )
 app.command(cls=RegisteredHelp)(fit)
-for command in (calibrate, predict, evaluate, compare, generate, report, export, demo):
+commands = (calibrate, predict, evaluate, compare, generate, report, export, serve, demo)
+for command in commands:
     app.command()(command)
 
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pyrolora.serving.errors import BusyError, ClosingError
@@ -110,7 +111,7 @@ class Batcher:
             self._waiting.extend(jobs)
             self._changed.notify_all()
         for job in jobs:
-            job.future.add_done_callback(lambda _, job=job: self._forget(job))
+            job.future.add_done_callback(partial(self._forget, job))
 
     def close(self) -> None:
         """Take no more jobs, finish those in the queue, and return."""
@@ -119,7 +120,7 @@ class Batcher:
             self._changed.notify_all()
         self._thread.join()
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Job, _: Future[Any]) -> None:
         """Free the place of a job that was cancelled."""
         if not job.future.cancelled():
             return

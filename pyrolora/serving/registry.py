@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.posterior import Posterior
 from pyrolora.serving.errors import (
     BusyError,
@@ -21,7 +21,7 @@ from pyrolora.serving.errors import (
     UnsupportedError,
 )
 from pyrolora.serving.networks import Networks
-from pyrolora.storage import META_FILE
+from pyrolora.storage import META_FILE, read_folder
 
 LONGEST_NAME = 255
 PATIENCE = 30.0
@@ -120,6 +120,7 @@ class Registry:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._loading: set[str] = set()
         self._bytes = 0
+        self._tasks: dict[str, tuple[tuple[int, ...], str]] = {}
         self._changed = threading.Condition()
 
     @property
@@ -137,6 +138,19 @@ class Registry:
         return sorted(
             folder.name for folder in self.directory.iterdir() if self._folder(folder.name)
         )
+
+    def task(self, name: str) -> str | None:
+        """The task of a posterior, read from its folder; None where it cannot be read."""
+        folder = self._folder(name)
+        if folder is None:
+            return None
+        try:
+            stamp = _stamp(folder)
+            if self._tasks.get(name, (None, None))[0] != stamp:
+                self._tasks[name] = (stamp, read_folder(folder).description.task)
+        except (PyroLoraError, OSError):
+            return None
+        return self._tasks[name][1]
 
     def lease(self, name: str) -> Lease:
         """Return the posterior of that name for use until it is released.

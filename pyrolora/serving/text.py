@@ -115,16 +115,17 @@ def token_scores(
     """Score every token of continuations of one prompt by the draws of that seed, which are those
     of ``predict`` and ``generate``."""
     joint, task = posterior.model, posterior.task
+    base: Any = posterior.base
     assert isinstance(task, TokenTask)
     law = task.at(posterior.temperature)
     factors = draw_factors(joint, num_samples, seed)
-    device = next(posterior.base.parameters()).device
+    device = next(base.parameters()).device
     start = torch.tensor(list(prompt))
     whole = [torch.cat([start, new]) for new in continuations]
     ids = pad_sequence(whole, batch_first=True).to(device)
     mask = pad_sequence([torch.ones_like(row) for row in whole], batch_first=True).to(device)
     batch = {"input_ids": ids, "attention_mask": mask}
-    vocabulary = int(posterior.base.config.vocab_size)
+    vocabulary = int(base.config.vocab_size)
     step = max(1, MOST_LOGITS // (ids.numel() * vocabulary))
     total: Tensor | float = 0.0
     with DRAWING.shared(), evaluating(joint):

@@ -11,12 +11,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import ClassPrediction, Generation
 from pyrolora.serving.text import TokenScores, token_scores
 
 Columns = dict[str, list[int]]
+
+
+class Rows(Dataset[Columns]):
+    """The rows of a batch as a data set, without the fingerprints of a ``datasets.Dataset``,
+    which take a third of the time of a small batch."""
+
+    def __init__(self, rows: Sequence[Columns]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Columns:
+        return self.rows[index]
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Classify:
 
     def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
         prediction = posterior.predict(
-            list(rows), self.num_samples, batch_size=len(rows), seed=self.seed
+            Rows(rows), self.num_samples, batch_size=len(rows), seed=self.seed
         )
         assert isinstance(prediction, ClassPrediction)
         return [prediction.select(torch.tensor([i])) for i in range(len(rows))]

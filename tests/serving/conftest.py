@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from problems import WORDS, bert, llama, reviews, texts, tokenizer
+from servers import Live, Shop, running, served
 
 import pyrolora
 from pyrolora import AdapterConfig
+from pyrolora.serving.app import create_app
 
 CLASSIFIERS = ("reviews", "other", "third")
 CHAT = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}the{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class Shop:
-    """A directory of posteriors, and the folder of their network."""
-
-    directory: Path
-    base: Path
 
 
 def fitted(network: Any, data: Any, words: Any, **options: Any) -> pyrolora.Posterior:
@@ -69,7 +63,6 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 @pytest.fixture
 def shop(classifiers: Shop, tmp_path: Path) -> Callable[..., Shop]:
     """Copies of the classifiers' folders, to be changed."""
-    import shutil
 
     def copy(*names: str) -> Shop:
         directory = tmp_path / "posteriors"
@@ -79,3 +72,17 @@ def shop(classifiers: Shop, tmp_path: Path) -> Callable[..., Shop]:
         return Shop(directory, classifiers.base)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def classifying(classifiers: Shop) -> Iterator[Live]:
+    service = served(classifiers, default="reviews")
+    with running(create_app(service)) as url:
+        yield Live(url, classifiers, service)
+
+
+@pytest.fixture(scope="session")
+def writing(writers: Shop) -> Iterator[Live]:
+    service = served(writers)
+    with running(create_app(service)) as url:
+        yield Live(url, writers, service)

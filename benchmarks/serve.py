@@ -1,0 +1,310 @@
+"""Cost of the server: several posteriors, draws, loading, and clients that hang up.
+
+On the embedded encoder, everything in one run, over real connections, the clients in the process of
+the server: (a) posteriors in turn against one posterior under the same load; (b) draws against the
+mean adapter; (e) the first request of a posterior that is not loaded; (f) many requests, of which
+some hang up at random, each answer compared with `Posterior.predict` of that posterior alone. The
+fit is short: what it learns does not matter here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import resource
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import httpx
+import pandas as pd
+import torch
+import transformers
+import uvicorn
+from common import RESULTS, markdown, positive, provenance, save_json
+from tqdm import tqdm
+
+import pyrolora
+from pyrolora import AdapterConfig, zoo
+from pyrolora.serving.app import create_app
+from pyrolora.serving.limits import Limits
+from pyrolora.serving.registry import Registry
+from pyrolora.serving.service import Service
+
+WORDS = [
+    *("the", "array", "returns", "a", "value", "of", "each", "class", "and", "its", "file"),
+    *("when", "no", "model", "was", "given"),
+]
+
+
+@dataclass
+class Load:
+    """A number of requests, so many at a time, and what became of them."""
+
+    requests: int
+    concurrency: int
+    seconds: list[float] = field(default_factory=list)
+    wrong: int = 0
+    failed: int = 0
+    hung_up: int = 0
+    wall: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Answers per second."""
+        return len(self.seconds) / self.wall
+
+    def row(self, name: str) -> dict[str, Any]:
+        ordered = sorted(self.seconds)
+        return {
+            "load": name,
+            "requests": self.requests,
+            "answers per second": round(self.rate, 1),
+            "median ms": round(1000 * statistics.median(ordered), 1),
+            "p95 ms": round(1000 * ordered[int(0.95 * (len(ordered) - 1))], 1),
+        }
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    chosen = random.Random(seed)
+    return [" ".join(chosen.choices(WORDS, k=chosen.randint(6, 14))) for _ in range(count)]
+
+
+def make_posteriors(folder: Path, count: int) -> list[str]:
+    """Write one short fit under ``count`` names, the tensors of each a little different."""
+    data = [{"text": text, "label": k % 4} for k, text in enumerate(texts(32))]
+    options: dict[str, Any] = {"epochs": 1, "adapter": AdapterConfig(r=4), "guide": "meanfield"}
+    posterior = pyrolora.fit(str(zoo.folder("encoder")), data, **options)
+    names = [f"posterior-{k:02}" for k in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    for name in names:
+        with torch.no_grad():
+            for parameter in posterior.model.program.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.02 * noise.to(parameter))
+        posterior.save(folder / name)
+    return names
+
+
+@contextmanager
+def running(service: Service) -> Iterator[str]:
+    """A server on a free port, in a thread of this process."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(service), log_level="error", backlog=2048)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+async def ask(client: httpx.AsyncClient, name: str, text: str, draws: int) -> httpx.Response:
+    parameters = {"adapter_id": name, "num_samples": draws}
+    return await client.post("/classify", json={"inputs": text, "parameters": parameters})
+
+
+async def drive(
+    url: str,
+    load: Load,
+    names: list[str],
+    said: list[str],
+    draws: int,
+    *,
+    expected: dict[tuple[str, str], torch.Tensor] | None = None,
+    hang_up: float = 0.0,
+) -> Load:
+    """Send the requests, posterior after posterior, with ``concurrency`` clients."""
+    chosen = random.Random(1)
+    order = [(names[k % len(names)], said[k % len(said)]) for k in range(load.requests)]
+    leaves = [chosen.random() < hang_up for _ in order]
+    queue = iter(enumerate(order))
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        for k, (name, text) in queue:
+            start = time.perf_counter()
+            if leaves[k]:
+                await give_up(url, name, text, draws, chosen.uniform(0, 0.1))
+                load.hung_up += 1
+                continue
+            response = await ask(client, name, text, draws)
+            if response.status_code != 200:
+                load.failed += 1
+                continue
+            load.seconds.append(time.perf_counter() - start)
+            if expected is not None:
+                load.wrong += not right(response.json(), expected[name, text])
+
+    limits = httpx.Limits(max_connections=None)
+    start = time.perf_counter()
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        await asyncio.gather(*(client_loop(client) for _ in range(load.concurrency)))
+    load.wall = time.perf_counter() - start
+    return load
+
+
+async def give_up(url: str, name: str, text: str, draws: int, after: float) -> None:
+    """Ask, and close the connection after so many seconds."""
+    async with httpx.AsyncClient(base_url=url) as client:
+        try:
+            await asyncio.wait_for(ask(client, name, text, draws), after)
+        except (TimeoutError, httpx.HTTPError):
+            return
+
+
+def right(rows: list[dict[str, Any]], expected: torch.Tensor) -> bool:
+    got = torch.tensor([row["score"] for row in sorted(rows, key=lambda row: row["index"])])
+    return torch.allclose(got, expected, atol=1e-5)
+
+
+def answers(folder: Path, names: list[str], said: list[str], draws: int) -> Any:
+    """What each posterior says of each text by itself, one text at a time."""
+    expected = {}
+    for name in tqdm(names, desc="answers alone"):
+        posterior = pyrolora.load(folder / name, str(zoo.folder("encoder")))
+        for text in said:
+            prediction = posterior.predict([text], draws, seed=42)
+            expected[name, text] = prediction.probs[0]
+        posterior.detach()
+    return expected
+
+
+def plain(folder: Path, name: str, said: list[str], load: Load) -> float:
+    """Seconds per request of the bare network, ``concurrency`` texts in a ready batch."""
+    posterior = pyrolora.load(folder / name, str(zoo.folder("encoder")))
+    network: Any = posterior.detach()
+    batch = posterior.tokenizer(said[: load.concurrency], return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    times = []
+    with torch.no_grad():
+        for _ in range(8):
+            start = time.perf_counter()
+            network(**batch)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def first_requests(url: str, service: Service, names: list[str], said: list[str]) -> list[float]:
+    """Seconds that the first request of an unloaded posterior takes beyond the next one."""
+    beyond = []
+    with httpx.Client(base_url=url, timeout=600) as client:
+        for name in names:
+            times = []
+            for text in said[:4]:
+                body = {"inputs": text, "parameters": {"adapter_id": name, "num_samples": 8}}
+                start = time.perf_counter()
+                client.post("/classify", json=body).raise_for_status()
+                times.append(time.perf_counter() - start)
+            beyond.append(times[0] - statistics.median(times[1:]))
+            service.registry.close()
+    return beyond
+
+
+def peak_mib() -> float:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    names = make_posteriors(folder, args.posteriors)
+    said = texts(args.texts, seed=7)
+    expected = answers(folder, names, said, args.draws)
+    service = Service(Registry(folder, str(zoo.folder("encoder"))), Limits(queue=4096))
+    rows = []
+    with running(service) as url:
+
+        def under(name: str, which: list[str], draws: int, **more: Any) -> Load:
+            requests = more.pop("requests", args.requests)
+            load = Load(requests, args.concurrency)
+            done = asyncio.run(drive(url, load, which, said, draws, **more))
+            rows.append(done.row(name))
+            return done
+
+        service.registry.lease(names[-1]).release()  # the network is loaded, as in one that runs
+        beyond = first_requests(url, service, names[:5], said)
+        for name in names:
+            service.registry.lease(name).release()
+        one = under("one posterior", names[:1], args.draws)
+        many = under(f"{len(names)} in turn", names, args.draws)
+        mean = under("one posterior, the mean", names[:1], 0)
+        before = peak_mib()
+        checked = under(
+            "with clients that hang up",
+            names,
+            args.draws,
+            requests=args.soak,
+            expected=expected,
+            hang_up=0.2,
+        )
+        grown = peak_mib() - before
+        waiting = len(service.batcher)
+    bare = plain(folder, names[0], said, one)
+    return {
+        "loads": rows,
+        "a: throughput of all in turn, to one": many.rate / one.rate,
+        "b: median latency of draws, to the mean's": (
+            statistics.median(one.seconds) / statistics.median(mean.seconds)
+        ),
+        "b: one plain pass of all clients' texts, ms": 1000 * bare,
+        "e: first request of an unloaded posterior, beyond a loaded one, s": (
+            statistics.median(beyond)
+        ),
+        "f: answered, hung up, failed, wrong": [
+            len(checked.seconds),
+            checked.hung_up,
+            checked.failed,
+            checked.wrong,
+        ],
+        "f: peak memory grew by, MiB": grown,
+        "f: left in the queue": waiting,
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--posteriors", type=positive, default=25)
+    parser.add_argument("--draws", type=positive, default=8)
+    parser.add_argument("--concurrency", type=positive, default=32)
+    parser.add_argument("--requests", type=positive, default=400, help="of (a) and (b)")
+    parser.add_argument("--soak", type=positive, default=1000, help="requests of (f)")
+    parser.add_argument("--texts", type=positive, default=10, help="different texts")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measured(args, Path(folder))
+    save_json(args.out / "serve-cpu.json", {**provenance(args), **result})
+    loads = pd.DataFrame(result.pop("loads"))
+    facts = pd.DataFrame([{"measured": k, "value": _shown(v)} for k, v in result.items()])
+    text = f"# The server\n\n{markdown(loads)}\n{markdown(facts)}"
+    (args.out / "serve-cpu.md").write_text(text)
+    print(text)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value).strip("[]")
+
+
+if __name__ == "__main__":
+    main()

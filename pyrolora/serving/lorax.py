@@ -1,0 +1,217 @@
+"""LoRAX's REST interface."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from pyrolora import defaults
+from pyrolora.serving.answers import Continuation, class_rows, continuations, number
+from pyrolora.serving.fields import Samples, Seed, Strict, Text
+from pyrolora.serving.service import Answered, Draws, Sampling, Service
+
+FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
+_IGNORED: dict[str, tuple[Any, ...]] = {
+    "adapter_source": (None, "local"),
+    "merged_adapters": (None,),
+    "api_token": (None,),
+    "apply_chat_template": (None, False),
+    "best_of": (None, 1),
+    "truncate": (None,),
+    "watermark": (None, False),
+    "decoder_input_details": (None, False),
+    "ignore_eos_token": (None, False),
+    "response_format": (None,),
+}
+
+
+class Parameters(Strict):
+    """How to write."""
+
+    neutral: ClassVar = _IGNORED
+    adapter_id: str | None = None
+    num_samples: Samples | None = None
+    seed: Seed | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    do_sample: bool = False
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(gt=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    stop: list[Text] | None = None
+    return_full_text: bool | None = None
+    details: bool = False
+    return_k_alternatives: Annotated[int, Field(gt=0, le=20)] | None = None
+
+    def sampling(self) -> Sampling:
+        """The settings of the text. As in LoRAX, an option of sampling asks for sampling."""
+        greedy = self.temperature == 0
+        asked = (self.temperature, self.top_k, self.top_p, self.typical_p)
+        sampled = not greedy and (self.do_sample or any(value is not None for value in asked))
+        options: dict[str, Any] = {}
+        if self.repetition_penalty is not None:
+            options["repetition_penalty"] = self.repetition_penalty
+        if sampled:
+            options |= {
+                "temperature": self.temperature or 1.0,
+                "top_k": self.top_k or 0,
+                "top_p": self.top_p or 1.0,
+                "typical_p": self.typical_p or 1.0,
+            }
+        scored = self.details or self.return_k_alternatives is not None
+        return Sampling(
+            self.max_new_tokens or defaults.MAX_NEW_TOKENS,
+            tuple(sorted(options.items())),
+            sampled=sampled,
+            alternatives=(self.return_k_alternatives or 0) if scored else None,
+        )
+
+
+class GenerateRequest(Strict):
+    """A prompt."""
+
+    neutral: ClassVar = {"parameters": (None,), "stream": (False,)}
+    inputs: Text
+    parameters: Parameters = Parameters()
+
+
+class EitherRequest(GenerateRequest):
+    """A prompt whose answer may be streamed."""
+
+    neutral: ClassVar = {"parameters": (None,)}
+    stream: bool = False
+
+
+class ClassifyParameters(Strict):
+    """Whose classes."""
+
+    neutral: ClassVar = _IGNORED
+    adapter_id: str | None = None
+    num_samples: Samples | None = None
+    seed: Seed | None = None
+
+
+class ClassifyRequest(Strict):
+    """A text."""
+
+    neutral: ClassVar = {"parameters": (None,), "stream": (None, False)}
+    inputs: Text
+    parameters: ClassifyParameters = ClassifyParameters()
+
+
+class ClassifyBatchRequest(ClassifyRequest):
+    """Several texts."""
+
+    inputs: Annotated[list[Text], Field(min_length=1)]  # type: ignore[assignment]
+
+
+def routes(service: Service) -> APIRouter:
+    """The routes of the interface."""
+    router = APIRouter(tags=["LoRAX"])
+
+    async def written(request: Request, body: GenerateRequest) -> tuple[Answered, Continuation]:
+        asked = body.parameters
+        draws = Draws(asked.num_samples, asked.seed)
+        answered = await service.write(
+            request, asked.adapter_id, lambda _: [body.inputs], draws, asked.sampling()
+        )
+        return answered, continuations(answered, 0, asked.stop or [])[0]
+
+    def whole(body: GenerateRequest, answered: Answered, one: Continuation) -> dict[str, Any]:
+        full = body.inputs if body.parameters.return_full_text else ""
+        answer: dict[str, Any] = {"generated_text": full + one.text}
+        if body.parameters.details:
+            answer["details"] = {
+                **_details(answered, one),
+                "prefill": [],
+                "tokens": _tokens(answered, one),
+            }
+        return {**answer, "uncertainty": one.uncertainty}
+
+    @router.post("/generate")
+    async def generate(request: Request, body: GenerateRequest) -> Response:
+        return JSONResponse(whole(body, *await written(request, body)))
+
+    @router.post("/generate_stream")
+    async def generate_stream(request: Request, body: EitherRequest) -> Response:
+        body.parameters.details = True  # every event of a stream has its token
+        answered, one = await written(request, body)
+        return StreamingResponse(_events(body, answered, one), media_type="text/event-stream")
+
+    @router.post("/")
+    async def either(request: Request, body: EitherRequest) -> Response:
+        if body.stream:
+            return await generate_stream(request, body)
+        return JSONResponse([whole(body, *await written(request, body))])
+
+    async def entities(
+        request: Request, asked: ClassifyParameters, texts: list[str]
+    ) -> list[list[dict[str, Any]]]:
+        draws = Draws(asked.num_samples, asked.seed)
+        found = await service.classify(request, asked.adapter_id, texts, draws)
+        return [
+            class_rows(prediction, found.settings, text)
+            for prediction, text in zip(found.predictions, texts, strict=True)
+        ]
+
+    @router.post("/classify")
+    async def classify(request: Request, body: ClassifyRequest) -> Response:
+        return JSONResponse((await entities(request, body.parameters, [body.inputs]))[0])
+
+    @router.post("/classify_batch")
+    async def classify_batch(request: Request, body: ClassifyBatchRequest) -> Response:
+        return JSONResponse(await entities(request, body.parameters, body.inputs))
+
+    return router
+
+
+def _details(answered: Answered, one: Continuation) -> dict[str, Any]:
+    return {
+        "finish_reason": FINISH[one.finish],
+        "prompt_tokens": len(answered.prompts[0]),
+        "generated_tokens": len(one.ids),
+        "seed": answered.settings.seed,
+    }
+
+
+def _tokens(answered: Answered, one: Continuation) -> list[dict[str, Any]]:
+    tokenizer, scores = answered.tokenizer, one.scores
+    assert scores is not None
+    special = {*tokenizer.all_special_ids}
+    tokens = []
+    for t, (token, part) in enumerate(zip(one.ids, one.parts, strict=True)):
+        about: dict[str, Any] = {
+            "id": token,
+            "text": tokenizer.decode([token]) if token in special else part,
+            "logprob": number(scores.chosen[t]),
+            "special": token in special,
+        }
+        if scores.ids.shape[-1]:
+            about["alternative_tokens"] = [
+                {"id": other, "text": tokenizer.decode([other]), "logprob": number(score)}
+                for other, score in zip(scores.ids[t].tolist(), scores.scores[t], strict=True)
+            ]
+        uncertain = one.uncertainty["tokens"][t]
+        about["uncertainty"] = {name: v for name, v in uncertain.items() if name != "text"}
+        tokens.append(about)
+    return tokens
+
+
+def _events(body: GenerateRequest, answered: Answered, one: Continuation) -> Iterator[str]:
+    """One event per token; the last has the whole text and its uncertainty."""
+    nothing = {"id": 0, "text": "", "logprob": 0.0, "special": True}
+    tokens = _tokens(answered, one) or [nothing]
+    full = body.inputs if body.parameters.return_full_text else ""
+    for place, token in enumerate(tokens):
+        event: dict[str, Any] = {"token": token, "generated_text": None, "details": None}
+        if place == len(tokens) - 1:
+            event["generated_text"] = full + one.text
+            event["details"] = _details(answered, one)
+            event["uncertainty"] = one.uncertainty
+        yield f"data: {json.dumps(event)}\n\n"
