@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.autograd.functional import hessian
 
 from pyrolora.columns import CHOICE_MASK
-from pyrolora.tasks import CausalLM, Classification, MaskedLM, MultipleChoice, Regression, Task
+from pyrolora.tasks import (
+    CausalLM,
+    Classification,
+    MaskedLM,
+    MultipleChoice,
+    Regression,
+    Task,
+    TokenClassification,
+)
 
 MASK = torch.tensor([[True, True, True, True], [True, False, True, False], [True] * 4])
 WHOLE, REAL = torch.tensor([2, 0, 3]), torch.tensor([0.3, -1.0, 2.0])
@@ -64,7 +72,7 @@ def test_draws_have_vectors_of_their_own() -> None:
         )
 
 
-@pytest.mark.parametrize("kind", [CausalLM, MaskedLM])
+@pytest.mark.parametrize("kind", [CausalLM, MaskedLM, TokenClassification])
 def test_a_random_vector_of_tokens_has_the_hessian_as_its_mean(kind: type[Task]) -> None:
     law, draws = kind(), 20_000
     output, batch = torch.randn(2, 4, 3), {"labels": TOKENS}
