@@ -44,7 +44,8 @@ class Flat(Guide):
 
     E is a function of a seed and of the layer, and the seed is the random site: ``seed``, uniform
     in model and guide alike, so that its KL is zero. W itself is never touched, and no tensor of
-    its size is kept: the backward pass draws E again.
+    its size is kept: the backward pass draws E again. W has to be plain, and of 16 bits or more; on
+    a quantised base use the inner guide alone.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bar, with the newest numbers at its end in place of a line for each entry."""
+    """The Trainer's bar, with the newest numbers at its end in place of one line per entry."""
 
     SHOWN = ("loss", "eval_nll", "eval_accuracy")
 
@@ -37,7 +37,7 @@ class Progress(ProgressCallback):
 
 
 class CheckStep(TrainerCallback):
-    """Has the trainer look at every step before it is made, and the program after it."""
+    """Checks of every step before it is made; `Program.after_step` after it."""
 
     def __init__(self, trainer: SVITrainer) -> None:
         self.trainer = trainer
@@ -46,7 +46,7 @@ class CheckStep(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.remember_statistics()
         self.trainer.recall_averages()
-        if args.process_index > 0:  # else all devices would draw the same noise, that of one
+        if args.process_index > 0:  # otherwise all devices would draw the same noise
             set_seed(seed_of_process(args.seed, args.process_index))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,8 +54,8 @@ class CheckStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.joint.program.after_step(state.global_step, state.max_steps)
-        # An epoch is logged and scored after its last step: a checkpoint written before that would
-        # go on without these entries.
+        # An epoch is logged and scored after its last step: a fit resumed from a checkpoint before
+        # that would lack these entries.
         last = control.should_training_stop or float(state.epoch).is_integer()
         self.save_with_epoch = control.should_save and last
         control.should_save = control.should_save and not last

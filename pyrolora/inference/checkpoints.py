@@ -1,4 +1,4 @@
-"""The checkpoints of a fit: which are whole, and of which fit they are."""
+"""Checkpoints of a fit on the disk: which there are, which are whole, and how they are read."""
 
 from __future__ import annotations
 
@@ -29,73 +29,83 @@ _NAME = re.compile(r"checkpoint-\d+")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The folders of the Trainer's checkpoints, whole or not."""
+    """Return the folders of the Trainer's checkpoints, whole or not."""
     found = Path(folder).glob("checkpoint-*")
     return [path for path in found if path.is_dir() and _NAME.fullmatch(path.name)]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step after which a checkpoint was written."""
+    """Return the step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def member_folders(folder: str | Path) -> list[Path]:
-    """The folders in which the members of an ensemble keep their checkpoints."""
+    """Return the folders in which the members of an ensemble keep their checkpoints."""
     found = Path(folder).glob(f"{MEMBER}*")
     return sorted(p for p in found if p.is_dir() and p.name.removeprefix(MEMBER).isdigit())
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint, with a warning that names a newer one which is not."""
+    """Return the newest whole checkpoint; warn of a newer one that is damaged."""
     return _warned(*newest_whole(folder))
 
 
 def newest_whole(folder: str | Path) -> tuple[Path | None, str | None]:
-    """The newest whole checkpoint, and what there is to say of a newer one which is not."""
+    """Return the newest whole checkpoint, and a note on a newer one that is damaged."""
     return _first_whole(sorted(checkpoints(folder), key=checkpoint_step, reverse=True))
 
 
 def checkpoint_to_resume(asked: str | Path | bool, folder: str | Path) -> Path:
-    """The checkpoint that was asked for: a folder, or True for the newest one of ``folder``. In the
-    place of one that is not whole comes the next older one beside it, with a warning.
+    """Return the checkpoint that was asked for: a folder, or True for the newest of ``folder``.
+
+    A damaged one is replaced by the next older one beside it, with a warning.
 
     Raises
     ------
     ConfigError
         When there is none.
     CheckpointError
-        When there is none that is whole.
+        When none is whole.
     """
+    candidates = _candidates(asked, folder)
+    if len(candidates) > 1:  # one alone may have any name
+        candidates.sort(key=checkpoint_step, reverse=True)
+    whole = _warned(*_first_whole(candidates))
+    if whole is None:
+        newest = candidates[0]
+        raise CheckpointError(
+            f"there is no whole checkpoint to resume from: {newest}: {damage(newest)}; begin "
+            "anew, without resume_from_checkpoint"
+        )
+    return whole
+
+
+def _candidates(asked: str | Path | bool, folder: str | Path) -> list[Path]:
+    """Return the checkpoint that was asked for, and those that could replace it."""
     if isinstance(asked, bool):
-        found = checkpoints(folder)
-        if not found:
+        present = checkpoints(folder)
+        if not present:
             raise ConfigError(
                 f"resume_from_checkpoint=True, and there is no checkpoint in {folder}; leave it "
                 "out to begin anew, or set output_dir to the folder of the fit"
             )
-    else:
-        path = Path(asked)
-        if not path.is_dir():
-            raise ConfigError(f"resume_from_checkpoint={str(asked)!r} is no folder")
-        inside = sorted(checkpoints(path), key=checkpoint_step)
-        if inside and not (path / TRAINER_FILE).exists():
-            raise ConfigError(
-                f"resume_from_checkpoint={str(asked)!r} is no checkpoint, and holds some: pass "
-                f"{str(inside[-1])!r}"
-            )
-        found = [path]
-        if _NAME.fullmatch(path.name):
-            step = checkpoint_step(path)
-            found += [c for c in checkpoints(path.parent) if checkpoint_step(c) < step]
-    if len(found) > 1:
-        found.sort(key=checkpoint_step, reverse=True)
-    whole = _warned(*_first_whole(found))
-    if whole is None:
-        raise CheckpointError(
-            f"there is no whole checkpoint to go on from: {found[0]}: {damage(found[0])}; begin "
-            "anew, without resume_from_checkpoint"
+        return present
+    path = Path(asked)
+    if not path.is_dir():
+        raise ConfigError(
+            f"resume_from_checkpoint={str(asked)!r} is no folder; pass that of a checkpoint, or "
+            "True for the newest one of output_dir"
         )
-    return whole
+    inside = sorted(checkpoints(path), key=checkpoint_step)
+    if inside and not (path / TRAINER_FILE).exists():
+        raise ConfigError(
+            f"resume_from_checkpoint={str(asked)!r} is no checkpoint, but holds some; pass "
+            f"{str(inside[-1])!r}"
+        )
+    if not _NAME.fullmatch(path.name):  # a folder that was renamed stands alone
+        return [path]
+    step = checkpoint_step(path)
+    return [path, *(c for c in checkpoints(path.parent) if checkpoint_step(c) < step)]
 
 
 def _first_whole(newest_first: list[Path]) -> tuple[Path | None, str | None]:
@@ -105,7 +115,7 @@ def _first_whole(newest_first: list[Path]) -> tuple[Path | None, str | None]:
             if passed == checkpoint:
                 return checkpoint, None
             reason = damage(passed)
-            return checkpoint, f"going on from {checkpoint}, since {passed} is not whole: {reason}"
+            return checkpoint, f"resuming from {checkpoint}, since {passed} is not whole: {reason}"
     return None, None
 
 
@@ -116,8 +126,10 @@ def _warned(checkpoint: Path | None, note: str | None) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint is not whole, or None: every part of it is there and can be read. They are
-    data, and what else a pickle may hold is not run."""
+    """Return why a checkpoint is not whole, or None if every part is there and can be read.
+
+    The parts are read as data: code in a pickle is not run.
+    """
     try:
         state, fit = read_json(checkpoint / TRAINER_FILE), read_json(checkpoint / FIT_FILE)
         named = _NAME.fullmatch(checkpoint.name)
@@ -127,7 +139,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{FIT_FILE} is not pyrolora's"
         read_state(checkpoint / STATE_FILE)
         generators = sorted(p.name for p in checkpoint.glob("rng_state*.pth"))
-        scaler = [p.name for p in checkpoint.glob("scaler.pt")]  # under float16 alone
+        scaler = [p.name for p in checkpoint.glob("scaler.pt")]  # written under float16 alone
         for name in (*PICKLES, *(generators or ["rng_state.pth"]), *scaler):
             read_tensors(checkpoint / name)
     except CheckpointError as error:
@@ -136,7 +148,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON, or a `CheckpointError`."""
+    """Return the object in a file of JSON, or raise `CheckpointError`."""
     try:
         found = json.loads(_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -147,18 +159,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` wrote, tensors, numbers and their containers alone; or a
-    `CheckpointError`."""
+    """Return the tensors, numbers and containers that `torch.save` wrote.
+
+    Anything else in the file raises `CheckpointError`.
+    """
     try:
-        with safe_globals():  # NumPy's arrays, in which its generator keeps its state
+        with safe_globals():  # allows NumPy's arrays, the state of its generator
             return torch.load(_file(path), map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # of a pickle that is damaged, any
+    except Exception as error:  # a damaged pickle can raise any
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"cannot read {path}: {reason}") from error
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a safetensors file, or a `CheckpointError`."""
+    """Return the tensors of a safetensors file, or raise `CheckpointError`."""
     try:
         return load_file(_file(path))
     except (OSError, SafetensorError) as error:
@@ -166,19 +180,19 @@ def read_state(path: Path) -> Mapping[str, Tensor]:
 
 
 def save_state(joint: JointModel, path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write a posterior's own tensors as safetensors, with notes in their header."""
+    """Write a posterior's own tensors as safetensors, with notes in the header."""
     save_file(joint.own_state(), path, notes)
 
 
 def _file(path: Path) -> Path:
-    """A plain file: of a pipe or a device the end is never reached."""
+    """Return the path of a plain file: reading a pipe or a device would never end."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     return path
 
 
 def _is_state(state: Mapping[str, Any]) -> bool:
-    """Whether the Trainer can take it: of what it reads, each has its type."""
+    """Return whether the Trainer can take the state: every entry that it reads has its type."""
     kinds: dict[str, Any] = {
         "global_step": int,
         "log_history": list,

@@ -1,4 +1,4 @@
-"""The curvature of the log-likelihood in the adapter factors, and the evidence that it gives."""
+"""KFAC: the curvature of the log-likelihood in the adapter factors, block by block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from pyrolora.model import JointModel, evaluating
 
 
 class Eigen(NamedTuple):
-    """rows = U diag(ρ) Uᵀ and columns = V diag(κ) Vᵀ, with ``values`` (r, c) = ρ κᵀ >= 0."""
+    """Eigenvectors and eigenvalues of a `Kronecker` block.
+
+    rows = U diag(ρ) Uᵀ and columns = V diag(κ) Vᵀ, with ``values`` (r, c) = ρ κᵀ >= 0.
+    """
 
     U: Tensor
     V: Tensor
@@ -25,15 +28,19 @@ class Eigen(NamedTuple):
 
 @dataclass(frozen=True)
 class Kronecker:
-    """The curvature of one block X (r, c) of the bank: d vec(X)ᵀ (rows ⊗ columns) d vec(X), with
-    vec row by row. ``rows`` is (r, r), ``columns`` (c, c)."""
+    """The curvature of one block X (r, c) of the bank, d vec(X)ᵀ (rows ⊗ columns) d vec(X).
+
+    vec goes row by row; ``rows`` is (r, r), ``columns`` (c, c).
+    """
 
     rows: Tensor
     columns: Tensor
 
     def eigen(self) -> Eigen:
-        """The eigenvectors of both factors and the eigenvalues of their product, those below zero
-        by rounding at zero."""
+        """Return the eigenvectors of both factors and the eigenvalues of their product.
+
+        Eigenvalues that rounding puts below zero are zero.
+        """
         rho, U = torch.linalg.eigh(self.rows)
         kappa, V = torch.linalg.eigh(self.columns)
         return Eigen(U, V, torch.outer(rho.clamp(min=0), kappa.clamp(min=0)))
@@ -41,16 +48,16 @@ class Kronecker:
 
 @torch.no_grad()
 def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
-    """The generalised Gauss-Newton matrix of −log p(y | A, B) at the means, block by block.
+    """Return the generalised Gauss-Newton matrix of −log p(y | A, B) at the means, by block.
 
     KFAC-expand: for a weight that maps a_t to its output at position t of an example,
 
         Σ_examples Σ_t,t' Jᵀ H J  ≈  (1/m Σ_t a_t a_tᵀ) ⊗ (Σ_v Σ_t g_vt g_vtᵀ)
 
     with m the number of positions over all examples, H = Σ_v v vᵀ the Hessian of −log p in the
-    network's output f (``likelihood.curvature``), and g_vt the gradient of <v, f> in the weight's
+    network's output f (``task.curvature``), and g_vt the gradient of <v, f> in the weight's
     output. It is exact for one example without positions, and for a Gaussian law of a linear
-    function. A layer that is called several times counts as one with as many more positions.
+    function. A layer that is called several times counts as one with that many more positions.
     Positions where ``attention_mask`` is 0, and choices that an example does not have, do not
     count.
 
@@ -64,15 +71,15 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
     A network whose layers do not see examples first (`JointModel.together`) is run example by
     example.
 
-    Cost: a forward pass and as many backward passes a batch as there are v; per layer and position
-    in² multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes a layer and nothing
-    that grows with the number of examples: for BERT-base 113 MB with query and value adapted
+    Cost: per batch a forward pass and one backward pass per v; per layer and position in²
+    multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes per layer, whatever the
+    number of examples: for BERT-base 113 MB with query and value adapted
     (48 matrices of 768²), 1.2 GB with all linear layers. `Kronecker.eigen` takes that once more.
 
     Parameters
     ----------
     joint
-        The model; its heads and its likelihood are constants here.
+        The model; its heads and its task are constants here.
     batches
         All n training examples once, on the model's device.
 
@@ -106,26 +113,26 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
         for batch in (part for whole in batches for part in readable(joint, whole)):
             output, layers = recorded(joint, batch, means)
             _accumulate(joint, batch, output, layers, sums)
-    empty = [name for name, own in sums.items() if own.positions == 0]
+    empty = [name for name, layer in sums.items() if layer.positions == 0]
     if empty:
         raise DataError(
             f"no position of any batch counts for layer {empty[0]!r}: there is no batch, or the "
             "attention_mask is 0 everywhere; pass the training examples"
         )
-    found = {}
+    curvature = {}
     factors = {f: bank.layouts[f].matrices(bank.kept(f, getattr(means, f).detach())) for f in "AB"}
     for name, spec in bank.specs.items():
         A, B, s = factors["A"][name], factors["B"][name].mT, spec.scaling
         X = sums[name].inputs.div_(sums[name].positions)
         G = sums[name].gradients.mul_(s**2)
-        found[f"{name}.A"] = Kronecker(B.T @ G @ B, X)
-        found[f"{name}.B"] = Kronecker(A @ X @ A.T, G)
-    return found
+        curvature[f"{name}.A"] = Kronecker(B.T @ G @ B, X)
+        curvature[f"{name}.B"] = Kronecker(A @ X @ A.T, G)
+    return curvature
 
 
 @dataclass
 class _Sums:
-    """Σ x xᵀ (in, in), Σ g gᵀ (out, out), and over how many positions the first."""
+    """Sums Σ x xᵀ (in, in) and Σ g gᵀ (out, out), and the number of positions in the first."""
 
     inputs: Tensor
     gradients: Tensor

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 PRECISIONS = (1e-8, 1e12)
-"""Where `best_precision` looks: prior standard deviations of the factors from 1e4 to 1e-6."""
+"""Bounds of `best_precision`: prior standard deviations of the factors from 1e4 to 1e-6."""
 
 
 def log_marginal_likelihood(
     log_likelihood: float, eigenvalues: Sequence[Tensor], means: Sequence[Tensor], precision: float
 ) -> float:
-    """Laplace's log p(y) under θ ~ N(0, I / λ), in nats:
+    """Return Laplace's log p(y) under θ ~ N(0, I / λ), in nats.
 
         log p(y | θ̄) - ½ [ λ ‖θ̄‖² + Σ_i log(e_i + λ) - P log λ ]
 
@@ -39,12 +39,12 @@ def log_marginal_likelihood(
 
 
 def best_precision(eigenvalues: Sequence[Tensor], means: Sequence[Tensor]) -> float:
-    """The λ that maximises `log_marginal_likelihood` with θ̄ and the eigenvalues held fixed.
+    """Return the λ that maximises `log_marginal_likelihood`, with θ̄ and the eigenvalues fixed.
 
     It is MacKay's fixed point λ ‖θ̄‖² = γ(λ) = Σ_i e_i / (e_i + λ). The left side rises from 0 and
     the right side falls to 0, so that there is one solution, found by bisection of log λ within
-    `PRECISIONS`. A solution outside, the bound next to it: the upper one for ‖θ̄‖ = 0, where the
-    evidence rises with λ for ever, and the lower one where all e_i are 0.
+    `PRECISIONS`. For a solution outside, the nearer bound is returned: the upper one for ‖θ̄‖ = 0,
+    where the evidence rises with λ without bound, and the lower one where all e_i are 0.
 
     References
     ----------

@@ -23,7 +23,7 @@ from pyrolora.inference.checkpoints import FIT_FILE, read_json
 from pyrolora.model import JointModel
 
 SAMPLED = 1000
-"""Examples of a data set of a user's own class that its digest reads; of others, all."""
+"""Number of examples that the digest reads of a data set of a user's own class."""
 
 _SCHEDULE = (
     *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
@@ -37,8 +37,11 @@ _SCHEDULE = (
 def describe_fit(
     joint: JointModel, guide: Guide, data: Prepared, args: TrainingArguments
 ) -> dict[str, Any]:
-    """What a fit's numbers depend on, for JSON: two fits that differ in it cannot go on from one
-    another's checkpoints. The weights of the network are not read: its class and size are told."""
+    """Return everything that a fit's numbers depend on, for JSON.
+
+    Two fits that differ in it cannot go on from one another's checkpoints. The network is described
+    by its class and size; its weights are not read.
+    """
     base = sum(parameter.numel() for parameter in joint.base.parameters())
     described = {
         "network": {"class": type(joint.base).__name__, "parameters": base},
@@ -56,22 +59,22 @@ def describe_fit(
 
 
 def check_fit(now: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise `ConfigError` unless the checkpoint is one of the fit that `describe_fit` tells."""
+    """Raise `ConfigError` unless the checkpoint is one of the fit that `describe_fit` describes."""
     check_same_fit(read_json(checkpoint / FIT_FILE)["fit"], now, checkpoint)
 
 
 def check_same_fit(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raise `ConfigError`, naming the differences, for two fits that are not the same."""
+    """Raise `ConfigError` for two fits that are not the same, naming the differences."""
     changed = differences(saved, now)
     if changed:
         raise ConfigError(
-            f"{where} is of another fit: {'; '.join(changed)}; resume with the same (the schedule "
-            "depends on the number of steps, too), or begin anew in another output_dir"
+            f"{where} is of another fit: {'; '.join(changed)}; resume with the same settings (the "
+            "schedule depends on the number of steps, too), or begin anew in another output_dir"
         )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The entries of nested mappings that differ, as text."""
+    """Return the entries of nested mappings that differ, as text."""
     found = []
     for name in dict.fromkeys([*old, *new]):
         before, now = old.get(name), new.get(name)
@@ -83,8 +86,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def digest_of_data(data: Prepared) -> str:
-    """A digest of the examples and their labels: of tables and tensors all, of a data set of a
-    user's own class up to `SAMPLED`, evenly spaced."""
+    """Return a digest of the examples and their labels.
+
+    Tables and tensors are read whole; a data set of a user's own class at `SAMPLED` examples,
+    evenly spaced.
+    """
     digest = hashlib.blake2b(digest_size=16)
     if data.labels is not None:
         _add(digest, data.labels)
@@ -107,21 +113,23 @@ def digest_of_data(data: Prepared) -> str:
 
 
 def _digest_of_constants(joint: JointModel) -> str:
-    """Of the posterior's own parameters that are given and stay as they are: not of scales that are
-    settled."""
+    """Return a digest of the posterior's parameters that are constants of the fit.
+
+    Scales that are settled are none.
+    """
     program = joint.program
     settled = {f"program.{name}" for name in program.scale_parameters() if program.settles}
     digest = hashlib.blake2b(digest_size=16)
-    own = joint.own_state()
+    state = joint.own_state()
     for name, parameter in joint.named_parameters():
-        if name in own and name not in settled and not parameter.requires_grad:
+        if name in state and name not in settled and not parameter.requires_grad:
             digest.update(name.encode())
-            _add(digest, own[name])
+            _add(digest, state[name])
     return digest.hexdigest()
 
 
 def _bytes_of(table: pa.Table) -> bytes:
-    """The content of a table, however it lies in memory."""
+    """Return the content of a table, independent of its layout in memory."""
     sink = pa.BufferOutputStream()
     plain = table.combine_chunks().replace_schema_metadata(None)
     with pa.ipc.new_stream(sink, plain.schema) as stream:
@@ -137,7 +145,7 @@ def _add(digest: Any, tensor: Tensor) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for, as text."""
+    """Return values that JSON cannot express as text."""
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     return str(value)

@@ -27,7 +27,7 @@ def nuts(
     max_tree_depth: int = 10,
     progress: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of the latent sites from p(θ) p(y | θ)^{1/β}, by Pyro's NUTS, without dropout.
+    """Draw the latent sites from p(θ) p(y | θ)^{1/β} by Pyro's NUTS, without dropout.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Whether training has moved every adapter from its start."""
+"""The check that training has moved every adapter from its start."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pyrolora.model import JointModel
 
 
 def starting_factors(joint: JointModel) -> dict[str, Tensor]:
-    """Copies of the factors B that training is to move; none where they are constants. A says
-    little: weight decay moves it without a gradient."""
+    """Return copies of the factors B that are trained; none where they are constants.
+
+    A shows little: weight decay moves it without a gradient.
+    """
     return {
         name: parameter.detach().clone()
         for name, parameter in joint.named_parameters()
@@ -22,7 +24,7 @@ def starting_factors(joint: JointModel) -> dict[str, Tensor]:
 
 
 def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_rate: float) -> None:
-    """Warn of layers whose B is what it was in ``starts`` to the bit: their adapters do nothing."""
+    """Warn of layers whose B equals that in ``starts`` to the bit: their adapters do nothing."""
     layout = joint.program.bank.layouts["B"]
     still = set(joint.program.bank.specs) if starts else set()
     for name, start in starts.items():

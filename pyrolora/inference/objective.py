@@ -12,7 +12,7 @@ from pyrolora.model import JointGuide, JointModel
 
 
 class Objective(nn.Module):
-    """What the Trainer minimises: −ELBO of one batch over ``observations``, in nats each.
+    """The loss that the Trainer minimises: −ELBO of one batch, in nats per observation.
 
     A constant divisor changes no optimum; without it the Trainer's gradient clipping would bite at
     every step.

@@ -31,8 +31,10 @@ class Recording(Factors):
 def recorded(
     joint: JointModel, batch: Batch, factors: FlatFactors
 ) -> tuple[Tensor, dict[str, Recording]]:
-    """The network's output under one setting of the factors, and what each layer saw. The updates
-    have gradients where B requires one."""
+    """Return the network's output under one setting of the factors, and each layer's recording.
+
+    The updates have gradients where B requires one.
+    """
     plain = joint.binding(factors)
     layers = {
         name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
@@ -45,7 +47,7 @@ def recorded(
 
 
 def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
-    """The batch; or one example after the other, where a layer's rows do not say whose they are."""
+    """Yield the batch whole, or example by example where a layer's rows have no known owner."""
     size = len(next(iter(batch.values())))
     if size == 1 or joint.together(batch):
         yield batch
@@ -55,8 +57,10 @@ def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
 
 
 def masks(batch: Batch) -> list[Tensor]:
-    """Which positions (rows, T), and which rows, count. A batch of choices, (b, choices, ...), has
-    b * choices rows."""
+    """Return which positions (rows, T), and which rows, count.
+
+    A batch of choices, (b, choices, ...), has b * choices rows.
+    """
     masks = []
     choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
     if attention is not None and attention.dim() > 1:
@@ -68,7 +72,7 @@ def masks(batch: Batch) -> list[Tensor]:
 
 
 def counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:
-    """The positions of a (..., k) tensor that count, as (m, k); all where no mask fits."""
+    """Return the positions of a (..., k) tensor that count, (m, k); all where no mask fits."""
     for mask in masks:
         if tensor.shape[:-1][: mask.dim()] == mask.shape:
             tensor = tensor[mask]

@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints hold the posterior, and that goes on from them to the same result."""
+"""A Trainer whose checkpoints hold the posterior, and that resumes from them to the same result."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from pyrolora.inference.identity import check_fit, describe_fit
 from pyrolora.model import JointModel
 
 _OF_ENTRIES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
-"""What torch's optimisers keep for each entry of a parameter."""
+"""Names under which torch's optimisers keep one value per entry of a parameter."""
 
 
 class ResumingTrainer(Trainer):
     """A Trainer around an `Objective` whose checkpoints hold the posterior.
 
-    A checkpoint keeps the sums that the next log averages, too, so that the log of a resumed fit is
-    that of a fit in one go.
+    A checkpoint also keeps the sums that the next log averages, so that the log of a resumed fit is
+    that of an uninterrupted one.
     """
 
     guide: Guide
@@ -53,11 +53,11 @@ class ResumingTrainer(Trainer):
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What the fit's numbers depend on."""
+        """Everything that the fit's numbers depend on."""
         return describe_fit(self.joint, self.guide, self._data, self.args)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._averages = self._since_last_log()  # here, where all devices are
+        self._averages = self._since_last_log()  # here, since only here all devices take part
         super()._save_checkpoint(model, trial)
 
     def _save(
@@ -72,7 +72,7 @@ class ResumingTrainer(Trainer):
         save_state(self.joint, folder / STATE_FILE)
 
     def _since_last_log(self) -> dict[str, Any]:
-        """The sums whose averages the next log has, means over the devices."""
+        """Return the sums that the next log averages, means over the devices."""
         sums = None if self._sums is None else self.accelerator.reduce(self._sums, "mean").tolist()
         return {
             "terms": list(self._terms),
@@ -84,7 +84,7 @@ class ResumingTrainer(Trainer):
         }
 
     def recall_averages(self) -> None:
-        """Go on with the sums of the checkpoint, so that the log is that of a training in one."""
+        """Restore the sums of the checkpoint, so that the log is that of an uninterrupted fit."""
         if self._resumed is None:
             return
         kept = read_json(self._resumed / FIT_FILE)["averages"]
@@ -121,10 +121,10 @@ class ResumingTrainer(Trainer):
             return
         expected = set(self.lr_scheduler.state_dict())
         if set(read_tensors(Path(checkpoint) / "scheduler.pt")) != expected:
-            raise self._unusable("scheduler.pt", "it is not of this schedule")
+            raise self._unusable("scheduler.pt", "it belongs to another schedule")
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except Exception as error:  # of a file that was changed, any
+        except Exception as error:  # a file that was changed can raise any
             raise self._unusable("optimizer.pt or scheduler.pt", error) from error
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
@@ -151,13 +151,16 @@ class ResumingTrainer(Trainer):
 
     def _unusable(self, name: str, reason: object) -> CheckpointError:
         return CheckpointError(
-            f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; go on from an "
-            "older checkpoint, or begin anew"
+            f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; resume from "
+            "an older checkpoint, or begin anew"
         )
 
 
 def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:
-    """Whether the optimiser can keep ``value`` for a parameter: averages have its size, unless they
-    are those of rows and columns (Adafactor) or of blocks (8-bit optimisers)."""
+    """Return whether the optimiser can keep ``value`` for a parameter.
+
+    Averages have the size of the parameter, unless they are those of rows and columns (Adafactor)
+    or of blocks (8-bit optimisers).
+    """
     whole = name not in _OF_ENTRIES or value.shape == parameter.shape
     return whole and bool(torch.isfinite(value).all())

@@ -28,7 +28,7 @@ class SVITrainer(ResumingTrainer):
     Parameters
     ----------
     joint
-        The joint model; its adapters, heads and likelihood are trained.
+        The joint model; its adapters, heads and task are trained.
     guide
         The options: KL weight and its warm-up, learning rate of the scales.
     data
@@ -53,7 +53,7 @@ class SVITrainer(ResumingTrainer):
         if args.n_gpu > 1:
             raise ConfigError(
                 f"{args.n_gpu} GPUs in one process would mean DataParallel, which copies the "
-                "network without its bound factors; start one process a GPU with "
+                "network without its bound factors; start one process per GPU with "
                 f"'torchrun --nproc_per_node {args.n_gpu} script.py', or show one GPU with "
                 "CUDA_VISIBLE_DEVICES=0"
             )
@@ -64,8 +64,8 @@ class SVITrainer(ResumingTrainer):
             )
         assert data.labels is not None
         args = copy.copy(args)
-        args.logging_nan_inf_filter = False  # `check_step` stops; the filter waits for the device
-        if not guide.adapts:  # a network may have weights that its output does not use
+        args.logging_nan_inf_filter = False  # `check_step` does it, without waiting for the device
+        if not guide.adapts:  # a network may have weights that its output does not depend on
             args.ddp_find_unused_parameters = True
         self.guide = guide
         self._evaluate_posterior = evaluate
@@ -93,7 +93,7 @@ class SVITrainer(ResumingTrainer):
     control: Any
 
     def close_progress(self) -> None:
-        """Leave the line of the bar, also after a fit that failed."""
+        """End the line of the progress bar, also after a fit that failed."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Progress) and callback.training_bar is not None:
                 callback.training_bar.close()
@@ -101,14 +101,14 @@ class SVITrainer(ResumingTrainer):
     # The objective ------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """A micro-batch, forwards and backwards, once other threads had their turn."""
+        """Run a micro-batch forwards and backwards, after other threads had their turn."""
         give_way(self.joint)
         return super().training_step(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of one step, and the number of their examples over all devices."""
+        """Return the micro-batches of one step, and their number of examples on all devices."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = torch.tensor(sum(_size(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(count).sum()
@@ -120,20 +120,20 @@ class SVITrainer(ResumingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """−ELBO of a micro-batch, times its share of the step's examples.
+        """Return −ELBO of a micro-batch, times its share of the step's examples.
 
-        Devices average their gradients, so that the share is taken of one device's part.
+        Devices average their gradients, so that the share is that among the examples of one device.
         """
         progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
         self.joint.program.progress = progress
         beta = self.guide.beta(self.joint.num_examples, progress)
         try:
             loss = model(inputs, beta)
-        except ValueError as error:  # of Pyro's validation, if a scale has overflowed
+        except ValueError as error:  # raised by Pyro's validation if a scale has overflowed
             if all(_is_finite(self.joint, name) for name in self.joint.program.scale_parameters()):
                 raise
             raise NonFiniteError(self.remedy("cannot be evaluated")) from error
-        if not loss.requires_grad:  # chance has left out every adapted layer, or nothing reaches it
+        if not loss.requires_grad:  # layerdrop has left out every adapted layer, or none is used
             loss = loss + 0.0 * self._trained[0][1].sum()
         terms = self.model.estimator.terms
         self._unchecked.append((loss.detach(), terms))
@@ -146,10 +146,10 @@ class SVITrainer(ResumingTrainer):
         return loss * share
 
     def check_step(self) -> None:
-        """Raise `NonFiniteError` before the optimiser sees a loss or a gradient that is not finite.
+        """Raise `NonFiniteError` before the optimiser sees a loss or gradient that is not finite.
 
-        All that there is to look at is looked at once a step: each look at a number waits for the
-        device. Gradients not under float16, whose scaler meets infinities on purpose and skips such
+        All checks come together, once per step: each look at a number waits for the device. Under
+        float16 gradients are not checked; its scaler meets infinities on purpose, and skips such
         steps.
         """
         losses, all_terms = zip(*self._unchecked, strict=True)
@@ -173,8 +173,10 @@ class SVITrainer(ResumingTrainer):
         ]
 
     def restore_statistics(self) -> None:
-        """Put the running statistics of the last good step back: unlike parameters, they take a
-        batch in when it is read."""
+        """Restore the running statistics of the last good step.
+
+        Unlike parameters, they change as soon as a batch is read.
+        """
         for module, buffers in self._statistics:
             for name, value in buffers.items():
                 module.get_buffer(name).copy_(value)
@@ -185,7 +187,7 @@ class SVITrainer(ResumingTrainer):
         return self.remedy(f"is not finite at site {sites}")
 
     def remedy(self, what: str) -> str:
-        """The message of a fit that ran into a number that is not finite."""
+        """Return the message of a fit that met a number that is not finite."""
         rate = self.args.learning_rate
         return (
             f"training stopped before step {self.state.global_step + 1}: the objective {what}. "
@@ -196,7 +198,7 @@ class SVITrainer(ResumingTrainer):
     # The optimiser ------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Weights with the fit's learning rate and weight decay; scales with their own rate."""
+        """Return the optimiser: scales have their own learning rate, and no weight decay."""
         if self.optimizer is not None:
             return self.optimizer
         objective = self.model
@@ -229,7 +231,7 @@ class SVITrainer(ResumingTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """The schedule of the arguments, up to the share of the steps where the guide holds it."""
+        """Return the schedule of the arguments, held from the guide's share of the steps on."""
         try:
             scheduler = super().create_scheduler(num_training_steps, optimizer)
         except (TypeError, ValueError) as error:
@@ -254,7 +256,7 @@ class SVITrainer(ResumingTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of the predictive mean over draws."""
+        """Return the metrics of the predictive mean over draws."""
         assert self._evaluate_posterior is not None
         metrics = {
             f"{metric_key_prefix}_{name}": value
@@ -268,7 +270,7 @@ class SVITrainer(ResumingTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The Trainer's log, with each term of the ELBO averaged over the steps since the last."""
+        """Log the Trainer's numbers, and each term of the ELBO, averaged since the last log."""
         if "loss" in logs and self._sums is not None:
             steps = max(self.state.global_step - self._steps, 1)
             sums = self.accelerator.reduce(self._sums, "mean")  # over devices
@@ -290,8 +292,8 @@ def _until(last: int, rate: Callable[[int], float], step: int) -> float:
 
 
 def _scales(joint: JointModel) -> list[nn.Parameter]:
-    own = [joint.program.get_parameter(name) for name in joint.program.scale_parameters()]
-    return [*own, *joint.task.parameters()]
+    scales = [joint.program.get_parameter(name) for name in joint.program.scale_parameters()]
+    return [*scales, *joint.task.parameters()]
 
 
 def _size(batch: Mapping[str, Any]) -> int:

@@ -195,7 +195,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(run, steps):
     ("asked", "message"),
     [
         ("nowhere", "is no folder"),
-        ("run", "holds some: pass '.*checkpoint-5'"),
+        ("run", "holds some; pass '.*checkpoint-5'"),
         (True, "no checkpoint in .*empty"),
     ],
 )
