@@ -110,15 +110,15 @@ class KroneckerNormal(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """Of every entry of X: Σ_ab U_ia² S_ab² V_jb²."""
+        """The variances of the entries of X: Σ_ab U_ia² S_ab² V_jb²."""
         left, right = [U.square() for U in self.rows], [V.square() for V in self.columns]
         return self._sandwich(left, self.scale.square(), right)
 
     def _sandwich(self, left: Sequence[Tensor], flat: Tensor, right: Sequence[Tensor]) -> Tensor:
-        """left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
+        """Return left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
 
-        Not ``L @ X``: for S draws of X that copies L, which is far larger, S times; ``einsum``
-        takes the draws of a matrix together as columns or rows of one product.
+        For S draws of X, ``L @ X`` would copy L, which is far larger, S times; ``einsum`` takes
+        the draws of a matrix together as columns or rows of one product.
         """
         done = []
         for L, X, R in zip(left, split_blocks(flat, self.groups), right, strict=True):

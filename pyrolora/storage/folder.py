@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import MOST_JSON, SCRATCH, read_json, shown, write_whole
+from pyrolora.files import MOST_JSON, SCRATCH, read_strict_json, shown, write_whole
 from pyrolora.storage.description import (
     DIGEST,
     FORMAT,
@@ -126,7 +126,7 @@ def read_description(path: Path) -> Description:
             f"{path} is no saved posterior: it has no {META_FILE}; pass the folder that "
             "posterior.save(...) wrote"
         )
-    meta = read_json(meta_file)
+    meta = read_strict_json(meta_file)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise CheckpointError(f"{meta_file} does not describe a posterior of pyrolora")
     found = meta.get("format_version")

@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import read_json, shown
+from pyrolora.files import read_strict_json, shown
 from pyrolora.storage.base import DTYPES
 from pyrolora.storage.configuration import restore
 from pyrolora.storage.digest import quantised
@@ -148,7 +148,9 @@ def _check_place(place: Path) -> None:
     names = [file.name for file in place.iterdir()] if place.is_dir() else []
     shards: set[str] = set()
     if SAFE_WEIGHTS_INDEX_NAME in names and (place / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        shards = set(map(str, read_json(place / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values()))
+        shards = set(
+            map(str, read_strict_json(place / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+        )
     for name in sorted({*names, *shards}):
         plain = (place / name).is_file() or (name in names and (place / name).is_dir())
         elsewhere = name in shards and (name not in names or not name.endswith(".safetensors"))

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import read_bytes, read_json, shown
+from pyrolora.files import read_bytes, read_strict_json, shown
 from pyrolora.storage.tensor_file import other_file
 
 MOST_BYTES = 2**29
@@ -113,7 +113,7 @@ def digest(file: Path) -> str:
 
 def _kind(folder: Path, trust_remote_code: bool) -> type[PreTrainedTokenizerBase]:
     """The class that the configuration names: one of transformers' tokenizers."""
-    config = read_json(folder / CONFIG)
+    config = read_strict_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{folder / CONFIG} is no configuration of a tokenizer")
     for origin in _origins(config):
@@ -145,7 +145,7 @@ def _origins(config: Mapping[str, Any]) -> list[str]:
 
 def _forget_origins(file: Path, *, own_code: bool) -> None:
     """Take out of a configuration what a tokenizer was once loaded from, and with what code."""
-    config = read_json(file)
+    config = read_strict_json(file)
     surplus = [*_origins(config), *([] if own_code else ["auto_map"])]
     if any(name in config for name in surplus):
         left = {name: value for name, value in config.items() if name not in surplus}
