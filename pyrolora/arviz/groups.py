@@ -15,6 +15,7 @@ from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.arviz.containers import CALIBRATED, to_inference_data
 from pyrolora.checks import whole_number
+from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.model import JointModel
@@ -91,6 +92,11 @@ def inference_data(
                     groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
     if numbers is not None:
         coords["draw"] = numbers if chains == 1 else numbers[: num_samples // chains]
+    names = class_names_of(joint.base, joint.task)
+    if names and joint.task.names_classes:
+        probs = groups.get("posterior_predictive", {}).get("probs")
+        count = len(names) if probs is None else probs[0].shape[-1]
+        coords["class"] = [names.get(i, str(i)) for i in range(count)]
     attrs: dict[str, str | int | float] = {
         "guide": full_name(options),
         "guide_options": str(options),

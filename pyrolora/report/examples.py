@@ -10,7 +10,7 @@ from torch import nn
 
 from pyrolora import defaults
 from pyrolora.columns import INPUTS
-from pyrolora.data.columns import CHOICES, TARGETS, context_columns, text_columns
+from pyrolora.data.columns import CHOICES, TARGETS, context_columns, text_columns, words_column
 from pyrolora.data.examples import as_dict, as_examples, is_plain
 from pyrolora.data.labels import network_classes
 from pyrolora.data.tokenising import choice_texts
@@ -69,7 +69,7 @@ class Examples:
     def text(self, i: int) -> str:
         """Return the text of an example, its tokens as text, or its number."""
         row = self.row(i)
-        parts = [str(row[name]) for name in self.columns]
+        parts = [_joined(row[name]) for name in self.columns]
         if not parts and self.tokenizer is not None and IDS in row and np.ndim(row[IDS][0]) == 0:
             parts = [self.tokenizer.decode(row[IDS], skip_special_tokens=True)]
         return _shortened(" | ".join(parts)) if parts else f"example {i}"
@@ -95,7 +95,7 @@ class Examples:
         """Return the unit of length (words, tokens or numbers) and the length of each input."""
         if self.columns:
             texts = zip(*map(self._values, self.columns), strict=True)
-            return "words", [sum(len(str(text).split()) for text in row) for row in texts]
+            return "words", [sum(len(_joined(text).split()) for text in row) for row in texts]
         name = IDS if IDS in self.row(0) else self.input_name
         return ("tokens" if name == IDS else "numbers"), [*map(_size, self._values(name))]
 
@@ -113,11 +113,18 @@ class Examples:
         if self.plain:
             choosing = CHOICES in self.rows.column_names
             try:
-                return (context_columns if choosing else text_columns)(self.rows)
+                texts = (context_columns if choosing else text_columns)(self.rows)
+                words = words_column(self.rows)
+                return tuple(texts) if texts or words is None else (words,)
             except DataError:  # tokens beside several texts: all texts are shown
                 pass
         row = self.row(0)
         return tuple(name for name, v in row.items() if isinstance(v, str) and name not in TARGETS)
+
+
+def _joined(text: Any) -> str:
+    """Return a text, or a list of words, as one string."""
+    return " ".join(map(str, text)) if isinstance(text, list) else str(text)
 
 
 def _shortened(text: str) -> str:
