@@ -112,7 +112,7 @@ class _Cut:
 
 def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list[Continuation]:
     """The continuations of one prompt that the request is answered with."""
-    written = answered.written[prompt]
+    written, settings = answered.written[prompt], answered.settings[prompt]
     generation = written.generation
     cuts = [
         _cut(answered.tokenizer, row[mask].tolist(), stops)
@@ -123,11 +123,11 @@ def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list
     for place, k in enumerate(written.order):
         one = cuts[k]
         ended = bool(one.ids) and one.ids[-1] in answered.ends
-        short = int(generation.num_tokens[0, k]) < answered.settings.max_new_tokens
+        short = int(generation.num_tokens[0, k]) < settings.max_new_tokens
         finish: Finish = "stop" if one.stopped else "end" if ended or short else "length"
         about = {
-            "num_samples": answered.settings.num_samples,
-            "seed": answered.settings.seed,
+            "num_samples": settings.num_samples,
+            "seed": settings.seed,
             **uncertainty_of(generation, k, one.parts),
             "agreement": agreement,
             "continuations": _others(generation, cuts, one.text),

@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pyrolora import defaults
 from pyrolora.serving.answers import Continuation, class_rows, continuations, number
+from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.fields import Samples, Seed, Strict, Text
-from pyrolora.serving.service import Answered, Draws, Sampling, Service
+from pyrolora.serving.service import Answered, Service
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
 _IGNORED: dict[str, tuple[Any, ...]] = {
@@ -66,8 +66,8 @@ class Parameters(Strict):
             }
         scored = self.details or self.return_k_alternatives is not None
         return Sampling(
-            self.max_new_tokens or defaults.MAX_NEW_TOKENS,
-            tuple(sorted(options.items())),
+            self.max_new_tokens,
+            options=tuple(sorted(options.items())),
             sampled=sampled,
             alternatives=(self.return_k_alternatives or 0) if scored else None,
         )
@@ -176,7 +176,7 @@ def _details(answered: Answered, one: Continuation) -> dict[str, Any]:
         "finish_reason": FINISH[one.finish],
         "prompt_tokens": len(answered.prompts[0]),
         "generated_tokens": len(one.ids),
-        "seed": answered.settings.seed,
+        "seed": answered.settings[0].seed,
     }
 
 

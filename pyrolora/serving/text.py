@@ -62,6 +62,11 @@ def encoded(posterior: Posterior, text: str, *, reserved: int = 0) -> dict[str, 
     return row
 
 
+def room_after(posterior: Posterior, columns: dict[str, list[int]]) -> int:
+    """How many tokens may be written after a text."""
+    return int(min(context_of(posterior) - len(columns["input_ids"]), 2**31))
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The part of the text that each token adds; together they are the decoded text.
 

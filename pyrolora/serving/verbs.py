@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyrolora import defaults
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import ClassPrediction, Generation
 from pyrolora.serving.text import TokenScores, token_scores
@@ -41,7 +42,13 @@ class Classify:
     num_samples: int
     seed: int
 
-    shares: bool = True
+    shares: ClassVar[bool] = True
+    length: ClassVar[int] = 0
+
+    @property
+    def passes(self) -> int:
+        """How often a row goes through the network."""
+        return max(self.num_samples, 1)
 
     def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
         prediction = posterior.predict(
@@ -57,6 +64,10 @@ class Write:
 
     Attributes
     ----------
+    max_new_tokens
+        The most tokens of a continuation.
+    several
+        Continuations per draw.
     options
         Of ``generate``, as pairs of name and value.
     sampled
@@ -70,7 +81,8 @@ class Write:
 
     num_samples: int
     seed: int
-    max_new_tokens: int
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
+    several: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     sampled: bool = False
     choices: int = 1
@@ -80,6 +92,15 @@ class Write:
     def shares(self) -> bool:
         return not self.sampled
 
+    @property
+    def length(self) -> int:
+        return self.max_new_tokens
+
+    @property
+    def passes(self) -> int:
+        """How many rows of the network a prompt is."""
+        return max(self.num_samples, 1) * self.several
+
     def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[Written]:
         prompts = [row["input_ids"] for row in rows]
         generation = posterior.generate(
@@ -88,6 +109,7 @@ class Write:
             seed=self.seed,
             do_sample=self.sampled,
             max_new_tokens=self.max_new_tokens,
+            num_return_sequences=self.several,
             **dict(self.options),
         )
         return [
