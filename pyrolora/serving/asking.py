@@ -100,7 +100,7 @@ class Asking:
     seed: int
 
     def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
-        """Rows of texts whose classes are asked for."""
+        """Return the rows of texts whose classes are asked for."""
         posterior, task = lease.posterior, lease.posterior.task
         if not isinstance(task, Classification) or isinstance(task, MultipleChoice):
             raise UnsupportedError(
@@ -119,7 +119,7 @@ class Asking:
         draws: Draws,
         sampling: Sampling,
     ) -> list[Row]:
-        """Rows of prompts to go on with, which may depend on the posterior's tokenizer."""
+        """Return the rows of prompts, which may depend on the posterior's tokenizer."""
         posterior = lease.posterior
         if not isinstance(posterior.task, CausalLM):
             raise UnsupportedError(
@@ -178,7 +178,7 @@ class Asking:
 
 
 def chat_prompt(posterior: Posterior, messages: Sequence[dict[str, str]]) -> str:
-    """The text of a conversation, by the tokenizer's template."""
+    """Return the text of a conversation, by the tokenizer's template."""
     tokenizer = posterior.tokenizer
     if getattr(tokenizer, "chat_template", None) is None:
         raise UnsupportedError(

@@ -18,7 +18,7 @@ OWNER = "pyrolora"
 
 
 def routes(service: Service) -> APIRouter:
-    """The routes of the interface."""
+    """Return the routes of the interface."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
     started = int(time.time())
 

@@ -16,7 +16,7 @@ FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 
 
 class Completion:
-    """A completion as one object, or as events of a token each."""
+    """A completion as one object, or as an event per token."""
 
     prefix, whole, event = "cmpl", "text_completion", "text_completion"
 
@@ -44,7 +44,7 @@ class Completion:
         }
 
     def answer(self) -> dict[str, Any]:
-        """The whole answer."""
+        """Return the whole answer."""
         choices = [
             {
                 "index": index,
@@ -58,7 +58,7 @@ class Completion:
         return {**self._same, "object": self.whole, "choices": choices, "usage": self.usage()}
 
     def events(self) -> Iterator[str]:
-        """The answer as server-sent events, choice after choice."""
+        """Yield the answer as server-sent events, choice after choice."""
         for index, one in enumerate(self.choices):
             for t, part in enumerate(one.parts):
                 yield self._event(
@@ -89,15 +89,15 @@ class Completion:
         return f"data: {json.dumps(event)}\n\n"
 
     def content(self, one: Continuation) -> dict[str, Any]:
-        """The text of a choice."""
+        """Return the text of a choice."""
         return {"text": one.text}
 
     def piece(self, part: str | None, *, first: bool) -> dict[str, Any]:
-        """The text of an event."""
+        """Return the text of an event."""
         return {"text": part or ""}
 
     def logprobs(self, one: Continuation, places: range) -> dict[str, Any] | None:
-        """The log-probabilities of the tokens at these places, if they were asked for."""
+        """Return log-probabilities of the tokens at these places, if they were asked for."""
         scores, decode = one.scores, self.answered.tokenizer.decode
         if scores is None:
             return None

@@ -23,14 +23,14 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(Strict):
-    """Whether the last event has the numbers of tokens."""
+    """Options of a stream."""
 
     neutral: ClassVar = {"include_obfuscation": (None, False)}
     include_usage: bool = False
 
 
 class Writing(Strict):
-    """What both kinds of completions have."""
+    """Fields of both kinds of completions."""
 
     neutral: ClassVar = _IGNORED
     model: str
@@ -57,7 +57,7 @@ class Writing(Strict):
         return Draws(self.num_samples, self.seed)
 
     def sampling(self, usual_length: int, alternatives: int | None) -> Sampling:
-        """The settings of the text: sampled from the whole law unless the temperature is 0."""
+        """Return the settings of the text, which is sampled unless the temperature is 0."""
         temperature = 1.0 if self.temperature is None else self.temperature
         options: dict[str, Any] = {}
         if temperature:
@@ -77,7 +77,7 @@ class Writing(Strict):
 
 
 class CompletionRequest(Writing):
-    """Prompts to go on with."""
+    """One or several prompts."""
 
     neutral: ClassVar = {
         **_IGNORED,
@@ -114,7 +114,7 @@ class Message(Strict):
 
 
 class ChatRequest(Writing):
-    """A conversation to answer."""
+    """A conversation."""
 
     neutral: ClassVar = {
         **_IGNORED,
@@ -136,7 +136,7 @@ class ChatRequest(Writing):
         return self.max_tokens or self.max_completion_tokens
 
     def asked(self) -> Sampling:
-        """The settings of the text."""
+        """Return the settings of the text."""
         if self.top_logprobs is not None and not self.logprobs:
             raise UnsupportedError("top_logprobs needs logprobs: true", "top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:

@@ -136,7 +136,7 @@ class Service:
         )
 
     def _named(self, name: str | None) -> str:
-        """The posterior that a request means.
+        """Return the name of the posterior that a request means.
 
         Raises
         ------
@@ -230,7 +230,7 @@ def _run(rows: Sequence[Row]) -> list[Any]:
 
 
 def _ends(posterior: Posterior) -> frozenset[int]:
-    """The ids that end a text."""
+    """Return the ids that end a text."""
     base: Any = posterior.base
     ends = base.generation_config.eos_token_id
     return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])

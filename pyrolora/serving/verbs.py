@@ -22,8 +22,10 @@ Columns = dict[str, list[int]]
 
 
 class Rows(Dataset[Columns]):
-    """The rows of a batch as a data set, without the fingerprints of a ``datasets.Dataset``,
-    which take a third of the time of a small batch."""
+    """The rows of a batch as a data set of torch.
+
+    A ``datasets.Dataset`` makes fingerprints, a third of the time of a small batch.
+    """
 
     def __init__(self, rows: Sequence[Columns]) -> None:
         self.rows = rows
@@ -151,7 +153,7 @@ class Written:
 
 
 def alone(generation: Generation, i: int) -> Generation:
-    """The part of a generation that belongs to prompt ``i``, without the padding of others."""
+    """Return the part of a generation that belongs to prompt ``i``, without others' padding."""
     longest = max(int(generation.mask[i].sum(-1).max()), 1)
 
     def row(values: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def alone(generation: Generation, i: int) -> Generation:
 
 
 def chosen(generation: Generation, count: int, *, sampled: bool) -> list[int]:
-    """The places of ``count`` continuations.
+    """Return the places of ``count`` continuations.
 
     Of sampled ones the first of every draw, then the second, which is a sample of the posterior
     predictive. Of greedy ones those that the mixture over draws finds likeliest per token.
