@@ -97,7 +97,7 @@ def make_posteriors(folder: Path, count: int) -> list[str]:
 
 @contextmanager
 def running(service: Service) -> Iterator[str]:
-    """A server on a free port, in a thread of this process."""
+    """Run a server on a free port, in a thread of this process."""
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     config = uvicorn.Config(create_app(service), log_level="error", backlog=2048)
@@ -172,7 +172,7 @@ def right(rows: list[dict[str, Any]], expected: torch.Tensor) -> bool:
 
 
 def answers(folder: Path, names: list[str], said: list[str], draws: int) -> Any:
-    """What each posterior says of each text by itself, one text at a time."""
+    """Return the probabilities of each text alone under each posterior."""
     expected = {}
     for name in tqdm(names, desc="answers alone"):
         posterior = pyrolora.load(folder / name, str(zoo.folder("encoder")))
@@ -215,7 +215,7 @@ def first_requests(url: str, service: Service, names: list[str], said: list[str]
 
 
 def peak_mib() -> float:
-    """The most memory that this process has had."""
+    """Return the most memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -151,7 +151,7 @@ def _check_installed() -> None:
 
 
 def _bytes(text: str) -> int:
-    """The number of bytes of ``500MB`` and its like; units are powers of 1,000."""
+    """Return the number of bytes of ``500MB`` and its like; units are powers of 1,000."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?", text.strip().upper())
     size = 0 if match is None else int(float(match[1]) * UNITS[match[2]])
     if not size:

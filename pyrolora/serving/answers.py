@@ -22,7 +22,7 @@ Finish = Literal["end", "stop", "length"]
 
 
 def number(value: Any) -> float | None:
-    """A number for JSON, which has no NaN and no infinity."""
+    """Return a number for JSON, which has no NaN and no infinity."""
     value = float(value)
     return value if math.isfinite(value) else None
 
@@ -31,7 +31,7 @@ def number(value: Any) -> float | None:
 
 
 def class_rows(prediction: ClassPrediction, settings: Classify, text: str) -> list[dict[str, Any]]:
-    """The classes of one text as LoRAX's entities, the likeliest first.
+    """Return the classes of one text as LoRAX's entities, the likeliest first.
 
     Each has the interval of its probability over draws in its ``uncertainty``, beside the numbers
     of the text.
@@ -55,7 +55,7 @@ def class_rows(prediction: ClassPrediction, settings: Classify, text: str) -> li
 
 
 def class_uncertainty(prediction: ClassPrediction, settings: Classify) -> dict[str, Any]:
-    """Entropies in nats, and the share of draws that choose the predicted class."""
+    """Return entropies in nats, and the share of draws that choose the predicted class."""
     votes = prediction.draws[:, 0].argmax(-1)
     several = len(votes) > 1
     return {
@@ -111,8 +111,8 @@ class _Cut:
 
 
 def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list[Continuation]:
-    """The continuations of one prompt that the request is answered with."""
-    written = answered.written[prompt]
+    """Return the continuations of one prompt that answer the request."""
+    written, settings = answered.written[prompt], answered.settings[prompt]
     generation = written.generation
     cuts = [
         _cut(answered.tokenizer, row[mask].tolist(), stops)
@@ -123,11 +123,11 @@ def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list
     for place, k in enumerate(written.order):
         one = cuts[k]
         ended = bool(one.ids) and one.ids[-1] in answered.ends
-        short = int(generation.num_tokens[0, k]) < answered.settings.max_new_tokens
+        short = int(generation.num_tokens[0, k]) < settings.max_new_tokens
         finish: Finish = "stop" if one.stopped else "end" if ended or short else "length"
         about = {
-            "num_samples": answered.settings.num_samples,
-            "seed": answered.settings.seed,
+            "num_samples": settings.num_samples,
+            "seed": settings.seed,
             **uncertainty_of(generation, k, one.parts),
             "agreement": agreement,
             "continuations": _others(generation, cuts, one.text),
@@ -138,7 +138,7 @@ def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list
 
 
 def uncertainty_of(generation: Generation, k: int, parts: Sequence[str]) -> dict[str, Any]:
-    """Entropies in nats of the tokens of continuation ``k``, and their means."""
+    """Return entropies in nats of the tokens of continuation ``k``, and their means."""
     size = len(parts)
     values = {
         name: getattr(generation, name)[0, k, :size]
@@ -172,7 +172,7 @@ def _agreement(generation: Generation, cuts: Sequence[_Cut]) -> float | None:
 
 
 def _others(generation: Generation, cuts: Sequence[_Cut], text: str) -> list[dict[str, Any]]:
-    """Each text that draws wrote in place of ``text``, with the numbers of these draws."""
+    """Return each text that draws wrote in place of ``text``, with the numbers of these draws."""
     found: dict[str, list[int]] = {}
     for cut, draw in zip(cuts, generation.draw.tolist(), strict=True):
         if cut.text != text and draw not in found.setdefault(cut.text, []):

@@ -138,7 +138,7 @@ class Batcher:
             del batch, live  # or the last jobs, with their posteriors, stay until the next
 
     def _next(self) -> list[Job] | None:
-        """Wait for the next batch; None at the end."""
+        """Wait for the next batch and return it; None at the end."""
         with self._changed:
             while True:
                 if not self._waiting:
@@ -156,7 +156,7 @@ class Batcher:
                 return batch
 
     def _batch(self) -> tuple[list[Job], bool]:
-        """The oldest job with those that may join it, and whether one more was too many."""
+        """Return the oldest job with those that may join it, and whether the batch is full."""
         batch: list[Job] = []
         longest = 0
         for job in self._waiting:

@@ -1,4 +1,4 @@
-"""What stands before the routes: hosts, the key, sizes, and errors that nobody expected."""
+"""Checks before the routes: hosts, the key, sizes; and a last word on unexpected errors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Guard:
         )
 
     def _bounded(self, receive: Receive) -> Receive:
-        """``receive`` that stops at a body longer than allowed, whatever its header says."""
+        """Return a ``receive`` that stops at the limit of a body, whatever its header says."""
         read = 0
 
         async def bounded() -> Message:
@@ -149,7 +149,7 @@ class Guard:
 
 
 def failed(path: str, error: Exception) -> Response:
-    """Log an error that is none of the client's, and answer with nothing but its number there."""
+    """Log an error of the server, and return a response with its number in the log."""
     number = uuid.uuid4().hex
     logger.error("error %s at %s", number, path, exc_info=error)
     refusal: Any = RefusalError(
@@ -160,7 +160,7 @@ def failed(path: str, error: Exception) -> Response:
 
 
 def _host(header: str) -> str:
-    """The name in a ``Host`` header, without the port."""
+    """Return the name in a ``Host`` header, without the port."""
     if header.startswith("["):
         return header[: header.find("]") + 1].lower()
     return header.partition(":")[0].lower()

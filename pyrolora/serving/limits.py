@@ -1,4 +1,4 @@
-"""What one request, and all of them together, may ask for."""
+"""Bounds of one request, and of all of them together."""
 
 from __future__ import annotations
 

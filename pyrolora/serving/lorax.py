@@ -10,10 +10,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pyrolora import defaults
 from pyrolora.serving.answers import Continuation, class_rows, continuations, number
+from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.fields import Samples, Seed, Strict, Text
-from pyrolora.serving.service import Answered, Draws, Sampling, Service
+from pyrolora.serving.service import Answered, Service
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
 _IGNORED: dict[str, tuple[Any, ...]] = {
@@ -31,7 +31,7 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
 
 
 class Parameters(Strict):
-    """How to write."""
+    """Settings of a continuation."""
 
     neutral: ClassVar = _IGNORED
     adapter_id: str | None = None
@@ -50,7 +50,7 @@ class Parameters(Strict):
     return_k_alternatives: Annotated[int, Field(gt=0, le=20)] | None = None
 
     def sampling(self) -> Sampling:
-        """The settings of the text. As in LoRAX, an option of sampling asks for sampling."""
+        """Return the settings of the text; as in LoRAX, an option of sampling asks for it."""
         greedy = self.temperature == 0
         asked = (self.temperature, self.top_k, self.top_p, self.typical_p)
         sampled = not greedy and (self.do_sample or any(value is not None for value in asked))
@@ -66,8 +66,8 @@ class Parameters(Strict):
             }
         scored = self.details or self.return_k_alternatives is not None
         return Sampling(
-            self.max_new_tokens or defaults.MAX_NEW_TOKENS,
-            tuple(sorted(options.items())),
+            self.max_new_tokens,
+            options=tuple(sorted(options.items())),
             sampled=sampled,
             alternatives=(self.return_k_alternatives or 0) if scored else None,
         )
@@ -89,7 +89,7 @@ class EitherRequest(GenerateRequest):
 
 
 class ClassifyParameters(Strict):
-    """Whose classes."""
+    """A posterior, and its draws."""
 
     neutral: ClassVar = _IGNORED
     adapter_id: str | None = None
@@ -112,7 +112,7 @@ class ClassifyBatchRequest(ClassifyRequest):
 
 
 def routes(service: Service) -> APIRouter:
-    """The routes of the interface."""
+    """Return the routes of the interface."""
     router = APIRouter(tags=["LoRAX"])
 
     async def written(request: Request, body: GenerateRequest) -> tuple[Answered, Continuation]:
@@ -176,7 +176,7 @@ def _details(answered: Answered, one: Continuation) -> dict[str, Any]:
         "finish_reason": FINISH[one.finish],
         "prompt_tokens": len(answered.prompts[0]),
         "generated_tokens": len(one.ids),
-        "seed": answered.settings.seed,
+        "seed": answered.settings[0].seed,
     }
 
 
@@ -204,7 +204,7 @@ def _tokens(answered: Answered, one: Continuation) -> list[dict[str, Any]]:
 
 
 def _events(body: GenerateRequest, answered: Answered, one: Continuation) -> Iterator[str]:
-    """One event per token; the last has the whole text and its uncertainty."""
+    """Yield an event per token; the last has the whole text and its uncertainty."""
     nothing = {"id": 0, "text": "", "logprob": 0.0, "special": True}
     tokens = _tokens(answered, one) or [nothing]
     full = body.inputs if body.parameters.return_full_text else ""

@@ -1,4 +1,4 @@
-"""Numbers of a running server for Prometheus."""
+"""Metrics of a running server for Prometheus."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Metrics:
         self._bytes.set_function(size)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:

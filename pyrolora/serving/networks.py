@@ -72,8 +72,10 @@ class Networks:
             return posterior
 
     def detach(self, posterior: Posterior) -> None:
-        """Take a posterior's adapters out of its network; loading waits meanwhile, because it
-        reuses the wrappers that it finds."""
+        """Take a posterior's adapters out of its network.
+
+        Loading waits meanwhile, because it reuses the wrappers that it finds.
+        """
         with self._lock:
             posterior.detach()
 
@@ -100,8 +102,7 @@ class Networks:
 
 
 def share_tensors(network: nn.Module, others: Iterable[nn.Module]) -> None:
-    """Replace every parameter of ``network`` that equals the one of that name in one of the
-    ``others`` by that one."""
+    """Replace parameters of ``network`` by equal ones of the same name in the ``others``."""
     known = {
         name.replace(WRAPPER, ""): parameter
         for other in others
@@ -133,5 +134,5 @@ def _of_other_base(folder: Path, error: Exception) -> str:
 
 
 def _without_path(folder: Path, error: Exception) -> str:
-    """The error's text without the server's own folders in it."""
+    """Return the text of an error without the server's folders in it."""
     return str(error).replace(str(folder), folder.name).replace(f"{folder.parent}/", "")

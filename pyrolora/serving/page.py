@@ -11,7 +11,7 @@ PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
 
 def _digest(tag: str) -> str:
-    """The source of a policy that allows the page's own ``tag``."""
+    """Return the source in a policy that allows the page's ``tag``."""
     content = re.search(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
     assert content is not None
     digest = base64.b64encode(hashlib.sha256(content[1].encode()).digest()).decode()

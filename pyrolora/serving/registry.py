@@ -129,18 +129,18 @@ class Registry:
         return self._bytes
 
     def loaded(self) -> list[str]:
-        """The names of the posteriors in memory, the least recently used first."""
+        """Return the names of the posteriors in memory, the least recently used first."""
         with self._changed:
             return list(self._entries)
 
     def names(self) -> list[str]:
-        """The names of all posteriors of the directory, sorted."""
+        """Return the names of all posteriors of the directory, sorted."""
         return sorted(
             folder.name for folder in self.directory.iterdir() if self._folder(folder.name)
         )
 
     def task(self, name: str) -> str | None:
-        """The task of a posterior, read from its folder; None where it cannot be read."""
+        """Return the task of a posterior from its folder; None where it cannot be read."""
         folder = self._folder(name)
         if folder is None:
             return None
@@ -190,7 +190,7 @@ class Registry:
         self._detach(idle)
 
     def _folder(self, name: str) -> Path | None:
-        """The folder of a posterior: one of the directory itself, with no link out of it."""
+        """Return the folder of a posterior, one of the directory itself without links out of it."""
         plain = 0 < len(name) <= LONGEST_NAME and not name.startswith(".")
         if not plain or any(c in "/\\:" or not c.isprintable() for c in name):
             return None
@@ -221,8 +221,10 @@ class Registry:
         return entry
 
     def _make_room(self, name: str, size: int) -> None:
-        """Reserve ``size`` bytes, for which idle posteriors leave; the older state of a folder
-        that was saved again leaves first."""
+        """Reserve ``size`` bytes, for which idle posteriors leave.
+
+        The older state of a folder that was saved again leaves first.
+        """
         if self.budget is not None and size > self.budget:
             raise UnsupportedError(
                 f"the posterior {name!r} has {size:,} bytes, and the server keeps "
@@ -280,7 +282,7 @@ class Registry:
 
 
 def _stamp(folder: Path) -> tuple[int, ...]:
-    """Numbers that change when a folder is saved again."""
+    """Return numbers that change when a folder is saved again."""
     try:
         status = (folder / META_FILE).stat()
     except OSError as error:
@@ -291,7 +293,7 @@ def _stamp(folder: Path) -> tuple[int, ...]:
 
 
 def _own_bytes(posterior: Posterior) -> int:
-    """The bytes of a posterior's tensors, without those of the network that others share."""
+    """Return the bytes of a posterior's tensors beside those of the shared network."""
     shared = {id(tensor) for tensor in posterior.base.parameters()}
     shared |= {id(tensor) for tensor in posterior.base.buffers()}
     if not posterior.options.adapts:

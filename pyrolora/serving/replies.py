@@ -19,7 +19,7 @@ OPENAI_KINDS = {
 
 
 def refused(path: str, error: RefusalError) -> Response:
-    """The response to a refused request: OpenAI's error object below ``/v1``, LoRAX's elsewhere."""
+    """Return the response to a refused request: below ``/v1`` in OpenAI's form, else LoRAX's."""
     message = str(error)
     if path.startswith("/v1/"):
         code = "model_not_found" if error.kind == "not_found" else None
@@ -40,7 +40,7 @@ def refused(path: str, error: RefusalError) -> Response:
 
 
 def invalid(problems: Sequence[Any]) -> RefusalError:
-    """Make one error of what pydantic says of a request's fields."""
+    """Make one error of pydantic's about the fields of a request."""
     said = []
     fields = []
     for problem in problems[:5]:

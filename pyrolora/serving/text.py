@@ -26,7 +26,7 @@ MOST_LOGITS = 2**25
 
 
 def context_of(posterior: Posterior) -> float:
-    """The most tokens that the network, and its tokenizer, take."""
+    """Return the most tokens that the network and its tokenizer take."""
     length = getattr(posterior.tokenizer, "model_max_length", float("inf"))
     return min(length, context_length(posterior.base))
 
@@ -62,8 +62,13 @@ def encoded(posterior: Posterior, text: str, *, reserved: int = 0) -> dict[str, 
     return row
 
 
+def room_after(posterior: Posterior, columns: dict[str, list[int]]) -> int:
+    """Return how many tokens may be written after a text."""
+    return int(min(context_of(posterior) - len(columns["input_ids"]), 2**31))
+
+
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The part of the text that each token adds; together they are the decoded text.
+    """Return the part that each token adds to the text; joined they are the decoded text.
 
     A character of several tokens belongs to the last of them.
     """
@@ -80,7 +85,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop strings begins, or None."""
+    """Return the place where the first of the stop strings begins, or None."""
     places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     return min(places, default=None)
 
@@ -112,8 +117,10 @@ def token_scores(
     seed: int,
     alternatives: int,
 ) -> list[TokenScores]:
-    """Score every token of continuations of one prompt by the draws of that seed, which are those
-    of ``predict`` and ``generate``."""
+    """Score every token of continuations of one prompt under the mixture over draws.
+
+    The draws of a seed are those of ``predict`` and ``generate``.
+    """
     joint, task = posterior.model, posterior.task
     base: Any = posterior.base
     assert isinstance(task, TokenTask)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyrolora import defaults
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import ClassPrediction, Generation
 from pyrolora.serving.text import TokenScores, token_scores
@@ -21,8 +22,10 @@ Columns = dict[str, list[int]]
 
 
 class Rows(Dataset[Columns]):
-    """The rows of a batch as a data set, without the fingerprints of a ``datasets.Dataset``,
-    which take a third of the time of a small batch."""
+    """The rows of a batch as a data set of torch.
+
+    A ``datasets.Dataset`` makes fingerprints, a third of the time of a small batch.
+    """
 
     def __init__(self, rows: Sequence[Columns]) -> None:
         self.rows = rows
@@ -41,7 +44,13 @@ class Classify:
     num_samples: int
     seed: int
 
-    shares: bool = True
+    shares: ClassVar[bool] = True
+    length: ClassVar[int] = 0
+
+    @property
+    def passes(self) -> int:
+        """How often a row goes through the network."""
+        return max(self.num_samples, 1)
 
     def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
         prediction = posterior.predict(
@@ -57,6 +66,10 @@ class Write:
 
     Attributes
     ----------
+    max_new_tokens
+        The most tokens of a continuation.
+    several
+        Continuations per draw.
     options
         Of ``generate``, as pairs of name and value.
     sampled
@@ -70,7 +83,8 @@ class Write:
 
     num_samples: int
     seed: int
-    max_new_tokens: int
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
+    several: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     sampled: bool = False
     choices: int = 1
@@ -80,6 +94,15 @@ class Write:
     def shares(self) -> bool:
         return not self.sampled
 
+    @property
+    def length(self) -> int:
+        return self.max_new_tokens
+
+    @property
+    def passes(self) -> int:
+        """How many rows of the network a prompt is."""
+        return max(self.num_samples, 1) * self.several
+
     def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[Written]:
         prompts = [row["input_ids"] for row in rows]
         generation = posterior.generate(
@@ -88,6 +111,7 @@ class Write:
             seed=self.seed,
             do_sample=self.sampled,
             max_new_tokens=self.max_new_tokens,
+            num_return_sequences=self.several,
             **dict(self.options),
         )
         return [
@@ -129,7 +153,7 @@ class Written:
 
 
 def alone(generation: Generation, i: int) -> Generation:
-    """The part of a generation that belongs to prompt ``i``, without the padding of others."""
+    """Return the part of a generation that belongs to prompt ``i``, without others' padding."""
     longest = max(int(generation.mask[i].sum(-1).max()), 1)
 
     def row(values: Tensor) -> Tensor:
@@ -152,7 +176,7 @@ def alone(generation: Generation, i: int) -> Generation:
 
 
 def chosen(generation: Generation, count: int, *, sampled: bool) -> list[int]:
-    """The places of ``count`` continuations.
+    """Return the places of ``count`` continuations.
 
     Of sampled ones the first of every draw, then the second, which is a sample of the posterior
     predictive. Of greedy ones those that the mixture over draws finds likeliest per token.

@@ -319,3 +319,18 @@ def test_every_answer_is_of_the_posterior_that_was_asked(classifying: Live) -> N
     for key, rows in zip(asked, answers, strict=True):
         got = torch.tensor([row["score"] for row in sorted(rows, key=lambda row: row["index"])])
         torch.testing.assert_close(got, expected[key], atol=1e-5, rtol=1e-5)
+
+
+def test_posteriors_take_turns_in_memory_for_one(classifiers: Any) -> None:
+    from pyrolora.serving.registry import Registry
+    from pyrolora.serving.service import Service
+
+    registry = Registry(classifiers.directory, classifiers.base)
+    registry.lease("reviews").release()
+    small = Registry(classifiers.directory, classifiers.base, budget=int(1.5 * registry.bytes))
+    service = Service(small)
+    with running(create_app(service)) as url, ThreadPoolExecutor(6) as pool:
+        names = ("reviews", "other", "third") * 4
+        answers = list(pool.map(lambda name: classify(url, name), names))
+        assert small.bytes <= 1.5 * registry.bytes
+    assert {answer.status_code for answer in answers} == {200}

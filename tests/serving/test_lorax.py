@@ -218,3 +218,10 @@ def test_the_server_says_what_it_is(classifying: Any) -> None:
     info = httpx.get(f"{classifying.url}/info").json()
     assert info["posteriors"] == ["other", "reviews", "third"]
     assert info["model_id"] == "encoder"
+
+
+def test_without_a_length_it_writes_what_the_context_leaves(writing: Any) -> None:
+    prompt = " ".join(["good"] * 28)  # 29 tokens of 32
+    got = Client(writing.url).generate(prompt, adapter_id="plain")
+    assert got.details.prompt_tokens == 29
+    assert got.details.generated_tokens <= 3

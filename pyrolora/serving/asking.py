@@ -1,0 +1,193 @@
+"""From a request's fields to the rows of its texts."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyrolora import defaults
+from pyrolora.errors import DataError
+from pyrolora.posterior import Posterior
+from pyrolora.serving.errors import UnsupportedError
+from pyrolora.serving.limits import Limits
+from pyrolora.serving.registry import Lease
+from pyrolora.serving.text import encoded, room_after
+from pyrolora.serving.verbs import Classify, Columns, Write
+from pyrolora.tasks import CausalLM, Classification, MultipleChoice
+
+SEEDS = 2**32
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which draws a request asks for; None: those of the server."""
+
+    num_samples: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request wants its text.
+
+    Attributes
+    ----------
+    max_new_tokens
+        The length; None: ``usual_length``, or what the network's context leaves.
+    options
+        Of transformers' ``generate``, beside the length.
+    sampled
+        Whether tokens are sampled; otherwise the likeliest is taken.
+    choices, alternatives
+        As in `Write`.
+    """
+
+    max_new_tokens: int | None = None
+    usual_length: int = defaults.MAX_NEW_TOKENS
+    options: tuple[tuple[str, Any], ...] = ()
+    sampled: bool = False
+    choices: int = 1
+    alternatives: int | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """A text of a request: what the queue holds.
+
+    Attributes
+    ----------
+    lease
+        The row's own, released when it is answered or cancelled.
+    settings
+        Rows of equal settings, if these share, run together.
+    columns
+        The tokens.
+    """
+
+    lease: Lease
+    settings: Classify | Write
+    columns: Columns
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for rows that may share a batch."""
+        apart = None if self.settings.shares else object()
+        return id(self.lease.posterior), self.settings, apart
+
+    @property
+    def tokens(self) -> int:
+        """Tokens over all draws, those to be written with them."""
+        length = len(self.columns["input_ids"]) + self.settings.length
+        return length * self.settings.passes
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Makes rows of requests, within the limits of the server.
+
+    Attributes
+    ----------
+    limits
+        Of one request.
+    num_samples, seed
+        Of requests that do not say; None: as many draws as `Posterior.predict` takes.
+    """
+
+    limits: Limits
+    num_samples: int | None
+    seed: int
+
+    def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
+        """Return the rows of texts whose classes are asked for."""
+        posterior, task = lease.posterior, lease.posterior.task
+        if not isinstance(task, Classification) or isinstance(task, MultipleChoice):
+            raise UnsupportedError(
+                f"the posterior {lease.name!r} is of the task {task.name!r}, and classes are "
+                "those of a classification; of a causal language model ask for text",
+                "model",
+            )
+        self._check("inputs", len(texts), self.limits.texts, "texts")
+        settings = Classify(*self._draws(posterior, draws, defaults.NUM_SAMPLES))
+        return [Row(lease, settings, encoded(posterior, text)) for text in texts]
+
+    def write(
+        self,
+        lease: Lease,
+        prompts: Callable[[Posterior], Sequence[str]],
+        draws: Draws,
+        sampling: Sampling,
+    ) -> list[Row]:
+        """Return the rows of prompts, which may depend on the posterior's tokenizer."""
+        posterior = lease.posterior
+        if not isinstance(posterior.task, CausalLM):
+            raise UnsupportedError(
+                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only a "
+                "causal language model writes text; ask for classes at /classify",
+                "model",
+            )
+        length = sampling.max_new_tokens
+        self._check("max_tokens", length or 0, self.limits.new_tokens, "new tokens")
+        settings = self._settings(posterior, draws, sampling)
+        texts = prompts(posterior)
+        self._check("prompt", len(texts), self.limits.texts, "texts")
+        rows = []
+        for text in texts:
+            columns = encoded(posterior, text, reserved=length or 1)
+            room = room_after(posterior, columns)
+            usual = min(sampling.usual_length, room, self.limits.new_tokens)
+            rows.append(Row(lease, replace(settings, max_new_tokens=length or usual), columns))
+        return rows
+
+    def _settings(self, posterior: Posterior, draws: Draws, sampling: Sampling) -> Write:
+        self._check("n", sampling.choices, self.limits.choices, "choices")
+        if draws.seed is None and sampling.sampled:  # the answer says which one it was
+            draws = Draws(draws.num_samples, secrets.randbelow(SEEDS))
+        num_samples, seed = self._draws(posterior, draws, defaults.GENERATE_SAMPLES)
+        writers = max(num_samples, 1)
+        several = -(-sampling.choices // writers)
+        if several > 1 and not sampling.sampled:
+            raise UnsupportedError(
+                f"{sampling.choices} choices were asked for, and each of the {writers} draws "
+                "writes its likeliest one; take more draws (num_samples) or a temperature above 0",
+                "n",
+            )
+        return Write(
+            num_samples,
+            seed,
+            several=several,
+            options=sampling.options,
+            sampled=sampling.sampled,
+            choices=sampling.choices,
+            alternatives=sampling.alternatives,
+        )
+
+    def _draws(self, posterior: Posterior, draws: Draws, usual: int) -> tuple[int, int]:
+        number = self.num_samples if draws.num_samples is None else draws.num_samples
+        if number is None:
+            number = posterior.model.program.usual_draws(usual)
+        self._check("num_samples", number, self.limits.draws, "draws")
+        return number, self.seed if draws.seed is None else draws.seed
+
+    def _check(self, field: str, count: int, most: int, what: str) -> None:
+        if count > most:
+            raise UnsupportedError(
+                f"{count} {what} were asked for, and the server allows {most}", field
+            )
+
+
+def chat_prompt(posterior: Posterior, messages: Sequence[dict[str, str]]) -> str:
+    """Return the text of a conversation, by the tokenizer's template."""
+    tokenizer = posterior.tokenizer
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise UnsupportedError(
+            "the tokenizer of this posterior has no chat template; use /v1/completions", "model"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template may refuse roles, in its own words
+        raise DataError(f"the chat template refuses these messages: {error}") from error
+    return str(text)
