@@ -545,7 +545,7 @@ class Posterior:
         seed: int | None = None,
         per_layer: bool = False,
     ) -> PSIS | dict[str, PSIS]:
-        """Return k̂: can the guide's draws stand for the posterior that the fit aimed at?
+        """Return k̂, which says if the guide's draws can stand for the posterior of the fit.
 
         Pareto-smoothed importance sampling with the weights
 

@@ -1,4 +1,4 @@
-"""From draws of the posterior to predictions, texts and their scores."""
+"""Predictions, generated texts and their scores, from draws of the posterior."""
 
 from pyrolora.predictive.calibration import (
     Calibration,

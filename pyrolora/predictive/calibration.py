@@ -1,4 +1,4 @@
-"""One temperature for all predictions of a posterior, from held-out data."""
+"""Calibration: one temperature for all predictions of a posterior, from held-out data."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from pyrolora.predictive.predictor import Predictor
 logger = logging.getLogger(__name__)
 
 POINTS = 25
-"""Temperatures of one pass over the data: odd, so that 1 is one of them."""
+"""Temperatures per pass over the data: an odd number, so that 1 is one of them."""
 ROUNDING = 1e-6
-"""A gain in nats that is none: log-likelihoods are in float32."""
+"""The largest gain in nats that counts as none: log-likelihoods are in float32."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and what it does to the data that chose it.
+    """A temperature, and its effect on the data that chose it.
 
     Attributes
     ----------
     temperature
-        T, of the lowest negative log-likelihood of the predictive law.
+        T, with the lowest negative log-likelihood of the predictive law.
     nll_before, nll_after
-        That of T = 1, and that of T: nats an example, or a counted token.
+        The negative log-likelihood at T = 1 and at T: nats per example, or per counted token.
     num_examples
-        How many examples chose it.
+        The number of examples that chose it.
     """
 
     temperature: float
@@ -52,13 +52,13 @@ class Calibration:
 
     @property
     def at_an_end(self) -> bool:
-        """Whether T is the highest or the lowest that was looked at."""
+        """Whether T is the highest or the lowest that was tried."""
         low, high = defaults.TEMPERATURES
         return not low * 1.001 < self.temperature < high / 1.001
 
 
 def check_temperature(temperature: float) -> float:
-    """The temperature; `ConfigError` unless it is a number within ``defaults.TEMPERATURES``."""
+    """Return the temperature; raise `ConfigError` if it is not within ``defaults.TEMPERATURES``."""
     low, high = defaults.TEMPERATURES
     positive("temperature", temperature)
     if not low <= temperature <= high:
@@ -97,7 +97,7 @@ def calibrate(
         warnings.warn(
             f"the temperature {calibration.temperature:.4g} is the end of what was looked at, "
             f"{defaults.TEMPERATURES}: too few examples, all of them right, labels that the "
-            "predictions say nothing of, or draws that lie further apart than the labels; "
+            "predictions say nothing about, or draws that lie further apart than the labels; "
             "posterior.temperature = 1.0 undoes it",
             RuntimeWarning,
             stacklevel=3,
@@ -121,16 +121,18 @@ def warn_untempered(target: str, temperature: float) -> None:
 def calibrated(
     joint: JointModel, data: Prepared, factors: FlatFactors, *, batch_size: int
 ) -> Calibration:
-    """The T that minimises −Σ_i log mean_s p_T(y_i | draw s), with p_T of `Task.at`, by two
-    passes over the data. The outputs of the network are not kept."""
+    """Return the T that minimises −Σ_i log mean_s p_T(y_i | draw s), with p_T of `Task.at`.
+
+    It takes two passes over the data. The outputs of the network are not kept.
+    """
     assert data.labels is not None
     count = joint.task.count(data.labels)
 
     def nll(temperatures: Tensor) -> Tensor:
-        laws = [joint.task.at(float(t)) for t in temperatures]
+        tasks = [joint.task.at(float(t)) for t in temperatures]
 
         def losses(outputs: Iterable[Tensor], batch: Batch) -> Tensor:
-            scores = [torch.stack([a.row_log_prob(o, batch) for a in laws]) for o in outputs]
+            scores = [torch.stack([t.row_log_prob(o, batch) for t in tasks]) for o in outputs]
             joined = torch.cat(scores, 1).cpu().double()  # (T, S, b)
             return (math.log(joined.shape[1]) - joined.logsumexp(1)).sum(1)
 
@@ -144,10 +146,11 @@ def calibrated(
 
 
 def lowest(nll: Callable[[Tensor], Tensor], num_examples: int) -> Calibration:
-    """The minimum of ``nll``, a function of several T at once, over ``defaults.TEMPERATURES``.
+    """Return the minimum of ``nll``, a function of several T, over ``defaults.TEMPERATURES``.
 
-    A grid of log T, a second one between the neighbours of its lowest point, and the vertex of the
-    parabola through the three lowest points of that. T stays 1 where no other gains anything.
+    It comes from a grid of log T, a second grid between the neighbours of its lowest point, and
+    the vertex of the parabola through the lowest point of that and its neighbours. T stays 1 where
+    no other gains anything.
     """
     low, high = map(math.log, defaults.TEMPERATURES)
     before = math.nan

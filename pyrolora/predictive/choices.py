@@ -1,4 +1,4 @@
-"""A language model's choice between given texts, by their likelihood."""
+"""Choices of a language model between texts, by their likelihood."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pyrolora.data.tokenising import choice_number, choice_texts
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.model import JointModel
 from pyrolora.predictive.predict import predict
-from pyrolora.tasks import CausalLM, ClassPrediction, TokenScores
+from pyrolora.tasks import ClassPrediction, TokenScores
 
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
-    """The data as rows with a column ``choices``, if a language model is to choose; else None."""
-    if not isinstance(joint.task, CausalLM):
+    """Return the data as rows with a column ``choices``, if a language model is to choose."""
+    if not joint.task.causal:
         return None
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
     return rows if is_plain(rows) and CHOICES in rows.column_names else None
@@ -44,27 +44,28 @@ def choose(
     batch_size: int = defaults.BATCH_SIZE,
     temperature: float = 1.0,
 ) -> ClassPrediction:
-    """p_s(c) ∝ exp(log p(choice c | context, draw s)) over the choices of each example.
+    """Return p_s(c) ∝ exp(log p(choice c | context, draw s)) over each example's choices.
 
-    A choice follows its context after a space. Its log-likelihood is the sum over the tokens that
-    the two together have beyond those that the context alone begins with.
+    A choice follows its context after a space. Its log-likelihood is the sum over the tokens of
+    both together after the ones that they share with the context alone.
 
     Parameters
     ----------
     data
         As in `pyrolora.fit`, with a column ``choices`` (texts) and one of context; ``label`` is the
-        number of the right one, if it is there.
+        number of the right one, and optional.
     per_token
-        The mean over tokens in place of the sum, so that long choices are not at a disadvantage.
+        Take the mean over tokens instead of the sum, so that long choices are not at a
+        disadvantage.
     need_labels
-        Whether missing labels are an error.
+        Refuse data without labels.
     temperature
-        Of the law of each token.
+        T of the law of each token.
 
     Returns
     -------
     ClassPrediction
-        Probability 0 at the choices that an example with fewer does not have.
+        Its probability is 0 at the choices that an example with fewer does not have.
     """
     rows = choice_rows(data, joint)
     if rows is None:
@@ -75,14 +76,14 @@ def choose(
     context = context_columns(rows)
     check_text(rows, context, tokenizer)
     warn_unread(unread(rows.column_names, (*context, CHOICES)), type(joint.base).__name__)
-    choices = [choice_texts(own) for own in rows[CHOICES]]
+    choices = [choice_texts(texts) for texts in rows[CHOICES]]
     contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
     targets = _targets(rows, choices, need_labels)
     longest = context_length(joint.base)
     examples = [
         _example(tokenizer, before, choice, longest)
-        for before, own in zip(contexts, choices, strict=True)
-        for choice in own
+        for before, texts in zip(contexts, choices, strict=True)
+        for choice in texts
     ]
     prepared = prepare(examples, joint.base, joint.task, tokenizer)
     read = predict(
@@ -96,7 +97,7 @@ def choose(
     assert isinstance(read, TokenScores)
     assert read.log_likelihood is not None
     scores = read.log_likelihood / read.num_tokens if per_token else read.log_likelihood
-    sizes = [len(own) for own in choices]
+    sizes = [len(texts) for texts in choices]
     padded = pad_sequence(list(scores.mT.split(sizes)), True, -torch.inf)  # (n, C, S)
     log_probs = padded.permute(2, 0, 1).log_softmax(-1)
     picked = None
@@ -106,7 +107,7 @@ def choose(
 
 
 def _example(tokenizer: Any, context: str, choice: str, longest: float) -> dict[str, list[int]]:
-    """The tokens of both, those of the context not labelled; at most the ``longest`` last."""
+    """Return the last ``longest`` tokens of both; those of the context have no label."""
     encoder = Encoder(tokenizer, math.inf)
     alone, both = encoder([context, f"{context} {choice}"])["input_ids"]
     pairs = zip(alone, both, strict=False)
@@ -116,7 +117,7 @@ def _example(tokenizer: Any, context: str, choice: str, longest: float) -> dict[
     if not shared:
         raise DataError(
             f"nothing stands before the choice {choice[:40]!r} that could predict its first token; "
-            "give it a context, or a tokenizer that begins texts with a token of their own"
+            "give it a context, or a tokenizer that puts a token before every text"
         )
     cut = int(max(0, len(both) - longest))
     both, shared = both[cut:], max(shared - cut, 1)
@@ -134,13 +135,13 @@ def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor |
             raise DataError(no_labels(rows.column_names))
         return None
     pairs = zip(rows[column], rows[CHOICES], strict=True)
-    numbers = [choice_number(label, own) for label, own in pairs]
+    numbers = [choice_number(label, texts) for label, texts in pairs]
     if not need_labels and any(number in (None, -1) for number in numbers):
         return None
-    for number, (found, own) in enumerate(zip(numbers, choices, strict=True)):
-        if not isinstance(found, int) or not 0 <= found < len(own):
+    for number, (label, texts) in enumerate(zip(numbers, choices, strict=True)):
+        if not isinstance(label, int) or not 0 <= label < len(texts):
             raise DataError(
-                f"the label of example {number} is {found!r}, and it has {len(own)} choices; count "
-                "them from 0"
+                f"the label of example {number} is {label!r}, and it has {len(texts)} choices; "
+                "count them from 0"
             )
     return torch.tensor(numbers, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Conformal prediction: sets that hold the label as often as they say, whatever the model."""
+"""Conformal prediction: sets that hold the label as often as they claim, whatever the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Conformal:
 
     The n examples of ``calibration``, which the fit has not seen, give scores s_i, high where the
     prediction was far from the label; q is the ⌈(n + 1) mass⌉-th smallest. The set of a new
-    example holds all labels whose score is at most q, and the true one with probability at least
-    ``mass``, over calibration sets and new examples that are exchangeable with one another.
+    example holds all labels whose score is at most q. It holds the true label with probability at
+    least ``mass``, over calibration sets and new examples that are exchangeable with one another.
 
-    Classification and multiple choice: s = 1 − p̄_y, so that a set is the labels with p̄ ≥ 1 − q
+    Classification and multiple choice: s = 1 − p̄_y, so that a set has the labels with p̄ ≥ 1 − q
     (Sadinle, Lei and Wasserman 2019, JASA 114, 223-234). Regression: s = |y − mean| / std, so that
     a set is mean ± q std (Lei et al. 2018, JASA 113, 1094-1111).
 
@@ -29,7 +29,7 @@ class Conformal:
     calibration
         A prediction with labels.
     mass
-        The probability, between 0 and 1.
+        The probability that a set holds the label, between 0 and 1.
 
     Attributes
     ----------
@@ -41,8 +41,8 @@ class Conformal:
     ConfigError
         For a prediction of texts, or a mass outside of (0, 1).
     DataError
-        Without labels, with predictions that are NaN, or with fewer than mass / (1 − mass)
-        examples: no threshold would do.
+        For data without labels, predictions that are NaN, or fewer than mass / (1 − mass)
+        examples, for which there is no threshold.
     """
 
     def __init__(self, calibration: Prediction, mass: float = 0.9) -> None:
@@ -60,8 +60,14 @@ class Conformal:
         self.threshold = self._score + 1 if self.kind is ClassPrediction else self._score
 
     def __call__(self, prediction: Prediction) -> Tensor:
-        """The sets of other examples: booleans (n, C), which may all be false in a row whose
-        probabilities are spread; of a regression the bounds (n, 2)."""
+        """Return the sets of other examples.
+
+        Returns
+        -------
+        Tensor
+            Booleans (n, C), which may all be false in a row whose probabilities are spread; for a
+            regression the bounds (n, 2).
+        """
         if type(prediction) is not self.kind:
             raise ConfigError(
                 f"calibrated on a {self.kind.__name__}, got a {type(prediction).__name__}"
@@ -73,8 +79,14 @@ class Conformal:
         return torch.stack([prediction.mean - width, prediction.mean + width], dim=-1)
 
     def evaluate(self, prediction: Prediction) -> dict[str, float]:
-        """``coverage``, the share of labels in their sets, and ``size``, the mean number of labels
-        of a set, or width of an interval."""
+        """Return how the sets do on labelled data.
+
+        Returns
+        -------
+        dict
+            ``coverage``, the share of labels in their sets, and ``size``, the mean number of
+            labels per set, or the mean width of the intervals.
+        """
         sets, targets = self(prediction), prediction.targets
         if targets is None:
             raise DataError("coverage needs labels, and the data has none")
@@ -88,12 +100,14 @@ class Conformal:
 
 
 def _scores(prediction: Prediction) -> Tensor:
-    """s; of classes s − 1 = −p̄_y, since 1 − p̄ would round to 1 what is hardly probable, and what
-    is impossible."""
+    """Return the scores s; for classes s − 1 = −p̄_y.
+
+    1 − p̄ would round to 1 for a class that is hardly probable, as for one that is impossible.
+    """
     if not isinstance(prediction, ClassPrediction | RegressionPrediction):
         raise ConfigError(
             "conformal sets are of classes or of numbers; the texts of a language model are too "
-            "many to list: let it choose between given ones"
+            "many to list: let it choose between texts, with a column 'choices'"
         )
     targets = prediction.targets
     if targets is None:

@@ -15,7 +15,6 @@ from pyrolora.adapters import check_eager
 from pyrolora.data.inputs import context_length
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.model import JointModel
-from pyrolora.tasks import CausalLM
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """Decodings in which the neighbours of a row stay its neighbours."""
@@ -41,7 +40,7 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
     base: Any = joint.base
     check_eager(base)
     able = getattr(base, "can_generate", None)
-    if not isinstance(joint.task, CausalLM) or able is None or not able():
+    if not joint.task.causal or able is None or not able():
         raise ConfigError(
             "generate() needs a causal language model of transformers, fitted as one; this is a "
             f"{type(base).__name__} with the task {joint.task.name!r}"
@@ -60,9 +59,9 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
             raise ConfigError(f"generate() sets {name} itself: {advice}")
     mode = str(getattr(settings.get_generation_mode(options.get("assistant_model")), "value", ""))
     if mode not in MODES or options.get("custom_generate") is not None:
-        found = "custom_generate" if mode in MODES else mode
+        unfit = "custom_generate" if mode in MODES else mode
         raise ConfigError(
-            f"{found} arranges the rows of a batch anew, and rows would meet the weights of other "
+            f"{unfit} rearranges the rows of a batch, and rows would meet the weights of other "
             f"draws; generate() takes {', '.join(MODES)}"
         )
     if unknown:
@@ -86,7 +85,7 @@ def set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationCon
     if settings.max_new_tokens is None and settings.max_length <= size:
         raise DataError(
             f"prompt {longest} has {size} tokens, which max_length={settings.max_length} counts, "
-            "too: nothing would be written; give max_new_tokens"
+            "too: nothing would be written; pass max_new_tokens"
         )
     needed = size + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
     if needed > context:

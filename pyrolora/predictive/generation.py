@@ -1,4 +1,4 @@
-"""Continuations of texts, and how sure the draws of a posterior are of every token."""
+"""Continuations of texts, with the uncertainty of every token under the draws of a posterior."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from pyrolora.tasks.prediction import log_mean_exp
 
 @dataclass(frozen=True)
 class Generation:
-    """K continuations of each of n prompts, and what S draws say of them.
+    """K continuations of each of n prompts, with their scores under S draws.
 
-    Draw s writes its continuations as one function, the same weights for every token; all S draws
-    then read all of them. With p_s(·) = p(· | the tokens before, draw s) and p̄ = mean_s p_s, each
-    token's uncertainty splits as H[p̄] = mean_s H[p_s] + mutual information (Malinin and Gales
-    2021, ICLR: the expectation of products is `log_predictive`, the product of expectations is what
-    the entropies are of).
+    Draw s writes its continuations as one function, with the same weights for every token; all S
+    draws then read all of them. With p_s(·) = p(· | the tokens before, draw s) and
+    p̄ = mean_s p_s, each token's uncertainty splits as H[p̄] = mean_s H[p_s] + mutual information
+    (Malinin and Gales 2021, ICLR: `log_predictive` is the expectation of products, and the
+    entropies are those of the product of expectations).
 
     Attributes
     ----------
     sequences, mask
         Token ids of the continuations, (n, K, T), and which of them count: those up to the first
-        end of text, which is one of them.
+        end of text, including it.
     draw
-        (K,): the number of the draw that wrote each, as given in ``draws``; otherwise its place.
+        (K,): the number of the draw that wrote each, as in ``draws``; without, its place.
     log_likelihood
         log p(continuation | prompt, draw), (S, n, K), in nats, for every draw.
     entropy, aleatoric
-        (n, K, T), in nats a token; NaN where `mask` is false.
+        (n, K, T), in nats per token; NaN where `mask` is false.
     prompts, texts
         The texts, n and n x K, or None without a tokenizer.
     tokens
@@ -65,34 +65,39 @@ class Generation:
 
     @property
     def num_tokens(self) -> Tensor:
-        """How many tokens each continuation has, (n, K)."""
+        """The number of tokens of each continuation, (n, K)."""
         return self.mask.sum(-1)
 
     @property
     def log_predictive(self) -> Tensor:
-        """log mean_s p(continuation | prompt, draw s), (n, K), in nats."""
+        """The log-likelihood log mean_s p(continuation | prompt, draw s), (n, K), in nats."""
         return log_mean_exp(self.log_likelihood)
 
     @property
     def agreement(self) -> Tensor:
-        """How much the draws write the same, (n,), 0 to 1: the mean over pairs of continuations of
-        different draws of 2 M / T, M the tokens in matching blocks and T those of both
-        (``difflib.SequenceMatcher``). NaN of one draw."""
+        """The similarity of the texts that different draws write, (n,), from 0 to 1.
+
+        The mean of 2 M / T over pairs of continuations of different draws, with M the tokens in
+        matching blocks and T those of both (``difflib.SequenceMatcher``). NaN for one draw.
+        """
         writers = self.draw.tolist()
         pairs = [
             (a, b) for a, b in combinations(range(len(writers)), 2) if writers[a] != writers[b]
         ]
-        found = []
+        agreements = []
         for sequences, mask in zip(self.sequences, self.mask, strict=True):
-            ids = [row[own].tolist() for row, own in zip(sequences, mask, strict=True)]
+            ids = [row[kept].tolist() for row, kept in zip(sequences, mask, strict=True)]
             ratios = [SequenceMatcher(None, ids[a], ids[b], False).ratio() for a, b in pairs]
-            found.append(sum(ratios) / len(ratios) if ratios else float("nan"))
-        return torch.tensor(found, dtype=torch.float32)
+            agreements.append(sum(ratios) / len(ratios) if ratios else float("nan"))
+        return torch.tensor(agreements, dtype=torch.float32)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a continuation: ``prompt`` and ``draw`` (numbers), ``text``, ``num_tokens``,
-        ``nll`` (of the mixture over draws), ``entropy``, ``aleatoric``, ``epistemic`` (means over
-        tokens; nats a token), and ``agreement`` of the prompt's draws."""
+        """Return a table with one row per continuation.
+
+        Its columns are ``prompt`` and ``draw`` (numbers), ``text``, ``num_tokens``, ``nll`` (of the
+        mixture over draws), ``entropy``, ``aleatoric``, ``epistemic`` (means over tokens; nats per
+        token), and ``agreement`` of the prompt's draws.
+        """
         n, count, _ = self.sequences.shape
         columns: dict[str, Any] = {
             "prompt": torch.arange(n).repeat_interleave(count).numpy(),

@@ -19,14 +19,16 @@ JACOBIAN_ENTRIES = 2**26
 def linearised(
     joint: JointModel, batch: Batch, mean: FlatFactors, draws: FlatFactors, rows: int
 ) -> Tensor:
-    """f(x; θ̄) + J(x) (θ_s - θ̄) for the S draws θ_s, J the Jacobian of f in the factors at θ̄.
+    """Return f(x; θ̄) + J(x) (θ_s - θ̄) for the S draws θ_s.
+
+    J is the Jacobian of f with respect to the factors, at θ̄.
 
     Under a Gaussian θ this is a Gaussian with covariance J Σ Jᵀ, without the approximation error
-    of draws far from θ̄, where the curvature that gave Σ says nothing of the network.
+    of draws far from θ̄, where the curvature that gave Σ says nothing about the network.
 
-    Every example has its own copy of the factors, so that one backward pass an output, over all
+    Every example has its own copy of the factors, so that one backward pass per output, over all
     examples together, gives a row of J for each; it is contracted with all draws at once and
-    thrown away. Time: a forward pass and one backward pass an output, whatever S. Memory: about
+    thrown away. Time: one forward pass and one backward pass per output, whatever S. Memory: about
     three times `JACOBIAN_ENTRIES`, beside the S draws.
 
     Parameters
@@ -59,25 +61,25 @@ def linearised(
         for chunk in _chunks(batch, step):
             b = len(next(iter(chunk.values())))
             copies = [m.expand(b, -1).requires_grad_() for m in means]
-            own = replace(mean, **dict(zip(drawn, copies, strict=True)))
-            output = joint.shared_out(chunk, own)
+            per_example = replace(mean, **dict(zip(drawn, copies, strict=True)))
+            output = joint.shared_out(chunk, per_example)
             parts.append(output.detach() + _directional(output, copies, deltas))
     return torch.cat(parts, dim=1)
 
 
 def _directional(output: Tensor, copies: list[Tensor], deltas: list[Tensor]) -> Tensor:
-    """(S, b, ...): J_i δ_s for every example i, from its own copy of the factors, and draw s."""
+    """Return J_i δ_s, (S, b, ...), for every example i with its copy of the factors."""
     columns = output.reshape(len(output), -1).unbind(-1)
-    found = []
+    directional = []
     for column in columns:
         jacobian = torch.autograd.grad(column.sum(), copies, retain_graph=True)
         parts = [delta @ rows.T for delta, rows in zip(deltas, jacobian, strict=True)]
-        found.append(torch.stack(parts).sum(0))
-    return torch.stack(found, dim=-1).reshape(-1, *output.shape)
+        directional.append(torch.stack(parts).sum(0))
+    return torch.stack(directional, dim=-1).reshape(-1, *output.shape)
 
 
 def _chunks(batch: Batch, step: int) -> Iterator[dict[str, Tensor]]:
-    """The examples in turn, at most ``step`` at a time."""
+    """Yield the examples in turn, at most ``step`` at a time."""
     size = len(next(iter(batch.values())))
     for start in range(0, size, step):
         yield {

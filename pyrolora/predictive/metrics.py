@@ -1,4 +1,4 @@
-"""Scores of a prediction against its targets.
+"""Metrics of predictions against their targets.
 
 torchmetrics is imported where it is used: its import takes longer than that of all of pyrolora,
 and a fit without evaluation needs none.
@@ -19,16 +19,17 @@ from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, To
 
 @DRAWING
 def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[str, float]:
-    """Metrics by name.
+    """Return the metrics of a prediction by name.
 
     Classification and multiple choice: ``accuracy``, ``nll`` (nats), ``ece`` (15 bins of equal
     width), ``brier`` (summed over classes, 0..2), ``error_auroc`` (`auroc` of the entropy for
     finding the wrong predictions; NaN when there are none, or nothing else), ``aurc`` (`aurc`, the
     mean error rate when only the most certain are answered). Regression: ``rmse``, ``nll``,
     ``crps`` (units of the target), ``coverage`` (share of targets in the central 90 % interval),
-    ``aurc`` (of the squared error). Language models: ``nll`` (nats a counted token, of the mixture
-    over draws) and ``perplexity`` = exp(nll). With ``outside``, a prediction for data of another
-    distribution: ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for telling the two apart.
+    ``aurc`` (of the squared error). Language models: ``nll`` (nats per counted token, of the
+    mixture over draws) and ``perplexity`` = exp(nll). With ``outside``, a prediction for data of
+    another distribution: ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for telling the two
+    apart.
 
     Raises
     ------
@@ -39,7 +40,7 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
         raise DataError("evaluation needs labels, and the data has none; use predict() instead")
     if outside is not None and type(outside) is not type(prediction):
         raise DataError(
-            "outside must be data of the same kind as the data that it stands beside, got a "
+            "outside must be data of the same kind as the data, got a "
             f"{type(outside).__name__} beside a {type(prediction).__name__}"
         )
     metrics = _metrics(prediction)
@@ -49,8 +50,10 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
 
 
 def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
-    """The area under the ROC curve of a score, P(a < b) + ½ P(a = b), for independent a from
-    ``low`` and b from ``high``, without those that are NaN; NaN when either is empty.
+    """Return the area under the ROC curve of a score, P(a < b) + ½ P(a = b).
+
+    a from ``low`` and b from ``high`` are independent; scores that are NaN are left out. NaN when
+    either is empty.
 
     For out-of-distribution data: ``auroc(inside.entropy, outside.entropy)``.
     """
@@ -67,10 +70,10 @@ def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
 
 
 def calibration_error(probs: torch.Tensor, targets: torch.Tensor) -> float:
-    """The expected calibration error of probabilities (n, classes), in 15 bins of equal width."""
+    """Return the expected calibration error of (n, classes), in 15 bins of equal width."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    # The last bin has both its ends; torchmetrics gives a confidence of 1 a bin of its own.
+    # The last bin has both its ends; torchmetrics gives a confidence of 1 a separate bin.
     inside = probs.clamp(max=1 - torch.finfo(probs.dtype).eps)
     return float(multiclass_calibration_error(inside, targets, probs.shape[-1], ECE_BINS, "l1"))
 
@@ -86,7 +89,7 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
 
     probs, targets = prediction.probs, prediction.targets
     assert targets is not None
-    if probs.shape[-1] == 1:  # where there is nothing to choose from
+    if probs.shape[-1] == 1:  # examples with a single choice
         probs = torch.nn.functional.pad(probs, (0, 1))
     classes = probs.shape[-1]
     one_hot = torch.nn.functional.one_hot(targets, classes)
@@ -134,9 +137,9 @@ def _nll(prediction: Prediction) -> float:
 
 
 def _crps(prediction: RegressionPrediction) -> torch.Tensor:
-    """E|Y − y| − ½ E|Y − Y'| for the mixture over draws of N(m_s, σ²), in closed form, (n,).
+    """Return E|Y − y| − ½ E|Y − Y'|, (n,), for the mixture over draws of N(m_s, σ²).
 
-    For a Gaussian difference of mean d and standard deviation τ,
+    It is a closed form: for a Gaussian difference of mean d and standard deviation τ,
     E|·| = 2 τ φ(d / τ) + d (2 Φ(d / τ) − 1), with τ = σ against y and σ √2 between draws.
     Reference: Grimit et al. (2006), Q. J. R. Meteorol. Soc. 132, 2925-2942.
     """

@@ -20,14 +20,14 @@ from pyrolora.seeding import DRAWING, seed_of_draw, seeded
 
 
 class NumberedDraws:
-    """The draws 0, 1, 2, ... of a posterior, each one function wherever its number is given.
+    """The draws 0, 1, 2, ... of a posterior, each the same function wherever its number stands.
 
     Draw k is the k-th stored draw of ``"ensemble"`` (with the member's task head) and ``"nuts"``
-    (chain after chain), and otherwise what the guide samples from a seed that is made of the fit's
-    seed and k. It depends on nothing else: not on the other draws that are taken, on the caller's
-    generators, on batches, or on the device, since it is sampled on the CPU. (The noise on weights
-    of ``Flat(at_prediction=True)`` has the number's seed, too, but is made where the weights are.)
-    Draws are sampled one by one, so that many cost more than as many of a seed.
+    (chain after chain); other guides sample it from a seed that is made of the fit's seed and k.
+    It depends on nothing else: not on the other draws that are taken, on the caller's generators,
+    on batches, or on the device, since it is sampled on the CPU. (The noise on weights of
+    ``Flat(at_prediction=True)`` has the number's seed, too, but is made where the weights are.)
+    Draws are sampled one by one, so that many cost more than as many of one seed.
 
     Parameters
     ----------
@@ -43,12 +43,12 @@ class NumberedDraws:
         self.seed = seed
 
     def check(self, draws: Any, name: str = "draws") -> list[int]:
-        """The numbers of a list of draws.
+        """Validate a list of the numbers of draws.
 
         Raises
         ------
         ConfigError
-            Unless they are whole numbers of draws that there are, at least one, each once.
+            Unless they are whole numbers, at least one, of draws that exist, each once.
         """
         if isinstance(draws, Tensor | np.ndarray):
             draws = draws.tolist()
@@ -67,7 +67,7 @@ class NumberedDraws:
         return [int(number) for number in numbers]
 
     def check_one(self, number: Any, name: str = "draw") -> None:
-        """Raise `ConfigError` unless it is the number of a draw."""
+        """Raise `ConfigError` unless ``number`` is that of a draw."""
         whole_number(name, number, at_least=0, at_most=defaults.MAX_SEED)
         stored = self.joint.program.stored()
         if stored is not None and number >= stored:
@@ -77,23 +77,23 @@ class NumberedDraws:
 
     @torch.no_grad()
     def sites(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        """Site -> (len(numbers), ...): the values of these draws, in this order."""
+        """Return site -> (len(numbers), ...), the values of these draws in this order."""
         program = self.joint.program
         stored = program.stored() is not None
         device = program.bank.get_parameter("A_loc").device
         with DRAWING:
             if not stored and device.type != "cpu":  # a GPU has another stream
                 program = copy.deepcopy(program).cpu()
-            found = []
+            drawn = []
             for number in numbers:
                 with seeded(seed_of_draw(self.seed, number)):
                     one = torch.tensor([number])
-                    found.append(program.pick(one) if stored else program.draw(1))
-        return {name: torch.cat([own[name] for own in found]).to(device) for name in found[0]}
+                    drawn.append(program.pick(one) if stored else program.draw(1))
+        return {name: torch.cat([draw[name] for draw in drawn]).to(device) for name in drawn[0]}
 
     @torch.no_grad()
     def factors(self, numbers: Sequence[int]) -> FlatFactors:
-        """What these draws put into the layers, (S, total), and whose task head each has."""
+        """Return the factors of these draws, (S, total), with the member that each is of."""
         with DRAWING:
             self.joint.align()
             return self.joint.program.factors(self.sites(numbers))
@@ -131,8 +131,9 @@ class NumberedDraws:
 
 def alone(**beside: Any) -> None:
     """Raise `ConfigError` for an option ``beside`` ``draws`` that has a value."""
-    given = [f"{name}={value!r}" for name, value in beside.items() if value is not None]
-    if given:
+    others = [f"{name}={value!r}" for name, value in beside.items() if value is not None]
+    if others:
         raise ConfigError(
-            f"draws= names the draws, and {' and '.join(given)} would take others; give one of them"
+            f"draws= names the draws, and {' and '.join(others)} would take others; pass one of "
+            "them"
         )

@@ -1,4 +1,4 @@
-"""Are the probabilities what they say?"""
+"""The reliability of probabilities: accuracy by confidence."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ ECE_BINS = 15
 
 
 def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFrame:
-    """The accuracy of predictions by their confidence, in bins of equal width: what the expected
-    calibration error sums up, ECE = Σ_b (count_b / n) |accuracy_b − confidence_b|.
+    """Return the accuracy of predictions by their confidence, in bins of equal width.
+
+    The expected calibration error is their sum ECE = Σ_b (count_b / n) |accuracy_b − confidence_b|.
 
     Returns
     -------
     pandas.DataFrame
-        A row a bin [low, high), the last with its upper end: ``low``, ``high``, ``count``,
+        One row per bin [low, high), the last with its upper end: ``low``, ``high``, ``count``,
         ``confidence`` (the mean of the largest probability) and ``accuracy``; NaN in a bin without
         predictions.
 

@@ -1,4 +1,4 @@
-"""The scores of continuations: how sure all draws are of every token that one of them wrote."""
+"""Scores of continuations: how sure all draws are of every token that one of them wrote."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def scored(
     temperature
         T of the scores (`Task.at`).
     """
-    pairs = [(p, new) for p, own in zip(prompts, written, strict=True) for new in own]
+    pairs = [(p, new) for p, texts in zip(prompts, written, strict=True) for new in texts]
     beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
     prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.task)
     read = predict(
@@ -84,8 +84,8 @@ def scored(
     counted = pad_sequence([torch.ones_like(new, dtype=torch.bool) for new in news], True, False)
     texts = tokens = None
     if tokenizer is not None:
-        texts = [[_decode(tokenizer, new) for new in own] for own in written]
-        tokens = [[[_decode(tokenizer, i) for i in new] for new in own] for own in written]
+        texts = [[_decode(tokenizer, new) for new in news] for news in written]
+        tokens = [[[_decode(tokenizer, i) for i in new] for new in news] for news in written]
     return Generation(
         sequences=pad_sequence(news, True, pad).unflatten(0, shape),
         mask=counted.unflatten(0, shape),

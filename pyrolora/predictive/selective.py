@@ -11,17 +11,17 @@ from pyrolora.tasks import Prediction
 
 
 def risk_coverage(prediction: Prediction) -> pd.DataFrame:
-    """The mean loss of the k most certain examples, for k = 1..n.
+    """Return the mean loss of the k most certain examples, for k = 1..n.
 
-    Examples are in the order of `Prediction.uncertainty`; those that tie stand in random order, in
-    expectation. Reference: El-Yaniv and Wiener (2010), JMLR 11, 1605-1641.
+    Examples are in the order of `Prediction.uncertainty`. Ties get the expectation over their
+    random orders. Reference: El-Yaniv and Wiener (2010), JMLR 11, 1605-1641.
 
     Returns
     -------
     pandas.DataFrame
         ``coverage`` = k / n, the share that is answered, and ``risk``, the mean of
         `Prediction.loss` over it: the error rate, the squared error (units of the target squared),
-        or nats a token.
+        or nats per token.
 
     Raises
     ------
@@ -34,8 +34,11 @@ def risk_coverage(prediction: Prediction) -> pd.DataFrame:
 
 
 def aurc(prediction: Prediction) -> float:
-    """The area under the risk-coverage curve, (1/n) Σ_k risk(k / n): low where the losses are among
-    the uncertain examples. Reference: Geifman, Uziel and El-Yaniv (2019), ICLR."""
+    """Return the area under the risk-coverage curve, (1/n) Σ_k risk(k / n).
+
+    It is low where the losses are among the uncertain examples. Reference: Geifman, Uziel and
+    El-Yaniv (2019), ICLR.
+    """
     return float(_risk(prediction).mean())
 
 

@@ -13,9 +13,11 @@ from problems import (
     bert,
     bert_choice,
     bert_mlm,
+    bert_tags,
     llama,
     mask_tokenizer,
     questions,
+    tagged,
     texts,
     tokenizer,
     tokens,
@@ -121,6 +123,7 @@ CASES = {
     "text-generation": (llama, texts, tokenizer),
     "multiple-choice": (bert_choice, questions, tokenizer),
     "fill-mask": (bert_mlm, texts, mask_tokenizer),
+    "token-classification": (bert_tags, tagged, tokenizer),
 }
 
 
