@@ -83,7 +83,7 @@ class MonteCLoRA(Variational):
         V ``"diagonal"`` (the paper's) or ``"full"``.
     prior_mean
         ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing),
-        ``"start"`` (it is centred where A starts; where the adapter is given, around that), or
+        ``"start"`` (it is centred where A starts, or on the adapter of a post-hoc fit), or
         ``"zero"``.
     df_per_rank
         ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the
