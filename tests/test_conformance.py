@@ -175,7 +175,7 @@ VARIANTS: dict[str, Guide] = {
     "laplace by validation": Laplace(tune="validation"),
     "full laplace": Laplace(curvature="full", num_draws=3),
     "full laplace on B": Laplace(curvature="full", latent="B", tune="validation"),
-    # Too short to be of use: the chains' own length is tested elsewhere.
+    # Too short to be of use: longer chains are tested elsewhere.
     "nuts": NUTS(num_samples=4, warmup_steps=2, max_tree_depth=2),
     "nuts on montec": NUTS(
         inner=MonteCLoRA(component_prior="hierarchical", kl_weight=0.5),
@@ -194,7 +194,7 @@ def has_prior(guide: Guide) -> bool:
 
 
 def predicted_from(folder: Path, problem: str) -> Any:
-    """What a saved posterior predicts on the test data; runs in a process of its own."""
+    """Load a posterior in another process, and return its predictions on the test data."""
     case = PROBLEMS[problem]
     loaded = pyrolora.load(folder, case.network())
     return loaded.predict(case.data(7), num_samples=3, seed=0).log_likelihood.numpy()

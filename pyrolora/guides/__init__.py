@@ -12,7 +12,7 @@ from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.nuts import NUTS
-from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.options import Guide, Latent, Variational
 from pyrolora.guides.plates import averaged, spread
 from pyrolora.guides.program import Program, Quantities, Sites
 from pyrolora.guides.registry import (
@@ -53,6 +53,7 @@ __all__ = [
     "GaussianGuide",
     "Guide",
     "Laplace",
+    "Latent",
     "Law",
     "LowRank",
     "MeanField",

@@ -78,9 +78,9 @@ class Ensemble(Guide):
     def shapes(
         self, specs: Sequence[LayerSpec], config: AdapterConfig
     ) -> dict[str, tuple[int, ...]]:
-        found = super(Ensemble, replace(self, members=2)).shapes(specs, config)
-        many = {name: (self.members, *found[name][1:]) for name in ("A_locs", "B_locs")}
-        return found | many
+        shapes = super(Ensemble, replace(self, members=2)).shapes(specs, config)
+        many = {name: (self.members, *shapes[name][1:]) for name in ("A_locs", "B_locs")}
+        return shapes | many
 
     def infer(self, fit: Fit) -> None:
         if self.side_by_side:

@@ -60,7 +60,7 @@ class Laplace(Guide):
 
     It is computed as a Gaussian process over the training outputs (`pyrolora.inference.dual.Dual`),
     at most 4,096 of them: n (C − 1) for C classes. θ₀ is the network without adapters: B
-    around 0, and, since A is no part of it then, A around its own means where both are latent.
+    around 0, and, since A is no part of it then, A around its learned means where both are latent.
 
     The evidence is that of the linearised model, too, whose features were learnt from the same
     labels: it mistakes overfitting for a close fit, and favours a prior many times wider than

@@ -30,7 +30,7 @@ class MonteCLoRA(Variational):
         a_j = m_j + ε Σ_k π_k δ_jk            adapter, E[a_j] = m_j
 
     and in the guide π ~ Dirichlet(α), Σ ~ Wishart(ν, V / ν), with α and V learned. Given π and Σ
-    the mixture of a column is one Gaussian, N(0, ‖π‖₂² Σ), and that is what is drawn. The site
+    the mixture of a column is one Gaussian, N(0, ‖π‖₂² Σ), which is drawn. The site
     ``noise``, z, has prior N(0, I) in both forms of the component prior:
 
     - ``"hierarchical"``, the model above, non-centred: a_j = m_j + ε₀ ‖π‖ L z_j with
@@ -42,25 +42,25 @@ class MonteCLoRA(Variational):
     The means M, B and the task head are parameters that model and guide share. With
     ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
     above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² per column, with S = ε₀ ‖π‖ I, or
-    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` it is where A starts, a⁰, in place of zero,
-    a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j, what is learnt, has the price. (Where the adapters
-    have a start A₀, B₀ that is taken off again, zero is there, too.)
+    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` the start of A, a⁰, takes the place of
+    zero, a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and the price is that of m_j − a⁰_j, which is learnt. (Where
+    the adapters have a start A₀, B₀ that is subtracted again, zero stands for that start, too.)
 
-    Given the generalised Gauss-Newton matrix of −log p(y|A), in which H = Σ_j H_jj, (r, r), is
-    what the columns of a layer have in common, the optimum of V is a closed form, and that of
-    ‖π‖ a search in one number per layer, over symmetric α:
+    Given the generalised Gauss-Newton matrix of −log p(y|A), whose blocks of the columns of a layer
+    sum to H = Σ_j H_jj, (r, r), the optimum of V is a closed form, and that of ‖π‖ a search in one
+    number per layer, over symmetric α:
 
         V = [ I + ε₀² E‖π‖² H / (β κ) ]⁻¹,    κ = c + ν (isotropic),  κ = ν (hierarchical)
 
     for c columns: fewer data give a wider V, and no data V = I. With ``covariance="diagonal"`` it
-    is that of the diagonal of H.
+    is the optimum for the diagonal of H.
 
-    Where ranks move between layers, Σ and its V are cut to a layer's active ranks. Their Σ has the
-    mean above and is no Wishart, once ranks are idle between them.
+    Where ranks move between layers, Σ and V are cut to a layer's active ranks. The Σ of these has
+    the mean above, and is no Wishart once idle ranks lie between them.
 
-    After an earlier posterior (``fit(..., prior=)``) the model is that one's guide: its Dirichlet,
-    its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z differs
-    from the guide's in its mean, and in ε where that is learned, whatever the component prior.
+    After an earlier posterior (``fit(..., prior=)``) the model is the guide of that posterior: its
+    Dirichlet, its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z
+    then differs from the guide's in its mean, and in ε where that is learned.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ class MonteCLoRA(Variational):
         V ``"diagonal"`` (the paper's) or ``"full"``.
     prior_mean
         ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing),
-        ``"start"`` (it is centred where A starts; where the adapter is given, around that), or
+        ``"start"`` (it is centred where A starts, or on the adapter of a post-hoc fit), or
         ``"zero"``.
     df_per_rank
         ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the

@@ -136,24 +136,26 @@ class MonteCLoRAProgram(CentredProgram):
         return [block.name for block in self.layout.blocks]
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
-        own = self.bank.by_block(self.options.latent, rows)
+        entries = self.bank.by_block(self.options.latent, rows)
         if self.options.covariance == "diagonal":
-            return {"scale_diag": own}
-        row, column = torch.tril_indices(self.layout.rank, self.layout.rank, -1, device=own.device)
-        return {"scale_tril": torch.cat([own, own[:, row] | own[:, column]], -1)}
+            return {"scale_diag": entries}
+        row, column = torch.tril_indices(
+            self.layout.rank, self.layout.rank, -1, device=entries.device
+        )
+        return {"scale_tril": torch.cat([entries, entries[:, row] | entries[:, column]], -1)}
 
     def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
         """Return the mean of z in the model, whose noise is seen from M.
 
         It is z at a_j = 0, at the start of a_j, or at the mean of the earlier posterior.
         """
-        own = self.options.latent
-        centre = self.centre(own)
+        factor = self.options.latent
+        centre = self.centre(factor)
         if self.previous is not None:
-            centre = self.bank.latent_part(own, self.previous.bank.means())
+            centre = self.bank.latent_part(factor, self.previous.bank.means())
         elif self.options.prior_mean == "learned":
             return None
-        latent = self.bank.latent_part(own, means)
+        latent = self.bank.latent_part(factor, means)
         if centre is not None:
             latent = latent - centre
         if self.options.component_prior == "hierarchical":
@@ -161,7 +163,7 @@ class MonteCLoRAProgram(CentredProgram):
             loc = whiten(law, latent.expand(*gain.shape[:-2], -1), self.layout.groups)
         else:
             loc = self.layout.scale_rows(-1 / gain, latent)
-        return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
+        return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # inside a plate of draws
 
     def _weights_prior(self) -> dist.TorchDistribution:
         if self.previous is None:
@@ -242,7 +244,7 @@ class MonteCLoRAProgram(CentredProgram):
         if self.options.learn_sample_scale:
             ratio = self.param("sample_scale") / self._epsilon
             law = law * torch.where(self._in_use(), ratio[:, None], 1.0).unsqueeze(-1)
-        return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate: one law a draw
+        return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate there is one law per draw
 
     def _sample_scales(self) -> Tensor:
         """Return ε₀ of every block, (L,)."""

@@ -121,9 +121,9 @@ class NUTS(Guide):
         # The shapes of the sites follow from a draw, which needs a real program of the inner guide.
         few = dataclasses.replace(self, chains=1, num_samples=4)
         program = few.build(AdapterBank(specs, config))
-        found = {name: tuple(t.shape) for name, t in program.state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in program.state_dict().items()}
         size = self.chains * self.num_samples
-        return found | {n: (size, *found[n][1:]) for n in ("diverging", *program.sites)}
+        return shapes | {n: (size, *shapes[n][1:]) for n in ("diverging", *program.sites)}
 
     def infer(self, fit: Fit) -> None:
         fit.joint.adopt(fit.point(MAP()))
@@ -166,7 +166,7 @@ class NUTSProgram(WrappingProgram):
 
     def guide(self, kl_weight: float = 1.0) -> None:
         """Sample one of the draws, whose number is the auxiliary site ``draw``."""
-        self.sample_stored("nuts")
+        self.sample_stored()
 
     def mean(self) -> FlatFactors:
         """Return the mean of the update over draws: of the one factor that varies, or pooled."""

@@ -103,7 +103,7 @@ def _check_program(kind: type[Guide], named: str) -> None:
         layer = LayerSpec("layer", in_features=2, out_features=2, rank=1, scaling=1.0)
         try:
             guide.build(AdapterBank([layer], AdapterConfig(r=1)))
-        except TypeError as error:  # of a program with abstract methods
+        except TypeError as error:  # raised for a program with abstract methods
             raise ConfigError(
                 f"the program of {named} cannot be made: {error}; define what "
                 "pyrolora.guides.Program leaves open"

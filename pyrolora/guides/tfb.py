@@ -129,10 +129,10 @@ class TFB(Guide):
             program.scale.fill_(scale)
             return fit.loss(program.factors(noise), held_out=held_out) - loss
 
-        found = largest_scale(rise, tolerance, self.steps)
-        program.scale.fill_(found)
-        _warn_of_bounds(found, tolerance)
-        fit.log(noise_scale=found, anchor_loss=loss, tolerated=tolerance)
+        scale = largest_scale(rise, tolerance, self.steps)
+        program.scale.fill_(scale)
+        _warn_of_bounds(scale, tolerance)
+        fit.log(noise_scale=scale, anchor_loss=loss, tolerated=tolerance)
 
     def _nats(self, loss: float) -> float:
         """Return the tolerance in nats per observation."""
@@ -155,16 +155,16 @@ def largest_scale(rise: Callable[[float], float], tolerance: float, steps: int) 
     """
     low, high, scale = 0.0, math.inf, FIRST
     for _ in range(steps):
-        found = rise(scale)
-        if found <= tolerance:
+        risen = rise(scale)
+        if risen <= tolerance:
             low = scale
         else:
             high = scale
-        if NEAR * tolerance <= found <= tolerance or low == SCALES[1] or high == SCALES[0]:
+        if NEAR * tolerance <= risen <= tolerance or low == SCALES[1] or high == SCALES[0]:
             break
-        guess = SCALES[1] if found <= 0 else scale * (AIM * tolerance / found) ** 0.5
+        guess = SCALES[1] if risen <= 0 else scale * (AIM * tolerance / risen) ** 0.5
         scale = min(max(guess, SCALES[0]), SCALES[1])
-        if not low < scale < high:  # nor where it is not a number
+        if not low < scale < high:  # or the guess is not a number
             scale = (max(low, SCALES[0]) * min(high, SCALES[1])) ** 0.5
     return low
 
@@ -211,7 +211,7 @@ class TFBProgram(FactorProgram):
         return dist.Normal(torch.zeros_like(self.scale), 1.0).expand([total]).to_event(1)
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
-        return {}  # σ is found after training
+        return {}  # σ is searched after training
 
     def factors(self, sites: Sites) -> FlatFactors:
         roots = self.scale * self.roots()

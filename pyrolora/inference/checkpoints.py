@@ -30,8 +30,8 @@ _NAME = re.compile(r"checkpoint-\d+")
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Return the folders of the Trainer's checkpoints, whole or not."""
-    found = Path(folder).glob("checkpoint-*")
-    return [path for path in found if path.is_dir() and _NAME.fullmatch(path.name)]
+    paths = Path(folder).glob("checkpoint-*")
+    return [path for path in paths if path.is_dir() and _NAME.fullmatch(path.name)]
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -41,8 +41,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def member_folders(folder: str | Path) -> list[Path]:
     """Return the folders in which the members of an ensemble keep their checkpoints."""
-    found = Path(folder).glob(f"{MEMBER}*")
-    return sorted(p for p in found if p.is_dir() and p.name.removeprefix(MEMBER).isdigit())
+    paths = Path(folder).glob(f"{MEMBER}*")
+    return sorted(p for p in paths if p.is_dir() and p.name.removeprefix(MEMBER).isdigit())
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -150,12 +150,12 @@ def damage(checkpoint: Path) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file of JSON, or raise `CheckpointError`."""
     try:
-        found = json.loads(_file(path).read_text(encoding="utf-8"))
+        content = json.loads(_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"cannot read {path}: it holds no object")
-    return found
+    return content
 
 
 def read_tensors(path: Path) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import DataError
+from pyrolora.guides import Latent
 from pyrolora.inference.jacobian import Batches, Part, examples, hessian, slabs
 from pyrolora.model import JointModel
 
@@ -90,7 +91,7 @@ class Dual:
     """
 
     def __init__(
-        self, joint: JointModel, batches: Batches, centre: Tensor, latent: str, draws: int
+        self, joint: JointModel, batches: Batches, centre: Tensor, latent: Latent, draws: int
     ) -> None:
         self.joint, self.batches, self.latent = joint, batches, latent
         self.parts = examples(joint, batches)
@@ -189,24 +190,24 @@ class Dual:
         # (Sᵀ K S + λ I)⁻¹ = (1 / λ) (I + Sᵀ K S / λ)⁻¹
         weights = mode.alpha[:, None] - self._times(root, _solve(mode.factor, seen))
         weights = (weights / precision).to(z.dtype)
-        found = self.shift + z
+        deviations = self.shift + z
         again = slabs(self.joint, self.batches, self.parts, self.latent)
         for columns, J in again if self._only is None else [self._only]:
-            found[:, columns] += weights.T @ J
-        return found
+            deviations[:, columns] += weights.T @ J
+        return deviations
 
     def _law(self, moved: Tensor) -> tuple[float, Tensor, Tensor]:
         """Return log p(y|f̄ + Q g), its gradient in g (n k,), and roots (n, k, k) of its Hessian."""
         total, slopes, roots, start = 0.0, [], [], 0
         for part in self.parts:
             count = len(part.output)
-            own = moved.view(self.n, self.k)[start : start + count].detach()
+            g = moved.view(self.n, self.k)[start : start + count].detach()
             start += count
             with torch.enable_grad():
-                own.requires_grad_()
-                output = part.at(own)
+                g.requires_grad_()
+                output = part.at(g)
                 log_prob = self.joint.task.log_prob(output, part.batch).double().sum()
-                slopes.append(torch.autograd.grad(log_prob, own)[0])
+                slopes.append(torch.autograd.grad(log_prob, g)[0])
             total += float(log_prob.detach())
             roots.append(self._root(part, output.detach()))
         return total, torch.cat(slopes).flatten(), torch.cat(roots)

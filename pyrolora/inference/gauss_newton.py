@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.columns import Batch
-from pyrolora.guides import Curvature
+from pyrolora.guides import Curvature, Latent
 from pyrolora.inference.recording import Recording, readable, recorded
 from pyrolora.model import JointModel, evaluating
 
@@ -72,7 +72,7 @@ def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Cu
 
 
 def _gradients(
-    joint: JointModel, batch: Batch, latent: str, passes: int
+    joint: JointModel, batch: Batch, latent: Latent, passes: int
 ) -> Iterator[tuple[tuple[str, str], Tensor]]:
     """Yield (layer, factor) and the gradients of each example, (b, r, columns), one v at a time."""
     program = joint.program

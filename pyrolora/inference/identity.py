@@ -75,14 +75,14 @@ def check_same_fit(saved: Mapping[str, Any], now: Mapping[str, Any], where: Path
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the entries of nested mappings that differ, as text."""
-    found = []
+    changes = []
     for name in dict.fromkeys([*old, *new]):
         before, now = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{prefix}{name}.")
+            changes += differences(before, now, f"{prefix}{name}.")
         elif before != now:
-            found.append(f"{prefix}{name} was {before!r}, now {now!r}")
-    return found
+            changes.append(f"{prefix}{name} was {before!r}, now {now!r}")
+    return changes
 
 
 def digest_of_data(data: Prepared) -> str:

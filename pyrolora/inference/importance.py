@@ -94,9 +94,9 @@ def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRA
         signals.append({n: m.sum(-1) for n, m in layout.matrices(mean.square()).items()})
         spreads.append({n: m.sum(-1) for n, m in layout.matrices(apart).items()})
     active = bank.mask().to(factors.A.device)
-    found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
-    for own, name in zip(found, bank.specs, strict=True):
+    ratios = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+    for ratio, name in zip(ratios, bank.specs, strict=True):
         (s_a, s_b), (v_a, v_b) = ((part[0][name], part[1][name]) for part in (signals, spreads))
         noise = s_a * v_b + v_a * s_b + v_a * v_b
-        own[: len(noise)] = torch.where(s_a * s_b > 0, s_a * s_b / noise, 0.0)
-    return found.masked_fill(~active, torch.nan)
+        ratio[: len(noise)] = torch.where(s_a * s_b > 0, s_a * s_b / noise, 0.0)
+    return ratios.masked_fill(~active, torch.nan)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import LABELS, Batch
+from pyrolora.guides import Latent
 from pyrolora.inference.recording import readable, recorded
 from pyrolora.model import JointModel, evaluating
 from pyrolora.tasks import Task
@@ -24,9 +25,9 @@ ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Part:
-    """A batch, its outputs at the means, and the directions in which the likelihood varies.
+    """A batch, its outputs at the means, and the directions in which the task's law varies.
 
-    The columns that the likelihood reads; the outputs f (b, o), flat, and their shape; and the
+    The columns that the task reads; the outputs f (b, o), flat, and their shape; and the
     directions Q (b, o, k), orthonormal.
     """
 
@@ -69,7 +70,7 @@ def hessian(task: Task, output: Tensor, batch: Batch) -> Tensor:
 
 
 def slabs(
-    joint: JointModel, batches: Batches, parts: Sequence[Part], latent: str
+    joint: JointModel, batches: Batches, parts: Sequence[Part], latent: Latent
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield columns of the Jacobian of <q, f(x_i; θ)> in the latent factors at the means.
 
@@ -89,7 +90,9 @@ def slabs(
         yield columns, torch.cat(of_batches)
 
 
-def _rows(joint: JointModel, batch: Batch, part: Part, names: Sequence[str], latent: str) -> Tensor:
+def _rows(
+    joint: JointModel, batch: Batch, part: Part, names: Sequence[str], latent: Latent
+) -> Tensor:
     """Return the Jacobian of one batch in the latent factors of some layers, (b k, p)."""
     bank = joint.program.bank
     means = bank.means()
@@ -139,7 +142,7 @@ def _of_block(
     return total
 
 
-def _slab_names(joint: JointModel, rows: int, latent: str) -> Iterator[list[str]]:
+def _slab_names(joint: JointModel, rows: int, latent: Latent) -> Iterator[list[str]]:
     names: list[str] = []
     held = 0
     for name, spec in joint.program.bank.specs.items():
@@ -153,7 +156,7 @@ def _slab_names(joint: JointModel, rows: int, latent: str) -> Iterator[list[str]
     yield names
 
 
-def _columns(joint: JointModel, names: Sequence[str], latent: str) -> Tensor:
+def _columns(joint: JointModel, names: Sequence[str], latent: Latent) -> Tensor:
     """Return the entries of ``bank.layout(latent)`` of these layers, in the order of `_rows`."""
     start, places = 0, {}
     for block in joint.program.bank.layout(latent).blocks:

@@ -29,7 +29,7 @@ def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_ra
     still = set(joint.program.bank.specs) if starts else set()
     for name, start in starts.items():
         changed = joint.get_parameter(name).detach().to(start.device) != start
-        still -= {layer for layer, own in layout.matrices(changed).items() if own.any()}
+        still -= {layer for layer, moved in layout.matrices(changed).items() if moved.any()}
     if not still:
         return
     names = [name for name in joint.program.bank.specs if name in still]
@@ -38,7 +38,7 @@ def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_ra
         "quantised for inference, detach(), no_grad()), or the output does not depend on them"
     )
     largest = max(float(start.abs().max()) for start in starts.values())
-    if learning_rate <= 1e-8 * largest:  # which rounding takes away
+    if learning_rate <= 1e-8 * largest:  # rounding swallows such steps
         reason = f"the learning rate is {learning_rate:g}"
     warnings.warn(
         f"training has not moved the adapters of {len(names)} of "

@@ -20,7 +20,7 @@ from pyrolora.columns import LABELS, Batch
 from pyrolora.data.collate import pass_rows, to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import NonFiniteError
-from pyrolora.guides import Guide, Program
+from pyrolora.guides import Guide, Latent, Program
 from pyrolora.inference.checkpoints import STATE_FILE, checkpoint_to_resume
 from pyrolora.inference.curvature import Kronecker, kfac
 from pyrolora.inference.dual import Dual, check_size
@@ -161,7 +161,7 @@ class Run:
         parts = examples(self.joint, lambda: self._batches("outputs"))
         check_size(len(self.data), parts[0].basis.shape[-1])
 
-    def dual(self, centre: Tensor, latent: str, draws: int) -> Dual:
+    def dual(self, centre: Tensor, latent: Latent, draws: int) -> Dual:
         """Return the posterior of all latent factors in the model linearised at the means."""
         set_seed(self.args.seed)
         return Dual(self.joint, lambda: self._batches("curvature"), centre, latent, draws)

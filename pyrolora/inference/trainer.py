@@ -70,7 +70,7 @@ class SVITrainer(ResumingTrainer):
         self.guide = guide
         self._evaluate_posterior = evaluate
         self._terms: tuple[str, ...] = ()
-        self._sums: Tensor | None = None  # of these terms, since the last log
+        self._sums: Tensor | None = None  # sums of these terms since the last log
         self._steps = 0
         self._unchecked: list[tuple[Tensor, Mapping[str, Tensor]]] = []
         self._data = data
@@ -278,7 +278,7 @@ class SVITrainer(ResumingTrainer):
             elbo = sum(-v if name.startswith("kl/") else v for name, v in means.items())
             logs |= {**means, "elbo": elbo}
             self._sums = None
-        if "train_loss" in logs:  # of all steps, those before a resume, too
+        if "train_loss" in logs:  # a mean over all steps, also those before a resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
 

@@ -43,7 +43,7 @@ def fitted(guide: Any, **options: Any) -> pyrolora.Posterior:
 
 
 def loaded_elsewhere(folder: Path, predictions: Path, *registered: str) -> str:
-    """What a fresh process prints that loads the folder, and writes its predictions."""
+    """Load the folder in a fresh process that writes its predictions; return what it prints."""
     here = Path(outside.__file__).parent
     path = os.pathsep.join([str(here.parent), *sys.path])
     done = subprocess.run(
@@ -158,13 +158,13 @@ def test_a_class_that_lacks_parts_is_refused() -> None:
 
 
 class Forgetful(CopiedProgram):
-    """States that ranks can move, and does not say which of its entries belong to them."""
+    """A program that lets ranks move, and does not say which entries belong to them."""
 
     rank_entries = guides.Program.rank_entries
 
 
 class Abstract(guides.FactorProgram):
-    """Has no law."""
+    """A program without a law."""
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def nothing(joint: JointModel) -> Curvature:
 
 
 def deviations(joint: JointModel, draws: int = 4000) -> Tensor:
-    """Of each entry of A, over the root mean square of its row."""
+    """Return the width of each entry of A over the root mean square of its row."""
     bank = joint.program.bank
     torch.manual_seed(1)
     drawn = joint.program.factors(joint.program.draw(draws)).A

@@ -1,4 +1,4 @@
-"""A program around another one hands on all that a program can be asked for."""
+"""A program around another one forwards everything that a program can be asked for."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ DERIVED = {
 
 
 def public(kind: type) -> set[str]:
-    """Methods, properties and annotated attributes that a class itself has."""
+    """Return the methods, properties and annotated attributes that a class itself defines."""
     names = {*vars(kind), *inspect.get_annotations(kind)}
     return {name for name in names if not name.startswith("_")}
 
 
-def test_a_wrapping_program_hands_on_every_method_and_flag() -> None:
+def test_a_wrapping_program_forwards_every_method_and_flag() -> None:
     """Fails for a method or an attribute that is added to `Program` alone."""
     assert public(Program) >= DERIVED
     assert public(Program) - DERIVED <= public(WrappingProgram)
 
 
 @pytest.mark.parametrize("kind", [CentredProgram, FactorProgram])
-def test_subclasses_add_no_hook_that_others_call_without_its_being_handed_on(kind: type) -> None:
-    """What they add is for their own subclasses."""
+def test_subclasses_add_no_hook_that_others_call_without_forwarding_it(kind: type) -> None:
+    """Their additions serve their subclasses."""
     inner = {"sizes", "centre", "prior_loc", "row_sizes", "prior", "law", "loc", "in_rows"}
     inner |= {"in_use", "normal_prior", "prior_scale", "units", "sites", "joint_law"}
     assert public(kind) - inner <= public(Program)
 
 
-def test_flat_hands_on_every_part_of_its_guide() -> None:
+def test_flat_forwards_every_part_of_its_guide() -> None:
     made = {"build", "shapes", "post_hoc", "takes_prior", "name", "adapts"}  # of `supports`, or own
     assert public(Guide) - made <= public(Flat)
 
 
 class Wrapped(WrappingProgram):
-    """States all that its inner program does."""
+    """A wrapping program with any capability."""
 
     options: Any = MagicMock()
 
