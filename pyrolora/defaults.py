@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 # Training. AdamW as in the Trainer; small encoders learn at this rate (the benchmark's runs), large
 # language models usually want less, 1e-4 to 5e-4.
 EPOCHS = 5
@@ -32,7 +34,7 @@ NUM_COMPONENTS = 4
 # The prior of A is centred at zero and has the scale ε ‖π‖; V starts small, so that the network
 # learns before there is noise. Chosen on MRPC and CoLA; the alternatives that were tried:
 # docs/evidence.md#montec
-PRIOR_MEAN = "zero"
+PRIOR_MEAN: Final = "zero"
 SAMPLE_SCALE = 0.3
 INIT_COVARIANCE = 0.01
 KL_WEIGHT = 0.2

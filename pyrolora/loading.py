@@ -126,7 +126,7 @@ def _joint(saved: Saved, network: nn.Module) -> JointModel:
             description.num_examples,
         )
         if description.prior is not None:
-            joint.program.await_prior(description.prior)
+            joint.program.succeed(description.prior)
             joint.align()
         joint.check_own_state(saved.tensors.declared)
         joint.load_own_state(saved.state())

@@ -13,8 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.guides import SWAG, Program
-from pyrolora.guides.base import Variational, WrappingProgram
+from pyrolora.guides import SWAG, Program, Variational, WrappingProgram
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.model import evaluating
 from pyrolora.seeding import DRAWING, seeded

@@ -1,8 +1,9 @@
-"""MC dropout: draws are masks, and each is one function."""
+"""MC dropout: each draw is a mask, and so a function."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pyro
 import pyro.distributions as dist
@@ -12,9 +13,12 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import share, whole_number
-from pyrolora.guides.base import Guide, Program, Quantities, Sites, flat, require
+from pyrolora.guides.options import Guide
+from pyrolora.guides.plates import flat
+from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.supports import Supports
 
-UNITS = ("input", "rank")
+Unit = Literal["input", "rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +30,17 @@ class Dropout(Guide):
     in model and guide alike. A unit is an input of the adapter (a column of A, what PEFT's
     ``lora_dropout`` drops), or one of its ranks (a row). M, B and the task head are parameters
     that model and guide share, and E[A] = M. A draw is one mask: for all tokens of a text, all
-    examples of a batch, and the whole of a generated text. ``AdapterConfig.lora_dropout``, which is
-    for training alone and differs from token to token, comes on top.
+    examples of a batch, and the whole of a generated text. ``AdapterConfig.lora_dropout``, which
+    acts in training alone and differs between tokens, comes on top.
 
     Parameters
     ----------
     p
-        The share of units that a mask takes out.
+        Probability that a mask drops a unit.
     unit
         ``"input"`` or ``"rank"``.
     draws_per_batch
-        G: the examples of a training batch fall into G equal groups with a mask each.
+        G: the examples of a training batch are split into G equal groups, each with its own mask.
 
     References
     ----------
@@ -47,25 +51,24 @@ class Dropout(Guide):
     name = "dropout"
 
     p: float = defaults.DROPOUT
-    unit: str = "input"
+    unit: Unit = "input"
     draws_per_batch: int = defaults.DROPOUT_DRAWS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share("p", self.p, "(0, 1)")
-        require(self.unit in UNITS, "unit", f"one of {UNITS}", self.unit)
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(rank_allocation=True, independent_layers=True)
 
     def build(self, bank: AdapterBank) -> DropoutProgram:
         return DropoutProgram(bank, self)
 
-    def post_hoc(self) -> str | None:
-        return None
-
 
 class DropoutProgram(Program):
-    """The site ``mask``: 0 or 1 for every unit, flat, layer after layer as in the bank."""
-
-    has_prior = False
+    """A program with the site ``mask``: 0 or 1 for every unit, flat, in the order of the bank."""
 
     options: Dropout
     _unit_of_entry: Tensor
@@ -73,7 +76,6 @@ class DropoutProgram(Program):
 
     def __init__(self, bank: AdapterBank, options: Dropout) -> None:
         super().__init__(bank, options)
-        self.draws_per_batch = options.draws_per_batch
         units, total = [], 0
         for block in bank.layouts["A"].blocks:
             rows = torch.arange(block.rank).unsqueeze(-1).expand(-1, block.columns)
@@ -95,8 +97,11 @@ class DropoutProgram(Program):
         return FlatFactors(means.A * kept, means.B)
 
     def quantities(self, sites: Sites) -> Quantities:
-        """The share of units that a draw keeps."""
+        """Return the share of units that a draw keeps."""
         return {"kept": (sites["mask"].mean(-1), ())}
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # no parameters beside the means
 
     def _mask(self) -> Tensor:
         mask: Tensor = pyro.sample("mask", dist.Bernoulli(self._keep).to_event(1))

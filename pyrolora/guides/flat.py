@@ -1,4 +1,4 @@
-"""Flat-LoRA: the loss as an expectation over perturbed weights, around any other guide."""
+"""Flat-LoRA: the loss in expectation over perturbed weights, around any other guide."""
 
 from __future__ import annotations
 
@@ -16,25 +16,21 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive, true_or_false
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    Fit,
-    Guide,
-    Law,
-    Program,
-    Sites,
-    Variational,
-    WrappingProgram,
-    require,
-)
+from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
+from pyrolora.guides.options import Guide, Variational, require
+from pyrolora.guides.program import Program, Sites
+from pyrolora.guides.supports import Supports
+from pyrolora.guides.wrapping import WrappingProgram
 
-SEEDS = 2**24  # the numbers that a float32 in [0, 1) tells apart
+SEEDS = 2**24
+"""Number of values that a float32 in [0, 1) tells apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flat(Guide):
-    """Another guide's objective, in expectation over noise on the adapted weights.
+    """The objective of another guide, in expectation over noise on the adapted weights.
 
     For an adapted layer with W' = W + s B A, in training,
 
@@ -42,13 +38,14 @@ class Flat(Guide):
         σ_t = ρ · ½ (1 − cos(π t / T))
 
     at step t of T (optimiser steps, whatever the accumulation and the number of processes): one
-    scale an output neuron, so that E‖E[i, :]‖² = σ_t² ‖W'[i, :]‖². No gradient runs through the
+    scale per output neuron, so that E‖E[i, :]‖² = σ_t² ‖W'[i, :]‖². No gradient runs through the
     norms. To second order the objective adds ½ Σ σ² ‖W'[i, :]‖² / in · ∂²loss/∂W[i, j]²: minima
     are flat.
 
     E is a function of a seed and of the layer, and the seed is the random site: ``seed``, uniform
     in model and guide alike, so that its KL is zero. W itself is never touched, and no tensor of
-    its size is kept: the backward pass draws E again.
+    its size is kept: the backward pass draws E again. W has to be plain, and of 16 bits or more; on
+    a quantised base use the inner guide alone.
 
     Parameters
     ----------
@@ -57,7 +54,7 @@ class Flat(Guide):
     rho
         ρ, the final noise relative to the norm of a row.
     at_prediction
-        Draw E at prediction, too, at σ_T = ρ; otherwise draws are those of ``inner``.
+        Draw E at prediction, too, with σ_T = ρ; otherwise draws are those of ``inner``.
 
     References
     ----------
@@ -72,6 +69,7 @@ class Flat(Guide):
     at_prediction: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("rho", self.rho)
         true_or_false("at_prediction", self.at_prediction)
         require(
@@ -81,6 +79,14 @@ class Flat(Guide):
             "inner",
             "another guide that trains adapters, such as pyrolora.guides.MonteCLoRA()",
             self.inner,
+        )
+
+    @property
+    def supports(self) -> Supports:
+        return (
+            self.inner.supports
+            if isinstance(self.inner, Variational)
+            else replace(self.inner.supports, post_hoc=None)
         )
 
     def build(self, bank: AdapterBank) -> FlatProgram:
@@ -100,21 +106,19 @@ class Flat(Guide):
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
         return self.inner.scale_rate(learning_rate, steps, num_examples)
 
-    def takes_prior(self) -> bool:
-        return self.inner.takes_prior()
+    @property
+    def settles(self) -> bool:
+        return self.inner.settles
 
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
-
-    def post_hoc(self) -> str | None:
-        return self.inner.post_hoc() if isinstance(self.inner, Variational) else None
 
     def check(self, task: Law) -> None:
         self.inner.check(task)
 
 
 class _FlatFit:
-    """The fit as the inner guide sees it: its own program, and flat point estimates."""
+    """A fit as the inner guide sees it: the inner program, and point estimates that are flat."""
 
     def __init__(self, fit: Fit, options: Flat) -> None:
         self._fit, self._options = fit, options
@@ -129,10 +133,12 @@ class _FlatFit:
 
 
 class FlatProgram(WrappingProgram):
-    """The sites of the inner program, and ``seed``: uniform in (0, 1), whose first 24 bits count.
+    """A program with the sites of the inner one and ``seed``, uniform in (0, 1).
 
-    The model has noise in training mode, like dropout; in evaluation mode, and in the factors of
-    given draws whatever the mode, with ``at_prediction`` alone.
+    The first 24 bits of the seed count.
+
+    Like dropout, the noise acts in training mode. In evaluation mode, and in `factors` whatever
+    the mode, it acts with ``at_prediction`` alone.
     """
 
     options: Flat
@@ -152,17 +158,14 @@ class FlatProgram(WrappingProgram):
         self._seed()
 
     def factors(self, sites: Sites) -> FlatFactors:
-        own = {name: value for name, value in sites.items() if name != "seed"}
-        return self._at_prediction(self.inner.factors(own), sites["seed"])
-
-    def stored(self) -> int | None:
-        return self.inner.stored()
+        inner = {name: value for name, value in sites.items() if name != "seed"}
+        return self._at_prediction(self.inner.factors(inner), sites["seed"])
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         return {**self.inner.pick(index), "seed": torch.rand(len(index))}
 
     def noise_scale(self) -> float:
-        """σ_t of the training at the present `progress`."""
+        """Return σ_t at the present `progress` of the training."""
         return self.options.rho * 0.5 * (1 - math.cos(math.pi * self.progress))
 
     def _seed(self) -> Tensor:
@@ -177,6 +180,6 @@ class FlatProgram(WrappingProgram):
 
 
 def _perturbed(factors: FlatFactors, seed: Tensor, scale: float) -> FlatFactors:
-    """The factors with noise of that scale beside them; ``seed`` is (), (S,) or (S, 1)."""
+    """Return the factors with noise of that scale; ``seed`` is (), (S,) or (S, 1)."""
     seed = seed.squeeze(-1) if seed.dim() > 1 else seed
     return replace(factors, seeds=(seed * SEEDS).long(), noise_scale=scale)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyrolora.adapters import AdapterBank
-from pyrolora.guides.base import Guide
 from pyrolora.guides.map import MAP, MAPProgram
+from pyrolora.guides.options import Guide
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Guide):
-    """Full fine-tuning, the baseline of all adapters: the weights that take a gradient are trained,
-    without adapters, prior and spread.
+    """Full fine-tuning, the baseline of all adapters.
+
+    The weights that take a gradient are trained, without adapters, prior and spread.
 
     The network that is passed to ``fit`` stays as it is: a copy of it is trained, which is the
     posterior's ``base``, and whose weights `Posterior.save` writes, all of them. Weights in half
@@ -24,8 +26,9 @@ class Full(Guide):
     name = "full"
     adapts = False
 
+    @property
+    def supports(self) -> Supports:
+        return Supports()
+
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, MAP())
-
-    def post_hoc(self) -> str | None:
-        return None

@@ -11,24 +11,18 @@ from torch import Tensor
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import (
-    LATENTS,
-    Program,
-    Quantities,
-    Sites,
-    Variational,
-    flat,
-    require,
-    tempered,
-)
+from pyrolora.guides.options import Latent, Variational, require
+from pyrolora.guides.plates import flat, tempered
+from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAP(Variational):
     """A Delta guide on both factors: A = M_A, B = M_B, with q a point mass.
 
-    Without a prior the model has the same point mass (the empirical-Bayes prior mean with no
-    spread), its KL is zero, and the fit is LoRA as PEFT and the Trainer do it. With
+    Without a prior the model has the same point mass (the empirical-Bayes prior mean without
+    width), the KL is zero, and the fit is LoRA as with PEFT and the Trainer. With
     ``prior_scale`` σ₀ every entry has the prior N(0, σ₀²), and the fit is MAP:
     −log p(y|A, B) + β (‖A‖² + ‖B‖²) / (2 σ₀²) + constant. (Where the adapters have a start that is
     taken off again, the prior is around it.)
@@ -48,33 +42,36 @@ class MAP(Variational):
     name = "map"
 
     prior_scale: float | None = None
-    latent: str = "AB"
+    latent: Latent = "AB"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
         require(self.draws_per_batch == 1, "draws_per_batch", "1: a point", self.draws_per_batch)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
         elif (self.kl_weight, self.kl_weight_against, self.kl_warmup) != (1.0, "sum", 0.0):
-            raise ConfigError("kl_weight and its warm-up weigh a prior; give prior_scale, too")
+            raise ConfigError(
+                "kl_weight and its warm-up weigh a prior, and there is none, got prior_scale=None; "
+                "give prior_scale, too"
+            )
         elif self.latent != "AB":
-            raise ConfigError("latent says which factors have the prior; give prior_scale, too")
+            raise ConfigError(
+                "latent says which factors have the prior, and there is none, got "
+                f"latent={self.latent!r}; give prior_scale, too"
+            )
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(rank_allocation=True, independent_layers=True, distinct_prior=True)
 
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, self)
 
-    def post_hoc(self) -> str | None:
-        return None
-
 
 class MAPProgram(Program):
-    """Sites ``A`` and ``B``: all entries of the factors, flat."""
+    """A program with sites ``A`` and ``B``: all entries of the factors, flat."""
 
     options: MAP
-
-    def __init__(self, bank: AdapterBank, options: MAP) -> None:
-        super().__init__(bank, options)
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         means = self.bank.means()
@@ -94,6 +91,9 @@ class MAPProgram(Program):
 
     def quantities(self, sites: Sites) -> Quantities:
         return {}
+
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # no parameters beside the means
 
     def _prior(self, factor: str, mean: Tensor) -> dist.TorchDistribution:
         if self.options.prior_scale is None or factor not in self.options.latent:

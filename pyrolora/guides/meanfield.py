@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
-from pyrolora.guides.base import Curvature
+from pyrolora.guides.engines import Curvature
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
+from pyrolora.guides.supports import Supports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class MeanField(GaussianGuide):
     Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½. Around the start, a prior's m_i is the distance
     from it; given the curvature, σ_i² = β / (H_ii + β / σ₀²).
 
-    A draw is one setting of the weights for all tokens of a sequence, and for all examples of
-    its group (``draws_per_batch``).
+    A draw is one value of the weights for all tokens of a sequence, and for all examples of its
+    group (``draws_per_batch``).
 
     Parameters
     ----------
@@ -46,14 +46,24 @@ class MeanField(GaussianGuide):
     """
 
     name = "meanfield"
-    has_closed_scales: ClassVar[bool] = True
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(
+            rank_allocation=True,
+            prior=True,
+            post_hoc=self.post_hoc_scales,
+            closed_scales=True,
+            independent_layers=True,
+            distinct_prior=True,
+        )
 
     def build(self, bank: AdapterBank) -> MeanFieldProgram:
         return MeanFieldProgram(bank, self)
 
 
 class MeanFieldProgram(FactorProgram):
-    """Sites ``A`` and ``B``, those that are latent; one scale for each of their entries."""
+    """A program with sites ``A`` and ``B``, those that are latent; one scale per entry."""
 
     options: MeanField
 
@@ -72,7 +82,7 @@ class MeanFieldProgram(FactorProgram):
             precision = entries / beta + self.prior_scale(site) ** -2
             self.assign(f"{site}_scale", precision.rsqrt() / size)
 
-    def of_ranks(self, rows: Tensor) -> dict[str, Tensor]:
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         return {f"{site}_scale": self.bank.spread(site, rows) for site in self.sites}
 
     def law(self, site: str) -> dist.TorchDistribution:

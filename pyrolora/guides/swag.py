@@ -1,4 +1,4 @@
-"""SWAG: a Gaussian from the moments of what the optimiser passes through."""
+"""SWAG: a Gaussian from the moments of the optimiser's iterates."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, share, whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.guides.base import LATENTS, Fit, Guide, require
+from pyrolora.guides.engines import Fit
 from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.guides.options import Guide, Latent, require
+from pyrolora.guides.supports import Supports
 
 SMALLEST_VARIANCE = 1e-12
-"""Of an entry that did not move, so that the law has a density."""
+"""The variance of an entry that did not move, so that the law has a density."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SWAG(Guide):
-    """A Gaussian around the mean of T iterates of plain LoRA, with their own covariance.
+    """A Gaussian around the mean of T iterates of plain LoRA, with their covariance.
 
     The last part of the training holds its learning rate and passes through θ_1 .. θ_T, evenly
     spaced. With θ̄ and v their mean and variance, entry by entry, and D the last K deviations
@@ -41,14 +43,14 @@ class SWAG(Guide):
     ----------
     start
         The share of the training steps after which iterates are collected, and the learning rate
-        stays what it is. With the Trainer's linear schedule that is 1 − ``start`` times the first.
+        is held. With the Trainer's linear schedule that is 1 − ``start`` times the first.
     snapshots
         T, or as many as there are steps.
     rank
-        K <= T. The memory is that of K more copies of the factors.
+        K <= T. It takes the memory of K more copies of the factors.
     prior_scale
-        σ₀ of the prior N(0, σ₀² I), also that of the training; None: plain LoRA, and the Pyro
-        model has the guide's own law for its prior.
+        σ₀ of the prior N(0, σ₀² I), in training, too; None: plain LoRA, and the prior of the Pyro
+        model is the guide's law.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
 
@@ -65,16 +67,20 @@ class SWAG(Guide):
     snapshots: int = defaults.SWAG_SNAPSHOTS
     rank: int = defaults.SWAG_RANK
     prior_scale: float | None = None
-    latent: str = "AB"
+    latent: Latent = "AB"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         share("start", self.start, "[0, 1)")
         whole_number("snapshots", self.snapshots, at_least=2)
         whole_number("rank", self.rank, at_least=2)
         require(self.rank <= self.snapshots, "rank", "at most snapshots", self.rank)
-        require(self.latent in LATENTS, "latent", f"one of {LATENTS}", self.latent)
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(rank_allocation=True, distinct_prior=self.prior_scale is not None)
 
     def build(self, bank: AdapterBank) -> SWAGProgram:
         return SWAGProgram(bank, self)
@@ -96,13 +102,11 @@ class SWAG(Guide):
     def rate_held_from(self) -> float:
         return self.start
 
-    def post_hoc(self) -> str | None:
-        return None
-
 
 class SWAGProgram(FactorProgram):
-    """One site, named by what is latent: ``A``, ``B`` or ``AB``. While it is trained the program is
-    the point mass of plain LoRA.
+    """A program with one site, named by the latent factors: ``A``, ``B`` or ``AB``.
+
+    During training it is the point mass of plain LoRA.
 
     Buffers: the number of iterates, ``count``; the mean over them of all that is trained,
     ``iterate_mean``, which is empty but for the time of a training; and of the latent entries
@@ -111,7 +115,6 @@ class SWAGProgram(FactorProgram):
     """
 
     joint_law = True
-    layers_independent = False
 
     options: SWAG
     count: Tensor
@@ -121,7 +124,6 @@ class SWAGProgram(FactorProgram):
 
     def __init__(self, bank: AdapterBank, options: SWAG) -> None:
         super().__init__(bank, options)
-        self.has_prior = options.prior_scale is not None
         total = bank.layout(options.latent).total
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
         self.register_buffer("iterate_mean", torch.zeros(0))
@@ -143,11 +145,14 @@ class SWAGProgram(FactorProgram):
         variance = (0.5 * self.variance).clamp(min=SMALLEST_VARIANCE)
         return dist.LowRankMultivariateNormal(mean, self.deviations.mT, variance)
 
+    def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
+        return {}  # iterates are collected once the ranks no longer move
+
     def scale_parameters(self) -> list[str]:
         return []
 
     def begin(self, others: Iterable[nn.Parameter]) -> None:
-        """Be a point mass, and collect the iterates of the bank and of these other parameters."""
+        """Become a point mass, and collect the iterates of the bank and of ``others``."""
         self._trained = [*self.bank.parameters(), *others]
         self.iterate_mean = torch.zeros_like(parameters_to_vector(self._trained))
 
@@ -167,7 +172,7 @@ class SWAGProgram(FactorProgram):
             self._collect()
 
     def _collect(self) -> None:
-        """Welford's update of mean and squares, and the iterate in place of the oldest one."""
+        """Update mean and squares by Welford's rule, and replace the oldest iterate."""
         assert self._trained is not None
         bank = self.bank
         latent = bank.latent_part(self.options.latent, bank.means())
@@ -183,7 +188,7 @@ class SWAGProgram(FactorProgram):
 
     @torch.no_grad()
     def conclude(self) -> None:
-        """Put the means in place of the last iterate, and make a law of the moments."""
+        """Replace the last iterate by the means, and the sums by the moments of the law."""
         assert self._trained is not None
         count, kept = int(self.count), min(int(self.count), self.options.rank)
         if count > 1:

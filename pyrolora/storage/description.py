@@ -10,16 +10,17 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from pyrolora import defaults
 from pyrolora.adapters import LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.files import shown
-from pyrolora.guides import Guide, from_options, full_name
+from pyrolora.guides import Guide, from_options, full_name, unregistered
 from pyrolora.options import check_options
 from pyrolora.storage.base import check_description
 from pyrolora.storage.numbers import finite
@@ -44,6 +45,7 @@ FORMAT = "pyrolora-posterior"
 FORMAT_VERSION = 2
 DIGEST = "digest"
 STATE_NAME = r"adapters-[0-9a-f]{12}\.safetensors"
+REGISTRABLE = r"[A-Za-z][A-Za-z0-9_-]{0,79}"
 TOKENIZER_NAME = r"tokenizer-[0-9a-f]{12}"
 
 LOGGED = {
@@ -127,6 +129,31 @@ def described(meta: Mapping[str, Any]) -> Description:
     )
 
 
+def check_registered(where: str, meta: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` for a guide or a task that is not registered, naming it.
+
+    Entries that no save writes are left to `described`.
+    """
+    guides = [entry.get("name") for entry in _objects(meta, "guide", "prior")]
+    missing = next(filter(None, (unregistered(n) for n in guides if isinstance(n, str))), None)
+    if missing is not None:
+        _ask_to_register(where, "guide", missing)
+    task = meta.get("task")
+    if isinstance(task, str) and re.fullmatch(REGISTRABLE, task) and task not in available():
+        _ask_to_register(where, "task", task)
+
+
+def _objects(meta: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
+    return [meta[name] for name in names if isinstance(meta.get(name), dict)]
+
+
+def _ask_to_register(where: str, axis: str, name: str) -> NoReturn:
+    raise CheckpointError(
+        f"{where} was saved with the {axis} {name!r}, and none of that name is registered here; "
+        f"call pyrolora.{axis}s.register with the class whose name is {name!r}, and load again"
+    )
+
+
 def digest_of(meta: Mapping[str, Any]) -> str:
     """Return the SHA-256 of all entries but the digest itself, as JSON in one spelling."""
     rest = {name: value for name, value in meta.items() if name != DIGEST}
@@ -134,6 +161,10 @@ def digest_of(meta: Mapping[str, Any]) -> str:
 
 
 # The entries -------------------------------------------------------------------------------------
+
+
+def _task(name: str, value: Any) -> None:
+    choice(*available())(name, value)  # with the tasks that are registered by now
 
 
 def _history_entry(name: str, value: Any) -> None:
@@ -179,7 +210,7 @@ ENTRIES: dict[str, Check] = {
     "tokenizer_files": optional(mapping(_HEX, at_least=1)),
     "guide": _GUIDE,
     "prior": optional(_GUIDE),
-    "task": choice(*available()),
+    "task": _task,
     "adapter": mapping(anything),
     "layers": items(mapping(anything)),
     "heads": items(text()),

@@ -27,6 +27,7 @@ from pyrolora.storage.description import (
     STATE_NAME,
     TOKENIZER_NAME,
     Description,
+    check_registered,
     described,
     digest_of,
 )
@@ -149,6 +150,7 @@ def read_description(path: Path) -> Description:
             f"{path} was edited or is incomplete: {META_FILE} is not what was saved (its digest "
             "differs, or it has none); restore it from a copy"
         )
+    check_registered(str(path), meta)
     try:
         return described(meta)
     except CheckpointError as error:

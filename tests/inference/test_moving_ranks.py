@@ -164,7 +164,7 @@ class Renewed(TrainerCallback):
         program = model.joint.program
         now = program.bank.mask().clone()
         if self.before is not None and not torch.equal(now, self.before):
-            for name, entries in program.of_ranks(now & ~self.before).items():
+            for name, entries in program.rank_entries(now & ~self.before).items():
                 parameter = program.get_parameter(name)
                 moments = optimizer.state[parameter]["exp_avg"]
                 for found, mine in ((self.came, entries), (self.stayed, ~entries)):

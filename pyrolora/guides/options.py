@@ -1,0 +1,202 @@
+"""Options of a guide: the abstract `Guide`, and `Variational` for those that minimise an ELBO."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from pyrolora import defaults
+from pyrolora.adapters import AdapterBank, LayerSpec
+from pyrolora.adapters.config import AdapterConfig
+from pyrolora.checks import check_choices, positive, share, whole_number
+from pyrolora.errors import ConfigError
+from pyrolora.guides.engines import Fit, Law
+from pyrolora.guides.supports import PostHoc, Supports
+
+if TYPE_CHECKING:
+    from pyrolora.guides.program import Program
+
+Latent = Literal["A", "B", "AB"]
+Against = Literal["sum", "mean"]
+ScaleUpdates = Literal["curvature", "gradient"]
+PriorMean = Literal["learned", "start", "zero"]
+Units = Literal["row", "fan_in", "one"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guide(ABC):
+    """Options of a method.
+
+    Options annotated with ``Literal`` are checked against it.
+    """
+
+    name: ClassVar[str]
+    adapts: ClassVar[bool] = True
+    """Whether the network gets adapters; without, the weights of the network are trained."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+    @property
+    @abstractmethod
+    def supports(self) -> Supports:
+        """The capabilities of the guide with these options; all others raise `ConfigError`."""
+
+    @abstractmethod
+    def build(self, bank: AdapterBank) -> Program:
+        """Return the model/guide pair over the factors of ``bank``."""
+
+    def shapes(
+        self, specs: Sequence[LayerSpec], config: AdapterConfig
+    ) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every stored tensor of the program that `build` makes.
+
+        No such tensor is allocated.
+        """
+        with torch.device("meta"):
+            state = self.build(AdapterBank(specs, config)).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def infer(self, fit: Fit) -> None:
+        """Infer the posterior of ``fit.joint``, by stochastic variational inference."""
+        fit.svi()
+
+    def beta(self, num_examples: int, progress: float = 1.0) -> float:
+        """Return the weight of the KL at ``progress`` (0..1) through the training steps."""
+        return 1.0
+
+    def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
+        """Return the learning rate of the scales in a fit of ``steps`` steps.
+
+        Scales are those of the posterior and of a regression's noise; the means have
+        ``learning_rate``.
+        """
+        highest = defaults.SCALE_LEARNING_RATE
+        if self.beta(num_examples) < 1:
+            highest *= min(1.0, defaults.SCALE_STEPS / steps) ** 0.5
+        return min(highest, defaults.SCALE_RATE * learning_rate)
+
+    @property
+    def settles(self) -> bool:
+        """Whether `Program.settle` sets the scales to their optimum, so that none is trained."""
+        return False
+
+    def rate_held_from(self) -> float:
+        """Return the share of the training steps after which the learning rate is held."""
+        return 1.0
+
+    def post_hoc(self) -> PostHoc | None:
+        """Return how a posterior is inferred around means that stay: see `Supports`."""
+        return self.supports.post_hoc
+
+    def takes_prior(self) -> bool:
+        """Return whether the posterior of an earlier fit can be the prior: see `Supports`."""
+        return self.supports.prior
+
+    def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
+        """Raise `ConfigError` for a task that this method cannot serve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variational(Guide):
+    """Options of a method that minimises −log-likelihood + β · KL.
+
+    Parameters
+    ----------
+    kl_weight, kl_weight_against
+        β. 1 is the ELBO; below 1 the posterior is colder. Against ``"sum"`` β is ``kl_weight``;
+        against ``"mean"``, the mean of the log-likelihood over the n training examples,
+        β = n · ``kl_weight``.
+    kl_warmup
+        Share of the training steps over which the weight rises linearly from 0 to β.
+    draws_per_batch
+        G: the examples of a training batch are split into G equal groups, each with its own draw
+        (the largest divisor of the batch size up to G). The gradient has the same expectation; the
+        part of its variance that all examples share falls as 1/G. 1 is one draw per batch.
+    scale_updates
+        How the scales of the posterior reach the optimum of the objective. ``"curvature"``: they
+        are set to it, before steps 0, 1, 2, 4, ... and at the end, given the generalised
+        Gauss-Newton matrix H of −log p(y|θ), in expectation under the present posterior: for
+        θ_i ~ N(m_i, σ_i²) and the prior N(m_i0, σ₀²) the optimum is σ_i² = β / (H_ii + β / σ₀²). It
+        depends neither on a learning rate nor on the number of steps. ``"gradient"``: they are
+        trained like the means.
+    scale_learning_rate
+        Learning rate of the scales of the posterior, where they are trained, and of the noise of a
+        regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
+        does not grow before the means have learnt, but at most 1e-2, or, where β < 1, at most
+        1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
+        learnt. At β = 1 the optimum is what is asked for, and a fast approach does no harm.
+    """
+
+    guide_only: ClassVar[tuple[str, ...]] = (
+        "kl_warmup",
+        "draws_per_batch",
+        "scale_learning_rate",
+        "scale_updates",
+    )
+    """Options that do not change the model."""
+
+    kl_weight: float = 1.0
+    kl_weight_against: Against = "sum"
+    kl_warmup: float = 0.0
+    draws_per_batch: int = 1
+    scale_learning_rate: float | None = None
+    scale_updates: ScaleUpdates = "gradient"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("kl_weight", self.kl_weight)
+        share("kl_warmup", self.kl_warmup, "[0, 1]")
+        whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
+        if self.scale_learning_rate is not None:
+            positive("scale_learning_rate", self.scale_learning_rate)
+        if self.settles and not self.supports.closed_scales:
+            raise ConfigError(
+                f"the scales of {self.name!r} with these options have no closed optimum, got "
+                "scale_updates='curvature'; leave it out, or choose scale_updates='gradient'"
+            )
+
+    @property
+    def settles(self) -> bool:
+        return self.scale_updates == "curvature"
+
+    @property
+    def post_hoc_scales(self) -> PostHoc:
+        """How the scales are inferred around means that stay."""
+        return "computed" if self.settles else "trained"
+
+    def infer(self, fit: Fit) -> None:
+        if self.settles and fit.program.previous is not None:
+            raise ConfigError(
+                "scale_updates='curvature' has no closed optimum after an earlier posterior; "
+                "choose scale_updates='gradient' for the fit with prior="
+            )
+        super().infer(fit)
+
+    def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
+        return self.scale_learning_rate or super().scale_rate(learning_rate, steps, num_examples)
+
+    def beta(self, num_examples: int, progress: float = 1.0) -> float:
+        factor = num_examples if self.kl_weight_against == "mean" else 1
+        rise = min(1.0, progress / self.kl_warmup) if self.kl_warmup else 1.0
+        return self.kl_weight * factor * rise
+
+
+def check_units(units: Units, latent: Latent, prior_mean: PriorMean) -> None:
+    """Raise `ConfigError` for units that do not go with the latent factors or the prior's mean."""
+    if units == "row" and (latent != "A" or prior_mean != "learned"):
+        raise ConfigError(
+            "units='row' takes the size of a row of A from its mean, which therefore has no price: "
+            f"it goes with latent='A' and prior_mean='learned', got latent={latent!r} and "
+            f"prior_mean={prior_mean!r}; choose units='fan_in' for those"
+        )
+
+
+def require(condition: bool, name: str, expected: str, received: object) -> None:
+    """Raise `ConfigError` for an option outside its range."""
+    if not condition:
+        raise ConfigError(f"{name} must be {expected}, got {received!r}")
