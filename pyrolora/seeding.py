@@ -71,11 +71,11 @@ class Turns(ContextDecorator):
                 self._changed.notify_all()
 
     def mine(self) -> bool:
-        """Whether this thread holds it alone."""
+        """Return whether this thread holds it alone."""
         return self._owner == threading.get_ident()
 
     def awaited(self) -> bool:
-        """Whether other threads wait for it."""
+        """Return whether other threads wait for it."""
         return bool(self._queue)
 
     @contextmanager

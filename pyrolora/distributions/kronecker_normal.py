@@ -33,7 +33,7 @@ class KroneckerNormal(TorchDistribution):
         M and S > 0, flat, shape ``(*batch_shape, total)`` after broadcasting. The entries of S
         belong to pairs of columns of U and V, not to entries of X.
     rows, columns : sequence of Tensor
-        One of each a group: U (count, r, r) and V (count, c, c), orthogonal, which is not checked.
+        U (count, r, r) and V (count, c, c), one of each per group, orthogonal: not checked.
         They have no batch shape.
     groups : sequence of BlockGroup
         The shapes (r_l, c_l) of the L matrices, in runs of equal shape.
@@ -71,7 +71,7 @@ class KroneckerNormal(TorchDistribution):
             shapes = [tuple(t.shape) for t in found]
             if shapes != sides:
                 raise ValueError(
-                    f"KroneckerNormal needs {name} of shapes {sides}, one a group, got {shapes}"
+                    f"KroneckerNormal needs {name} of shapes {sides}, one per group, got {shapes}"
                 )
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         total = sum(group.total for group in self.groups)

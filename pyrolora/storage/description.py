@@ -1,7 +1,7 @@
 """The description of a saved posterior, ``posterior.json``: every entry, its type and its bounds.
 
-What a file says becomes a value of one of our types here, or a `CheckpointError` that names the
-entry, what it holds and what it should. Nothing else of the file is used.
+Each entry of a file becomes a value of one of our types here, or a `CheckpointError` that has the
+entry, its value and what it should be. Nothing else of the file is used.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ LOGGED = {
 
 @dataclass(frozen=True)
 class Description:
-    """What ``posterior.json`` says.
+    """The content of ``posterior.json``, checked and typed.
 
     Attributes
     ----------
     tokenizer_files
         Name -> SHA-256 of every file of the tokenizer's folder; empty without one.
     base
-        What recognises the network, by `check_description`.
+        The entries by which the network is recognised (`check_description`).
     classes
         The names of the data's classes, if they have names.
     temperature
-        Of every prediction; 1 where the file has none, as those of earlier versions.
+        The temperature of every prediction; 1 where the file has none, as in earlier versions.
     """
 
     guide: Guide
@@ -91,7 +91,7 @@ class Description:
 
 
 def described(meta: Mapping[str, Any]) -> Description:
-    """The typed values of a description, whose format is known to be ours.
+    """Return the typed values of a description, whose format is known to be ours.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def _ask_to_register(where: str, axis: str, name: str) -> NoReturn:
 
 
 def digest_of(meta: Mapping[str, Any]) -> str:
-    """The SHA-256 of all entries but the digest itself, as JSON in one spelling."""
+    """Return the SHA-256 of all entries but the digest itself, as JSON in one spelling."""
     rest = {name: value for name, value in meta.items() if name != DIGEST}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -169,12 +169,14 @@ def _task(name: str, value: Any) -> None:
 
 
 def _history_entry(name: str, value: Any) -> None:
-    """What reports read has to be a number (null: one that was not finite); a callback may have
-    logged anything else."""
+    """Check an entry of the history: values that reports read have to be numbers.
+
+    Null stands for a number that was not finite; a callback may have logged anything else.
+    """
     mapping(anything)(name, value)
     for key, part in value.items():
-        number = isinstance(part, int | float | None) and not isinstance(part, bool)
-        if _is_ours(key) and not number:
+        is_number = isinstance(part, int | float | None) and not isinstance(part, bool)
+        if _is_ours(key) and not is_number:
             refuse(f"{name}.{key}", part, "a number")
     for key, needed in (("elbo", "step"), ("r_hat", "effective_sample_size")):
         if key in value and needed not in value:
@@ -182,7 +184,7 @@ def _history_entry(name: str, value: Any) -> None:
 
 
 def _is_ours(key: str) -> bool:
-    """Whether the entry of a history is one that a fit logs."""
+    """Return whether the entry of a history is one that a fit logs."""
     return key in LOGGED or key.startswith("kl/")
 
 
@@ -234,7 +236,7 @@ def _guide(name: str, entry: Mapping[str, Any]) -> Guide:
 
 
 def _options(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
-    """A dataclass of ours from the JSON of its fields."""
+    """Make a dataclass of ours from the JSON of its fields."""
     missing = [field.name for field in dataclasses.fields(kind) if field.name not in values]
     if missing:
         raise CheckpointError(f"{name} has no {missing[0]!r}")
@@ -248,7 +250,7 @@ def _options(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _check_complete(name: str, made: Any, values: Mapping[str, Any]) -> None:
-    """A save writes every option: none may take a default that the file does not state."""
+    """Refuse options that the file does not state: a save writes all, and none takes a default."""
     written = finite(dataclasses.asdict(made))
     if written != values:
         missing = [key for key in written if key not in values]

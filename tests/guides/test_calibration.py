@@ -22,7 +22,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.guides import MeanField, MonteCLoRA
 from pyrolora.inference.mcmc import nuts
-from pyrolora.loading import build
+from pyrolora.model import build
 
 pytestmark = pytest.mark.slow
 

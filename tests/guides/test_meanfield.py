@@ -16,8 +16,7 @@ from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointGuide, JointModel
+from pyrolora.model import JointGuide, JointModel, build
 from pyrolora.tasks import task_for
 
 PRIOR_SCALE = 0.8

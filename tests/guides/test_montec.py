@@ -25,8 +25,7 @@ from pyrolora.distributions import WishartCholesky
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.tasks import Regression
 
 R, IN, OUT, N_DATA, NOISE = 2, 3, 4, 6, 0.7

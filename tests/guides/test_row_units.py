@@ -14,8 +14,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Curvature, LowRank, MeanField, MonteCLoRA, Variational
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.tasks import Regression
 
 MONTEC = MonteCLoRA(
