@@ -1,4 +1,4 @@
-"""Run draws of the posterior over data, with bounded memory."""
+"""Predictions by draws of the posterior, with bounded memory."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ R = TypeVar("R")
 def draw_factors(
     joint: JointModel, num_samples: int | None = None, seed: int | None = None
 ) -> FlatFactors:
-    """Factors of ``num_samples`` draws, (S, total); for 0 the mean adapter, a single setting; for
-    None every member of an ensemble, or the default number.
+    """Return the factors of ``num_samples`` draws, (S, total).
 
-    ``seed`` makes the draws repeatable and leaves the global generators as they were.
+    0 stands for the mean adapter, a single setting; None for every member of an ensemble, or the
+    default number. ``seed`` makes the draws repeatable and leaves the global generators as they
+    were.
     """
     num_samples = joint.program.usual_draws() if num_samples is None else num_samples
     whole_number("num_samples", num_samples, at_least=0)
@@ -53,10 +54,10 @@ def predict(
     kind: type[Prediction] | None = None,
     temperature: float = 1.0,
 ) -> Prediction:
-    """The prediction of the S draws of ``factors``, or of one setting, for every example.
+    """Return the prediction of the S draws of ``factors``, or of one setting, for every example.
 
-    ``kind`` is what is made of each batch, by default all that the likelihood says, at the
-    ``temperature`` (`Task.at`). How the data are read, `reduced` says.
+    ``kind`` is the class of the prediction, by default that of the task, at the ``temperature``
+    (`Task.at`). `reduced` describes how the data are read.
     """
     kind = joint.task.prediction if kind is None else kind
     law = joint.task.at(temperature)
@@ -78,25 +79,24 @@ def reduced(
     rows: int = defaults.PREDICT_ROWS,
     title: str = "predicting",
 ) -> list[R]:
-    """``reduce`` of the outputs (s, b, ...) of every batch, in the ``order`` of the examples.
+    """Return ``reduce`` of the outputs (s, b, ...) of every batch, in the ``order`` of examples.
 
     Every draw is one function: the same weights for all examples. Texts of like length share a
-    batch, where the order is by length, and draws ride in one pass with the examples of a batch, as
-    many as `pass_rows` allows; one at least, since a batch is not cut. Features that are not finite
-    are a `DataError`.
+    batch where the order is by length. One pass has as many draws of a batch as `pass_rows` allows,
+    and at least one, since a batch is not cut. Features that are not finite raise `DataError`.
     """
     device = next(joint.program.parameters()).device
     numbers: Sequence[int] = range(len(data)) if order is None else order
     loader = data.loader(batch_size, order)
-    found = []
+    records = []
     for i, batch in enumerate(tqdm(loader, desc=title, delay=2, leave=False)):
         check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
         placed = to_device(batch, device)
         with DRAWING.shared(), evaluating(joint):  # a fit beside it has its steps between batches
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             with explained_pass(joint.base, placed):
-                found.append(reduce(outputs, placed))
-    return found
+                records.append(reduce(outputs, placed))
+    return records
 
 
 def _named(prediction: Prediction, joint: JointModel) -> Prediction:
@@ -108,7 +108,7 @@ def _named(prediction: Prediction, joint: JointModel) -> Prediction:
 def passes(
     joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
 ) -> Iterator[Tensor]:
-    """Outputs (s, b, ...) for the draws in turn, s of them in one pass; s = 1 for one setting."""
+    """Yield outputs (s, b, ...) of s draws per pass; s = 1 for one setting."""
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return

@@ -35,6 +35,8 @@ from pyrolora.tasks.unsupported import classes_of
 
 COUNTED = "counted_tokens"
 """The column that says, without labels, which tokens get a prediction."""
+OTHER_HEADS = classes_of("SEQUENCE_CLASSIFICATION", "MULTIPLE_CHOICE")
+"""Classes whose heads have the same name as one for tokens, and another meaning."""
 
 
 class TagCollator(Collator):
@@ -217,6 +219,13 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        if checkpoint.architecture in OTHER_HEADS:
+            raise ConfigError(
+                f"the data has a label per token, and {checkpoint.name!r} is a "
+                f"{checkpoint.architecture}, whose head is trained for another task; for a new "
+                "head pass the network: AutoModelForTokenClassification.from_pretrained(..., "
+                "num_labels=..., ignore_mismatched_sizes=True)"
+            )
         tags = tags_of(checkpoint.examples)
         names = None if tags is None else class_names(tags)
         outputs = outputs_like(like) or outputs_of(checkpoint, names, tags, cls.auto)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import arguments, llama, mlp, tokens
+from problems import arguments, bert_tags, llama, mlp, tagged, tokenizer, tokens
 from transformers import EarlyStoppingCallback
 
 import pyrolora
@@ -12,6 +12,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.predictive import (
     ClassPrediction,
     RegressionPrediction,
+    TagPrediction,
     TokenPrediction,
     evaluate,
 )
@@ -144,6 +145,7 @@ def test_every_metric_has_its_direction():
     posteriors = {
         ClassPrediction: (mlp(), CLASSES, {"task": "classification", **OPTIONS}),
         RegressionPrediction: (mlp(outputs=1), NUMBERS, {"task": "regression", **OPTIONS}),
+        TagPrediction: (bert_tags(), tagged(4), {"tokenizer": tokenizer(), **OPTIONS}),
         TokenPrediction: (llama(), tokens(4).remove_columns("labels"), OPTIONS),
     }
     for kind, (network, data, options) in posteriors.items():
@@ -151,4 +153,4 @@ def test_every_metric_has_its_direction():
         found = posterior._predict(data, 0, 4, None, need_labels=True)
         assert type(found) is kind
         assert [*evaluate(found)] == [*kind.higher_is_better]
-    assert len(available()) == 5  # a new likelihood may bring a kind of prediction
+    assert len(available()) == 6  # a new task may bring a kind of prediction
