@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import combinations
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from pyrolora.predictive import ClassPrediction, Generation
 from pyrolora.serving.service import Answered
@@ -166,9 +165,23 @@ def _cut(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> _Cut:
 
 
 def _agreement(generation: Generation, cuts: Sequence[_Cut]) -> float | None:
-    sizes = torch.tensor([len(cut.ids) for cut in cuts])
-    mask: Tensor = torch.arange(generation.mask.shape[-1]) < sizes[:, None]
-    return number(replace(generation, mask=mask[None]).agreement[0])
+    """Return `Generation.agreement` of the continuations up to their stop strings.
+
+    Draws often write the same, and a pair of texts is compared once: many draws of long texts
+    would take minutes otherwise.
+    """
+    compared: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    ratios = []
+    writers = zip(cuts, generation.draw.tolist(), strict=True)
+    for (one, draw), (other, other_draw) in combinations(writers, 2):
+        if draw == other_draw:
+            continue
+        pair = tuple(one.ids), tuple(other.ids)
+        if pair not in compared:
+            same = pair[0] == pair[1]
+            compared[pair] = 1.0 if same else SequenceMatcher(None, *pair, False).ratio()
+        ratios.append(compared[pair])
+    return sum(ratios) / len(ratios) if ratios else None
 
 
 def _others(generation: Generation, cuts: Sequence[_Cut], text: str) -> list[dict[str, Any]]:

@@ -6,6 +6,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST_STOPS = 16
+"""Stop strings of a request."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Samples = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]

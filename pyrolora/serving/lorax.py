@@ -8,11 +8,12 @@ from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.serving.answers import Continuation, class_rows, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
-from pyrolora.serving.fields import Samples, Seed, Strict, Text
+from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Text
 from pyrolora.serving.service import Answered, Service
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
@@ -44,7 +45,7 @@ class Parameters(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    stop: list[Text] | None = None
+    stop: Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
     return_full_text: bool | None = None
     details: bool = False
     return_k_alternatives: Annotated[int, Field(gt=0, le=20)] | None = None
@@ -121,7 +122,9 @@ def routes(service: Service) -> APIRouter:
         answered = await service.write(
             request, asked.adapter_id, lambda _: [body.inputs], draws, asked.sampling()
         )
-        return answered, continuations(answered, 0, asked.stop or [])[0]
+        stops = asked.stop or []
+        (one,) = await run_in_threadpool(continuations, answered, 0, stops)
+        return answered, one
 
     def whole(body: GenerateRequest, answered: Answered, one: Continuation) -> dict[str, Any]:
         full = body.inputs if body.parameters.return_full_text else ""

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.serving.asking import chat_prompt
@@ -49,7 +50,7 @@ def routes(service: Service) -> APIRouter:
         answered = await service.write(
             request, body.model, lambda _: body.prompts, body.draws, sampling
         )
-        return _response(Completion(body, answered))
+        return _response(await run_in_threadpool(Completion, body, answered))
 
     @router.post("/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
@@ -57,7 +58,7 @@ def routes(service: Service) -> APIRouter:
         answered = await service.write(
             request, body.model, lambda p: [chat_prompt(p, messages)], body.draws, body.asked()
         )
-        return _response(Chat(body, answered))
+        return _response(await run_in_threadpool(Chat, body, answered))
 
     return router
 
