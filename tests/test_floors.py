@@ -13,45 +13,45 @@ import pyrolora
 
 PACKAGE = Path(pyrolora.__file__).parent
 FLOORS = {
-    "checks": 0,
     "errors": 0,
+    "checks": 0,
     "defaults": 0,
-    "visible": 0,
     "columns": 0,
-    "folder_lock": 1,
-    "seeding": 1,
+    "visible": 0,
     "files": 1,
+    "folder_lock": 1,
     "options": 1,
     "parameters": 1,
+    "seeding": 1,
     "zoo": 1,
     "distributions": 1,
     "adapters": 2,
-    "data": 2,
-    "tasks": 3,
-    "guides": 3,
-    "model": 4,
-    "attaching": 4,
-    "inference": 5,
-    "predictive": 6,
-    "storage": 6,
-    "peft": 7,
-    "arviz": 7,
-    "plots": 7,
-    "diagnostics": 8,
-    "report": 9,
-    "posterior": 10,
-    "loading": 11,
-    "comparing": 11,
-    "fitting": 12,
-    "demo": 13,
-    "serving": 13,
-    "cli": 14,
-    "__main__": 15,
+    "data": 3,
+    "tasks": 4,
+    "guides": 4,
+    "model": 5,
+    "attaching": 5,
+    "inference": 6,
+    "predictive": 7,
+    "storage": 7,
+    "peft": 8,
+    "arviz": 8,
+    "plots": 8,
+    "diagnostics": 9,
+    "report": 10,
+    "posterior": 11,
+    "loading": 12,
+    "comparing": 12,
+    "fitting": 13,
+    "demo": 14,
+    "serving": 14,
+    "cli": 15,
+    "__main__": 16,
 }
 # The package's own __init__ names what users see: below floor 1 at once, the others on use.
 ROOT = "__init__"
-# Checks raise the errors, options are read like files, and data ask whether weights are quantised.
-WITHIN_A_FLOOR = {("checks", "errors"), ("options", "files"), ("data", "adapters")}
+# Checks raise the errors, and options are read like files.
+WITHIN_A_FLOOR = {("checks", "errors"), ("options", "files")}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
