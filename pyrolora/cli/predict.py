@@ -18,6 +18,8 @@ from pyrolora.errors import DataError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from pyrolora.predictive import Prediction
+
 
 def predict(
     run: posteriors.Folder,
@@ -52,7 +54,7 @@ def predict(
     original, examples = posteriors.unlabelled(run, data, split, text)
     posterior = posteriors.load(run, model)
     prediction = posterior.predict(examples, batch_size=batch_size, **taken)
-    table = _beside(original, prediction.to_pandas(), data)
+    table = _beside(original, prediction, data)
     if write is not None:
         write(table)
         say(f"{len(table)} predictions are in {output}")
@@ -62,12 +64,13 @@ def predict(
         print_table(table)
 
 
-def _beside(original: Any, prediction: pd.DataFrame, source: str) -> pd.DataFrame:
+def _beside(original: Any, prediction: Prediction, source: str) -> pd.DataFrame:
     """Return the columns of the data, with every value as it was read, and of the prediction."""
     import pandas as pd
 
     table = pd.DataFrame(original.with_format(None).to_list(), dtype=object)
-    clash = [name for name in prediction if name in table]
+    made = prediction.to_pandas()
+    clash = [name for name in made if name in table]
     if clash:
         raise DataError(f"{source} has columns that a prediction has too, {clash}; rename them")
-    return table.join(prediction)
+    return table.loc[prediction.examples.numpy()].reset_index(drop=True).join(made)

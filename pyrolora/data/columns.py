@@ -1,4 +1,4 @@
-"""What the columns of data are: text, labels, masks, names of rows; and those that are not read."""
+"""The columns of data: text, words, labels, masks, names of rows, and those that are not read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = (LABELS, "label")
 WORD_COLUMNS = ("tokens", "words")
 TAG_COLUMNS = (*TARGETS, "ner_tags", "tags")
 
-# Text columns of well-known data sets, the pairs in the order that they are known in.
+# Text columns of well-known data sets; a network reads a pair in this order.
 TEXT_COLUMNS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -36,10 +36,10 @@ TEXT_COLUMNS = (
     ("sentence_A", "sentence_B"),
     ("text", "text_pair"),
 )
-# Of multiple choice, what stands before each choice; joined in this order.
+# The text before each choice of multiple choice; joined in this order.
 CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
-# Columns that number or name a row, or repeat its label, and are left out without a word; so are
-# those that `ROW_NUMBERS` matches, and what a tokenizer says of its tokens beside them.
+# Columns that number or name a row, or repeat its label, and are left out without a warning; so are
+# those that `ROW_NUMBERS` matches, and a tokenizer's other columns.
 ROW_NAMES = frozenset(
     (
         *("id", "ids", "idx", "index", "guid", "uid", "uuid", "qid", "pid"),
@@ -49,33 +49,33 @@ ROW_NAMES = frozenset(
 )
 # As in pair_id, sent_idx, MNLI's pairID, MRPC's id1, and the indices of pandas, in a CSV file, too.
 ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__index_level_\d+__|")
-# Of a text, where it comes from: no input where another column of text is.
+# The origin of a text: no input, if there is another column of text.
 ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
-# Which tokens of a text count; 0: those that do not.
+# Masks of the tokens that count; 0 at those that do not.
 TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")
-# What would change how much a token or an example counts, and is not supported.
+# Weights of tokens or examples, which are not supported.
 WEIGHTS = re.compile(
     r"weights|(sample|example|token|loss)_weights?"
     r"|(loss|labels?|target|response|answer|prompt|action)_masks?"
 )
-# Labels of tokens under other names, which would have to be renamed to count.
+# Labels of tokens under other names, which have to be renamed to count.
 TOKEN_LABELS = frozenset(("label_ids", "lm_labels", "target_ids", "decoder_input_ids"))
 # Formats of texts to learn from that are more than one text.
 DIALOGUES = (
     *("prompt", "completion", "response", "instruction", "output", "question", "answer"),
     *("messages", "conversations", "chosen", "rejected"),
 )
-# Tasks without a likelihood, by columns that only they have.
+# Columns of a task that is not supported.
 SPANS = ("start_positions", "end_positions")
 
 
 def is_row_name(name: str) -> bool:
-    """Whether a column of this name numbers or names the row, and is nothing to learn from."""
+    """Return whether a column of this name numbers or names the row, and is no input."""
     return name in ROW_NAMES or ROW_NUMBERS.fullmatch(name) is not None
 
 
 def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
-    """The one or two columns of raw text that make the input.
+    """Return the one or two columns of raw text that make the input.
 
     Raises
     ------
@@ -98,8 +98,10 @@ def text_columns(data: datasets.Dataset) -> tuple[str, ...]:
 
 
 def free_text(data: datasets.Dataset) -> list[str]:
-    """The columns of raw text that are neither labels nor names of rows, nor, beside others, say
-    where these come from."""
+    """Return the columns of raw text that are neither labels nor names of rows.
+
+    A column with the origin of a text counts only where it is the only one.
+    """
     text = [
         name
         for name, feature in data.features.items()
@@ -109,8 +111,11 @@ def free_text(data: datasets.Dataset) -> list[str]:
 
 
 def _is_origin(data: datasets.Dataset, name: str) -> bool:
-    """Whether a column says where a text comes from: by its name, or, of a ``source``, which may be
-    a text as well, by its single words (CoLA's "gj04")."""
+    """Return whether a column has the origins of texts.
+
+    Its name says so. A ``source`` may be a text as well; single words, such as CoLA's "gj04", are
+    origins.
+    """
     if name == "source":
         return all(len(str(value).split()) < 2 for value in data.unique(name))
     return ORIGINS.fullmatch(name) is not None
@@ -145,18 +150,21 @@ def check_nested(data: datasets.Dataset) -> None:
 
 
 def check_task(names: Collection[str]) -> None:
-    """Raise `DataError` for columns of a task without a likelihood."""
-    found = [name for name in SPANS if name in names]
-    if found:
+    """Raise `DataError` for columns of a task that is not supported."""
+    spans = [name for name in SPANS if name in names]
+    if spans:
         raise DataError(
-            f"the data has {found}: extractive question answering (a start and an end in the text) "
+            f"the data has {spans}: extractive question answering (a start and an end in the text) "
             "is not supported yet; remove these columns if the task is another"
         )
 
 
 def unread(names: Collection[str], read: Collection[str], *, tokens: bool = False) -> list[str]:
-    """Columns that are left out and no names of rows; raise `DataError` where leaving one out would
-    change how much something counts, or which ``tokens`` are to be learnt."""
+    """Return the columns that are left out and do not name rows.
+
+    Raise `DataError` where leaving one out would change how much something counts, or which
+    ``tokens`` are learnt.
+    """
     left = sorted(n for n in names if n not in read and n not in TARGETS and not is_row_name(n))
     weights = [name for name in left if WEIGHTS.fullmatch(name)]
     if weights:
@@ -176,7 +184,7 @@ def unread(names: Collection[str], read: Collection[str], *, tokens: bool = Fals
 
 
 def warn_unread(left: list[str], reader: str) -> None:
-    """Name columns that are not read."""
+    """Warn of columns that are not read."""
     if left:
         warnings.warn(f"the columns {left} are not read: {reader} takes none of them", stacklevel=2)
 
@@ -196,14 +204,14 @@ TWO_LABELS = (
 
 
 def same_labels(example: Any) -> bool:
-    """Whether an example's ``label`` and ``labels``, if it has both, are the same."""
+    """Return whether an example's ``label`` and ``labels``, if it has both, are the same."""
     if not all(name in example for name in TARGETS):
         return True
     return bool(np.array_equal(np.asarray(example[LABELS]), np.asarray(example["label"])))
 
 
 def check_columns(data: datasets.Dataset) -> None:
-    """Say what is wrong with columns that would be text."""
+    """Raise `DataError` for columns with the name of a text that hold none."""
     for name in dict.fromkeys((*chain.from_iterable(TEXT_COLUMNS), "text", "sentence", "content")):
         feature = data.features.get(name)
         if isinstance(feature, datasets.Value) and feature.dtype == "null":
@@ -228,7 +236,7 @@ def check_text(data: datasets.Dataset, text: tuple[str, ...], tokenizer: Any) ->
 
 
 def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
-    """The columns of raw text that stand before each choice."""
+    """Return the columns of raw text that stand before each choice."""
     text = free_text(data)
     known = tuple(name for name in CONTEXT_COLUMNS if name in text)
     if not known and len(text) != 1:

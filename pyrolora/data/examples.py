@@ -1,4 +1,4 @@
-"""What may be passed as data, turned to something with ``len`` and ``[i]``."""
+"""Data in any form that is accepted, as examples with ``len`` and ``[i]``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pyrolora.columns import LABELS
 from pyrolora.errors import DataError
 
 TABLES = ("pandas", "polars", "arrow")
-"""Formats in which a row of a ``datasets.Dataset`` is a table, and no dict."""
+"""Formats in which a row of a ``datasets.Dataset`` is a table in place of a dict."""
 
 
 def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
-    """Something with ``len`` and ``[i]``."""
+    """Return the data as something with ``len`` and ``[i]``."""
     if isinstance(data, DataLoader):
         return as_examples(data.dataset, input_name, splits)
     if isinstance(data, datasets.Dataset) and data.format["type"] in TABLES:
@@ -68,7 +68,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
 
 
 def _texts_as_list(data: Any) -> Any:
-    """A list in place of a column of texts, such as ``data["text"]`` of a ``datasets.Dataset``."""
+    """Return a list for a column of texts, such as ``data["text"]`` of a ``datasets.Dataset``."""
     column = isinstance(data, datasets.Column | np.ndarray | pd.Series)
     rows = list(data) if column else []
     return rows if rows and all(isinstance(row, str) for row in rows) else data
@@ -112,7 +112,7 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
 
 
 def as_numbers(value: Any) -> Tensor:
-    """A tensor of these numbers; real ones of Python in float32, whatever torch's default is."""
+    """Return a tensor of these numbers; Python's real ones in float32, whatever torch's default."""
     tensor = torch.as_tensor(value)
     if tensor.is_floating_point() and not isinstance(value, Tensor | np.ndarray | np.generic):
         return torch.as_tensor(value, dtype=torch.float32)
@@ -154,7 +154,7 @@ def _is_target(features: Mapping[str, Any], name: str) -> bool:
 
 
 def as_dict(example: Any, input_name: str) -> dict[str, Any]:
-    """One example as a dict with ``labels``; of an (x, y) pair, x is the network's main input."""
+    """Return one example as a dict with ``labels``; x of a pair (x, y) is the main input."""
     if isinstance(example, Mapping):
         example = dict(example)
         if "label" in example and LABELS not in example:
@@ -168,11 +168,12 @@ def as_dict(example: Any, input_name: str) -> dict[str, Any]:
 
 
 def is_plain(examples: Any) -> bool:
-    """A ``datasets.Dataset`` whose rows are its columns, not made by a transform on access."""
+    """Return whether the rows of a ``datasets.Dataset`` are stored, not made by a transform."""
     return isinstance(examples, datasets.Dataset) and examples.format["type"] != "custom"
 
 
 def is_text(feature: Any) -> bool:
+    """Return whether a column's feature is a text."""
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 

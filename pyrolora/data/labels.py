@@ -1,5 +1,4 @@
-"""Labels: all of a data set's, the names of classes, the numbers of names, the tokens hidden from a
-masked language model."""
+"""Labels of a data set, the names of their classes, and the numbers of these names."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from pyrolora.errors import DataError
 
 
 def raw_labels(examples: Any) -> Tensor:
-    """The labels of training examples, before any network is known."""
+    """Return the labels of training examples, before any network is known."""
     if len(examples) == 0:
         raise DataError("the data is empty: it has 0 examples")
     labels = all_labels(examples, lambda example: as_dict(example, INPUTS))
@@ -30,7 +29,7 @@ def raw_labels(examples: Any) -> Tensor:
 
 
 def no_labels(columns: Collection[str]) -> str:
-    """What to say of examples without labels, whose parts have these names."""
+    """Return the message for examples without labels, whose parts have these names."""
     check_task(columns)
     return (
         f"the data has no labels: expected a column 'labels' or 'label', got {sorted(columns)}; "
@@ -40,8 +39,10 @@ def no_labels(columns: Collection[str]) -> str:
 
 
 def class_names(examples: Any) -> list[str] | None:
-    """The names of the classes of training examples: those of a ``ClassLabel``, or the strings that
-    its labels are, sorted; None where labels are numbers."""
+    """Return the names of the classes of training examples; None where labels are numbers.
+
+    They are those of a ``ClassLabel``, or the labels themselves, sorted, if they are strings.
+    """
     column = _label_column(examples)
     if column is None:
         return None
@@ -49,9 +50,9 @@ def class_names(examples: Any) -> list[str] | None:
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
     elif is_text(feature):
-        found = {str(name) for name in examples.unique(column) if name is not None}
-        _check_joined(found)
-        names = sorted(found, key=int if all(map(str.isdecimal, found)) else None)
+        unique = {str(name) for name in examples.unique(column) if name is not None}
+        _check_joined(unique)
+        names = sorted(unique, key=int if all(map(str.isdecimal, unique)) else None)
     else:
         return None
     if len(names) < 2:
@@ -72,13 +73,13 @@ def _check_joined(names: set[str]) -> None:
 
 
 def has_class_numbers(examples: Any) -> bool:
-    """Whether the labels are numbers that have names."""
+    """Return whether the labels are numbers that have names."""
     column = _label_column(examples)
     return column is not None and isinstance(examples.features[column], datasets.ClassLabel)
 
 
 def has_names(examples: Any, classes: Collection[str]) -> bool:
-    """Whether the labels are names, or numbers that have some of the names of these classes."""
+    """Return whether labels are names, or numbers with some of the names of these classes."""
     if not isinstance(examples, datasets.Dataset):
         return False
     column = _label_column(examples.with_format(None))
@@ -89,7 +90,7 @@ def has_names(examples: Any, classes: Collection[str]) -> bool:
 
 
 def has_class_labels(examples: Any) -> bool:
-    """Whether there is one label an example, not one a token."""
+    """Return whether there is one label per example, not one per token."""
     if is_plain(examples):
         column = _label_column(examples)
         return column is not None and not isinstance(
@@ -106,16 +107,17 @@ def _label_column(examples: Any) -> str | None:
 
 
 def numbered(data: datasets.Dataset, network: nn.Module, task: Target) -> datasets.Dataset:
-    """Labels that are names, or numbers of names in another order than the classes', turned to the
-    numbers of the classes: those of the network, or of the fit that gave a network without names
-    its own.
+    """Return the data with the numbers of the classes in place of names, or of other numbers.
+
+    The labels are names, or numbers of names in another order than that of the classes. The classes
+    are those of the network, or of the fit, for a network without names.
 
     Raises
     ------
     DataError
-        For names that are none of the classes', and for labels with two readings.
+        For names of no class, and for labels with two readings.
     """
-    stored, form = data.with_format(None), data.format
+    stored = data.with_format(None)
     column = _label_column(stored)
     classes = class_names_of(network, task) or _made_up_names(network)
     if column is None or not classes:
@@ -145,20 +147,26 @@ def numbered(data: datasets.Dataset, network: nn.Module, task: Target) -> datase
     if unknown:
         raise DataError(_unknown_name(unknown[0], classes, None if is_text(feature) else names))
     mapped = [None if name is None else numbers[name] for name in rows]
-    made = stored.remove_columns(column).add_column(column, mapped)
+    return with_column(data, column, mapped)
+
+
+def with_column(data: datasets.Dataset, column: str, rows: list[Any]) -> datasets.Dataset:
+    """Return the data with these rows in place of a column's, in the format of the data."""
+    form = data.format
+    made = data.with_format(None).remove_columns(column).add_column(column, rows)
     kind, columns, rest = form["type"], form["columns"], form["output_all_columns"]
     return made.with_format(kind, columns, rest, **form["format_kwargs"])
 
 
 def _name(row: Any, feature: Any, names: list[str]) -> str | None:
-    """The name of a label; None where it is missing."""
+    """Return the name of a label; None where it is missing."""
     if row is None or (not isinstance(row, str | bool) and row < 0):
         return None
     return row if is_text(feature) else names[int(row)]
 
 
 def _say_something(names: list[str], numbers: dict[str, int], classes: dict[int, str]) -> bool:
-    """Whether the names of numbers say another thing than the numbers themselves do."""
+    """Return whether names and numbers of the labels disagree about the classes."""
     if [numbers.get(name) for name in names] == list(range(len(names))):
         return False
     if names in (["False", "True"], [str(i) for i in range(len(names))]) or _unnamed(names):
@@ -167,8 +175,10 @@ def _say_something(names: list[str], numbers: dict[str, int], classes: dict[int,
 
 
 def _numbers(names: Collection[str], classes: dict[int, str]) -> dict[str, int]:
-    """The class of each name that is one's, up to case, spaces, '-' and '_' where these tell no two
-    classes apart."""
+    """Return the class of each name that a class has.
+
+    Case, spaces, '-' and '_' do not matter, unless only they tell two classes apart.
+    """
     plain = {plain_name(name): number for number, name in classes.items()}
     exact = {name: number for number, name in classes.items()}
     if len(plain) < len(classes):
@@ -177,13 +187,15 @@ def _numbers(names: Collection[str], classes: dict[int, str]) -> dict[str, int]:
 
 
 def plain_name(name: str) -> str:
-    """A name without case, spaces, '-' and '_'."""
+    """Return a name without case, spaces, '-' and '_'."""
     return re.sub(r"[\s_-]+", "", str(name)).casefold()
 
 
 def _unknown_name(name: str, classes: dict[int, str], names: list[str] | None) -> str:
-    """What to say of a label that has the name of no class; ``names`` are those of numbers, which
-    can be read as numbers, too."""
+    """Return the message for a label with the name of no class.
+
+    ``names`` are those of labels that are numbers, and could be meant as numbers.
+    """
     known = sorted(classes.values())
     if names is None:
         return (
@@ -233,8 +245,10 @@ def _check_ids(network: nn.Module) -> None:
 
 
 def known_names(examples: Any, network: nn.Module, task: Target) -> list[str] | None:
-    """The names of the classes that a fit takes over from its data: those of numbered classes,
-    where neither the network nor an earlier fit has names."""
+    """Return the names of the classes that a fit takes over from its data.
+
+    They are those of numbered classes, where neither the network nor an earlier fit has names.
+    """
     feature = examples.features.get(_label_column(examples.with_format(None)) or "")
     named = isinstance(feature, datasets.ClassLabel) and not _unnamed(feature.names)
     if not named or class_names_of(network, task):
@@ -245,26 +259,30 @@ def known_names(examples: Any, network: nn.Module, task: Target) -> list[str] | 
 
 
 def network_classes(network: nn.Module) -> dict[int, str]:
-    """The names that the network has for its classes, by number; none where they are those that
-    transformers makes up."""
+    """Return the network's names of its classes, by number.
+
+    There are none where transformers has made them up.
+    """
     names = _made_up_names(network)
     return {} if _unnamed(names.values()) else names
 
 
 def class_names_of(network: nn.Module, task: Target) -> dict[int, str]:
-    """The names of the classes, by number: the network's, or those of the data that it was fitted
-    to; none where neither has names."""
+    """Return the names of the classes by number; none where neither network nor data have any.
+
+    They are the network's, or those of the data that it was fitted to.
+    """
     return network_classes(network) or dict(enumerate(task.class_names or ()))
 
 
 def _made_up_names(network: nn.Module) -> dict[int, str]:
-    """The names that stand in the network's config, whoever made them up."""
+    """Return the names in the network's config, whoever made them up."""
     id2label = getattr(getattr(network, "config", None), "id2label", None) or {}
     return {int(number): str(name) for number, name in id2label.items()}
 
 
 def _unnamed(ids: Collection[str]) -> bool:
-    """Whether these are the names that transformers makes up."""
+    """Return whether these are the names that transformers makes up."""
     return set(ids) == {f"LABEL_{i}" for i in range(len(ids))}
 
 
@@ -275,9 +293,11 @@ def all_labels(
     partly: bool = False,
     changed: bool = False,
 ) -> Tensor | None:
-    """All labels, (n,), or (n, T) for sequences, ragged ones filled with -100; None without, or,
-    if ``partly`` is allowed, where some have none. ``changed`` labels are those of the rows, not
-    those of the data."""
+    """Return all labels, (n,), or (n, T) for sequences, with ragged ones filled with -100.
+
+    None without labels, or, if ``partly`` is allowed, where some examples have none. ``changed``
+    labels are those of the rows, not those of the data.
+    """
     if isinstance(examples, TensorExamples) and LABELS in examples.columns and not changed:
         return examples.columns[LABELS]
     if is_plain(examples) and LABELS in examples.column_names and not changed:

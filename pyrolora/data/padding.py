@@ -1,4 +1,4 @@
-"""Padding: the token of it, rows that have it without saying so, and rows that get it."""
+"""Padding: its token, rows that have it without a mask, and rows that get it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from pyrolora.data.examples import as_numbers
 from pyrolora.errors import DataError
 
 MASK = "attention_mask"
-# What transformers' tokenizers pad by themselves.
+# The columns that transformers' tokenizers pad by themselves.
 PADDED_BY_TOKENIZER = ("input_ids", MASK, "token_type_ids", "special_tokens_mask", LABELS)
 
 
 @dataclass(frozen=True)
 class Padding:
-    """The tokens that fill up rows: ``sure`` are padding wherever a row begins or ends with them;
-    ``unsure`` have another meaning as well, such as the end of a text."""
+    """The tokens that fill up rows.
+
+    ``sure`` ones are padding wherever a row begins or ends with them; ``unsure`` ones have another
+    meaning as well, such as the end of a text.
+    """
 
     sure: frozenset[int]
     unsure: frozenset[int]
 
     def mask(self, ids: Any) -> list[int] | None:
-        """An attention mask for a row that came without one; None where the row has no padding.
+        """Return an attention mask for a row that has none; None where the row has no padding.
 
         Raises
         ------
@@ -60,12 +63,12 @@ class Padding:
 
 
 def _run(ids: list[int]) -> int:
-    """How often the first token stands at the beginning."""
+    """Return how often the first token is repeated at the beginning."""
     return next((i for i, token in enumerate(ids) if token != ids[0]), len(ids))
 
 
 def padding_of(network: nn.Module, tokenizer: Any) -> Padding:
-    """The padding of a network and its tokenizer; where none is known, EOS is what people use."""
+    """Return the padding of a network and its tokenizer; EOS where none is known, as is usual."""
     config = getattr(network, "config", None)
     sources = [tokenizer, config, getattr(config, "text_config", None)]
     pads = _ids(sources, "pad_token_id")
@@ -75,16 +78,18 @@ def padding_of(network: nn.Module, tokenizer: Any) -> Padding:
 
 
 def _ids(sources: list[Any], name: str) -> frozenset[int]:
-    found: set[Any] = set()
+    ids: set[Any] = set()
     for source in sources:
         value = getattr(source, name, None)
-        found |= set(value) if isinstance(value, list | tuple) else {value}
-    return frozenset(value for value in found if isinstance(value, int) and value >= 0)
+        ids |= set(value) if isinstance(value, list | tuple) else {value}
+    return frozenset(value for value in ids if isinstance(value, int) and value >= 0)
 
 
 def padded(rows: list[dict[str, Any]], tokenizer: Any, *, right: bool) -> dict[str, Tensor]:
-    """Rows of several lengths as one batch. What has a number per token is padded as the tokens
-    are: labels by -100, other columns by 0."""
+    """Return rows of several lengths as one batch.
+
+    Columns with a number per token are padded as the tokens are: labels by -100, others by 0.
+    """
     if tokenizer is None:
         raise DataError(
             "the token sequences differ in length and there is no tokenizer to pad them; "
@@ -100,12 +105,12 @@ def padded(rows: list[dict[str, Any]], tokenizer: Any, *, right: bool) -> dict[s
     apart = [name for name in rows[0] if name not in PADDED_BY_TOKENIZER]
     if LABELS in rows[0] and np.ndim(rows[0][LABELS]) == 0:
         apart.append(LABELS)
-    own = {name: [row[name] for row in rows] for name in apart}
+    columns = {name: [row[name] for row in rows] for name in apart}
     sizes = [len(row["input_ids"]) for row in rows]
     left = [{name: value for name, value in row.items() if name not in apart} for row in rows]
     made = DataCollatorForSeq2Seq(tokenizer)(left)
     batch = {name: tensor for name, tensor in made.items() if tensor is not None}
-    for name, values in own.items():
+    for name, values in columns.items():
         tensors = [as_numbers(value) for value in values]
         if all(t.dim() == 1 and len(t) == n for t, n in zip(tensors, sizes, strict=True)):
             side = tokenizer.padding_side

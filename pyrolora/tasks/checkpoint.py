@@ -28,7 +28,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        """transformers' class of the network that was saved; "" where the checkpoint has none."""
+        """The class in transformers of the saved network; "" where the checkpoint has none."""
         return (self.config.architectures or [""])[0]
 
     def is_a(self, kind: str) -> bool:

@@ -120,7 +120,7 @@ class Prediction(ABC):
 
     @property
     def log_predictive(self) -> Tensor | None:
-        """log mean_s p(y_i | draw s), (n,), in nats."""
+        """The log-likelihood log mean_s p(y_i | draw s) of the mixture, (n,), in nats."""
         return None if self.log_likelihood is None else log_mean_exp(self.log_likelihood)
 
 

@@ -84,7 +84,7 @@ def test_a_model_without_such_a_class_is_refused(
 def test_a_label_per_token_may_be_a_tag_or_a_word(folders: dict[str, Path], form: Any) -> None:
     with pytest.raises(DataError, match=r"tags, or tokens of the vocabulary.*task='fill-mask'"):
         load_network(folders["masked"], form(token_labels()))
-    with pytest.raises(ConfigError, match=r"no task reads the data"):
+    with pytest.raises(ConfigError, match=r"label per token.*head is trained for another task"):
         load_network(folders["choice"], form(token_labels()))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from console import saved
+from console import done, saved
 from problems import Rows, bert, bert_mlm, bert_tags, llama, mask_tokenizer, tagged, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -261,6 +264,23 @@ def test_text_is_not_generated(posterior: Posterior) -> None:
         posterior.generate(["the film"])
 
 
+def test_the_command_line_says_of_each_row_what_it_is(tmp_path: Path) -> None:
+    folder = saved(bert_mlm(), tmp_path / "model")
+    tokenizer().save_pretrained(folder)
+    rows = [{"tokens": r["tokens"], "tags": [NAMES[i] for i in r["ner_tags"]]} for r in tagged(9)]
+    data, run = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    done("fit", data, "--model", folder, "--guide", "map", "--epochs", 1, "--output-dir", run)
+    table = [*csv.DictReader(io.StringIO(done("predict", run, data).out))]
+    assert len(table) == sum(len(row["tokens"]) for row in rows)
+    for row in table:
+        assert row["tokens"] == str(rows[int(row["example"])]["tokens"])
+        assert row["target"] == rows[int(row["example"])]["tags"][int(row["position"]) - 1]
+    scores = done("evaluate", run, data, "--json").json
+    right = [row["predicted"] == row["target"] for row in table]
+    assert scores["accuracy"] == pytest.approx(sum(right) / len(right))
+
+
 # Wrong input -------------------------------------------------------------------------------------
 
 
@@ -307,6 +327,13 @@ def test_a_network_that_gives_fewer_tokens_is_refused() -> None:
     task = TokenClassification()
     with pytest.raises(ConfigError, match=r"each of the 4 tokens.*for 3"):
         task.check_reading(torch.zeros(2, 3, 5), {"labels": torch.zeros(2, 4)}, nn.Identity())
+
+
+def test_a_head_for_another_task_is_not_taken_for_one_of_tags(tmp_path: Path) -> None:
+    folder = saved(bert(3), tmp_path)
+    tokenizer().save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"BertForSequenceClassification, whose head.*mismatched"):
+        load_network(folder, tagged(4))
 
 
 def test_a_causal_model_with_tags_is_loaded_for_them(tmp_path: Path) -> None:
