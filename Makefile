@@ -1,8 +1,8 @@
-# make install   a virtual environment in .venv: pyrolora, and all that its tests need
-# make demo      LoRA against its posterior on a small model; no network, three minutes
-# make test      format, lint and type check; tests
-# make notebooks run them, and keep their output
-# make verify    what takes longer: calibration, faults, several processes
+# make install   create a virtual environment in .venv with pyrolora and all that its tests need
+# make demo      compare LoRA with its posterior on a small model; no network, three minutes
+# make test      check format, lint and types; run the tests
+# make notebooks run the notebooks and keep their output
+# make verify    run the slow tests: calibration, faults, several processes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pyrolora.errors import PyroLoraError
 
 if TYPE_CHECKING:
-    from pyrolora import diagnostics, distributions, guides, plots, tasks
+    from pyrolora import arviz, diagnostics, distributions, guides, plots, tasks
     from pyrolora.adapters.config import AdapterConfig, RankAllocation
     from pyrolora.comparing import compare
     from pyrolora.fitting.fit import fit
@@ -28,6 +28,7 @@ _LAZY = {
     "Posterior": "pyrolora.posterior",
     "Prediction": "pyrolora.predictive",
     "RankAllocation": "pyrolora.adapters",
+    "arviz": "",
     "compare": "pyrolora.comparing",
     "diagnostics": "",
     "distributions": "",
@@ -59,6 +60,7 @@ __all__ = [
     "Prediction",
     "PyroLoraError",
     "RankAllocation",
+    "arviz",
     "compare",
     "diagnostics",
     "distributions",

@@ -52,7 +52,7 @@ def compare(
         and ``nll_difference``, the mean over examples of how much the loss −log p̄ exceeds that of
         the posterior with the lowest mean, with its standard error ``difference_se`` (that of
         paired differences, since most of what makes an example hard is the same for all). For a
-        language model these two are nats per text, not per token. ``pyrolora.plots.as_table``
+        language model these two are nats per text, not per token. ``pyrolora.report.as_table``
         makes a table for the terminal of it.
 
     Raises

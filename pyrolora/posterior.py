@@ -15,7 +15,7 @@ from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import true_or_false, whole_number
 from pyrolora.data import prepare
-from pyrolora.diagnostics import PSIS, judge
+from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointGuide, JointModel
@@ -590,9 +590,7 @@ class Posterior:
             When ``data`` has another number of examples than the fit.
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
-        return judge(
-            self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer
-        )
+        return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 
     # Report -------------------------------------------------------------------------------------
 

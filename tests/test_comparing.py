@@ -14,7 +14,7 @@ from rich.console import Console
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.plots import as_table
+from pyrolora.report import as_table
 
 
 def fitted(guide, **options):

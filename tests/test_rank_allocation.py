@@ -183,18 +183,18 @@ def test_khat_counts_what_is_in_use_and_layers_add_up(guide: str) -> None:
 @pytest.mark.parametrize("guide", ["mean field on both", "laplace"])
 def test_what_idle_ranks_are_changes_no_khat(guide: str) -> None:
     """The weight of a draw is that of its entries in use."""
-    from pyrolora.diagnostics import khat
+    from pyrolora.diagnostics import importance
 
     posterior = fitted("encoder", guide, "alora")
     program = posterior.model.program
     draws = {name: value.unsqueeze(-2) for name, value in program.draw(5).items()}
-    before, _ = khat._prior_over_guide(program, draws)
+    before, _ = importance._prior_over_guide(program, draws)
     other = {}
     for name, value in draws.items():
         idle = ~program.bank.entries(name)
         other[name] = torch.where(idle, torch.randn_like(value), value)
         assert not torch.equal(other[name], value)
-    after, _ = khat._prior_over_guide(program, other)
+    after, _ = importance._prior_over_guide(program, other)
     torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-5)
 
 

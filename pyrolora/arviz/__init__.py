@@ -1,7 +1,7 @@
-"""Posteriors as ArviZ reads them."""
+"""Draws of a posterior as ArviZ containers, for ArviZ 0.2x and 1.x alike."""
 
-from pyrolora.arviz.arviz import summary, to_inference_data
 from pyrolora.arviz.chains import as_chains
+from pyrolora.arviz.containers import summary, to_inference_data
 from pyrolora.arviz.groups import inference_data
 
 __all__ = ["as_chains", "inference_data", "summary", "to_inference_data"]

@@ -1,23 +1,24 @@
-"""Several independent fits as the chains of one ArviZ container."""
+"""Independent fits as the chains of one ArviZ container."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyrolora.arviz.arviz import container, dataset, group_names
+from pyrolora.arviz.containers import container, dataset, group_names
 from pyrolora.errors import ConfigError
 
 FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples", "temperature")
-"""Attributes that fits have in common if they are chains of one another."""
+"""Attributes that are equal in all fits that can be chains of one another."""
 
 
 def as_chains(fits: Sequence[Any]) -> Any:
-    """The draws of independent fits as the chains of one container.
+    """Join the draws of independent fits as the chains of one container.
 
-    R-hat then compares fits: of ``adapter_norm``, whether they found updates of the same size; of
-    ``posterior_predictive``, whether they predict the same. Near 1 another fit would change
-    nothing; far above it the fits, not the draws of one of them, carry most of the uncertainty.
+    R-hat then compares fits: on ``adapter_norm`` it shows whether they found updates of the same
+    size, on ``posterior_predictive`` whether they predict the same. Near 1, another fit would
+    change nothing; far above 1, the differences between fits, and not the draws within one, carry
+    most of the uncertainty.
 
         two = as_chains([a.to_arviz(200, data=test), b.to_arviz(200, data=test)])
         az.rhat(two, var_names=["adapter_norm"])
@@ -26,8 +27,8 @@ def as_chains(fits: Sequence[Any]) -> Any:
     Parameters
     ----------
     fits
-        What ``Posterior.to_arviz`` gave, or what was read from its files: two or more with the same
-        guide, layers and data, and as many draws each. The fits differ in their seeds.
+        Results of ``Posterior.to_arviz``, or what was read from their files: two or more, with the
+        same guide, layers, data and number of draws. The fits differ in their seeds.
 
     Raises
     ------
@@ -39,20 +40,22 @@ def as_chains(fits: Sequence[Any]) -> Any:
 
     fits = [{name: dataset(fit[name]) for name in group_names(fit)} for fit in fits]
     if len(fits) < 2:
-        raise ConfigError(f"chains need two fits or more, got {len(fits)}")
+        raise ConfigError(
+            f"chains need two fits or more, got {len(fits)}; fit again with another seed"
+        )
     for number, fit in enumerate(fits[1:], start=1):
         _check_alike(fits[0], fit, number)
         for other, earlier in enumerate(fits[:number]):
             if fit["posterior"].equals(earlier["posterior"]):
                 raise ConfigError(
-                    f"fit {number} has the very draws of fit {other}: chains are independent fits; "
-                    "fit again with another seed"
+                    f"fit {number} has the very draws of fit {other}, and chains are independent "
+                    "fits; fit again with another seed"
                 )
     joined = {}
     for name, first in fits[0].items():
-        parts = [fit[name] for fit in fits]
+        groups = [fit[name] for fit in fits]
         if "chain" in first.dims:
-            both = xarray.concat(parts, dim="chain", join="override", combine_attrs="override")
+            both = xarray.concat(groups, dim="chain", join="override", combine_attrs="override")
             joined[name] = both.assign_coords(chain=range(both.sizes["chain"]))
         else:
             joined[name] = first
@@ -60,7 +63,7 @@ def as_chains(fits: Sequence[Any]) -> Any:
 
 
 def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], number: int) -> None:
-    """Raise `ConfigError` unless ``other`` can be a chain beside ``first``."""
+    """Raise `ConfigError` unless ``other`` can stand as a chain beside ``first``."""
 
     def refuse(what: str, expected: object, received: object) -> None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""From a joint model to ArviZ: the draws, what follows from them, and what they say of data."""
+"""Groups of an ArviZ container: draws, quantities that follow from them, their predictions."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.arviz.arviz import CALIBRATED, to_inference_data
+from pyrolora.arviz.containers import CALIBRATED, to_inference_data
 from pyrolora.checks import whole_number
 from pyrolora.data.labels import class_names_of
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, Program, full_name, spread
 from pyrolora.model import JointModel
-from pyrolora.predictive import NumberedDraws, Prediction
+from pyrolora.predictive import NumberedDraws
 from pyrolora.seeding import seeded
+from pyrolora.tasks import Prediction
 
 logger = logging.getLogger(__name__)
 
-DRAWS_AT_ONCE = 50  # of all entries, when only functions of them are kept
+DRAWS_AT_ONCE = 50
+"""Draws of all entries that are held at once, where only functions of them are kept."""
 
 Variables = dict[str, tuple[Tensor, tuple[str, ...]]]
-"""Name -> (S, ...) and the names of the dimensions after the first."""
+"""Name -> values (S, ...) and the names of their dimensions after the first."""
 
 
 @torch.no_grad()
@@ -44,14 +46,21 @@ def inference_data(
     seed: int | None = None,
     temperature: float = 1.0,
 ) -> Any:
-    """Draws of a fitted pair as ArviZ's container; `Posterior.to_arviz` says what is in it.
-    ``read(factors, temperature)`` makes the prediction of the data from draws; ``temperature`` is
-    that of the posterior."""
+    """Return draws of a fitted pair as ArviZ's container.
+
+    `Posterior.to_arviz` describes the content. ``read(factors, temperature)`` returns the
+    prediction that draws of the factors make for the data; ``temperature`` is the posterior's.
+    """
     program = joint.program
     chains = program.chains if draws is None else 1
     num_samples = _count(program, num_samples) if draws is None else len(draws)
     numbers = _numbers(program, num_samples) if draws is None and seed is None else draws
     shape = partial(_by_chain, chains=chains)
+    coords: dict[str, Sequence[Any]] = {
+        "layer": list(program.bank.specs),
+        "block": program.block_names(),
+        "draw": range(num_samples // chains),
+    }
     pieces, kept = [], []
     with seeded(seed):
         joint.align()
@@ -75,22 +84,18 @@ def inference_data(
             all_drawn = FlatFactors.cat(kept)
             prediction = read(all_drawn, temperature)
             groups |= _data_groups(prediction, shape)
-            if log_likelihood:  # the model's has no temperature
-                own = prediction if temperature == 1 else read(all_drawn, 1.0)
-                groups["log_likelihood"] = {"y": (_scores(own, shape), (own.row,))}
+            if prediction.row != "example":
+                coords[prediction.row] = prediction.examples.tolist()
+            if log_likelihood:  # the log-likelihood of the model has no temperature
+                untempered = prediction if temperature == 1 else read(all_drawn, 1.0)
+                groups["log_likelihood"] = {"y": (_scores(untempered, shape), (untempered.row,))}
                 if temperature != 1:
                     calibrated = {CALIBRATED: (_scores(prediction, shape), (prediction.row,))}
                     groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
-    coords: dict[str, Sequence[Any]] = {
-        "layer": list(program.bank.specs),
-        "block": program.block_names(),
-        "draw": range(num_samples // chains),
-    }
     if numbers is not None:
         coords["draw"] = numbers if chains == 1 else numbers[: num_samples // chains]
-    law = joint.task
-    names = class_names_of(joint.base, law)
-    if names and law.names_classes:
+    names = class_names_of(joint.base, joint.task)
+    if names and joint.task.names_classes:
         probs = groups.get("posterior_predictive", {}).get("probs")
         count = len(names) if probs is None else probs[0].shape[-1]
         coords["class"] = [names.get(i, str(i)) for i in range(count)]
@@ -103,26 +108,26 @@ def inference_data(
         "num_examples": joint.num_examples,
         "temperature": temperature,
         "draws": "counted" if numbers is None else "numbered",
-        # NUTS samples the tempered model of its inner guide.
+        # NUTS samples the tempered model of its inner guide, which has the weight.
         "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
     }
     if log_likelihood and attrs["kl_weight"] != 1:
-        attrs["leave_one_out"] = _of_another_beta(float(attrs["kl_weight"]))
+        attrs["leave_one_out"] = _leave_one_out_advice(float(attrs["kl_weight"]))
     return to_inference_data(groups, coords, attrs)
 
 
 @cache
-def _of_another_beta(beta: float) -> str:
-    """What is said of leave-one-out at β other than 1: as an attribute, and in a log, once."""
+def _leave_one_out_advice(beta: float) -> str:
+    """Return the advice on leave-one-out for β other than 1, and log it once."""
     wrong = "too good" if beta < 1 else "too strict"
-    said = "pyrolora.diagnostics.loo(idata), since az.loo, which takes a KL weight of "
-    said += f"{beta:g} for 1, would be {wrong}"
-    logger.warning("leave-one-out of these log-likelihoods: %s", said)
-    return said
+    advice = "pyrolora.diagnostics.loo(idata), since az.loo, which takes a KL weight of "
+    advice += f"{beta:g} for 1, would be {wrong}"
+    logger.warning("leave-one-out of these log-likelihoods: %s", advice)
+    return advice
 
 
 def _count(program: Program, num_samples: int | None) -> int:
-    """The number of draws over all chains, checked."""
+    """Check the number of draws over all chains, or return the default."""
     if num_samples is None:
         num_samples = program.stored() or defaults.ARVIZ_DRAWS
     whole_number("num_samples", num_samples, at_least=1)
@@ -134,7 +139,7 @@ def _count(program: Program, num_samples: int | None) -> int:
 
 
 def _numbers(program: Program, num_samples: int) -> list[int] | None:
-    """The draws that are taken where none is named; None where stored ones are, more than once."""
+    """Return the numbers of the draws to take; None where stored draws are taken repeatedly."""
     stored = program.stored()
     if stored is not None and num_samples > stored:
         return None
@@ -144,7 +149,7 @@ def _numbers(program: Program, num_samples: int) -> list[int] | None:
 def _pieces(
     numbered: NumberedDraws, numbers: Sequence[int] | None, num_samples: int
 ) -> Iterator[Mapping[str, Tensor]]:
-    """The draws of these numbers, or of none, some at a time."""
+    """Yield the sites of the draws with these numbers, or of any draws, some at a time."""
     if numbers is None:
         yield from numbered.joint.program.draws(num_samples, DRAWS_AT_ONCE)
         return
@@ -155,7 +160,7 @@ def _pieces(
 def _variables(
     program: Program, sites: Mapping[str, Tensor], drawn: FlatFactors, factors: bool
 ) -> Variables:
-    """The posterior group of some draws."""
+    """Return the variables of the group ``posterior`` for some draws."""
     bank = program.bank
     norms = bank.update_norms(drawn).expand(drawn.draws or 1, -1)
     variables: Variables = {"adapter_norm": (norms, ("layer",)), **program.quantities(sites)}
@@ -163,7 +168,7 @@ def _variables(
         size = len(next(iter(sites.values())))
         for name, (A, B) in bank.matrices(drawn).items():
             A, B = (matrix.expand(size, *matrix.shape[-2:]) for matrix in (A, B))
-            # A layer of another rank has a dimension of its own.
+            # Layers of other ranks cannot share the dimension.
             rank = "rank" if A.shape[-2] == bank.layouts["A"].rank else f"rank[{name}]"
             variables[f"A[{name}]"] = (A, (rank, f"in[{name}]"))
             variables[f"B[{name}]"] = (B, (f"out[{name}]", rank))
@@ -171,7 +176,7 @@ def _variables(
 
 
 def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> dict[str, Any]:
-    """What the draws say of data, and the data."""
+    """Return the groups of the draws' predictions and of the observed targets."""
     groups: dict[str, Any] = {
         "posterior_predictive": {
             name: (shape(draws), dims)
@@ -185,11 +190,11 @@ def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) 
 
 
 def _scores(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> np.ndarray:
-    """log p(y_i | draw s), (chain, draw, n)."""
+    """Return log p(y_i | draw s), (chain, draw, n)."""
     assert prediction.log_likelihood is not None
     return shape(prediction.log_likelihood)
 
 
 def _by_chain(draws: Tensor, chains: int) -> np.ndarray:
-    """(S, ...) -> (chains, S / chains, ...)."""
+    """Reshape (S, ...) to (chains, S / chains, ...)."""
     return draws.detach().cpu().unflatten(0, (chains, -1)).numpy()

@@ -45,6 +45,6 @@ def metrics_table(
     import pandas as pd
     from rich.console import Console
 
-    from pyrolora.plots import as_table
+    from pyrolora.report import as_table
 
     Console().print(as_table(pd.DataFrame.from_dict(columns, orient="index"), notes))

@@ -1,7 +1,10 @@
-"""Diagnostics of a posterior: importance weights, leave-one-out, contraction."""
+"""Diagnostics of a fit in numbers: k̂, leave-one-out, contraction, overconfidence, chance.
 
-from pyrolora.diagnostics.khat import judge
+`pyrolora.report` puts their results into words.
+"""
+
+from pyrolora.diagnostics.importance import khat
 from pyrolora.diagnostics.leave_one_out import loo
 from pyrolora.diagnostics.psis import PSIS
 
-__all__ = ["PSIS", "judge", "loo"]
+__all__ = ["PSIS", "khat", "loo"]

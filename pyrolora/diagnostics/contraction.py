@@ -1,12 +1,10 @@
-"""Posterior against prior: what the fit made of it, and whether that can be the data's doing."""
+"""Contraction: how far the posterior of each block has moved and narrowed from its prior."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
 import pyro
 import torch
 from pyro import poutine
@@ -23,13 +21,13 @@ DRAWS, AT_ONCE = 64, 8
 
 @dataclass(frozen=True)
 class Contraction:
-    """Posterior against prior, over the entries of one factor of one layer.
+    """Posterior against prior over the entries of one block: one factor of one layer.
 
     With v and v₀ the variances of an entry, m and m₀ its means, a Gaussian of these moments is
 
         KL = ½ (v/v₀ − 1 − log v/v₀) + ½ (m − m₀)²/v₀
 
-    from its prior: a part of the width and a part of the mean, in nats.
+    from its prior: one part for the width and one for the mean, in nats.
 
     Attributes
     ----------
@@ -37,11 +35,11 @@ class Contraction:
         ``<layer>.A`` or ``<layer>.B``.
     scale
         The posterior's standard deviation over the prior's, root mean squares over the entries: 1
-        where the data said nothing of the spread, 0 of a point.
+        where the data said nothing about the spread, 0 for a point.
     shift
         The distance of the two means in prior standard deviations, root mean square.
     width_kl, mean_kl
-        Of each active rank the two parts of the KL, means over its entries: nats per entry.
+        The two parts of the KL for each active rank, means over its entries: nats per entry.
     """
 
     block: str
@@ -52,15 +50,20 @@ class Contraction:
 
     @property
     def prior_dominated(self) -> bool:
-        """Whether draws of the posterior are, to the eye, draws of the prior: at least 95 % of its
-        spread, around the same place. (A shift of 0.2 is a KL of 0.02 nats an entry.)"""
+        """Whether draws of the posterior look like draws of the prior.
+
+        They do with at least 95 % of the prior's spread, around the same place: a shift of 0.2 is a
+        KL of 0.02 nats per entry.
+        """
         return self.scale > 0.95 and self.shift < 0.2
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Means and variances of the entries of a block, (r, columns), under posterior and prior, and
-    the Monte Carlo error in the mean of (m − m₀)²."""
+    """Moments of the entries of a block, (r, columns), under posterior and prior.
+
+    ``error`` is the Monte Carlo error in the mean of (m − m₀)².
+    """
 
     mean: Tensor
     variance: Tensor
@@ -70,33 +73,20 @@ class Moments:
 
 
 def has_trained_widths(program: Program) -> bool:
-    """Whether steps of training made the widths: their number and their size then decide how wide
-    they are, with any data or none, so that the widths are no sign of learning."""
+    """Return whether training steps made the widths.
+
+    The number and the size of the steps then decide how wide they are, with any data or none, so
+    that the widths are no sign of learning.
+    """
     options = getattr(program.options, "inner", program.options)
     return (
         isinstance(options, Variational | SWAG) and not program.settles and program.stored() is None
     )
 
 
-def about_widths(program: Program, blocks: Sequence[Contraction]) -> str:
-    """What the widths of a posterior can say of the data, in words."""
-    if not any(one.scale for one in blocks):
-        return "The posterior is a point: it has no widths."
-    if has_trained_widths(program):
-        return (
-            "The widths come from the steps of the training: from their number and size, with any "
-            "data or none. Their KL is no sign of learning, and whether the data would have them "
-            "so is not known. (Of montec and meanfield scale_updates='curvature' finds out.)"
-        )
-    return (
-        "The widths are those of the objective: the prior's where the data said nothing. Their KL "
-        "says that the data constrain the entries, which random labels do, too."
-    )
-
-
 @torch.no_grad()
 def update_norms(program: Program) -> dict[str, float]:
-    """Layer -> ‖s B A‖ of the mean adapter; none of an ensemble, which has one a member."""
+    """Return ‖s B A‖ of the mean adapter by layer; nothing for an ensemble, which has several."""
     if program.members > 1 or not program.bank.specs:
         return {}
     mean = program.bank.matrices(program.mean())
@@ -108,13 +98,16 @@ def update_norms(program: Program) -> dict[str, float]:
 
 @torch.no_grad()
 def contractions(program: Program) -> list[Contraction]:
-    """The contraction of every block whose prior has a spread; none where there is no such prior:
-    of plain LoRA, of an ensemble, whose members are given, and of a guide that is its own prior.
+    """Return the contraction of every block whose prior has a spread.
 
-    Moments are those of the guide's own law where the factors are its sites; else of draws of both,
-    from the same random numbers, so that a guide that is its prior has a scale of 1. There the
-    variance of an entry is that of its rank (as it is in MonteCLoRA): over entries the Monte Carlo
-    error of 64 draws averages out, and what it adds to the shift is taken off.
+    Plain LoRA has no such prior, nor have an ensemble, whose members are fixed, and a guide that is
+    its own prior: the list is empty.
+
+    Moments are those of the guide's own distribution where the factors are its sites. Elsewhere
+    they come from draws of both, with the same random numbers, so that a guide that equals its
+    prior has a scale of 1. There the variance of an entry is that of its rank (as it is in
+    MonteCLoRA): the Monte Carlo error of 64 draws averages out over entries, and its contribution
+    to the shift is subtracted.
     """
     if program.members > 1 or not program.has_prior:
         return []
@@ -122,20 +115,21 @@ def contractions(program: Program) -> list[Contraction]:
         core = program
         if isinstance(program, WrappingProgram) and program.stored() is None:
             core = program.inner
-        found = _stated(core) if isinstance(core, FactorProgram) else _drawn(program)
-        return [_contraction(block, m) for block, m in found if m.prior_variance.mean() > 0]
+        moments = _stated(core) if isinstance(core, FactorProgram) else _drawn(program)
+        return [_contraction(block, m) for block, m in moments if m.prior_variance.mean() > 0]
 
 
 def _contraction(block: str, of: Moments) -> Contraction:
+    """Return the contraction that these moments amount to."""
     distance = (of.mean - of.prior_mean).square()
-    spread, own_spread = of.prior_variance.mean(), of.variance.mean()
-    shift = (distance.mean() - of.error).clamp(min=0) / spread
+    prior_spread, spread = of.prior_variance.mean(), of.variance.mean()
+    shift = (distance.mean() - of.error).clamp(min=0) / prior_spread
     ratio = of.variance / of.prior_variance
     width = 0.5 * (ratio - 1 - ratio.log()).mean(-1)
     mean = 0.5 * ((distance - of.error) / of.prior_variance).mean(-1).clamp(min=0)
     return Contraction(
         block,
-        float((own_spread / spread).sqrt()),
+        float((spread / prior_spread).sqrt()),
         float(shift.sqrt()),
         tuple(width.tolist()),
         tuple(mean.tolist()),
@@ -143,7 +137,7 @@ def _contraction(block: str, of: Moments) -> Contraction:
 
 
 def _stated(program: FactorProgram) -> Iterator[tuple[str, Moments]]:
-    """Of the laws of the factors themselves."""
+    """Yield the moments that the distributions of the factors state themselves."""
     prior = program.prior if program.previous is None else program.previous.law
     laws = [(program.law(site), prior(site)) for site in program.sites]
     latent, bank = program.options.latent, program.bank
@@ -159,19 +153,20 @@ def _stated(program: FactorProgram) -> Iterator[tuple[str, Moments]]:
 
 
 def _drawn(program: Program) -> Iterator[tuple[str, Moments]]:
+    """Yield moments estimated from draws of model and guide with the same random numbers."""
     bank, stored = program.bank, program.stored() is not None
     with seeded(0):
         prior = _moments(bank, _prior(program))
     with seeded(0):
-        own = _moments(bank, map(program.factors, program.draws(DRAWS, AT_ONCE)))
+        posterior = _moments(bank, map(program.factors, program.draws(DRAWS, AT_ONCE)))
     means = None if stored else program.mean()
     for factor in "AB":
         exact = None if means is None else bank.in_use(factor, getattr(means, factor).double())
         for name in bank.specs:
             prior_mean, prior_variance = (
-                part[name].to(own[factor][0][name]) for part in prior[factor]
+                moment[name].to(posterior[factor][0][name]) for moment in prior[factor]
             )
-            mean, variance = (part[name] for part in own[factor])
+            mean, variance = (moment[name] for moment in posterior[factor])
             error = prior_variance.mean() + (variance.mean() if stored else 0)
             yield (
                 f"{name}.{factor}",
@@ -186,46 +181,31 @@ def _drawn(program: Program) -> Iterator[tuple[str, Moments]]:
 
 
 def _prior(program: Program) -> Iterator[FlatFactors]:
-    """Draws of the factors from the model."""
+    """Yield draws of the factors from the model."""
     for _ in range(0, DRAWS, AT_ONCE):
         with poutine.block(), pyro.plate("draws", AT_ONCE, dim=-2):
             yield program.model()
 
 
 def _moments(bank: AdapterBank, draws: Iterator[FlatFactors]) -> dict[str, tuple]:
-    """Factor -> mean and variance of the entries, each layer -> (r, columns); sums from a first
-    draw on, whose rounding error is that of the spread."""
-    start: dict[str, Tensor] | None = None
+    """Return mean and variance of the entries by factor, each a dict of layer -> (r, columns).
+
+    Sums are taken from the first draw on, so that their rounding error is that of the spread.
+    """
+    first: dict[str, Tensor] | None = None
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
     for factors in draws:
         values = {f: getattr(factors, f).double().expand(AT_ONCE, -1) for f in "AB"}
-        start = start or {f: value[0] for f, value in values.items()}
+        first = first or {f: value[0] for f, value in values.items()}
         for f, value in values.items():
-            centred = value - start[f]
+            centred = value - first[f]
             sums[f] = sums.get(f, 0.0) + centred.sum(0)
             squares[f] = squares.get(f, 0.0) + centred.square().sum(0)
-    assert start is not None
-    found = {}
-    for f, first in start.items():
+    assert first is not None
+    moments = {}
+    for f, reference in first.items():
         centre = sums[f] / DRAWS
         variance = (squares[f] / DRAWS - centre.square()).clamp(min=0) * DRAWS / (DRAWS - 1)
-        found[f] = (bank.in_use(f, first + centre), bank.in_use(f, variance))
-    return found
-
-
-def contraction_table(blocks: Sequence[Contraction]) -> pd.DataFrame:
-    """A row per block: the ratio of the widths, the distance of the means, and nats per entry."""
-    parts = [(np.array(one.width_kl), np.array(one.mean_kl)) for one in blocks]
-    both = [width + mean for width, mean in parts]
-    return pd.DataFrame(
-        {
-            "block": [one.block for one in blocks],
-            "width, of the prior's": [one.scale for one in blocks],
-            "distance of the means": [one.shift for one in blocks],
-            "KL of the width": [width.mean() for width, _ in parts],
-            "KL of the mean": [mean.mean() for _, mean in parts],
-            "KL, lowest rank": [kl.min() for kl in both],
-            "KL, highest rank": [kl.max() for kl in both],
-        }
-    )
+        moments[f] = (bank.in_use(f, reference + centre), bank.in_use(f, variance))
+    return moments

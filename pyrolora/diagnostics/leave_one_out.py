@@ -1,4 +1,4 @@
-"""Leave-one-out of a posterior at any weight of the KL."""
+"""Leave-one-out cross-validation of a posterior at any weight of the KL."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from typing import Any
 
 import numpy as np
 
-from pyrolora.arviz.arviz import CALIBRATED, container, dataset, group_names, is_modern
+from pyrolora.arviz.containers import CALIBRATED, container, dataset, group_names, is_modern
 from pyrolora.diagnostics.psis import psis
 from pyrolora.errors import ConfigError, DataError
 
 ATTRIBUTES = ("kl_weight", "temperature", "num_examples")
 UNITS = {"log": 1, "negative_log": -1, "deviance": -2}
-"""ArviZ's names for what a score is given in, and the factor of log p."""
+"""ArviZ's names for the scale of a score -> the factor of log p."""
 
 
 def loo(idata: Any) -> Any:
-    """Estimate, from the training data alone, how well each example would have been predicted had
-    it been left out of the fit: ``az.loo`` for a posterior of any β.
+    """Estimate from the training data how well each example is predicted when it is left out.
 
-    The draws of a fit are aimed at ∝ p(θ) Π_i p(y_i|θ)^(1/β). What example i has to do with them is
-    taken off again by the weights r_i = p(y_i|θ)^(−1/β), smoothed (PSIS), and it is scored by
+    This is ``az.loo`` for a posterior of any β. The draws of a fit are aimed at
+    ∝ p(θ) Π_i p(y_i|θ)^(1/β). The weights r_i = p(y_i|θ)^(−1/β), smoothed (PSIS), remove the
+    contribution of example i from them, and it is scored by
 
         elpd_i = log Σ_s w_is p(y_i|θ_s),   w_i ∝ r_i, Σ_s w_is = 1,
 
     the log-density that the β-posterior of the other n − 1 examples gives it. ``az.loo`` has the
-    weights of β = 1: of a cold posterior (β < 1) it takes off too little, and is too good; of a hot
-    one too much. At β = 1 both are the same.
+    weights of β = 1: from a cold posterior (β < 1) it removes too little, so that it is too good;
+    from a hot one too much. At β = 1 both are the same.
 
-    After `calibrate` to T the weights are the same, and what is scored are the predictions as they
-    are then, p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
+    After `calibrate` to T the weights are the same, and the scored predictions are the calibrated
+    ones, p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
-    same example stay, so that the estimate is exact for none but draws of the posterior itself.
+    same example stay, so that the estimate is exact only for draws of the posterior itself.
 
     Parameters
     ----------
     idata
-        What ``Posterior.to_arviz(data=train, log_likelihood=True)`` gave for the training data, or
-        what was read from its file, or `as_chains` made of several.
+        The result of ``Posterior.to_arviz(data=train, log_likelihood=True)`` for the training data,
+        or what was read from its file, or several joined by `as_chains`.
 
     Returns
     -------
@@ -51,8 +51,8 @@ def loo(idata: Any) -> Any:
     ConfigError
         When there are no log-likelihoods or no β in ``idata``.
     DataError
-        When the log-likelihoods are of other examples than the training data, or the same under
-        every draw.
+        When the log-likelihoods belong to other examples than the training data, or are the same
+        under every draw.
 
     References
     ----------
@@ -63,23 +63,24 @@ def loo(idata: Any) -> Any:
 
     likelihoods, beta = _likelihoods(idata)
     posterior, group = (dataset(idata[name]) for name in ("posterior", "log_likelihood"))
+    group = _per_example(group)
     tempered = {"posterior": posterior, "log_likelihood": group.astype(float) / beta}
-    # k̂ and its warning are those of the weights; what they are to weigh is put in below.
-    found = arviz.loo(container(arviz, tempered), pointwise=True)
+    # k̂ and its warning are those of the weights; the scores that they weigh are put in below.
+    result = arviz.loo(container(arviz, tempered), pointwise=True)
     weights, _ = psis(-likelihoods / beta, _relative_efficiency(arviz, posterior))
     scores = likelihoods
     if group.attrs["temperature"] != 1:
-        scores = _by_example(dataset(idata["sample_stats"])[CALIBRATED])
+        scores = _by_example(_per_example(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED])
     each = np.logaddexp.reduce(weights + scores, axis=-1)
     whole = float((np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])).sum())
-    return _replaced(arviz, found, each, whole)
+    return _replaced(arviz, result, each, whole)
 
 
 def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
-    """log p(y_i|θ_s), (n, S), and β."""
+    """Return log p(y_i|θ_s), (n, S), and β."""
     if "log_likelihood" not in group_names(idata):
         raise ConfigError(
-            "leave-one-out weighs draws by the log-likelihoods of the training data, and there are "
+            "leave-one-out weighs draws by the log-likelihoods of the training data, and idata has "
             "none; make them with posterior.to_arviz(data=train, log_likelihood=True)"
         )
     group = dataset(idata["log_likelihood"])
@@ -87,13 +88,13 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
     if missing:
         raise ConfigError(
             f"the log-likelihoods have no attributes {missing}, which Posterior.to_arviz writes: "
-            "at which β they were fitted is not known; az.loo takes β = 1"
+            "so that the β of the fit is not known; az.loo takes β = 1"
         )
     beta, expected = group.attrs["kl_weight"], group.attrs["num_examples"]
-    scores = _by_example(group["y"])
+    scores = _by_example(_per_example(group)["y"])
     if len(scores) != expected:
         raise DataError(
-            f"leave-one-out is about the training data, {expected} examples, got {len(scores)}; "
+            f"leave-one-out needs the training data, {expected} examples, got {len(scores)}; "
             "pass to_arviz the data that the posterior was fitted on, or score others with evaluate"
         )
     if np.ptp(scores, axis=-1).max() == 0:
@@ -104,14 +105,25 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
     return scores, float(beta)
 
 
+def _per_example(group: Any) -> Any:
+    """Sum the scores of the rows of each example, where a row is less than an example.
+
+    The labels of such rows are the numbers of their examples.
+    """
+    row = next(dim for dim in group.dims if dim not in ("chain", "draw"))
+    if row == "example":
+        return group
+    return group.groupby(row).sum(keep_attrs=True).rename({row: "example"})
+
+
 def _by_example(scores: Any) -> np.ndarray:
-    """(n, S) in double precision."""
+    """Return scores as (n, S), in double precision."""
     values = scores.transpose("example", "chain", "draw").values
     return values.reshape(len(values), -1).astype(np.float64)
 
 
 def _relative_efficiency(arviz: Any, posterior: Any) -> float:
-    """Effective draws over draws, which decides where the tail begins, as ``az.loo`` has it."""
+    """Return effective draws over draws, which decides where the tail begins, as in ``az.loo``."""
     draws = posterior.sizes["chain"] * posterior.sizes["draw"]
     if posterior.sizes["chain"] == 1:
         return 1.0
@@ -119,14 +131,14 @@ def _relative_efficiency(arviz: Any, posterior: Any) -> float:
     return float(np.hstack([sizes[name].values.ravel() for name in sizes.data_vars]).mean() / draws)
 
 
-def _replaced(arviz: Any, found: Any, each: np.ndarray, whole: float) -> Any:
-    """ArviZ's result with these scores (n,) in it; ``whole`` is that of all draws as they are."""
+def _replaced(arviz: Any, result: Any, each: np.ndarray, whole: float) -> Any:
+    """Put the scores ``each``, (n,), into ArviZ's result; ``whole`` is that of unweighted draws."""
     total, p, pointwise = "elpd_loo", "p_loo", "loo_i"
     if is_modern(arviz):
         total, p, pointwise = "elpd", "p", "elpd_i"
-    unit = UNITS[found["scale"]]
-    found[total] = unit * float(each.sum())
-    found["se"] = abs(unit) * float((len(each) * each.var()) ** 0.5)
-    found[p] = whole - float(each.sum())
-    found[pointwise] = found[pointwise].copy(data=unit * each)
-    return found
+    unit = UNITS[result["scale"]]
+    result[total] = unit * float(each.sum())
+    result["se"] = abs(unit) * float((len(each) * each.var()) ** 0.5)
+    result[p] = whole - float(each.sum())
+    result[pointwise] = result[pointwise].copy(data=unit * each)
+    return result

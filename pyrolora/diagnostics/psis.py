@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling: k̂, and what it says."""
+"""Pareto-smoothed importance sampling: k̂, and its verdict in words."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pyrolora.arviz.arviz import is_modern
+from pyrolora.arviz.containers import is_modern
 
-ROUNDS = 20  # simulations that `yardstick` averages: its error is then below 0.1
+ROUNDS = 20
+"""Simulations that `yardstick` averages, so that its error is below 0.1."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class PSIS:
     Attributes
     ----------
     khat
-        k̂, the shape of the generalised Pareto law of the largest weights. Weights have finite
-        moments of orders below 1/k̂: above 0.5 their variance is infinite, above 1 their mean.
+        k̂, the shape of the generalised Pareto distribution of the largest weights. Weights
+        have finite moments of orders below 1/k̂: above 0.5 their variance is infinite, above 1
+        their mean.
     num_samples
         S.
     dimensions
-        Latent entries, counted without constraints (N mixture weights have N − 1).
+        The number of latent entries, counted without constraints (N mixture weights have N − 1).
     yardstick
         The k̂ that so many draws give a Gaussian guide of as many independent dimensions whose
         scales are all 10 % too small.
@@ -44,7 +46,7 @@ class PSIS:
 
     @property
     def verdict(self) -> str:
-        """What k̂ says, in words."""
+        """The verdict of k̂ on the guide, in words."""
         if self.khat < self.threshold:
             return f"good: below {self.threshold:.2f}, the guide is close to the posterior"
         ruler = (
@@ -69,7 +71,7 @@ class PSIS:
 
 
 def psis(log_weights: np.ndarray, relative_efficiency: float = 1.0) -> tuple[np.ndarray, Any]:
-    """Log-weights (..., S), smoothed and normalised, and their k̂ (...), by ArviZ.
+    """Return log-weights (..., S), smoothed and normalised by ArviZ, and their k̂ (...).
 
     ArviZ 0.2x takes log w. That of 1.x takes log-likelihoods, whose weights in leave-one-out are
     1 / p: it negates its input.
@@ -82,7 +84,7 @@ def psis(log_weights: np.ndarray, relative_efficiency: float = 1.0) -> tuple[np.
     import arviz
 
     log_weights = np.asarray(log_weights, dtype=np.float64)
-    with np.errstate(over="ignore"):  # in the fit of the tail, of a share that is 0 then
+    with np.errstate(over="ignore"):  # the fit of the tail overflows where a share is 0
         if not is_modern(arviz):
             smoothed, shape = arviz.psislw(log_weights, relative_efficiency)
         else:
@@ -92,19 +94,22 @@ def psis(log_weights: np.ndarray, relative_efficiency: float = 1.0) -> tuple[np.
 
 
 def psis_khat(log_weights: np.ndarray) -> float:
-    """k̂ of importance weights, (S,); −∞ where all are equal to a thousandth, and any tail is
-    rounding."""
+    """Return k̂ of importance weights, (S,).
+
+    It is −∞ where all are equal to a thousandth, since any tail is then rounding.
+    """
     if np.ptp(log_weights) < 1e-3:
         return -math.inf
     return float(psis(log_weights)[1])
 
 
 def yardstick(dimensions: int, num_samples: int, ratio: float = 0.9) -> float:
-    """k̂ of the guide N(0, ratio² I) for the posterior N(0, I), with
+    """Return k̂ of the guide N(0, ratio² I) for the posterior N(0, I).
 
-        log w = d log ratio + ½ (1 − ratio²) χ²_d,
+        log w = d log ratio + ½ (1 − ratio²) χ²_d
 
-    the mean over simulations from a fixed seed. For large S in one dimension it is 1 − ratio².
+    The result is the mean over simulations from a fixed seed. For large S in one dimension it is
+    1 − ratio².
     """
     squares = np.random.default_rng(0).chisquare(dimensions, (ROUNDS, num_samples))
     return float(np.mean([psis_khat(0.5 * (1 - ratio**2) * row) for row in squares]))

@@ -1,4 +1,4 @@
-"""Plots of predictions and of posteriors, and tables for a terminal."""
+"""Plots of predictions and of posteriors: functions that draw on matplotlib axes."""
 
 from pyrolora.plots.posterior import (
     adapter_norms,
@@ -8,12 +8,10 @@ from pyrolora.plots.posterior import (
     signal_to_noise_map,
 )
 from pyrolora.plots.predictions import entropy_histogram, reliability_diagram, risk_coverage_curve
-from pyrolora.plots.rich_table import as_table
 from pyrolora.plots.tokens import token_text
 
 __all__ = [
     "adapter_norms",
-    "as_table",
     "elbo_curve",
     "entropy_histogram",
     "kl_curves",

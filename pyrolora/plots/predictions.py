@@ -1,4 +1,4 @@
-"""Pictures of predictions: plain functions that draw on matplotlib axes and return them."""
+"""Plots of predictions."""
 
 from __future__ import annotations
 
@@ -8,33 +8,21 @@ import numpy as np
 import torch
 
 from pyrolora.errors import DataError
-from pyrolora.predictive import (
-    ClassPrediction,
-    Prediction,
-    RegressionPrediction,
-    TokenPrediction,
-    reliability_table,
-    risk_coverage,
-)
+from pyrolora.predictive import reliability_table, risk_coverage
+from pyrolora.tasks import ClassPrediction, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-_RISKS: dict[type[Prediction], str] = {
-    ClassPrediction: "error rate",
-    RegressionPrediction: "mean squared error",
-    TokenPrediction: "nats a token",
-}
-
 
 def reliability_diagram(
     probs: ArrayLike, targets: ArrayLike, *, ax: Axes, label: str | None = None, bins: int = 10
 ) -> Axes:
-    """Accuracy against confidence, in bins of equal width.
+    """Plot accuracy against confidence, in bins of equal width.
 
-    Below the diagonal the predictions promise more than they keep: overconfidence. The area of a
-    point is proportional to the number of predictions in its bin.
+    Below the diagonal the predictions promise more than they keep: they are overconfident. The area
+    of a point is proportional to the number of predictions in its bin.
 
     Parameters
     ----------
@@ -43,12 +31,12 @@ def reliability_diagram(
     targets
         Labels, (n,).
     ax
-        Where to draw; call again with another ``label`` to compare.
+        The axes to draw on; call again with another ``label`` to compare.
     bins
         Number of bins of the confidence, which is the largest probability.
     """
-    given = ClassPrediction(torch.as_tensor(targets), None, torch.as_tensor(probs)[None])
-    table = reliability_table(given, bins)
+    prediction = ClassPrediction(torch.as_tensor(targets), None, torch.as_tensor(probs)[None])
+    table = reliability_table(prediction, bins)
     table = table[table["count"] > 0]
     x, y, counts = (table[name].to_numpy() for name in ("confidence", "accuracy", "count"))
     if not ax.lines:
@@ -62,48 +50,50 @@ def reliability_diagram(
 def entropy_histogram(
     inside: ArrayLike, outside: ArrayLike | None = None, *, ax: Axes, bins: int = 30
 ) -> Axes:
-    """The predictive entropy of data like the training data, and of other data.
+    """Plot the predictive entropy of data like the training data, and of other data.
 
     Parameters
     ----------
     inside, outside
-        Entropies in nats, (n,) and (m,); without ``outside`` one histogram and no labels. Entropies
-        of a regression may be negative.
+        Entropies in nats, (n,) and (m,); without ``outside`` there is one histogram and no label.
+        Entropies of a regression may be negative.
     """
-    given = {"in distribution" if outside is not None else None: np.asarray(inside)}
+    series = {"in distribution" if outside is not None else None: np.asarray(inside)}
     if outside is not None:
-        given["out of distribution"] = np.asarray(outside)
-    if not all(values.size for values in given.values()):
-        raise DataError("a histogram needs at least one entropy of either data")
-    low = min(float(values.min()) for values in given.values())
-    high = max(float(values.max()) for values in given.values())
+        series["out of distribution"] = np.asarray(outside)
+    if not all(values.size for values in series.values()):
+        raise DataError(
+            "a histogram needs at least one entropy per data set, got an empty one; leave it out"
+        )
+    low = min(float(values.min()) for values in series.values())
+    high = max(float(values.max()) for values in series.values())
     if 0 < low < high / 2:
-        low = 0.0  # unless all of them are far from it
+        low = 0.0  # the natural end of the axis, unless all entropies are far from it
     edges = np.linspace(low, high if high > low else low + 1, bins + 1).tolist()
-    for label, values in given.items():
+    for label, values in series.items():
         ax.hist(values, bins=edges, density=True, alpha=0.6, label=label)
     ax.set(xlabel="predictive entropy (nats)", ylabel="density")
     return ax
 
 
 def risk_coverage_curve(prediction: Prediction, *, ax: Axes, label: str | None = None) -> Axes:
-    """The risk of the answers that are kept, against the share that is kept, the most certain
-    first.
+    """Plot the risk of the answers that are kept against the share that is kept.
 
-    A curve that falls towards the left says that the errors are among the uncertain examples; at
-    coverage 1 it is the risk of all. `pyrolora.predictive.risk_coverage` defines it.
+    The most certain are kept first. A curve that falls towards the left shows that the errors are
+    among the uncertain examples; at coverage 1 it is the risk of all.
+    `pyrolora.predictive.risk_coverage` defines it.
 
     Parameters
     ----------
     prediction
-        Of labelled data.
+        A prediction for labelled data.
     ax
-        Where to draw; call again with another ``label`` to compare.
+        The axes to draw on; call again with another ``label`` to compare.
     """
     table = risk_coverage(prediction)
     ax.plot(table["coverage"].to_numpy(), table["risk"].to_numpy(), label=label)
-    risk = next(name for kind, name in _RISKS.items() if isinstance(prediction, kind))
-    ax.set(xlabel="coverage: share that is answered", ylabel=f"risk: {risk}", xlim=(0, 1))
-    if isinstance(prediction, ClassPrediction):
+    risk = f"risk: {prediction.risk_name}"
+    ax.set(xlabel="coverage: share that is answered", ylabel=risk, xlim=(0, 1))
+    if prediction.risk_from_zero:
         ax.set_ylim(bottom=0)
     return ax

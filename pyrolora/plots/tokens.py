@@ -1,4 +1,4 @@
-"""A picture of text, each token shaded by a number."""
+"""A plot of text, each token shaded by a number."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-# Of DejaVu Sans Mono, which comes with matplotlib, and of the lines; in units of the font size.
 CHARACTER = 0.602
+"""Width of a character of DejaVu Sans Mono, which comes with matplotlib, in font sizes."""
 LINE = 1.7
+"""Height of a line, in font sizes."""
 LARGEST, SMALLEST = 11.0, 4.0
 """Font sizes, in points."""
 
@@ -29,21 +30,21 @@ def token_text(
     label: str = "entropy (nats)",
     top: float | None = None,
 ) -> Axes:
-    """Text with its tokens shaded: the darker, the higher the number.
+    """Draw text with its tokens shaded: the darker, the higher the number.
 
-    Lines are wrapped at the width that the axes have, in the largest font in which all of them fit.
+    Lines are wrapped at the width of the axes, in the largest font in which all of them fit.
 
     Parameters
     ----------
     tokens
         Strings; a token that ends in a line feed ends its line. Any character is shown as it is.
     values
-        One number each, (T,); NaN: a token without shading.
+        One number per token, (T,); NaN for a token without shading.
     label
-        What the numbers are, for the colour bar below the text.
+        The label of the colour bar below the text.
     top
-        The number of the darkest shade; None: the highest of ``values``. Give the same to several
-        pictures that are compared.
+        The number of the darkest shade, by default the highest of ``values``. Pass the same to
+        plots that are compared.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -52,7 +53,8 @@ def token_text(
     numbers = np.asarray(values, dtype=float)
     if numbers.shape != (len(tokens),):
         raise ConfigError(
-            f"token_text needs a number a token, ({len(tokens)},), got shape {numbers.shape}"
+            f"token_text needs one number per token, ({len(tokens)},), got shape {numbers.shape}; "
+            "pass NaN for a token without shading"
         )
     finite = numbers[np.isfinite(numbers)]
     top = float(finite.max(initial=0.0)) if top is None else top
@@ -83,8 +85,8 @@ def token_text(
 
 
 def _largest(tokens: Sequence[str], ax: Axes) -> tuple[float, int]:
-    """The font size, and the characters of a line, with which the text fits."""
-    ax.figure.figure.draw_without_rendering()  # a layout moves the axes when it is drawn
+    """Return the font size, and the characters per line, with which the text fits."""
+    ax.figure.figure.draw_without_rendering()  # a layout moves the axes only when it is drawn
     width = ax.get_window_extent().width / ax.figure.dpi * 72
     for size in np.arange(LARGEST, SMALLEST, -0.5):
         columns = max(1, int(width / (CHARACTER * size)))
@@ -95,13 +97,16 @@ def _largest(tokens: Sequence[str], ax: Axes) -> tuple[float, int]:
 
 
 def _lines(ax: Axes, size: float) -> float:
-    """How many lines the axes are high."""
+    """Return how many lines the axes hold."""
     return ax.get_window_extent().height / ax.figure.dpi * 72 / (LINE * size)
 
 
 def _wrapped(tokens: Sequence[str], columns: int) -> Iterator[tuple[int, int, int, str]]:
-    """Where each piece of text stands: number of the token, column, row, text. A token that does
-    not fit into the rest of its line begins the next; one longer than a line is cut."""
+    """Yield the place of each piece of text: number of the token, column, row, text.
+
+    A token that does not fit into the rest of its line begins the next; one longer than a line is
+    cut.
+    """
     column = row = 0
     for number, token in enumerate(tokens):
         for i, part in enumerate(token.split("\n")):
@@ -119,7 +124,7 @@ def _wrapped(tokens: Sequence[str], columns: int) -> Iterator[tuple[int, int, in
 
 
 def _fitting(text: str, columns: int) -> str:
-    """As much of the beginning of a text as fits; at least one character."""
+    """Return as much of the beginning of a text as fits, at least one character."""
     length = 1
     while length < len(text) and _width(text[: length + 1]) <= columns:
         length += 1
@@ -127,7 +132,10 @@ def _fitting(text: str, columns: int) -> str:
 
 
 def _width(text: str) -> int:
-    """In characters of a fixed pitch: East Asian wide ones count twice, combining ones nothing."""
+    """Return the width in characters of a fixed pitch.
+
+    East Asian wide characters count twice, combining ones not at all.
+    """
     return sum(
         0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text

@@ -80,7 +80,7 @@ def calibration_error(probs: torch.Tensor, targets: torch.Tensor) -> float:
 
 @singledispatch
 def _metrics(prediction: Prediction) -> dict[str, float]:
-    raise TypeError(f"no metrics for {type(prediction).__name__}")
+    return {"nll": _nll(prediction), "aurc": aurc(prediction)}
 
 
 @_metrics.register

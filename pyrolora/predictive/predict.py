@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Draws of the posterior, run over data with bounded memory."""
-=======
 """Predictions by draws of the posterior, with bounded memory."""
->>>>>>> 7e4a6b96ca7cdc95dc72cb0252048b75ae605314
 
 from __future__ import annotations
 
@@ -34,15 +30,9 @@ def draw_factors(
 ) -> FlatFactors:
     """Return the factors of ``num_samples`` draws, (S, total).
 
-<<<<<<< HEAD
-    For 0 they are those of the mean adapter, (total,); for None those of every member of an
-    ensemble, or of the default number of draws. ``seed`` makes the draws repeatable and leaves the
-    global generators as they were.
-=======
     0 stands for the mean adapter, a single setting; None for every member of an ensemble, or the
     default number. ``seed`` makes the draws repeatable and leaves the global generators as they
     were.
->>>>>>> 7e4a6b96ca7cdc95dc72cb0252048b75ae605314
     """
     num_samples = joint.program.usual_draws() if num_samples is None else num_samples
     whole_number("num_samples", num_samples, at_least=0)
@@ -66,32 +56,15 @@ def predict(
 ) -> Prediction:
     """Return the prediction of the S draws of ``factors``, or of one setting, for every example.
 
-<<<<<<< HEAD
-    Parameters
-    ----------
-    joint
-        The joint model.
-    data
-        The examples; `reduced` says how they are read.
-    factors
-        The factors of the draws.
-    batch_size, rows
-        Examples per batch, and most rows (draws x examples) per pass.
-    kind
-        The class of the prediction; None: that of the task.
-    temperature
-        T of the law of the targets (`Task.at`).
-=======
     ``kind`` is the class of the prediction, by default that of the task, at the ``temperature``
     (`Task.at`). `reduced` describes how the data are read.
->>>>>>> 7e4a6b96ca7cdc95dc72cb0252048b75ae605314
     """
     kind = joint.task.prediction if kind is None else kind
-    task = joint.task.at(temperature)
+    law = joint.task.at(temperature)
     order = data.by_length()
-    reduce = partial(kind.reduce, task)
+    reduce = partial(kind.reduce, law)
     records = reduced(joint, data, factors, reduce, order, batch_size=batch_size, rows=rows)
-    prediction = _named(kind.collect(records, task), joint)
+    prediction = _named(kind.collect(records, law), joint)
     return prediction if order is None else prediction.in_order(order)
 
 
@@ -106,24 +79,11 @@ def reduced(
     rows: int = defaults.PREDICT_ROWS,
     title: str = "predicting",
 ) -> list[R]:
-<<<<<<< HEAD
-    """Apply ``reduce`` to the outputs (s, b, ...) of every batch, in the ``order`` of the examples.
-
-    Every draw is one function, with the same weights for all examples. Texts of like length share
-    a batch, where the order is by length. As many draws share a pass as `pass_rows` allows; at
-    least one does, since a batch is not cut.
-
-    Raises
-    ------
-    DataError
-        For features that are not finite.
-=======
     """Return ``reduce`` of the outputs (s, b, ...) of every batch, in the ``order`` of examples.
 
     Every draw is one function: the same weights for all examples. Texts of like length share a
     batch where the order is by length. One pass has as many draws of a batch as `pass_rows` allows,
     and at least one, since a batch is not cut. Features that are not finite raise `DataError`.
->>>>>>> 7e4a6b96ca7cdc95dc72cb0252048b75ae605314
     """
     device = next(joint.program.parameters()).device
     numbers: Sequence[int] = range(len(data)) if order is None else order
@@ -132,7 +92,7 @@ def reduced(
     for i, batch in enumerate(tqdm(loader, desc=title, delay=2, leave=False)):
         check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
         placed = to_device(batch, device)
-        with DRAWING.shared(), evaluating(joint):  # a fit in another thread steps between batches
+        with DRAWING.shared(), evaluating(joint):  # a fit beside it has its steps between batches
             outputs = passes(joint, placed, factors, pass_rows(placed, rows))
             with explained_pass(joint.base, placed):
                 records.append(reduce(outputs, placed))
@@ -148,11 +108,7 @@ def _named(prediction: Prediction, joint: JointModel) -> Prediction:
 def passes(
     joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
 ) -> Iterator[Tensor]:
-<<<<<<< HEAD
-    """Yield outputs (s, b, ...) of the draws in turn, s per pass; s = 1 for one setting."""
-=======
     """Yield outputs (s, b, ...) of s draws per pass; s = 1 for one setting."""
->>>>>>> 7e4a6b96ca7cdc95dc72cb0252048b75ae605314
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return

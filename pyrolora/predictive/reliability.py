@@ -7,7 +7,7 @@ import torch
 
 from pyrolora.checks import whole_number
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.tasks import ClassPrediction, Prediction
+from pyrolora.tasks import Prediction
 
 ECE_BINS = 15
 
@@ -32,14 +32,15 @@ def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFr
         When the data had no labels.
     """
     whole_number("bins", bins, at_least=1)
-    if not isinstance(prediction, ClassPrediction):
+    probs = prediction.probs
+    if probs is None:
         raise ConfigError(
             f"the reliability of class probabilities needs classes, got a "
             f"{type(prediction).__name__}; a regression has evaluate(...)['coverage']"
         )
     if prediction.loss is None:
         raise DataError("reliability needs labels, and the data has none")
-    confidence = prediction.probs.amax(-1)
+    confidence = probs.amax(-1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     inner = torch.linspace(0, 1, bins + 1, dtype=confidence.dtype)[1:-1]  # as torchmetrics' ECE
     index = torch.bucketize(confidence, inner.contiguous(), right=True)

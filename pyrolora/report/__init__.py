@@ -1,5 +1,6 @@
-"""The page that a report is: what it holds, and how it is written."""
+"""A posterior in words for a reader: one page about it, and tables for a terminal."""
 
 from pyrolora.report.report import Report, page_file, report_on
+from pyrolora.report.terminal import as_table
 
-__all__ = ["Report", "page_file", "report_on"]
+__all__ = ["Report", "as_table", "page_file", "report_on"]

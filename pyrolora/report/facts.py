@@ -1,4 +1,4 @@
-"""What a report says of the posterior and of the data, as names and values."""
+"""Facts about the posterior and about the data, as names and values."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from pyrolora.adapters import AdapterBank
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointModel
-from pyrolora.predictive import ClassPrediction, Prediction, RegressionPrediction
 from pyrolora.report.examples import Examples
-from pyrolora.tasks import Task
+from pyrolora.tasks import Prediction, Task
 
 MOST_CLASSES = 50
-"""Rows of the table of classes."""
+"""The most rows of the table of classes."""
 PACKAGES = ("pyrolora", "torch", "pyro-ppl", "transformers", "arviz")
 
 
 class Subject(Protocol):
-    """What a report reads of a posterior."""
+    """The attributes and methods of a posterior that a report reads."""
 
     options: Guide
     model: JointModel
@@ -56,7 +55,7 @@ class Subject(Protocol):
 
 
 def posterior_facts(posterior: Subject) -> dict[str, str]:
-    """The guide, the network under it, the adapters, and how they were fitted."""
+    """Return facts about the guide, the network, the adapters and the fit."""
     specs = posterior.bank.specs.values()
     ranks = posterior.bank.ranks()
     sites = {name: draw[0].numel() for name, draw in posterior.sample(1, seed=0).items()}
@@ -83,7 +82,7 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
 
 
 def option_facts(guide: Guide) -> dict[str, str]:
-    """Every option of the guide, those of an inner one after it."""
+    """Return every option of the guide, with those of an inner guide after it."""
     facts = {}
     for field in dataclasses.fields(guide):
         value = getattr(guide, field.name)
@@ -96,12 +95,12 @@ def option_facts(guide: Guide) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """What the report was made with."""
+    """Return the versions of Python and of the packages that made the report."""
     return {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def data_facts(examples: Examples, prediction: Prediction) -> dict[str, str]:
-    """How many examples there are, how long they are, and whether they are labelled."""
+    """Return the number of examples, their length, and whether they are labelled."""
     unit, sizes = examples.lengths()
     facts = {"examples": f"{len(examples):,}"}
     if examples.columns:
@@ -109,22 +108,17 @@ def data_facts(examples: Examples, prediction: Prediction) -> dict[str, str]:
     if sizes:
         low, middle, high = min(sizes), np.median(sizes), max(sizes)
         facts["length"] = f"{low} to {high} {unit}, median {middle:g}"
-    facts["labels"] = "yes" if prediction.targets is not None else "none: there are no metrics"
-    if isinstance(prediction, RegressionPrediction):
-        facts["learned noise"] = f"{prediction.noise_scale:.3g}, a standard deviation"
-    if prediction.targets is not None and isinstance(prediction, RegressionPrediction):
-        targets = prediction.targets.double().numpy()
-        facts["targets"] = (
-            f"{targets.min():.3g} to {targets.max():.3g}, mean {targets.mean():.3g}, "
-            f"standard deviation {targets.std():.3g}"
-        )
-    return facts
+    facts["labels"] = "yes" if prediction.targets is not None else "none, hence no metrics"
+    return {**facts, **prediction.facts()}
 
 
 def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | None:
-    """How often each class is the target and how often it is predicted; of multiple choice, each
-    place; of very many classes the most frequent ones. None for other predictions."""
-    if not isinstance(prediction, ClassPrediction):
+    """Return how often each class is the target and how often it is predicted.
+
+    For multiple choice the rows are the places of the choices; of very many classes only the most
+    frequent are listed. None for predictions without class probabilities.
+    """
+    if prediction.probs is None:
         return None
     classes = prediction.probs.shape[-1]
     choosing = len(examples) and bool(examples.choices(0))
@@ -132,7 +126,7 @@ def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | No
     table = {"class": names}
     if prediction.targets is not None:
         table["target"] = prediction.targets.bincount(minlength=classes).tolist()
-    table["predicted"] = prediction.predicted.bincount(minlength=classes).tolist()
+    table["predicted"] = prediction.probs.argmax(-1).bincount(minlength=classes).tolist()
     made = pd.DataFrame(table)
     if len(made) > MOST_CLASSES:
         made = made.sort_values(list(made)[1], ascending=False, kind="stable")[:MOST_CLASSES]
@@ -140,6 +134,7 @@ def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | No
 
 
 def _value(value: Any) -> str:
+    """Return a value as text; mappings and sequences as JSON."""
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

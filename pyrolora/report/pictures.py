@@ -1,4 +1,4 @@
-"""The pictures of a report: drawn, and embedded as data that the page carries in itself."""
+"""Pictures of a report, embedded in the page as data."""
 
 from __future__ import annotations
 
@@ -17,26 +17,20 @@ from pyrolora.plots.posterior import (
     signal_to_noise_map,
 )
 from pyrolora.plots.predictions import entropy_histogram, reliability_diagram, risk_coverage_curve
-from pyrolora.predictive import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
+from pyrolora.tasks import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 3.7, 2.8
-"""Inches; 96 pixels each in a browser, so that a picture fits a narrow screen without shrinking."""
+"""Inches, of 96 pixels each in a browser: a picture fits a narrow screen without shrinking."""
 MOST_COMPONENTS = 8
-"""Labels of a legend."""
-
-_UNCERTAINTIES: dict[type[Prediction], str] = {
-    ClassPrediction: "predictive entropy (nats)",
-    RegressionPrediction: "predictive standard deviation",
-    TokenPrediction: "mean entropy of a token (nats)",
-}
+"""The most labels of a legend."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with its heading, what it shows, and itself as a data URI."""
+    """A picture as a data URI, with a heading and a caption."""
 
     title: str
     caption: str
@@ -44,22 +38,22 @@ class Picture:
 
 
 def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> Iterator[Picture]:
-    """What can be drawn of predictions, with labels and without, and of other data beside them."""
-    targets = prediction.targets
-    if isinstance(prediction, ClassPrediction) and targets is not None:
+    """Yield the pictures that a prediction allows, with those of other data beside it."""
+    probs, targets = prediction.probs, prediction.targets
+    if probs is not None and targets is not None:
         yield picture(
             "Reliability",
             "Accuracy against confidence, in ten bins; the larger a point, the more predictions. "
             "Below the dotted line the predictions are overconfident.",
-            lambda ax: reliability_diagram(prediction.probs, targets, ax=ax),
+            lambda ax: reliability_diagram(probs, targets, ax=ax),
         )
-    if targets is not None:
+    if prediction.loss is not None:
         yield picture(
             "Risk and coverage",
             "The risk when only the most certain share is answered. It should fall to the left.",
             lambda ax: risk_coverage_curve(prediction, ax=ax),
         )
-    name = next(name for kind, name in _UNCERTAINTIES.items() if isinstance(prediction, kind))
+    name = prediction.uncertainty_name
 
     def uncertainty(ax: Axes) -> None:
         inside, other = (
@@ -67,7 +61,7 @@ def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> I
             for p in (prediction, outside)
         )
         assert inside is not None
-        if not len(inside):  # texts of one token, which nothing predicts
+        if not len(inside):  # nothing predicts the token of texts that have only one
             return
         other = None if other is not None and not len(other) else other
         entropy_histogram(inside, other, ax=ax)
@@ -80,26 +74,26 @@ def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> I
 
 
 def fit_pictures(history: Any) -> Iterator[Picture]:
-    """The course of the training, where one was logged."""
+    """Yield the pictures of the training, where it was logged."""
     logged = [entry for entry in history if "elbo" in entry]
     members = any("member" in entry for entry in logged)
     if not logged:
         return
     yield picture(
         "Objective",
-        "The ELBO over the steps of the training. It should have stopped rising.",
+        "The ELBO over the training steps. It should have stopped rising.",
         lambda ax: _with_legend(elbo_curve(history, ax=ax), members),
     )
     if any(entry[key] for entry in logged for key in entry if key.startswith("kl/")):
         yield picture(
             "KL by site",
-            "The KL divergence of posterior and prior, for every latent site.",
+            "The KL divergence of the posterior from the prior, for every latent site.",
             lambda ax: _with_legend(kl_curves(history, ax=ax), True),
         )
 
 
 def posterior_pictures(idata: Any) -> Iterator[Picture]:
-    """What the draws of the posterior have to show."""
+    """Yield the pictures of the posterior's draws."""
     group = idata["posterior"]
     sizes = dict(group.sizes)
     if not sizes["layer"]:
@@ -113,7 +107,7 @@ def posterior_pictures(idata: Any) -> Iterator[Picture]:
     if "signal_to_noise" in group.data_vars:
         yield picture(
             "Signal to noise",
-            "Of every rank: its mean over its posterior spread. Ranks far below 1 could be left "
+            "The mean of every rank over its posterior spread. Ranks far below 1 could be left "
             "out.",
             lambda ax: signal_to_noise_map(idata, ax=ax),
             rows=sizes["block"],
@@ -121,14 +115,14 @@ def posterior_pictures(idata: Any) -> Iterator[Picture]:
     if "mixture_weights" in group.data_vars:
         yield picture(
             "Mixture weights",
-            "The mean weight of each component, a bar for each layer.",
+            "The mean weight of each component, one bar per layer.",
             lambda ax: _legend_above(mixture_weights(idata, ax=ax), sizes["component"]),
             rows=sizes["block"],
         )
 
 
 def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0) -> Picture:
-    """Draw on axes of a figure as wide as a narrow screen; higher where it has ``rows`` to name."""
+    """Draw a figure as wide as a narrow screen; it is higher where it has ``rows`` to name."""
     from matplotlib import rc_context, style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -136,12 +130,11 @@ def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0
     height = max(HEIGHT, min(1.2 + 0.17 * rows, 8.0))
     stream = io.BytesIO()
     with (
-        style.context("default"),  # not the user's own, which may need LaTeX or a dark page
+        style.context("default"),  # the user's style may need LaTeX or a dark page
         rc_context({"font.size": 9, "svg.hashsalt": "pyrolora", "legend.fontsize": "small"}),
         warnings.catch_warnings(),
     ):
-        # Of names in scripts that the font lacks: they are boxes in the picture, and read in the
-        # tables.
+        # Names in scripts that the font lacks are boxes in the picture; the tables show them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -152,11 +145,13 @@ def picture(title: str, caption: str, draw: Callable[[Axes], Any], rows: int = 0
 
 
 def _with_legend(ax: Axes, wanted: bool) -> None:
+    """Add a legend if it is wanted and short enough; names are never read as mathematics."""
     if wanted and len(ax.lines) <= 2 * MOST_COMPONENTS:
         for text in ax.legend().get_texts():
             text.set_parse_math(False)
 
 
 def _legend_above(ax: Axes, components: int) -> None:
+    """Add a legend of few components above the axes."""
     if components <= MOST_COMPONENTS:
         ax.legend(ncols=components, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)

@@ -17,10 +17,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora import defaults
 from pyrolora.data.labels import class_names_of
+from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
     Contraction,
-    about_widths,
-    contraction_table,
     contractions,
     has_trained_widths,
     update_norms,
@@ -28,16 +27,8 @@ from pyrolora.diagnostics.contraction import (
 from pyrolora.errors import ConfigError
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
-from pyrolora.predictive import (
-    ClassPrediction,
-    Prediction,
-    TokenPrediction,
-    auroc,
-    evaluate,
-    reliability_table,
-)
+from pyrolora.predictive import auroc, evaluate, reliability_table
 from pyrolora.report import findings
-from pyrolora.report.chance import no_better_than_chance, unadapted
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import (
     Subject,
@@ -48,26 +39,27 @@ from pyrolora.report.facts import (
     versions,
 )
 from pyrolora.report.findings import Finding
-from pyrolora.report.overconfidence import overconfident
 from pyrolora.report.pictures import fit_pictures, posterior_pictures, prediction_pictures
 from pyrolora.report.shaded import shaded_texts
 from pyrolora.report.tables import example_tables, metrics_table
+from pyrolora.report.widths import about_widths, contraction_table
+from pyrolora.tasks import Prediction
 
 TEMPLATE = "page.html.jinja"
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page, and what it warns of.
+    """A page about a posterior, with its warnings and metrics.
 
     Attributes
     ----------
     html
         The whole page.
     findings
-        The warnings, as they stand on it.
+        The warnings, as they stand on the page.
     metrics
-        Scores by name; empty without labels, but for ``ood_auroc``.
+        Scores by name; without labels only ``ood_auroc``, if there are outside data.
     """
 
     html: str
@@ -75,19 +67,19 @@ class Report:
     metrics: dict[str, float]
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, over one that is there."""
+        """Write the page, whole or not at all, over an older one."""
         file = page_file(path)
         write_whole(file, self.html.encode())
         return file
 
 
 def page_file(path: str | Path) -> Path:
-    """Where a page is to be written.
+    """Return the path to write a page to.
 
     Raises
     ------
     ConfigError
-        When it is a folder, or stands in none.
+        When ``path`` is a folder, or its folder does not exist.
     """
     file = Path(path)
     if file.is_dir():
@@ -108,7 +100,7 @@ def report_on(
     batch_size: int = defaults.BATCH_SIZE,
     seed: int | None = None,
 ) -> Report:
-    """The report that `Posterior.report` writes; its parameters are described there."""
+    """Make the report that `Posterior.report` writes; the parameters are described there."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     if num_samples is None:
@@ -123,13 +115,12 @@ def report_on(
     idata = posterior.to_arviz(seed=seed)
     metrics = _metrics(prediction, other)
     blocks = contractions(posterior.model.program)
-    warnings = _findings(
-        posterior, prediction, num_samples, blocks, partial(unadapted, posterior, data, batch_size)
-    )
+    plain = partial(without_adapters, posterior, data, batch_size)
+    warnings = _findings(posterior, prediction, num_samples, blocks, plain)
     texts = []
-    if isinstance(prediction, TokenPrediction):
+    if prediction.token_entropy is not None:
         texts = shaded_texts(posterior, prediction, examples, num_samples, seed)
-    labelled = isinstance(prediction, ClassPrediction) and prediction.targets is not None
+    labelled = prediction.probs is not None and prediction.targets is not None
     html = (
         _environment()
         .get_template(TEMPLATE)
@@ -139,7 +130,7 @@ def report_on(
             draws=num_samples,
             seed=seed,
             size=len(examples),
-            outside_size=None if other is None else len(other.uncertainty),
+            outside_size=None if other is None else len(other.examples.unique()),
             findings=warnings,
             metrics=metrics_table(metrics),
             pictures=list(prediction_pictures(prediction, other)),
@@ -163,6 +154,7 @@ def report_on(
 
 
 def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, float]:
+    """Return the scores; without labels only how well outside data are told apart."""
     if prediction.targets is not None:
         return evaluate(prediction, outside)
     if outside is None:
@@ -177,24 +169,26 @@ def _findings(
     blocks: list[Contraction],
     plain: Callable[[], Prediction | None],
 ) -> list[Finding]:
+    """Return all warnings; ``plain`` predicts without the adapters."""
     program = posterior.model.program
     sites = posterior.sample(2, seed=0)
     factors = program.factors(sites)
     point = factors.draws is None or len(factors.distinct()[1]) < 2
-    found = [
-        overconfident(prediction),
-        no_better_than_chance(prediction, plain),
+    checked = [
+        findings.overconfident(prediction),
+        findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
         findings.prior_dominated(blocks, trained=has_trained_widths(program)),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
-        findings.few_examples(len(prediction.uncertainty)),
+        findings.few_examples(len(prediction.examples.unique())),
         findings.few_draws(num_samples, stored=program.stored(), point=point),
     ]
-    return [one for one in found if one is not None]
+    return [finding for finding in checked if finding is not None]
 
 
 def _used_bins(prediction: Prediction) -> pd.DataFrame:
+    """Return the reliability table without empty bins, with the gap of each."""
     table = reliability_table(prediction)
     table = table[table["count"] > 0]
     bins = [f"{low:.2f} to {high:.2f}" for low, high in zip(table.low, table.high, strict=True)]
@@ -204,6 +198,7 @@ def _used_bins(prediction: Prediction) -> pd.DataFrame:
 
 
 def _environment() -> Environment:
+    """Return jinja's environment; it escapes all text of the data."""
     environment = Environment(
         loader=PackageLoader("pyrolora.report", "."),
         autoescape=True,
@@ -216,7 +211,7 @@ def _environment() -> Environment:
 
 
 def _number(value: Any) -> str:
-    """Whole numbers as they are, others with three digits."""
+    """Format whole numbers and texts as they are, other numbers with three digits."""
     if isinstance(value, bool | str | int | np.integer):
         return str(value)
     if not math.isfinite(value):

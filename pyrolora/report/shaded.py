@@ -1,4 +1,4 @@
-"""The texts of a language model, token by token, with the entropy of each."""
+"""Texts of a language model, token by token, with the entropy of each token."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyrolora.data import prepare
-from pyrolora.predictive import TokenPrediction
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import Subject
+from pyrolora.tasks import Prediction
 
 TEXTS = 2
-"""Texts whose tokens are shown one by one."""
+"""The number of texts that are shown token by token."""
 
 
 @dataclass(frozen=True)
 class ShadedText:
-    """A text token by token: each with its entropy in nats, and with that over the highest of all
-    (None where a token is not predicted)."""
+    """A text, token by token.
+
+    Attributes
+    ----------
+    title
+        The heading.
+    tokens
+        Each token with its entropy in nats, and that over ``top``; both are None where a token is
+        not predicted.
+    top
+        The highest entropy of all texts.
+    """
 
     title: str
     tokens: list[tuple[str, float | None, float | None]]
@@ -27,28 +37,31 @@ class ShadedText:
 
 
 def shaded_texts(
-    posterior: Subject, prediction: TokenPrediction, examples: Examples, num_samples: int, seed: int
+    posterior: Subject, prediction: Prediction, examples: Examples, num_samples: int, seed: int
 ) -> list[ShadedText]:
-    """The texts of the highest entropy, by the same draws again, each alone: without padding, its
-    tokens and their entropies are the same in number, but for the first that nothing predicts."""
+    """Return the texts of the highest uncertainty, predicted again by the same draws.
+
+    Each is predicted alone: without padding it has as many entropies as tokens, but for the first
+    tokens, which nothing predicts.
+    """
     order = prediction.uncertainty.nan_to_num(-1).argsort(descending=True)[:TEXTS].tolist()
-    read = []
-    for i in order:
-        only = examples.only(i)
-        alone = posterior.predict(only, num_samples, batch_size=1, seed=seed)
-        assert isinstance(alone, TokenPrediction)
+    texts = []
+    for i in prediction.examples[order].tolist():
+        example = examples.only(i)
+        alone = posterior.predict(example, num_samples, batch_size=1, seed=seed)
+        assert alone.token_entropy is not None
         ids = prepare(
-            only,
+            example,
             posterior.base,
             posterior.task,
             posterior.tokenizer,
             need_labels=False,
             to_learn=False,
         ).examples[0]["input_ids"]
-        values = alone.entropy[0].tolist()
+        values = alone.token_entropy[0].tolist()
         first = [math.nan] * (len(ids) - len(values))
-        read.append((i, _words(ids, posterior.tokenizer), first + values))
-    top = max((v for _, _, values in read for v in values if math.isfinite(v)), default=0.0)
+        texts.append((i, _words(ids, posterior.tokenizer), first + values))
+    top = max((v for _, _, values in texts for v in values if math.isfinite(v)), default=0.0)
     return [
         ShadedText(
             f"example {i}",
@@ -58,12 +71,12 @@ def shaded_texts(
             ],
             top,
         )
-        for i, words, values in read
+        for i, words, values in texts
     ]
 
 
 def _words(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each token as text."""
+    """Return each token as text."""
     if tokenizer is None:
         return [f"{int(number)} " for number in ids]
     return [tokenizer.decode([int(number)]) for number in ids]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import pandas as pd
 import pyro.distributions as dist
 import torch
@@ -16,6 +17,7 @@ from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.evidence import Baseline, Promise
 from pyrolora.tasks.heads import load_head, outputs_like, outputs_of
 from pyrolora.tasks.prediction import Prediction, entropy_of, filled, joined, table_of, tail_of
 from pyrolora.tasks.unsupported import classes_of
@@ -135,6 +137,61 @@ class ClassPrediction(Prediction):
             for name in {"predicted", "target"} & {*table}:
                 table[name] = table[name].map(dict(enumerate(self.classes)))
         return table
+
+    uncertainty_name = "predictive entropy (nats)"
+    risk_name = "error rate"
+    risk_from_zero = True
+    surprise_note = "{count} of {total} answers are wrong; these are the most confident of them."
+
+    @property
+    def surprise(self) -> Tensor | None:
+        """The confidence of the wrong answers, (n,); NaN for the right ones."""
+        if self.loss is None:
+            return None
+        return self.probs.amax(-1).masked_fill(self.loss == 0, torch.nan)
+
+    def promise(self) -> Promise | None:
+        """Return the confidences, and which answers are right.
+
+        The variance is the one that was seen, or that of calibrated predictions where that is
+        larger: a few wrong answers of the same confidence have none.
+        """
+        if self.loss is None or len(self.loss) < 2:
+            return None
+        confidence, right = self.probs.amax(-1).double(), 1 - self.loss.double()
+        calibrated = (confidence * (1 - confidence)).mean()
+        return Promise(
+            confidence,
+            right,
+            "The mean confidence is {promised:.3f}, and {kept:.3f} of the answers are right: the "
+            "confidence is {gap:.3f} too high, with a standard error of {error:.3f}.",
+            variance=float(torch.maximum((confidence - right).var(), calibrated)),
+        )
+
+    def baseline(self, without_adapters: Callable[[], Prediction | None]) -> Baseline | None:
+        """Return the scores of the frequencies of these labels, among the classes of each row."""
+        if self.targets is None:
+            return None
+        hits = np.eye(self.probs.shape[-1])[self.targets.numpy()]
+        possible = (self.probs.numpy() > 0) | (hits > 0)  # rows may have fewer choices
+        counts = hits.sum(0) * possible
+        scores = np.log((counts * hits).sum(1) / counts.sum(1))
+        wrong = counts.argmax(1) != hits.argmax(1)
+        return Baseline(
+            "frequencies of the labels", torch.from_numpy(scores), torch.from_numpy(wrong)
+        )
+
+    def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
+        def named(numbers: Tensor) -> list[str]:
+            return [class_name(row, number) for row, number in enumerate(numbers.tolist())]
+
+        return {
+            **({} if self.targets is None else {"target": named(self.targets)}),
+            "predicted": named(self.predicted),
+            "probability": self.probs.amax(-1).tolist(),
+            "entropy": self.entropy.tolist(),
+            "mutual information": self.epistemic.tolist(),
+        }
 
 
 class Classification(Task):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyrolora.checks import share
 from pyrolora.columns import Batch
 from pyrolora.errors import NonFiniteError
+from pyrolora.tasks.evidence import Baseline, Promise
 
 BY_DRAW = ("draws", "log_likelihood")
 """Fields of shape (S, n, ...); in all other tensors n comes first."""
@@ -122,6 +123,70 @@ class Prediction(ABC):
     def log_predictive(self) -> Tensor | None:
         """The log-likelihood log mean_s p(y_i | draw s) of the mixture, (n,), in nats."""
         return None if self.log_likelihood is None else log_mean_exp(self.log_likelihood)
+
+    # What plots, ArviZ and reports ask. A class that leaves an answer as it is here does without
+    # the parts that need it.
+
+    uncertainty_name: ClassVar[str] = "uncertainty"
+    """The quantity of `uncertainty`, with its unit: the label of an axis."""
+    risk_name: ClassVar[str] = "mean loss"
+    """The mean of `loss` over rows, with its unit: the label of an axis."""
+    risk_from_zero: ClassVar[bool] = False
+    """Whether the axis of the risk begins at 0."""
+    surprise_note: ClassVar[str] = ""
+    """A sentence about the rows of the highest `surprise`, with ``{count}`` of ``{total}``."""
+
+    @property
+    def probs(self) -> Tensor | None:
+        """Class probabilities, (n, C), where the targets are classes; else None."""
+        return None
+
+    @property
+    def token_entropy(self) -> Tensor | None:
+        """The entropy of every token, (n, T), where a row is a text; else None.
+
+        NaN where a token is not predicted. Tokens that nothing predicts may be missing in front.
+        """
+        return None
+
+    @property
+    def surprise(self) -> Tensor | None:
+        """How much worse than promised each row came out, (n,); NaN where it came out well.
+
+        None without labels, or where nothing is promised.
+        """
+        return None
+
+    def promise(self) -> Promise | None:
+        """Return what the rows promise and what they keep; None where that is not known."""
+        return None
+
+    def baseline(self, without_adapters: Callable[[], Prediction | None]) -> Baseline | None:
+        """Return the scores that a fit should beat; None where there are none.
+
+        By default they are those of the network without its adapters, which ``without_adapters``
+        predicts with.
+        """
+        other = without_adapters()
+        if other is None or other.log_predictive is None:
+            return None
+        return Baseline("network without the adapters", other.log_predictive)
+
+    def facts(self) -> dict[str, str]:
+        """Return what is worth knowing about the rows as a whole, by name."""
+        return {}
+
+    def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
+        """Return the columns of a report's table of rows, by heading: one value per row.
+
+        ``class_name(row, number)`` is the name of a class, or of a choice of that row.
+        """
+        columns: dict[str, Sequence[Any]] = {}
+        if self.targets is not None and self.targets.dim() == 1:
+            columns["target"] = self.targets.tolist()
+        if self.loss is not None:
+            columns["loss"] = self.loss.tolist()
+        return {**columns, self.uncertainty_name: self.uncertainty.tolist()}
 
 
 def log_mean_exp(scores: Tensor) -> Tensor:

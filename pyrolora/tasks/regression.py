@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from pyrolora.errors import DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.classification import check_one_label
+from pyrolora.tasks.evidence import Baseline, Promise
 from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.prediction import Prediction, joined, table_of, tail_of
 from pyrolora.tasks.unsupported import classes_of
@@ -136,6 +137,65 @@ class RegressionPrediction(Prediction):
         low, high = self.interval()
         columns = {"mean": self.mean, "std": self.std, "epistemic": self.epistemic}
         return table_of({**columns, "low_90": low, "high_90": high}, self.targets)
+
+    uncertainty_name = "predictive standard deviation"
+    risk_name = "mean squared error"
+    surprise_note = (
+        "The targets that lie furthest from the mean, in predictive standard deviations."
+    )
+
+    @property
+    def surprise(self) -> Tensor | None:
+        """The distance of the target from the mean, in predictive standard deviations, (n,)."""
+        return None if self.targets is None else ((self.targets - self.mean) / self.std).abs()
+
+    def promise(self) -> Promise | None:
+        """Return the coverage of the central 90 % intervals, and which of them hold the target."""
+        if self.targets is None:
+            return None
+        low, high = self.interval(0.9)
+        inside = ((self.targets >= low) & (self.targets <= high)).double()
+        return Promise(
+            torch.full_like(inside, 0.9),
+            inside,
+            "The intervals that should hold 90 % of the targets hold {kept:.1%}; with {n} examples "
+            "the standard error is {error:.1%}.",
+            variance=0.9 * 0.1,
+        )
+
+    def baseline(self, without_adapters: Callable[[], Prediction | None]) -> Baseline | None:
+        """Return the scores of the normal distribution of these targets, where they differ."""
+        if self.targets is None or self.targets.min() == self.targets.max():
+            return None
+        y = self.targets.double()
+        error = (y - y.mean()).square()
+        scores = -0.5 * (error / error.mean() + (2 * torch.pi * error.mean()).log())
+        return Baseline("normal distribution of the targets", scores, error)
+
+    def facts(self) -> dict[str, str]:
+        noise = {"learned noise": f"{self.noise_scale:.3g}, a standard deviation"}
+        if self.targets is None:
+            return noise
+        y = self.targets.double().numpy()
+        return {
+            **noise,
+            "targets": f"{y.min():.3g} to {y.max():.3g}, mean {y.mean():.3g}, "
+            f"standard deviation {y.std():.3g}",
+        }
+
+    def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
+        known: dict[str, Sequence[Any]] = {}
+        if self.targets is not None:
+            known["target"] = self.targets.tolist()
+            known["error in sd"] = ((self.targets - self.mean) / self.std).tolist()
+        bounds = zip(*(bound.tolist() for bound in self.interval(0.9)), strict=True)
+        return {
+            **known,
+            "mean": self.mean.tolist(),
+            "90 % interval": [f"{low:.3g} to {high:.3g}" for low, high in bounds],
+            "sd": self.std.tolist(),
+            "sd between draws": self.epistemic.tolist(),
+        }
 
 
 class Regression(Task):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -188,6 +188,9 @@ class TagPrediction(ClassPrediction):
     def to_pandas(self) -> pd.DataFrame:
         places = {"example": self.example.numpy(), "position": self.position.numpy()}
         return pd.concat([pd.DataFrame(places), super().to_pandas()], axis=1)
+
+    def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
+        return {"position": self.position.tolist(), **super().columns(class_name)}
 
 
 class TokenClassification(TokenTask):

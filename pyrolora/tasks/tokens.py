@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -18,6 +18,7 @@ from pyrolora.distributions import LogitsCategorical
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
+from pyrolora.tasks.evidence import Promise
 from pyrolora.tasks.prediction import Prediction, entropy_of, filled, joined, table_of
 
 LOOKED_AT = 100
@@ -173,6 +174,40 @@ class TokenPrediction(Prediction):
         if self.loss is not None:
             columns["nll"] = self.loss
         return table_of(columns, None)
+
+    uncertainty_name = "mean entropy per token (nats)"
+    risk_name = "nats per token"
+    surprise_note = "The texts that cost the most nats per token above what their entropy expects."
+
+    @property
+    def token_entropy(self) -> Tensor | None:
+        """The entropy of every token, (n, T); (n, T-1) of a causal model."""
+        return self.entropy
+
+    @property
+    def surprise(self) -> Tensor | None:
+        """The nats per token above the mean entropy, (n,)."""
+        return None if self.loss is None else self.loss - self.uncertainty
+
+    def promise(self) -> Promise | None:
+        """Return the log-likelihood that the entropies expect of each text, and the actual one."""
+        if self.log_predictive is None:
+            return None
+        return Promise(
+            -self.entropy.double().nansum(-1),
+            self.log_predictive.double(),
+            "The log-likelihood per token is {kept:.3f} nats, and the predictions themselves "
+            "expect {promised:.3f}: {gap:.3f} too much, with a standard error of {error:.3f}.",
+            counts=self.num_tokens,
+        )
+
+    def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
+        return {
+            **({} if self.loss is None else {"nats per token": self.loss.tolist()}),
+            "entropy": self.uncertainty.tolist(),
+            "mutual information": self.epistemic.nanmean(-1).tolist(),
+            "tokens": self.num_tokens.tolist(),
+        }
 
 
 @dataclass(frozen=True)

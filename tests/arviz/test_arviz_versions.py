@@ -30,15 +30,16 @@ import json, pickle, sys, types, warnings
 from pathlib import Path
 package, folder = map(Path, sys.argv[1:])
 sys.path.insert(0, str(package.parent))
-report = types.ModuleType("pyrolora.report")  # whose own imports need torch
-report.__path__ = [str(package / "report")]
-sys.modules["pyrolora.report"] = report
+for part in ("arviz", "diagnostics"):  # whose own imports need torch
+    module = types.ModuleType(f"pyrolora.{part}")
+    module.__path__ = [str(package / part)]
+    sys.modules[f"pyrolora.{part}"] = module
 
 import matplotlib
 matplotlib.use("agg")
 import arviz as az, numpy as np
 from pyrolora.errors import ConfigError
-from pyrolora.arviz.arviz import summary, to_inference_data
+from pyrolora.arviz.containers import summary, to_inference_data
 from pyrolora.diagnostics.leave_one_out import loo
 from pyrolora.diagnostics.psis import psis_khat
 from pyrolora.arviz.chains import as_chains

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.diagnostics import PSIS
-from pyrolora.diagnostics.khat import (
+from pyrolora.diagnostics.importance import (
     _centre,
     _is_latent,
     _masks,

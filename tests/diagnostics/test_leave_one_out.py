@@ -9,12 +9,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import mlp
+from problems import bert_tags, mlp, tagged, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.arviz import as_chains, groups, to_inference_data
-from pyrolora.arviz.arviz import CALIBRATED
+from pyrolora.arviz.containers import CALIBRATED
 from pyrolora.diagnostics import loo
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import MAP, MeanField, MonteCLoRA
@@ -154,7 +154,7 @@ def test_the_weights_are_those_of_the_fits_beta(guide, beta: float, tmp_path) ->
 
 
 def test_a_cold_posterior_says_once_that_arvizs_would_be_wrong(caplog) -> None:
-    groups._of_another_beta.cache_clear()
+    groups._leave_one_out_advice.cache_clear()
     cold = fitted(MeanField(kl_weight=0.2))
     with caplog.at_level(logging.WARNING):
         said = [cold.to_arviz(4, data=DATA, log_likelihood=True) for _ in range(2)]
@@ -167,7 +167,7 @@ def test_a_cold_posterior_says_once_that_arvizs_would_be_wrong(caplog) -> None:
         assert "leave_one_out" not in cold.to_arviz(4, data=DATA)["posterior"].attrs
         exact = fitted(MeanField(kl_weight=1.0)).to_arviz(4, data=DATA, log_likelihood=True)
         assert "leave_one_out" not in exact["log_likelihood"].attrs
-        assert "too strict" in groups._of_another_beta(2.0)
+        assert "too strict" in groups._leave_one_out_advice(2.0)
     assert len(caplog.records) == 1
 
 
@@ -178,7 +178,7 @@ def test_what_leave_one_out_cannot_mean_is_refused() -> None:
     point = fitted(MAP()).to_arviz(5, data=DATA, log_likelihood=True)
     with pytest.raises(DataError, match="the same under every draw: the posterior is a point"):
         loo(point)
-    with pytest.raises(ConfigError, match=r"there are none; make them with posterior\.to_arviz"):
+    with pytest.raises(ConfigError, match=r"idata has none; make them with posterior\.to_arviz"):
         loo(fitted(MAP()).to_arviz(5))
     foreign = az.from_dict(
         posterior={"a": np.zeros((1, 5))}, log_likelihood={"y": np.zeros((1, 5, 3))}
@@ -211,3 +211,18 @@ def test_after_a_calibration_the_scores_are_those_of_its_temperature() -> None:
 
 def dataset_of(idata, group):
     return {name: values.values for name, values in idata[group].data_vars.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_tokens_are_left_out_with_their_example() -> None:
+    """One row per token: the scores of an example are the sum of those of its tokens."""
+    data = tagged(12)
+    posterior = pyrolora.fit(bert_tags(), data, "montec", tokenizer=tokenizer(), epochs=1)
+    idata = posterior.to_arviz(40, data=data, log_likelihood=True, seed=0)
+    rows = idata["log_likelihood"]["y"]
+    assert rows.dims == ("chain", "draw", "token")
+    result = loo(idata)
+    assert result["loo_i"].sizes["example"] == len(data)
+    draws = np.exp(rows.groupby("token").sum().values[0])
+    whole = np.log(draws.mean(0)).sum()
+    assert result["elpd_loo"] == pytest.approx(whole - result["p_loo"], rel=1e-6)

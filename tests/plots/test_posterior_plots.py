@@ -145,7 +145,7 @@ def test_norms_have_means_and_central_intervals(ax: Axes) -> None:
 
 @pytest.mark.parametrize("mass", [0, 1, 1.5])
 def test_an_interval_without_mass_is_refused(mass: float, ax: Axes) -> None:
-    with pytest.raises(ConfigError, match=f"between 0 and 1, got {mass}"):
+    with pytest.raises(ConfigError, match=rf"number in \(0, 1\), got {mass}"):
         adapter_norms(idata(adapter_norm=(("layer",), np.ones(1), 0.0)), ax=ax, mass=mass)
 
 

@@ -121,6 +121,6 @@ def test_no_tokens_at_all(ax: Axes) -> None:
     assert not ax.texts
 
 
-def test_a_number_a_token_is_needed(ax: Axes) -> None:
-    with pytest.raises(ConfigError, match=r"a number a token, \(5,\), got shape \(4,\)"):
+def test_one_number_per_token_is_needed(ax: Axes) -> None:
+    with pytest.raises(ConfigError, match=r"one number per token, \(5,\), got shape \(4,\)"):
         token_text(WORDS, np.ones(4), ax=ax)

@@ -13,9 +13,9 @@ from pyrolora.report.findings import (
     few_draws,
     few_examples,
     not_converged,
+    overconfident,
     prior_dominated,
 )
-from pyrolora.report.overconfidence import overconfident
 
 # Overconfidence -----------------------------------------------------------------------------------
 

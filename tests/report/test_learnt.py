@@ -12,9 +12,8 @@ from problems import llama, mlp, texts, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
+from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
-    about_widths,
-    contraction_table,
     contractions,
     has_trained_widths,
     update_norms,
@@ -22,8 +21,8 @@ from pyrolora.diagnostics.contraction import (
 from pyrolora.guides import MAP, SWAG, Flat, Guide, Laplace, LowRank, MeanField, MonteCLoRA
 from pyrolora.predictive import ClassPrediction, RegressionPrediction
 from pyrolora.report import report_on
-from pyrolora.report.chance import no_better_than_chance, unadapted
-from pyrolora.report.findings import no_update, prior_dominated
+from pyrolora.report.findings import no_better_than_chance, no_update, prior_dominated
+from pyrolora.report.widths import about_widths, contraction_table
 
 COMMON = {"units": "fan_in", "prior_mean": "start", "kl_weight": 1.0}
 GUIDES = {
@@ -242,7 +241,7 @@ def test_texts_are_compared_with_the_network_without_the_adapters() -> None:
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2), "epochs": 8}
     learnt = pyrolora.fit(llama(), texts(48), MAP(), learning_rate=0.02, batch_size=8, **options)
     held_out = texts(24, seed=1)
-    plain = partial(unadapted, learnt, held_out, 8)
+    plain = partial(without_adapters, learnt, held_out, 8)
     assert no_better_than_chance(learnt.predict(held_out, 0), plain) is None
     learnt.model.program.bank.assign("B_loc", torch.zeros_like(learnt.bank.get_parameter("B_loc")))
     made = report_on(learnt, held_out, num_samples=1, seed=0)

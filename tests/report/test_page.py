@@ -20,11 +20,13 @@ from problems import (
     bert,
     bert_choice,
     bert_mlm,
+    bert_tags,
     llama,
     mask_tokenizer,
     mlp,
     questions,
     reviews,
+    tagged,
     tokenizer,
 )
 
@@ -151,6 +153,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[int], Any], dict[str, Any], 
         {"tokenizer": tokenizer()},
         {"Risk and coverage", "Uncertainty"},
     ),
+    "tags": (bert_tags, tagged, {"tokenizer": tokenizer()}, ALWAYS),
     "masked": (
         bert_mlm,
         lambda n: reviews(n).remove_columns("label"),
@@ -172,7 +175,8 @@ def test_every_kind_of_data_has_a_page(kind: str) -> None:
     assert {image["alt"].partition(":")[0] for image in page.images} >= pictures
     assert {"Confident errors", "Most certain", "Least certain"} <= set(page.headings)
     first = data(8)[0]
-    assert first.get("text", first.get("question")) in page.cells
+    text = first.get("text", first.get("question")) or " ".join(first["tokens"])
+    assert text in page.cells
 
 
 def test_every_token_of_an_uncertain_text_is_shown_with_its_entropy() -> None:
@@ -263,7 +267,7 @@ def test_confident_errors_come_first_the_surest_at_the_top() -> None:
     page = Page(report_on(posterior, data, num_samples=4, seed=0).html)
     headings = [h for h in page.headings if h in ("Confident errors", "Most certain")]
     assert headings == ["Confident errors", "Most certain"]
-    assert "10 of 40 answers are wrong; these are the surest of them." in page.all("p")
+    assert "10 of 40 answers are wrong; these are the most confident of them." in page.all("p")
     surest = prediction.probs.amax(-1)[:10].argsort(descending=True)
     start = page.texts.index(("h3", "Confident errors"))
     cells = [text for tag, text in page.texts[start:] if tag == "td"]

@@ -1,4 +1,4 @@
-"""k̂: how far a fitted guide is from the posterior that it stands for, by importance weights."""
+"""k̂ of a fitted guide: its distance from the posterior, judged by importance weights."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import predict
 from pyrolora.seeding import DRAWING, seeded
 
-FEWEST_DRAWS = 25  # of which a fifth is the tail, which needs five
+FEWEST_DRAWS = 25
+"""The tail is a fifth of the draws, and its fit needs five."""
 DRAWS_AT_ONCE = 50
 
 Values = Mapping[str, Tensor]
-"""Site -> (S, ...), as the sites are inside a plate of S draws at dimension -2."""
+"""Site -> (S, ...), shaped as inside a plate of S draws at dimension -2."""
 
 
 @torch.no_grad()
-def judge(
+def khat(
     joint: JointModel,
     options: Guide,
     data: Prepared,
@@ -41,22 +42,22 @@ def judge(
     seed: int | None = None,
     per_layer: bool = False,
 ) -> PSIS | dict[str, PSIS]:
-    """PSIS of the whole pair, or of each layer; `Posterior.khat` says of what."""
+    """Return the PSIS of the whole pair, or of each layer; see `Posterior.khat`."""
     whole_number("num_samples", num_samples, at_least=FEWEST_DRAWS)
     if len(data) != joint.num_examples:
         raise DataError(
-            f"khat is about the training data, {joint.num_examples} examples, got {len(data)}; "
+            f"khat needs the training data, {joint.num_examples} examples, got {len(data)}; "
             "pass the data that the posterior was fitted on"
         )
     _check_drawn(joint.program, options)
     if not joint.program.has_prior:
         raise ConfigError(
-            f"khat judges a guide by the model's prior, and {full_name(options)!r} has none: the "
-            "law of its draws is the same in model and guide; SWAG has one with prior_scale="
+            f"khat judges a guide by the model's prior, and {full_name(options)!r} has none: its "
+            "draws have the same distribution in model and guide; SWAG has one with prior_scale="
         )
     if per_layer and not joint.program.layers_independent:
         raise ConfigError(
-            f"per_layer judges the guide's law of a layer given the others, and the layers of "
+            f"per_layer judges a layer by the guide's distribution given the others, and layers of "
             f"{full_name(options)!r} are not independent; leave per_layer out"
         )
     beta = options.beta(joint.num_examples)
@@ -73,16 +74,16 @@ def judge(
             size = sum(round(free[n] * float(used[n].float().mean())) for n in sites)
             return _psis(joint, data, drawn, beta, size)
         centre = {name: _centre(site) for name, site in sites.items()}
-        found = {}
-        for layer, own in _masks(joint.program, sites).items():
-            values = {n: torch.where(own[n], drawn[n], centre[n]) for n in sites}
-            size = sum(round(free[n] * float((own[n] & used[n]).float().mean())) for n in sites)
-            found[layer] = _psis(joint, data, values, beta, size)
-        return found
+        results = {}
+        for layer, mask in _masks(joint.program, sites).items():
+            values = {n: torch.where(mask[n], drawn[n], centre[n]) for n in sites}
+            size = sum(round(free[n] * float((mask[n] & used[n]).float().mean())) for n in sites)
+            results[layer] = _psis(joint, data, values, beta, size)
+        return results
 
 
 def _psis(joint: JointModel, data: Prepared, values: Values, beta: float, size: int) -> PSIS:
-    """log w = log p(θ) + (1/β) Σ_i log p(y_i|θ) − log q(θ), and its k̂."""
+    """Return the PSIS of log w = log p(θ) + (1/β) Σ_i log p(y_i|θ) − log q(θ)."""
     count = len(next(iter(values.values())))
     ratios, kept = [], []
     for start in range(0, count, DRAWS_AT_ONCE):
@@ -97,7 +98,7 @@ def _psis(joint: JointModel, data: Prepared, values: Values, beta: float, size: 
 
 
 def _prior_over_guide(program: Program, values: Values) -> tuple[Tensor, FlatFactors]:
-    """log p(θ) − log q(θ), (S,), and the factors of θ."""
+    """Return log p(θ) − log q(θ), (S,), and the factors of θ."""
     count = len(next(iter(values.values())))
     guide = _traced(program, program.guide, values, count)
     model = _traced(program, program.model, values, count)
@@ -105,13 +106,13 @@ def _prior_over_guide(program: Program, values: Values) -> tuple[Tensor, FlatFac
 
 
 def _traced(program: Program, part: Any, values: Values, count: int) -> Trace:
-    """The trace of ``program.model`` or ``program.guide`` on ``count`` draws."""
+    """Trace ``program.model`` or ``program.guide`` on ``count`` draws."""
     with poutine.block(), pyro.plate("draws", count, dim=-2):
         return poutine.trace(poutine.condition(part, data=dict(values))).get_trace()
 
 
 def _log_density(trace: Trace) -> Tensor:
-    """The sum over sites and blocks, (S,), in double precision."""
+    """Return the sum of log p over sites and blocks, (S,), in double precision."""
     trace.compute_log_prob()
     terms = [
         site["log_prob"].double().flatten(1).sum(-1)
@@ -126,33 +127,39 @@ def _is_latent(site: Mapping[str, Any]) -> bool:
 
 
 def _free_entries(site: Mapping[str, Any]) -> int:
-    """How many unconstrained numbers the draws of the site are."""
+    """Return how many unconstrained numbers the draws of the site are."""
     return biject_to(site["fn"].support).inverse_shape(site["value"].shape).numel()
 
 
 def _centre(site: Mapping[str, Any]) -> Tensor:
-    """The guide's mean of factors; of scales any value, here the first draw's, since the mean of
-    the factors does not depend on it."""
+    """Return the mean of a site under the guide.
+
+    For scales any value will do, here the first draw's, since the mean of the factors does not
+    depend on it.
+    """
     if _is_blocked(site):
         return site["value"][:1]
     return site["fn"].mean[:1] if site["fn"].event_dim else site["value"]
 
 
 def _is_blocked(site: Mapping[str, Any]) -> bool:
-    """Whether the site has an element a block, in a plate inside that of the draws."""
+    """Return whether the site has one element per block, in a plate inside that of the draws."""
     return len(site["cond_indep_stack"]) > 1
 
 
 def _masks(program: Program, sites: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Layer -> site -> booleans that say which elements are the layer's; a site without factors
-    or blocks, as the seed of noise on the weights, belongs to every layer."""
+    """Return by layer and site booleans that mark the elements of the layer.
+
+    A site without factors or blocks, such as the seed of noise on the weights, belongs to every
+    layer.
+    """
     bank = program.bank
     size = {b.name: b.rank * b.columns for f in bank.layouts.values() for b in f.blocks}
     names = program.block_names()
     layers = list(bank.specs)
     device = next(iter(sites.values()))["value"].device
     block = torch.tensor([layers.index(n.rpartition(".")[0]) for n in names], device=device)
-    # The sites of entries, one after the other, hold the blocks in their order.
+    # The sites of entries hold the blocks in their order, one site after the other.
     entry = block.repeat_interleave(torch.tensor([size[n] for n in names], device=device))
     owner: dict[str, Tensor] = {}
     for name, site in sites.items():
@@ -169,23 +176,23 @@ def _masks(program: Program, sites: Mapping[str, Any]) -> dict[str, dict[str, Te
 
 
 def _in_use(program: Program, sites: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Site -> booleans that say which entries are of active ranks; the guide's law of the others is
-    their prior, or has no bearing on the factors."""
-    found = {
-        n: torch.ones((), dtype=torch.bool, device=s["value"].device) for n, s in sites.items()
-    }
+    """Return by site booleans that mark the entries of active ranks.
+
+    The guide's distribution of the others is their prior, or has no bearing on the factors.
+    """
+    used = {n: torch.ones((), dtype=torch.bool, device=s["value"].device) for n, s in sites.items()}
     latent = "".join(dict.fromkeys(name.rpartition(".")[2] for name in program.block_names()))
     active = program.bank.entries(latent) if latent else None
     if active is not None:
         for name, site in sites.items():
             if not _is_blocked(site) and site["fn"].event_dim:
                 length = site["value"].shape[-1]
-                found[name], active = active[:length], active[length:]
-    return found
+                used[name], active = active[:length], active[length:]
+    return used
 
 
 def _check_drawn(program: Program, options: Guide) -> None:
-    """Raise `ConfigError` for draws that are a list."""
+    """Raise `ConfigError` for a guide without a density: members, or stored draws."""
     name = full_name(options)
     if program.members > 1:
         raise ConfigError(
@@ -194,7 +201,7 @@ def _check_drawn(program: Program, options: Guide) -> None:
         )
     if program.stored() is not None:
         raise ConfigError(
-            f"khat judges a guide by its density, and {name!r} keeps draws, which have none; of "
+            f"khat judges a guide by its density, and {name!r} keeps draws, which have none; for "
             "Markov chains look at R-hat and effective sample sizes, in posterior.summary() and "
             "posterior.history"
         )

@@ -1,4 +1,4 @@
-"""A comparison for the terminal."""
+"""A table of metrics for a terminal."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def as_table(frame: pd.DataFrame, notes: Mapping[str, str] | None = None) -> Table:
-    """A comparison as a rich table: a row a metric, a column a posterior.
+    """Return a comparison as a rich table: one row per metric, one column per posterior.
 
     ``rich.print(as_table(pyrolora.compare({...}, data)))`` shows it.
 
     Parameters
     ----------
     frame
-        A row a posterior, a column a metric.
+        One row per posterior, one column per metric.
     notes
-        Metric -> what is said beside it.
+        Metric -> a note beside it.
     """
     from rich.table import Table
 
@@ -39,13 +39,14 @@ def as_table(frame: pd.DataFrame, notes: Mapping[str, str] | None = None) -> Tab
 
 
 def _plain(name: object) -> Text:
-    """A name as it is: rich reads markup in texts, and a terminal what it cannot show."""
+    """Return a name that neither rich reads as markup nor a terminal as a command."""
     from rich.text import Text
 
     return Text(visible(str(name)))
 
 
 def _number(value: float) -> str:
+    """Format a number with three digits; "-" where there is none."""
     if math.isnan(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

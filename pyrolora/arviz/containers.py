@@ -1,4 +1,4 @@
-"""Draws to ArviZ, 0.2x (``InferenceData``) and 1.x (``DataTree``) alike."""
+"""ArviZ's containers, alike for 0.2x (``InferenceData``) and 1.x (``DataTree``)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_DIMS = 4
-"""Of a variable in a summary: chain, draw, block and rank; Σ has one more."""
+"""Dimensions of a variable in a summary: chain, draw, block and rank. Σ has one more."""
 
 CALIBRATED = "calibrated_log_likelihood"
-"""The variable of ``sample_stats`` that has log p_T(y_i | draw s) where a temperature is not 1."""
+"""Variable of ``sample_stats`` with log p_T(y_i | draw s), where the temperature T is not 1."""
 
 Group = Mapping[str, tuple[np.ndarray, Sequence[str]]]
 """Variable -> (values, names of the dimensions after chain and draw)."""
@@ -25,15 +25,15 @@ def to_inference_data(
     coords: Mapping[str, Sequence[Any]],
     attrs: Mapping[str, str | int | float],
 ) -> Any:
-    """ArviZ's container for ``groups``.
+    """Convert ``groups`` to ArviZ's container.
 
     Parameters
     ----------
     groups
         ``posterior``, ``posterior_predictive``, ``log_likelihood``: values (chain, draw, ...);
-        ``observed_data``: values without these two.
+        ``observed_data``: values without chain and draw.
     coords
-        Dimension -> labels, ``draw`` among them; one without labels is numbered from 0.
+        Dimension -> labels, ``draw`` among them; a dimension without labels is numbered from 0.
     attrs
         Attributes of each group: which guide made the draws, and from what.
     """
@@ -52,36 +52,41 @@ def to_inference_data(
         }
         if "draw" in coords and name != "observed_data":
             labels["draw"] = list(coords["draw"])
-        # One conversion a group: ``y`` has other dimensions in each.
+        # Each group is converted by itself, as ``y`` has other dimensions in each.
         trees[name] = _from_dict(arviz, name, data, labels, dims)
         trees[name][name].attrs.update(attrs)
     return container(arviz, {name: tree[name] for name, tree in trees.items()})
 
 
 def summary(idata: Any) -> pd.DataFrame:
-    """``az.summary`` of the variables of ``posterior`` that are no matrices: with R-hat and
-    effective sample sizes where there are several chains; independent draws have none."""
+    """Return ``az.summary`` of the variables of ``posterior`` that are no matrices.
+
+    It has R-hat and effective sample sizes where there are several chains; independent draws have
+    none.
+    """
     import arviz
 
     posterior = dataset(idata["posterior"])
     names = [name for name, values in posterior.data_vars.items() if values.ndim <= MOST_DIMS]
     kind = "all" if posterior.sizes["chain"] > 1 else "stats"
-    with np.errstate(divide="ignore", invalid="ignore"):  # R-hat of chains that do not move: ∞
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # chains that do not move have an infinite R-hat
         return arviz.summary(idata, var_names=names, kind=kind, round_to="none")
 
 
 def is_modern(arviz: Any) -> bool:
-    """Whether it is ArviZ 1.x."""
+    """Return whether this is ArviZ 1.x."""
     return int(arviz.__version__.split(".")[0]) >= 1
 
 
 def group_names(idata: Any) -> list[str]:
-    """The groups of a container."""
+    """Return the names of the groups of a container."""
     return list(idata.children) if hasattr(idata, "children") else list(idata.groups())
 
 
 def dataset(group: Any) -> Any:
-    """The group of ``InferenceData`` is one, that of a ``DataTree`` holds one."""
+    """Return the dataset of a group; a group of ``InferenceData`` is one already."""
     return group.to_dataset() if hasattr(group, "to_dataset") else group
 
 
@@ -92,7 +97,7 @@ def _from_dict(arviz: Any, name: str, data: Any, coords: Any, dims: Any) -> Any:
 
 
 def container(arviz: Any, groups: Mapping[str, Any]) -> Any:
-    """All groups in one container."""
+    """Put all groups into one container."""
     if is_modern(arviz):
         import xarray
 
