@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pyrolora.adapters import attach
 from pyrolora.columns import Batch
 from pyrolora.guides import MAP, Dropout, Flat, Guide, LowRank, MeanField, MonteCLoRA
-from pyrolora.inference.trainer import Objective
-from pyrolora.loading import build
+from pyrolora.inference import Objective
+from pyrolora.model import build
 from pyrolora.tasks import task_for
 
 NUM_EXAMPLES = 10_000  # n of the pretended data set; it scales the loss and costs nothing

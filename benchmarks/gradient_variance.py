@@ -36,7 +36,7 @@ from pyrolora import defaults, zoo
 from pyrolora.data import prepare
 from pyrolora.demo import sentences
 from pyrolora.guides import Guide, MeanField, MonteCLoRA
-from pyrolora.inference.trainer import Objective
+from pyrolora.inference import Objective
 from pyrolora.posterior import Posterior
 
 GUIDES: dict[str, Guide] = {"meanfield": MeanField(), "montec": MonteCLoRA()}

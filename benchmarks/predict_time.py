@@ -30,8 +30,7 @@ from networks import Case, case, twin
 from pyrolora import Posterior
 from pyrolora.adapters import attach
 from pyrolora.guides import MonteCLoRA
-from pyrolora.loading import build
-from pyrolora.model import evaluating
+from pyrolora.model import build, evaluating
 from pyrolora.predictive import draw_factors
 from pyrolora.tasks import task_for
 

@@ -33,8 +33,10 @@ def positive(name: str, value: Any, *, or_zero: bool = False) -> None:
 
 
 def share(name: str, value: Any, within: str) -> None:
-    """Raise `ConfigError` unless ``value`` is a number in ``within``: ``"(0, 1)"``, with a square
-    bracket where the end belongs to it."""
+    """Raise `ConfigError` unless ``value`` is a number in ``within``.
+
+    That is ``"(0, 1)"``, with a square bracket where an end belongs to it.
+    """
     lowest, highest = within[0] == "[", within[-1] == "]"
     inside = _is_number(value) and (
         0 < value < 1 or (value == 0 and lowest) or (value == 1 and highest)
@@ -63,8 +65,10 @@ def one_of(name: str, value: Any, choices: Any) -> None:
 
 
 def check_choices(options: Any) -> None:
-    """Raise `ConfigError` unless every field of a dataclass that is annotated with ``Literal``, or
-    with ``Literal | None``, holds one of the values of its type.
+    """Raise `ConfigError` unless each choice among the options holds a value of its type.
+
+    Choices are the fields of the dataclass that are annotated with ``Literal``, or with
+    ``Literal | None``.
     """
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):

@@ -1,4 +1,4 @@
-"""Every default that a fit depends on, in one place, with the reason beside it."""
+"""Defaults of all options that a fit depends on, each with its reason."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ EPOCHS = 5
 LEARNING_RATE = 1e-3
 BATCH_SIZE = 32
 SEED = 42
-MAX_SEED = 2**32 - 1  # NumPy's generator, which the Trainer seeds too, takes no more
+MAX_SEED = 2**32 - 1  # the Trainer seeds NumPy's generator, too, which takes no more
 
 # The scales of the posterior (Dirichlet, Wishart, sample scale, noise) are logarithms: one unit is
-# a factor e, so they need larger steps than weights, and no weight decay (BLoB: 1e-2). Less where
-# the means take small steps, or there is noise before they have learnt; no more where they take
-# large ones, or nothing is learnt. In fits of T > 256 steps to a cold posterior, less by √T, as the
-# best constant step over a horizon is, or the noise outgrows what was learnt:
+# a factor e, so they need larger steps than weights, and no weight decay (BLoB: 1e-2). The rate is
+# lower where the means take small steps, or noise would come before they have learnt; it does not
+# rise with theirs, or nothing is learnt. In fits of T > 256 steps to a cold posterior it falls as
+# 1/√T, as the best constant step over a horizon does, or noise outgrows what the means have learnt:
 # docs/evidence.md#montec
 SCALE_LEARNING_RATE = 1e-2
 SCALE_RATE = 10.0
 SCALE_STEPS = 256
 
-# The curvature that scales are settled by: of a few examples, one backward pass a batch, while the
-# means are trained; of more at the end, where 1,024 passes through examples are a tenth of eight
-# epochs of 1,000.
+# The curvature by which scales are settled takes a few examples, with one backward pass per batch,
+# while the means are trained, and more at the end, where 1,024 passes through examples are a tenth
+# of eight epochs of 1,000.
 CURVATURE_FEW = 32
 CURVATURE_EXAMPLES = 512
 CURVATURE_PASSES = 1024
@@ -32,13 +32,13 @@ CURVATURE_PASSES = 1024
 # MonteCLoRA. The paper finds 4 components enough.
 NUM_COMPONENTS = 4
 # The prior of A is centred at zero and has the scale ε ‖π‖; V starts small, so that the network
-# learns before the noise. Chosen on MRPC and CoLA, and what else was tried:
+# learns before there is noise. Chosen on MRPC and CoLA; the alternatives that were tried:
 # docs/evidence.md#montec
 PRIOR_MEAN: Final = "zero"
 SAMPLE_SCALE = 0.3
 INIT_COVARIANCE = 0.01
 KL_WEIGHT = 0.2
-# ν = 4 r: at V = I the isotropic KL then costs 0.6 nats a column, at ν = r 4.6.
+# ν = 4 r: at V = I the isotropic KL then costs 0.6 nats per column, at ν = r 4.6.
 DF_PER_RANK = 4
 # The Dirichlet prior: uniform on the simplex.
 CONCENTRATION = 1.0
@@ -53,7 +53,7 @@ MEANFIELD_KL_WEIGHT = 0.2
 COVARIANCE_RANK = 8
 
 # SWAG, in fits of a few epochs: the second half at half the first learning rate; 20 iterates as in
-# the paper, of which half as many directions.
+# the paper, and half as many directions.
 SWAG_START = 0.5
 SWAG_SNAPSHOTS = 20
 SWAG_RANK = 10
@@ -63,29 +63,29 @@ TFB_TOLERANCE = 0.003
 TFB_DRAWS = 10
 TFB_STEPS = 10
 
-# MC dropout: PEFT's usual lora_dropout. One mask an example is what a layer of dropout has; eight a
-# batch have most of its lower variance.
+# MC dropout: PEFT's usual lora_dropout. A dropout layer has one mask per example; eight per batch
+# have most of its lower variance.
 DROPOUT = 0.1
 DROPOUT_DRAWS = 8
 
 # Flat-LoRA: the paper's range is 0.05 to 0.1.
 RHO = 0.05
 
-# Of which none calls a selected layer before it counts as not called: enough for each of a few
-# dozen experts to have its turn.
+# Examples on which a selected layer has to be called once, or it counts as not called: enough for
+# each of a few dozen experts to have its turn.
 CALL_EXAMPLES = 64
 
 # Rank allocation. Eight rounds, with training in between that shows what the last one was worth;
 # none before the first tenth of the training, when B has hardly left zero, and none in its second
-# half, in which the ranks that stay learn the rest. Where ranks move, a tenth of them a round can
-# move more than half of the budget. Slots for twice the rank: what the products of the adapters
-# then cost, and what a layer can win.
+# half, in which the ranks that stay learn the rest. Where ranks move, a tenth of them per round can
+# move more than half of the budget. Slots for twice the rank bound what the products of the
+# adapters cost, and how much a layer can win.
 ALLOCATION_ROUNDS = 8
 ALLOCATION_SHARE = 0.1
 ALLOCATION_START = 0.1
 ALLOCATION_END = 0.5
 ALLOCATION_GROWTH = 2.0
-# An ablation runs its examples twice a rank, always the same ones. 64 are too few to tell ranks
+# An ablation runs its examples twice per rank, always the same ones. 64 are too few to tell ranks
 # apart on the task of benchmarks/rank_allocation.py.
 ALLOCATION_EXAMPLES = 256
 # The spread of the squared norm of a row is known to a third from 16 draws of one entry, and better
@@ -100,28 +100,29 @@ CHAINS = 2
 NUTS_DRAWS = 200
 NUTS_WARMUP = 200
 
-# Of data that has several splits, which is scored: while fitting, afterwards, and as data
-# of another distribution.
+# Splits that are scored, where data has several: while fitting, afterwards, and as data of another
+# distribution.
 FIT_SPLITS = ("validation", "test")
 SCORE_SPLITS = ("test", "validation")
 OUTSIDE_SPLITS = (*SCORE_SPLITS, "train")
 
 # Prediction: the Monte Carlo error of a probability is below 0.5 / sqrt(32) = 0.09 at worst.
 NUM_SAMPLES = 32
-# What a calibration looks between: beyond, the data say nothing of probabilities.
+# The bounds of a calibration: beyond them, the data tell nothing about probabilities.
 TEMPERATURES = (0.05, 20.0)
-# Texts: each draw writes its own continuation, and all draws read all of them.
+# Texts: each draw writes a continuation, and all draws score all of them.
 GENERATE_SAMPLES = 8
 MAX_NEW_TOKENS = 40
 # Draws for ArviZ: enough for the intervals of a summary.
 ARVIZ_DRAWS = 200
 # For k̂, where every draw runs over all training examples: a tail of 42 weights.
 KHAT_DRAWS = 200
-# During training, evaluation runs once an epoch and has to stay cheap.
+# During training, evaluation runs once per epoch and has to stay cheap.
 EVAL_SAMPLES = 4
-# Of one pass through the network at prediction: rows (draws x examples), and tokens. A processor
-# is fastest while a layer's activations fit its cache (benchmarks/NOTES.md, prediction); on an
-# accelerator the bound is on memory: the logits of a language model, 8 GB a copy at 128,000 words.
+# The size of one pass through the network at prediction: rows (draws x examples), and tokens. A
+# processor is fastest while a layer's activations fit its cache (benchmarks/NOTES.md, prediction);
+# on an accelerator memory is the bound: the logits of a language model take 8 GB per copy at
+# 128,000 words.
 PREDICT_ROWS = 128
 PREDICT_TOKENS = 16384
 PREDICT_TOKENS_CPU = 1024
@@ -130,5 +131,5 @@ PREDICT_TOKENS_CPU = 1024
 DEMO_EPOCHS = 8
 DEMO_LEARNING_RATE = 2e-3
 DEMO_SAMPLES = 12
-DEMO_TRAIN = 120  # sentences a library
+DEMO_TRAIN = 120  # sentences per library
 DEMO_TEST = 100

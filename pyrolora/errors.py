@@ -1,4 +1,4 @@
-"""The exceptions of pyrolora: each says what was wrong, what was received, what to do."""
+"""Exceptions of pyrolora: each says what was wrong, what was received, what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class PyroLoraError(Exception):
     """Base of every error that pyrolora raises on purpose."""
 
     def __init__(self, *args: Any) -> None:
-        # Pyro makes errors that pass a traced model anew, with a table of its sites below the text.
+        # Pyro raises errors of a traced model anew, with a table of its sites below the text.
         super().__init__(*(_without_sites(arg) if isinstance(arg, str) else arg for arg in args))
 
 
@@ -51,10 +51,10 @@ class SaveError(PyroLoraError, OSError):
 
 
 class NonFiniteError(PyroLoraError, ArithmeticError):
-    """Training met a NaN or an infinity and was stopped before the parameters were touched, or the
-    network predicts none but such.
+    """Training that met a NaN or an infinity, or a network that predicts nothing else.
 
-    ``posterior`` is, after training, the usable posterior of the last good step.
+    Training stops before the parameters are touched; ``posterior`` is then the usable posterior of
+    the last good step.
     """
 
     def __init__(self, message: str) -> None:

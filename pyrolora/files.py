@@ -1,5 +1,7 @@
-"""Files that others may have prepared: read only where they are plain files, and written in one
-move that follows no link."""
+"""Safe reading and writing of files that others may have prepared.
+
+They are read only where they are plain files, and written in one move that follows no link.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,19 @@ _repr.maxstring = _repr.maxother = 80
 
 
 def shown(value: Any) -> str:
-    """A value as an error message quotes it: short, and without control characters."""
+    """Return a value as an error message quotes it: short, and without control characters."""
     text = _repr.repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[IO[bytes], int]]:
-    """A regular file, or a link to one, open for reading, and its size.
+    """Open a regular file, or a link to one, for reading; yield it and its size.
 
     Raises
     ------
     CheckpointError
-        For whatever else has the name (a folder, a pipe, a device), at once.
+        For anything else of that name (a folder, a pipe, a device), at once.
     """
     try:
         _check_regular(file, os.stat(file))
@@ -53,33 +55,40 @@ def opened(file: Path) -> Iterator[tuple[IO[bytes], int]]:
 
 
 def read_bytes(file: Path, at_most: int) -> bytes:
-    """The content of a regular file of ``at_most`` bytes, or a `CheckpointError`."""
+    """Return the content of a regular file; raise `CheckpointError` above ``at_most`` bytes."""
     with opened(file) as (stream, size):
         if size > at_most:
             raise CheckpointError(
                 f"{file} has {size:,} bytes, and files of its kind at most {at_most:,}; it is "
-                "damaged, or no file of pyrolora's"
+                "damaged, or no file of pyrolora's: restore it from a copy"
             )
         return stream.read(at_most + 1)
 
 
-def read_json(file: Path) -> Any:
-    """The value of a JSON file: every name once, and no number that JSON does not have."""
+def read_strict_json(file: Path) -> Any:
+    """Return the value of a JSON file that has what the standard allows (`strict_json`).
+
+    Raises
+    ------
+    CheckpointError
+        For any other file.
+    """
     content = read_bytes(file, MOST_JSON)
     try:
         return strict_json(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} is damaged, not readable as JSON: {_reason(error)}"
+            f"{file} is damaged, not readable as JSON: {_reason(error)}; restore it from a copy"
         ) from error
 
 
 def strict_json(content: bytes) -> Any:
-    """`json.loads`, without what it takes beyond the standard.
+    """Parse JSON by the standard: each name once per object, and finite numbers only.
 
     Raises
     ------
     ValueError, RecursionError
+        For anything else, also where `json.loads` would take it.
     """
     return json.loads(
         content.decode("utf-8"),
@@ -90,15 +99,17 @@ def strict_json(content: bytes) -> Any:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, under its name and after a crash, too."""
+    """Write a file that is there whole or not at all, even after a crash."""
     with replacing(file) as scratch:
         scratch.write_bytes(content)
 
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A new file in the same folder to write to, which takes the name of ``file`` when the block is
-    through. A link of that name is replaced; what it points to stays as it is."""
+    """Yield a new file in the same folder, which takes the name of ``file`` after the block.
+
+    A link of that name is replaced; the file that it points to stays as it is.
+    """
     scratch = file.with_name(f".{secrets.token_hex(8)}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     os.close(os.open(scratch, flags, 0o666))
@@ -119,12 +130,12 @@ def _check_regular(file: Path, status: os.stat_result) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"it has {shown(twice)} twice in one object")
-    return found
+    return value
 
 
 def _no_number(text: str) -> Any:

@@ -17,7 +17,7 @@ from pyrolora.errors import ConfigError
 
 LOCK_FILE = ".lock"
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-_held: dict[Path, tuple[int, int]] = {}  # folder -> the thread that holds it, and how often
+_held: dict[Path, tuple[int, int]] = {}  # folder -> thread, and how often it holds the lock
 _streams: set[int] = set()
 _guard = threading.Lock()
 
@@ -26,8 +26,8 @@ _guard = threading.Lock()
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made, for the block; a thread may hold it several times.
 
-    The lock is the kernel's, on the file ``.lock``: it ends with the process that holds it, however
-    that ends. The file says who holds it. (On a file system without locks nothing is locked.)
+    The kernel locks the file ``.lock``: the lock ends with the process that holds it, however that
+    ends. The file says who holds it. (On a file system without locks nothing is locked.)
 
     Raises
     ------
@@ -54,14 +54,16 @@ def locked(folder: str | Path) -> Iterator[None]:
             (place / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: see `_is_there`
             _streams.discard(stream)
             os.close(stream)
-            with suppress(OSError):  # what is not empty stays
+            with suppress(OSError):  # a folder that is not empty stays
                 if new:
                     place.rmdir()
 
 
 def _forget() -> None:
-    """Close the files in a forked process, such as one that loads data: it would keep the lock when
-    its parent is killed."""
+    """Close the files in a forked process, such as one that loads data.
+
+    It would keep the lock when its parent is killed.
+    """
     for stream in _streams:
         os.close(stream)
     _streams.clear()
@@ -72,8 +74,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _locked_file(folder: Path, given: str | Path) -> int:
-    """The descriptor of the folder's lock file, with this process in it."""
+def _locked_file(folder: Path, output_dir: str | Path) -> int:
+    """Return the descriptor of the folder's lock file, with this process in it."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,7 @@ def _locked_file(folder: Path, given: str | Path) -> int:
             continue  # its holder has just removed the folder, which was empty
         except OSError as error:
             raise ConfigError(
-                f"output_dir={str(given)!r} cannot be made a folder: {error}"
+                f"output_dir={str(output_dir)!r} cannot be made a folder: {error}; choose another"
             ) from error
         try:
             _lock(stream, folder)
@@ -100,7 +102,7 @@ def _locked_file(folder: Path, given: str | Path) -> int:
 
 
 def _lock(stream: int, folder: Path) -> None:
-    import fcntl  # of Unix alone
+    import fcntl  # only Unix has it
 
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,11 +110,13 @@ def _lock(stream: int, folder: Path) -> None:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise _refusal(folder, _holder(stream)) from None
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise ConfigError(f"{folder} cannot be locked for a fit: {error}") from error
+            raise ConfigError(
+                f"{folder} cannot be locked for a fit: {error}; choose another"
+            ) from error
 
 
 def _is_there(stream: int, path: Path) -> bool:
-    """Whether the locked file is still the one of that name: its last holder removes it."""
+    """Return whether the locked file still has its name: its last holder removes it."""
     try:
         return os.path.samestat(os.fstat(stream), path.stat())
     except FileNotFoundError:
@@ -121,10 +125,10 @@ def _is_there(stream: int, path: Path) -> bool:
 
 def _holder(stream: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(stream, 4096, 0))
+        holder = json.loads(os.pread(stream, 4096, 0))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _refusal(folder: Path, holder: dict[str, Any]) -> ConfigError:

@@ -1,4 +1,4 @@
-"""Options that come as JSON, compared with the annotations of the dataclass that has them."""
+"""Options read from JSON, compared with the annotations of the dataclass that has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyrolora.files import shown
 
 
 def check_options(kind: type, values: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise `ConfigError` for what is no option of the dataclass ``kind``, or of another type."""
+    """Raise `ConfigError` for a name that ``kind`` has no field for, or a value of another type."""
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     for name, value in values.items():
@@ -27,10 +27,12 @@ def check_options(kind: type, values: Mapping[str, Any], prefix: str = "") -> No
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can be one of the annotated type."""
+    """Return whether a value of JSON can be one of the annotated type."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, part) for part in arguments)
+    if origin is typing.Literal:  # which of its values: `checks.check_choices` says that better
+        return any(type(value) is type(choice) for choice in arguments)
     if hint in (None, type(None)):
         return value is None
     if hint is float:
@@ -54,5 +56,5 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def short(name: str) -> str:
-    """A name as an error message has it."""
+    """Return a name as an error message quotes it."""
     return name if len(name) < 80 and name.isprintable() else shown(name)

@@ -1,4 +1,4 @@
-"""Learnable tensors that are Pyro parameters, and that live in their module alone."""
+"""Learnable tensors that Pyro sees as parameters, and that live in their module alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.distributions import constraints, transform_to
 def param_statement(
     name: str, unconstrained: nn.Parameter, constraint: constraints.Constraint = constraints.real
 ) -> Tensor:
-    """A ``pyro.param`` statement for a tensor that its module owns.
+    """State a tensor that its module owns as ``pyro.param`` does, and return its value.
 
     Pyro's handlers (``trace``, ``block``, ``replay``) and ``SVI`` see an ordinary parameter; the
     process-wide parameter store is neither read nor written, so that two posteriors never share
@@ -23,7 +23,7 @@ def param_statement(
     value: Tensor = transform_to(constraint)(unconstrained)
     if not unconstrained.requires_grad:
         return value  # a frozen tensor is a constant of the program
-    if value is unconstrained:  # the mark below must not stay on the parameter: no pickle takes it
+    if value is unconstrained:  # no pickle takes a parameter with the mark below
         value = unconstrained.view_as(unconstrained)
     statement: Tensor = _stored(name, value, unconstrained, constraint=constraint, name=name)
     return statement
@@ -31,7 +31,7 @@ def param_statement(
 
 @effectful(type="param")
 def _stored(_: str, value: Tensor, unconstrained: nn.Parameter, **__: object) -> Tensor:
-    """``value``, with its unconstrained half where Pyro itself keeps it: SVI asks for it."""
+    """Return ``value`` with its unconstrained half where Pyro keeps it: SVI asks for it."""
     value.unconstrained = weakref.ref(unconstrained)  # type: ignore[attr-defined]
     return value
 
@@ -50,18 +50,18 @@ class ParamModule(nn.Module):
     def declare(
         self, name: str, value: Tensor, constraint: constraints.Constraint = constraints.real
     ) -> None:
-        """Add the parameter ``name`` that starts at the constrained ``value``."""
+        """Add a parameter that starts at the constrained ``value``."""
         unconstrained = transform_to(constraint).inv(value.detach()).clone()
         self._constraints[name] = constraint
         self.register_parameter(name, nn.Parameter(unconstrained))
 
     def confine(self, name: str, constraint: constraints.Constraint) -> None:
-        """Say what the buffer ``name`` can hold."""
+        """Declare which values the buffer ``name`` can hold."""
         self._domains[name] = constraint
 
     @torch.no_grad()
     def outside(self) -> list[str]:
-        """Names of the own parameters and buffers that have a value which they cannot have."""
+        """Return the parameters and buffers of this module with values outside of their domain."""
         values = {name: self.param(name) for name in self._constraints}
         values |= dict(self.named_buffers(recurse=False))
         domains = {**self._constraints, **self._domains}
@@ -73,7 +73,7 @@ class ParamModule(nn.Module):
         ]
 
     def param(self, name: str) -> Tensor:
-        """The constrained value, as a Pyro parameter statement."""
+        """Return the constrained value, as a Pyro parameter statement."""
         return param_statement(name, self.get_parameter(name), self._constraints[name])
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed alone, in whichever thread."""
+"""Random numbers that depend on a seed alone, whichever thread draws them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Generators = tuple[Any, ...]
 
 
 class Turns(ContextDecorator):
-    """A re-entrant lock that is held by one thread, or shared by several that only run networks;
-    threads get it in the order in which they ask.
+    """A re-entrant lock that one thread holds, or that several share which only run networks.
 
-    ``with turns:`` holds it alone; ``with turns.shared():`` beside others that share it. Who shares
-    it may not ask to be alone. While one thread holds it alone, torch's default dtype, which is
-    the process's, is float32: parameters and draws are, whatever the caller has set.
+    ``with turns:`` holds it alone; ``with turns.shared():`` beside others that share it. Threads
+    get it in the order in which they ask; one that shares it may not ask to be alone. While one
+    thread holds it alone, torch's default dtype, which is the process's, is float32: parameters and
+    draws are, whatever the caller has set.
     """
 
     def __init__(self) -> None:
@@ -71,11 +71,11 @@ class Turns(ContextDecorator):
                 self._changed.notify_all()
 
     def mine(self) -> bool:
-        """Whether this thread holds it alone."""
+        """Return whether this thread holds it alone."""
         return self._owner == threading.get_ident()
 
     def awaited(self) -> bool:
-        """Whether other threads wait for it."""
+        """Return whether other threads wait for it."""
         return bool(self._queue)
 
     @contextmanager
@@ -126,18 +126,21 @@ class Turns(ContextDecorator):
 
 
 DRAWING = Turns()
-"""Torch's generators, Pyro's stack of handlers and a network's mode are the process's: who draws
-or trains holds this alone, and who runs a network shares it, so that posteriors can serve several
-threads, beside a fit, too."""
+"""The lock of torch's generators, Pyro's stack of handlers and the modes of networks.
+
+They are the process's. A thread that draws or trains holds it alone, and one that runs a network
+shares it, so that posteriors can serve several threads, also beside a fit.
+"""
 
 _FITTING = threading.RLock()
-_outside: list[Generators] = []  # per running fit, the generators as the process had them
+_outside: list[Generators] = []  # generators of the process before each running fit
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """A context whose random numbers are drawn in this thread alone, and depend on ``seed`` alone,
-    if there is one; torch's generators, of the CPU and of all GPUs, are then as they were before.
+    """Draw random numbers in this thread alone for the block; with a seed, from that seed alone.
+
+    Torch's generators, of the CPU and of all GPUs, are then set back to what they were before.
     """
     if seed is None:
         with DRAWING:
@@ -151,8 +154,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """A context of one thread at a time, which alone draws and runs networks, but for where it
-    lets others: at `give_way`."""
+    """Let this thread alone draw and run networks for the block, except at `give_way`."""
     with _FITTING, DRAWING:
         _outside.append(_generators())
         try:
@@ -162,36 +164,44 @@ def fitting() -> Iterator[None]:
 
 
 def give_way(trained: nn.Module | None = None) -> None:
-    """Between two steps of a fit, let threads that wait draw and run networks; what is ``trained``
-    is in evaluation mode then, and after. The fit's random numbers go on where they were, and those
-    of the process where they were before the fit."""
+    """Let waiting threads draw and run networks between two steps of a fit.
+
+    The module ``trained`` is in evaluation mode meanwhile, and after. The fit's random numbers go
+    on where they were, and those of the process where they were before the fit.
+    """
     if not (_outside and DRAWING.mine() and DRAWING.awaited()):
         return
     if trained is not None:
         trained.eval()
-    own = _generators()
+    of_fit = _generators()
     _restore(_outside[0])
     with DRAWING.released():
         pass
     _outside[0] = _generators()
-    _restore(own)
+    _restore(of_fit)
 
 
 def seed_of_process(seed: int, number: int) -> int:
-    """The seed of the noise of one of several processes that train together: its own, and that of
-    no other fit with a seed nearby. What has to agree among them is drawn with ``seed`` itself."""
+    """Return the seed of the noise of one of several processes that train together.
+
+    Each gets another, unlike those of fits with a seed nearby. Numbers that have to agree among
+    them are drawn with ``seed`` itself.
+    """
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 def seed_of_draw(seed: int, number: int) -> int:
-    """The seed of the draw of that number of a posterior whose fit had ``seed``: another for each
-    number below 2**32, of which torch's generator takes no more, and far from small seeds."""
+    """Return the seed of one draw of a posterior whose fit had ``seed``.
+
+    There is another for each number below 2**32, more than which torch's generator does not take,
+    and they are far from small seeds.
+    """
     first = int(np.random.SeedSequence(seed, spawn_key=(1,)).generate_state(1)[0])
     return (first + number) % 2**32
 
 
 def _generators() -> Generators:
-    """The states of all generators: Python's, NumPy's, and torch's of the CPU and of all GPUs."""
+    """Return the states of all generators: of Python, NumPy, and torch on the CPU and all GPUs."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
 

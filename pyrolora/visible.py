@@ -1,4 +1,4 @@
-"""Text of others as a terminal shows it."""
+"""Text from elsewhere, made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    """The text with an escape, such as ``\\x1b``, for each character that shows nothing itself and
-    tells a terminal what to do, or in which direction to write."""
+    r"""Replace characters that steer a terminal by escapes such as ``\x1b``.
+
+    They show nothing themselves, and tell a terminal what to do, or in which direction to write.
+    """
     if text.isascii() and text.isprintable():
         return text
     return "".join(

@@ -1,4 +1,4 @@
-"""The models that come with the library, for trying it without a model hub."""
+"""Models that come with the library, for trying it without a model hub."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ROOTS = (
 
 
 def available() -> list[str]:
-    """The names of the embedded models."""
+    """Return the names of the embedded models."""
     return sorted({config.parent.name for root in _ROOTS for config in root.glob("*/config.json")})
 
 
 def folder(name: str) -> Path:
-    """The folder of an embedded model, which ``pyrolora.fit`` and transformers take as a model.
+    """Return the folder of an embedded model, which ``pyrolora.fit`` and transformers take.
 
     Raises
     ------

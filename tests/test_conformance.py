@@ -1,5 +1,6 @@
 """Every guide on every problem: fit, sample, predict, evaluate, compare, abstain, generate, ArviZ,
-k̂, save, load in another process, merge, export.
+k̂, save, load in another process, merge, export. And every guide with each capability that a
+guide can state: ranks that move, an earlier posterior for its prior, means that are given.
 
 A new guide joins by its registration; its variants by a line in `VARIANTS`.
 """
@@ -8,9 +9,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +175,7 @@ VARIANTS: dict[str, Guide] = {
     "laplace by validation": Laplace(tune="validation"),
     "full laplace": Laplace(curvature="full", num_draws=3),
     "full laplace on B": Laplace(curvature="full", latent="B", tune="validation"),
-    # Too short to be of use: the chains' own length is tested elsewhere.
+    # Too short to be of use: longer chains are tested elsewhere.
     "nuts": NUTS(num_samples=4, warmup_steps=2, max_tree_depth=2),
     "nuts on montec": NUTS(
         inner=MonteCLoRA(component_prior="hierarchical", kl_weight=0.5),
@@ -192,7 +194,7 @@ def has_prior(guide: Guide) -> bool:
 
 
 def predicted_from(folder: Path, problem: str) -> Any:
-    """What a saved posterior predicts on the test data; runs in a process of its own."""
+    """Load a posterior in another process, and return its predictions on the test data."""
     case = PROBLEMS[problem]
     loaded = pyrolora.load(folder, case.network())
     return loaded.predict(case.data(7), num_samples=3, seed=0).log_likelihood.numpy()
@@ -299,3 +301,99 @@ def test_conformance(
     assert all(torch.equal(before[n], t) for n, t in network.state_dict().items())
     posterior.detach()
     assert list(network.state_dict()) == list(before)
+
+
+# Capabilities -----------------------------------------------------------------------------------
+
+ADAPTING = [name for name, guide in VARIANTS.items() if guide.adapts]
+WITHOUT_WIDTH_IN_TRAINING = {"map", "laplace", "tfb", "swag", "dropout", "nuts"}
+"""Guides whose draws in training are a point, or have no prior: 'snr' cannot judge their ranks."""
+REFUSED_AS_PRIOR = {"montec as in the paper": "df_per_rank > 1.5"}
+"""Variants whose options leave an earlier posterior no density."""
+GRADIENT = {"scale_updates": "gradient"}
+
+
+def short_fit(network: nn.Module | pyrolora.Posterior, **options: Any) -> pyrolora.Posterior:
+    """A fit of the plain classifier; what an earlier posterior brings is not asked for again."""
+    fresh = isinstance(network, nn.Module) and "prior" not in options
+    defaults: dict[str, Any] = {"eval_data": pairs(3)(6), "batch_size": 6, "seed": 1}
+    if fresh:
+        defaults |= {"task": "classification", "adapter": AdapterConfig(r=2), "epochs": 2}
+    return pyrolora.fit(network, pairs(3)(12), **{**defaults, **options})
+
+
+def is_whole(posterior: pyrolora.Posterior, folder: Path) -> None:
+    """It predicts finite numbers, and comes back from a folder as it was."""
+    test = (pairs(3)(7)[0],)
+    before = posterior.predict(test, num_samples=3, seed=0).draws
+    assert torch.isfinite(before).all()
+    posterior.save(folder)
+    posterior.detach()
+    loaded = pyrolora.load(folder, mlp())
+    torch.testing.assert_close(loaded.predict(test, num_samples=3, seed=0).draws, before)
+
+
+@pytest.mark.parametrize("importance", ["alora", "snr"])
+@pytest.mark.parametrize("variant", ADAPTING)
+@pytest.mark.filterwarnings("ignore:the noise of 'tfb'")
+@pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
+def test_ranks_move_where_the_guide_states_it(
+    variant: str, importance: str, tmp_path: Path
+) -> None:
+    guide = VARIANTS[variant]
+    adapter = AdapterConfig(r=2, rank_allocation=importance)
+    core = guides.full_name(guide).split("+")
+    refused = importance == "snr" and (core[-1] in WITHOUT_WIDTH_IN_TRAINING or core[0] == "nuts")
+    if not guide.supports.rank_allocation:
+        with pytest.raises(ConfigError, match=rf"{importance}.*does not support"):
+            short_fit(mlp(), guide=guide, adapter=adapter)
+    elif refused:
+        with pytest.raises(ConfigError, match=r"'snr'.*infers none"):
+            short_fit(mlp(), guide=guide, adapter=adapter)
+    else:
+        posterior = short_fit(mlp(), guide=guide, adapter=adapter)
+        assert sum(posterior.ranks.values()) == 2 * len(posterior.ranks)
+        assert any("ranks_lost" in entry for entry in posterior.history)
+        is_whole(posterior, tmp_path)
+
+
+@pytest.mark.parametrize("variant", ADAPTING)
+@pytest.mark.filterwarnings("ignore:the noise of 'tfb'")
+@pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
+def test_an_earlier_posterior_is_the_prior_where_the_guide_states_it(
+    variant: str, tmp_path: Path
+) -> None:
+    guide = VARIANTS[variant]
+    first = short_fit(mlp(), guide=guide)
+    if getattr(guide, "settles", False):  # after an earlier posterior scales are trained
+        assert not isinstance(guide, Flat)
+        guide = replace(guide, **GRADIENT)
+    if not guide.supports.prior or variant in REFUSED_AS_PRIOR:
+        words = REFUSED_AS_PRIOR.get(variant, f"'{guides.full_name(guide)}' cannot be the prior")
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            short_fit(mlp(), guide=guide, prior=first, epochs=2)
+        return
+    later = short_fit(mlp(), guide=guide, prior=first, epochs=2)
+    assert later.model.program.previous is not None
+    is_whole(later, tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.filterwarnings("ignore:the noise of 'tfb'")
+@pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
+def test_a_posterior_around_given_means_where_the_guide_states_it(
+    variant: str, tmp_path: Path
+) -> None:
+    guide = VARIANTS[variant]
+    given = short_fit(mlp(), guide="map")
+    means = {name: tensor.clone() for name, tensor in given.bank.state_dict().items()}
+    if guide.supports.post_hoc is None:
+        with pytest.raises(ConfigError, match=f"'{re.escape(guides.full_name(guide))}'"):
+            short_fit(given, guide=guide)
+        return
+    options = {"epochs": 2} if guide.supports.post_hoc == "trained" else {}
+    posterior = short_fit(given, guide=guide, **options)
+    kept = posterior.bank.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in means.items())
+    given.detach()
+    is_whole(posterior, tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import MOST_JSON, read_bytes, read_json, replacing, shown, write_whole
+from pyrolora.files import MOST_JSON, read_bytes, read_strict_json, replacing, shown, write_whole
 
 
 def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
@@ -49,14 +49,14 @@ def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
 def test_what_is_no_json(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "file.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=reason):
-        read_json(tmp_path / "file.json")
+        read_strict_json(tmp_path / "file.json")
 
 
 def test_json_that_is_too_long_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "file.json").open("wb") as stream:
         stream.truncate(MOST_JSON + 1)
     with pytest.raises(CheckpointError, match="at most"):
-        read_json(tmp_path / "file.json")
+        read_strict_json(tmp_path / "file.json")
 
 
 def test_a_planted_link_is_replaced_and_not_followed(tmp_path: Path) -> None:

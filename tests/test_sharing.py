@@ -23,7 +23,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import FlatFactors, attach
 from pyrolora.guides import MAP, Dropout, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference.curvature import kfac
-from pyrolora.loading import build
+from pyrolora.model import build
 from pyrolora.tasks import task_for
 
 # XLNet's projections are parameters of three dimensions, which are pointed out.

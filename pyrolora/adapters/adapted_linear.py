@@ -1,4 +1,4 @@
-"""A frozen linear layer and its adapter as one product, in memory of its own."""
+"""A frozen linear layer and its adapter as one product, without a copy of the layer's output."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 class Frozen(Protocol):
-    """The part of the layer that is not trained."""
+    """The part of a layer that is not trained."""
 
     def forward(self, rows: Tensor) -> Tensor:
-        """W x + b for rows (m, in), as a new tensor (m, out)."""
+        """Return W x + b for rows (m, in), as a new tensor (m, out)."""
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Wᵀ g for rows (m, out), as a new tensor (m, in)."""
+        """Return Wᵀ g for rows (m, out), as a new tensor (m, in)."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """W (out, in) and b as they are."""
+    """A layer that computes W x + b with W (out, in) and b as they are stored."""
 
     weight: Tensor
     bias: Tensor | None
@@ -39,9 +39,11 @@ class Plain:
 
 
 def plain(layer: nn.Module, x: Tensor) -> Plain | None:
-    """The weights of ``layer``, where calling it means nothing but W x + b in the dtype of x; None
-    of a quantised, parametrised, hooked or trained layer, under autocast, and inside of
-    ``torch.func``'s transformations or forward-mode differentiation."""
+    """Return the weights of ``layer``, where calling it means nothing but W x + b in x's dtype.
+
+    None for a quantised, parametrised, hooked or trained layer, under autocast, and inside of
+    ``torch.func``'s transformations or forward-mode differentiation.
+    """
     weight, bias = layer._parameters.get("weight"), getattr(layer, "bias", None)
     if (
         not computes_plainly(layer)
@@ -63,11 +65,10 @@ def plain(layer: nn.Module, x: Tensor) -> Plain | None:
 def adapted_linear(
     frozen: Frozen, x: Tensor, A: Tensor, sB: Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """``W x + b + s B A x``, with dropout on the x of the adapter.
+    """Return ``W x + b + s B A x``, with dropout on the x of the adapter.
 
-    What autograd would do with the two summands takes a copy of the layer's output, and one of the
-    gradient of its input. Here the adapter's product is added to the frozen one in its place, in
-    both directions.
+    Autograd would copy the layer's output, and the gradient of its input, to add two summands. Here
+    the adapter's product is added to the frozen one in place, in both directions.
 
     Parameters
     ----------
@@ -82,58 +83,58 @@ def adapted_linear(
         The probability that an entry of the adapter's x is zero.
     """
     rows, A, sB = x.reshape(-1, x.shape[-1]), A.to(x.dtype), sB.to(x.dtype)
-    given = F.dropout(rows, dropout) if dropout else None
+    dropped = F.dropout(rows, dropout) if dropout else None
     if torch.is_grad_enabled():
-        result: Tensor = _AdaptedLinear.apply(rows, given, A, sB, frozen)
+        result: Tensor = _AdaptedLinear.apply(rows, dropped, A, sB, frozen)
     else:
-        result = _forward(rows, given, A, sB, frozen)[0]
-    # Out here, since what a Function returns as a view cannot be changed in place.
+        result = _forward(rows, dropped, A, sB, frozen)[0]
+    # Viewed outside of the Function, whose views nobody may change in place.
     return result.view(*x.shape[:-1], sB.shape[-1])
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, given: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
+        ctx: Any, rows: Tensor, dropped: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
     ) -> Tensor:
-        result, hidden = _forward(rows, given, A, sB, frozen)
-        ctx.save_for_backward(rows if given is None else given, A, sB, hidden)
-        ctx.frozen, ctx.alone = frozen, given is None
+        result, hidden = _forward(rows, dropped, A, sB, frozen)
+        ctx.save_for_backward(rows if dropped is None else dropped, A, sB, hidden)
+        ctx.frozen, ctx.same_input = frozen, dropped is None
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        given, A, sB, hidden = ctx.saved_tensors
+        x, A, sB, hidden = ctx.saved_tensors  # the adapter's x
         wanted = ctx.needs_input_grad
-        grad_rows = grad_given = None
+        grad_rows = grad_dropped = None
         # Autocast may be on here that was off in forward, and would cast some of the products.
         with torch.autocast(grad.device.type, enabled=False):
             if torch.is_grad_enabled():  # for second derivatives, which run through x and A, too
-                hidden = product(given, A.mT)
+                hidden = product(x, A.mT)
             back = product(grad, sB.mT)
             if wanted[0]:
                 grad_rows = ctx.frozen.backward(grad)
-                if ctx.alone:
+                if ctx.same_input:
                     add_product(grad_rows, back, A)
             if wanted[1]:
-                grad_given = product(back, A)
-            grad_A = _outer(back, given, A) if wanted[2] else None
+                grad_dropped = product(back, A)
+            grad_A = _outer(back, x, A) if wanted[2] else None
             grad_sB = _outer(hidden, grad, sB) if wanted[3] else None
-        return grad_rows, grad_given, grad_A, grad_sB, None
+        return grad_rows, grad_dropped, grad_A, grad_sB, None
 
 
 def _forward(
-    rows: Tensor, given: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
+    rows: Tensor, dropped: Tensor | None, A: Tensor, sB: Tensor, frozen: Frozen
 ) -> tuple[Tensor, Tensor]:
-    """The result, and A x."""
-    hidden = product(rows if given is None else given, A.mT)
+    """Return the result, and A x."""
+    hidden = product(rows if dropped is None else dropped, A.mT)
     result = frozen.forward(rows)
     add_product(result, hidden, sB)
     return result, hidden
 
 
 def product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (S * m, k) times matrix (k, n), or times (S, k, n) draw by draw, as (S * m, n)."""
+    """Multiply rows (S * m, k) by (k, n), or draw by draw by (S, k, n), to (S * m, n)."""
     if matrix.dim() == 2:
         return rows @ matrix
     return torch.bmm(_blocks(rows, matrix), matrix).flatten(0, 1)
@@ -148,7 +149,7 @@ def add_product(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
 
 
 def sum_with_product(out: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
-    """``out`` (S * m, n) plus `product` of the two."""
+    """Return ``out`` (S * m, n) plus `product` of the two."""
     if matrix.dim() == 2:
         return torch.addmm(out, rows, matrix)
     summed = torch.baddbmm(_blocks(out, matrix), _blocks(rows, matrix), matrix)
@@ -156,12 +157,12 @@ def sum_with_product(out: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _outer(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
-    """Σ of the rows' outer products, (k, n); of each draw's own, (S, k, n), if ``like`` has S."""
+    """Sum the rows' outer products to (k, n); draw by draw to (S, k, n), if ``like`` has S."""
     if like.dim() == 2:
         return left.mT @ right
     return torch.bmm(_blocks(left, like).mT, _blocks(right, like))
 
 
 def _blocks(rows: Tensor, like: Tensor) -> Tensor:
-    """(S * m, k) as (S, m, k), where S is the first dimension of ``like``."""
+    """View (S * m, k) as (S, m, k), where S is the first dimension of ``like``."""
     return rows.reshape(like.shape[0], len(rows) // like.shape[0], rows.shape[-1])

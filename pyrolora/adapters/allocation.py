@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def pruned(importance: Tensor, active: Tensor, budget: int) -> Tensor:
-    """The ``budget`` most important ranks, or more: every layer keeps its best one.
+    """Return the ``budget`` most important ranks, or more: every layer keeps its best one.
 
     Parameters
     ----------
     importance
-        (L, r_max); of active ranks alone it is read.
+        (L, r_max), read for active ranks alone.
     active
         (L, r_max) booleans.
     budget
-        How many are to be active.
+        The number of ranks that stay active.
 
     Returns
     -------
@@ -30,20 +30,20 @@ def pruned(importance: Tensor, active: Tensor, budget: int) -> Tensor:
 
 
 def moved(importance: Tensor, active: Tensor, slots: Tensor, share: float) -> Tensor:
-    """The ranks that are active after a round that moves some.
+    """Return the ranks that are active after a round that moves some.
 
     The least important ranks, a ``share`` of all active ones and one at least, lose their place;
     every layer keeps its best one. Layers that lost none get as many, in turn, the one of the
-    highest mean importance first, while they have slots; where these are too few, less is moved.
+    highest mean importance first, while they have slots; where these are too few, fewer move.
 
     Parameters
     ----------
     importance
-        (L, r_max); of active ranks alone it is read.
+        (L, r_max), read for active ranks alone.
     active
         (L, r_max) booleans.
     slots
-        (L, r_max) booleans: the ranks that a layer can have.
+        (L, r_max) booleans: the ranks that a layer has room for.
     share
         In (0, 1].
 
@@ -72,7 +72,7 @@ def moved(importance: Tensor, active: Tensor, slots: Tensor, share: float) -> Te
 
 
 def _least(importance: Tensor, active: Tensor) -> list[tuple[int, int]]:
-    """(layer, rank) of the active ranks in ascending order, without the best of each layer."""
+    """Return (layer, rank) of the active ranks, least important first, but each layer's best."""
     best = importance.masked_fill(~active, -torch.inf).argmax(-1).tolist()
     places = [(i, k) for i, k in active.nonzero().tolist() if k != best[i]]
     return sorted(places, key=lambda place: float(importance[place]))
@@ -86,6 +86,6 @@ def _without(active: Tensor, losers: list[tuple[int, int]]) -> Tensor:
 
 
 def _room(free: list[int], losers: list[tuple[int, int]]) -> int:
-    """How many ranks the layers can take that lose none."""
+    """Return how many ranks fit into the layers that lose none."""
     lost = {layer for layer, _ in losers}
     return sum(count for layer, count in enumerate(free) if layer not in lost)

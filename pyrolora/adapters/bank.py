@@ -186,7 +186,9 @@ class AdapterBank(RankedLayouts):
         return torch.stack(norms, dim=-1) if norms else factors.A
 
     def _terms(self, factors: FlatFactors) -> list[tuple[Tensor, Tensor]]:
-        """Return flat pairs whose products add up to the update: A and B; or, with a start,
+        """Return flat pairs whose products add up to the update: A and B, or those of a start.
+
+        With a start the update is
 
             B A − B₀ A₀ = B (A − A₀) + (B − B₀) A₀,
 

@@ -6,24 +6,30 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pyrolora import defaults
-from pyrolora.checks import positive, share, true_or_false, whole_number
+from pyrolora.checks import check_choices, one_of, positive, share, true_or_false, whole_number
 from pyrolora.errors import ConfigError
 
-RANDOM_STARTS = ("kaiming", "gaussian")
-"""Those by which a rank can start at any time: a random row of A, and B at zero."""
-INITIALIZERS = (*RANDOM_STARTS, "lora-ga", "pissa", "olora")
-IMPORTANCES = ("alora", "snr")
-SCHEDULES = ("prune", "move")
+RandomStart = Literal["kaiming", "gaussian"]
+"""Starts with a random A, and B at zero: a rank can start so at any time."""
+Initializer = Literal[RandomStart, "lora-ga", "pissa", "olora"]
+Importance = Literal["alora", "snr"]
+Schedule = Literal["prune", "move"]
+Allocation = Literal["uniform", Importance]
+"""Names that `AdapterConfig.rank_allocation` takes."""
+
+RANDOM_STARTS = get_args(RandomStart)
+INITIALIZERS = get_args(Initializer)
+SCHEDULES = get_args(Schedule)
 EVERY_LAYER = ("auto", "all-linear")
-"""Targets that are rules, no names."""
+"""Targets that are rules rather than names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankAllocation:
-    """How the layers share one budget of ranks, which is settled while the adapters are trained.
+    """Options by which the layers share one budget of ranks while the adapters are trained.
 
     The budget is the sum of the ranks r that the configuration gives, and every layer has slots for
     ``growth * r`` ranks (no more than it is wide). In each of ``rounds`` steps, evenly spaced
@@ -37,7 +43,7 @@ class RankAllocation:
         ``"prune"``: all slots are active at the start, and each round takes as many ranks out as
         the others, until the budget is left (AdaLoRA's way). ``"move"``: every layer starts with
         its r, and layers that lost none in a round get as many as were lost, in turn, those of the
-        highest mean importance first (ALoRA's own); a new rank has a random row of A and B = 0, so
+        highest mean importance first (ALoRA's way); a new rank has a random row of A and B = 0, so
         that the function stays.
     importance
         How a rank is judged. ``"alora"``: by ablation on a batch of ``eval_data``, the
@@ -45,9 +51,9 @@ class RankAllocation:
         ``"snr"``: by the signal-to-noise ratio of its update under the posterior, without a pass
         through the network; for guides with a width.
     rounds
-        How many.
+        Number of rounds.
     share
-        Of ``"move"`` alone: the share of all active ranks that loses its place in a round; None:
+        For ``"move"`` alone: the share of all active ranks that loses its place in a round; None:
         the default.
     start, end
         The shares of the training steps after which the first round and the last one come.
@@ -61,8 +67,8 @@ class RankAllocation:
     Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR, arXiv 2303.10512.
     """
 
-    importance: str = "alora"
-    schedule: str = "prune"
+    importance: Importance = "alora"
+    schedule: Schedule = "prune"
     rounds: int = defaults.ALLOCATION_ROUNDS
     share: float | None = None
     start: float = defaults.ALLOCATION_START
@@ -70,30 +76,12 @@ class RankAllocation:
     growth: float = defaults.ALLOCATION_GROWTH
 
     def __post_init__(self) -> None:
-        if self.importance not in IMPORTANCES:
-            raise ConfigError(
-                f"unknown importance {self.importance!r} of ranks; "
-                f"choose one of {', '.join(IMPORTANCES)}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(
-                f"unknown schedule {self.schedule!r} of ranks; choose one of {', '.join(SCHEDULES)}"
-            )
+        check_choices(self)
         whole_number("rounds", self.rounds, at_least=1)
         positive("growth", self.growth)
         for name in ("start", "end"):
             positive(name, getattr(self, name), or_zero=True)
-        if self.share is not None:
-            positive("share", self.share)
-            if self.schedule == "prune":
-                raise ConfigError(
-                    f"share={self.share!r} is of schedule='move'; how many ranks schedule='prune' "
-                    "takes out follows from rounds and growth"
-                )
-            if self.share > 1:
-                raise ConfigError(
-                    f"share must be a share of the ranks, at most 1, got {self.share!r}"
-                )
+        self._check_share()
         if not self.start <= self.end < 1:
             raise ConfigError(
                 "start and end must be shares of the training, 0 <= start <= end < 1, got "
@@ -102,13 +90,27 @@ class RankAllocation:
         if self.growth <= 1:
             raise ConfigError(f"growth must be above 1, or no layer can win, got {self.growth!r}")
 
+    def _check_share(self) -> None:
+        if self.share is None:
+            return
+        positive("share", self.share)
+        if self.schedule == "prune":
+            raise ConfigError(
+                f"share={self.share!r} is an option of schedule='move'; how many ranks "
+                "schedule='prune' takes out follows from rounds and growth; leave share out"
+            )
+        if self.share > 1:
+            raise ConfigError(f"share must be a share of the ranks, at most 1, got {self.share!r}")
+
     def slots(self, rank: int, width: int) -> int:
-        """How many ranks a layer that starts with ``rank`` can have."""
+        """Return for how many ranks a layer that starts with ``rank`` has room."""
         return min(math.ceil(self.growth * rank), width)
 
     def steps(self, total: int) -> list[int]:
-        """After which of ``total`` steps ranks lose their place; rounds that fall on one step are
-        one."""
+        """Return after which of ``total`` steps ranks lose their place.
+
+        Rounds that fall on one step are one.
+        """
         gap = (self.end - self.start) / max(self.rounds - 1, 1)
         shares = (self.start + i * gap for i in range(self.rounds))
         return sorted({max(1, round(total * share)) for share in shares})
@@ -129,16 +131,16 @@ class AdapterConfig:
         ``"auto"``, or None (the query, key and value projections of attention in a transformers
         network, of its language model where it reads more than text; every linear layer of
         another network), ``"all-linear"``, names or name suffixes, or one string: a regular
-        expression for the whole name, or a suffix. Each name of a list has to select a layer; of
-        a pattern, layers that are smaller than their rank or that the network does not call are
-        left out, with a warning.
+        expression for the whole name, or a suffix. Each name of a list has to select a layer. A
+        pattern may select layers that are smaller than their rank or that the network does not
+        call; these are left out, with a warning.
     exclude_modules
-        Taken out of the targets; by the same rules. Each has to be in the network.
+        Modules that are taken out of the targets, by the same rules. Each has to be in the network.
     layers_to_transform
-        Numbers of blocks, counted from 0: of the targets, those in other blocks or in none get no
-        adapter. ``None``: all blocks.
+        Numbers of blocks, counted from 0: targets in other blocks, or in none, get no adapter.
+        ``None``: all blocks.
     layers_pattern
-        What comes before a block's number in the names, where there are several stacks:
+        The part of a name before a block's number, where there are several stacks:
         ``"decoder.layers"``. ``None``: the first number counts.
     lora_dropout
         Dropout on the adapter's input during training.
@@ -174,13 +176,22 @@ class AdapterConfig:
     layers_pattern: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
     modules_to_save: Sequence[str] | None = None
-    init_lora_weights: str = "kaiming"
+    init_lora_weights: Initializer = "kaiming"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    rank_allocation: str | RankAllocation | Mapping[str, Any] = "uniform"
+    rank_allocation: Allocation | RankAllocation | Mapping[str, Any] = "uniform"
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        self._check_numbers()
+        self._check_names()
+        self._check_blocks()
+        share("lora_dropout", self.lora_dropout, "[0, 1)")
+        true_or_false("use_rslora", self.use_rslora)
+        self._check_allocation()
+
+    def _check_numbers(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(
@@ -190,24 +201,17 @@ class AdapterConfig:
             whole_number(f"the rank {key!r}", rank, at_least=1)
         for key, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             positive(repr(key), alpha)
+
+    def _check_names(self) -> None:
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "
                 f"write [{self.modules_to_save!r}]"
             )
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            object.__setattr__(self, name, _in_order(name, getattr(self, name)))
         if self.target_modules is None:  # PEFT's default
             object.__setattr__(self, "target_modules", "auto")
-        self._check_blocks()
-        share("lora_dropout", self.lora_dropout, "[0, 1)")
-        true_or_false("use_rslora", self.use_rslora)
-        if self.init_lora_weights not in INITIALIZERS:
-            raise ConfigError(
-                f"unknown init_lora_weights {self.init_lora_weights!r}; "
-                f"choose one of {', '.join(INITIALIZERS)}"
-            )
-        self._check_allocation()
 
     def _check_blocks(self) -> None:
         wanted, targets = self.layers_to_transform, self.target_modules
@@ -215,7 +219,7 @@ class AdapterConfig:
             if self.layers_pattern:
                 raise ConfigError(
                     f"layers_pattern={self.layers_pattern!r} says where the numbers of "
-                    "layers_to_transform stand, which is not given; give it, or leave out both"
+                    "layers_to_transform stand, which is None; pass it, or leave out both"
                 )
             return
         numbers = [wanted] if not isinstance(wanted, Collection) else [*wanted]
@@ -232,20 +236,17 @@ class AdapterConfig:
         object.__setattr__(self, "layers_to_transform", sorted({int(n) for n in numbers}))
 
     def _check_allocation(self) -> None:
-        given = self.rank_allocation
-        if isinstance(given, Mapping):  # of JSON
+        value = self.rank_allocation
+        if isinstance(value, Mapping):  # options read from JSON
             names = [field.name for field in dataclasses.fields(RankAllocation)]
-            for name in given:
+            for name in value:
                 if name not in names:
                     raise ConfigError(
                         f"rank_allocation has no option {name!r}; it has {', '.join(names)}"
                     )
-            object.__setattr__(self, "rank_allocation", RankAllocation(**given))
-        elif not isinstance(given, RankAllocation) and given not in ("uniform", *IMPORTANCES):
-            raise ConfigError(
-                f"unknown rank_allocation {given!r}; choose one of "
-                f"{', '.join(('uniform', *IMPORTANCES))}, or a RankAllocation(...)"
-            )
+            object.__setattr__(self, "rank_allocation", RankAllocation(**value))
+        elif not isinstance(value, RankAllocation):
+            one_of("rank_allocation", value, Allocation)
         if self.allocation is not None and self.init_lora_weights not in RANDOM_STARTS:
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r} gives the ranks of the start, and "
@@ -259,18 +260,19 @@ class AdapterConfig:
 
     @property
     def allocation(self) -> RankAllocation | None:
-        """How ranks move; None where they do not."""
-        if isinstance(self.rank_allocation, RankAllocation):
-            return self.rank_allocation
-        kind = str(self.rank_allocation)
-        return None if kind == "uniform" else RankAllocation(importance=kind)
+        """Options by which ranks move; None where they do not."""
+        value = self.rank_allocation
+        if isinstance(value, RankAllocation):
+            return value
+        assert isinstance(value, str)
+        return None if value == "uniform" else RankAllocation(importance=value)
 
 
-def _names(option: str, value: Any) -> str | list[str] | tuple[str, ...] | None:
-    """Names in an order of their own, which a saved posterior has to have: sets are sorted."""
+def _in_order(option: str, value: Any) -> str | list[str] | tuple[str, ...] | None:
+    """Return names in an order that a saved posterior can compare: sets are sorted."""
     if value is None or isinstance(value, str):
         return value
     listed = isinstance(value, Collection) and not isinstance(value, Mapping)
     if not listed or not all(isinstance(name, str) for name in value):
-        raise ConfigError(f"{option} must be names of modules, got {value!r}")
+        raise ConfigError(f"{option} must be names of modules, got {value!r}; write a list of them")
     return value if isinstance(value, list | tuple) else sorted(value)

@@ -1,4 +1,4 @@
-"""Which blocks of a stack get adapters: ``layers_to_transform``, by PEFT's rule."""
+"""Which blocks of a stack get adapters: ``layers_to_transform``, checked."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pyrolora.errors import TargetError, listed
 
 
 def in_blocks(names: Sequence[str], config: AdapterConfig) -> list[str]:
-    """The names in the blocks that ``layers_to_transform`` counts out; all of them without it.
+    """Return the names in the blocks of ``layers_to_transform``; all of them without it.
 
-    The number of a name's block is the first of its parts that is one, behind another part; with
-    ``layers_pattern``, behind a part of that name. What has none is in no block.
+    `names.block_of` says which block a name is in.
 
     Raises
     ------

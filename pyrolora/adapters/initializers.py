@@ -1,4 +1,4 @@
-"""How the means of the factors start, by name: at random, or from the weight or its gradient.
+"""Starts of the means of the factors, by name: at random, or from the weight or its gradient.
 
 A random A comes with B at zero, which leaves the function unchanged. The other starts A₀, B₀ are
 those of PEFT 0.21, which takes s B₀ A₀ off the weight; here the bank takes it off the update.
@@ -26,17 +26,17 @@ STABLE_GAMMA = 16
 
 
 def kaiming(rank: int, columns: int) -> Tensor:
-    """PEFT's default for A: uniform on ±1/sqrt(in)."""
+    """Draw A as PEFT does by default: uniform on ±1/sqrt(in)."""
     return nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
 
 
 def gaussian(rank: int, columns: int) -> Tensor:
-    """PEFT's ``"gaussian"`` for A: standard deviation 1/r."""
+    """Draw A as PEFT's ``"gaussian"`` does: with standard deviation 1/r."""
     return torch.randn(rank, columns) / rank
 
 
 def lora_ga(layer: nn.Module, gradient: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """From the singular vectors of the gradient G = U S Vᵀ, (out, in), of the layer's weight:
+    """Start from the singular vectors of the gradient G = U S Vᵀ, (out, in), of the weight.
 
         A₀ = (v_1 .. v_r)ᵀ,   B₀ = (σ_r+1 u_r+1 .. σ_2r u_2r) · m^¼ / √γ
 
@@ -58,10 +58,10 @@ def lora_ga(layer: nn.Module, gradient: Tensor, spec: LayerSpec) -> tuple[Tensor
             "rank_pattern, or leave it out with exclude_modules"
         )
     if not gradient.isfinite().all() or not gradient.any():
-        found = "is zero" if gradient.isfinite().all() else "is not finite"
+        state = "is zero" if gradient.isfinite().all() else "is not finite"
         raise ConfigError(
             f"init_lora_weights='lora-ga' needs a gradient, and that of layer {spec.name!r} on the "
-            f"first batch {found}; take a larger batch_size, leave the layer out with "
+            f"first batch {state}; take a larger batch_size, leave the layer out with "
             "exclude_modules, or start from 'kaiming'"
         )
     U, S, V = torch.svd_lowrank(gradient, q=min(4 * r, least), niter=4)
@@ -70,7 +70,7 @@ def lora_ga(layer: nn.Module, gradient: Tensor, spec: LayerSpec) -> tuple[Tensor
 
 
 def pissa(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """From the r largest singular values of W = U S Vᵀ, (out, in):
+    """Start from the r largest singular values of W = U S Vᵀ, (out, in).
 
         A₀ = (S_r / s)^½ V_rᵀ,   B₀ = U_r (S_r / s)^½
 
@@ -85,7 +85,7 @@ def pissa(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Te
 
 
 def olora(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """From W = Q R, (out, in): A₀ the first r rows of R, B₀ the first r columns of Q.
+    """Start from W = Q R, (out, in): A₀ the first r rows of R, B₀ the first r columns of Q.
 
     References
     ----------
@@ -104,7 +104,7 @@ assert (*_RANDOM, *_FROM_GRADIENT, *_FROM_WEIGHT) == INITIALIZERS
 
 
 def initial_factor(name: str, rank: int, columns: int) -> Tensor:
-    """The start of one A, (rank, columns), of a name in `RANDOM_STARTS`."""
+    """Draw one A, (rank, columns), by a name in `RANDOM_STARTS`."""
     return _RANDOM[name](rank, columns)
 
 
@@ -114,23 +114,23 @@ def start_of(
     name: str,
     gradients: Callable[[], Mapping[str, Tensor]],
 ) -> Start | None:
-    """The start that weights or gradients give, in float32; None where it is random.
+    """Return the start that weights or gradients give, in float32; None where it is random.
 
     Parameters
     ----------
     layers
         The adapted layers, wrapped or not, by name.
     specs
-        Their shapes.
+        The shapes of their adapters.
     name
         ``init_lora_weights``.
     gradients
-        Layer -> the gradient of its weight, in the weight's shape; called where it is needed.
+        Returns layer -> the gradient of its weight, in the weight's shape; called where needed.
 
     Raises
     ------
     ConfigError
-        For a weight that is no plain one, a rank that is too high, a gradient of zero.
+        For a weight that cannot be read, a rank that is too high, a gradient of zero.
     """
     if name in RANDOM_STARTS:
         return None
@@ -148,7 +148,7 @@ def start_of(
 
 
 def frozen_weight(name: str, layer: nn.Module) -> nn.Parameter:
-    """The weight of a linear layer, if it can be read and has a gradient."""
+    """Return the weight of a linear layer; raise `ConfigError` if it cannot be read."""
     weight = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter or is_quantised(weight.dtype):
         kind = "none of its own" if weight is None else f"a {type(weight).__name__}, {weight.dtype}"

@@ -25,7 +25,7 @@ from pyrolora.errors import TargetError
 
 @dataclass
 class _Shared:
-    """What the attachments of one network share: who uses it, and its own gradient flags."""
+    """State that the attachments of one network share: who uses it, and its gradient flags."""
 
     requires_grad: dict[str, bool]
     attachments: WeakSet[Attachment] = field(default_factory=WeakSet)
@@ -35,7 +35,7 @@ _networks: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 
 
 class Attachment:
-    """The wrappers that one posterior uses in a network, if it has adapters.
+    """The wrappers that one posterior uses in a network.
 
     ``checked`` says whether it is known which of the layers the network calls.
 
@@ -65,25 +65,26 @@ class Attachment:
             network.requires_grad_(False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy (``copy.deepcopy``, pickle) is an attachment of the copied network."""
+        """Restore a copy (``copy.deepcopy``, pickle) as an attachment of the copied network."""
         self.__dict__.update(state)
         if self.attached:
             shared = _networks.setdefault(self.network, _Shared(self._requires_grad))
             shared.attachments.add(self)
 
     def again(self) -> Attachment:
-        """Another attachment of the same layers and heads, with a life of its own."""
+        """Return another attachment of the same layers and heads, detached on its own."""
         return self.without(())
 
     def without(self, names: Collection[str]) -> Attachment:
-        """The same but for the layers of these names."""
+        """Return another attachment without the layers of these names."""
         specs = [spec for spec in self.specs if spec.name not in names]
-        found = Attachment(self.network, specs, list(self.heads))
-        found.checked = self.checked
-        return found
+        attachment = Attachment(self.network, specs, list(self.heads))
+        attachment.checked = self.checked
+        return attachment
 
     @property
     def wrappers(self) -> Mapping[str, Wrapper]:
+        """All wrappers by the name of the module that they wrap."""
         return {**self.layers, **self.heads}
 
     def detach(self) -> None:
@@ -118,7 +119,7 @@ def attach(network: nn.Module, config: AdapterConfig) -> Attachment:
 
 @contextmanager
 def explained_kernels(attachment: Attachment) -> Iterator[None]:
-    """Make a `TargetError` of what quantised layers raise whose library cannot run here."""
+    """Turn errors of quantised layers whose library cannot run here into a `TargetError`."""
     layers = attachment.layers.items()
     quantised = {n: w.base_layer for n, w in layers if is_quantised_layer(w.base_layer)}
     try:
@@ -135,7 +136,7 @@ def explained_kernels(attachment: Attachment) -> Iterator[None]:
 
 
 def plain_copy(network: nn.Module) -> nn.Module:
-    """A copy of the network as it was before it was wrapped, with its own gradient flags."""
+    """Copy the network as it was before it was wrapped, with its gradient flags of that time."""
     copied, shared = copy.deepcopy(network), _networks.get(network)
     unwrap(copied)
     if shared is not None:
@@ -145,14 +146,14 @@ def plain_copy(network: nn.Module) -> nn.Module:
 
 
 def unwrap(network: nn.Module) -> None:
-    """Replace every wrapper of ours in ``network`` by what it wraps."""
+    """Replace every wrapper of ours in ``network`` by the module that it wraps."""
     for name, module in list(walk(network)):
         if isinstance(module, Wrapper):
             network.set_submodule(name, module.base_layer)
 
 
 def _check_nesting(network: nn.Module, targets: list[str], heads: list[str]) -> None:
-    """A task head is owned whole: no adapted layer is one, lies in one, or contains one."""
+    """Refuse an adapted layer that is a task head or lies in one: heads are owned whole."""
     present = {name: type(m) for name, m in walk(network) if isinstance(m, Wrapper)}
     layers = {*targets, *(name for name, kind in present.items() if kind is AdapterLayer)}
     slots = {*heads, *(name for name, kind in present.items() if kind is HeadSlot)}

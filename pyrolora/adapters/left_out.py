@@ -1,4 +1,4 @@
-"""What gets no adapter, said by name: names that select no layer, and weights that are left out."""
+"""Errors and warnings about weights without an adapter, and names that select no layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyrolora.errors import ConfigError, TargetError, listed
 
 
 def names_layers(config: AdapterConfig) -> bool:
-    """Whether the targets are a list of names, each of which asks for something."""
+    """Return whether the targets are a list of names, each of which has to select a layer."""
     return not isinstance(config.target_modules, str)
 
 
@@ -28,10 +28,10 @@ def refuse_foreign(network: nn.Module) -> None:
     foreign = {name: module for name, module in walk(network) if _is_foreign(module)}
     if foreign:
         layers = [name for name, module in foreign.items() if hasattr(module, "base_layer")]
-        found = layers or [*foreign]
+        places = layers or [*foreign]
         raise ConfigError(
             f"this {type(network).__name__} holds adapters of PEFT's or of another library, in "
-            f"{listed([name or 'the network itself' for name in found])}; merge them into its "
+            f"{listed([name or 'the network itself' for name in places])}; merge them into its "
             "weights or take them out first (PEFT: peft_model.merge_and_unload() or .unload(); "
             "transformers: model.delete_adapter(name)), or read a saved one with "
             "pyrolora.from_peft(folder, base)"
@@ -52,13 +52,15 @@ def check_names(
     adapted: Sequence[str],
     heads: Sequence[str],
 ) -> None:
-    """Raise `TargetError` for entries of ``target_modules`` that give no adapter, saying what each
-    of them is; warn of other weights that such a name stands for, too."""
-    wanted = config.target_modules
-    assert wanted is not None
-    idle = [own for own in wanted if not any(ends_with(name, [own]) for name in adapted)]
+    """Raise `TargetError` for entries of ``target_modules`` that give no adapter.
+
+    The message says what each of them is. Warn of other weights that an entry stands for, too.
+    """
+    entries = config.target_modules
+    assert entries is not None
+    idle = [entry for entry in entries if not any(ends_with(n, [entry]) for n in adapted)]
     if idle:
-        reasons = [f"{own!r} {_what_is(network, own, config, selected, heads)}" for own in idle]
+        reasons = [f"{name!r} {_what_is(network, name, config, selected, heads)}" for name in idle]
         raise TargetError(
             f"target_modules names what gets no adapter: {'; '.join(reasons)}. Leave out what is "
             "no linear layer, and write the others as the network has them"
@@ -86,8 +88,11 @@ def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collecti
 def warn_of_left_out(
     network: nn.Module, adapted: Collection[str], heads: Sequence[str], config: AdapterConfig
 ) -> None:
-    """Warn of weights beside the linear layers that multiply as theirs do: fused experts, routers,
-    the projections of ``nn.MultiheadAttention``; and of linear layers that kernels read."""
+    """Warn of weights without an adapter that multiply as those of linear layers do.
+
+    They are fused experts, routers, the projections of ``nn.MultiheadAttention``, and linear layers
+    that kernels read.
+    """
     read = read_by_kernels(network)
     left = {
         name: f"{name} ({type(unwrapped(module)).__name__})"
@@ -108,40 +113,42 @@ def warn_of_left_out(
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str:
-    """A hint at names that look like ``wanted``, if there are any."""
+    """Return a hint at names that look like ``wanted``, if there are any."""
     known = {part for name in names for part in (name, name.rpartition(".")[2])}
-    found = difflib.get_close_matches(wanted, sorted(known), n=3)
-    return f" (like it: {listed(found)})" if found else ""
+    similar = difflib.get_close_matches(wanted, sorted(known), n=3)
+    return f" (like it: {listed(similar)})" if similar else ""
 
 
 def _what_is(
     network: nn.Module,
-    own: str,
+    entry: str,
     config: AdapterConfig,
     selected: Sequence[str],
     heads: Sequence[str],
 ) -> str:
-    """Why a name of ``target_modules`` selects nothing, as the rest of a sentence."""
+    """Return why an entry of ``target_modules`` selects nothing, as the rest of a sentence."""
     modules = {name: unwrapped(module) for name, module in walk(network) if name}
-    found = [name for name in modules if ends_with(name, [own])]
-    if any(ends_with(name, [own]) for name in selected):
+    named = [name for name in modules if ends_with(name, [entry])]
+    if any(ends_with(name, [entry]) for name in selected):
         options = ("exclude_modules", "layers_to_transform")
-        given = [name for name in options if getattr(config, name) is not None]
-        return f"is excluded by {' and '.join(given)}"
-    if not found:
-        parameters = [n for n, _ in network.named_parameters() if ends_with(n, [own])]
+        excluding = [name for name in options if getattr(config, name) is not None]
+        return f"is excluded by {' and '.join(excluding)}"
+    if not named:
+        parameters = [n for n, _ in network.named_parameters() if ends_with(n, [entry])]
         if parameters:
             owner = type(network.get_submodule(parameters[0].rpartition(".")[0])).__name__
             return f"is a parameter of a {owner}, no layer"
-        return f"is no module of {type(network).__name__}{nearest(own, modules)}"
-    if all(_is_within(name, heads) for name in found):
+        return f"is no module of {type(network).__name__}{nearest(entry, modules)}"
+    if all(_is_within(name, heads) for name in named):
         return "belongs to a task head, which is trained in full (see modules_to_save)"
-    kinds = dict.fromkeys(type(modules[name]).__name__ for name in found)
-    if all(_of_attention(network, name) for name in found):
-        return f"is of the class {'/'.join(kinds)}, whose weights are read without calling it"
-    inside = [n for n in linear_layers(network) if any(n.startswith(f"{f}.") for f in found)]
+    classes = dict.fromkeys(type(modules[name]).__name__ for name in named)
+    if all(_of_attention(network, name) for name in named):
+        return f"is of the class {'/'.join(classes)}, whose weights are read without calling it"
+    inside = [
+        n for n in linear_layers(network) if any(n.startswith(f"{outer}.") for outer in named)
+    ]
     more = f" (inside of it: {listed(_endings(inside))})" if inside else ""
-    return f"is of the class {'/'.join(kinds)}, no linear layer{more}"
+    return f"is of the class {'/'.join(classes)}, no linear layer{more}"
 
 
 def _endings(names: Iterable[str]) -> list[str]:
@@ -152,16 +159,16 @@ def _of_attention(network: nn.Module, name: str) -> bool:
     outer = name.rpartition(".")[0]
     owners = (name, outer) if outer else (name,)
     return any(
-        isinstance(unwrapped(network.get_submodule(own)), nn.MultiheadAttention) for own in owners
+        isinstance(unwrapped(network.get_submodule(n)), nn.MultiheadAttention) for n in owners
     )
 
 
 def _is_within(name: str, outer: Iterable[str]) -> bool:
-    return any(name == own or name.startswith(f"{own}.") for own in outer)
+    return any(name == other or name.startswith(f"{other}.") for other in outer)
 
 
 def _multiplies(module: nn.Module) -> bool:
-    """Whether a module that is no linear layer holds matrices that multiply as a linear layer's."""
+    """Return whether a module, though no linear layer, multiplies with matrices as those do."""
     module = unwrapped(module)
     if isinstance(module, nn.MultiheadAttention):
         return True
@@ -178,27 +185,27 @@ def _multiplies(module: nn.Module) -> bool:
 
 
 def _share(network: nn.Module, adapted: Collection[str], heads: Sequence[str]) -> float:
-    """The adapted layers' part of all matrices that are neither embeddings nor in heads."""
+    """Return the adapted share of all matrices that are neither embeddings nor in heads."""
     output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
     output = None if output is None else unwrapped(output)
-    own = total = 0
+    covered = total = 0
     for name, module, size in _sizes(network):
         if module is not output and not _is_within(name, heads):
             total += size
-            own += size if name in adapted else 0
-    return own / max(total, 1)
+            covered += size if name in adapted else 0
+    return covered / max(total, 1)
 
 
 def _sizes(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """Each module that has matrices of its own, and how many numbers they have."""
-    for name, found in walk(network):
-        module = unwrapped(found)
+    """Iterate over the modules that hold matrices, with the number of their entries."""
+    for name, wrapped in walk(network):
+        module = unwrapped(wrapped)
         if is_linear(module):
             inputs, outputs = features(module)
             yield name, module, inputs * outputs
         elif not isinstance(module, nn.Embedding):
-            own = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
-            yield name, module, sum(own)
+            sizes = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+            yield name, module, sum(sizes)
 
 
 def _warn(message: str) -> None:

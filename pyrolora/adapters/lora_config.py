@@ -1,4 +1,4 @@
-"""The adapter configuration from what a user passes: ours, or PEFT's."""
+"""The adapter configuration that a user passes: ours, or PEFT's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WHY = {
 
 
 def as_adapter_config(adapter: Any) -> AdapterConfig:
-    """An `AdapterConfig` from None, one of ours, or a ``peft.LoraConfig``.
+    """Return an `AdapterConfig` for None, one of ours, or a ``peft.LoraConfig``.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
     if type(adapter).__name__ != "LoraConfig":
         raise ConfigError(
             "adapter must be a pyrolora.AdapterConfig or a peft.LoraConfig, got "
-            f"{type(adapter).__name__}"
+            f"{type(adapter).__name__}; make one of these of it"
         )
     taken = {field.name for field in dataclasses.fields(AdapterConfig)}
     neutral = {"task_type", "peft_type", "peft_version", "inference_mode", "auto_mapping"}
@@ -45,7 +45,7 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
     for field in dataclasses.fields(adapter):
         value = getattr(adapter, field.name)
         if field.name == "lora_ga_config" and value == type(value)():
-            continue  # the start as PEFT has it by default, which is ours
+            continue  # PEFT's default start, which is ours
         if field.name not in taken | neutral and value != getattr(plain, field.name):
             why = _WHY.get(field.name)
             raise ConfigError(
@@ -53,7 +53,9 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
                 + (f": {why}; leave it out" if why else "; leave it out")
             )
     options = {name: getattr(adapter, name) for name in taken if hasattr(adapter, name)}
-    options["target_modules"] = _in_order(options["target_modules"])  # None: as ours
+    options["target_modules"] = _in_order(
+        options["target_modules"]
+    )  # None means what it means here
     options["exclude_modules"] = _in_order(options["exclude_modules"]) or None
     start = options["init_lora_weights"]
     options["init_lora_weights"] = _NAMES.get(start, start)
@@ -61,5 +63,5 @@ def as_adapter_config(adapter: Any) -> AdapterConfig:
 
 
 def _in_order(names: Any) -> Any:
-    """PEFT keeps lists as sets."""
+    """Return names as a list: PEFT keeps lists as sets."""
     return sorted(names) if isinstance(names, set) else names

@@ -18,7 +18,8 @@ from pyrolora.adapters.modules import plain_parameters
 from pyrolora.adapters.wrapper import unwrapped
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-LOADED = "_is_hf_initialized"  # transformers marks each parameter that it has read or tied
+LOADED = "_is_hf_initialized"
+"""The mark that transformers puts on each parameter that it has read or tied."""
 
 
 def own_new_weights(network: nn.Module, heads: Iterable[str]) -> list[str]:
@@ -28,7 +29,7 @@ def own_new_weights(network: nn.Module, heads: Iterable[str]) -> list[str]:
     that is loaded from a masked language model. Nothing brings these weights back, and nobody has
     trained them: they are to be owned and trained like a task head. Where the network has lost the
     marks of transformers (it was copied, or moved to another device), the names in its checkpoint
-    tell, if that is on this machine. Of a network that was not loaded nothing is returned.
+    tell, if that is on this machine. For a network that was not loaded the list is empty.
     """
     if not isinstance(network, PreTrainedModel):
         return []
@@ -41,7 +42,7 @@ def own_new_weights(network: nn.Module, heads: Iterable[str]) -> list[str]:
     unread = {name for name in unread if id(parameters[name]) not in read}
     new = {n for n in unread if not n.startswith(taken) and is_dense(parameters[n])}
     owned = list(_wholly_new(network, "", new))
-    inside = tuple(f"{own}." for own in owned)
+    inside = tuple(f"{module}." for module in owned)
     rest = sorted(n for n in new if not n.startswith(inside) and parameters[n].unique().numel() > 1)
     if owned:
         warnings.warn(
@@ -63,7 +64,7 @@ def own_new_weights(network: nn.Module, heads: Iterable[str]) -> list[str]:
 
 
 def _unnamed(network: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """The parameters below a module whose name no tensor of the checkpoint has.
+    """Return the parameters below a module whose name no tensor of the checkpoint has.
 
     Only modules without numbered ones above and below: transformers renames those of older
     checkpoints.
@@ -88,7 +89,7 @@ def _unnamed(network: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 
 def _checkpoint(network: PreTrainedModel) -> Iterable[str]:
-    """The names of the tensors in the safetensors that the network's name leads to, here."""
+    """Return the names of the tensors in the checkpoint that the network came from, if here."""
     place = network.config._name_or_path
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     options |= {"_raise_exceptions_for_gated_repo": False, "local_files_only": True}
@@ -106,10 +107,10 @@ def _checkpoint(network: PreTrainedModel) -> Iterable[str]:
 
 
 def _wholly_new(module: nn.Module, prefix: str, new: set[str]) -> Iterator[str]:
-    """The largest modules all of whose parameters are new; a list of modules is none."""
+    """Iterate over the largest modules with new parameters only; containers do not count."""
     for name, child in unwrapped(module).named_children():
         path = f"{prefix}{name}"
-        names = {f"{path}.{own}" for own, _ in plain_parameters(child)}
+        names = {f"{path}.{parameter}" for parameter, _ in plain_parameters(child)}
         if names and names <= new and not isinstance(unwrapped(child), CONTAINERS):
             yield path
         else:

@@ -1,4 +1,4 @@
-"""The query, key and value projections of attention, found by their names and where they stand."""
+"""The query, key and value projections of attention, found by their names and places."""
 
 from __future__ import annotations
 
@@ -29,41 +29,46 @@ _ROLES: Mapping[str, tuple[str, ...]] = {
     "wqkv": (QUERY, KEY, VALUE),
 }
 _BESIDE = {"proj", "projection", "project", "lin", "linear", "to", "attn", "self", "head"}
-"""Words of a projection's name that say nothing of what it projects to."""
+"""Words in the name of a projection that do not tell to what it projects."""
 _LOW_RANK = {"a", "b", "with", "mqa"}
-"""Those of the two factors that DeepSeek's attention has in place of one matrix."""
+"""Words for the two factors that DeepSeek's attention has in place of one matrix."""
 _SHELL = ".linear"
-"""What Moshi and Gemma 4 have the layer of a projection in: ``q_proj.linear``."""
+"""The name of the layer inside of a projection in Moshi and Gemma 4: ``q_proj.linear``."""
 _FUSED_IN_ATTENTION = ("c_attn", "in_proj", "att_proj")
-"""All three in one, where a module of attention has it: GPT-2, DeBERTa, Bark. Mamba has an in_proj,
-too, which is none."""
+"""Names of all three in one layer, in a module of attention: GPT-2, DeBERTa, Bark.
+
+Mamba's in_proj is none of them, and stands in no attention.
+"""
 
 
 def projections(network: nn.Module) -> list[str]:
-    """Names of the query, key and value projections, in the network's order, be they linear layers
-    or not.
+    """Return the names of the query, key and value projections, in the network's order.
 
-    A module is attention if its children are projections to all three, each or together. PEFT's
-    table of targets, where PEFT is installed and its table has the architecture, says in which
-    modules they are; the key projections, which it mostly leaves out, are taken beside the others,
-    and of what it lists outside of attention nothing, so that the layers are the same without PEFT.
-    Only where no such module is found are they those of the table. In a network that writes text
-    after more than text, such as pictures, they are those of its language model.
+    They need not be linear layers. A module is attention if its children are projections to all
+    three, each or together. PEFT's table of targets, where PEFT is installed and its table has the
+    architecture, says in which modules they are; key projections, which it mostly leaves out, are
+    added to the others, and entries outside of attention are left out, so that the layers are the
+    same without PEFT. Only where no such module is found are they those of the table. In a network
+    that writes text after reading more than text, such as pictures, they are those of its language
+    model.
     """
     network = unwrapped(network)
-    found = _by_structure(network)
+    structural = _by_structure(network)
     listed = _of_peft(network)
     places = {_outer(name) for name in listed}
-    within = [name for name in found if _outer(name) in places] or listed or found
+    within = [name for name in structural if _outer(name) in places] or listed or structural
     parts = _language_models(network)
-    return [n for n in within if not parts or any(n.startswith(f"{own}.") for own in parts)]
+    return [n for n in within if not parts or any(n.startswith(f"{part}.") for part in parts)]
 
 
-def roles(name: str, kind: str = "") -> tuple[str, ...]:
-    """What the last part of a module's name says that it projects to, in a module whose class is
-    called ``kind``; nothing where it says something else, too, as in ``pos_key_proj``."""
+def roles(name: str, outer_class: str = "") -> tuple[str, ...]:
+    """Return to what a module projects by the last part of its name.
+
+    ``outer_class`` is the name of the class of the module that it is in. A name that says something
+    else, too, such as ``pos_key_proj``, has no role.
+    """
     last = name.rpartition(".")[2]
-    if last in _FUSED_IN_ATTENTION and "Attention" in kind:
+    if last in _FUSED_IN_ATTENTION and "Attention" in outer_class:
         return (QUERY, KEY, VALUE)
     words = [word for word in last.lower().split("_") if word not in _BESIDE]
     if words and words[0] in _ROLES:
@@ -74,20 +79,22 @@ def roles(name: str, kind: str = "") -> tuple[str, ...]:
 
 
 def _by_structure(network: nn.Module) -> list[str]:
-    """The projections of every module that has all three, and of those that stand in its place in
-    other blocks: these may share keys and values."""
+    """Return the projections of every module that has all three.
+
+    Modules in its place in other blocks count, too: these may share keys and values.
+    """
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
-    kinds = {name: type(unwrapped(module)).__name__ for name, module in walk(network)}
+    classes = {name: type(unwrapped(module)).__name__ for name, module in walk(network)}
     for name, module in walk(network):
         place = _outer(name)
         known = name and (is_linear(unwrapped(module)) or has_weights(module))
-        own = roles(name.removesuffix(_SHELL), kinds[place]) if known else ()
-        if own:
-            groups.setdefault(place, {})[name] = own
+        projected = roles(name.removesuffix(_SHELL), classes[place]) if known else ()
+        if projected:
+            groups.setdefault(place, {})[name] = projected
     whole = [
         place
         for place, group in groups.items()
-        if {role for own in group.values() for role in own} >= {QUERY, KEY, VALUE}
+        if {role for projected in group.values() for role in projected} >= {QUERY, KEY, VALUE}
     ]
     places = collapsed(whole)
     return [
@@ -96,7 +103,7 @@ def _by_structure(network: nn.Module) -> list[str]:
 
 
 def _of_peft(network: nn.Module) -> list[str]:
-    """What PEFT's table of targets selects; nothing without PEFT."""
+    """Return the modules that PEFT's table of targets selects; none without PEFT."""
     try:
         from peft.utils import constants
     except ImportError:
@@ -111,13 +118,16 @@ def _of_peft(network: nn.Module) -> list[str]:
 
 
 def _language_models(network: nn.Module) -> list[str]:
-    """The parts with the configuration of a language model inside of a larger network that writes
-    text; none where the network is one itself, or has several configurations of that kind."""
+    """Return the language models inside of a larger network that writes text.
+
+    They are the parts with the configuration of one; none where the network is one itself, or has
+    several such configurations.
+    """
     if not isinstance(network, PreTrainedModel) or not network.can_generate():
         return []
     try:
         wanted = type(network.config.get_text_config())
-    except ValueError:  # an encoder and a decoder, of two models of language
+    except ValueError:  # an encoder and a decoder, two language models
         return []
     if isinstance(network.config, wanted):
         return []
@@ -127,5 +137,5 @@ def _language_models(network: nn.Module) -> list[str]:
 
 
 def _outer(name: str) -> str:
-    """The module that a projection is of."""
+    """Return the name of the module that a projection belongs to."""
     return name.removesuffix(_SHELL).rpartition(".")[0]

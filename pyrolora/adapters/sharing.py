@@ -1,4 +1,4 @@
-"""Whether draws can share a pass through a network: seen on a few rows, not known by its name."""
+"""Whether draws can share a pass through a network: tried on a few rows, whatever its class."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from torch import Tensor, nn
 from pyrolora.adapters.binding import Binding, Factors, SharedPassError
 
 DRAWS, EXAMPLES = 3, 2
-"""Of the joint pass of a check; each draw then has a pass of its own."""
+"""Numbers of draws, and of examples per draw, in the joint pass of a check."""
 UPDATE = 0.5
-"""The standard deviation of the random updates: of the order of a layer's output."""
+"""The standard deviation of the random updates, about that of a layer's output."""
 NUMBERS = 4
-"""To how many random projections a row of a layer's input is reduced."""
+"""The number of random projections to which a row of a layer's input is reduced."""
 TOLERANCE = {torch.float64: 0.02, torch.float32: 0.05}
-"""Distance of rows that count as the same, relative to how rows differ among themselves: rounding
-is far below it, and other rows are at about 1. Of shorter numbers it is `COARSE`."""
+"""Distance of rows that count as the same, relative to how rows differ among themselves.
+
+Rounding is far below it, and other rows are at about 1. Shorter dtypes take `COARSE`.
+"""
 COARSE = 0.3
 
 
 @dataclass
 class Sharing:
-    """What is known of one network with one set of adapted layers.
+    """Knowledge about one network with one set of adapted layers.
 
     Attributes
     ----------
     possible
         False after the first sign that draws cannot share a pass.
     checked
-        The kinds of batches that were tried.
+        The kinds of batches that were tried, by `kind_of`.
     seen
         The adapted layers that were called in a check.
     """
@@ -47,15 +49,20 @@ _known: WeakKeyDictionary[nn.Module, dict[Any, Sharing]] = WeakKeyDictionary()
 
 
 def sharing_of(network: nn.Module, layers: Iterable[str], copied_heads: Iterable[str]) -> Sharing:
-    """The record of ``network`` with these adapted layers, and heads of which each draw has a copy;
-    it lives as long as the network."""
+    """Return the record of ``network`` with these adapted layers, and heads with a copy per draw.
+
+    It lives as long as the network.
+    """
     key = (frozenset(layers), frozenset(copied_heads))
     return _known.setdefault(network, {}).setdefault(key, Sharing())
 
 
 def kind_of(batch: Mapping[str, Any]) -> Any:
-    """What the order of rows in a network may depend on: the columns, and which sizes are one; of
-    one example alone the copies of a check are equal, and say nothing of several."""
+    """Return what the order of rows in a network may depend on, as a key.
+
+    It holds the columns, and which of their sizes are one: with a single example all copies of a
+    check are equal, and say nothing about several.
+    """
     return frozenset(
         (name, t.dtype, tuple(size > 1 for size in t.shape))
         for name, t in batch.items()
@@ -70,14 +77,15 @@ def shares(
     plain: Binding,
     copied_heads: bool,
 ) -> tuple[bool, set[nn.Module]]:
-    """Whether each adapted layer, and each head with copies, sees the rows of three draws in equal
-    blocks, draw after draw; and the layers that were called.
+    """Return whether draws can share a pass, and the layers that were called.
 
-    Three draws with two examples each run in one pass, and then each alone. In every call of a
-    layer the joint pass has to have the very rows of the three, one after the other, and so does
-    the output. The draws are random updates about as large as a layer's output, since those of a
-    fit that begins do nothing; each has other examples where the batch has several, so that a
-    router cannot send equal numbers of rows by chance. Cost: the forward passes of 12 examples.
+    Each adapted layer, and each head with copies, then sees the rows of three draws in equal
+    blocks, draw after draw. Three draws with two examples each run in one pass, and then each
+    alone. In every call of a layer the joint pass has to have the very rows of the three, one after
+    the other, and so does the output. The draws are random updates about as large as a layer's
+    output, since those at the beginning of a fit do nothing; each has other examples where the
+    batch has several, so that a router cannot send equal numbers of rows by chance. It costs the
+    forward passes of 12 examples.
 
     Parameters
     ----------
@@ -86,43 +94,43 @@ def shares(
     batch
         Examples of the kind that is to be run.
     plain
-        Any setting: of its factors the layers, dtypes and devices count.
+        Any setting: the layers, dtypes and devices of its factors count.
     copied_heads
-        Whether draws have heads of their own.
+        Whether each draw has its own copy of the heads.
     """
     size = len(next(iter(batch.values())))
     numbers = torch.tensor([1, 0, 0, 0, 1, 1]) if size == 2 else torch.arange(6) % size
     generator = torch.Generator().manual_seed(0)
-    factors = {layer: _random(own, generator) for layer, own in plain.factors.items()}
+    factors = {layer: _random(like, generator) for layer, like in plain.factors.items()}
     joint = _Pass(plain, factors, DRAWS if copied_heads else 1)
     try:
         together = run(_rows_of(batch, numbers), joint.binding)
-    except (RuntimeError, ValueError, IndexError):  # of sizes that the network's code mixes up
+    except (RuntimeError, ValueError, IndexError):  # the network's code mixes sizes up
         together = None
     alone, outputs = [], []
-    for draw, own in enumerate(numbers.split(EXAMPLES)):
+    for draw, examples in enumerate(numbers.split(EXAMPLES)):
         single = {layer: replace(f, A=f.A[draw], sB=f.sB[draw]) for layer, f in factors.items()}
         alone.append(_Pass(plain, single, 1))
-        outputs.append(run(_rows_of(batch, own), alone[-1].binding))
+        outputs.append(run(_rows_of(batch, examples), alone[-1].binding))
     called = set(joint.binding.used).union(*(one.binding.used for one in alone))
     if together is None or not _same(together, outputs, together.dtype):
         return False, called
     agreed = _agree(joint.rows, [one.rows for one in alone])
     if copied_heads:
-        own = zip(joint.heads, alone, strict=True)
-        agreed = agreed and all(_agree(rows, [one.heads[0]]) for rows, one in own)
+        pairs = zip(joint.heads, alone, strict=True)
+        agreed = agreed and all(_agree(rows, [one.heads[0]]) for rows, one in pairs)
     return agreed, called
 
 
 class _Pass:
-    """A binding whose layers, and whose heads, note what they are given."""
+    """A binding whose layers and heads note their inputs."""
 
     def __init__(self, plain: Binding, factors: Mapping[nn.Module, Factors], copies: int) -> None:
         self.rows: list[_Rows] = []
         self.heads: list[list[_Rows]] = [[] for _ in range(copies)]
         noting = {
-            layer: _Noting(own.A, own.sB, place=place, rows=self.rows)
-            for place, (layer, own) in enumerate(factors.items())
+            layer: _Noting(bound.A, bound.sB, place=place, rows=self.rows)
+            for place, (layer, bound) in enumerate(factors.items())
         }
         heads = {
             slot: [_NotingHead(bound[0], place, rows) for rows in self.heads]
@@ -133,7 +141,7 @@ class _Pass:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What one call was given: by which layer, and each row reduced to a few numbers."""
+    """The input of one call: the number of its layer, and each row reduced to a few numbers."""
 
     place: int
     numbers: Tensor
@@ -167,13 +175,13 @@ class _NotingHead(nn.Module):
         return self.head(*args, **kwargs)
 
 
-def _random(own: Factors, generator: torch.Generator) -> Factors:
-    """Updates of rank one, another for each draw."""
-    inputs, outputs = own.A.shape[-1], own.sB.shape[-1]
+def _random(like: Factors, generator: torch.Generator) -> Factors:
+    """Return random updates of rank one, one per draw."""
+    inputs, outputs = like.A.shape[-1], like.sB.shape[-1]
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
     A = torch.randn(DRAWS, 1, inputs, **options) / inputs**0.5
     sB = UPDATE * torch.randn(DRAWS, 1, outputs, **options)
-    return Factors(A.to(own.A), sB.to(own.sB))
+    return Factors(A.to(like.A), sB.to(like.sB))
 
 
 def _rows_of(batch: Mapping[str, Any], numbers: Tensor) -> dict[str, Any]:
@@ -181,22 +189,22 @@ def _rows_of(batch: Mapping[str, Any], numbers: Tensor) -> dict[str, Any]:
 
 
 def _reduced(x: Tensor) -> Tensor:
-    """(rows, `NUMBERS`): random projections, the same for each width."""
+    """Return random projections of each row, (rows, `NUMBERS`), the same for each width."""
     generator = torch.Generator().manual_seed(x.shape[-1])
     matrix = torch.randn(x.shape[-1], NUMBERS, generator=generator, dtype=torch.float32)
     return x.reshape(-1, x.shape[-1]).float() @ matrix.to(x.device)
 
 
 def _agree(joint: Sequence[_Rows], alone: Sequence[Sequence[_Rows]]) -> bool:
-    """Whether the joint pass has the calls of each draw's own, and their rows draw after draw."""
-    if any([one.place for one in own] != [one.place for one in joint] for own in alone):
+    """Return whether the joint pass made the calls of each draw alone, with their rows in order."""
+    if any([one.place for one in calls] != [one.place for one in joint] for calls in alone):
         return False
-    calls = zip(joint, *alone, strict=True)
-    return all(_same(c[0].numbers, [one.numbers for one in c[1:]], c[0].dtype) for c in calls)
+    together = zip(joint, *alone, strict=True)
+    return all(_same(c[0].numbers, [one.numbers for one in c[1:]], c[0].dtype) for c in together)
 
 
 def _same(joint: Tensor, alone: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether ``joint`` is the tensors of ``alone`` one after the other, up to rounding."""
+    """Return whether ``joint`` is the concatenation of ``alone``, up to rounding."""
     if any(one.shape != alone[0].shape for one in alone):
         return False
     apart = torch.cat([*alone])

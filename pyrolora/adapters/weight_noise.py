@@ -1,4 +1,4 @@
-"""Random noise on the weight of an adapted layer, redrawn from a seed: it is never stored."""
+"""Random noise on the weight of an adapted layer, redrawn from a seed and never stored."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ CHUNK = 2**20
 
 @dataclass(frozen=True)
 class WeightNoise:
-    """The perturbation E of one layer's weight: the layer computes x (W + E)ᵀ + b, and s B A x on
-    top of that.
+    """The perturbation E of one layer's weight, which computes x (W + E)ᵀ + b, plus s B A x.
 
     E is drawn anew for every seed, an independent Gaussian per output row as large as that row of
     the adapted weight::
@@ -44,12 +43,12 @@ class WeightNoise:
     Parameters
     ----------
     seeds
-        One for all rows of the input, or one a draw: the rows then lie in ``len(seeds)`` equal
+        One for all rows of the input, or one per draw: the rows then lie in ``len(seeds)`` equal
         blocks, draws outermost.
     scale
         σ, relative to a weight row's norm. At 0 nothing is drawn.
     stream
-        Which layer: layers that share a seed get independent noise.
+        The number of the layer: layers that share a seed get independent noise.
     """
 
     seeds: tuple[int, ...]
@@ -62,29 +61,29 @@ class WeightNoise:
         positive("the scale of weight noise", self.scale, or_zero=True)
 
     def frozen(self, layer: nn.Module, x: Tensor, A: Tensor, sB: Tensor) -> Noisy | None:
-        """``layer``, an ``nn.Linear`` or ``Conv1D``, with W + E in place of W; the gradient is that
-        for x alone, as W and b are frozen. None at scale 0, where W is as good as W + E.
+        """Return a linear layer with W + E in place of W; None at scale 0, where E is zero.
 
-        The layer is read, not called: its hooks do not run. Autocast counts as in the layer: the
-        product runs in its dtype, `product_dtype`.
+        The gradient is that for x alone, as W and b are frozen. The layer is read, not called: its
+        hooks do not run. Autocast counts as in the layer: the product runs in its dtype,
+        `product_dtype`.
 
         Parameters
         ----------
         layer
-            Its weight W is (out, in), or (in, out) in a ``Conv1D``; a bias it need not have.
+            A layer of one of the `kinds`, with or without a bias.
         x
             Rows of inputs, in the dtype that the layer takes.
         A, sB
-            (r, in) or (S, r, in), and the scaled transpose s Bᵀ, (r, out) or (S, r, out): they
-            count for the norms.
+            (r, in) or (S, r, in), and the scaled transpose s Bᵀ, (r, out) or (S, r, out), for the
+            norms.
 
         Raises
         ------
         ConfigError
-            The layer has no plain weight (it is quantised, parametrised, or elsewhere), or computes
-            something else.
+            When the layer has no plain weight (it is quantised, parametrised, or elsewhere), or
+            computes something else.
         BindingError
-            The rows, the seeds and the factors do not have the same number of draws.
+            When rows, seeds and factors do not have the same number of draws.
         """
         weight = _plain_weight(layer)
         if self.scale == 0:
@@ -94,7 +93,7 @@ class WeightNoise:
         return Noisy(weight, getattr(layer, "bias", None), std, self)
 
     def _per_draw(self, std: Tensor, rows: int) -> Tensor:
-        """(S, out) of (out,) or (S, out), where S is the draws of the seeds or of the factors."""
+        """Expand (out,) or (S, out) to (S, out), for the S draws of the seeds or of the factors."""
         draws = {n for n in (len(self.seeds), *std.shape[:-1]) if n > 1} or {1}
         if len(draws) > 1 or rows % max(draws):
             raise BindingError(
@@ -107,9 +106,9 @@ class WeightNoise:
     def _chunks(
         self, weight: Tensor, std: Tensor, dtype: torch.dtype
     ) -> Iterator[tuple[int, slice, Tensor]]:
-        """All of W + E for std (S, out): (draw, output rows, these rows of the sum in ``dtype``).
+        """Iterate over W + E for std (S, out): draw, output rows, these rows in ``dtype``.
 
-        A chunk is to be used before the next one is asked for.
+        Use a chunk before asking for the next one, which is written over it.
         """
         step = max(1, CHUNK // weight.shape[1])
         parts = weight.split(step)
@@ -126,7 +125,7 @@ class WeightNoise:
 
 @dataclass(frozen=True)
 class Noisy:
-    """x (W + E)ᵀ + b, which keeps W by reference and the rows' standard deviations (S, out)."""
+    """A layer x (W + E)ᵀ + b that keeps W by reference, and the rows' std of E (S, out)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -148,7 +147,7 @@ class Noisy:
     def backward(self, grad: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise ConfigError(
-                "weight noise has no second derivative; differentiate the guide inside of 'flat'"
+                "weight noise has no second derivative; differentiate a posterior without it"
             )
         blocks = self._by_draw(grad)
         result = grad.new_empty(len(grad), self.weight.shape[1])
@@ -161,17 +160,17 @@ class Noisy:
         return result
 
     def _by_draw(self, rows: Tensor) -> Tensor:
-        """(S * m, k) as (S, m, k)."""
+        """View (S * m, k) as (S, m, k)."""
         return rows.view(len(self.std), len(rows) // len(self.std), rows.shape[-1])
 
 
 @torch.no_grad()
 def row_norms(weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
-    """‖(W + s B A)[i, :]‖ in float32, (out,) or (S, out), for a weight (out, in) and factors
-    as in `WeightNoise.frozen`.
+    """Return ‖(W + s B A)[i, :]‖ in float32, (out,) or (S, out).
 
-    From ‖W_i‖² + 2 s W_i · (BA)_i + s² ‖(BA)_i‖², whose products are of rank r, so that neither
-    B A nor a float32 copy of W is ever whole in memory.
+    The weight is (out, in), and factors are as in `WeightNoise.frozen`. It is computed from
+    ‖W_i‖² + 2 s W_i · (BA)_i + s² ‖(BA)_i‖², whose products are of rank r, so that neither B A nor
+    a float32 copy of W is ever whole in memory.
     """
     A, sB = A.float(), sB.float()
     step = max(1, CHUNK // weight.shape[1])
@@ -180,19 +179,19 @@ def row_norms(weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
         gram = A @ A.mT
         for W, b in zip(weight.split(step), sB.split(step, dim=-1), strict=True):
             W = W.float()
-            own = torch.linalg.vector_norm(W, dim=1).square()
-            squares.append(own + (b * (2 * (A @ W.mT) + gram @ b)).sum(-2))
+            frozen = torch.linalg.vector_norm(W, dim=1).square()
+            squares.append(frozen + (b * (2 * (A @ W.mT) + gram @ b)).sum(-2))
     return torch.cat(squares, dim=-1).clamp_min(0).sqrt()
 
 
 def _generator(device: torch.device, *key: int) -> torch.Generator:
-    """A generator of its own for every key; neighbouring keys are as unlike as distant ones."""
+    """Return a generator for a key; neighbouring keys are as unlike as distant ones."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """In what a linear layer multiplies x."""
+    """Return the dtype in which a linear layer multiplies x."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -200,25 +199,25 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _plain_weight(layer: nn.Module) -> Tensor:
-    """W (out, in) of a layer that computes x Wᵀ + b from it; refuses others."""
-    what, weight = type(layer).__name__, layer._parameters.get("weight")
+    """Return W (out, in) of a layer that computes x Wᵀ + b from it; refuse other layers."""
+    name, weight = type(layer).__name__, layer._parameters.get("weight")
     if weight is None or weight.is_meta:
         raise ConfigError(
-            f"weight noise needs the weight of the layer, and this {what} has none in memory (it "
+            f"weight noise needs the weight of the layer, and this {name} has none in memory (it "
             "is parametrised, quantised or offloaded); load the base whole and plain, or choose "
-            "a guide that does not read weights: 'montec', 'map'"
+            "a guide without weight noise"
         )
     if not is_dense(weight):
         kind = "" if type(weight) is nn.Parameter else f"a {type(weight).__name__} of "
         raise ConfigError(
             "weight noise needs a floating-point weight of 16 bits or more, got "
             f"{kind}{weight.dtype} (a quantised base); load the base in bfloat16, or choose a "
-            "guide that works on quantised layers: 'montec', 'map'"
+            "guide without weight noise"
         )
     if not computes_plainly(layer):
         raise ConfigError(
-            f"weight noise knows {TITLES}, and {what} computes its output in a way of "
-            "its own; leave such layers out with exclude_modules, or choose a guide that does "
-            "not read weights: 'montec', 'map'"
+            f"weight noise knows {TITLES}, and {name} computes its output in a way of "
+            "its own; leave such layers out with exclude_modules, or choose a guide "
+            "without weight noise"
         )
     return oriented(layer, weight)

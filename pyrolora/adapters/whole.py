@@ -1,4 +1,4 @@
-"""Networks whose calls or weights are not their own: compiled, offloaded, spread over devices."""
+"""Refusal of networks that are compiled, offloaded, or spread over devices."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pyrolora.errors import ConfigError
 
 
 def check_eager(network: nn.Module) -> None:
-    """Raise `ConfigError` for a network that is compiled, in whole or in part: compiled code keeps
-    the layers, and the factors, that it was traced with, and draws change with every call."""
+    """Raise `ConfigError` for a network that is compiled, in whole or in part.
+
+    Compiled code keeps the layers, and the factors, that it was traced with, and draws change with
+    every call.
+    """
     compiled = [module for module in network.modules() if _is_compiled(module)]
     if not compiled:
         return
@@ -27,8 +30,7 @@ def check_eager(network: nn.Module) -> None:
 
 
 def check_in_memory(network: nn.Module) -> None:
-    """Raise `ConfigError` for a network that cannot be trained around where it is: weights that
-    are offloaded, or that lie on several devices."""
+    """Raise `ConfigError` for a network whose weights are offloaded, or lie on several devices."""
     remedy = "load the network whole on one device: without device_map, or with device_map={'': 0}"
     for name, module in network.named_modules():
         if any(hook.offload for hook in _hooks(module)):
@@ -53,15 +55,14 @@ def check_in_memory(network: nn.Module) -> None:
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """Accelerate's hooks of a module that place weights."""
+    """Return the hooks of accelerate's that place the weights of a module."""
     hook = getattr(module, "_hf_hook", None)
-    found = getattr(hook, "hooks", [hook])
-    return [own for own in found if hasattr(own, "offload") and hasattr(own, "weights_map")]
+    hooks = getattr(hook, "hooks", [hook])
+    return [one for one in hooks if hasattr(one, "offload") and hasattr(one, "weights_map")]
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether it comes from ``torch.compile(module)``, had ``module.compile()``, or has a forward
-    that was compiled."""
+    """Return whether a module, its call or its ``forward`` was compiled."""
     return (
         "_orig_mod" in module._modules
         or module._compiled_call_impl is not None

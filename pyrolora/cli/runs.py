@@ -14,7 +14,7 @@ from typing import Any
 from pyrolora.cli.hidden import hidden
 from pyrolora.cli.output import say
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import read_json, write_whole
+from pyrolora.files import read_strict_json, write_whole
 from pyrolora.folder_lock import locked
 
 RECORD = "run.json"
@@ -39,7 +39,7 @@ class Run:
         if not file.exists():
             return None
         try:
-            record = read_json(file)
+            record = read_strict_json(file)
         except CheckpointError as error:
             raise ConfigError(f"{error}; choose another folder") from error
         if not _is_record(record):
@@ -64,7 +64,7 @@ class Run:
         from pyrolora.storage import META_FILE
 
         try:
-            meta = read_json(self.folder / META_FILE)
+            meta = read_strict_json(self.folder / META_FILE)
             names = {str(name) for name in meta["base"]["config"]["id2label"].values()}
             return names | {str(name) for name in meta.get("classes") or ()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):

@@ -24,10 +24,12 @@ class BlockGroup:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """The shape (count, rank, columns)."""
         return (self.count, self.rank, self.columns)
 
     @property
     def total(self) -> int:
+        """The number of entries."""
         return self.count * self.rank * self.columns
 
 
@@ -35,7 +37,7 @@ Blocks = Sequence[BlockGroup]
 
 
 def split_blocks(flat: Tensor, groups: Blocks) -> list[Tensor]:
-    """Views (..., count, rank, columns), one a group, of a flat vector (..., total).
+    """Split a flat vector (..., total) into views (..., count, rank, columns), one per group.
 
     ``split`` and ``unflatten`` only: the backward pass is one concatenation.
     """
@@ -55,19 +57,19 @@ def map_blocks(
         rank = groups[0].rank
         matrices = flat.unflatten(-1, groups[0].shape)
         return function(per_block[..., :rank, :rank], matrices).flatten(-3)
-    laws = per_block.split([group.count for group in groups], dim=-3)
+    factors = per_block.split([group.count for group in groups], dim=-3)
     parts = split_blocks(flat, groups)
     return torch.cat(
         [
-            function(law[..., : group.rank, : group.rank], part).flatten(-3)
-            for law, part, group in zip(laws, parts, groups, strict=True)
+            function(factor[..., : group.rank, : group.rank], part).flatten(-3)
+            for factor, part, group in zip(factors, parts, groups, strict=True)
         ],
         dim=-1,
     )
 
 
 def whiten(scale_tril: Tensor, flat: Tensor, groups: Blocks) -> Tensor:
-    """S⁻¹ X of every matrix, flat again."""
+    """Return S⁻¹ X of every matrix, flat again."""
     return map_blocks(
         lambda tril, x: torch.linalg.solve_triangular(tril, x, upper=False),
         scale_tril,
@@ -77,7 +79,7 @@ def whiten(scale_tril: Tensor, flat: Tensor, groups: Blocks) -> Tensor:
 
 
 class ColumnNormal(TorchDistribution):
-    r"""All columns of L matrices: column j of matrix l is N(m_j, S_l S_lᵀ), independent given S.
+    r"""The columns of L matrices: column j of matrix l is N(m_j, S_l S_lᵀ), independent given S.
 
     The value is one flat vector, matrix after matrix, each row by row, so that one Pyro site
     carries matrices of several shapes without padding.
@@ -141,15 +143,15 @@ class ColumnNormal(TorchDistribution):
         centred = value if self.loc is None else value - self.loc
         whitened = whiten(self.scale_tril, centred, self.groups)
         log_diagonal = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
-        # log|S_l| counts once a column, over the rows that the matrix has.
+        # log|S_l| counts once per column, over the rows that the matrix has.
         log_det = (log_diagonal * self.entry_weights()).sum((-2, -1))
         constant = 0.5 * self.event_shape[0] * math.log(2 * math.pi)
         return -0.5 * whitened.square().sum(-1) - log_det - constant
 
     def entry_weights(self) -> Tensor:
-        """(L, r): the number of columns c_l for the rows that matrix l has, else 0."""
-        law = self.scale_tril
-        return _entry_weights(self.groups, law.shape[-1], law.dtype, law.device)
+        """Return the number of columns c_l for the rows that matrix l has, else 0: (L, r)."""
+        tril = self.scale_tril
+        return _entry_weights(self.groups, tril.shape[-1], tril.dtype, tril.device)
 
     @property
     def mean(self) -> Tensor:
@@ -162,7 +164,7 @@ class ColumnNormal(TorchDistribution):
     def variance(self) -> Tensor:
         per_row = self.scale_tril.square().sum(-1, keepdim=True)
         return map_blocks(
-            lambda law, x: law[..., :1] + x,
+            lambda variances, x: variances[..., :1] + x,
             per_row.expand(self.scale_tril.shape),
             torch.zeros_like(self.mean),
             self.groups,
@@ -172,7 +174,7 @@ class ColumnNormal(TorchDistribution):
 class StandardColumns(ColumnNormal):
     """`ColumnNormal` with S = I: all entries are independent, N(m, 1).
 
-    The law of priors. What S would cost, in draws, densities and divergences, falls away.
+    Priors take this one: draws, densities and divergences need no products with S.
 
     Parameters
     ----------
@@ -201,7 +203,7 @@ class StandardColumns(ColumnNormal):
 
     @property
     def scale_tril(self) -> Tensor:  # type: ignore[override]
-        """I, (*batch_shape, L, r, r)."""
+        """The identity, (*batch_shape, L, r, r)."""
         rank = max(group.rank for group in self.groups)
         eye = torch.eye(rank, dtype=self.like.dtype, device=self.like.device)
         blocks = sum(group.count for group in self.groups)

@@ -14,7 +14,7 @@ from pyrolora.distributions.wishart_cholesky import WishartCholesky
 
 @register_kl(WishartCholesky, WishartCholesky)
 def _kl_wishart(p: WishartCholesky, q: WishartCholesky) -> Tensor:
-    """KL of the factors' laws = KL of the Wisharts (L -> L Lᵀ is one to one).
+    """Return the KL of the factors, which is that of the Wisharts: L -> L Lᵀ is one to one.
 
     With V = S Sᵀ and ψ_r the multivariate digamma,
 
@@ -43,8 +43,9 @@ def _kl_wishart(p: WishartCholesky, q: WishartCholesky) -> Tensor:
 
 @register_kl(ColumnNormal, ColumnNormal)
 def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
-    """Σ_l c_l [ ½ (‖S_q⁻¹ S_p‖² - r_l) - log|S_q⁻¹ S_p| ], over the r_l rows of each matrix, and
-    ½ Σ_l ‖S_q⁻¹ (M_p - M_q)‖².
+    """Return the KL of Gaussian columns, over the r_l rows and c_l columns of each matrix.
+
+        KL = Σ_l { c_l [ ½ (‖S_q⁻¹ S_p‖² - r_l) - log|S_q⁻¹ S_p| ] + ½ ‖S_q⁻¹ (M_p - M_q)‖² }
 
     Row i of S_q⁻¹ S_p depends on the first i rows of both factors only, so that a lower rank cuts
     the sums by rows.
@@ -59,14 +60,14 @@ def _kl_column_normal(p: ColumnNormal, q: ColumnNormal) -> Tensor:
 
 @register_kl(ColumnNormal, StandardColumns)
 def _kl_to_standard_columns(p: ColumnNormal, q: StandardColumns) -> Tensor:
-    """The same with S_q = I."""
+    """Return the KL of `_kl_column_normal` with S_q = I."""
     _check_groups(p, q)
     return _column_divergence(p.scale_tril, _apart(p, q), p)
 
 
 @register_kl(StandardColumns, StandardColumns)
 def _kl_standard_columns(p: StandardColumns, q: StandardColumns) -> Tensor:
-    """½ ‖M_p - M_q‖²."""
+    """Return ½ ‖M_p - M_q‖²."""
     _check_groups(p, q)
     apart, shape = _apart(p, q), torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     if apart is None:
@@ -75,14 +76,14 @@ def _kl_standard_columns(p: StandardColumns, q: StandardColumns) -> Tensor:
 
 
 def _column_divergence(whitened: Tensor, apart: Tensor | None, p: ColumnNormal) -> Tensor:
-    """From S_q⁻¹ S_p (..., L, r, r) and S_q⁻¹ (M_p - M_q) (..., total)."""
+    """Return the KL from S_q⁻¹ S_p (..., L, r, r) and S_q⁻¹ (M_p - M_q) (..., total)."""
     per_row = 0.5 * (whitened.square().sum(-1) - 1) - whitened.diagonal(dim1=-2, dim2=-1).log()
     divergence = (per_row * p.entry_weights()).sum((-2, -1))
     return divergence if apart is None else divergence + 0.5 * apart.square().sum(-1)
 
 
 def _apart(p: ColumnNormal, q: ColumnNormal) -> Tensor | None:
-    """M_p - M_q, up to its sign; None where both are zero."""
+    """Return M_p - M_q, up to its sign; None where both are zero."""
     if p.loc is None or q.loc is None:
         return q.loc if p.loc is None else p.loc
     return p.loc - q.loc
@@ -95,15 +96,17 @@ def _check_groups(p: ColumnNormal, q: ColumnNormal) -> None:
 
 @register_kl(Delta, Delta)
 def _kl_delta(p: Delta, q: Delta) -> Tensor:
-    """Of a point mass to a point mass: 0 at the same point (and not worth a look at the entries
-    where both are one tensor), else ∞."""
+    """Return the KL between point masses: 0 at the same point, else ∞.
+
+    Entries are not compared where both are views of the same numbers.
+    """
     if _is_same(p.v, q.v):
         return p.log_density - q.log_density
     return p.log_density - q.log_prob(p.v)
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are views of the same numbers, without reading them."""
+    """Return whether two tensors are views of the same numbers, without reading them."""
     return (
         not torch._C._are_functorch_transforms_active()  # whose tensors have no address
         and a.shape == b.shape
@@ -116,7 +119,9 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 
 @register_kl(KroneckerNormal, Independent)
 def _kl_kronecker_normal(p: KroneckerNormal, q: Independent) -> Tensor:
-    """To independent normals N(μ_i, σ_i²) over the same entries, with v the variances of p:
+    """Return the KL to independent normals N(μ_i, σ_i²) over the same entries.
+
+    With v the variances of p,
 
         KL = ½ Σ_i [ (v_i + (m_i - μ_i)²) / σ_i² - 1 + log σ_i² ] - Σ_i log S_i
 
@@ -127,8 +132,9 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: Independent) -> Tensor:
 
 @register_kl(LowRankMultivariateNormal, Independent)
 def _kl_low_rank_normal(p: LowRankMultivariateNormal, q: Independent) -> Tensor:
-    """To independent normals N(μ_i, σ_i²), for p = N(m, D + W Wᵀ) with n variances v and K columns
-    of W, by the matrix determinant lemma:
+    """Return the KL of p = N(m, D + W Wᵀ) to independent normals N(μ_i, σ_i²).
+
+    With v the variances of p, and by the matrix determinant lemma,
 
         KL = ½ Σ_i [ (v_i + (m_i - μ_i)²) / σ_i² - 1 + log(σ_i² / D_i) ] - ½ log|I + Wᵀ D⁻¹ W|
     """
@@ -140,7 +146,7 @@ def _kl_low_rank_normal(p: LowRankMultivariateNormal, q: Independent) -> Tensor:
 
 
 def _per_entry(p: KroneckerNormal | LowRankMultivariateNormal, q: Independent) -> Tensor:
-    """½ [ (v_i + (m_i - μ_i)²) / σ_i² - 1 ] + log σ_i, with v the variances of p."""
+    """Return ½ [ (v_i + (m_i - μ_i)²) / σ_i² - 1 ] + log σ_i, with v the variances of p."""
     base = q.base_dist
     if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:
         raise NotImplementedError("this KL is known to Normal(...).to_event(1)")

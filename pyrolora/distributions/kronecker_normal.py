@@ -33,7 +33,7 @@ class KroneckerNormal(TorchDistribution):
         M and S > 0, flat, shape ``(*batch_shape, total)`` after broadcasting. The entries of S
         belong to pairs of columns of U and V, not to entries of X.
     rows, columns : sequence of Tensor
-        One of each a group: U (count, r, r) and V (count, c, c), orthogonal, which is not checked.
+        U (count, r, r) and V (count, c, c), one of each per group, orthogonal: not checked.
         They have no batch shape.
     groups : sequence of BlockGroup
         The shapes (r_l, c_l) of the L matrices, in runs of equal shape.
@@ -71,7 +71,7 @@ class KroneckerNormal(TorchDistribution):
             shapes = [tuple(t.shape) for t in found]
             if shapes != sides:
                 raise ValueError(
-                    f"KroneckerNormal needs {name} of shapes {sides}, one a group, got {shapes}"
+                    f"KroneckerNormal needs {name} of shapes {sides}, one per group, got {shapes}"
                 )
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
         total = sum(group.total for group in self.groups)
@@ -110,15 +110,15 @@ class KroneckerNormal(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """Of every entry of X: Σ_ab U_ia² S_ab² V_jb²."""
+        """The variances of the entries of X: Σ_ab U_ia² S_ab² V_jb²."""
         left, right = [U.square() for U in self.rows], [V.square() for V in self.columns]
         return self._sandwich(left, self.scale.square(), right)
 
     def _sandwich(self, left: Sequence[Tensor], flat: Tensor, right: Sequence[Tensor]) -> Tensor:
-        """left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
+        """Return left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
 
-        Not ``L @ X``: for S draws of X that copies L, which is far larger, S times; ``einsum``
-        takes the draws of a matrix together as columns or rows of one product.
+        For S draws of X, ``L @ X`` would copy L, which is far larger, S times; ``einsum`` takes
+        the draws of a matrix together as columns or rows of one product.
         """
         done = []
         for L, X, R in zip(left, split_blocks(flat, self.groups), right, strict=True):

@@ -1,4 +1,4 @@
-"""A categorical law that keeps its logits as they are."""
+"""A categorical distribution that keeps its logits as they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class LogitsCategorical(Categorical):
 
         log p(y) = f_y - log Σ_v exp f_v
 
-    Pyro's keeps normalised logits beside the given ones, and its gradient makes two more tensors of
-    their size. Those of a language model are the largest tensors of a step: (b, T, vocabulary).
+    Pyro's keeps normalised logits beside the unnormalised ones, and its gradient makes two more
+    tensors of their size. Those of a language model are the largest tensors of a step: (b, T,
+    vocabulary).
 
     Parameters
     ----------
@@ -33,7 +34,7 @@ class LogitsCategorical(Categorical):
 
     @property
     def logits(self) -> Tensor:
-        """Normalised: the logarithms of the probabilities."""
+        """The normalised logits: the logarithms of the probabilities."""
         return self._param.log_softmax(-1)
 
     @property

@@ -1,4 +1,4 @@
-"""The Wishart distribution, as the law of its lower Cholesky factor."""
+"""The Wishart distribution, as a distribution of its lower Cholesky factor."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ lower_factor = _LowerFactor()
 
 
 class VectorToLowerFactor(Transform):
-    """R^{r(r+1)/2} -> lower factors: the first r entries are the logarithms of the diagonal, the
-    others fill the strictly lower triangle row by row.
+    """The map R^{r(r+1)/2} -> lower factors.
 
-    The Jacobian is diagonal (exp x_i on the diagonal of the factor, 1 below it), so its
-    log-determinant is the sum of the first r entries.
+    The first r entries are the logarithms of the diagonal, the others fill the strictly lower
+    triangle row by row. The Jacobian is diagonal (exp x_i on the diagonal of the factor, 1 below
+    it), so its log-determinant is the sum of the first r entries.
     """
 
     domain = constraints.real_vector
@@ -71,7 +71,7 @@ class VectorToLowerFactor(Transform):
 
 
 def _side(length: int) -> int:
-    """The r of r(r+1)/2 = length."""
+    """Return the r for which r(r+1)/2 is ``length``."""
     return (math.isqrt(8 * length + 1) - 1) // 2
 
 
@@ -82,7 +82,7 @@ def _(constraint: constraints.Constraint) -> Transform:
 
 
 class WishartCholesky(TorchDistribution):
-    r"""The law of the lower Cholesky factor L of Σ = L Lᵀ ~ Wishart(ν, S Sᵀ), with E[Σ] = ν S Sᵀ.
+    r"""The lower Cholesky factor L of Σ = L Lᵀ ~ Wishart(ν, S Sᵀ), with E[Σ] = ν S Sᵀ.
 
     Bartlett: L = S T with T lower triangular, all entries independent, T_ii ~ χ(ν - i + 1) for
     i = 1..r and T_ij ~ N(0, 1) for i > j. No matrix is ever factorised. The density follows from
@@ -149,6 +149,7 @@ class WishartCholesky(TorchDistribution):
 
     @property
     def rank(self) -> int:
+        """The number r of rows."""
         return int(self.event_shape[-1])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> WishartCholesky:
@@ -164,7 +165,7 @@ class WishartCholesky(TorchDistribution):
 
     @property
     def scale_tril(self) -> Tensor:
-        """S, (*batch_shape, r, r)."""
+        """The scale S, (*batch_shape, r, r)."""
         if self._tril is not None:
             return self._tril
         assert self.scale_diag is not None
@@ -172,20 +173,20 @@ class WishartCholesky(TorchDistribution):
 
     @property
     def log_det_scale(self) -> Tensor:
-        """log|S|, ``batch_shape``."""
+        """The log-determinant log|S|, ``batch_shape``."""
         diag = self.scale_diag
         if diag is None:
             diag = self.scale_tril.diagonal(dim1=-2, dim2=-1)
         return diag.log().sum(-1)
 
     def whiten(self, matrix: Tensor) -> Tensor:
-        """S⁻¹ X, (..., r, r)."""
+        """Return S⁻¹ X, (..., r, r)."""
         if self.scale_diag is not None:
             return matrix / self.scale_diag.unsqueeze(-1)
         return torch.linalg.solve_triangular(self.scale_tril, matrix, upper=False)
 
     def _chi_df(self) -> Tensor:
-        """ν - i + 1 for i = 1..r, shape (*batch_shape, r)."""
+        """Return ν - i + 1 for i = 1..r, shape (*batch_shape, r)."""
         i = torch.arange(self.rank, dtype=self.df.dtype, device=self.df.device)
         return self.df.unsqueeze(-1) - i
 
@@ -215,12 +216,15 @@ class WishartCholesky(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """E[L] = S diag(E[χ(ν - i + 1)]), with E[χ(k)] = √2 Γ((k + 1) / 2) / Γ(k / 2)."""
+        """The mean E[L] = S diag(E[χ(ν - i + 1)]), E[χ(k)] = √2 Γ((k + 1) / 2) / Γ(k / 2)."""
         return self.scale_tril * self._chi_mean().unsqueeze(-2)
 
     @property
     def variance(self) -> Tensor:
-        """Var[L_ij] = Σ_k S_ik² Var[T_kj]: 1 below the diagonal, k - E[χ(k)]² on it."""
+        """The variance Var[L_ij] = Σ_k S_ik² Var[T_kj].
+
+        Var[T] is 1 below the diagonal, and k - E[χ(k)]² on it.
+        """
         r = self.rank
         below = torch.ones(r, r, dtype=self.df.dtype, device=self.df.device).tril(-1)
         on = torch.diag_embed(self._chi_df() - self._chi_mean().square())
@@ -228,7 +232,7 @@ class WishartCholesky(TorchDistribution):
 
     @property
     def wishart_mean(self) -> Tensor:
-        """E[L Lᵀ] = ν S Sᵀ."""
+        """The mean of the Wishart, E[L Lᵀ] = ν S Sᵀ."""
         return self.df[..., None, None] * self.scale_tril @ self.scale_tril.mT
 
     def _chi_mean(self) -> Tensor:

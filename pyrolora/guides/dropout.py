@@ -1,4 +1,4 @@
-"""MC dropout: draws are masks, and each is one function."""
+"""MC dropout: each draw is a mask, and so a function."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Dropout(Guide):
     in model and guide alike. A unit is an input of the adapter (a column of A, what PEFT's
     ``lora_dropout`` drops), or one of its ranks (a row). M, B and the task head are parameters
     that model and guide share, and E[A] = M. A draw is one mask: for all tokens of a text, all
-    examples of a batch, and the whole of a generated text. ``AdapterConfig.lora_dropout``, which is
-    for training alone and differs from token to token, comes on top.
+    examples of a batch, and the whole of a generated text. ``AdapterConfig.lora_dropout``, which
+    acts in training alone and differs between tokens, comes on top.
 
     Parameters
     ----------
     p
-        The share of units that a mask takes out.
+        Probability that a mask drops a unit.
     unit
         ``"input"`` or ``"rank"``.
     draws_per_batch
-        G: the examples of a training batch fall into G equal groups with a mask each.
+        G: the examples of a training batch are split into G equal groups, each with its own mask.
 
     References
     ----------
@@ -68,7 +68,7 @@ class Dropout(Guide):
 
 
 class DropoutProgram(Program):
-    """The site ``mask``: 0 or 1 for every unit, flat, layer after layer as in the bank."""
+    """A program with the site ``mask``: 0 or 1 for every unit, flat, in the order of the bank."""
 
     options: Dropout
     _unit_of_entry: Tensor
@@ -97,7 +97,7 @@ class DropoutProgram(Program):
         return FlatFactors(means.A * kept, means.B)
 
     def quantities(self, sites: Sites) -> Quantities:
-        """The share of units that a draw keeps."""
+        """Return the share of units that a draw keeps."""
         return {"kept": (sites["mask"].mean(-1), ())}
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyrolora.adapters import FlatFactors
 
 if TYPE_CHECKING:
-    from pyrolora.guides.options import Guide
+    from pyrolora.guides.options import Guide, Latent
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Fit(Protocol):
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""
 
-    def dual(self, centre: Tensor, latent: str, draws: int) -> Any:
+    def dual(self, centre: Tensor, latent: Latent, draws: int) -> Any:
         """Return the posterior of all latent factors in the model linearised at the means.
 
         Its prior has the mean ``centre``; its methods are ``best_precision()`` and

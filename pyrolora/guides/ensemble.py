@@ -24,26 +24,27 @@ from pyrolora.guides.supports import Supports
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble(Guide):
-    """K independent fits of plain LoRA, each with its own start of A, its own order of the data and
-    its own copy of the task head.
+    """K independent fits of plain LoRA.
+
+    Each member has its own start of A, its own order of the data and its own copy of the task head.
 
         member ~ Uniform{1..K},   A = A_member,  B = B_member,  head = head_member
 
     in model and guide alike. The mean adapter is the mean of the updates s B_k A_k (of rank K r)
     with the mean of the heads. Where the start comes from a gradient or from the weights
-    (``init_lora_weights="lora-ga"``, ...) all members have the same A and B to begin with, and
-    differ by the order of the data alone. Of a regression's noise the members have one scale,
-    σ² = mean σ_k²: the predictive variance is that of the mixture.
+    (``init_lora_weights="lora-ga"``, ...) all members start from the same A and B, and differ by
+    the order of the data alone. Members share the scale of a regression's noise, σ² = mean σ_k²,
+    so that the predictive variance is that of the mixture.
 
     Parameters
     ----------
     members
         K.
     side_by_side
-        Train all members at once, as K draws of one pass: K times the memory of activations, and
-        faster where one member leaves the hardware idle. Members then see the same batches; the
-        loss is their mean, which AdamW's step does not depend on, and gradients are clipped by the
-        norm of all of them.
+        Train all members at once, as K draws of one pass. It takes K times the memory for
+        activations, and is faster where one member leaves the hardware idle. Members then see the
+        same batches; the loss is their mean, whose scale does not matter to AdamW, and gradients
+        are clipped by their common norm.
 
     References
     ----------
@@ -77,9 +78,9 @@ class Ensemble(Guide):
     def shapes(
         self, specs: Sequence[LayerSpec], config: AdapterConfig
     ) -> dict[str, tuple[int, ...]]:
-        found = super(Ensemble, replace(self, members=2)).shapes(specs, config)
-        many = {name: (self.members, *found[name][1:]) for name in ("A_locs", "B_locs")}
-        return found | many
+        shapes = super(Ensemble, replace(self, members=2)).shapes(specs, config)
+        many = {name: (self.members, *shapes[name][1:]) for name in ("A_locs", "B_locs")}
+        return shapes | many
 
     def infer(self, fit: Fit) -> None:
         if self.side_by_side:
@@ -94,7 +95,7 @@ class Ensemble(Guide):
 
 
 class EnsembleProgram(Program):
-    """The site ``member``."""
+    """A program with the site ``member``."""
 
     options: Ensemble
 
@@ -144,7 +145,7 @@ class EnsembleProgram(Program):
         self.get_parameter("B_locs")[number] = means.B
 
     def _member(self) -> Tensor:
-        """Inside the plate of all members each is itself."""
+        """Sample the member; inside the plate of all members each is itself."""
         ones = torch.ones(self.members, device=self.get_parameter("A_locs").device)
         law: dist.TorchDistribution = dist.Categorical(ones / self.members)
         if self.side_by_side() > 1:

@@ -1,4 +1,4 @@
-"""What guides share whose sites are the latent factors themselves."""
+"""Programs whose sites are the latent factors themselves, and their Gaussian options."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class GaussianGuide(Variational):
     prior_scale
         σ₀, in the ``units``.
     init_scale
-        The start of every σ_i, in the ``units``: a small one lets the network learn before the
-        noise.
+        Start of every σ_i, in the ``units``: with a small one the network learns before the noise
+        grows.
     units
         ``"row"``: scales are multiples of the root mean square of the row of the mean of A; for
         ``latent="A"`` and the learned prior mean. ``"fan_in"``: they are multiples of 1/√in for A
         and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every width and
-        rank. ``"one"``: they are as they are.
+        rank. ``"one"``: they are absolute.
     prior_mean
-        m₀: ``"learned"``, the guide's own means m, which then cost nothing (empirical Bayes);
-        ``"start"``, where the factors start (a price on what is learnt; where the adapter is
-        given, around it); or ``"zero"``.
+        m₀: ``"learned"``, the means m of the guide, which then cost nothing (empirical Bayes);
+        ``"start"``, the start of the factors (a price on what is learnt), or the adapter that a
+        post-hoc fit starts from; or ``"zero"``.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
     """
@@ -61,9 +61,9 @@ class GaussianGuide(Variational):
 
 
 class FactorProgram(CentredProgram):
-    """A program whose sites are the latent factors, flat. A factor that is not latent is its mean.
+    """A program whose sites are the latent factors, flat; a factor that is not latent is its mean.
 
-    The sites are ``A`` and ``B``, or, where their law is a joint one, the one site ``AB``.
+    The sites are ``A`` and ``B``, or, for a joint law of both, the one site ``AB``.
     """
 
     joint_law: ClassVar[bool] = False
@@ -75,30 +75,30 @@ class FactorProgram(CentredProgram):
             self.sites = (options.latent,)
 
     def prior(self, site: str) -> dist.TorchDistribution:
-        """The law of that site in the model."""
+        """Return the law of a site in the model."""
         return self.normal_prior(site, self.prior_scale(site))
 
     def units(self, latent: str) -> Tensor:
-        """Of each entry what a scale of 1 is."""
+        """Return the unit of the scale of each entry."""
         layout = self.bank.layout(latent)
         device = self.bank.get_parameter("A_loc").device
         one = torch.ones(layout.total, device=device)
-        if getattr(self.options, "units", "one") != "fan_in":  # SWAG has none
+        if getattr(self.options, "units", "one") != "fan_in":  # SWAG has no units
             return one
         return layout.scale(layout.fan_in().to(device).rsqrt(), one)
 
     def prior_scale(self, site: str) -> Tensor:
-        """σ₀ of each entry."""
+        """Return σ₀ of each entry."""
         return self.in_rows(self.options.prior_scale * self.units(site))
 
     def in_rows(self, scale: Tensor) -> Tensor:
-        """A scale of each entry times the size of its row, where that is the unit."""
+        """Return the scale of each entry, times the size of its row where that is the unit."""
         sizes = self.sizes()
         return scale if sizes is None else self.bank.layouts["A"].scale_rows(sizes, scale)
 
     @abstractmethod
     def law(self, site: str) -> dist.TorchDistribution:
-        """The law of that site in the guide."""
+        """Return the law of a site in the guide."""
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
         prior = self.prior if self.previous is None else self.previous.law
@@ -115,7 +115,7 @@ class FactorProgram(CentredProgram):
         return self.bank.replaced(self.options.latent, value)
 
     def quantities(self, sites: Sites) -> Quantities:
-        """‖A‖ and ‖B‖ of each layer, (S, L), which no rotation of the ranks changes."""
+        """Return ‖A‖ and ‖B‖ of each layer, (S, L), which no rotation of the ranks changes."""
         drawn = self.factors(sites)
         norms = [
             matrix.square().sum((-2, -1)).sqrt()
@@ -128,19 +128,18 @@ class FactorProgram(CentredProgram):
         return [block.name for block in self.bank.layout(self.options.latent).blocks]
 
     def loc(self, site: str) -> Tensor:
-        """The means of the entries of a site."""
+        """Return the means of the entries of a site."""
         return self.bank.latent_part(site, self.bank.means())
 
     def in_use(self, site: str, scale: Tensor) -> Tensor:
-        """The scales of the entries of a site; those of idle ranks the prior's, so that their KL is
-        zero."""
+        """Return the scales of the entries of a site; idle ranks have the prior's, and so no KL."""
         active = self.bank.entries(site)
         if active is None:
             return scale
         return torch.where(active, scale, self.prior_scale(site))
 
     def normal_prior(self, site: str, scale: float | Tensor) -> dist.TorchDistribution:
-        """N(m₀, scale²) on every entry of a site."""
+        """Return N(m₀, scale²) on every entry of a site."""
         centre = self.centre(site)
         if getattr(self.options, "prior_mean", None) == "learned":
             centre = self.loc(site)

@@ -1,4 +1,4 @@
-"""Flat-LoRA: the loss as an expectation over perturbed weights, around any other guide."""
+"""Flat-LoRA: the loss in expectation over perturbed weights, around any other guide."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from pyrolora.guides.program import Program, Sites
 from pyrolora.guides.supports import Supports
 from pyrolora.guides.wrapping import WrappingProgram
 
-SEEDS = 2**24  # the numbers that a float32 in [0, 1) tells apart
+SEEDS = 2**24
+"""Number of values that a float32 in [0, 1) tells apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flat(Guide):
-    """Another guide's objective, in expectation over noise on the adapted weights.
+    """The objective of another guide, in expectation over noise on the adapted weights.
 
     For an adapted layer with W' = W + s B A, in training,
 
@@ -37,13 +38,14 @@ class Flat(Guide):
         σ_t = ρ · ½ (1 − cos(π t / T))
 
     at step t of T (optimiser steps, whatever the accumulation and the number of processes): one
-    scale an output neuron, so that E‖E[i, :]‖² = σ_t² ‖W'[i, :]‖². No gradient runs through the
+    scale per output neuron, so that E‖E[i, :]‖² = σ_t² ‖W'[i, :]‖². No gradient runs through the
     norms. To second order the objective adds ½ Σ σ² ‖W'[i, :]‖² / in · ∂²loss/∂W[i, j]²: minima
     are flat.
 
     E is a function of a seed and of the layer, and the seed is the random site: ``seed``, uniform
     in model and guide alike, so that its KL is zero. W itself is never touched, and no tensor of
-    its size is kept: the backward pass draws E again.
+    its size is kept: the backward pass draws E again. W has to be plain, and of 16 bits or more; on
+    a quantised base use the inner guide alone.
 
     Parameters
     ----------
@@ -52,7 +54,7 @@ class Flat(Guide):
     rho
         ρ, the final noise relative to the norm of a row.
     at_prediction
-        Draw E at prediction, too, at σ_T = ρ; otherwise draws are those of ``inner``.
+        Draw E at prediction, too, with σ_T = ρ; otherwise draws are those of ``inner``.
 
     References
     ----------
@@ -116,7 +118,7 @@ class Flat(Guide):
 
 
 class _FlatFit:
-    """The fit as the inner guide sees it: its own program, and flat point estimates."""
+    """A fit as the inner guide sees it: the inner program, and point estimates that are flat."""
 
     def __init__(self, fit: Fit, options: Flat) -> None:
         self._fit, self._options = fit, options
@@ -131,10 +133,12 @@ class _FlatFit:
 
 
 class FlatProgram(WrappingProgram):
-    """The sites of the inner program, and ``seed``: uniform in (0, 1), whose first 24 bits count.
+    """A program with the sites of the inner one and ``seed``, uniform in (0, 1).
 
-    The model has noise in training mode, like dropout; in evaluation mode, and in the factors of
-    given draws whatever the mode, with ``at_prediction`` alone.
+    The first 24 bits of the seed count.
+
+    Like dropout, the noise acts in training mode. In evaluation mode, and in `factors` whatever
+    the mode, it acts with ``at_prediction`` alone.
     """
 
     options: Flat
@@ -154,14 +158,14 @@ class FlatProgram(WrappingProgram):
         self._seed()
 
     def factors(self, sites: Sites) -> FlatFactors:
-        own = {name: value for name, value in sites.items() if name != "seed"}
-        return self._at_prediction(self.inner.factors(own), sites["seed"])
+        inner = {name: value for name, value in sites.items() if name != "seed"}
+        return self._at_prediction(self.inner.factors(inner), sites["seed"])
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         return {**self.inner.pick(index), "seed": torch.rand(len(index))}
 
     def noise_scale(self) -> float:
-        """σ_t of the training at the present `progress`."""
+        """Return σ_t at the present `progress` of the training."""
         return self.options.rho * 0.5 * (1 - math.cos(math.pi * self.progress))
 
     def _seed(self) -> Tensor:
@@ -176,6 +180,6 @@ class FlatProgram(WrappingProgram):
 
 
 def _perturbed(factors: FlatFactors, seed: Tensor, scale: float) -> FlatFactors:
-    """The factors with noise of that scale beside them; ``seed`` is (), (S,) or (S, 1)."""
+    """Return the factors with noise of that scale; ``seed`` is (), (S,) or (S, 1)."""
     seed = seed.squeeze(-1) if seed.dim() > 1 else seed
     return replace(factors, seeds=(seed * SEEDS).long(), noise_scale=scale)

@@ -12,8 +12,9 @@ from pyrolora.guides.supports import Supports
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Guide):
-    """Full fine-tuning, the baseline of all adapters: the weights that take a gradient are trained,
-    without adapters, prior and spread.
+    """Full fine-tuning, the baseline of all adapters.
+
+    The weights that take a gradient are trained, without adapters, prior and spread.
 
     The network that is passed to ``fit`` stays as it is: a copy of it is trained, which is the
     posterior's ``base``, and whose weights `Posterior.save` writes, all of them. Weights in half

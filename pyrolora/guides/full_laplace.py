@@ -1,4 +1,4 @@
-"""The program of Laplace with the full curvature: draws that were made at the end of the fit."""
+"""The program of Laplace with the full curvature: draws that are made at the end of the fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyrolora.guides.factor_program import FactorProgram
 
 
 class FullLaplaceProgram(FactorProgram):
-    """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
+    """A program with sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
 
     Buffers: λ, ``precision``; and ``deviations`` (draws, P), the draws of θ − θ̄, that are all
     there are. Zeros until `keep`.
@@ -35,28 +35,34 @@ class FullLaplaceProgram(FactorProgram):
 
     @property
     def shrunk(self) -> str:
-        """The latent factors whose prior is not around their own means. Where B is latent and
-        around zero, A is no part of the network without adapters: any A gives that."""
+        """The latent factors whose prior is not around their learned means.
+
+        Where B is latent and around zero, A is no part of the network without adapters: with B = 0
+        any A gives that network.
+        """
         latent: str = self.options.latent
         return "B" if latent == "AB" and self.bank.origin is None else latent
 
     def prior_centre(self, site: str) -> Tensor:
-        """θ₀ of a site: that of the network without adapters; A's own means where that has none."""
+        """Return θ₀ of a site: that of the network without adapters.
+
+        For an A that this leaves open it is the learned means.
+        """
         if self.bank.origin is not None:
             return self.bank.latent_part(site, self.bank.origin)
         mean = self.loc(site)
         return torch.zeros_like(mean) if site in self.shrunk else mean
 
     def centre_of_all(self) -> Tensor:
-        """θ₀, (P,)."""
+        """Return θ₀, (P,)."""
         return torch.cat([self.prior_centre(site) for site in self.sites]).detach()
 
     def law(self, site: str) -> dist.TorchDistribution:
-        """A point: the draws have no density."""
+        """Return a point mass: the draws have no density."""
         return dist.Delta(self.loc(site), event_dim=1)
 
     def guide(self, kl_weight: float = 1.0) -> None:
-        """One of the draws, whose number is the auxiliary site ``draw``."""
+        """Sample one of the draws, whose number is the auxiliary site ``draw``."""
         self.sample_stored("laplace")
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from pyrolora.guides.supports import Supports
 Structure = Literal["kronecker", "full"]
 Tuning = Literal["marginal_likelihood", "validation"]
 GRID = tuple(10.0**exponent for exponent in range(-2, 6))
-"""The precisions λ that validation compares: prior scales from 10 down to 0.003."""
+"""Precisions λ that validation compares: prior scales from 10 down to 0.003."""
 
 
 class _Orthonormal(constraints.Constraint):
@@ -44,7 +44,7 @@ orthonormal = _Orthonormal()
 
 @dataclass(frozen=True, kw_only=True)
 class Laplace(Guide):
-    """A Gaussian at the MAP estimate θ̄ of the factors, from a second-order expansion:
+    """A Gaussian at the MAP estimate θ̄ of the factors, from a second-order expansion.
 
         prior  θ ~ N(0, I / λ)          guide  θ ~ N(θ̄, (H + λ I)⁻¹)
 
@@ -59,36 +59,36 @@ class Laplace(Guide):
         prior  θ ~ N(θ₀, I / λ)         guide  θ ~ N(θ*, (H + λ I)⁻¹)
 
     It is computed as a Gaussian process over the training outputs (`pyrolora.inference.dual.Dual`),
-    of which there may be 4,096: n (C − 1) of C classes. θ₀ is the network without adapters: B
-    around 0, and, since A is no part of it then, A around its own means where both are latent.
+    at most 4,096 of them: n (C − 1) for C classes. θ₀ is the network without adapters: B
+    around 0, and, since A is no part of it then, A around its learned means where both are latent.
 
-    Its evidence, too, is that of the linearised model, whose features the same labels have taught:
-    it takes an overfitted network for one that labels follow closely, and asks for a prior of many
-    times the size of what was learnt. Then each draw is sure of itself, and predictions, unsure
-    far from the training data, take all ``num_draws``: with 8 they are votes.
+    The evidence is that of the linearised model, too, whose features were learnt from the same
+    labels: it mistakes overfitting for a close fit, and favours a prior many times wider than
+    what was learnt. Single draws are then confident, and only all ``num_draws`` together show the
+    uncertainty far from the training data: with 8 draws predictions are votes.
 
     Parameters
     ----------
     prior_scale
-        λ^(−½), also the prior of the MAP fit; None: plain LoRA, and λ is tuned afterwards.
+        λ^(−½), for the MAP fit, too; None: plain LoRA, and λ is tuned afterwards.
     tune
-        Without ``prior_scale``: λ by the negative log-likelihood of the ``eval_data``
-        (``"validation"``), or by the ``"marginal_likelihood"`` of the training data, which is that
-        of the linearised model. None: by validation; by the marginal likelihood where predictions
-        are linearised and there is no ``eval_data``. The latter, with ``"kronecker"``, takes layers
-        as independent, which they are not, and often ends with a posterior that is far too wide.
+        How λ is chosen without ``prior_scale``: by the negative log-likelihood of the ``eval_data``
+        (``"validation"``), or by the ``"marginal_likelihood"`` of the training data under the
+        linearised model. None: by validation; by the marginal likelihood where predictions are
+        linearised and there is no ``eval_data``. With ``"kronecker"`` the latter takes layers as
+        independent, which they are not, and often ends with a posterior that is far too wide.
     linearised
         Predict with f(x; θ̄) + J(x) (θ − θ̄), the model whose posterior this is, in place of
-        f(x; θ). None: where the likelihood allows it, which a language model's does not. The Pyro
-        pair, whose model has the network itself, predicts with f(x; θ) either way.
+        f(x; θ). None: where the task allows it, which a language model does not. The Pyro pair,
+        whose model has the network itself, predicts with f(x; θ) either way.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
     curvature
         ``"kronecker"`` or ``"full"``. The latter has linearised predictions only. Its draws are
         made at the end of the fit, kept and saved; the history has its ``log_evidence``.
     num_draws
-        How many, with ``curvature="full"``; each takes the memory of the latent factors once more.
-        None: 32.
+        Number of draws with ``curvature="full"``; each takes the memory of the latent factors once
+        more. None: 32.
 
     References
     ----------
@@ -115,7 +115,10 @@ class Laplace(Guide):
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
             if self.tune is not None:
-                raise ConfigError("tune chooses the prior; leave it out, or prior_scale")
+                raise ConfigError(
+                    "tune chooses the prior, and prior_scale gives it, got "
+                    f"tune={self.tune!r} and prior_scale={self.prior_scale!r}; leave one out"
+                )
         if self.num_draws is not None:
             whole_number("num_draws", self.num_draws, at_least=1)
             if not self.full:
@@ -136,7 +139,7 @@ class Laplace(Guide):
 
     @property
     def size(self) -> int:
-        """How many draws are kept."""
+        """The number of draws that are kept."""
         return self.num_draws or defaults.NUM_SAMPLES
 
     @property
@@ -191,7 +194,7 @@ class Laplace(Guide):
         fit.log(prior_precision=precision, log_evidence=dual.mode(precision).log_evidence)
 
     def _curve(self, fit: Fit, tune: Tuning | None) -> None:
-        """Set the Kronecker factors, and λ by them."""
+        """Set the Kronecker factors, and choose λ by them."""
         program = fit.program
         program.curve(fit.kfac())
         if self.prior_scale is not None:
@@ -217,8 +220,8 @@ class Laplace(Guide):
             )
         if self.linearised and not task.linearisable:
             raise ConfigError(
-                f"linearised=True has no predictive for {task.name!r}: one Jacobian a token "
-                "and word is too many; leave it out for sampled predictions, or use 'montec'"
+                f"linearised=True has no predictive for {task.name!r}: one Jacobian per "
+                "token and word is too many; leave it out for sampled predictions, or use 'montec'"
             )
 
 
@@ -228,7 +231,7 @@ def _score(fit: Fit, precision: float) -> float:
 
 
 class LaplaceProgram(FactorProgram):
-    """Sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
+    """A program with sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
 
     Buffers: λ, ``precision``; and for each group of equal blocks of a factor the eigenvectors of
     its Kronecker factors, ``rows_A_0`` (count, r, r) and ``columns_A_0`` (count, c, c), and their
@@ -267,7 +270,7 @@ class LaplaceProgram(FactorProgram):
 
     @torch.no_grad()
     def curve(self, curvature: Any) -> None:
-        """Set the curvature: block name -> its Kronecker factors."""
+        """Set the curvature, block name -> its Kronecker factors."""
         for factor in self.options.latent:
             blocks = iter(self.bank.layouts[factor].blocks)
             for i, group in enumerate(self.bank.layouts[factor].groups):
@@ -277,8 +280,10 @@ class LaplaceProgram(FactorProgram):
                         self.get_buffer(f"{name}_{factor}_{i}")[number] = tensor
 
     def evidence(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The eigenvalues of H, and θ̄ from the centre of the prior: what the marginal likelihood
-        of λ depends on."""
+        """Return the eigenvalues of H, and θ̄ minus the prior's centre.
+
+        The marginal likelihood of λ depends on these alone.
+        """
         values = [v for factor in self.options.latent for v in self._buffers_of("values", factor)]
         means = []
         for factor in self.options.latent:

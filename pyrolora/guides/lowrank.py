@@ -1,4 +1,4 @@
-"""A Gaussian with a diagonal and a few directions: the correlations that mean field has not."""
+"""A Gaussian with a diagonal and a few directions, for the correlations that mean field lacks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LowRank(GaussianGuide):
 
         prior  θ ~ N(0, σ₀² I)          guide  θ ~ N(m, S (I + F Fᵀ) S),  S = diag(σ)
 
-    for the n entries θ of A, of B, or of both, over all layers; F is (n, K), in units of σ. The
-    directions are those in which entries move together: of a layer, of A and B, of layers. With
+    for the n entries θ of A, of B, or of both, over all layers; F is (n, K), in units of σ. Along a
+    direction entries move together, within a layer, across A and B, and across layers. With
     v_i = σ_i² (1 + Σ_k F_ik²) the variances, the KL is a closed form of O(n K²):
 
         ½ Σ_i [(v_i + m_i²) / σ₀² − 1 + log(σ₀² / σ_i²)] − ½ log|I + Fᵀ F|
@@ -31,7 +31,7 @@ class LowRank(GaussianGuide):
     Parameters
     ----------
     rank
-        K. The memory is that of K more copies of the factors, and as many for AdamW's moments.
+        K. It takes the memory of K more copies of the factors, and of two more each for AdamW.
     prior_scale, init_scale
         σ₀, and the start of every σ_i, in the ``units``: a small start lets the network learn
         before the noise.
@@ -66,7 +66,7 @@ class LowRank(GaussianGuide):
 
 
 class LowRankProgram(FactorProgram):
-    """One site, named by what is latent: ``A``, ``B`` or ``AB``."""
+    """A program with one site, named by the latent factors: ``A``, ``B`` or ``AB``."""
 
     joint_law = True
 
@@ -77,7 +77,7 @@ class LowRankProgram(FactorProgram):
         total = bank.layout(options.latent).total
         start = options.init_scale * self.units(options.latent)
         self.declare("scale", start, constraints.positive)
-        # Not zero, where the directions have no gradient; together a hundredth of the variance.
+        # At zero the directions would have no gradient; this is a hundredth of the variance.
         start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
         self.declare("directions", start)
 

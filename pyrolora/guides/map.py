@@ -21,8 +21,8 @@ from pyrolora.guides.supports import Supports
 class MAP(Variational):
     """A Delta guide on both factors: A = M_A, B = M_B, with q a point mass.
 
-    Without a prior the model has the same point mass (the empirical-Bayes prior mean with no
-    spread), its KL is zero, and the fit is LoRA as PEFT and the Trainer do it. With
+    Without a prior the model has the same point mass (the empirical-Bayes prior mean without
+    width), the KL is zero, and the fit is LoRA as with PEFT and the Trainer. With
     ``prior_scale`` σ₀ every entry has the prior N(0, σ₀²), and the fit is MAP:
     −log p(y|A, B) + β (‖A‖² + ‖B‖²) / (2 σ₀²) + constant. (Where the adapters have a start that is
     taken off again, the prior is around it.)
@@ -50,9 +50,15 @@ class MAP(Variational):
         if self.prior_scale is not None:
             positive("prior_scale", self.prior_scale)
         elif (self.kl_weight, self.kl_weight_against, self.kl_warmup) != (1.0, "sum", 0.0):
-            raise ConfigError("kl_weight and its warm-up weigh a prior; give prior_scale, too")
+            raise ConfigError(
+                "kl_weight and its warm-up weigh a prior, and there is none, got prior_scale=None; "
+                "give prior_scale, too"
+            )
         elif self.latent != "AB":
-            raise ConfigError("latent says which factors have the prior; give prior_scale, too")
+            raise ConfigError(
+                "latent says which factors have the prior, and there is none, got "
+                f"latent={self.latent!r}; give prior_scale, too"
+            )
 
     @property
     def supports(self) -> Supports:
@@ -63,7 +69,7 @@ class MAP(Variational):
 
 
 class MAPProgram(Program):
-    """Sites ``A`` and ``B``: all entries of the factors, flat."""
+    """A program with sites ``A`` and ``B``: all entries of the factors, flat."""
 
     options: MAP
 

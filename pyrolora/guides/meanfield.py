@@ -26,8 +26,8 @@ class MeanField(GaussianGuide):
     Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½. Around the start, a prior's m_i is the distance
     from it; given the curvature, σ_i² = β / (H_ii + β / σ₀²).
 
-    A draw is one setting of the weights for all tokens of a sequence, and for all examples of
-    its group (``draws_per_batch``).
+    A draw is one value of the weights for all tokens of a sequence, and for all examples of its
+    group (``draws_per_batch``).
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class MeanField(GaussianGuide):
 
 
 class MeanFieldProgram(FactorProgram):
-    """Sites ``A`` and ``B``, those that are latent; one scale for each of their entries."""
+    """A program with sites ``A`` and ``B``, those that are latent; one scale per entry."""
 
     options: MeanField
 

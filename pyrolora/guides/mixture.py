@@ -1,4 +1,4 @@
-"""Symmetric Dirichlet mixture weights: which spread they give the noise, and which is best."""
+"""Symmetric Dirichlet mixture weights: the spread that they give the noise, and their optimum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.distributions import Dirichlet, kl_divergence
 from pyrolora.seeding import seeded
 
 GRID = (-3.0, 7.0, 101)
-"""log a from, to, and how many of them."""
+"""Lowest and highest log a, and the number of grid points."""
 DRAWS = 2048
 """Draws of the weights at each a, for the moments without a closed form."""
 ROUNDS = 5
@@ -17,13 +17,13 @@ ROUNDS = 5
 
 
 class SymmetricMixture:
-    """π ~ Dirichlet(a 1_N) on a grid of a, against the prior Dirichlet(α₀ 1_N).
+    """Mixture weights π ~ Dirichlet(a 1_N) on a grid of a, with the prior Dirichlet(α₀ 1_N).
 
     The noise of a layer is ε ‖π‖ z (or ε max π z), so that an objective in the one number a is
 
         f(a) = KL(a) + loss · E‖π‖² + price · E‖π‖⁻²
 
-    with what the data lose by noise, and the price of the means, which fall with it.
+    with the loss that noise costs the data, and the price of the means, whose KL falls with noise.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ class SymmetricMixture:
     concentration
         α₀.
     sparse
-        Whether the largest weight stands in ‖π‖'s place.
+        Whether the largest weight takes the place of ‖π‖.
     """
 
     def __init__(self, components: int, concentration: float, sparse: bool) -> None:
@@ -48,11 +48,14 @@ class SymmetricMixture:
         self.squares = squares.mean(0) if sparse else (a + 1) / (components * a + 1)
 
     def squared(self, a: Tensor) -> Tensor:
-        """E‖π‖² at each a, between the points of the grid by straight lines."""
+        """Return E‖π‖² at each a, interpolated linearly on the grid."""
         return self._between(self.squares, a)
 
     def best(self, loss: Tensor, price: Tensor) -> Tensor:
-        """The a, in the shape of ``loss``, at the lowest f: of a parabola through three points."""
+        """Return the a at the lowest f, in the shape of ``loss``.
+
+        It is the lowest point of a parabola through the best point of the grid and its neighbours.
+        """
         kl, squares, inverse = (t.to(loss.device) for t in (self.kl, self.squares, self.inverse))
         f = kl + loss.double()[..., None] * squares + price.double()[..., None] * inverse
         place = f.argmin(-1, keepdim=True).clamp(1, f.shape[-1] - 2)

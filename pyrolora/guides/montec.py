@@ -30,37 +30,37 @@ class MonteCLoRA(Variational):
         a_j = m_j + ε Σ_k π_k δ_jk            adapter, E[a_j] = m_j
 
     and in the guide π ~ Dirichlet(α), Σ ~ Wishart(ν, V / ν), with α and V learned. Given π and Σ
-    the mixture of a column is one Gaussian, N(0, ‖π‖₂² Σ), and that is what is drawn. The site
+    the mixture of a column is one Gaussian, N(0, ‖π‖₂² Σ), which is drawn. The site
     ``noise``, z, has prior N(0, I) in both forms of the component prior:
 
     - ``"hierarchical"``, the model above, non-centred: a_j = m_j + ε₀ ‖π‖ L z_j with
       z_j ~ N(0, (ε/ε₀)² I) in the guide. The KL of z is zero when ε is fixed.
     - ``"isotropic"``, the paper's objective: the model has δ_jk ~ N(0, I) and keeps Σ under its
       Wishart prior, connected to nothing; a_j = m_j + ε₀ ‖π‖ z_j with z_j ~ N(0, (ε/ε₀)² Σ) in the
-      guide. The KL of z is KL(N(0, (ε/ε₀)² Σ) ‖ N(0, I)), once a column.
+      guide. The KL of z is KL(N(0, (ε/ε₀)² Σ) ‖ N(0, I)), once per column.
 
     The means M, B and the task head are parameters that model and guide share. With
     ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
-    above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² a column, with S = ε₀ ‖π‖ I, or
-    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` it is where A starts, a⁰, in place of zero,
-    a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and m_j − a⁰_j, what is learnt, has the price. (Where the adapters
-    have a start A₀, B₀ that is taken off again, zero is there, too.)
+    above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² per column, with S = ε₀ ‖π‖ I, or
+    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` the model has the start of A, a⁰, for zero,
+    a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and the price is that of m_j − a⁰_j, which is learnt. (Where
+    the adapters have a start A₀, B₀ that is subtracted again, zero stands for that start, too.)
 
-    Given the generalised Gauss-Newton matrix of −log p(y|A), in which H = Σ_j H_jj, (r, r), is
-    what the columns of a layer have in common, the optimum of V is a closed form, and that of
-    ‖π‖ a search in one number a layer, over symmetric α:
+    Given the generalised Gauss-Newton matrix of −log p(y|A), whose blocks of the columns of a layer
+    sum to H = Σ_j H_jj, (r, r), the optimum of V is a closed form, and that of ‖π‖ a search in one
+    number per layer, over symmetric α:
 
         V = [ I + ε₀² E‖π‖² H / (β κ) ]⁻¹,    κ = c + ν (isotropic),  κ = ν (hierarchical)
 
-    for c columns: the wider the fewer data, V = I without data. With ``covariance="diagonal"`` it
-    is that of the diagonal of H.
+    for c columns: fewer data give a wider V, and no data V = I. With ``covariance="diagonal"`` it
+    is the optimum for the diagonal of H.
 
-    Where ranks move between layers, Σ and its V are cut to a layer's active ranks. Their Σ has the
-    mean above and is no Wishart, once ranks are idle between them.
+    Where ranks move between layers, Σ and V are cut to a layer's active ranks. The Σ of these has
+    the mean above, and is no Wishart once idle ranks lie between them.
 
-    After an earlier posterior (``fit(..., prior=)``) the model is that one's guide: its Dirichlet,
-    its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z differs
-    from the guide's in its mean, and in ε where that is learned, whatever the component prior.
+    After an earlier posterior (``fit(..., prior=)``) the model is the guide of that posterior: its
+    Dirichlet, its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z
+    then differs from the guide's in its mean, and in ε where that is learned.
 
     Parameters
     ----------
@@ -74,16 +74,16 @@ class MonteCLoRA(Variational):
         no other size of A and B with the same B A escapes it. For ``latent="A"`` and the learned
         prior mean; after an earlier posterior D is that one's. ``"fan_in"``: ε₀ is a multiple of
         1/√in for A and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every
-        width and rank. ``"one"``: it is as it is (paper).
+        width and rank. ``"one"``: it is absolute (paper).
     learn_sample_scale
-        Learn the guide's ε, one a layer, from ε₀ on; its price is the KL of z.
+        Learn the guide's ε, one per layer, from ε₀ on; its price is the KL of z.
     component_prior
         ``"isotropic"`` or ``"hierarchical"``.
     covariance
         V ``"diagonal"`` (the paper's) or ``"full"``.
     prior_mean
         ``"learned"`` (the paper's: the prior is centred where the guide is, M costs nothing),
-        ``"start"`` (it is centred where A starts; where the adapter is given, around that), or
+        ``"start"`` (it is centred where A starts, or on the adapter of a post-hoc fit), or
         ``"zero"``.
     df_per_rank
         ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the
@@ -91,8 +91,8 @@ class MonteCLoRA(Variational):
     concentration
         α₀.
     init_covariance
-        The start of V as a multiple of I: a small one lets the network learn before the noise.
-        Of ``scale_updates="gradient"``; by curvature it is where the first estimate is made.
+        Start of V as a multiple of I: with a small one the network learns before the noise grows,
+        for ``scale_updates="gradient"``; by curvature it is where the first estimate is made.
     cooperation
         λ_c >= 0: adds −λ_c ‖π‖² per layer to the log joint density.
     latent
@@ -155,8 +155,10 @@ class MonteCLoRA(Variational):
 
     @classmethod
     def paper(cls, **changes: Any) -> MonteCLoRA:
-        """The paper's setting: isotropic, diagonal, ν = r, N = 4, ε = 5e-3, and 1e-5 times the KL
-        against the mean loss; other options can be given as in the class."""
+        """Return the setting of the paper, with ``changes`` to it.
+
+        Isotropic, diagonal, ν = r, N = 4, ε = 5e-3, and 1e-5 times the KL against the mean loss.
+        """
         options: dict[str, Any] = {
             "component_prior": "isotropic",
             "covariance": "diagonal",

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 class MonteCLoRAProgram(CentredProgram):
-    """Sites, for L blocks (layers, or layers and factors for ``latent="AB"``):
+    """The model/guide pair of MonteCLoRA over L blocks.
 
+    A block is a layer, or, for ``latent="AB"``, a factor of a layer. The sites are
     ``mixture_weights`` (L, N), ``covariance_tril`` (L, r, r), ``noise`` (all entries, flat); and
     the factor ``cooperation``, if it is used.
     """
@@ -51,7 +52,7 @@ class MonteCLoRAProgram(CentredProgram):
         self.layout = bank.layout(options.latent)
         blocks, r = len(self.layout), self.layout.rank
         self.df = float(options.df_per_rank * r)
-        # A start off the symmetric point, where the gradients of all components are equal.
+        # The start is off the symmetric point, where all components have the same gradient.
         jitter = 0.5 + torch.rand(blocks, options.num_components)
         self.declare("concentration", options.concentration * jitter, constraints.positive)
         if options.covariance == "diagonal":
@@ -63,7 +64,7 @@ class MonteCLoRAProgram(CentredProgram):
         if options.learn_sample_scale:
             self.declare("sample_scale", self._sample_scales(), constraints.positive)
         self.hold_scales()
-        # Constants of the program: made once, and moved with it.
+        # Constants are buffers, so that they move between devices with the program.
         constants = {
             "eye": torch.eye(r).expand(blocks, r, r),
             "rows": self.layout.rank_mask(),
@@ -103,7 +104,7 @@ class MonteCLoRAProgram(CentredProgram):
     def _factors(
         self, gain: Tensor, tril: Tensor, noise: Tensor, means: FlatFactors
     ) -> FlatFactors:
-        """The factors whose noise is ε₀ ‖π‖ z, or ε₀ ‖π‖ L z."""
+        """Return the factors whose noise is ε₀ ‖π‖ z, or ε₀ ‖π‖ L z."""
         if self.options.component_prior == "hierarchical":
             delta = self.layout.transform(gain[..., None] * tril, flat(noise))
         else:
@@ -111,8 +112,11 @@ class MonteCLoRAProgram(CentredProgram):
         return self.bank.shifted(self.options.latent, delta, means)
 
     def quantities(self, sites: Sites) -> Quantities:
-        """Mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank, |m_k| over
-        sd(a_k), with |m_k| the root mean square of the means and sd = ε ‖π‖ √Σ_kk."""
+        """Return the mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank.
+
+        The last is |m_k| / sd(a_k), with |m_k| the root mean square of the means and sd = ε ‖π‖
+        √Σ_kk.
+        """
         tril = self._cut(sites["covariance_tril"])
         covariance = tril @ tril.mT
         scale = self._spread(sites["mixture_weights"])
@@ -132,22 +136,26 @@ class MonteCLoRAProgram(CentredProgram):
         return [block.name for block in self.layout.blocks]
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
-        own = self.bank.by_block(self.options.latent, rows)
+        entries = self.bank.by_block(self.options.latent, rows)
         if self.options.covariance == "diagonal":
-            return {"scale_diag": own}
-        row, column = torch.tril_indices(self.layout.rank, self.layout.rank, -1, device=own.device)
-        return {"scale_tril": torch.cat([own, own[:, row] | own[:, column]], -1)}
+            return {"scale_diag": entries}
+        row, column = torch.tril_indices(
+            self.layout.rank, self.layout.rank, -1, device=entries.device
+        )
+        return {"scale_tril": torch.cat([entries, entries[:, row] | entries[:, column]], -1)}
 
     def _prior_loc(self, gain: Tensor, tril: Tensor, means: FlatFactors) -> Tensor | None:
-        """The mean of z in the model, where the noise is seen from M: at a_j = 0, at the start of
-        a_j, or at the mean of the earlier posterior."""
-        own = self.options.latent
-        centre = self.centre(own)
+        """Return the mean of z in the model, whose noise is seen from M.
+
+        It is z at a_j = 0, at the start of a_j, or at the mean of the earlier posterior.
+        """
+        factor = self.options.latent
+        centre = self.centre(factor)
         if self.previous is not None:
-            centre = self.bank.latent_part(own, self.previous.bank.means())
+            centre = self.bank.latent_part(factor, self.previous.bank.means())
         elif self.options.prior_mean == "learned":
             return None
-        latent = self.bank.latent_part(own, means)
+        latent = self.bank.latent_part(factor, means)
         if centre is not None:
             latent = latent - centre
         if self.options.component_prior == "hierarchical":
@@ -155,7 +163,7 @@ class MonteCLoRAProgram(CentredProgram):
             loc = whiten(law, latent.expand(*gain.shape[:-2], -1), self.layout.groups)
         else:
             loc = self.layout.scale_rows(-1 / gain, latent)
-        return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # a plate of draws
+        return loc.unsqueeze(-2) if loc.dim() > 1 else loc  # inside a plate of draws
 
     def _weights_prior(self) -> dist.TorchDistribution:
         if self.previous is None:
@@ -175,7 +183,7 @@ class MonteCLoRAProgram(CentredProgram):
         return law
 
     def _noise(self, tril: Tensor, loc: Tensor | None = None) -> ColumnNormal:
-        """The guide's law of z given the factor of Σ; around ``loc``, if there is one."""
+        """Return the guide's law of z given the factor of Σ, around ``loc`` or zero."""
         groups = self.layout.groups
         if self.options.component_prior == "isotropic":
             return ColumnNormal(self._widened(tril), groups, loc)
@@ -184,17 +192,19 @@ class MonteCLoRAProgram(CentredProgram):
         return StandardColumns(self._scale, groups, loc)
 
     def _gain(self, weights: Tensor) -> Tensor:
-        """ε₀ ‖π‖ of every row, times its size in those units, (..., L, r)."""
+        """Return ε₀ ‖π‖ of every row, in its units, (..., L, r)."""
         gain, sizes = (self._epsilon * self._spread(weights))[..., None], self.sizes()
         return gain.expand(*gain.shape[:-1], self.layout.rank) if sizes is None else gain * sizes
 
     def _spread(self, weights: Tensor) -> Tensor:
-        """‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""
+        """Return ‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""
         return weights.amax(-1) if self.options.sparse else weights.norm(dim=-1)
 
     def _covariance(self) -> WishartCholesky:
-        """The guide's law of the factor of Σ; V is I where a block of lower rank has no row, and
-        where a rank is idle."""
+        """Return the guide's law of the factor of Σ.
+
+        V is I where a block of lower rank has no row, and where a rank is idle.
+        """
         rows, scale = self._in_use(), self._column_scale()
         if self.options.covariance == "diagonal":
             diagonal = torch.where(rows, self.param("scale_diag"), 1.0)
@@ -204,36 +214,40 @@ class MonteCLoRAProgram(CentredProgram):
         return WishartCholesky(self._df, tril * scale.unsqueeze(-2))
 
     def _column_scale(self) -> Tensor:
-        """(L, r): what the columns of V's factor are multiplied by for E[Σ] = V. 1/√ν; and where
-        ranks are idle, row k of the standard Bartlett factor, cut to the c idle ranks before it
-        less, has the mean square ν − c."""
+        """Return the factors of V's columns for which E[Σ] = V, (L, r).
+
+        They are 1/√ν; where ranks are idle, row k of the standard Bartlett factor, without the c
+        idle ranks before it, has the mean square ν − c.
+        """
         rows = self.bank.rows(self.options.latent)
         if rows is None:
             return self._scale
         return (self.df - (~rows).cumsum(-1) * rows).rsqrt()
 
     def _in_use(self) -> Tensor:
-        """(L, r) booleans: the rows that each block has, less those of idle ranks."""
+        """Return which rows of each block exist and are not idle, (L, r) booleans."""
         rows = self.bank.rows(self.options.latent)
         return self._rows if rows is None else rows
 
     def _cut(self, tril: Tensor) -> Tensor:
-        """The factor of Σ, (..., L, r, r), with the identity's rows and columns for idle ranks:
-        their noise then has its prior, and no part in that of the others."""
+        """Return the factor of Σ, (..., L, r, r), with the identity in place of idle ranks.
+
+        The noise of idle ranks then has its prior, and no part in that of the others.
+        """
         rows = self.bank.rows(self.options.latent)
         if rows is None:
             return tril
         return torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), tril, self._eye)
 
     def _widened(self, law: Tensor) -> Tensor:
-        """The factor of z's covariance, (..., L, r, r), times ε / ε₀ where ε is learned."""
+        """Return the factor of z's covariance, (..., L, r, r), times ε / ε₀ where ε is learned."""
         if self.options.learn_sample_scale:
             ratio = self.param("sample_scale") / self._epsilon
             law = law * torch.where(self._in_use(), ratio[:, None], 1.0).unsqueeze(-1)
-        return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate: one law a draw
+        return law.unsqueeze(-4) if law.dim() > 3 else law  # in a plate there is one law per draw
 
     def _sample_scales(self) -> Tensor:
-        """(L,): ε₀ of every block."""
+        """Return ε₀ of every block, (L,)."""
         scale = torch.full((len(self.layout),), self.options.sample_scale)
         if self.options.units == "fan_in":
             scale = scale * self.layout.fan_in().rsqrt()
@@ -268,7 +282,7 @@ class MonteCLoRAProgram(CentredProgram):
         return SymmetricMixture(options.num_components, options.concentration, options.sparse)
 
     def _kappa(self) -> Tensor:
-        """(L,): what ½ (tr V − log|V|) counts for in the KL: ν for Σ, and once a column for z."""
+        """Return the weight of ½ (tr V − log|V|) in the KL, (L,): ν, and 1 per column of z."""
         kappa = self._epsilon.new_full((len(self.layout),), self.df)
         if self.options.component_prior == "isotropic":
             columns = [float(block.columns) for block in self.layout.blocks]
@@ -276,7 +290,7 @@ class MonteCLoRAProgram(CentredProgram):
         return kappa
 
     def _squared_distance(self) -> Tensor:
-        """(L,): ‖M − M₀‖² of every block, where the prior has a mean of its own."""
+        """Return ‖M − M₀‖² of every block, (L,); zero where M₀ is M."""
         means = self.bank.latent_part(self.options.latent, self.bank.means())
         if self.options.prior_mean == "learned":
             return torch.zeros_like(self._epsilon)
@@ -285,7 +299,6 @@ class MonteCLoRAProgram(CentredProgram):
         return torch.cat([part.square().sum((-2, -1)) for part in parts])
 
     def _signal(self) -> Tensor:
-        """(L, r): the root mean square of each row of the means; 0 for rows that do not exist, or
-        are idle."""
+        """Return the root mean square of each row of the means, (L, r); 0 if not in use."""
         means = self.bank.latent_part(self.options.latent, self.bank.means()).detach()
         return torch.where(self._in_use(), self.layout.row_sizes(means), 0.0)

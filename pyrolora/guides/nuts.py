@@ -28,6 +28,7 @@ from pyrolora.guides.supports import Supports
 from pyrolora.guides.wrapping import WrappingProgram
 
 HIGH_R_HAT = 1.05
+"""Above it chains do not agree."""
 
 
 def _inner() -> MeanField:
@@ -39,12 +40,13 @@ class NUTS(Guide):
     """Pyro's No-U-Turn sampler on the model of another guide, given M, B and the task head.
 
     The parameters that model and guide share come from a MAP fit, or from the posterior that is
-    passed to ``fit``. Given them the latent variables θ of ``inner`` are sampled from
+    passed to ``fit``. Given these, the latent variables θ of ``inner`` are sampled from
 
         p(θ | y) ∝ p(θ) p(y | θ)^{1/β},   β the ``kl_weight`` of ``inner``,
 
-    over all training examples at once, without dropout: exact up to Monte Carlo error, and for
-    small adapters and data only. Chains start from draws of the prior, one after the other.
+    over all training examples at once, without dropout: exact up to Monte Carlo error, and
+    affordable for small adapters and data only. Chains run one after the other, each from a draw
+    of the prior.
 
     The history gets the highest split R-hat and the lowest effective sample size over layers of
     ‖s B A‖, which no rotation of the ranks changes, and the number of divergences.
@@ -55,7 +57,7 @@ class NUTS(Guide):
         The guide whose model is sampled: `MeanField`, `MonteCLoRA`, or `MAP` with a prior. Options
         that belong to its guide alone are refused.
     chains, num_samples, warmup_steps
-        Chains, and steps of each: kept, and before them for adaptation.
+        Number of chains, and per chain the steps that are kept and those for adaptation.
     target_accept_prob, max_tree_depth
         As in ``pyro.infer.NUTS``.
 
@@ -90,7 +92,7 @@ class NUTS(Guide):
                 f"in the model of MAP(latent={inner.latent!r}) the other factor is a point mass, "
                 f"where NUTS cannot move; MeanField(latent={inner.latent!r}) has it as a constant"
             )
-        # What nobody set: the defaults, and what a preset brings along.
+        # Values that nobody set: the defaults, and those of a preset.
         usual = [type(inner)(), *([MonteCLoRA.paper()] if isinstance(inner, MonteCLoRA) else [])]
         for name in inner.guide_only:
             value = getattr(inner, name)
@@ -116,12 +118,12 @@ class NUTS(Guide):
     def shapes(
         self, specs: Sequence[LayerSpec], config: AdapterConfig
     ) -> dict[str, tuple[int, ...]]:
-        # The sites are known from a draw, which needs a program of the inner guide in memory.
+        # The shapes of the sites follow from a draw, which needs a real program of the inner guide.
         few = dataclasses.replace(self, chains=1, num_samples=4)
         program = few.build(AdapterBank(specs, config))
-        found = {name: tuple(t.shape) for name, t in program.state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in program.state_dict().items()}
         size = self.chains * self.num_samples
-        return found | {n: (size, *found[n][1:]) for n in ("diverging", *program.sites)}
+        return shapes | {n: (size, *shapes[n][1:]) for n in ("diverging", *program.sites)}
 
     def infer(self, fit: Fit) -> None:
         fit.joint.adopt(fit.point(MAP()))
@@ -140,7 +142,7 @@ class NUTS(Guide):
 
 
 class NUTSProgram(WrappingProgram):
-    """The sites of the inner program; the draws are buffers, chain after chain."""
+    """A program with the sites of the inner one; the draws are buffers, chain after chain."""
 
     options: NUTS
     diverging: Tensor
@@ -163,11 +165,11 @@ class NUTSProgram(WrappingProgram):
         return self.options.chains
 
     def guide(self, kl_weight: float = 1.0) -> None:
-        """One of the draws, whose number is the auxiliary site ``draw``."""
+        """Sample one of the draws, whose number is the auxiliary site ``draw``."""
         self.sample_stored("nuts")
 
     def mean(self) -> FlatFactors:
-        """The mean of the update over draws: of the one factor that varies, or pooled."""
+        """Return the mean of the update over draws: of the one factor that varies, or pooled."""
         drawn = self.factors(self.pick(torch.arange(self.stored())))
         if drawn.A.dim() > 1 and drawn.B.dim() > 1:
             return dataclasses.replace(drawn, pooled=True)
@@ -195,7 +197,7 @@ class NUTSProgram(WrappingProgram):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
-        """R-hat and effective sample size of ‖s B A‖, the worst layer's."""
+        """Return R-hat and the effective sample size of ‖s B A‖, for the worst layer."""
         norms = self.bank.update_norms(self.factors(self.pick(torch.arange(self.stored()))))
         chains = norms.unflatten(0, (self.chains, -1))
         numbers: dict[str, Any] = {

@@ -12,19 +12,21 @@ from torch import Tensor
 
 
 def spread(stored: int, num_samples: int) -> Tensor:
-    """Numbers of stored draws, evenly spaced; each equally often, to one, where there are fewer."""
+    """Return numbers of stored draws, evenly spaced; where there are fewer, they repeat."""
     return torch.arange(num_samples) * stored // num_samples
 
 
 def tempered(kl_weight: float) -> AbstractContextManager[object]:
-    """Scales the log-density of the latent sites inside by β; in model and guide alike."""
+    """Scale the log-density of the latent sites inside by β; for model and guide alike."""
     return poutine.scale(scale=kl_weight)
 
 
 @contextmanager
 def averaged(name: str, count: int) -> Iterator[None]:
-    """A plate of ``count`` draws at dimension -2 whose log-densities are averaged, not summed; for
-    1 nothing."""
+    """Open a plate of ``count`` draws at dimension -2 that averages their log-densities.
+
+    For a count of 1 there is no plate.
+    """
     with ExitStack() as stack:
         if count > 1:
             stack.enter_context(pyro.plate(name, count, dim=-2))
@@ -33,10 +35,10 @@ def averaged(name: str, count: int) -> Iterator[None]:
 
 
 def flat(value: Tensor) -> Tensor:
-    """The value of a site without the inner plate's dimension: (total,), or (S, total)."""
+    """Return the value of a site without the inner plate's dimension: (total,), or (S, total)."""
     return value.squeeze(-2) if value.dim() > 2 else value
 
 
 def without_plate(value: Tensor, event_dim: int, plates: int) -> Tensor:
-    """Drop the dimension of 1 that a site outside of the inner plate keeps in its place."""
+    """Drop the dimension of 1 that a site outside of the inner plate has in its place."""
     return value if plates > 1 else value.squeeze(-1 - event_dim)

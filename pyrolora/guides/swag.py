@@ -1,4 +1,4 @@
-"""SWAG: a Gaussian from the moments of what the optimiser passes through."""
+"""SWAG: a Gaussian from the moments of the optimiser's iterates."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pyrolora.guides.options import Guide, Latent, require
 from pyrolora.guides.supports import Supports
 
 SMALLEST_VARIANCE = 1e-12
-"""Of an entry that did not move, so that the law has a density."""
+"""The variance of an entry that did not move, so that the law has a density."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SWAG(Guide):
-    """A Gaussian around the mean of T iterates of plain LoRA, with their own covariance.
+    """A Gaussian around the mean of T iterates of plain LoRA, with their covariance.
 
     The last part of the training holds its learning rate and passes through θ_1 .. θ_T, evenly
     spaced. With θ̄ and v their mean and variance, entry by entry, and D the last K deviations
@@ -43,14 +43,14 @@ class SWAG(Guide):
     ----------
     start
         The share of the training steps after which iterates are collected, and the learning rate
-        stays what it is. With the Trainer's linear schedule that is 1 − ``start`` times the first.
+        is held. With the Trainer's linear schedule that is 1 − ``start`` times the first.
     snapshots
         T, or as many as there are steps.
     rank
-        K <= T. The memory is that of K more copies of the factors.
+        K <= T. It takes the memory of K more copies of the factors.
     prior_scale
-        σ₀ of the prior N(0, σ₀² I), also that of the training; None: plain LoRA, and the Pyro
-        model has the guide's own law for its prior.
+        σ₀ of the prior N(0, σ₀² I), in training, too; None: plain LoRA, and the prior of the Pyro
+        model is the guide's law.
     latent
         ``"A"``, ``"B"``, or ``"AB"``.
 
@@ -104,8 +104,9 @@ class SWAG(Guide):
 
 
 class SWAGProgram(FactorProgram):
-    """One site, named by what is latent: ``A``, ``B`` or ``AB``. While it is trained the program is
-    the point mass of plain LoRA.
+    """A program with one site, named by the latent factors: ``A``, ``B`` or ``AB``.
+
+    During training it is the point mass of plain LoRA.
 
     Buffers: the number of iterates, ``count``; the mean over them of all that is trained,
     ``iterate_mean``, which is empty but for the time of a training; and of the latent entries
@@ -151,7 +152,7 @@ class SWAGProgram(FactorProgram):
         return []
 
     def begin(self, others: Iterable[nn.Parameter]) -> None:
-        """Be a point mass, and collect the iterates of the bank and of these other parameters."""
+        """Become a point mass, and collect the iterates of the bank and of ``others``."""
         self._trained = [*self.bank.parameters(), *others]
         self.iterate_mean = torch.zeros_like(parameters_to_vector(self._trained))
 
@@ -171,7 +172,7 @@ class SWAGProgram(FactorProgram):
             self._collect()
 
     def _collect(self) -> None:
-        """Welford's update of mean and squares, and the iterate in place of the oldest one."""
+        """Update mean and squares by Welford's rule, and replace the oldest iterate."""
         assert self._trained is not None
         bank = self.bank
         latent = bank.latent_part(self.options.latent, bank.means())
@@ -187,7 +188,7 @@ class SWAGProgram(FactorProgram):
 
     @torch.no_grad()
     def conclude(self) -> None:
-        """Put the means in place of the last iterate, and make a law of the moments."""
+        """Replace the last iterate by the means, and the sums by the moments of the law."""
         assert self._trained is not None
         count, kept = int(self.count), min(int(self.count), self.options.rank)
         if count > 1:

@@ -1,4 +1,4 @@
-"""Training-free Bayesianization: the largest isotropic noise that the loss of an adapter bears."""
+"""Training-free Bayesianization: the largest isotropic noise that an adapter's loss tolerates."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pyrolora.guides.supports import Supports
 
 Anchor = Literal["training", "validation"]
 SCALES = (1e-6, 10.0)
-"""The least and the largest σ that the search tries."""
+"""The smallest and the largest σ that the search tries."""
 FIRST = 1e-2
 NEAR, AIM = 0.95, 0.975
-"""Shares of the tolerance: from where on a rise is as good as all of it, and the one aimed at."""
+"""Shares of the tolerance: the rise at which the search stops, and the one that it aims at."""
 SMALLEST_DIRECTION = 1e-3
-"""Relative to the largest singular value of B: below it a direction is rounding in half precision,
-which noise on A of the reciprocal size would blow up."""
+"""Smallest singular value of B that counts, relative to the largest: below it a direction is
+rounding in half precision, which noise on A of the reciprocal size would blow up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,10 @@ class TFB(Guide):
 
         loss(σ) − loss(0) <= tolerance (· loss(0), where it is ``relative``),
 
-    the loss being −log p(y|θ) of an observation, a mean over the anchor set and over draws. All σ
-    have the same Z, half of them the negatives of the others, so that the rise is smooth and free
-    of its odd terms. It is quadratic to second order: the search steps by that law and, where it
-    does not hold, by bisection of log σ.
+    where the loss is −log p(y|θ) per observation, a mean over the anchor set and over draws. All σ
+    share the same Z, half of them the negatives of the others, so that the rise is smooth and free
+    of odd terms. To leading order it is quadratic: the search steps by that law and, where it does
+    not hold, by bisection of log σ.
 
     The paper bounds |loss(σ) − loss(0)|; here a loss that falls, as it does on held-out data of an
     overfitted adapter, is no reason for less noise. (The authors' code takes the negative logarithm
@@ -67,16 +67,16 @@ class TFB(Guide):
     Parameters
     ----------
     tolerance
-        How much higher the loss may be.
+        The rise of the loss that is allowed.
     relative
         Whether ``tolerance`` is a share of the mean adapter's loss, which then has to be above
-        zero (that of a regression need not be); else nats an observation (an example, or a token).
+        zero (that of a regression need not be); else nats per observation (an example, or a token).
     anchor
         The data of the loss: ``"training"``, or ``"validation"``, the ``eval_data``.
     draws
         S, an even number.
     steps
-        Most values of σ to try; each takes S passes over the anchor set. Usually three or four.
+        Maximum number of σ to try, usually three or four; each takes S passes over the anchor set.
 
     References
     ----------
@@ -129,13 +129,13 @@ class TFB(Guide):
             program.scale.fill_(scale)
             return fit.loss(program.factors(noise), held_out=held_out) - loss
 
-        found = largest_scale(rise, tolerance, self.steps)
-        program.scale.fill_(found)
-        _warn_of_bounds(found, tolerance)
-        fit.log(noise_scale=found, anchor_loss=loss, tolerated=tolerance)
+        scale = largest_scale(rise, tolerance, self.steps)
+        program.scale.fill_(scale)
+        _warn_of_bounds(scale, tolerance)
+        fit.log(noise_scale=scale, anchor_loss=loss, tolerated=tolerance)
 
     def _nats(self, loss: float) -> float:
-        """The tolerance in nats an observation."""
+        """Return the tolerance in nats per observation."""
         if not self.relative:
             return self.tolerance
         if not loss > 0:
@@ -148,20 +148,23 @@ class TFB(Guide):
 
 
 def largest_scale(rise: Callable[[float], float], tolerance: float, steps: int) -> float:
-    """The largest σ within `SCALES` found with rise(σ) <= ``tolerance``, by at most ``steps``
-    evaluations; 0.0 where none was. A rise that is not a number is above it."""
+    """Return the largest σ within `SCALES` that was tried with rise(σ) <= ``tolerance``.
+
+    At most ``steps`` values are tried; 0.0 if all are above the tolerance, as a rise that is not a
+    number is.
+    """
     low, high, scale = 0.0, math.inf, FIRST
     for _ in range(steps):
-        found = rise(scale)
-        if found <= tolerance:
+        risen = rise(scale)
+        if risen <= tolerance:
             low = scale
         else:
             high = scale
-        if NEAR * tolerance <= found <= tolerance or low == SCALES[1] or high == SCALES[0]:
+        if NEAR * tolerance <= risen <= tolerance or low == SCALES[1] or high == SCALES[0]:
             break
-        guess = SCALES[1] if found <= 0 else scale * (AIM * tolerance / found) ** 0.5
+        guess = SCALES[1] if risen <= 0 else scale * (AIM * tolerance / risen) ** 0.5
         scale = min(max(guess, SCALES[0]), SCALES[1])
-        if not low < scale < high:  # nor where it is not a number
+        if not low < scale < high:  # or the guess is not a number
             scale = (max(low, SCALES[0]) * min(high, SCALES[1])) ** 0.5
     return low
 
@@ -185,8 +188,10 @@ def _warn_of_bounds(scale: float, tolerance: float) -> None:
 
 
 class TFBProgram(FactorProgram):
-    """The site ``noise``: Z, all entries of A, flat; in model and guide alike, so that there is no
-    KL. Buffer: σ, ``scale``."""
+    """A program with the site ``noise``: Z, all entries of A, flat.
+
+    It has the same law in model and guide, so that there is no KL. Buffer: σ, ``scale``.
+    """
 
     scale: Tensor
 
@@ -206,7 +211,7 @@ class TFBProgram(FactorProgram):
         return dist.Normal(torch.zeros_like(self.scale), 1.0).expand([total]).to_event(1)
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
-        return {}  # σ is found after training
+        return {}  # σ is searched after training
 
     def factors(self, sites: Sites) -> FlatFactors:
         roots = self.scale * self.roots()
@@ -215,8 +220,10 @@ class TFBProgram(FactorProgram):
 
     @torch.no_grad()
     def roots(self) -> Tensor:
-        """(BᵀB)^(−½) of every layer, (L, r, r) in the order of A's blocks: the pseudo-inverse's,
-        without the directions that B does not have."""
+        """Return (BᵀB)^(−½) of every layer, (L, r, r), in the order of A's blocks.
+
+        They are pseudo-inverses, without the directions that B does not have.
+        """
         layout = self.bank.layout("A")
         B = self.bank.layouts["B"].matrices(self.bank.means().B)
         grams = self.scale.new_zeros(len(layout), layout.rank, layout.rank, dtype=torch.double)

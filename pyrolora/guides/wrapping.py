@@ -12,6 +12,7 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.guides.engines import Curvature
 from pyrolora.guides.options import Guide
 from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.supports import Capability
 from pyrolora.parameters import ParamModule
 
 
@@ -96,7 +97,7 @@ class WrappingProgram(Program):
         self.inner.hold_scales()
 
     def settle(self, curvature: Curvature, beta: float) -> None:
-        self.inner.settle(curvature, beta)
+        self._inner_for("closed_scales").settle(curvature, beta)
 
     # Training -----------------------------------------------------------------------------------
 
@@ -110,10 +111,10 @@ class WrappingProgram(Program):
         self.inner.after_step(step, steps)
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
-        return self._prefixed(self.inner.rank_entries(rows))
+        return self._prefixed(self._inner_for("rank_allocation").rank_entries(rows))
 
     def renew(self, rows: Tensor) -> dict[str, Tensor]:
-        return self._prefixed(self.inner.renew(rows))
+        return self._prefixed(self._inner_for("rank_allocation").renew(rows))
 
     # Earlier fits -------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class WrappingProgram(Program):
 
     def succeed(self, previous: Program | Guide) -> None:
         inner = previous.inner if isinstance(previous, WrappingProgram) else previous
-        self.inner.succeed(inner)
+        self._inner_for("prior").succeed(inner)
 
     # Draws --------------------------------------------------------------------------------------
 
@@ -130,10 +131,16 @@ class WrappingProgram(Program):
         return self.inner.stored()
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
-        return self.inner.pick(index)
+        return self._inner_for("stored_draws").pick(index)
 
     def statistics(self, index: Tensor) -> dict[str, Tensor]:
         return self.inner.statistics(index)
+
+    def _inner_for(self, capability: Capability) -> Program:
+        """Return the inner program, for a capability that the outer guide states, too."""
+        if not getattr(self.supports, capability):
+            self._refuse(capability)
+        return self.inner
 
     @staticmethod
     def _prefixed(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,29 +1,25 @@
-"""Inference: the ELBO, the Trainer around it, and the data that both take."""
+"""Inference: the engines that guides share, and the Trainer's arguments and checkpoints."""
 
 from pyrolora.data import Prepared, check_finite, pass_rows, prepare, to_device
-from pyrolora.inference.allocation import AllocateRanks, check_allocation
 from pyrolora.inference.arguments import check_arguments, training_arguments
 from pyrolora.inference.checkpoints import (
     checkpoint_step,
     checkpoints,
-    differences,
     last_checkpoint,
     member_folders,
     newest_whole,
     read_state,
 )
-from pyrolora.inference.curvature import (
-    Eigen,
-    Kronecker,
-    best_precision,
-    kfac,
-    log_marginal_likelihood,
-)
+from pyrolora.inference.curvature import Eigen, Kronecker, kfac
 from pyrolora.inference.elbo import NamedELBO
+from pyrolora.inference.evidence import best_precision, log_marginal_likelihood
 from pyrolora.inference.gradients import weight_gradients
+from pyrolora.inference.identity import differences
 from pyrolora.inference.importance import ablation, signal_to_noise
+from pyrolora.inference.objective import Objective
+from pyrolora.inference.ranks import AllocateRanks, check_allocation
 from pyrolora.inference.run import Run
-from pyrolora.inference.trainer import Objective, SVITrainer
+from pyrolora.inference.trainer import SVITrainer
 
 __all__ = [
     "AllocateRanks",

@@ -1,4 +1,4 @@
-"""The Trainer's arguments: from fit's shortcuts, and those that are refused."""
+"""The Trainer's arguments: those of fit's shortcuts, and those that are refused."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pyrolora import defaults
 from pyrolora.checks import positive, whole_number
 from pyrolora.errors import ConfigError
 
-OURS = "evaluation is pyrolora's own, of the predictive mean, and makes no use of it"
+OURS = "pyrolora evaluates the predictive mean itself, and makes no use of it"
 SPREAD = "several processes train with torchrun, each with the whole network"
 UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the likelihood is that of the labels as they are"),
     "neftune_noise_alpha": (None, "noise on the weights is the guide 'flat'"),
-    "torch_compile": (False, "the compiler cannot follow adapters that change with every call"),
-    "use_liger_kernel": (False, "kernels would be put in place of layers that are adapted"),
-    "auto_find_batch_size": (False, "a second attempt would go on from where the first ended"),
+    "torch_compile": (False, "the compiler cannot follow adapters that change at every call"),
+    "use_liger_kernel": (False, "its kernels would replace layers that are adapted"),
+    "auto_find_batch_size": (False, "a second attempt would start from where the first one ended"),
     "prediction_loss_only": (False, OURS),
     "eval_accumulation_steps": (None, OURS),
     "eval_do_concat_batches": (True, OURS),
@@ -32,14 +32,14 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "fp16_full_eval": (False, OURS),
     "average_tokens_across_devices": (True, "examples are always counted over all devices"),
     "label_names": (None, "the labels are the column 'labels'"),
-    "optim_target_modules": (None, "it is for GaLore and its like, of whole weight matrices"),
+    "optim_target_modules": (None, "it is for optimisers of whole weight matrices, such as GaLore"),
     "deepspeed": (None, SPREAD),
     "fsdp": (None, SPREAD),
     "parallelism_config": (None, SPREAD),
     "push_to_hub": (False, "upload what posterior.save or posterior.to_peft writes"),
 }
-"""Arguments of the Trainer that would do nothing here, or something else than they say: the value
-that is as good as none, and the reason."""
+"""Arguments of the Trainer that would have no effect here, or another than they promise: their
+neutral value, and the reason."""
 
 
 def training_arguments(
@@ -52,7 +52,7 @@ def training_arguments(
     save: bool = True,
     **more: Any,
 ) -> TrainingArguments:
-    """``TrainingArguments`` with pyrolora's defaults.
+    """Return ``TrainingArguments`` with pyrolora's defaults.
 
     Parameters
     ----------
@@ -61,9 +61,9 @@ def training_arguments(
     epochs, learning_rate, batch_size, seed
         As in `pyrolora.fit`.
     save
-        Write a checkpoint ten times a run, and keep the last two.
+        Write ten checkpoints per run, and keep the last two.
     more
-        Arguments of ``TrainingArguments``, which replace those made here.
+        Further arguments of ``TrainingArguments``; they take precedence.
 
     Raises
     ------
@@ -98,24 +98,23 @@ def training_arguments(
 
 
 def check_arguments(training: Any) -> None:
-    """Raise `ConfigError` for what is no ``TrainingArguments``, or has options that would do
-    nothing."""
+    """Raise `ConfigError` unless these are ``TrainingArguments`` that all have an effect."""
     if not isinstance(training, TrainingArguments):
         raise ConfigError(
             f"training must be a transformers.TrainingArguments, got {training!r}; epochs=, "
             "learning_rate=, batch_size= and seed= need none"
         )
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    own = [field for field in dataclasses.fields(training) if field.name not in known]
-    if own:
-        given = [
+    added = [field for field in dataclasses.fields(training) if field.name not in known]
+    if added:
+        changed = [
             f"{field.name}={getattr(training, field.name)!r}"
-            for field in own
+            for field in added
             if getattr(training, field.name) != _default(field)
         ]
         raise ConfigError(
-            f"training is a {type(training).__name__}, whose own options would do nothing here "
-            f"({', '.join(given or [field.name for field in own])}); pass a plain "
+            f"training is a {type(training).__name__}, whose own options would have no effect here "
+            f"({', '.join(changed or [field.name for field in added])}); pass a plain "
             "transformers.TrainingArguments, and prepare the data as those options say"
         )
     for name, (neutral, reason) in UNUSED.items():
@@ -124,7 +123,7 @@ def check_arguments(training: Any) -> None:
             raise ConfigError(f"training={name}={value!r} is not supported: {reason}; leave it out")
     if training.fp16 and training.device.type == "cpu":
         raise ConfigError(
-            "training=fp16=True does nothing on a CPU; choose bf16=True and use_cpu=True"
+            "training=fp16=True has no effect on a CPU; choose bf16=True and use_cpu=True"
         )
     for name in training.report_to:
         try:
@@ -140,7 +139,7 @@ def check_arguments(training: Any) -> None:
     if training.resume_from_checkpoint and strategy not in ("random", "sequential"):
         raise ConfigError(
             f"a fit with train_sampling_strategy={strategy!r} cannot be resumed: its order of the "
-            "data would be another one than before; begin anew, without resume_from_checkpoint"
+            "data would differ from the first one; begin anew, without resume_from_checkpoint"
         )
 
 

@@ -1,26 +1,25 @@
-"""The curvature of the log-likelihood in the adapter factors, and the evidence that it gives."""
+"""KFAC: the curvature of the log-likelihood in the adapter factors, block by block."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK, Batch
+from pyrolora.columns import Batch
 from pyrolora.errors import DataError
+from pyrolora.inference.recording import Recording, counted, masks, readable, recorded
 from pyrolora.model import JointModel, evaluating
-
-PRECISIONS = (1e-8, 1e12)
-"""Where `best_precision` looks: prior standard deviations of the factors from 1e4 to 1e-6."""
 
 
 class Eigen(NamedTuple):
-    """rows = U diag(ρ) Uᵀ and columns = V diag(κ) Vᵀ, with ``values`` (r, c) = ρ κᵀ >= 0."""
+    """Eigenvectors and eigenvalues of a `Kronecker` block.
+
+    rows = U diag(ρ) Uᵀ and columns = V diag(κ) Vᵀ, with ``values`` (r, c) = ρ κᵀ >= 0.
+    """
 
     U: Tensor
     V: Tensor
@@ -29,15 +28,19 @@ class Eigen(NamedTuple):
 
 @dataclass(frozen=True)
 class Kronecker:
-    """The curvature of one block X (r, c) of the bank: d vec(X)ᵀ (rows ⊗ columns) d vec(X), with
-    vec row by row. ``rows`` is (r, r), ``columns`` (c, c)."""
+    """The curvature of one block X (r, c) of the bank, d vec(X)ᵀ (rows ⊗ columns) d vec(X).
+
+    vec goes row by row; ``rows`` is (r, r), ``columns`` (c, c).
+    """
 
     rows: Tensor
     columns: Tensor
 
     def eigen(self) -> Eigen:
-        """The eigenvectors of both factors and the eigenvalues of their product, those below zero
-        by rounding at zero."""
+        """Return the eigenvectors of both factors and the eigenvalues of their product.
+
+        Eigenvalues that rounding puts below zero are zero.
+        """
         rho, U = torch.linalg.eigh(self.rows)
         kappa, V = torch.linalg.eigh(self.columns)
         return Eigen(U, V, torch.outer(rho.clamp(min=0), kappa.clamp(min=0)))
@@ -45,16 +48,16 @@ class Kronecker:
 
 @torch.no_grad()
 def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
-    """The generalised Gauss-Newton matrix of −log p(y | A, B) at the means, block by block.
+    """Return the generalised Gauss-Newton matrix of −log p(y | A, B) at the means, by block.
 
     KFAC-expand: for a weight that maps a_t to its output at position t of an example,
 
         Σ_examples Σ_t,t' Jᵀ H J  ≈  (1/m Σ_t a_t a_tᵀ) ⊗ (Σ_v Σ_t g_vt g_vtᵀ)
 
     with m the number of positions over all examples, H = Σ_v v vᵀ the Hessian of −log p in the
-    network's output f (``likelihood.curvature``), and g_vt the gradient of <v, f> in the weight's
+    network's output f (``task.curvature``), and g_vt the gradient of <v, f> in the weight's
     output. It is exact for one example without positions, and for a Gaussian law of a linear
-    function. A layer that is called several times counts as one with as many more positions.
+    function. A layer that is called several times counts as one with that many more positions.
     Positions where ``attention_mask`` is 0, and choices that an example does not have, do not
     count.
 
@@ -68,15 +71,15 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
     A network whose layers do not see examples first (`JointModel.together`) is run example by
     example.
 
-    Cost: a forward pass and as many backward passes a batch as there are v; per layer and position
-    in² multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes a layer and nothing
-    that grows with the number of examples: for BERT-base 113 MB with query and value adapted
+    Cost: per batch a forward pass and one backward pass per v; per layer and position in²
+    multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes per layer, whatever the
+    number of examples: for BERT-base 113 MB with query and value adapted
     (48 matrices of 768²), 1.2 GB with all linear layers. `Kronecker.eigen` takes that once more.
 
     Parameters
     ----------
     joint
-        The model; its heads and its likelihood are constants here.
+        The model; its heads and its task are constants here.
     batches
         All n training examples once, on the model's device.
 
@@ -110,72 +113,30 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
         for batch in (part for whole in batches for part in readable(joint, whole)):
             output, layers = recorded(joint, batch, means)
             _accumulate(joint, batch, output, layers, sums)
-    empty = [name for name, own in sums.items() if own.positions == 0]
+    empty = [name for name, layer in sums.items() if layer.positions == 0]
     if empty:
         raise DataError(
             f"no position of any batch counts for layer {empty[0]!r}: there is no batch, or the "
             "attention_mask is 0 everywhere; pass the training examples"
         )
-    found = {}
+    curvature = {}
     factors = {f: bank.layouts[f].matrices(bank.kept(f, getattr(means, f).detach())) for f in "AB"}
     for name, spec in bank.specs.items():
         A, B, s = factors["A"][name], factors["B"][name].mT, spec.scaling
         X = sums[name].inputs.div_(sums[name].positions)
         G = sums[name].gradients.mul_(s**2)
-        found[f"{name}.A"] = Kronecker(B.T @ G @ B, X)
-        found[f"{name}.B"] = Kronecker(A @ X @ A.T, G)
-    return found
+        curvature[f"{name}.A"] = Kronecker(B.T @ G @ B, X)
+        curvature[f"{name}.B"] = Kronecker(A @ X @ A.T, G)
+    return curvature
 
 
 @dataclass
 class _Sums:
-    """Σ x xᵀ (in, in), Σ g gᵀ (out, out), and over how many positions the first."""
+    """Sums Σ x xᵀ (in, in) and Σ g gᵀ (out, out), and the number of positions in the first."""
 
     inputs: Tensor
     gradients: Tensor
     positions: int = 0
-
-
-@dataclass(frozen=True)
-class Recording(Factors):
-    """Factors that keep the input and the update, s B A x, of each use of their layer."""
-
-    inputs: list[Tensor] = field(default_factory=list)
-    updates: list[Tensor] = field(default_factory=list)
-
-    def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
-        out: Tensor = layer(x)
-        x = x.to(self.A.dtype)
-        update = x @ self.A.mT @ self.sB
-        self.inputs.append(x.detach())
-        self.updates.append(update)
-        return out + update.to(out.dtype)
-
-
-def recorded(
-    joint: JointModel, batch: Batch, factors: FlatFactors
-) -> tuple[Tensor, dict[str, Recording]]:
-    """The network's output under one setting of the factors, and what each layer saw. The updates
-    have gradients where B requires one."""
-    plain = joint.binding(factors)
-    layers = {
-        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
-        for name, layer in joint.attachment.layers.items()
-    }
-    bound: dict[nn.Module, Factors] = {
-        joint.attachment.layers[name]: layer for name, layer in layers.items()
-    }
-    return joint.run(batch, replace(plain, factors=bound)), layers
-
-
-def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
-    """The batch; or one example after the other, where a layer's rows do not say whose they are."""
-    size = len(next(iter(batch.values())))
-    if size == 1 or joint.together(batch):
-        yield batch
-        return
-    for i in range(size):
-        yield {name: tensor[i : i + 1] for name, tensor in batch.items()}
 
 
 def _accumulate(
@@ -185,11 +146,11 @@ def _accumulate(
     layers: dict[str, Recording],
     sums: dict[str, _Sums],
 ) -> None:
-    masks = _masks(batch)
+    counting = masks(batch)
     names = [name for name, layer in layers.items() for _ in layer.updates]
     for name, layer in layers.items():
         for x in layer.inputs:
-            rows = _counted(x, masks).to(sums[name].inputs.dtype)
+            rows = counted(x, counting).to(sums[name].inputs.dtype)
             sums[name].inputs.addmm_(rows.T, rows)
             sums[name].positions += len(rows)
     updates = [update for layer in layers.values() for update in layer.updates]
@@ -198,88 +159,5 @@ def _accumulate(
             output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
         )
         for name, gradient in zip(names, gradients, strict=True):
-            rows = _counted(gradient, masks).to(sums[name].gradients.dtype)
+            rows = counted(gradient, counting).to(sums[name].gradients.dtype)
             sums[name].gradients.addmm_(rows.T, rows)
-
-
-def _masks(batch: Batch) -> list[Tensor]:
-    """Which positions (rows, T), and which rows, count. A batch of choices, (b, choices, ...), has
-    b * choices rows."""
-    masks = []
-    choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
-    if attention is not None and attention.dim() > 1:
-        attention = attention if choices is None else attention * choices[..., None]
-        masks.append(attention.flatten(0, -2).bool())
-    if choices is not None:
-        masks.append(choices.flatten().bool())
-    return masks
-
-
-def _counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:
-    """The positions of a (..., k) tensor that count, as (m, k); all where no mask fits."""
-    for mask in masks:
-        if tensor.shape[:-1][: mask.dim()] == mask.shape:
-            tensor = tensor[mask]
-            break
-        if len(mask) == 1 and tensor.dim() == 3 and tensor.shape[:-1].numel() == mask.numel():
-            tensor = tensor.flatten(0, 1)[mask.flatten()]  # one example, positions first
-            break
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-# The prior's precision ---------------------------------------------------------------------------
-
-
-def log_marginal_likelihood(
-    log_likelihood: float, eigenvalues: Sequence[Tensor], means: Sequence[Tensor], precision: float
-) -> float:
-    """Laplace's log p(y) under θ ~ N(0, I / λ), in nats:
-
-        log p(y | θ̄) - ½ [ λ ‖θ̄‖² + Σ_i log(e_i + λ) - P log λ ]
-
-    It is exact for a Gaussian law of a linear function, at θ̄ the mode for this very λ.
-
-    Parameters
-    ----------
-    log_likelihood
-        log p(y | θ̄), summed over all examples.
-    eigenvalues
-        e >= 0 of the curvature, in tensors of any shape, P numbers in all.
-    means
-        θ̄, in tensors of any shape.
-    precision
-        λ > 0.
-    """
-    norm = _squared_norm(means)
-    # log((e + λ) / λ), which does not cancel where e is small.
-    log_ratio = sum(float((e.double() / precision).log1p().sum()) for e in eigenvalues)
-    return log_likelihood - 0.5 * (precision * norm + log_ratio)
-
-
-def best_precision(eigenvalues: Sequence[Tensor], means: Sequence[Tensor]) -> float:
-    """The λ that maximises `log_marginal_likelihood` with θ̄ and the eigenvalues held fixed.
-
-    It is MacKay's fixed point λ ‖θ̄‖² = γ(λ) = Σ_i e_i / (e_i + λ). The left side rises from 0 and
-    the right side falls to 0, so that there is one solution, found by bisection of log λ within
-    `PRECISIONS`. A solution outside, the bound next to it: the upper one for ‖θ̄‖ = 0, where the
-    evidence rises with λ for ever, and the lower one where all e_i are 0.
-
-    References
-    ----------
-    D. J. C. MacKay (1992), "Bayesian Interpolation".
-    """
-    norm = _squared_norm(means)
-    values = torch.cat([e.double().flatten() for e in eigenvalues])
-    low, high = (math.log(bound) for bound in PRECISIONS)
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        precision = math.exp(middle)
-        if precision * norm < float((values / (values + precision)).sum()):
-            low = middle
-        else:
-            high = middle
-    return min(max(math.exp(0.5 * (low + high)), PRECISIONS[0]), PRECISIONS[1])
-
-
-def _squared_norm(means: Sequence[Tensor]) -> float:
-    return sum(float(mean.detach().double().square().sum()) for mean in means)

@@ -1,5 +1,4 @@
-"""The posterior of all factors together in the linearised model: a Gaussian process over the
-training outputs."""
+"""The full posterior of the linearised model, as a Gaussian process over the training outputs."""
 
 from __future__ import annotations
 
@@ -11,23 +10,27 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import DataError
+from pyrolora.guides import Latent
 from pyrolora.inference.jacobian import Batches, Part, examples, hessian, slabs
 from pyrolora.model import JointModel
 
 MOST_ROWS = 4096
-"""n k beyond which `Dual` refuses: its matrices then have 128 MiB each, and a step of Newton's
-takes some seconds of a core."""
+"""Largest n k that `Dual` takes: its matrices then have 128 MiB each, and a Newton step takes some
+seconds on one core."""
 DECADES = range(-6, 4)
-"""Where the evidence is looked at, relative to the largest eigenvalue that the curvature has where
-all outputs are zero."""
+"""Exponents of λ at which the evidence is evaluated, relative to the largest eigenvalue of the
+curvature at outputs of zero."""
 COLUMNS = 2**13
-"""Columns of the Jacobian whose products are taken at a time, in double precision."""
+"""Columns of the Jacobian that are multiplied at a time, in double precision."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """The mode for one λ: α with θ* − θ₀ = J̃ᵀ α / λ; per example the root S (n, k, k) of the
-    Hessian H_i = S Sᵀ of −log p there; the lower factor of I + Sᵀ K S / λ; and the evidence."""
+    """The mode of the posterior for one λ.
+
+    α with θ* − θ₀ = J̃ᵀ α / λ; per example the root S (n, k, k) of the Hessian H_i = S Sᵀ of −log p
+    there; the lower factor of I + Sᵀ K S / λ; and the evidence.
+    """
 
     alpha: Tensor
     root: Tensor
@@ -36,14 +39,15 @@ class Mode:
 
 
 class Dual:
-    """The linearised model's posterior of all P latent entries θ, without a matrix of side P:
+    """The linearised model's posterior of all P latent entries θ, without a P × P matrix.
 
         f_i(θ) = f_i(θ̄) + J_i (θ − θ̄),   θ ~ N(θ₀, I / λ),   p(θ | y) ≈ N(θ*, (λ I + Jᵀ H J)⁻¹)
 
     with θ* its mode and H the Hessian of −log p(y|f) there, block by block S_i S_iᵀ. Both depend on
     θ through the training outputs only, that is, on K = J Jᵀ (n k, n k) and on J (θ₀ − θ̄); J has k
-    rows an example, in the directions of which the likelihood depends on its outputs. The mode is
-    found by Newton's method on g = J (θ − θ₀), a Gaussian process with covariance K / λ; then
+    rows per example, one for each direction in which the likelihood depends on its outputs. The
+    mode is found by Newton's method on g = J (θ − θ₀), a Gaussian process with covariance K / λ;
+    then
 
         log p(y | λ) ≈ log p(y | f(θ*)) − ½ λ ‖θ* − θ₀‖² − ½ log |I + Sᵀ K S / λ|.
 
@@ -52,26 +56,26 @@ class Dual:
 
         θ = θ* + λ^(−½) z − Jᵀ S (Sᵀ K S + λ I)⁻¹ (λ^(−½) Sᵀ J z + ε)
 
-    Time: to make it, per slab of layers (`slabs`) a forward pass over the examples and k backward
-    ones, and n² k² P multiplications in double precision; a step of Newton's (n k)³ / 3; for draws,
-    the slabs once more unless there is one alone. Memory: 32 (n k)² bytes, draws x P numbers twice,
-    and a slab.
+    Time: at construction, per slab of layers (`slabs`) a forward pass over the examples and k
+    backward ones, and n² k² P multiplications in double precision; per Newton step (n k)³ / 3; for
+    draws, the slabs once more unless there is only one. Memory: 32 (n k)² bytes, draws x P numbers
+    twice, and a slab.
 
-    One λ is for all entries: with one for A and another for B the evidence often leaves a factor
-    out, and the predictions stay as they are.
+    All entries share one λ: with one each for A and B the evidence often switches a factor off,
+    and the predictions do not change.
 
     Parameters
     ----------
     joint
-        The model at θ̄; heads and likelihood are constants here.
+        The model at θ̄; its heads and its task are constants here.
     batches
         The training examples.
     centre
         θ₀, (P,).
     latent
-        Which factors θ is of.
+        The factors that θ consists of.
     draws
-        How many draws `deviations` gives.
+        Number of draws that `deviations` returns.
 
     Raises
     ------
@@ -87,7 +91,7 @@ class Dual:
     """
 
     def __init__(
-        self, joint: JointModel, batches: Batches, centre: Tensor, latent: str, draws: int
+        self, joint: JointModel, batches: Batches, centre: Tensor, latent: Latent, draws: int
     ) -> None:
         self.joint, self.batches, self.latent = joint, batches, latent
         self.parts = examples(joint, batches)
@@ -114,12 +118,17 @@ class Dual:
 
     @torch.no_grad()
     def best_precision(self) -> float:
-        """The λ of the highest evidence: the best of `DECADES`, and between its neighbours by
-        golden section of log λ."""
+        """Return the λ of the highest evidence.
+
+        It is the best of `DECADES`, refined between its neighbours by golden section of log λ.
+        """
         flat = [self._root(part, torch.zeros_like(part.output)) for part in self.parts]
         scale = float(torch.linalg.eigvalsh(self._inner(torch.cat(flat)))[-1])
         if scale <= 0:
-            raise DataError("no output depends on the latent factors; give prior_scale")
+            raise DataError(
+                "no output depends on the latent factors, and the evidence prefers no λ; give "
+                "prior_scale"
+            )
 
         def evidence(x: float) -> float:
             return self.mode(scale * 10**x).log_evidence
@@ -129,8 +138,11 @@ class Dual:
 
     @torch.no_grad()
     def mode(self, precision: float) -> Mode:
-        """The mode of θ for that λ: damped Newton steps on a concave objective, from where the
-        last λ had it, or, if that is better, from the prior's mean."""
+        """Return the mode of θ for that λ.
+
+        Damped Newton steps on a concave objective start from the mode of the last λ, or from the
+        prior's mean if that is better.
+        """
         points = [(alpha, self.K @ alpha / precision) for alpha in (self._last, 0 * self._last)]
         values = [self._law(self.start + g)[0] - 0.5 * float(alpha @ g) for alpha, g in points]
         value = max(values)
@@ -154,9 +166,11 @@ class Dual:
         return Mode(alpha, root, factor, value - float(factor.diagonal().log().sum()))
 
     def _size(self, first: float, alpha: Tensor, g: Tensor, step: Tensor, step_g: Tensor) -> float:
-        """How much of a step to take: all of it, or, where the objective falls at its end, a part
-        that ends before it does. ``first`` is the slope of the objective, which is concave, at the
-        beginning."""
+        """Return the share of a step to take.
+
+        All of it, or, where the objective falls at its end, a part that ends before it does.
+        ``first`` is the slope of the concave objective at the beginning.
+        """
         low, size, high = 0.0, 1.0, 1.0
         for _ in range(50):
             _, slope, _ = self._law(self.start + g + size * step_g)
@@ -169,37 +183,37 @@ class Dual:
 
     @torch.no_grad()
     def deviations(self, precision: float) -> Tensor:
-        """(draws, P): draws of θ − θ̄."""
+        """Return draws of θ − θ̄, (draws, P)."""
         mode = self.mode(precision)
         z, root = self.z * precision**-0.5, mode.root
         seen = self._transposed(root, self.Jz * precision**-0.5) + self.noise
         # (Sᵀ K S + λ I)⁻¹ = (1 / λ) (I + Sᵀ K S / λ)⁻¹
         weights = mode.alpha[:, None] - self._times(root, _solve(mode.factor, seen))
         weights = (weights / precision).to(z.dtype)
-        found = self.shift + z
+        deviations = self.shift + z
         again = slabs(self.joint, self.batches, self.parts, self.latent)
         for columns, J in again if self._only is None else [self._only]:
-            found[:, columns] += weights.T @ J
-        return found
+            deviations[:, columns] += weights.T @ J
+        return deviations
 
     def _law(self, moved: Tensor) -> tuple[float, Tensor, Tensor]:
-        """log p(y|f̄ + Q g), its gradient in g (n k,), and the roots (n, k, k) of its Hessian."""
+        """Return log p(y|f̄ + Q g), its gradient in g (n k,), and roots (n, k, k) of its Hessian."""
         total, slopes, roots, start = 0.0, [], [], 0
         for part in self.parts:
             count = len(part.output)
-            own = moved.view(self.n, self.k)[start : start + count].detach()
+            g = moved.view(self.n, self.k)[start : start + count].detach()
             start += count
             with torch.enable_grad():
-                own.requires_grad_()
-                output = part.at(own)
+                g.requires_grad_()
+                output = part.at(g)
                 log_prob = self.joint.task.log_prob(output, part.batch).double().sum()
-                slopes.append(torch.autograd.grad(log_prob, own)[0])
+                slopes.append(torch.autograd.grad(log_prob, g)[0])
             total += float(log_prob.detach())
             roots.append(self._root(part, output.detach()))
         return total, torch.cat(slopes).flatten(), torch.cat(roots)
 
     def _root(self, part: Part, output: Tensor) -> Tensor:
-        """S (b, k, k) of the Hessian at those outputs."""
+        """Return the root S (b, k, k) of the Hessian at these outputs."""
         full = hessian(self.joint.task, output.reshape(part.shape), part.batch)
         values, vectors = torch.linalg.eigh(part.basis.mT @ full @ part.basis)
         return vectors * values.clamp(min=0).sqrt()[:, None]
@@ -216,16 +230,16 @@ class Dual:
         return factor
 
     def _inner(self, root: Tensor) -> Tensor:
-        """Sᵀ K S."""
+        """Return Sᵀ K S."""
         half = self._transposed(root, self.K)
         return self._transposed(root, half.T)
 
     def _transposed(self, root: Tensor, right: Tensor) -> Tensor:
-        """Sᵀ times (n k, ...)."""
+        """Return Sᵀ times (n k, ...)."""
         return self._times(root.mT, right)
 
     def _times(self, root: Tensor, right: Tensor) -> Tensor:
-        """S times (n k, ...)."""
+        """Return S times (n k, ...)."""
         columns = right.reshape(self.n, self.k, -1)
         return (root @ columns).reshape(right.shape)
 
@@ -247,7 +261,7 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
 
 
 def _golden(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with one maximum has it, to 0.02."""
+    """Return the maximiser of a function with one maximum, to within 0.02."""
     ratio = (math.sqrt(5) - 1) / 2
     left, right = high - ratio * (high - low), low + ratio * (high - low)
     at_left, at_right = function(left), function(right)

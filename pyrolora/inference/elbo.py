@@ -24,9 +24,9 @@ class NamedELBO(TraceMeanField_ELBO):
 
     The same estimator: Σ over latent sites of KL(q(site | parents) ‖ p(site | parents)), in closed
     form where one is registered, and log-densities at the draw elsewhere. Two differences: the
-    terms of the last evaluation stay readable; and Pyro's validation, where it is on, checks the
-    first evaluation only, as do its traces: later ones keep what the bound reads. Both cost more
-    than the bound itself, and the programs have the same structure every time.
+    terms of the last evaluation stay readable; and Pyro's traces and validation, where it is on,
+    serve the first evaluation only, while later ones keep no more than the bound reads. Both cost
+    more than the bound itself, and the programs have the same structure every time.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class NamedELBO(TraceMeanField_ELBO):
             return self._bound(scored.sites, drawn.sites)
 
     def _bound(self, model_sites: Nodes, guide_sites: Nodes) -> Any:
-        """−ELBO from the sites of both programs."""
+        """Return −ELBO from the sites of both programs."""
         self.terms = {}
         loss: Any = 0.0
         for name, site in model_sites.items():
@@ -87,8 +87,10 @@ class NamedELBO(TraceMeanField_ELBO):
 
 
 class _Sites(Messenger):
-    """What ``trace`` keeps of the sample statements, and what ``replay`` does with those that were
-    ``drawn`` before; no graph and no statement of a parameter, which the bound does not read."""
+    """A light ``trace`` and ``replay``: record sample sites, and reuse the values in ``drawn``.
+
+    Parameter statements and the graph of sites, which the bound does not read, are skipped.
+    """
 
     def __init__(self, drawn: Nodes | None = None) -> None:
         super().__init__()

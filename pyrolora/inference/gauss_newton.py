@@ -1,4 +1,4 @@
-"""The curvature of the log-likelihood as the scales of a posterior read it, under its own draws."""
+"""The curvature of the log-likelihood under the posterior's draws, by which scales are set."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import torch
 from torch import Tensor
 
 from pyrolora.columns import Batch
-from pyrolora.guides import Curvature
-from pyrolora.inference.curvature import Recording, readable, recorded
+from pyrolora.guides import Curvature, Latent
+from pyrolora.inference.recording import Recording, readable, recorded
 from pyrolora.model import JointModel, evaluating
 
 
 @torch.no_grad()
 def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Curvature:
-    """The generalised Gauss-Newton matrix of −log p(y|A, B), a draw from the posterior a batch,
-    summed over the batches' examples and scaled up to all n:
+    """Return the generalised Gauss-Newton matrix of −log p(y|A, B), expected under the posterior.
+
+    With one draw from the posterior per batch, it is summed over examples and scaled up to all n:
 
         H = n/m Σ_i Σ_v g_iv g_ivᵀ,   g_iv the gradient of <v, f(x_i; θ)> in the latent factors
 
-    with Σ_v v vᵀ the Hessian of −log p(y_i|f) in the network's output f (``likelihood.curvature``),
-    so that it is what a variational bound asks for, the curvature expected under the posterior; of
-    it the diagonal, and for each block what its ranks share. A gradient is that of an example: over
-    all of its positions and all uses of a layer. The network runs in evaluation mode.
+    with Σ_v v vᵀ the Hessian of −log p(y_i|f) in the network's output f (``task.curvature``). A
+    variational bound asks for this curvature, expected under the posterior. The result has its
+    diagonal, and for each block the part that its ranks share. A gradient is one per example,
+    summed over all of its positions and all uses of a layer. The network runs in evaluation mode.
 
     Parameters
     ----------
     joint
-        The model; heads and likelihood are constants here.
+        The model; its heads and its task are constants here.
     batches
         m of the training examples, on the model's device.
     passes
-        At most so many backward passes a batch: one for each v, or, where there are more, one for
-        Σ_v ±v with random signs, which is right in expectation.
+        The most backward passes per batch: one for each v, or, where there are more, one for
+        Σ_v ±v with random signs, which has the same expectation.
 
     References
     ----------
@@ -71,10 +72,9 @@ def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Cu
 
 
 def _gradients(
-    joint: JointModel, batch: Batch, latent: str, passes: int
+    joint: JointModel, batch: Batch, latent: Latent, passes: int
 ) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """(layer, factor) and (b, r, columns): the gradients of each example, of one v after the
-    other."""
+    """Yield (layer, factor) and the gradients of each example, (b, r, columns), one v at a time."""
     program = joint.program
     drawn = program.factors(program.draw(1))[0]
     drawn = replace(drawn, A=drawn.A.detach(), B=drawn.B.detach().requires_grad_())
@@ -99,7 +99,10 @@ def _gradients(
 
 
 def _of_use(layer: Recording, x: Tensor, g: Tensor, factor: str, size: int) -> Tensor:
-    """(b, r, columns): of one use of a layer, with inputs x and gradients g of its update."""
+    """Return the gradients of one use of a layer, (b, r, columns).
+
+    x are its inputs, and g the gradients of its update.
+    """
     x, g = (t.reshape(size, -1, t.shape[-1]) for t in (x, g.to(layer.A.dtype)))
     sB = layer.sB.detach()
     if factor == "A":

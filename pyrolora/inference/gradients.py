@@ -16,9 +16,10 @@ from pyrolora.model import JointModel, evaluating
 
 
 def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
-    """The gradient of −(1/m) Σ log p(y_i | x_i) in the weight W of each adapted layer, at the
-    network without adapters and with the posterior's heads; m counts the observations in the batch,
-    examples or labelled tokens, as transformers' own losses do.
+    """Return the gradient of −(1/m) Σ log p(y_i | x_i) in the weight W of each adapted layer.
+
+    It is taken at the network without adapters, with the posterior's heads; m counts the
+    observations in the batch, examples or labelled tokens, as transformers' losses do.
 
     The network runs in evaluation mode and in its own dtype, and is left as it was: the weights'
     flags, their ``grad``, the modes. Memory: a copy of the adapted layers' weights.
@@ -26,7 +27,7 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
     Parameters
     ----------
     joint
-        The model; of its factors nothing is read.
+        The model; its factors are not read.
     batch
         Examples with labels, on the model's device.
 
@@ -38,7 +39,7 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
     Raises
     ------
     ConfigError
-        For a weight that is no plain one, or has no part in the output.
+        For a weight that is not plain, or that the output does not depend on.
     """
     layers = joint.attachment.layers
     weights = {name: frozen_weight(name, layer.base_layer) for name, layer in layers.items()}
@@ -54,7 +55,7 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
         observations = joint.task.count(batch[LABELS])
         loss = -joint.task.log_prob(output, batch).sum() / observations
         gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
-    found = {}
+    used = {}
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is None:
             raise ConfigError(
@@ -62,13 +63,13 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
                 "use its weight for these inputs; leave it out with exclude_modules, or choose "
                 "init_lora_weights='kaiming'"
             )
-        found[name] = gradient
-    return found
+        used[name] = gradient
+    return used
 
 
 @contextmanager
 def _trained(weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let the weights take a gradient for the block."""
+    """Let the weights take a gradient inside the block."""
     flags = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:

@@ -1,4 +1,4 @@
-"""What each rank of the adapters is worth: by ablation on data, or by the posterior alone."""
+"""The importance of each rank of the adapters: by ablation on data, or by the posterior alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyrolora.model import JointModel, evaluating
 
 @torch.no_grad()
 def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS) -> Tensor:
-    """AB-LoRA's importance of every rank, in nats an observation:
+    """Return AB-LoRA's importance of every rank, in nats per observation.
 
         score(all ranks) − score(all but this one) + score(this one alone)
 
-    with the score the mean log-likelihood of ``batch`` under the mean adapter, in evaluation mode.
-    Twice as many evaluations as there are ranks; they share passes as draws do.
+    The score is the mean log-likelihood of ``batch`` under the mean adapter, in evaluation mode. It
+    takes two evaluations per rank, which share passes as draws do.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS)
     batch
         Labelled examples, on the model's device.
     rows
-        Most rows (settings x examples) of one pass through the network.
+        The most rows (settings x examples) in one pass through the network.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS)
     step = max(1, pass_rows(batch, rows) // len(next(iter(batch.values()))))
 
     def score(masks: Tensor) -> Tensor:
-        """(S,) of the settings with the ranks of ``masks`` (S, L, r_max)."""
+        """Return the scores of S settings, (S,), with the ranks of ``masks`` (S, L, r_max)."""
         scores = []
         for part in masks.split(step):
             factors = FlatFactors(means.A, bank.kept("B", means.B, part))
@@ -56,32 +56,33 @@ def ablation(joint: JointModel, batch: Batch, rows: int = defaults.PREDICT_ROWS)
             scores.append(joint.task.log_prob(output, batch).double().sum(-1))
         return torch.cat(scores) / observations
 
-    found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+    importance = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
     with evaluating(joint):
         whole = score(active[None])
         for places in active.nonzero().split(step):
             alone = torch.zeros(len(places), *active.shape, dtype=torch.bool, device=active.device)
             alone[torch.arange(len(places)), places[:, 0], places[:, 1]] = True
-            found[places[:, 0], places[:, 1]] = whole - score(active & ~alone) + score(alone)
-    return found
+            worth = whole - score(active & ~alone) + score(alone)
+            importance[places[:, 0], places[:, 1]] = worth
+    return importance
 
 
 @torch.no_grad()
 def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRAWS) -> Tensor:
-    """The squared signal-to-noise ratio of the update b_k a_kᵀ of every rank:
+    """Return the squared signal-to-noise ratio of the update b_k a_kᵀ of every rank.
 
         s_a s_b / (s_a v_b + v_a s_b + v_a v_b),   s_a = ‖E a_k‖²,   v_a = E ‖a_k − E a_k‖²
 
     with a_k row k of A, b_k column k of B, independent under the guide; 0 where the signal is zero.
-    E a_k and E b_k are those of the mean adapter, and v means over draws. (The mean of S draws has
-    the squared norm s + v / S on average, which would give a rank without signal some.) Without a
-    pass through the network.
+    E a_k and E b_k are those of the mean adapter, and v are means over draws. (The mean of S draws
+    has the squared norm s + v / S on average, and would show a signal where there is none.) The
+    network is not run.
 
     Returns
     -------
     Tensor
         (L, r_max), layers in the order of the bank's specs; NaN for ranks that are not active.
-        Without bound for a guide without width.
+        Infinite for a guide without width.
     """
     bank = program.bank
     with evaluating(program):
@@ -93,9 +94,9 @@ def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRA
         signals.append({n: m.sum(-1) for n, m in layout.matrices(mean.square()).items()})
         spreads.append({n: m.sum(-1) for n, m in layout.matrices(apart).items()})
     active = bank.mask().to(factors.A.device)
-    found = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
-    for own, name in zip(found, bank.specs, strict=True):
+    ratios = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
+    for ratio, name in zip(ratios, bank.specs, strict=True):
         (s_a, s_b), (v_a, v_b) = ((part[0][name], part[1][name]) for part in (signals, spreads))
         noise = s_a * v_b + v_a * s_b + v_a * v_b
-        own[: len(noise)] = torch.where(s_a * s_b > 0, s_a * s_b / noise, 0.0)
-    return found.masked_fill(~active, torch.nan)
+        ratio[: len(noise)] = torch.where(s_a * s_b > 0, s_a * s_b / noise, 0.0)
+    return ratios.masked_fill(~active, torch.nan)

@@ -9,23 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import LABELS, Batch
-from pyrolora.inference.curvature import readable, recorded
+from pyrolora.guides import Latent
+from pyrolora.inference.recording import readable, recorded
 from pyrolora.model import JointModel, evaluating
 from pyrolora.tasks import Task
 
 Batches = Callable[[], Iterable[Batch]]
-"""Gives all training examples once, on the model's device, and again in the same order."""
+"""Returns all training examples once, on the model's device, in the same order at every call."""
 
 SLAB_BYTES = 2**30
-"""The most that `slabs` holds of the Jacobian; beside it there is one more such tensor."""
+"""Largest part of the Jacobian that `slabs` holds; there is one more tensor of that size."""
 ROUNDING = 1e-6
-"""Eigenvalues of a Hessian, relative to the largest, that float32 cannot tell from zero."""
+"""Relative size below which float32 cannot tell eigenvalues of a Hessian from zero."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A batch: what its likelihood reads; the outputs f (b, o) at the means, flat, and their shape;
-    and the directions Q (b, o, k), orthonormal, in which the likelihood depends on them."""
+    """A batch, its outputs at the means, and the directions in which the task's law varies.
+
+    The columns that the task reads; the outputs f (b, o), flat, and their shape; and the
+    directions Q (b, o, k), orthonormal.
+    """
 
     batch: Batch
     output: Tensor
@@ -33,16 +37,17 @@ class Part:
     basis: Tensor
 
     def at(self, moved: Tensor) -> Tensor:
-        """The outputs f + Q g for g (b, k)."""
+        """Return the outputs f + Q g for g (b, k)."""
         return (self.output + (self.basis @ moved[..., None])[..., 0]).reshape(self.shape)
 
 
 def examples(joint: JointModel, batches: Batches) -> list[Part]:
-    """The training examples at the means; k is the same in all: as many directions as the example
-    with most has (for the softmax of C classes C − 1).
+    """Return the training examples at the means, with k directions each.
 
-    The directions are those of the Hessian at outputs of zero: where a network is sure of an
-    example, its own Hessian is nearly zero in all of them.
+    k is the number of directions of the example with most: C − 1 for the softmax of C classes.
+
+    The directions are those of the Hessian at outputs of zero: where a network is certain of an
+    example, the Hessian at its outputs is nearly zero in all directions.
     """
     parts, most = [], 1
     with evaluating(joint), torch.no_grad(), torch.autocast(_device(joint), enabled=False):
@@ -58,20 +63,22 @@ def examples(joint: JointModel, batches: Batches) -> list[Part]:
 
 
 def hessian(task: Task, output: Tensor, batch: Batch) -> Tensor:
-    """(b, o, o), in double precision: the Hessian of −log p(y_i | f) in an example's o outputs."""
+    """Return the Hessian of −log p(y_i | f) in an example's o outputs, (b, o, o), in double."""
     vectors = torch.stack(list(task.curvature(output, batch)), 1)
     vectors = vectors.reshape(*vectors.shape[:2], -1).double()
     return vectors.mT @ vectors
 
 
 def slabs(
-    joint: JointModel, batches: Batches, parts: Sequence[Part], latent: str
+    joint: JointModel, batches: Batches, parts: Sequence[Part], latent: Latent
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Columns of the Jacobian of <q, f(x_i; θ)>, q the directions of example i, in the latent
-    factors at the means: which entries of ``bank.layout(latent)`` they are, (p,), and (n k, p).
+    """Yield columns of the Jacobian of <q, f(x_i; θ)> in the latent factors at the means.
 
-    As many layers at a time as `SLAB_BYTES` hold, one at least. A slab costs a forward pass over
-    the examples, and k backward passes down to the lowest of its layers.
+    q are the directions of example i. A slab is the entries of ``bank.layout(latent)`` that it has,
+    (p,), and the Jacobian, (n k, p).
+
+    A slab has as many layers as fit into `SLAB_BYTES`, and at least one. It costs a forward pass
+    over the examples, and k backward passes down to the lowest of its layers.
     """
     rows = sum(part.basis.shape[0] * part.basis.shape[2] for part in parts)
     for names in _slab_names(joint, rows, latent):
@@ -83,8 +90,10 @@ def slabs(
         yield columns, torch.cat(of_batches)
 
 
-def _rows(joint: JointModel, batch: Batch, part: Part, names: Sequence[str], latent: str) -> Tensor:
-    """(b k, p): of one batch, in the latent factors of some layers."""
+def _rows(
+    joint: JointModel, batch: Batch, part: Part, names: Sequence[str], latent: Latent
+) -> Tensor:
+    """Return the Jacobian of one batch in the latent factors of some layers, (b k, p)."""
     bank = joint.program.bank
     means = bank.means()
     means = replace(means, A=means.A.detach(), B=means.B.detach().requires_grad_())
@@ -119,10 +128,13 @@ def _of_block(
     factor: str,
     size: int,
 ) -> Tensor:
-    """(b, r, columns): over all positions Σ Bᵀ g xᵀ for A, and Σ A x gᵀ for Bᵀ."""
+    """Return the gradients of a block, (b, r, columns): Σ Bᵀ g xᵀ for A, and Σ A x gᵀ for Bᵀ.
+
+    The sums are over all positions and uses.
+    """
     shape = matrices[factor][name].shape
     other = matrices["AB".replace(factor, "")][name]
-    total = other.new_zeros(size, *shape)  # of a layer that is not called it stays
+    total = other.new_zeros(size, *shape)  # zeros stay where a layer is not called
     for x, g in uses:
         x, g = (t.reshape(size, -1, t.shape[-1]).to(other.dtype) for t in (x, g))
         left, right = (g, x) if factor == "A" else (x, g)
@@ -130,7 +142,7 @@ def _of_block(
     return total
 
 
-def _slab_names(joint: JointModel, rows: int, latent: str) -> Iterator[list[str]]:
+def _slab_names(joint: JointModel, rows: int, latent: Latent) -> Iterator[list[str]]:
     names: list[str] = []
     held = 0
     for name, spec in joint.program.bank.specs.items():
@@ -144,8 +156,8 @@ def _slab_names(joint: JointModel, rows: int, latent: str) -> Iterator[list[str]
     yield names
 
 
-def _columns(joint: JointModel, names: Sequence[str], latent: str) -> Tensor:
-    """The entries of ``bank.layout(latent)`` of these layers, in the order of `_rows`."""
+def _columns(joint: JointModel, names: Sequence[str], latent: Latent) -> Tensor:
+    """Return the entries of ``bank.layout(latent)`` of these layers, in the order of `_rows`."""
     start, places = 0, {}
     for block in joint.program.bank.layout(latent).blocks:
         size = block.rank * block.columns
@@ -156,7 +168,7 @@ def _columns(joint: JointModel, names: Sequence[str], latent: str) -> Tensor:
 
 
 def _cut(basis: Tensor, most: int) -> Tensor:
-    """The first ``most`` directions, with zeros where there are fewer."""
+    """Return the first ``most`` directions, padded with zeros."""
     missing = max(0, most - basis.shape[-1])
     return nn.functional.pad(basis[..., :most], (0, missing))
 

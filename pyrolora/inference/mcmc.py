@@ -27,7 +27,7 @@ def nuts(
     max_tree_depth: int = 10,
     progress: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of the latent sites from p(θ) p(y | θ)^{1/β}, by Pyro's NUTS, without dropout.
+    """Draw the latent sites from p(θ) p(y | θ)^{1/β} by Pyro's NUTS, without dropout.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def nuts(
         with poutine.scale(scale=1 / beta):
             return joint(batch, kl_weight=beta)
 
-    found: list[dict[str, Tensor]] = []
+    samples: list[dict[str, Tensor]] = []
     diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
     joint.requires_grad_(False)
     try:
@@ -74,9 +74,11 @@ def nuts(
                     hook_fn=lambda *_: give_way(),
                 )
                 run.run()
-                found.append(run.get_samples())
+                samples.append(run.get_samples())
                 diverging[chain, run.diagnostics()["divergences"]["chain 0"]] = True
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    return {name: torch.stack([c[name] for c in found]).detach() for name in found[0]}, diverging
+    return {
+        name: torch.stack([c[name] for c in samples]).detach() for name in samples[0]
+    }, diverging

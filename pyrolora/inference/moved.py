@@ -1,4 +1,4 @@
-"""Whether training has moved every adapter from its start."""
+"""The check that training has moved every adapter from its start."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pyrolora.model import JointModel
 
 
 def starting_factors(joint: JointModel) -> dict[str, Tensor]:
-    """Copies of the factors B that training is to move; none where they are constants. A says
-    little: weight decay moves it without a gradient."""
+    """Return copies of the factors B that are trained; none where they are constants.
+
+    A shows little: weight decay moves it without a gradient.
+    """
     return {
         name: parameter.detach().clone()
         for name, parameter in joint.named_parameters()
@@ -22,12 +24,12 @@ def starting_factors(joint: JointModel) -> dict[str, Tensor]:
 
 
 def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_rate: float) -> None:
-    """Warn of layers whose B is what it was in ``starts`` to the bit: their adapters do nothing."""
+    """Warn of layers whose B equals that in ``starts`` to the bit: their adapters do nothing."""
     layout = joint.program.bank.layouts["B"]
     still = set(joint.program.bank.specs) if starts else set()
     for name, start in starts.items():
         changed = joint.get_parameter(name).detach().to(start.device) != start
-        still -= {layer for layer, own in layout.matrices(changed).items() if own.any()}
+        still -= {layer for layer, moved in layout.matrices(changed).items() if moved.any()}
     if not still:
         return
     names = [name for name in joint.program.bank.specs if name in still]
@@ -36,7 +38,7 @@ def warn_of_unmoved(joint: JointModel, starts: Mapping[str, Tensor], learning_ra
         "quantised for inference, detach(), no_grad()), or the output does not depend on them"
     )
     largest = max(float(start.abs().max()) for start in starts.values())
-    if learning_rate <= 1e-8 * largest:  # which rounding takes away
+    if learning_rate <= 1e-8 * largest:  # rounding swallows such steps
         reason = f"the learning rate is {learning_rate:g}"
     warnings.warn(
         f"training has not moved the adapters of {len(names)} of "

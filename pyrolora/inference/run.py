@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -22,26 +19,18 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.columns import LABELS, Batch
 from pyrolora.data.collate import pass_rows, to_device
 from pyrolora.data.prepared import Prepared
-from pyrolora.errors import CheckpointError, ConfigError, NonFiniteError
-from pyrolora.guides import Guide, Program
-from pyrolora.inference.allocation import AllocateRanks
-from pyrolora.inference.checkpoints import (
-    MEMBER,
-    STATE_FILE,
-    check_same_fit,
-    checkpoint_to_resume,
-    checkpoints,
-    describe_fit,
-    last_checkpoint,
-    member_folders,
-    read_state,
-    save_state,
-)
-from pyrolora.inference.curvature import Kronecker, best_precision, kfac
+from pyrolora.errors import NonFiniteError
+from pyrolora.guides import Guide, Latent, Program
+from pyrolora.inference.checkpoints import STATE_FILE, checkpoint_to_resume
+from pyrolora.inference.curvature import Kronecker, kfac
 from pyrolora.inference.dual import Dual, check_size
+from pyrolora.inference.evidence import best_precision
+from pyrolora.inference.identity import describe_fit
 from pyrolora.inference.jacobian import examples
 from pyrolora.inference.mcmc import nuts
+from pyrolora.inference.members import finished_state, member_arguments, save_finished
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
+from pyrolora.inference.ranks import AllocateRanks
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel, evaluating
@@ -52,7 +41,7 @@ Score = Callable[[JointModel, int | None], dict[str, float]]
 
 @dataclass
 class Run:
-    """What `Guide.infer` works with; see `pyrolora.guides.Fit`.
+    """The engines of a fit, as `Guide.infer` uses them; see `pyrolora.guides.Fit`.
 
     Attributes
     ----------
@@ -63,10 +52,10 @@ class Run:
     data
         The training data.
     args, callbacks
-        For the Trainer.
+        The Trainer's arguments and callbacks.
     score
-        The metrics of a joint model on the evaluation data by that many draws, or None without
-        such data.
+        Returns the metrics of a joint model on the evaluation data, from a number of draws; None
+        without such data.
     held_out
         The evaluation data, or None.
     posterior
@@ -89,12 +78,15 @@ class Run:
 
     @property
     def program(self) -> Program:
+        """The guide's program in `joint`."""
         return self.joint.program
 
+    # Training -----------------------------------------------------------------------------------
+
     def svi(self, *, final: bool = True) -> None:
-        """Train the pair of `joint`; with ``final`` what it leaves is the result."""
+        """Train the pair of `joint`; with ``final`` the result is the posterior."""
         joint, settles = self.joint, self.program.settles
-        trained = any(parameter.requires_grad for parameter in joint.parameters())
+        trained = _is_trained(joint)
         if trained:
             self._train(joint, self.guide, self.args)
         if settles:
@@ -103,41 +95,31 @@ class Run:
         self._scored = final and trained and not settles
 
     def conclude(self) -> None:
-        """Score `joint` on the evaluation data, where no training has done it."""
+        """Score `joint` on the evaluation data, unless the training has done so."""
         if self.score is not None and not self._scored:
             scores = self.score(self.joint, None)
             self.log(**{f"eval_{name}": value for name, value in scores.items()})
 
     def point(self, guide: Guide, number: int | None = None) -> JointModel:
-        """A joint model of its own with ``guide``, trained from its own start.
+        """Train a point mass from its own start, and return its joint model.
 
-        With a ``number`` it has the seed of that number, and a folder of its own for checkpoints.
-        Given means stay as they are, and there is nothing to train.
+        With a ``number`` it has the seed of that member and its folder for checkpoints. Frozen
+        means stay as they are, and nothing is trained.
         """
-        args = copy.copy(self.args)
-        if number is not None:
-            args.seed = (args.seed + number) % (defaults.MAX_SEED + 1)
-            if args.data_seed is not None:
-                args.data_seed = (args.data_seed + number) % (defaults.MAX_SEED + 1)
-            if number == 0 and args.should_save and not args.resume_from_checkpoint:
-                _forget_members(args.output_dir)
-            args.output_dir = str(Path(args.output_dir) / f"{MEMBER}{number}")
-            if args.resume_from_checkpoint:
-                args.resume_from_checkpoint = _checkpoint(args)
+        args = copy.copy(self.args) if number is None else member_arguments(self.args, number)
         set_seed(args.seed)
         joint = self.build(guide)
-        finished = Path(args.output_dir) / STATE_FILE
-        if number is not None and self.args.resume_from_checkpoint and finished.is_file():
-            joint.load_own_state(_finished_state(finished, self._described(joint, guide, args)))
-        elif any(parameter.requires_grad for parameter in joint.parameters()):
+        resumed = number is not None and self.args.resume_from_checkpoint
+        if resumed and (Path(args.output_dir) / STATE_FILE).is_file():
+            joint.load_own_state(finished_state(args, self._identity(joint, guide, args)))
+        elif _is_trained(joint):
             self._train(joint, guide, args, {} if number is None else {"member": number})
             if number is not None and args.should_save and args.save_strategy != "no":
-                scratch = finished.with_suffix(".part")
-                notes = {"fit": json.dumps(self._described(joint, guide, args))}
-                save_state(joint, scratch, notes)
-                scratch.replace(finished)
+                save_finished(joint, args, self._identity(joint, guide, args))
         self.joint.to(args.device)  # where the Trainer has put the network
         return joint
+
+    # Measuring ----------------------------------------------------------------------------------
 
     @property
     def can_validate(self) -> bool:
@@ -145,14 +127,16 @@ class Run:
         return self.score is not None
 
     def held_out_nll(self) -> float:
-        """The negative log-likelihood of the evaluation data under `joint`."""
+        """Return the negative log-likelihood of the evaluation data under `joint`."""
         assert self.score is not None
         return self.score(self.joint, None)["nll"]
 
     @torch.no_grad()
     def loss(self, factors: FlatFactors, *, held_out: bool = False) -> float:
-        """−log p of an observation, in nats, of the training (or evaluation) data: a mean over them
-        and over the draws of ``factors``."""
+        """Return −log p per observation, in nats, on the training (or evaluation) data.
+
+        It is a mean over observations and over the draws of ``factors``.
+        """
         joint, count, total = self.joint, 0, 0.0
         draws = factors.draws or 1
         with evaluating(joint):
@@ -167,7 +151,7 @@ class Run:
         return total / (count * draws)
 
     def kfac(self) -> dict[str, Kronecker]:
-        """The Kronecker factors of the curvature at the means of `joint`, by block."""
+        """Return block name -> Kronecker factors of the curvature at the means of `joint`."""
         return kfac(self.joint, self._batches("curvature"))
 
     def check_dual(self) -> None:
@@ -177,20 +161,20 @@ class Run:
         parts = examples(self.joint, lambda: self._batches("outputs"))
         check_size(len(self.data), parts[0].basis.shape[-1])
 
-    def dual(self, centre: Tensor, latent: str, draws: int) -> Dual:
-        """The posterior of all latent factors in the linearised model at the means of `joint`."""
+    def dual(self, centre: Tensor, latent: Latent, draws: int) -> Dual:
+        """Return the posterior of all latent factors in the model linearised at the means."""
         set_seed(self.args.seed)
         return Dual(self.joint, lambda: self._batches("curvature"), centre, latent, draws)
 
     def best_precision(self, eigenvalues: list[Tensor], means: list[Tensor]) -> float:
-        """The prior's precision of the highest marginal likelihood."""
+        """Return the prior's precision with the highest marginal likelihood."""
         return best_precision(eigenvalues, means)
 
     def mcmc(self, beta: float, **options: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws of NUTS on `joint`, and which of its steps diverged."""
+        """Run NUTS on `joint`; return its draws, and which of its steps diverged."""
         whole = self.data.collate([self.data.examples[i] for i in range(len(self.data))])
         set_seed(self.args.seed)
-        # Pyro says ``disable=False`` to its bar, which overrules a user's TQDM_DISABLE.
+        # Pyro passes ``disable=False`` to its bar, which would overrule a user's TQDM_DISABLE.
         shown = not (self.args.disable_tqdm or os.environ.get("TQDM_DISABLE"))
         return nuts(self.joint, self._placed(whole), beta, progress=shown, **options)
 
@@ -198,16 +182,16 @@ class Run:
         """Add an entry to the history."""
         self.history.append(dict(numbers))
 
-    def _described(
-        self, joint: JointModel, guide: Guide, args: TrainingArguments
-    ) -> dict[str, Any]:
+    # Inside -------------------------------------------------------------------------------------
+
+    def _identity(self, joint: JointModel, guide: Guide, args: TrainingArguments) -> dict[str, Any]:
         return describe_fit(joint, guide, self.data, args)
 
     def _batches(self, title: str, data: Prepared | None = None) -> Iterator[Batch]:
         data = self.data if data is None else data
-        order = data.by_length()  # what is summed over batches has none
+        order = data.by_length()  # sums over batches do not depend on the order
         loader = data.loader(self.args.per_device_train_batch_size, order)
-        # Not ``disable=False``, which would overrule a user's TQDM_DISABLE.
+        # Never ``disable=False``, which would overrule a user's TQDM_DISABLE.
         hidden = {"disable": True} if self.args.disable_tqdm else {}
         for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):
             give_way()
@@ -217,13 +201,7 @@ class Run:
         device = next(self.joint.program.parameters()).device
         return to_device(batch, device)
 
-    def _train(
-        self,
-        joint: JointModel,
-        guide: Guide,
-        args: TrainingArguments,
-        mark: Mapping[str, Any] | None = None,
-    ) -> None:
+    def _trainer(self, joint: JointModel, guide: Guide, args: TrainingArguments) -> SVITrainer:
         score = self.score
         trainer = SVITrainer(
             joint,
@@ -235,9 +213,20 @@ class Run:
         )
         if joint.program.bank.moves() and joint.program.previous is None:
             trainer.add_callback(AllocateRanks(joint, self.held_out))
+        return trainer
+
+    def _train(
+        self,
+        joint: JointModel,
+        guide: Guide,
+        args: TrainingArguments,
+        mark: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Train, and add the Trainer's log to the history, each entry with ``mark``."""
+        trainer = self._trainer(joint, guide, args)
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
         if checkpointing and not args.gradient_checkpointing:
-            joint.activation_checkpointing_enable()  # the user's own, with our binding carried over
+            joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
             trainer.add_callback(SettleScales(joint, guide, self.data))
         asked: Any = args.resume_from_checkpoint
@@ -262,36 +251,5 @@ class Run:
             self.history += [{**entry, **(mark or {})} for entry in trainer.state.log_history]
 
 
-def _checkpoint(args: TrainingArguments) -> str | None:
-    """The newest whole checkpoint of a member, if it has come to one."""
-    asked = args.resume_from_checkpoint
-    if asked is not True:
-        raise ConfigError(
-            f"resume_from_checkpoint={str(asked)!r} is one folder, and every member of an ensemble "
-            "has its own; set it to True, and output_dir to that of the fit"
-        )
-    found = last_checkpoint(args.output_dir)
-    return None if found is None else str(found)
-
-
-def _forget_members(folder: str) -> None:
-    """Remove the states of an older ensemble, which a resume would take for its own."""
-    for member in member_folders(folder):
-        (member / STATE_FILE).unlink(missing_ok=True)
-        for checkpoint in checkpoints(member):
-            shutil.rmtree(checkpoint)
-
-
-def _finished_state(file: Path, described: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The state of a member that is through, if it is of this fit."""
-    state = read_state(file)
-    with safe_open(file, "pt") as stream:
-        notes = (stream.metadata() or {}).get("fit", "null")
-    try:
-        saved = json.loads(notes)
-    except (ValueError, RecursionError):
-        saved = None
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{file} does not say of which fit it is; begin anew")
-    check_same_fit(saved, described, file.parent)
-    return state
+def _is_trained(joint: JointModel) -> bool:
+    return any(parameter.requires_grad for parameter in joint.parameters())

@@ -1,4 +1,4 @@
-"""Puts the scales of a posterior where the curvature of the loss has their optimum."""
+"""Setting the scales of a posterior to the optimum that the curvature of the loss gives."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from pyrolora import defaults
 from pyrolora.columns import Batch
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
-from pyrolora.guides import Guide
+from pyrolora.guides import Curvature, Guide
 from pyrolora.inference.gauss_newton import gauss_newton
 from pyrolora.model import JointModel
 from pyrolora.seeding import give_way, seeded
 
 
 class SettleScales(TrainerCallback):
-    """Before the steps 0, 1, 2, 4, 8, ... of the optimiser the scales are settled on a few
-    examples: they change on the scale of log time, as the means do.
+    """Settling of the scales on a few examples before steps 0, 1, 2, 4, 8, ... of the optimiser.
 
-    The random numbers depend on the seed and on the step alone, and those of the training are as
-    without it, so that a resumed fit ends where one in one go does.
+    Scales change on the scale of log time, as the means do.
+
+    Its random numbers depend on the seed and the step alone, and leave those of the training as
+    they are, so that a resumed fit has the result of an uninterrupted one.
     """
 
     def __init__(self, joint: JointModel, guide: Guide, data: Prepared) -> None:
@@ -44,8 +45,11 @@ class SettleScales(TrainerCallback):
 def settle_finally(
     joint: JointModel, guide: Guide, data: Prepared, args: TrainingArguments, rounds: int
 ) -> None:
-    """Settle the scales given the means as they are now; in several rounds where no training has
-    come near, since the curvature is one under the posterior itself."""
+    """Settle the scales given the final means, in ``rounds`` rounds.
+
+    Several are needed where no training came before: the curvature is one under the posterior
+    itself.
+    """
     for number in range(rounds):
         most = defaults.CURVATURE_EXAMPLES
         settle(joint, data, guide.beta(len(data)), args, -1 - number, most, "curvature")
@@ -60,15 +64,15 @@ def settle(
     most: int,
     title: str | None = None,
 ) -> None:
-    """Settle the scales by the curvature of at most that many examples, picked at random."""
+    """Settle the scales by the curvature of at most ``most`` examples, picked at random."""
     process = PartialState().process_index
     seed = (args.seed + 7919 * (step + 1) + 104729 * process) % (defaults.MAX_SEED + 1)
     with seeded(seed):
         picked = torch.randperm(len(data))[:most].tolist()
         passes = max(1, defaults.CURVATURE_PASSES // len(picked))
-        found = gauss_newton(joint, _batches(joint, data, picked, args, title), passes)
-    entries, ranks = (reduce(t, "mean") for t in (found.entries, found.ranks))
-    joint.program.settle(type(found)(entries, ranks), beta)
+        curvature = gauss_newton(joint, _batches(joint, data, picked, args, title), passes)
+    entries, ranks = (reduce(t, "mean") for t in (curvature.entries, curvature.ranks))
+    joint.program.settle(Curvature(entries, ranks), beta)
 
 
 def _batches(

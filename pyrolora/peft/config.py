@@ -9,7 +9,7 @@ from typing import Any
 
 from pyrolora.adapters import AdapterConfig
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import read_json, shown
+from pyrolora.files import read_strict_json, shown
 from pyrolora.options import check_options, short
 from pyrolora.peft.rules import WEIGHT
 
@@ -68,7 +68,7 @@ def read_options(folder: Path) -> dict[str, Any]:
             "peft_model.save_pretrained(...) wrote, or into which "
             "huggingface_hub.snapshot_download(...) put it"
         )
-    options = read_json(file)
+    options = read_strict_json(file)
     missing = [key for key in REQUIRED if not isinstance(options, dict) or key not in options]
     if missing:
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """Regular expressions out of a file, matched against names of modules in bounded time.
 
-Python's own matcher tries one way after the other and takes for ever on ``(.*)*x``. Here an
-expression maps a set of positions in the name, where it may begin, to the set of those where it may
-end, so that equal positions are looked at once; and the steps of one file are counted.
+Python's matcher tries one way after the other and takes for ever on ``(.*)*x``. Here an expression
+maps the set of positions in the name where it may begin to the set of those where it may end, so
+that each position is looked at once; and the steps of one file are counted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pyrolora.errors import CheckpointError
 from pyrolora.files import shown
 
 LONGEST = 100_000
-"""Characters of a pattern: an alternative for each layer of a large network."""
+"""Characters of a pattern: enough for an alternative per layer of a large network."""
 MOST_STEPS = 5_000_000
-"""For all matches of one adapter: some seconds. A pattern as people write them takes hundreds."""
+"""Steps for all matches of one adapter: some seconds. A usual pattern takes hundreds."""
 
-# A name, dots as they are or escaped: what most patterns are, and what `re` matches in one pass.
+# Most patterns are a name, with dots as they are or escaped: `re` matches it in one pass.
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.|\\[-_])*\$?")
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
     kind.CATEGORY_DIGIT: str.isdecimal,
@@ -35,7 +35,7 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 
 class Patterns:
-    """Matches of one file's patterns, which together take at most ``steps``."""
+    """A matcher of one file's patterns, which together take at most ``steps``."""
 
     def __init__(self, steps: int = MOST_STEPS) -> None:
         self._left = steps
@@ -57,8 +57,10 @@ class Patterns:
     def match(
         self, pattern: str, name: str, starts: Iterable[int] = (0,), ends: Iterable[int] = ()
     ) -> bool:
-        """Whether the pattern matches a part of the name that begins at one of ``starts`` and ends
-        at one of ``ends`` (none: at the end of the name). ``^`` and ``$`` are those of the name.
+        """Return whether the pattern matches the name between a start and an end.
+
+        It is one of ``starts`` and one of ``ends`` (none: the end of the name). ``^`` and ``$``
+        stand for the ends of the name.
 
         Raises
         ------
@@ -72,21 +74,21 @@ class Patterns:
             plain = [re.compile(part) for part in parts]
             return any(p.fullmatch(name, i, k) for p in plain for i in starts for k in ends)
         try:
-            found = self._ends(self._tree(pattern), name, frozenset(starts))
+            reached = self._ends(self._tree(pattern), name, frozenset(starts))
         except RecursionError as error:
             raise _refused(pattern, "it is nested too deeply") from error
         except (re.error, OverflowError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise _refused(pattern, f"it is no regular expression: {error}") from error
-        return not ends.isdisjoint(found)
+        return not ends.isdisjoint(reached)
 
     def _tree(self, pattern: str) -> list[Any]:
         if len(pattern) > LONGEST:
             raise _refused(pattern, f"it has {len(pattern):,} characters, more than {LONGEST:,}")
         if pattern not in self._parsed:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                warnings.simplefilter("ignore")  # that a later Python may read it otherwise
                 tree = _parser.parse(pattern)
             if tree.state.flags & ~re.UNICODE:
                 raise _refused(pattern, "it sets flags")
@@ -101,7 +103,7 @@ class Patterns:
         return starts
 
     def _after(self, op: Any, arg: Any, name: str, starts: frozenset[int]) -> frozenset[int]:
-        """Where one operation may end that begins at one of ``starts``."""
+        """Return where an operation may end that begins at one of ``starts``."""
         self._left -= 1 + len(starts)
         if self._left < 0:
             raise CheckpointError(
@@ -133,27 +135,30 @@ class Patterns:
         )
 
     def _holds(self, direction: int, inner: Any, name: str, place: int) -> bool:
-        """Whether what is looked for ahead of a place, or behind it, is there."""
+        """Return whether a look-ahead or look-behind holds at a place."""
         if direction == 1:
             return bool(self._ends(inner, name, frozenset({place})))
         width, most = inner.getwidth()
-        if width != most:  # as Python has it
+        if width != most:  # Python refuses it, too
             raise ValueError("look-behind requires fixed-width pattern")
         return place >= width and place in self._ends(inner, name, frozenset({place - width}))
 
     def _repeated(
         self, least: int, most: int, body: Sequence[Any], name: str, starts: frozenset[int]
     ) -> frozenset[int]:
-        """Positions only grow: after as many turns as the name is long, nothing new is found."""
+        """Return where repetitions of ``body`` may end.
+
+        Positions only grow: after as many turns as the name is long, none is new.
+        """
         for _ in range(min(least, len(name) + 1)):
             starts = self._ends(body, name, starts)
-        found = latest = starts
+        reached = latest = starts
         for _ in range(min(most - least, len(name) + 1)):
-            latest = self._ends(body, name, latest) - found
+            latest = self._ends(body, name, latest) - reached
             if not latest:
                 break
-            found |= latest
-        return found
+            reached |= latest
+        return reached
 
 
 def _starts(name: str) -> list[int]:
@@ -162,7 +167,7 @@ def _starts(name: str) -> list[int]:
 
 
 def _is_boundary(name: str, place: int) -> bool:
-    """Whether a word begins or ends at a place."""
+    """Return whether a word begins or ends at a place."""
     sides = [name[i : i + 1] for i in (place - 1, place) if i >= 0]
     return [bool(c) and _CATEGORIES[kind.CATEGORY_WORD](c) for c in sides].count(True) == 1
 

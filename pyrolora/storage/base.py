@@ -1,4 +1,4 @@
-"""The base network of a saved posterior: described and recognised."""
+"""The base network of a saved posterior: its description, by which it is recognised."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pyrolora.errors import CheckpointError
 from pyrolora.storage.configuration import differences, kept
 from pyrolora.storage.digest import FLOATS, digests, matches, quantised
+from pyrolora.storage.schema import check_plain
 from pyrolora.storage.tensors import tensors
 
 ENTRIES = {"class": str, "name_or_path": str, "dtype": str, "config": dict, "weights": dict}
@@ -22,21 +23,21 @@ WEIGHT = {"shape": list, "dtype": str, "bits": dict}
 DIGEST = re.compile("[0-9a-f]{16}")
 LARGEST = 2**63
 DTYPES = {**FLOATS, "float64": torch.float64, "": "auto"}
-DEEPEST = 12
+DEEPEST = 11
 LONGEST = 10_000
 
 
 def describe_base(
     network: nn.Module, heads: Iterable[str], *, weights: bool = True
 ) -> dict[str, Any]:
-    """Describe a network so that it is recognised: its class, where it came from, its
-    configuration, and digests of its tensors outside of the task heads.
+    """Describe a network so that it is recognised.
 
-    A copy whose tensors are these, or these rounded to another precision (or of which these are
-    the rounding), is the same network; any other is not. Code that was changed, such as a
-    ``forward`` that was replaced, cannot be seen; of a plain ``nn.Module``, which has no
-    configuration, the class's name and the tensors are all that is. The digests take one pass over
-    the weights, three where they are in float32.
+    The description has its class, where it came from, its configuration, and digests of its tensors
+    outside of the task heads. A copy whose tensors are these, or these rounded to another precision
+    (or of which these are the rounding), is the same network; any other is not. Changes of code,
+    such as a ``forward`` that was replaced, cannot be seen; a plain ``nn.Module``, which has no
+    configuration, is known by its class's name and its tensors alone. The digests take one pass
+    over the weights, three where they are in float32.
 
     Parameters
     ----------
@@ -56,8 +57,7 @@ def describe_base(
 
 
 def check_description(base: object) -> None:
-    """Raise `CheckpointError` unless every entry of a description has its name, its type and a
-    bounded size."""
+    """Raise `CheckpointError` unless every entry of a description has its type and is bounded."""
     if not isinstance(base, dict) or set(base) != set(ENTRIES):
         raise CheckpointError(
             f"the description of the network must have {sorted(ENTRIES)}, got "
@@ -70,7 +70,7 @@ def check_description(base: object) -> None:
             f"base.class and base.dtype are no class and dtype: {base['class']!r:.80}, "
             f"{base['dtype']!r:.80}"
         )
-    _check_json("base.config", base["config"], DEEPEST)
+    check_plain("base.config", base["config"], deepest=DEEPEST, longest=LONGEST)
     for name, entry in base["weights"].items():
         _is_a(f"base.weights.{name:.80}", entry, dict)
         for key, kind in WEIGHT.items():
@@ -107,20 +107,22 @@ def check_base(network: nn.Module, heads: Iterable[str], description: Mapping[st
         raise CheckpointError(f"this network is a {kind}; {remedy}")
     if not isinstance(network, PreTrainedModel):
         return
-    for name, saved, found in differences(network.config, description["config"]):
+    for name, saved, here in differences(network.config, description["config"]):
         if name.rpartition(".")[2] in TOKENS and not _reads_tokens(network):
             continue
         raise CheckpointError(
-            f"the configuration of this {kind} has {name}={found!r:.200}, and the posterior was "
+            f"the configuration of this {kind} has {name}={here!r:.200}, and the posterior was "
             f"fitted with {saved!r:.200}, which makes another function; load it with that value, "
             f"or set it in network.config before it is built"
         )
 
 
 def _reads_tokens(network: PreTrainedModel) -> bool:
-    """Whether the network's function depends on which tokens its configuration calls padding or
-    the end: of classifiers and encoder-decoders by a place in the text, of others by positions that
-    are counted from the padding on. What else writes text uses them in generation alone."""
+    """Return whether the network's function depends on its tokens for padding and the end.
+
+    Classifiers and encoder-decoders take a place in the text from them, and some networks count
+    positions from the padding on. Other networks use them in generation alone.
+    """
     positions = (
         module
         for name, module in network.named_modules()
@@ -137,20 +139,20 @@ def _check_weights(
     network: nn.Module, heads: Iterable[str], saved: Mapping[str, Any], remedy: str
 ) -> None:
     kind = type(network).__name__
-    found: dict[str, dict[str, str]] = {}
+    present: dict[str, dict[str, str]] = {}
     problem = None
     read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
     for name, tensor in read:  # one by one: offloaded ones are fetched
-        found[name] = {"dtype": str(tensor.dtype).removeprefix("torch.")}
+        present[name] = {"dtype": str(tensor.dtype).removeprefix("torch.")}
         if problem is None and name in saved:
             problem = _difference(name, tensor, saved[name])
-    if quantised(saved) != quantised(found):
+    if quantised(saved) != quantised(present):
         this, other = ("not ", "") if quantised(saved) else ("", "not ")
         raise CheckpointError(
             f"this {kind} is {this}quantised, and the one that the posterior was fitted on is "
             f"{other}quantised: its weights are other numbers; {remedy}"
         )
-    missing, foreign = sorted(set(saved) - set(found)), sorted(set(found) - set(saved))
+    missing, foreign = sorted(set(saved) - set(present)), sorted(set(present) - set(saved))
     if missing or foreign:
         raise CheckpointError(
             f"this {kind} has other weights: missing {missing[:2]}, unexpected {foreign[:2]}; "
@@ -171,19 +173,3 @@ def _difference(name: str, tensor: Tensor, saved: Mapping[str, Any]) -> str | No
 def _is_a(name: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind) or (isinstance(value, str) and len(value) > LONGEST):
         raise CheckpointError(f"{name} must be a {kind.__name__}, got {value!r:.80}")
-
-
-def _check_json(name: str, value: Any, depth: int) -> None:
-    """Refuse what is nested too deep, and numbers and texts out of bounds."""
-    if depth == 0:
-        raise CheckpointError(f"{name:.200} is nested too deep")
-    if isinstance(value, dict | list):
-        parts = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in parts:
-            _check_json(f"{name}.{key}", part, depth - 1)
-    elif isinstance(value, str) and len(value) > LONGEST:
-        raise CheckpointError(f"{name:.200} is a text of {len(value)} characters")
-    elif isinstance(value, int | float) and not abs(value) < LARGEST * 1e20:
-        raise CheckpointError(f"{name:.200} is no number of a configuration: {value!r:.80}")
-    elif not isinstance(value, bool | int | float | str | None):
-        raise CheckpointError(f"{name:.200} is a {type(value).__name__}")

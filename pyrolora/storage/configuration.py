@@ -1,4 +1,4 @@
-"""The configuration of a saved network: kept, set again, compared; never a choice of code."""
+"""The configuration of a saved network: kept, set again, compared; it never chooses code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from pyrolora.errors import CheckpointError
 
-# Names of versions, places, files and implementations, not of the function.
+# Versions, places, files and implementations: none of them changes the function.
 DROPPED = {
     *("_name_or_path", "name_or_path", "transformers_version", "architectures", "auto_map"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
@@ -23,7 +23,7 @@ DROPPED = {
     *("output_attentions", "output_hidden_states", "use_cache", "return_dict", "use_return_dict"),
     *("task_specific_params", "tokenizer_class", "_commit_hash", "finetuning_task"),
 }
-# Of training alone, or of how outputs are named: set again, but another value is no other function.
+# For training alone, or names of outputs: set again, but other values are the same function.
 NEUTRAL = {
     *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "layerdrop"),
     *("initializer_range", "initializer_factor", "init_std", "router_jitter_noise"),
@@ -41,21 +41,21 @@ ABSENT = object()
 
 
 def kept(config: PreTrainedConfig) -> dict[str, Any]:
-    """The configuration as plain JSON, without the names in `DROPPED`."""
+    """Return the configuration as plain JSON, without the names in `DROPPED`."""
     return _plain(config.to_dict())
 
 
 def restore(config: PreTrainedConfig, saved: Mapping[str, Any], most: int) -> bool:
-    """Set in ``config`` what the saved one has otherwise; return whether anything was.
+    """Set saved values that differ in ``config``; return whether any did.
 
-    Only names that the architecture's configuration has, with values of the JSON type that they
-    have there, and none that may name a place. A number of layers, heads or experts, or the sum of
-    several, is at most ``most``, or what it is in ``config``.
+    Names are those that the architecture's configuration has, without any that may name a place,
+    and values have the JSON type that they have there. A number of layers, heads or experts, or the
+    sum of several, is at most ``most``, or what it is in ``config``.
 
     Raises
     ------
     CheckpointError
-        For a value that cannot be one of this name's.
+        For a value that this name cannot have.
     """
     present, changed = kept(config), False
     for key, value in saved.items():
@@ -80,28 +80,27 @@ def restore(config: PreTrainedConfig, saved: Mapping[str, Any], most: int) -> bo
 def differences(
     config: PreTrainedConfig, saved: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Names, saved and present values of what makes another function: every name counts but those
-    in `DROPPED` and `NEUTRAL`, and dropout.
+    """Iterate over names, saved and present values of entries that change the function.
 
-    A name that only one side has, as between versions of transformers, counts unless its value is
-    the default or says no.
+    All entries do but those in `DROPPED` and `NEUTRAL`, and dropout. An entry that only one side
+    has, as between versions of transformers, counts unless its value is the default or false.
     """
     yield from _differences(kept(config), saved, kept_defaults(config))
 
 
 def kept_defaults(config: PreTrainedConfig) -> dict[str, Any]:
-    """The defaults of the configuration's class, as `kept` writes them."""
+    """Return the defaults of the configuration's class, as `kept` writes them."""
     return _plain(type(config).default_config_fields())
 
 
 def _differences(
-    found: Mapping[str, Any],
+    present: Mapping[str, Any],
     saved: Mapping[str, Any],
     defaults: Mapping[str, Any],
     prefix: str = "",
 ) -> Iterator[tuple[str, Any, Any]]:
-    for key in sorted(found.keys() | saved.keys()):
-        here, there = found.get(key, ABSENT), saved.get(key, ABSENT)
+    for key in sorted(present.keys() | saved.keys()):
+        here, there = present.get(key, ABSENT), saved.get(key, ABSENT)
         if here == there or key in NEUTRAL | DROPPED or re.search("drop", key):
             continue
         if isinstance(here, dict) and isinstance(there, dict):
@@ -116,7 +115,7 @@ def _differences(
 
 
 def _plain(value: Any) -> Any:
-    """JSON of a value; special floats and objects, which JSON has not, as a text."""
+    """Return a value as JSON has it; special floats and other objects become text."""
     if isinstance(value, PreTrainedConfig):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -131,8 +130,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check(key: str, value: Any, present: Any, most: int) -> None:
-    """Refuse a value of another type than the present one, that chooses code, or is a size too
-    large."""
+    """Refuse a value of another type than the present one, that chooses code, or is too large."""
     same_type = value is None or present is None or _type(value) == _type(present)
     free = key in ("id2label", "label2id")
     if not same_type or not (free or _harmless(value)):
@@ -154,14 +152,14 @@ def _is_place(key: str) -> bool:
 
 
 def _extent(value: Any) -> float:
-    """A number; of a list, such as the layers of each stage, the sum, or the length if larger."""
+    """Return a number's size; for a list, such as layers per stage, its sum or its length."""
     if isinstance(value, list):
         return max(len(value), sum(map(_extent, value)))
     return abs(value) if _type(value) is float else 0
 
 
 def _harmless(value: Any) -> bool:
-    """Numbers, and words that are no address; lists and dicts of them."""
+    """Return whether a value has only numbers and words that are no address, however nested."""
     if isinstance(value, dict):
         return all(not _is_place(key) and _harmless(part) for key, part in value.items())
     if isinstance(value, list):
@@ -174,7 +172,7 @@ def _type(value: Any) -> type:
 
 
 def _labels(key: str, value: Any) -> Any:
-    """JSON has no numbers as keys."""
+    """Return labels with numbers as keys, which JSON does not have."""
     return {int(k): v for k, v in value.items()} if key == "id2label" and value else value
 
 

@@ -13,7 +13,7 @@ from pyrolora.adapters import is_quantised
 from pyrolora.storage.tensors import tensors
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CODES = {"int8", "uint8", "float8_e4m3fn", "float8_e5m2"}  # in which quantised weights are kept
+CODES = {"int8", "uint8", "float8_e4m3fn", "float8_e5m2"}  # dtypes that store quantised weights
 ELEMENTS = 1 << 18  # per chunk: whole words of eight bytes in every dtype
 MIX = -7046029254386353131  # odd, so that the product is one to one modulo 2⁶⁴
 
@@ -45,25 +45,28 @@ def digest(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
 
 
 def digests(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Tensor name -> shape, dtype and digests: of the tensor, and of its roundings to other
-    precisions that a copy of the network may be in."""
-    found: dict[str, dict[str, Any]] = {}
+    """Return tensor name -> shape, dtype and digests.
+
+    They are the digests of the tensor, and of its roundings to other precisions that a copy of the
+    network may be in.
+    """
+    entries: dict[str, dict[str, Any]] = {}
     known: dict[int, str] = {}
     alive = {id(parameter): parameter for parameter in network.parameters()}
     read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
     for name, tensor in read:
         tied = known.get(id(tensor))
-        found[name] = _entry(tensor) if tied is None else found[tied]
+        entries[name] = _entry(tensor) if tied is None else entries[tied]
         if id(tensor) in alive:  # an address that no other tensor gets meanwhile
             known.setdefault(id(tensor), name)
-    return found
+    return entries
 
 
 def matches(tensor: Tensor, saved: Mapping[str, Any]) -> bool:
-    """Whether a tensor is the saved one, or one of the two is the other's rounding."""
-    bits, own = saved["bits"], _name(tensor.dtype)
-    if own in bits:
-        return digest(tensor) == bits[own]
+    """Return whether a tensor is the saved one, or one of the two is the other's rounding."""
+    bits, dtype = saved["bits"], _name(tensor.dtype)
+    if dtype in bits:
+        return digest(tensor) == bits[dtype]
     rounded = FLOATS.get(saved["dtype"])
     if rounded is None or is_quantised(tensor.dtype):
         return False
@@ -71,7 +74,7 @@ def matches(tensor: Tensor, saved: Mapping[str, Any]) -> bool:
 
 
 def quantised(saved: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether digests are those of a network with quantised weights."""
+    """Return whether digests are those of a network with quantised weights."""
     return any(entry["dtype"] in CODES for entry in saved.values())
 
 
@@ -85,7 +88,7 @@ def _entry(tensor: Tensor) -> dict[str, Any]:
 
 
 def _words(chunk: Tensor) -> Tensor:
-    """The bits as integers of eight bytes, with zeros at the end."""
+    """Return the bits as integers of eight bytes, with zeros at the end."""
     octets = chunk.view(torch.uint8)
     surplus = -len(octets) % 8
     if surplus or octets.storage_offset() % 8:
@@ -93,11 +96,11 @@ def _words(chunk: Tensor) -> Tensor:
     return octets.view(torch.int64)
 
 
-def _loses(own: torch.dtype, other: torch.dtype) -> bool:
-    """Whether rounding changes numbers: all but widening does."""
-    if own == other or is_quantised(own):
+def _loses(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Return whether a cast to ``other`` changes numbers: all but widening does."""
+    if dtype == other or is_quantised(dtype):
         return False
-    return other.itemsize <= own.itemsize
+    return other.itemsize <= dtype.itemsize
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import MOST_JSON, SCRATCH, read_json, shown, write_whole
+from pyrolora.files import MOST_JSON, SCRATCH, read_strict_json, shown, write_whole
 from pyrolora.storage.description import (
     DIGEST,
     FORMAT,
@@ -27,6 +27,7 @@ from pyrolora.storage.description import (
     STATE_NAME,
     TOKENIZER_NAME,
     Description,
+    check_registered,
     described,
     digest_of,
 )
@@ -35,24 +36,24 @@ from pyrolora.storage.tensor_file import TensorFile, check_digest, tensor_file
 from pyrolora.storage.tokenizer_files import read_tokenizer, remove, write_tokenizer
 
 META_FILE = "posterior.json"
-# Everything that a save writes beside the JSON, whole or left over from a save that died.
+# Names that a save writes beside the JSON, whole or left over from a save that died.
 OWN_NAME = re.compile(rf"{STATE_NAME}|{TOKENIZER_NAME}|\.tokenizer\.\w+\.part|{SCRATCH}")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A folder that holds a posterior, its description checked, its tensors not yet read."""
+    """A folder with a posterior: its description, checked, and its tensors, not yet read."""
 
     path: Path
     description: Description
     tensors: TensorFile
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors, which are those of the digest."""
+        """Read the tensors, which have to be those of the digest."""
         return self.tensors.read(self.description.sha256)
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
-        """The tokenizer, or None without one."""
+        """Load the tokenizer; return None without one."""
         if self.description.tokenizer is None:
             return None
         return read_tokenizer(
@@ -125,24 +126,31 @@ def read_description(path: Path) -> Description:
             f"{path} is no saved posterior: it has no {META_FILE}; pass the folder that "
             "posterior.save(...) wrote"
         )
-    meta = read_json(meta_file)
+    meta = read_strict_json(meta_file)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(f"{meta_file} does not describe a posterior of pyrolora")
-    found = meta.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {shown(found)}, this pyrolora reads {FORMAT_VERSION}; it "
-            f"was saved with {shown(meta.get('versions'))}: install that version"
+            f"{meta_file} does not describe a posterior of pyrolora; pass the folder that "
+            "posterior.save(...) wrote"
+        )
+    saved_version = meta.get("format_version")
+    if type(saved_version) is not int or saved_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {shown(saved_version)}, this pyrolora reads "
+            f"{FORMAT_VERSION}; it was saved with {shown(meta.get('versions'))}: install that "
+            "version"
         )
     try:
         digest = digest_of(meta)
     except RecursionError as error:
-        raise CheckpointError(f"{meta_file} is damaged: it is nested too deeply") from error
+        raise CheckpointError(
+            f"{meta_file} is damaged: it is nested too deeply; restore it from a copy"
+        ) from error
     if meta.get(DIGEST) != digest:
         raise CheckpointError(
             f"{path} was edited or is incomplete: {META_FILE} is not what was saved (its digest "
             "differs, or it has none); restore it from a copy"
         )
+    check_registered(str(path), meta)
     try:
         return described(meta)
     except CheckpointError as error:
@@ -152,7 +160,7 @@ def read_description(path: Path) -> Description:
 
 
 def read_folder(path: Path) -> Saved:
-    """Read what `write_folder` wrote: the description, and what the other files hold.
+    """Read a folder that `write_folder` wrote: its description, and the header of its tensors.
 
     Raises
     ------
@@ -172,7 +180,7 @@ def read_folder(path: Path) -> Saved:
 
 
 def _is_file(file: Path) -> bool:
-    """Whether something has this name that is no folder: what it is, is seen when it is read."""
+    """Return whether the name is taken, and by no folder; reading tells what else it is."""
     try:
         return file.exists() and not file.is_dir()
     except (OSError, ValueError):

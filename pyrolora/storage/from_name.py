@@ -1,4 +1,4 @@
-"""Load the base network of a saved posterior again; nothing in a file chooses code."""
+"""The base network of a saved posterior, loaded again; nothing in a file chooses code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import read_json, shown
+from pyrolora.files import read_strict_json, shown
 from pyrolora.storage.base import DTYPES
 from pyrolora.storage.configuration import restore
 from pyrolora.storage.digest import quantised
@@ -43,12 +43,12 @@ def load_base(
     name
         The hub id or folder that the caller named. None: the one in the description.
     trust_remote_code
-        Run the code that the network's own folder has, for a class that is none of transformers'.
+        Run the code in the network's folder, for a class that is none of transformers'.
 
     Raises
     ------
     CheckpointError
-        When it cannot be loaded so, with what to pass.
+        When it cannot be loaded so; the message says what to pass.
     """
     place, kind = name or description["name_or_path"], description["class"]
     if not place or not description["config"]:
@@ -76,7 +76,7 @@ def load_base(
             )
     except CheckpointError:
         raise
-    except Exception as error:  # of a configuration, of files and of code that are not ours
+    except Exception as error:  # configuration, files and code are not ours
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         here = "" if os.path.isdir(place) else f"; there is no such folder in {Path.cwd()} either"
         raise CheckpointError(
@@ -88,17 +88,17 @@ def load_base(
 
 @cache
 def _classes() -> frozenset[str]:
-    """The names of the classes that transformers registers for its Auto classes."""
+    """Return the names of the classes that transformers registers for its Auto classes."""
     mappings = [m for name, m in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
     values = [value for mapping in mappings for value in mapping.values()]
     return frozenset(n for value in values for n in ([value] if isinstance(value, str) else value))
 
 
 def _class(kind: str, place: str, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """The class of a name: one of transformers', or, if the caller trusts it, of the folder."""
-    found = getattr(transformers, kind, None) if kind in _classes() else None
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
+    """Return the class of a name: transformers', or the folder's, if the caller trusts it."""
+    known = getattr(transformers, kind, None) if kind in _classes() else None
+    if isinstance(known, type) and issubclass(known, PreTrainedModel):
+        return known
     if not trust_remote_code:
         raise CheckpointError(
             f"the posterior's network, a {kind}, is no class of transformers' Auto classes; "
@@ -116,8 +116,11 @@ def _class(kind: str, place: str, trust_remote_code: bool) -> type[PreTrainedMod
 def _configuration(
     loader: type[PreTrainedModel], place: str, description: Mapping[str, Any], strange: bool
 ) -> PreTrainedConfig:
-    """The configuration of the folder, with the saved values; of a folder that the caller did not
-    name, ``strange``, without implementations that are fetched from elsewhere."""
+    """Return the configuration of the folder, with the saved values.
+
+    A folder that the caller did not name is ``strange``: its implementations that are fetched from
+    elsewhere are left out.
+    """
     if strange:
         _check_place(Path(place))
     if not loader.config_class.get_config_dict(place)[0]:
@@ -130,9 +133,9 @@ def _configuration(
         for attribute in ("fusion_config", "transformers_weights"):
             if hasattr(config, attribute):
                 delattr(config, attribute)
-    own = _size(loader, config)
+    size = _size(loader, config)
     most = max(len(description["weights"]), 64)
-    if restore(config, description["config"], most) and _size(loader, config) > 2 * own + 2**24:
+    if restore(config, description["config"], most) and _size(loader, config) > 2 * size + 2**24:
         raise CheckpointError(
             f"with the saved configuration the network is more than twice as large as the one in "
             f"{place!r}; {PASS_IT}"
@@ -141,14 +144,18 @@ def _configuration(
 
 
 def _check_place(place: Path) -> None:
-    """Refuse what is no network's folder, and one with anything that is no plain file, or with
-    weights elsewhere: transformers would wait for a pipe, or read a pickle."""
+    """Refuse anything but a network's folder of plain files, with all weights in it.
+
+    transformers would wait for a pipe, or read a pickle.
+    """
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{str(place)!r} is no folder; {PASS_IT}")
     names = [file.name for file in place.iterdir()] if place.is_dir() else []
     shards: set[str] = set()
     if SAFE_WEIGHTS_INDEX_NAME in names and (place / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        shards = set(map(str, read_json(place / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values()))
+        shards = set(
+            map(str, read_strict_json(place / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values())
+        )
     for name in sorted({*names, *shards}):
         plain = (place / name).is_file() or (name in names and (place / name).is_dir())
         elsewhere = name in shards and (name not in names or not name.endswith(".safetensors"))
@@ -159,7 +166,7 @@ def _check_place(place: Path) -> None:
 
 
 def _size(loader: type[PreTrainedModel], config: PreTrainedConfig) -> int:
-    """The number of elements of a network with this configuration, without making them."""
+    """Return the number of elements of a network with this configuration, without making it."""
     with torch.device("meta"):
         network = loader(config)
     return sum(t.numel() for t in (*network.parameters(), *network.buffers()))

@@ -1,4 +1,4 @@
-"""A plain model from one draw: the adapter added to the weights, the head put in place."""
+"""A plain model of one draw: the adapter added to the weights, the head put in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyrolora.model import JointModel
 @torch.inference_mode(False)  # the model may be trained
 @torch.no_grad()
 def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
-    """A copy of the base network with W + s B A in its adapted layers and the posterior's heads.
+    """Return a copy of the base network with W + s B A in its layers and the posterior's heads.
 
     The sum is made in float32 and cast to the layer's dtype once. A layer that shares its weight
     with another module (an output layer tied to the embeddings), or is one under several names,
@@ -60,7 +60,7 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
 
 
 def _copy(base: nn.Module) -> nn.Module:
-    """A copy without our wrappers."""
+    """Copy the network without our wrappers."""
     try:
         network = copy.deepcopy(base)
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -77,20 +77,22 @@ def _copy(base: nn.Module) -> nn.Module:
 def _check_weight(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if weight is None or weight.is_meta or not is_dense(weight):
-        found = "parametrised"
+        state = "parametrised"
         if weight is not None:
             kind = "" if type(weight) is nn.Parameter else f"a {type(weight).__name__}, "
-            found = f"{kind}{weight.dtype} on {weight.device}"
+            state = f"{kind}{weight.dtype} on {weight.device}"
         raise ConfigError(
             f"merging adds the adapter to the weights, and that of {name!r} is no plain one in "
-            f"memory: it is {found}. Write the adapter alone, with posterior.to_peft(path), or "
+            f"memory: it is {state}. Write the adapter alone, with posterior.to_peft(path), or "
             "merge on the network loaded whole and not quantised"
         )
 
 
 def _check_tied(network: PreTrainedModel) -> None:
-    """Tie what was tied and is still equal; where it is not any more, tell transformers, and give
-    each of these weights a place of its own in what it saves."""
+    """Tie weights that were tied and are still equal.
+
+    If some differ now, tell transformers, and give each of these weights its own tensor to save.
+    """
     tied = network.get_expanded_tied_weights_keys(all_submodels=True)
     pairs = [(target, network.get_parameter(source)) for target, source in tied.items()]
     if all(_equal(network.get_parameter(target), source) for target, source in pairs):
@@ -117,5 +119,5 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 
 def _put(network: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    module, _, own = name.rpartition(".")
-    setattr(network.get_submodule(module), own, parameter)
+    module, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(module), attribute, parameter)

@@ -1,4 +1,4 @@
-"""Values as JSON has them."""
+"""Python's and NumPy's values in the form that JSON has."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import numpy as np
 
 
 def as_json(value: Any) -> str:
-    """JSON as the standard has it: `finite`, one value a line."""
+    """Return a value as standard JSON: `finite`, one value per line."""
     return json.dumps(finite(value), indent=1, allow_nan=False) + "\n"
 
 
 def finite(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null, tuples lists, NumPy's numbers Python's."""
+    """Return a value that JSON can hold: NaN and infinity become null, tuples lists.
+
+    NumPy's numbers become Python's.
+    """
     if isinstance(value, Mapping):
         return {str(key): finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Tensors of a safetensors file: their header first, their values once they are known to fit."""
+"""Tensors of a safetensors file: the header first, values once their sizes are known to fit."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The tensors of a file: ``declared`` has their names, shapes and dtypes, as tensors without
-    values."""
+    """A file of tensors; ``declared`` has their names, shapes and dtypes, without values."""
 
     path: Path
     declared: Mapping[str, Tensor]
     size: int
 
     def read(self, digest: str | None = None) -> dict[str, Tensor]:
-        """The tensors: of the file that has this SHA-256, all of them finite.
+        """Read the tensors, all of them finite, from the file that has this SHA-256.
 
         Raises
         ------
@@ -58,7 +57,9 @@ class TensorFile:
         try:
             tensors = load(content)
         except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"cannot read the saved tensors {self.path}: {error}") from error
+            raise CheckpointError(
+                f"cannot read the saved tensors {self.path}: {error}; restore it from a copy"
+            ) from error
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise CheckpointError(
@@ -69,8 +70,10 @@ class TensorFile:
 
 
 def check_digest(path: Path, digest: str) -> None:
-    """Raise `CheckpointError` where the file has another SHA-256. That of a file above `AT_ONCE`
-    bytes is compared by `TensorFile.read`, when its tensors are known to fit."""
+    """Raise `CheckpointError` where the file has another SHA-256.
+
+    For a file above `AT_ONCE` bytes `TensorFile.read` compares it, when tensors are known to fit.
+    """
     with opened(path) as (_, size):
         pass
     if size <= AT_ONCE and hashlib.sha256(read_bytes(path, AT_ONCE)).hexdigest() != digest:
@@ -78,12 +81,12 @@ def check_digest(path: Path, digest: str) -> None:
 
 
 def tensor_file(path: Path) -> TensorFile:
-    """A safetensors file, of which nothing but the header is read.
+    """Read the header of a safetensors file, and nothing else.
 
     Raises
     ------
     CheckpointError
-        When it is none, or its size is not the one that the header says.
+        When it is no such file, or has another size than the header says.
     """
     with opened(path) as (stream, size):
         length = int.from_bytes(stream.read(8), "little")
@@ -113,7 +116,7 @@ def tensor_file(path: Path) -> TensorFile:
 
 
 def other_file(path: Path) -> str:
-    """A message: the file does not have its digest."""
+    """Return the message for a file that does not have its digest."""
     return (
         f"{path} is not the file that was saved (its SHA-256 differs): it is truncated, edited, or "
         "from another save; restore it from a copy"

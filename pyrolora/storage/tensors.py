@@ -1,4 +1,4 @@
-"""The tensors that make a network's function, in a form that does not depend on how they lie."""
+"""Tensors that make a network's function, in a form that does not depend on their storage."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ NIBBLES = 32  # rows that bitsandbytes packs together on a CPU
 
 @torch.no_grad()
 def tensors(network: nn.Module, heads: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and persistent buffers outside of ``heads``, under the names that they have
-    without our wrappers.
+    """Iterate over the parameters and persistent buffers outside of ``heads``.
 
-    They are taken as each module would save them; a subclass of tensors (torchao's, quanto's) gives
-    the tensors that it is made of, and a 4-bit weight of bitsandbytes what `_four_bit` makes of it.
+    Names are those without our wrappers. The tensors are taken as each module would save them; a
+    subclass of tensors (torchao's, quanto's) gives the tensors that it is made of, and a 4-bit
+    weight of bitsandbytes what `_four_bit` makes of it.
     """
     prefixes = tuple(f"{head}." for head in heads)
     for name, module in walk(network):
         layer, entries = unwrapped(module), dict[str, Any]()
         prefix = f"{name}." if name else ""
-        with align_module_device(layer):  # of an offloaded layer, the weights themselves
+        with align_module_device(layer):  # for an offloaded layer, the weights themselves
             if _is_four_bit(layer):  # to save it would change a packed weight in place
                 nn.Module._save_to_state_dict(layer, entries, prefix, True)
             else:
@@ -51,7 +51,7 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _four_bit(name: str, codes: Tensor, state: Any) -> Iterator[tuple[str, Tensor]]:
-    """The codes of a 4-bit weight of bitsandbytes, and the scale of each block in bfloat16.
+    """Iterate over the codes of a 4-bit weight of bitsandbytes, and its scales in bfloat16.
 
     In the first pass on a CPU bitsandbytes packs the codes anew, rounds the scales to bfloat16 and
     transposes them. Both forms come to the same here.

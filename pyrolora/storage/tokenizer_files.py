@@ -1,4 +1,4 @@
-"""The tokenizer's files in a posterior's folder: named one by one, each with its digest."""
+"""Files of the tokenizer in a posterior's folder: named one by one, each with its digest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import read_bytes, read_json, shown
+from pyrolora.files import read_bytes, read_strict_json, shown
 from pyrolora.storage.tensor_file import other_file
 
 MOST_BYTES = 2**29
@@ -47,7 +47,7 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     whole = hashlib.sha256("".join(f"{n}\0{d}\n" for n, d in digests.items()).encode())
     folder = path / f"tokenizer-{whole.hexdigest()[:12]}"
     if os.path.lexists(folder):
-        if not folder.is_symlink() and folder.is_dir() and digests == _found(folder):
+        if not folder.is_symlink() and folder.is_dir() and digests == _digests(folder):
             return folder.name, digests  # the scratch folder goes with the older files
         remove(folder)
     scratch.replace(folder)
@@ -107,15 +107,17 @@ def remove(path: Path) -> None:
 
 
 def digest(file: Path) -> str:
-    """The SHA-256 of a regular file."""
+    """Return the SHA-256 of a regular file."""
     return hashlib.sha256(read_bytes(file, MOST_BYTES)).hexdigest()
 
 
 def _kind(folder: Path, trust_remote_code: bool) -> type[PreTrainedTokenizerBase]:
-    """The class that the configuration names: one of transformers' tokenizers."""
-    config = read_json(folder / CONFIG)
+    """Return the class that the configuration names, one of transformers' tokenizers."""
+    config = read_strict_json(folder / CONFIG)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG} is no configuration of a tokenizer")
+        raise CheckpointError(
+            f"{folder / CONFIG} is no configuration of a tokenizer; restore it from a copy"
+        )
     for origin in _origins(config):
         raise CheckpointError(
             f"{folder / CONFIG} names other files, by {shown(origin)}={shown(config[origin])}; a "
@@ -131,21 +133,21 @@ def _kind(folder: Path, trust_remote_code: bool) -> type[PreTrainedTokenizerBase
     name = config.get("tokenizer_class")
     kind = tokenizer_class_from_name(name) if isinstance(name, str) else None
     if isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase):
-        return kind  # else any class of transformers', such as a model
+        return kind
     raise CheckpointError(
         f"{folder / CONFIG} names the class {shown(name)}, which is no tokenizer of transformers'"
     )
 
 
 def _origins(config: Mapping[str, Any]) -> list[str]:
-    """The entries that name files, with which transformers may read them wherever they are."""
+    """Return the entries that name files, which transformers would read wherever they are."""
     names = [name for name in config if name.endswith(("_file", "_files")) and config[name]]
     return [*names, *(["init_inputs"] if config.get("init_inputs") else [])]
 
 
 def _forget_origins(file: Path, *, own_code: bool) -> None:
-    """Take out of a configuration what a tokenizer was once loaded from, and with what code."""
-    config = read_json(file)
+    """Remove from a configuration the files and the code that a tokenizer was loaded from."""
+    config = read_strict_json(file)
     surplus = [*_origins(config), *([] if own_code else ["auto_map"])]
     if any(name in config for name in surplus):
         left = {name: value for name, value in config.items() if name not in surplus}
@@ -157,7 +159,7 @@ def _is_transformers(tokenizer: Any) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """The names of all files below ``folder``, in order; a link to a folder counts as a file."""
+    """Return the names of all files below ``folder``, in order; links to folders count."""
     names = []
     for place, folders, files in os.walk(folder):
         links = [name for name in folders if (Path(place) / name).is_symlink()]
@@ -165,7 +167,7 @@ def _files(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _found(folder: Path) -> dict[str, str] | None:
+def _digests(folder: Path) -> dict[str, str] | None:
     try:
         return {name: digest(folder / name) for name in _files(folder)}
     except CheckpointError:
@@ -173,5 +175,5 @@ def _found(folder: Path) -> dict[str, str] | None:
 
 
 def _umask(path: Path) -> int:
-    """The bits that folders do not get here: ``path`` was made with them, or before."""
+    """Return the permission bits that folders do not get here, as ``path`` did not get them."""
     return ~path.stat().st_mode & 0o777

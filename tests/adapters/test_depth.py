@@ -95,7 +95,7 @@ def test_a_name_that_is_in_no_chosen_block_is_refused() -> None:
         ({"layers_to_transform": 1.0}, "whole number >= 0, got 1.0"),
         ({"layers_to_transform": []}, "is empty: no layer is left"),
         ({"layers_to_transform": 1, "target_modules": ".*query"}, "is a regular expression, which"),
-        ({"layers_pattern": "layer"}, "which is not given; give it, or leave out both"),
+        ({"layers_pattern": "layer"}, "which is None; pass it, or leave out both"),
     ],
 )
 def test_what_can_mean_nothing_is_refused(options, said) -> None:

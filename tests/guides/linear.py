@@ -23,8 +23,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.guides import MAP, Guide, averaged
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointGuide, JointModel
+from pyrolora.model import JointGuide, JointModel, build
 from pyrolora.posterior import Posterior
 from pyrolora.tasks import Task
 

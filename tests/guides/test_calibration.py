@@ -22,7 +22,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.guides import MeanField, MonteCLoRA
 from pyrolora.inference.mcmc import nuts
-from pyrolora.loading import build
+from pyrolora.model import build
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +32,7 @@ THRESHOLD = 1e-3
 
 
 def p_value(draws: Tensor, truth: Tensor) -> float:
-    """Of a chi-square test that the ranks of ``truth`` (N,) among ``draws`` (DRAWS, N) are
-    uniform."""
+    """Test by chi-square that ranks of ``truth`` (N,) among ``draws`` (DRAWS, N) are uniform."""
     ranks = (draws < truth).sum(0)
     counts = (ranks * CELLS // (DRAWS + 1)).bincount(minlength=CELLS)
     return float(stats.chisquare(counts.numpy()).pvalue)

@@ -65,7 +65,7 @@ def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 def member_logits(posterior: Posterior, k: int, x: Tensor = X) -> Tensor:
-    """What a member computes, by hand: adapter on the first layer, a head of its own."""
+    """Compute the output of a member by hand: adapter on the first layer, its own head."""
     network, state = posterior.base, member(posterior, k)
     spec = posterior.bank.specs["0"]
     A, Bt = state["A_loc"].view(spec.rank, -1), state["B_loc"].view(spec.rank, -1)
@@ -458,7 +458,7 @@ def test_a_half_written_member_is_trained_on(
     whole: Posterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies while it notes a member as done."""
-    from pyrolora.inference import run as module
+    from pyrolora.inference import members as module
 
     original = module.save_state
 

@@ -29,8 +29,7 @@ from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Ensemble, Flat, Guide, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointGuide, JointModel
+from pyrolora.model import JointGuide, JointModel, build
 from pyrolora.posterior import Posterior
 from pyrolora.tasks import task_for
 

@@ -72,8 +72,10 @@ def fit_points(network, guide, **options):
 
 
 def test_running_statistics_move_with_the_weights_that_they_belong_to(tmp_path):
-    """Of full fine-tuning in the copy; those of a network that gets adapters stay, so that a loaded
-    posterior predicts what the fitted one does."""
+    """In full fine-tuning those of the copy move; those of a network that gets adapters stay.
+
+    A loaded posterior then predicts as the fitted one does.
+    """
     network = Normalised()
     before = network.statistics()
     full = fit_points(network, "full")

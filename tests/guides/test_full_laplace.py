@@ -39,7 +39,7 @@ def classifier(guide: Any, epochs: int = 60, adapter: Any = None, **options: Any
 
 
 def test_draws_of_a_fit_are_those_of_the_exact_posterior():
-    """Of a linear layer with a given B, whose law of A is known."""
+    """The draws for a linear layer with constant B, whose law of A is known."""
     problem = layer(MAP())
     posterior = problem.fit(Laplace(curvature="full", latent="A", prior_scale=0.6, num_draws=4000))
     exact = problem.posterior("A", problem.prior("A", 0.6))
@@ -71,7 +71,7 @@ def test_the_prior_is_around_the_network_without_adapters():
 
 
 def test_the_point_estimate_has_the_same_prior():
-    """Of a narrow one, around A's own means: A is free to move, and around zero it is not."""
+    """A narrow prior around A's means lets A move, and one around zero does not."""
     norms = {}
     for latent in ("AB", "A"):
         guide = Laplace(curvature="full", num_draws=2, latent=latent, prior_scale=0.01)

@@ -20,7 +20,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, Laplace
 from pyrolora.guides.laplace import GRID
 from pyrolora.inference import log_marginal_likelihood
-from pyrolora.loading import build
+from pyrolora.model import build
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors
 from pyrolora.predictive.linearised import linearised

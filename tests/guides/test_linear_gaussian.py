@@ -118,7 +118,7 @@ def test_laplace_is_the_exact_posterior_of_one_factor_given_the_other(factor):
 
 
 def dense_covariance(law) -> Tensor:
-    """Of a `KroneckerNormal` with one block, X = M + U (S * Z) Vᵀ row by row."""
+    """The covariance of a `KroneckerNormal` of one block, X = M + U (S * Z) Vᵀ row by row."""
     U, V = law.rows[0][0].double(), law.columns[0][0].double()
     root = torch.kron(U, V) * law.scale.detach().double()
     return root @ root.T

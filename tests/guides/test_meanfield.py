@@ -16,8 +16,7 @@ from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, MeanField, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointGuide, JointModel
+from pyrolora.model import JointGuide, JointModel, build
 from pyrolora.tasks import task_for
 
 PRIOR_SCALE = 0.8
@@ -197,9 +196,11 @@ def test_several_draws_a_batch_change_no_expectation(name):
 
 @pytest.mark.parametrize("equal", [True, False], ids=["equal groups", "any rows"])
 def test_the_noise_of_the_gradient_is_that_of_the_groups_own_draws(equal):
-    """Of a linear layer the gradient in the means is Σ_g H_g θ_g + constant, with H_g from the
-    rows of group g and θ_g of covariance S: its covariance is Σ_g H_g S H_g, and H S H / G where
-    all groups have the same rows."""
+    """The gradient in the means of a linear layer has a known covariance.
+
+    It is Σ_g H_g θ_g + constant, with H_g from the rows of group g and θ_g of covariance S, so that
+    its covariance is Σ_g H_g S H_g, and H S H / G where all groups have the same rows.
+    """
     problem = layer(MeanField(init_scale=0.3), n=8)
     if equal:
         problem = Layer(problem.joint, problem.inputs[:2].repeat(4, 1), problem.labels)

@@ -25,8 +25,7 @@ from pyrolora.distributions import WishartCholesky
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
 from pyrolora.inference import NamedELBO
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.tasks import Regression
 
 R, IN, OUT, N_DATA, NOISE = 2, 3, 4, 6, 0.7
@@ -394,7 +393,7 @@ def test_draws_in_a_plate_have_the_densities_and_kls_of_draws_one_at_a_time(prio
     program = joint.program
 
     def pair(sites):
-        """Of the model under ``sites``: the density of the noise, its KL, the factors."""
+        """Return the density of the noise, its KL and the factors of the model under ``sites``."""
         guide = poutine.trace(poutine.condition(program.guide, sites)).get_trace()
         model = poutine.trace(poutine.condition(program.model, sites)).get_trace()
         q, p = (trace.nodes["noise"]["fn"] for trace in (guide, model))

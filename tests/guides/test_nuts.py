@@ -119,7 +119,7 @@ def test_means_and_head_are_those_of_plain_lora_and_a_seed_repeats_the_chains():
 
 
 def test_the_mean_adapter_is_that_of_the_draws():
-    """Of A alone the mean of A; of both factors the mean of the update B A."""
+    """For A alone it is the mean of A; for both factors that of the update B A."""
     for latent in ("A", "AB"):
         options = NUTS(inner=MeanField(kl_weight=1.0, latent=latent), chains=1, num_samples=5)
         problem = layer(options)

@@ -29,7 +29,7 @@ EARLIER: dict[str, Any] = {"epochs": 3, "batch_size": 6, "seed": 0, "learning_ra
 
 
 def after(problem: Layer, prior: Posterior, half: slice) -> Posterior:
-    """What `fit` makes of that half of the data after ``prior``, trained to the end."""
+    """Fit that half of the data after ``prior``, and train to the end."""
     inputs, labels = problem.inputs[half], problem.labels[half]
     found = pyrolora.fit(problem.joint.base, (inputs, labels), prior=prior, epochs=1)
     svi(Layer(found.model, inputs, labels), steps=1500, rate=0.1)

@@ -14,8 +14,7 @@ from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Curvature, LowRank, MeanField, MonteCLoRA, Variational
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.tasks import Regression
 
 MONTEC = MonteCLoRA(
@@ -51,7 +50,7 @@ def nothing(joint: JointModel) -> Curvature:
 
 
 def deviations(joint: JointModel, draws: int = 4000) -> Tensor:
-    """Of each entry of A, over the root mean square of its row."""
+    """Return the width of each entry of A over the root mean square of its row."""
     bank = joint.program.bank
     torch.manual_seed(1)
     drawn = joint.program.factors(joint.program.draw(draws)).A

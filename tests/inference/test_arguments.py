@@ -128,7 +128,7 @@ def test_an_option_that_would_do_nothing_is_refused_by_name(name: str, tmp_path:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="float16 has an effect there")
 def test_float16_without_a_device_for_it_is_refused(tmp_path: Path) -> None:
     training = TrainingArguments(str(tmp_path), report_to="none", fp16=True)
-    with pytest.raises(ConfigError, match="fp16=True does nothing on a CPU"):
+    with pytest.raises(ConfigError, match="fp16=True has no effect on a CPU"):
         check_arguments(training)
 
 

@@ -23,7 +23,8 @@ from pyrolora.data import prepare
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.guides import SWAG, Ensemble, MonteCLoRA
 from pyrolora.inference import last_checkpoint
-from pyrolora.inference.checkpoints import damage, digest_of_data
+from pyrolora.inference.checkpoints import damage
+from pyrolora.inference.identity import digest_of_data
 from pyrolora.tasks import task_for
 
 STEPS = 6
@@ -194,7 +195,7 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(run, steps):
     ("asked", "message"),
     [
         ("nowhere", "is no folder"),
-        ("run", "holds some: pass '.*checkpoint-5'"),
+        ("run", "holds some; pass '.*checkpoint-5'"),
         (True, "no checkpoint in .*empty"),
     ],
 )

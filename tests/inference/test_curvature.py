@@ -19,7 +19,7 @@ from pyrolora.adapters import FlatFactors, attach
 from pyrolora.errors import DataError
 from pyrolora.guides import MAP
 from pyrolora.inference import Kronecker, best_precision, kfac, log_marginal_likelihood
-from pyrolora.inference.curvature import PRECISIONS
+from pyrolora.inference.evidence import PRECISIONS
 from pyrolora.model import build
 from pyrolora.tasks import task_for
 
@@ -317,7 +317,7 @@ def test_it_leaves_no_gradient_and_no_graph_behind():
 
 
 def test_sums_are_in_the_precision_of_the_bank_whatever_that_of_the_network():
-    """Of a bfloat16 network the inputs have 3 digits, their sums keep those of float32."""
+    """Inputs of a bfloat16 network have 3 digits; their sums keep those of float32."""
     joint = joint_of(mlp(), "classification")
     joint.base.to(torch.bfloat16)
     joint.program.float()

@@ -204,7 +204,7 @@ def test_the_evidence_of_a_regression_is_the_density_of_its_labels():
 
 
 def test_of_a_sure_network_the_directions_and_the_best_precision_are_found():
-    """Where its outputs are, the Hessian is zero but for rounding."""
+    """At its outputs the Hessian is zero but for rounding."""
     joint, batch = problem_of("sure")
     bank = joint.program.bank
     theta = bank.latent_part("AB", bank.means()).detach()

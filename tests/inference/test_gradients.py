@@ -35,7 +35,7 @@ def state_of(network):
 @pytest.mark.parametrize("make", [bert, gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_those_of_the_networks_own_loss(make, dtype):
-    """Of the mean over examples, or over the tokens that count."""
+    """The loss is a mean over examples, or over the tokens that count."""
     network = make().to(dtype)
     plain, batch = copy.deepcopy(network), batch_of(tokens(6))
     if make is gpt2:

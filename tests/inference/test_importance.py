@@ -1,5 +1,4 @@
-"""What a rank is worth: by ablation against one evaluation after the other, by signal-to-noise
-against its closed form."""
+"""Importance of a rank: ablation against single evaluations, signal-to-noise by its formula."""
 
 from __future__ import annotations
 

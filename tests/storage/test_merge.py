@@ -32,8 +32,7 @@ from pyrolora.adapters import Wrapper, attach, bind
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP
-from pyrolora.loading import build
-from pyrolora.model import JointModel
+from pyrolora.model import JointModel, build
 from pyrolora.storage import merged as merge_of
 from pyrolora.tasks import MaskedLM, task_for
 

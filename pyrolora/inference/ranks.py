@@ -1,4 +1,4 @@
-"""Settles which ranks the layers have while the adapters are trained."""
+"""Ranks that move between layers in training, by their importance."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
     allocation = joint.program.bank.config.allocation
     if allocation is None or joint.program.previous is not None:
         return
-    if joint.program.members > 1:
+    if not joint.program.supports.rank_allocation:
+        members = joint.program.members > 1
+        reason = "; all draws have the same ranks, and members would differ" if members else ""
         raise ConfigError(
-            f"rank_allocation={allocation.importance!r} gives all draws the same ranks, and each "
-            f"member of {full_name(joint.program.options)!r} would have its own; use "
+            f"rank_allocation={allocation.importance!r} moves ranks in training, which guide "
+            f"{full_name(joint.program.options)!r} does not support{reason}; use "
             "rank_allocation='uniform', or another guide"
         )
     if allocation.importance == "alora" and held_out is None:
@@ -42,17 +44,17 @@ def check_allocation(joint: JointModel, held_out: Prepared | None) -> None:
 
 
 class AllocateRanks(TrainerCallback):
-    """The rounds of the adapter configuration's `RankAllocation`, after the optimiser's step.
+    """Rounds of the adapter configuration's `RankAllocation`, after the optimiser's step.
 
-    The same in all processes, and after a resume: the ranks in use are in the saved state, and the
-    random numbers of a round depend on the seed and on the step alone.
+    They are the same in all processes, and after a resume: the ranks in use are part of the saved
+    state, and the random numbers of a round depend on the seed and the step alone.
 
     Parameters
     ----------
     joint
         The model that is trained.
     held_out
-        The evaluation data, of which ``"alora"`` takes a batch, always the same.
+        The evaluation data, from which ``"alora"`` takes a batch, always the same one.
 
     Raises
     ------
@@ -109,7 +111,7 @@ class AllocateRanks(TrainerCallback):
             for name, entries in program.renew(after != before).items():
                 _forget(optimizer, program.get_parameter(name), entries)
         ranks = bank.ranks().values()
-        # Not the Trainer's `log`, which would take this step's own turn to log.
+        # The Trainer's `log` would count as the log of this step.
         state.log_history.append(
             {
                 "ranks_lost": int((before & ~after).sum()),
@@ -132,7 +134,7 @@ class AllocateRanks(TrainerCallback):
             )
 
     def importance(self) -> Tensor:
-        """(L, r_max) of the ranks as they are."""
+        """Return the importance of the ranks as they are, (L, r_max)."""
         if self.batch is None:
             return signal_to_noise(self.joint.program)
         device = self.joint.program.bank.get_parameter("A_loc").device
@@ -155,7 +157,7 @@ def _check_width(program: Program) -> None:
 
 @torch.no_grad()
 def _forget(optimizer: Any, parameter: torch.nn.Parameter, entries: Tensor) -> None:
-    """Zeros for these entries in what the optimiser keeps by entry, such as its moments."""
+    """Zero these entries in the optimiser's state, such as its moments."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value.masked_fill_(entries, 0.0)

@@ -1,0 +1,65 @@
+"""Callbacks of a fit's Trainer: the progress bar, and the checks of every step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import ProgressCallback, TrainerCallback, set_seed
+
+from pyrolora.seeding import seed_of_process
+
+if TYPE_CHECKING:
+    from pyrolora.inference.trainer import SVITrainer
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar, with the newest numbers at its end in place of one line per entry."""
+
+    SHOWN = ("loss", "eval_nll", "eval_accuracy")
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+        self.numbers: dict[str, str] = {}
+
+    training_bar: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        shown = {name: f"{logs[name]:.3f}" for name in self.SHOWN if name in (logs or {})}
+        self.numbers |= shown
+        if self.training_bar is not None:
+            self.training_bar.set_postfix(self.numbers)
+
+
+class CheckStep(TrainerCallback):
+    """Checks of every step before it is made; `Program.after_step` after it."""
+
+    def __init__(self, trainer: SVITrainer) -> None:
+        self.trainer = trainer
+        self.save_with_epoch = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.remember_statistics()
+        self.trainer.recall_averages()
+        if args.process_index > 0:  # otherwise all devices would draw the same noise
+            set_seed(seed_of_process(args.seed, args.process_index))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.joint.program.after_step(state.global_step, state.max_steps)
+        # An epoch is logged and scored after its last step: a fit resumed from a checkpoint before
+        # that would lack these entries.
+        last = control.should_training_stop or float(state.epoch).is_integer()
+        self.save_with_epoch = control.should_save and last
+        control.should_save = control.should_save and not last
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.save_with_epoch
+        self.save_with_epoch = False

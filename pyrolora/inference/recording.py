@@ -1,0 +1,83 @@
+"""Passes through the network that record the inputs and updates of every adapted layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from pyrolora.adapters import Factors, FlatFactors
+from pyrolora.columns import CHOICE_MASK, Batch
+from pyrolora.model import JointModel
+
+
+@dataclass(frozen=True)
+class Recording(Factors):
+    """Factors that keep the input and the update, s B A x, of each use of their layer."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    updates: list[Tensor] = field(default_factory=list)
+
+    def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
+        out: Tensor = layer(x)
+        x = x.to(self.A.dtype)
+        update = x @ self.A.mT @ self.sB
+        self.inputs.append(x.detach())
+        self.updates.append(update)
+        return out + update.to(out.dtype)
+
+
+def recorded(
+    joint: JointModel, batch: Batch, factors: FlatFactors
+) -> tuple[Tensor, dict[str, Recording]]:
+    """Return the network's output under one setting of the factors, and each layer's recording.
+
+    The updates have gradients where B requires one.
+    """
+    plain = joint.binding(factors)
+    layers = {
+        name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
+        for name, layer in joint.attachment.layers.items()
+    }
+    bound: dict[nn.Module, Factors] = {
+        joint.attachment.layers[name]: layer for name, layer in layers.items()
+    }
+    return joint.run(batch, replace(plain, factors=bound)), layers
+
+
+def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
+    """Yield the batch whole, or example by example where a layer's rows have no known owner."""
+    size = len(next(iter(batch.values())))
+    if size == 1 or joint.together(batch):
+        yield batch
+        return
+    for i in range(size):
+        yield {name: tensor[i : i + 1] for name, tensor in batch.items()}
+
+
+def masks(batch: Batch) -> list[Tensor]:
+    """Return which positions (rows, T), and which rows, count.
+
+    A batch of choices, (b, choices, ...), has b * choices rows.
+    """
+    masks = []
+    choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
+    if attention is not None and attention.dim() > 1:
+        attention = attention if choices is None else attention * choices[..., None]
+        masks.append(attention.flatten(0, -2).bool())
+    if choices is not None:
+        masks.append(choices.flatten().bool())
+    return masks
+
+
+def counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:
+    """Return the positions of a (..., k) tensor that count, (m, k); all where no mask fits."""
+    for mask in masks:
+        if tensor.shape[:-1][: mask.dim()] == mask.shape:
+            tensor = tensor[mask]
+            break
+        if len(mask) == 1 and tensor.dim() == 3 and tensor.shape[:-1].numel() == mask.numel():
+            tensor = tensor.flatten(0, 1)[mask.flatten()]  # one example, positions first
+            break
+    return tensor.reshape(-1, tensor.shape[-1])

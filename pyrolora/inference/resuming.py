@@ -1,0 +1,166 @@
+"""A Trainer whose checkpoints hold the posterior, and that resumes from them to the same result."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from pyrolora.data.prepared import Prepared
+from pyrolora.errors import CheckpointError
+from pyrolora.guides import Guide
+from pyrolora.inference.checkpoints import (
+    FIT_FILE,
+    STATE_FILE,
+    read_json,
+    read_state,
+    read_tensors,
+    save_state,
+)
+from pyrolora.inference.identity import check_fit, describe_fit
+from pyrolora.model import JointModel
+
+_OF_ENTRIES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
+"""Names under which torch's optimisers keep one value per entry of a parameter."""
+
+
+class ResumingTrainer(Trainer):
+    """A Trainer around an `Objective` whose checkpoints hold the posterior.
+
+    A checkpoint also keeps the sums that the next log averages, so that the log of a resumed fit is
+    that of an uninterrupted one.
+    """
+
+    guide: Guide
+    optimizer: Any
+    _data: Prepared
+    _sums: Tensor | None
+    _terms: tuple[str, ...]
+    _steps: int
+    _resumed: Path | None
+    _averages: dict[str, Any]
+
+    @property
+    def joint(self) -> JointModel:
+        """The joint model that is trained."""
+        joint: JointModel = self.model.joint
+        return joint
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """Everything that the fit's numbers depend on."""
+        return describe_fit(self.joint, self.guide, self._data, self.args)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._averages = self._since_last_log()  # here, since only here all devices take part
+        super()._save_checkpoint(model, trial)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"fit": self.description, "averages": self._averages}
+        (folder / FIT_FILE).write_text(json.dumps(content), encoding="utf-8")
+        save_state(self.joint, folder / STATE_FILE)
+
+    def _since_last_log(self) -> dict[str, Any]:
+        """Return the sums that the next log averages, means over the devices."""
+        sums = None if self._sums is None else self.accelerator.reduce(self._sums, "mean").tolist()
+        return {
+            "terms": list(self._terms),
+            "sums": sums,
+            "from_step": self._steps,
+            "loss": float(self.accelerator.reduce(self._tr_loss.clone(), "mean")),
+            "logged_step": self._globalstep_last_logged,
+            "total_loss": float(self._total_loss_scalar),
+        }
+
+    def recall_averages(self) -> None:
+        """Restore the sums of the checkpoint, so that the log is that of an uninterrupted fit."""
+        if self._resumed is None:
+            return
+        kept = read_json(self._resumed / FIT_FILE)["averages"]
+        device = self.args.device
+        try:
+            self._terms, self._steps = tuple(kept["terms"]), int(kept["from_step"])
+            if kept["sums"] is not None:
+                self._sums = torch.tensor(kept["sums"], device=device, dtype=torch.float32)
+            self._tr_loss = torch.tensor(kept["loss"], device=device, dtype=torch.float32)
+            self._globalstep_last_logged = int(kept["logged_step"])
+            self._total_loss_scalar = float(kept["total_loss"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise self._unusable(FIT_FILE, error) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._resumed = Path(resume_from_checkpoint)
+        check_fit(self.description, self._resumed)
+        self._load_state(self._resumed)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        self._load_state(Path(best))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint / STATE_FILE)
+        for name, tensor in state.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{name!r} of {checkpoint / STATE_FILE} is not finite")
+        self.joint.load_own_state(state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        expected = set(self.lr_scheduler.state_dict())
+        if set(read_tensors(Path(checkpoint) / "scheduler.pt")) != expected:
+            raise self._unusable("scheduler.pt", "it belongs to another schedule")
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:  # a file that was changed can raise any
+            raise self._unusable("optimizer.pt or scheduler.pt", error) from error
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not _fits(name, value, parameter):
+                    raise self._unusable("optimizer.pt", "a tensor is of another size, or infinite")
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_scaler(checkpoint)
+        except Exception as error:
+            raise self._unusable("scaler.pt", error) from error
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:
+            raise self._unusable("rng_state", error) from error
+
+    def _load_callback_state(self) -> None:
+        try:
+            super()._load_callback_state()
+        except Exception as error:
+            raise self._unusable("trainer_state.json", error) from error
+
+    def _unusable(self, name: str, reason: object) -> CheckpointError:
+        return CheckpointError(
+            f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; resume from "
+            "an older checkpoint, or begin anew"
+        )
+
+
+def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:
+    """Return whether the optimiser can keep ``value`` for a parameter.
+
+    Averages have the size of the parameter, unless they are those of rows and columns (Adafactor)
+    or of blocks (8-bit optimisers).
+    """
+    whole = name not in _OF_ENTRIES or value.shape == parameter.shape
+    return whole and bool(torch.isfinite(value).all())

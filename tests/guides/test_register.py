@@ -1,0 +1,225 @@
+"""Guides from outside of the package: registered, fitted, saved, and loaded elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import outside
+import pytest
+import torch
+from outside import Copied, CopiedProgram
+from problems import mlp
+
+import pyrolora
+from pyrolora import AdapterConfig, guides
+from pyrolora.adapters import AdapterBank, LayerSpec
+from pyrolora.errors import ConfigError, UnknownNameError
+from pyrolora.guides import Flat, Guide, MeanField, Supports, registry
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long()
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 4, "seed": 1}
+
+
+@pytest.fixture(autouse=True)
+def a_registry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    known = dict(registry._REGISTRY)
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(known)
+
+
+def fitted(guide: Any, **options: Any) -> pyrolora.Posterior:
+    return pyrolora.fit(
+        mlp(), (X, Y), guide=guide, task="classification", adapter=AdapterConfig(r=1, **options),
+        **SHORT,
+    )  # fmt: skip
+
+
+def loaded_elsewhere(folder: Path, predictions: Path, *registered: str) -> str:
+    """Load the folder in a fresh process that writes its predictions; return what it prints."""
+    here = Path(outside.__file__).parent
+    path = os.pathsep.join([str(here.parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, outside.__file__, str(folder), str(predictions), *registered],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def test_register_returns_the_class_and_its_name_is_known() -> None:
+    assert guides.register(Copied) is Copied
+    assert "copied" in guides.available()
+    assert guides.as_guide("copied") == Copied()
+    assert guides.as_guide("flat+copied") == Flat(inner=Copied())
+    twin, own = fitted("copied").model.own_state(), fitted(MeanField()).model.own_state()
+    assert twin.keys() == own.keys()
+    assert all(torch.equal(twin[name], own[name]) for name in own)
+
+
+def test_a_name_that_is_not_registered_says_how_to_register_it() -> None:
+    with pytest.raises(
+        UnknownNameError, match=r"unknown guide 'copied'.*pyrolora\.guides\.register"
+    ):
+        pyrolora.fit(mlp(), (X, Y), guide="copied", task="classification")
+
+
+@pytest.mark.parametrize("guide", [Copied(latent="AB"), Flat(inner=Copied(), rho=0.2)])
+def test_a_folder_of_a_guide_from_outside_loads_where_it_is_registered(
+    guide: Guide, tmp_path: Path
+) -> None:
+    posterior = fitted(guide)
+    posterior.save(tmp_path / "saved")
+    said = loaded_elsewhere(tmp_path / "saved", tmp_path / "draws.pt")
+    assert "was saved with the guide 'copied'" in said
+    assert "pyrolora.guides.register" in said
+    assert "edited" not in said
+    assert "incomplete" not in said
+    assert loaded_elsewhere(tmp_path / "saved", tmp_path / "draws.pt", "register") == ""
+    expected = posterior.predict((torch.eye(4),), 3, seed=0).draws
+    assert torch.equal(torch.load(tmp_path / "draws.pt"), expected)
+
+
+def test_a_folder_of_a_task_from_outside_names_it(tmp_path: Path) -> None:
+    posterior = fitted(MeanField())
+    type(posterior.task).name = "sentiment"
+    try:
+        posterior.save(tmp_path)
+    finally:
+        type(posterior.task).name = "classification"
+    with pytest.raises(pyrolora.errors.CheckpointError) as caught:
+        pyrolora.load(tmp_path, mlp())
+    assert "was saved with the task 'sentiment'" in str(caught.value)
+    assert "pyrolora.tasks.register" in str(caught.value)
+    assert "edited" not in str(caught.value)
+
+
+def test_a_name_is_registered_once() -> None:
+    guides.register(Copied)
+    with pytest.raises(ConfigError, match="there is a guide 'copied' already"):
+        guides.register(Copied)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Other(Copied):
+        name = "meanfield"
+
+    with pytest.raises(ConfigError, match="there is a guide 'meanfield' already, MeanField"):
+        guides.register(Other)
+    assert guides.guide_class("meanfield") is MeanField
+
+
+def test_a_class_that_lacks_parts_is_refused() -> None:
+    class NoGuide:
+        name = "none"
+
+    class Plain(Copied):
+        name = "plain"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Unnamed(Copied):
+        name = "two names"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Silent(Guide):
+        name = "silent"
+
+        def build(self, bank: AdapterBank) -> CopiedProgram:
+            return CopiedProgram(bank, Copied())
+
+    @dataclass(frozen=True, kw_only=True)
+    class Needy(Copied):
+        name = "needy"
+        needed: float
+
+    @dataclass(frozen=True, kw_only=True)
+    class Vague(Copied):
+        name = "vague"
+        supports = {"prior"}  # type: ignore[assignment]  # noqa: RUF012
+
+    for kind, message in {
+        NoGuide: "must be a class on pyrolora.guides.Guide",
+        Plain: "is no frozen dataclass",
+        Unnamed: "needs a name of letters.*got 'two names'",
+        Silent: "lacks supports",
+        Needy: "has no default for needed",
+        Vague: r"must state what it supports.*Supports\(",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            guides.register(kind)  # type: ignore[type-var]
+    assert set(guides.available()) == set(registry._REGISTRY)
+    assert not {"plain", "silent", "needy", "vague"} & set(guides.available())
+
+
+class Forgetful(CopiedProgram):
+    """A program that lets ranks move, and does not say which entries belong to them."""
+
+    rank_entries = guides.Program.rank_entries
+
+
+class Abstract(guides.FactorProgram):
+    """A program without a law."""
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (Forgetful, "supports 'rank_allocation'.*Forgetful has no rank_entries"),
+        (Abstract, "program of the guide.*cannot be made.*law"),
+    ],
+)
+def test_a_program_that_forgets_a_method_is_refused(program: Any, message: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wanting(Copied):
+        name = "wanting"
+
+        def build(self, bank: AdapterBank) -> Any:
+            return program(bank, self)
+
+    with pytest.raises(ConfigError, match=message):
+        guides.register(Wanting)
+    assert "wanting" not in guides.available()
+
+
+@pytest.mark.parametrize("capability", ["closed_scales", "stored_draws"])
+def test_a_program_without_the_methods_of_a_stated_capability_is_refused(capability: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Boastful(Copied):
+        name = "boastful"
+
+        @property
+        def supports(self) -> Supports:
+            return Supports(**{capability: True})
+
+    with pytest.raises(ConfigError, match=f"supports '{capability}'.*has no"):
+        guides.register(Boastful)
+
+
+@pytest.mark.parametrize("name", guides.available())
+def test_every_guide_of_the_package_could_be_registered(name: str) -> None:
+    registry.check_class(guides.guide_class(name))
+
+
+def program_of(guide: Guide) -> guides.Program:
+    return guide.build(AdapterBank([LayerSpec("layer", 3, 2, 2, 1.0)], AdapterConfig(r=2)))
+
+
+@pytest.mark.parametrize("name", [n for n in guides.available() if n != "full"])
+def test_a_program_refuses_by_name_what_its_guide_does_not_state(name: str) -> None:
+    program = program_of(guides.as_guide(name))
+    asked = {
+        "rank_allocation": lambda: program.rank_entries(torch.zeros(1, 2, dtype=torch.bool)),
+        "prior": lambda: program.succeed(program),
+        "closed_scales": lambda: program.settle(None, 1.0),  # type: ignore[arg-type]
+        "stored_draws": lambda: program.pick(torch.zeros(1, dtype=torch.long)),
+    }
+    for capability, ask in asked.items():
+        if not getattr(program.supports, capability):
+            with pytest.raises(ConfigError, match=f"does not support '{capability}'"):
+                ask()
