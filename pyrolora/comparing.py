@@ -1,4 +1,4 @@
-"""Several posteriors on the same data, side by side."""
+"""Comparison of several posteriors on the same data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def compare(
     batch_size: int = defaults.BATCH_SIZE,
     seed: int | None = None,
 ) -> pd.DataFrame:
-    """The metrics of several posteriors on the same labelled data.
+    """Return the metrics of several posteriors on the same labelled data.
 
     Parameters
     ----------
@@ -37,28 +37,29 @@ def compare(
     data
         As in `Posterior.evaluate`.
     num_samples
-        Draws of each; None: 32, of an ensemble every member once.
+        Draws per posterior; None: 32, or every member of an ensemble once.
     outside
-        Data of another distribution, whose labels do not matter: adds ``ood_auroc``.
+        Data of another distribution, labels not needed: adds ``ood_auroc``.
     batch_size
-        Examples a batch.
+        Examples per batch.
     seed
         Makes the draws repeatable.
 
     Returns
     -------
     pandas.DataFrame
-        A row a posterior, in the order given: the metrics of `Posterior.evaluate`, and
-        ``nll_difference``, the mean over examples of the loss −log p̄ beyond that of the posterior
-        with the lowest mean, with its standard error ``difference_se`` (of the paired differences:
-        most of what makes an example hard is the same for all). A language model's are nats a
-        text, not a token. ``pyrolora.report.as_table`` makes a table for the terminal of it.
+        One row per posterior, in the order of the mapping: the metrics of `Posterior.evaluate`,
+        and ``nll_difference``, the mean over examples of how much the loss −log p̄ exceeds that of
+        the posterior with the lowest mean, with its standard error ``difference_se`` (that of
+        paired differences, since most of what makes an example hard is the same for all). For a
+        language model these two are nats per text, not per token. ``pyrolora.report.as_table``
+        makes a table for the terminal of it.
 
     Raises
     ------
     ConfigError
-        For an empty mapping, something that is not a posterior, likelihoods that differ, or labels
-        without names for networks that number their classes differently.
+        For an empty mapping, values that are no posteriors, tasks that differ, or labels without
+        names for networks that number their classes differently.
     """
     if not isinstance(posteriors, Mapping) or not posteriors:
         raise ConfigError(
@@ -67,10 +68,14 @@ def compare(
         )
     for name, posterior in posteriors.items():
         if not isinstance(posterior, Posterior):
-            raise ConfigError(f"{name!r} is a {type(posterior).__name__}, not a posterior")
-    laws = {posterior.task.name for posterior in posteriors.values()}
-    if len(laws) > 1:
-        raise ConfigError(f"the posteriors have different tasks, {sorted(laws)}")
+            raise ConfigError(
+                f"{name!r} is a {type(posterior).__name__}, not a posterior; pass posteriors"
+            )
+    tasks = {posterior.task.name for posterior in posteriors.values()}
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"the posteriors have different tasks, {sorted(tasks)}; compare those of one task"
+        )
     _check_classes(posteriors, data)
     rows, losses = {}, {}
     for name, posterior in posteriors.items():
@@ -97,8 +102,10 @@ def compare(
 
 
 def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
-    """Raise `ConfigError` where a label that is a number would be another class to each network;
-    names are turned to each network's numbers."""
+    """Raise `ConfigError` for labels that are numbers, of networks that number classes differently.
+
+    Labels that are names are turned into the numbers of each network.
+    """
     orders = {
         name: class_names_of(posterior.base, posterior.task)
         for name, posterior in posteriors.items()
@@ -106,7 +113,7 @@ def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:
     }
     for (one, first), (other, second) in itertools.combinations(orders.items(), 2):
         names = set(first.values())
-        plain, others = ([*map(plain_name, own.values())] for own in (first, second))
+        plain, others = ([*map(plain_name, order.values())] for order in (first, second))
         if plain == others or {*plain} != {*others}:
             continue
         if not has_names(as_examples(data, INPUTS, defaults.SCORE_SPLITS), names):

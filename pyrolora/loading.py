@@ -56,17 +56,17 @@ def load(
     path
         The folder.
     model
-        The network that it was fitted on, or the hub id or folder to load it from. None: from
-        where it came at the time, from safetensors alone.
+        The network that it was fitted on, or the hub id or folder to load it from. None: it is
+        loaded from where it came from at the fit, from safetensors alone.
     trust_remote_code
-        Whether network and tokenizer may be of classes whose code lies beside their files, and is
-        then run. Only your own word counts, none in a file.
+        Let network and tokenizer be of classes whose code lies beside their files, and run it. Only
+        this argument allows it, nothing in a file.
 
     Raises
     ------
     CheckpointError
-        When the folder is damaged, or the network is another one; a network that was passed is
-        then as it was.
+        When the folder is damaged, or the network is another one. A network that was passed is
+        then left as it was.
     """
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
@@ -101,7 +101,7 @@ def load(
 def _network(
     description: Description, model: str | Path | nn.Module | None, trust_remote_code: bool
 ) -> nn.Module:
-    """The network that was passed or is loaded; a copy, where the file has all its weights."""
+    """Return the network that was passed or is loaded; a copy, if the file has all its weights."""
     if isinstance(model, nn.Module):
         return model if description.guide.adapts else plain_copy(model)
     name = None if model is None else str(model)
@@ -138,8 +138,10 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
 
 
 def _check_sizes(description: Description, declared: Mapping[str, Tensor]) -> None:
-    """Compare the sizes that the description states with those of the stored tensors, before one
-    tensor of such a size is made."""
+    """Compare the sizes in the description with those of the stored tensors.
+
+    No tensor of such a size has been made yet.
+    """
     stored = {
         name.removeprefix("program."): tuple(tensor.shape)
         for name, tensor in declared.items()
@@ -197,8 +199,7 @@ def _check_layers(specs: Iterable[LayerSpec], network: nn.Module) -> None:
 
 @torch.no_grad()
 def _check_values(joint: JointModel) -> None:
-    """Refuse tensors with a value that their parameter cannot have, or of which no finite adapter
-    comes."""
+    """Refuse values that a parameter cannot have, and such that give no finite adapter."""
     for name, module in joint.named_modules():
         outside = module.outside() if isinstance(module, ParamModule) else []
         if outside:
@@ -219,8 +220,8 @@ def _check_values(joint: JointModel) -> None:
         for factors in (program.mean(), program.factors(program.draw(1))):
             if not all(torch.isfinite(t).all() for t in (factors.A, factors.B)):
                 raise CheckpointError(
-                    "the saved tensors are finite, and the adapters that come of them are not; "
-                    "they were edited: restore them from a copy"
+                    "the saved tensors are finite, and the adapters made from them are not; they "
+                    "were edited: restore them from a copy"
                 )
 
 
@@ -234,30 +235,30 @@ def from_peft(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> Posterior:
-    """A LoRA adapter that PEFT saved, as a posterior without width (``"map"``).
+    """Read a LoRA adapter that PEFT saved, as a posterior without width (``"map"``).
 
-    ``fit(from_peft(...), data, guide="laplace")`` then infers how sure the adapter may be, without
-    training it again.
+    ``fit(from_peft(...), data, guide="laplace")`` then infers the uncertainty of the adapter
+    without training it again.
 
     Parameters
     ----------
     path
         The adapter's folder: ``adapter_config.json`` and ``adapter_model.safetensors``.
     model
-        The network that it was trained on, with a task head of the same size; of a language model
-        also its hub id or folder.
+        The network that it was trained on, with a task head of the same size; for a language model
+        also a hub id or folder.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
     tokenizer
-        For raw text; loaded with a model that is given by its name.
+        The tokenizer for raw text; with the hub id or folder of a model it is loaded.
     trust_remote_code
-        Whether a model that is given by its name may be of a class whose code lies beside its
-        files, and is then run. The adapter's folder is data, and brings none.
+        Let a model that is loaded be of a class whose code lies beside its files, and run it. The
+        adapter's folder is data, and brings no code.
 
     Returns
     -------
     Posterior
-        Its ``num_examples`` is 1: the data that the adapter was trained on are not known.
+        Its ``num_examples`` is 1: the data that the adapter was trained on are unknown.
 
     Raises
     ------

@@ -84,6 +84,8 @@ def inference_data(
             all_drawn = FlatFactors.cat(kept)
             prediction = read(all_drawn, temperature)
             groups |= _data_groups(prediction, shape)
+            if prediction.row != "example":
+                coords[prediction.row] = prediction.examples.tolist()
             if log_likelihood:  # the log-likelihood of the model has no temperature
                 untempered = prediction if temperature == 1 else read(all_drawn, 1.0)
                 groups["log_likelihood"] = {"y": (_scores(untempered, shape), (untempered.row,))}

@@ -45,22 +45,22 @@ for command in commands:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; errors that a user can mend are one line on standard error."""
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read when they are imported
+    """Run the command line; errors that a user can fix are one line on standard error."""
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read on import
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     usual = warnings.formatwarning
     warnings.formatwarning = lambda *of, **more: visible(usual(*of, **more))
     try:
-        code = app(args=given, prog_name="pyrolora", standalone_mode=False, obj=given) or 0
+        code = app(args=words, prog_name="pyrolora", standalone_mode=False, obj=words) or 0
     except TyperException as error:
         code = _report(error.format_message(), MISUSED)
     except NonFiniteError as error:
         code = _report(error, NOT_FINITE)
     except PyroLoraError as error:
         code = _report(error, MISUSED)
-    except OSError as error:  # no space, no permission
+    except OSError as error:  # a full disk, a missing permission
         code = _report(error, FAILED)
     except Exception as error:
         if DEBUG in os.environ:

@@ -29,31 +29,31 @@ def calibrate(
     model: posteriors.Model = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Choose the temperature of a posterior's predictions by held-out data, and keep it.
+    """Set the temperature of a posterior's predictions to the best one on held-out data.
 
     \b
     pyrolora calibrate run held_out.jsonl
 
-    The temperature of the lowest negative log-likelihood goes into the run's folder,
-    and from then on into what predict, evaluate, compare, generate and report say.
-    Data that the fit has seen are of no use here, and data that choose a temperature
-    score too well later: keep others for that. A second call starts anew.
+    The temperature with the lowest negative log-likelihood is stored in the run's
+    folder, and predict, evaluate, compare, generate and report use it from then on.
+    Data that the fit has seen are of no use here. Data that chose a temperature score
+    too well later: keep others for evaluation. A second call starts anew.
     """
     examples = posteriors.labelled(run, data, split, text, label, defaults.FIT_SPLITS)
     digest = (Run(run).record or {}).get("options", {}).get("data_digest")
     if digest == fingerprint(data, examples):
         say(
-            "note: the fit was trained on these data, and is too sure of them: their temperature "
-            "is too low; give others"
+            "note: the fit was trained on these data and is too sure of them, so that this "
+            "temperature is too low; calibrate on others"
         )
     with Run(run).locked():
         posterior = posteriors.load(run, model)
-        found = posterior.calibrate(examples, num_samples, batch_size=batch_size, seed=seed)
+        calibration = posterior.calibrate(examples, num_samples, batch_size=batch_size, seed=seed)
         posterior.save(run)
     if json:
-        print_json({"run": str(run), **dataclasses.asdict(found)})
+        print_json({"run": str(run), **dataclasses.asdict(calibration)})
         return
     tell(
-        f"Temperature {found.temperature:.4g}, from {found.num_examples} examples: "
-        f"NLL {found.nll_before:.4f} before, {found.nll_after:.4f} after."
+        f"Temperature {calibration.temperature:.4g}, from {calibration.num_examples} examples: "
+        f"NLL {calibration.nll_before:.4f} before, {calibration.nll_after:.4f} after."
     )

@@ -27,7 +27,7 @@ def labelled(
     label: str | None,
     names: Collection[str] = (),
 ) -> datasets.Dataset:
-    """`read_data` in its chosen columns, its labels `as_told`."""
+    """Read data, choose their columns, and turn labels into numbers (`as_told`)."""
     data = with_columns(read_data(source, split, defaults), text, label, source)
     return as_told(data, source, names)
 
@@ -35,11 +35,11 @@ def labelled(
 def with_columns(
     data: datasets.Dataset, text: Sequence[str], label: str | None, source: str
 ) -> datasets.Dataset:
-    """The data with the chosen columns under the names that `pyrolora.fit` knows.
+    """Return data with the chosen columns under the names that `pyrolora.fit` knows.
 
-    ``text`` names the column of the text, or the two of a pair; ``label`` that of the target. With
-    ``text`` no other column is input, but for ``choices``, which belong to it; with ``label`` no
-    other is the target.
+    ``text`` names the column with the text, or the two with a pair; ``label`` that of the target.
+    With ``text`` no other column is an input, except ``choices``, which belong to it; with
+    ``label`` no other column is the target.
     """
     if len(text) > 2 or len(set(text)) < len(text):
         raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
@@ -64,15 +64,17 @@ def with_columns(
 
 
 def as_told(data: datasets.Dataset, source: str, names: Collection[str]) -> datasets.Dataset:
-    """The data with numbers for labels where a table of text, CSV or TSV, has numbers alone, and
-    none of them is among ``names``, those of classes that are known."""
+    """Turn the labels of a CSV or TSV file into numbers, if all of them are.
+
+    They stay text if one of them is in ``names``, which are those of known classes.
+    """
     if Path(source).suffix.lower() not in TEXT_TABLES or label_names(data) & {*names}:
         return data
     return numbers_as_numbers(data)
 
 
 def label_names(data: datasets.Dataset) -> set[str]:
-    """The labels that are text."""
+    """Return the labels that are text."""
     return {
         cell
         for name in LABELS
@@ -83,8 +85,10 @@ def label_names(data: datasets.Dataset) -> set[str]:
 
 
 def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
-    """A text column of labels turned to whole or real numbers, if every one is a number (NaN and
-    infinity are, beside others): the columns of CSV files are text."""
+    """Turn a text column of labels into whole or real numbers, if every label is a number.
+
+    The columns of CSV files are text. NaN and infinity count as numbers beside other numbers.
+    """
     for name in LABELS:
         cells = data[name][:] if name in data.column_names else []
         filled = [cell for cell in cells if cell is not None]
@@ -92,7 +96,7 @@ def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
             continue
         rest = [cell for cell in filled if not is_number(cell.strip())]
         if len(rest) == len(filled) or not all(is_not_finite(cell.strip()) for cell in rest):
-            continue  # names, though Python would read 'nan' and '1_0' as numbers
+            continue  # these are names, though Python would read 'nan' and '1_0' as numbers
         for kind in (int, float):
             try:
                 values = [None if cell is None else kind(cell) for cell in cells]
@@ -103,8 +107,10 @@ def numbers_as_numbers(data: datasets.Dataset) -> datasets.Dataset:
 
 
 def _numbers_apart(data: datasets.Dataset, targets: Collection[str | None]) -> datasets.Dataset:
-    """A table of text whose columns of numbers are numbers, beside others that are text: they are
-    no text to read."""
+    """Turn the columns of numbers in a table of text into numbers, which are no text to read.
+
+    A table of numbers alone stays as it is.
+    """
     columns = {name: data[name][:] for name in data.column_names if name not in targets}
     numbers = [
         name

@@ -33,12 +33,12 @@ def compare(
     pyrolora compare test.jsonl run-map run-montec
     pyrolora compare test.jsonl run-* --outside other.jsonl --json
 
-    The metrics of 'pyrolora evaluate', and the mean difference of the negative
-    log-likelihood to the best of them with its standard error, example by example.
+    Prints the metrics of 'pyrolora evaluate', and how much the mean negative
+    log-likelihood exceeds the lowest one, with the standard error of this difference.
     """
     names = [str(run) for run in runs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"a folder is named twice: {', '.join(names)}")
+        raise ConfigError(f"a folder is named twice: {', '.join(names)}; name each once")
     short = [run.resolve().name for run in runs]
     if len(set(short)) == len(short):
         names = short

@@ -24,7 +24,7 @@ READING = {
     "ece": "gap of confidence and accuracy; lower is better",
     "brier": "lower is better",
     "error_auroc": "does entropy find wrong answers? 0.5: chance",
-    "aurc": "error rate if only the surest are answered; lower is better",
+    "aurc": "error rate if only the most certain are answered; lower is better",
     "ood_entropy": "AUROC: does entropy find unseen libraries?",
     "ood_mi": "AUROC: does mutual information find them?",
     "fit_seconds": "",
@@ -34,25 +34,26 @@ READING = {
 
 def demo(
     output_dir: Annotated[
-        Path, typer.Option(help="For the results; an earlier demo's are replaced.")
+        Path,
+        typer.Option(help="The folder for the results; those of an earlier demo are replaced."),
     ] = Path("pyrolora-demo"),
     epochs: Annotated[
         float, typer.Option(help="Passes over the training sentences.")
     ] = defaults.DEMO_EPOCHS,
     learning_rate: Annotated[
-        float, typer.Option(help="The same for both.")
+        float, typer.Option(help="Learning rate of both fits.")
     ] = defaults.DEMO_LEARNING_RATE,
     num_samples: Annotated[
-        int, typer.Option(min=0, help="Draws for prediction.")
+        int, typer.Option(min=0, help="Draws per prediction.")
     ] = defaults.DEMO_SAMPLES,
     train: Annotated[
-        int, typer.Option(min=1, help="Training sentences a library.")
+        int, typer.Option(min=1, help="Training sentences per library.")
     ] = defaults.DEMO_TRAIN,
     test: Annotated[
-        int, typer.Option(min=1, help="Test sentences a library.")
+        int, typer.Option(min=1, help="Test sentences per library.")
     ] = defaults.DEMO_TEST,
     seed: Annotated[
-        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of both fits and the draws.")
+        int, typer.Option(min=0, max=defaults.MAX_SEED, help="Seed of both fits and of the draws.")
     ] = 0,
     model: Annotated[
         str | None, typer.Option(help="Another encoder; otherwise the embedded one.")

@@ -34,17 +34,17 @@ def evaluate(
 
     Classification: accuracy, NLL (nats), ECE, Brier score, AUROC of the errors by
     entropy, area under the risk-coverage curve; regression: RMSE, NLL, CRPS, coverage
-    of the 90 % interval; language models: NLL a token, perplexity, or, of data with a
-    column 'choices', what classification has.
+    of the 90 % interval; language models: NLL per token and perplexity, or, for data
+    with a column 'choices', the metrics of classification.
     """
-    taken = posteriors.drawn(draws, num_samples, seed)
+    drawn = posteriors.drawn(draws, num_samples, seed)
     examples = posteriors.labelled(run, data, split, text, label)
     other = posteriors.outside(run, outside, text)
     posterior = posteriors.load(run, model)
-    which = {name: value for name, value in taken.items() if name != "seed"}
+    which = {name: value for name, value in drawn.items() if name != "seed"}
     if "num_samples" in which and num_samples is None:
         which["num_samples"] = posterior.model.program.usual_draws()
-    metrics = posterior.evaluate(examples, outside=other, batch_size=batch_size, **taken | which)
+    metrics = posterior.evaluate(examples, outside=other, batch_size=batch_size, **drawn | which)
     if json:
         print_json({"run": str(run), **which, **metrics})
     else:

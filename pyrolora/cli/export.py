@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """What an export can be."""
+    """Forms of an export."""
 
     TRANSFORMERS = "transformers"
     ARVIZ = "arviz"
@@ -40,7 +40,7 @@ def export(
     draw: Annotated[
         int | None,
         typer.Option(
-            min=0, help="A draw by its number (transformers, peft); otherwise the mean adapter."
+            min=0, help="The number of a draw (transformers, peft); otherwise the mean adapter."
         ),
     ] = None,
     num_samples: Annotated[
@@ -56,7 +56,7 @@ def export(
         bool,
         typer.Option(
             "--uniform",
-            help="One rank and the scaling 1 for all layers (peft), for servers that read no "
+            help="Give all layers one rank and the scaling 1 (peft), for servers that read no "
             "patterns.",
         ),
     ] = False,
@@ -65,7 +65,7 @@ def export(
         typer.Option(
             min=0,
             max=defaults.MAX_SEED,
-            help="Of other draws than the numbered ones 0, 1, ... (arviz).",
+            help="Seed of draws other than the numbered ones 0, 1, ... (arviz).",
         ),
     ] = None,
     model: posteriors.Model = None,
@@ -104,7 +104,7 @@ def export(
 
 
 def _check(to: Format, draw: int | None, draws: str | None, uniform: bool) -> None:
-    """Raise `ConfigError` for options that the form has no use for."""
+    """Raise `ConfigError` for options that have no effect on the form."""
     if draw is not None and to is Format.ARVIZ:
         raise ConfigError(
             "--draw picks one draw and arviz takes many; use --num-samples or --draws"

@@ -30,7 +30,7 @@ def generate(
     num_samples: Annotated[
         int | None,
         typer.Option(
-            help="Draws, each of which writes; 0: the mean adapter alone; otherwise 8, or every "
+            help="Draws that write; 0: the mean adapter alone; otherwise 8, or every "
             "member of an ensemble."
         ),
     ] = None,
@@ -44,17 +44,17 @@ def generate(
         ),
     ] = None,
     do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Sample tokens; otherwise the likeliest is taken.")
+        bool, typer.Option("--do-sample", help="Sample tokens; otherwise take the likeliest.")
     ] = False,
     temperature: Annotated[
-        float | None, typer.Option(help="Of the sampled tokens (with --do-sample).")
+        float | None, typer.Option(help="Temperature of sampled tokens (with --do-sample).")
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this mass."),
+        typer.Option(min=0, max=1, help="Sample from the likeliest tokens with this probability."),
     ] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a draw.")] = 1,
-    num_return_sequences: Annotated[int, typer.Option(min=1, help="Continuations of a draw.")] = 1,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams per draw.")] = 1,
+    num_return_sequences: Annotated[int, typer.Option(min=1, help="Continuations per draw.")] = 1,
     seed: posteriors.Seed = defaults.SEED,
     text: posteriors.Text = None,
     split: posteriors.Split = None,
@@ -69,9 +69,9 @@ def generate(
     pyrolora generate run prompts.txt --max-new-tokens 20
     pyrolora generate run prompts.jsonl --output out.jsonl --do-sample --temperature 0.8
 
-    A line of JSON a prompt: the data's own columns, "agreement" (0 to 1, how much
-    the draws write the same) and "continuations": text, nll, entropy, aleatoric and
-    epistemic in nats a token, as all draws see it.
+    Writes one line of JSON per prompt: the columns of the data, "agreement" (0 to 1,
+    how similar the texts of the draws are) and "continuations": text, nll, entropy,
+    aleatoric and epistemic, in nats per token, under all draws.
     """
     numbers = posteriors.draw_numbers(draws, num_samples=num_samples)
     if (temperature is not None or top_p is not None) and not do_sample:
@@ -88,12 +88,12 @@ def generate(
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
     texts = _prompts(inputs, prompts)
     posterior = posteriors.load(run, model)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
     }
-    found = posterior.generate(
+    generation = posterior.generate(
         texts,
         num_samples,
         draws=numbers,
@@ -101,9 +101,9 @@ def generate(
         do_sample=do_sample,
         num_beams=num_beams,
         num_return_sequences=num_return_sequences,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in options.items() if value is not None},
     )
-    lines = [json.dumps(row, default=str) for row in _rows(original.to_list(), found, tokens)]
+    lines = [json.dumps(row, default=str) for row in _rows(original.to_list(), generation, tokens)]
     if output is None:
         sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
@@ -127,23 +127,24 @@ def _prompts(inputs: Any, source: str) -> list[str]:
 
 
 def _rows(
-    original: list[dict[str, Any]], found: Generation, tokens: bool
+    original: list[dict[str, Any]], generation: Generation, tokens: bool
 ) -> Iterator[dict[str, Any]]:
-    """An object a prompt."""
-    table = found.to_pandas().drop(columns="agreement")
-    for i, (row, agreement) in enumerate(zip(original, found.agreement.tolist(), strict=True)):
-        own = table[table["prompt"] == i].drop(columns="prompt").to_dict(orient="records")
+    """Yield one object per prompt."""
+    table = generation.to_pandas().drop(columns="agreement")
+    for i, (row, agreement) in enumerate(zip(original, generation.agreement.tolist(), strict=True)):
+        texts = table[table["prompt"] == i].drop(columns="prompt").to_dict(orient="records")
         if tokens:
-            for k, continuation in enumerate(own):
-                continuation["tokens"] = _tokens(found, i, k)
+            for k, continuation in enumerate(texts):
+                continuation["tokens"] = _tokens(generation, i, k)
         yield {
             **row,
             "agreement": agreement if agreement == agreement else None,  # JSON has no NaN
-            "continuations": own,
+            "continuations": texts,
         }
 
 
-def _tokens(found: Generation, i: int, k: int) -> list[dict[str, Any]]:
-    assert found.tokens is not None
-    numbers = zip(found.tokens[i][k], found.entropy[i, k], found.epistemic[i, k], strict=False)
+def _tokens(generation: Generation, i: int, k: int) -> list[dict[str, Any]]:
+    assert generation.tokens is not None
+    entropy, epistemic = generation.entropy[i, k], generation.epistemic[i, k]
+    numbers = zip(generation.tokens[i][k], entropy, epistemic, strict=False)
     return [{"token": t, "entropy": float(h), "epistemic": float(m)} for t, h, m in numbers]

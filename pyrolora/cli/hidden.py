@@ -1,4 +1,4 @@
-"""What a run's record leaves out: tokens, passwords, and addresses that hold them."""
+"""Secrets that a run's record leaves out: tokens, passwords, and addresses that hold them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _QUERY = re.compile(
 
 
 def hidden(value: Any, name: str = "") -> Any:
-    """The value of an option called ``name`` as it may be written down.
+    """Return the value of an option called ``name`` as it may be written down.
 
-    A secret is replaced by ``<hidden>``, whatever it is: a repeat of the command matches its
-    record, and so does the same command with another token, which is no setting of the fit.
+    Every secret becomes ``<hidden>``: a repeat of the command matches its record, and so does the
+    same command with another token, which is no setting of the fit.
     """
     if value is not None and value != "" and not isinstance(value, bool) and _NAME.fullmatch(name):
         return HIDDEN
@@ -37,7 +37,7 @@ def hidden(value: Any, name: str = "") -> Any:
 
 
 def hidden_arguments(arguments: list[str]) -> list[str]:
-    """A command's words as they may be written down."""
+    """Return a command's words as they may be written down."""
     words, name = [], ""
     for argument in arguments:
         words.append(hidden(argument, name))
@@ -59,7 +59,7 @@ def _without_secrets(text: str) -> str:
 
 
 def _nested(text: str) -> str:
-    """JSON in a word of a command."""
+    """Hide the secrets in JSON that is a word of a command."""
     import json
 
     try:

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, JSON for programs."""
+"""Output of commands: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyrolora.visible import visible
 
 
 def program() -> str:
-    """What to type for this program: its path, where an environment is not activated."""
+    """Return the name to type for this program; its path, if no environment is activated."""
     path = Path(sys.executable).with_name("pyrolora")
     if shutil.which("pyrolora") == str(path):
         return "pyrolora"
@@ -22,12 +22,12 @@ def program() -> str:
 
 
 def tell(text: str) -> None:
-    """Print text, what is quoted in it without effect on the terminal."""
+    """Print text, with control characters of a terminal made visible."""
     print(visible(text))
 
 
 def say(message: str) -> None:
-    """A line about progress, to standard error."""
+    """Print a line about progress to standard error."""
     print(visible(message), file=sys.stderr, flush=True)
 
 
@@ -41,7 +41,7 @@ def print_json(result: Mapping[str, Any]) -> None:
 def metrics_table(
     columns: Mapping[str, Mapping[str, float]], notes: Mapping[str, str] | None = None
 ) -> None:
-    """Print a table: a row a metric, a column for each of what is compared, and a note."""
+    """Print a table with one row per metric, one column per posterior, and a note."""
     import pandas as pd
     from rich.console import Console
 

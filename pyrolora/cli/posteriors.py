@@ -1,4 +1,4 @@
-"""The posterior in a run's folder, and data with the columns that it was fitted with."""
+"""The posterior of a run's folder, and data in the columns of its fit."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ NumSamples = Annotated[
         "of an ensemble."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Examples a batch.")]
-Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Of the draws.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per batch.")]
+Seed = Annotated[int, typer.Option(min=0, max=defaults.MAX_SEED, help="Seed of the draws.")]
 Draws = Annotated[
     str | None,
     typer.Option(
-        help="Numbers of draws, such as 0,1,2, in place of --num-samples: the functions that "
+        help="Numbers of draws, such as 0,1,2, instead of --num-samples: the functions that "
         "'export --draw' writes."
     ),
 ]
@@ -41,27 +41,31 @@ DrawSeed = Annotated[
     typer.Option(
         min=0,
         max=defaults.MAX_SEED,
-        help=f"Of draws without numbers; otherwise {defaults.SEED}.",
+        help=f"Seed of draws without numbers; otherwise {defaults.SEED}.",
     ),
 ]
-Text = Annotated[list[str] | None, typer.Option(help="The text's column; otherwise as in the fit.")]
-Label = Annotated[str | None, typer.Option(help="The target's column; otherwise as in the fit.")]
+Text = Annotated[
+    list[str] | None, typer.Option(help="The column with the text; otherwise that of the fit.")
+]
+Label = Annotated[
+    str | None, typer.Option(help="The column with the target; otherwise that of the fit.")
+]
 Outside = Annotated[
     str | None,
-    typer.Option(help="Data of another distribution, labels not needed: adds ood auroc."),
+    typer.Option(help="Data of another distribution, labels not needed: adds ood_auroc."),
 ]
-Split = Annotated[str | None, typer.Option(help="Which split of the data.")]
-Model = Annotated[str | None, typer.Option(help="The base network, if it has moved since the fit.")]
+Split = Annotated[str | None, typer.Option(help="The split of the data.")]
+Model = Annotated[str | None, typer.Option(help="The network, if it has moved since the fit.")]
 
 
 def draw_numbers(draws: str | None, **beside: object) -> list[int] | None:
-    """What ``--draws`` says, without it None; the options ``beside`` it may not be given, too."""
+    """Return the numbers in ``--draws``; refuse it together with an option ``beside`` it."""
     if draws is None:
         return None
-    given = [f"--{name.replace('_', '-')}" for name, value in beside.items() if value is not None]
-    if given:
+    others = [f"--{name.replace('_', '-')}" for name, value in beside.items() if value is not None]
+    if others:
         raise ConfigError(
-            f"--draws names the draws, and {' and '.join(given)} would take others; give one of "
+            f"--draws names the draws, and {' and '.join(others)} would take others; give one of "
             "them"
         )
     parts = [part.strip() for part in draws.split(",")]
@@ -73,7 +77,7 @@ def draw_numbers(draws: str | None, **beside: object) -> list[int] | None:
 
 
 def drawn(draws: str | None, num_samples: int | None, seed: int | None) -> dict[str, Any]:
-    """Which draws a command takes, as options of `Posterior.predict` and its like."""
+    """Return the draws of a command as options of `Posterior.predict` and its like."""
     numbers = draw_numbers(draws, num_samples=num_samples, seed=seed)
     if numbers is not None:
         return {"draws": numbers}
@@ -81,7 +85,7 @@ def drawn(draws: str | None, num_samples: int | None, seed: int | None) -> dict[
 
 
 def load(folder: Path, model: str | None) -> Posterior:
-    """The posterior of a run, on the accelerator if there is one."""
+    """Load the posterior of a run, onto the accelerator if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {str(folder)!r}; pass the folder of a fit")
     record = Run(folder).record
@@ -114,7 +118,7 @@ def labelled(
     label: str | None,
     splits: Sequence[str] = defaults.SCORE_SPLITS,
 ) -> Any:
-    """Data with its target, in the columns that were given, or those of the fit."""
+    """Read data with their target, in the columns of the command or of the fit."""
     run = Run(folder)
     chosen = run.columns()
     return columns.labelled(
@@ -128,7 +132,7 @@ def labelled(
 
 
 def outside(folder: Path, source: str | None, text: Sequence[str] | None) -> Any:
-    """The inputs of data of another distribution, if there is any."""
+    """Read the inputs of data of another distribution, if there are any."""
     if source is None:
         return None
     return unlabelled(folder, source, None, text, defaults.OUTSIDE_SPLITS)[1]
@@ -141,7 +145,7 @@ def unlabelled(
     text: Sequence[str] | None,
     splits: Sequence[str] = defaults.SCORE_SPLITS,
 ) -> tuple[Any, Any]:
-    """Data as it is, and its inputs alone."""
+    """Read data as they are, and their inputs alone."""
     chosen = Run(folder).columns()
     original = read_data(source, split, splits)
     inputs = columns.with_columns(original, text or chosen.get("text", []), None, source)

@@ -35,9 +35,9 @@ def predict(
     text: posteriors.Text = None,
     split: posteriors.Split = None,
     model: posteriors.Model = None,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON object a row.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per row.")] = False,
 ) -> None:
-    """Predict with uncertainty: the data's own columns, and beside them the prediction's.
+    """Predict with uncertainty: the columns of the data, and those of the prediction beside them.
 
     \b
     pyrolora predict run new.jsonl --output predictions.csv
@@ -65,7 +65,7 @@ def predict(
 
 
 def _beside(original: Any, prediction: Prediction, source: str) -> pd.DataFrame:
-    """Return the data's columns, every value as it was read, and the prediction's, row by row."""
+    """Return the columns of the data, with every value as it was read, and of the prediction."""
     import pandas as pd
 
     table = pd.DataFrame(original.with_format(None).to_list(), dtype=object)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_data(source: str, split: str | None, defaults: Sequence[str]) -> datasets.Dataset:
-    """The data set that a source holds.
+    """Return the data set that a source holds.
 
     Parameters
     ----------
@@ -22,12 +22,12 @@ def read_data(source: str, split: str | None, defaults: Sequence[str]) -> datase
         A file (`KINDS`), a folder written by ``save_to_disk``, or ``name`` or ``name:config`` of a
         data set on the hub.
     split
-        Which split of a source that has several; None: the first of ``defaults`` that there is.
+        The split of a source that has several; None: the first of ``defaults`` that it has.
 
     Raises
     ------
     DataError, ConfigError
-        In one line: no such file, no such split, not readable as what its name says.
+        For a file or split that does not exist, and a file that its name's format cannot read.
     """
     path = Path(source)
     if path.is_dir():
@@ -57,7 +57,7 @@ def _from_folder(path: Path) -> Any:
 
     try:
         return datasets.load_from_disk(str(path))
-    except Exception as error:  # damaged in any way
+    except Exception as error:  # a damaged folder raises anything
         raise DataError(
             f"the folder {path} holds no data set written by save_to_disk, or a damaged one; pass "
             f"such a folder, or a file ({KINDS})"
@@ -70,7 +70,7 @@ def _from_hub(source: str) -> Any:
     name, _, config = source.partition(":")
     try:
         return datasets.load_dataset(name, config or None)
-    except Exception as error:  # of the network, the hub, the loader: whatever it is, it is no data
+    except Exception as error:  # network, hub and loader raise anything
         reason = " ".join(str(error).split())
         raise DataError(
             f"{source!r} is no file or folder here, and no data set within reach: {reason[:200]}"

@@ -39,7 +39,7 @@ def report(
     pyrolora report run test.jsonl --outside other.jsonl --json | jq .warnings
 
     The page is one HTML file that needs no network. Warnings are about confidence,
-    about a posterior that is its prior, and about a fit that had not converged.
+    about a posterior that equals its prior, and about a fit that did not converge.
     Labels are not needed; without them there are no metrics.
     """
     from pyrolora.report import page_file, report_on
@@ -47,7 +47,7 @@ def report(
     file = page_file(output)
     examples = _examples(run, data, split, text, label)
     other = posteriors.outside(run, outside, text)
-    made = report_on(
+    page = report_on(
         posteriors.load(run, model),
         examples,
         outside=other,
@@ -55,15 +55,15 @@ def report(
         batch_size=batch_size,
         seed=seed,
     )
-    made.write(file)
+    page.write(file)
     if json:
         warnings = [
             {"name": one.name, "title": one.title, "found": one.found, "advice": one.advice}
-            for one in made.findings
+            for one in page.findings
         ]
         print_json({"run": str(run), "path": str(file), "warnings": warnings})
         return
-    for one in made.findings:
+    for one in page.findings:
         tell(f"{one.title}. {one.found}")
     say(f"the report is in {file}")
 
@@ -71,7 +71,7 @@ def report(
 def _examples(
     run: Path, source: str, split: str | None, text: list[str] | None, label: str | None
 ) -> Any:
-    """Data with its target, if it has the column that was given or that of the fit."""
+    """Read data with their target, if they have the column of the command or of the fit."""
     columns = Run(run).columns()
     original = read_data(source, split, defaults.SCORE_SPLITS)
     if label is None and columns.get("label") in original.column_names:

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, the checkpoints on the way, the posterior."""
+"""The folder of a run: its request, its checkpoints, its posterior."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ PACKAGES = ("pyrolora", "torch", "pyro-ppl", "transformers", "datasets", "arviz"
 
 @dataclass(frozen=True)
 class Run:
-    """A folder with ``run.json`` (the command, every option, digests of the data, versions, and at
-    the end the result), checkpoints until the fit is through, and then the posterior."""
+    """A folder with ``run.json``, checkpoints until the fit is finished, and then the posterior.
+
+    ``run.json`` has the command, every option, digests of the data, versions, and at the end the
+    result.
+    """
 
     folder: Path
 
     @property
     def record(self) -> dict[str, Any] | None:
+        """The content of ``run.json``, or None without one."""
         file = self.folder / RECORD
         if not file.exists():
             return None
@@ -48,24 +52,26 @@ class Run:
         return (self.record or {}).get("result")
 
     def columns(self) -> dict[str, Any]:
-        """The columns that the run was told to use; of a folder saved from Python, none."""
+        """Return the columns that the command named; none for a folder that Python saved."""
         record = self.record or {}
         return dict(record.get("options", {}).get("columns", {}))
 
     def classes(self) -> set[str]:
-        """The names of the classes of the posterior that is there; what is damaged has none, and
-        says so when it is loaded."""
+        """Return the names of the classes of the posterior in the folder.
+
+        A damaged one has none here, and says so when it is loaded.
+        """
         from pyrolora.storage import META_FILE
 
         try:
             meta = read_strict_json(self.folder / META_FILE)
-            own = {str(name) for name in meta["base"]["config"]["id2label"].values()}
-            return own | {str(name) for name in meta.get("classes") or ()}
+            names = {str(name) for name in meta["base"]["config"]["id2label"].values()}
+            return names | {str(name) for name in meta.get("classes") or ()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return set()
 
     def start(self, options: Mapping[str, Any], command: str, *, write: bool) -> bool:
-        """Make the folder this run's, or find that it is; whether it was there before.
+        """Claim the folder for this run; return whether the run was there before.
 
         Raises
         ------
@@ -102,12 +108,12 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from the folder for the block; who comes second is refused."""
+        """Keep other processes from the folder for the block; the second one is refused."""
         with nullcontext() if self.folder.is_file() else locked(self.folder):  # a file is refused
             yield
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Add the result; the checkpoints, of use for going on only, are removed."""
+        """Add the result, and remove the checkpoints, which only a resume needs."""
         from pyrolora.inference import checkpoints, member_folders
 
         self._write({**(self.record or {}), "result": result})
@@ -131,7 +137,7 @@ class Run:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether what the commands read of a record has the types that they expect."""
+    """Return whether the entries that commands read have the types that they expect."""
     if not isinstance(record, dict):
         return False
     options = record.get("options", {})

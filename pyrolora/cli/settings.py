@@ -1,4 +1,4 @@
-"""``--set guide.kl_weight=0.1``: every option of the Python interface, by its name there."""
+"""Settings on the command line: ``--set guide.kl_weight=0.1``, by the names of Python."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pyrolora.errors import ConfigError
 PARTS = ("guide", "adapter", "training")
 WORDS = {"True": True, "False": False, "None": None}  # Python's, beside JSON's
 
-# Options of TrainingArguments that have a name of their own on the command line, or that resuming
-# and clean output depend on.
+# Options of TrainingArguments that have their own option on the command line, or that resuming and
+# clean output depend on.
 TAKEN = {
     "output_dir": "use --output-dir",
     "num_train_epochs": "use --epochs",
@@ -27,10 +27,10 @@ TAKEN = {
 
 
 def parse(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``part.option=value`` strings as part -> option -> value.
+    """Return part -> option -> value from strings ``part.option=value``.
 
-    A value is read as JSON (``0.1``, ``true``, ``null``, ``["query", "value"]``); what is not JSON
-    is a string.
+    A value is read as JSON (``0.1``, ``true``, ``null``, ``["query", "value"]``), or else as a
+    string.
     """
     parsed: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for setting in settings:
@@ -48,35 +48,35 @@ def parse(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def build(kind: type, part: str, values: Mapping[str, Any]) -> Any:
-    """``kind(**values)``, for a dataclass of options."""
+    """Return ``kind(**values)``, for a dataclass of options."""
     check(kind, part, values)
     return kind(**values)
 
 
 def refined(guide: Any, values: Mapping[str, Any], part: str = "guide") -> Any:
-    """A guide with these options changed; ``inner.kl_weight`` is one of the guide inside."""
-    own = {name: value for name, value in values.items() if not name.startswith("inner.")}
+    """Return a guide with these options; ``inner.kl_weight`` is one of the guide inside."""
+    outer = {name: value for name, value in values.items() if not name.startswith("inner.")}
     nested = {n.removeprefix("inner."): v for n, v in values.items() if n.startswith("inner.")}
     inner = getattr(guide, "inner", None)
-    if "inner" in own:
+    if "inner" in outer:
         raise ConfigError(f"--set {part}.inner: name it in --guide, as in {guide.name}+montec")
-    check(type(guide), part, own)
+    check(type(guide), part, outer)
     if nested:
         if inner is None:
             raise ConfigError(f"--set {part}.inner: {guide.name!r} has no guide inside")
-        own["inner"] = refined(inner, nested, f"{part}.inner")
-    return dataclasses.replace(guide, **own)
+        outer["inner"] = refined(inner, nested, f"{part}.inner")
+    return dataclasses.replace(guide, **outer)
 
 
 def check(kind: type, part: str, values: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for what is no option of ``kind``, or of another type."""
+    """Raise `ConfigError` for names that are no option of ``kind``, and values of another type."""
     from pyrolora.options import check_options
 
     check_options(kind, values, f"--set {part}.")
 
 
 def check_training(values: Mapping[str, Any]) -> None:
-    """`check` for ``TrainingArguments``, less what the command line sets itself."""
+    """Apply `check` to ``TrainingArguments``, without those that the command line sets itself."""
     from transformers import TrainingArguments
 
     for name in values:

@@ -20,7 +20,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "�
 
 
 def writer(path: Path) -> Callable[[pd.DataFrame], None]:
-    """What writes a table to a file, by the file's name."""
+    """Return the function that writes a table to ``path``, in the format of its name."""
     writers: dict[str, Callable[[pd.DataFrame, Path], None]] = {
         ".csv": lambda table, file: _write_csv(table, file, ","),
         ".tsv": lambda table, file: _write_csv(table, file, "\t"),
@@ -44,14 +44,14 @@ def writer(path: Path) -> Callable[[pd.DataFrame], None]:
 
 def _write_csv(table: pd.DataFrame, file: Path, delimiter: str) -> None:
     made = inert(table)
-    # Python's csv does not quote a carriage return, which begins a row where the file is read.
+    # Python's csv does not quote a carriage return, which would begin a row for its readers.
     returns = any(isinstance(c, str) and "\r" in c for c in made.to_numpy(dtype=object).flat)
     quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     made.to_csv(file, index=False, sep=delimiter, quoting=quoting)
 
 
 def print_table(table: pd.DataFrame) -> None:
-    """Print a table as CSV, without effect on the terminal or on a spreadsheet."""
+    """Print a table as CSV that neither a terminal nor a spreadsheet runs."""
     made = inert(table)
     made.columns = [visible(str(name)) for name in made.columns]
     for name, column in made.items():
@@ -61,8 +61,11 @@ def print_table(table: pd.DataFrame) -> None:
 
 
 def inert(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy with an apostrophe before each text, a column's name too, that a spreadsheet would run
-    as a formula; numbers stay, those that are text, too."""
+    """Return a copy in which a spreadsheet finds no formulas.
+
+    An apostrophe stands before each text, and column name, that would be one. Numbers stay, also
+    those that are text.
+    """
     made = table.rename(columns={name: _inert(name) for name in table.columns})
     for place, dtype in enumerate(made.dtypes):
         if str(dtype) in ("object", "str", "string", "category"):

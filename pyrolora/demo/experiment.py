@@ -43,11 +43,10 @@ def run_guide(
 ) -> Contestant:
     """Fit ``guide`` on the ``train`` split, and score it on ``test`` and ``unseen``.
 
-    Scores
-    ------
-    The metrics of `Posterior.evaluate`; ``ood_entropy`` and ``ood_mi``, the AUROC of entropy and of
-    mutual information for telling ``unseen`` from ``test`` (NaN for a point estimate's mutual
-    information, which is zero everywhere); ``fit_seconds`` and ``predict_seconds``.
+    The scores are the metrics of `Posterior.evaluate`; ``ood_entropy`` and ``ood_mi``, the AUROC
+    of entropy and of mutual information for telling ``unseen`` from ``test`` (NaN for a point
+    estimate, whose mutual information is zero everywhere); ``fit_seconds`` and
+    ``predict_seconds``.
     """
     started = time.perf_counter()
     posterior = fit(
@@ -74,12 +73,12 @@ def run_guide(
 
 
 def picture(contestants: Mapping[str, Contestant], path: Path) -> None:
-    """A reliability diagram of all, and each one's entropy in and out of distribution."""
+    """Draw a reliability diagram of all, and the entropies of each in and out of distribution."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * (1 + len(contestants)), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)  # no screen needed, and pyplot's state left alone
+    FigureCanvasAgg(figure)  # needs no screen, and leaves pyplot's state alone
     first, *others = figure.subplots(1, 1 + len(contestants))
     for (name, one), ax in zip(contestants.items(), others, strict=True):
         assert one.inside.targets is not None

@@ -1,4 +1,4 @@
-"""Real text on every machine: which library does this sentence of documentation come from?"""
+"""Real text on every machine: sentences of documentation, labelled with their library."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from pyrolora import defaults
 from pyrolora.errors import DataError
 
-# The classes: dependencies of this package, so that they are always there, and beside each the
-# words that would give it away. Sentences with such a word are left out.
+# The classes: dependencies of this package, which are always installed, each with the words that
+# would give it away. Sentences with such a word are left out.
 LIBRARIES = {
     "matplotlib": ("mpl", "pyplot"),
     "networkx": ("nx",),
@@ -29,7 +29,7 @@ LIBRARIES = {
     "torch": ("pytorch",),
     "transformers": (),
 }
-# Another distribution: never trained on, and left out when the embedded encoder was made.
+# Another distribution: no model is trained on it, and the embedded encoder was not either.
 UNSEEN = {"fsspec": (), "h5py": (), "huggingface_hub": ("hf", "hugging"), "xarray": ()}
 
 SHORTEST, LONGEST = 8, 20  # words
@@ -45,7 +45,7 @@ def sentences(
     test: int = defaults.DEMO_TEST,
     unseen: int = defaults.DEMO_TEST,
 ) -> datasets.DatasetDict:
-    """Sentences from the docstrings of installed libraries, labelled with the library.
+    """Return sentences from the docstrings of installed libraries, labelled with the library.
 
     Whole files belong to one split, and no sentence stands in two splits. The choice is a
     function of the installed versions alone.
@@ -53,15 +53,15 @@ def sentences(
     Parameters
     ----------
     train, test
-        Sentences of each of the eight libraries in that split, at most.
+        Most sentences per split of each of the eight libraries.
     unseen
-        Sentences of each of the four other libraries, at most.
+        Most sentences of each of the four other libraries.
 
     Returns
     -------
     datasets.DatasetDict
         ``train`` and ``test`` with ``text`` and ``label`` (a ``ClassLabel``), shuffled; ``unseen``
-        with ``text`` and ``label_name``, the library that it comes from.
+        with ``text`` and ``label_name``, the library of the sentence.
 
     Raises
     ------
@@ -75,32 +75,32 @@ def sentences(
     wanted = [(*part, *library) for part in parts for library in LIBRARIES.items()]
     bar = {"desc": "reading docstrings", "delay": 2, "leave": False}
     for split, held_out, number, name, giveaways in tqdm(wanted, **bar):
-        found = islice(_clean(name, giveaways, held_out, seen), number)
-        rows[split] += [{"text": text, "label": name} for text in found]
+        texts = islice(_clean(name, giveaways, held_out, seen), number)
+        rows[split] += [{"text": text, "label": name} for text in texts]
     for name, giveaways in tqdm(UNSEEN.items(), **bar):
-        found = islice(_clean(name, giveaways, None, seen), unseen)
-        rows["unseen"] += [{"text": text, "label_name": name} for text in found]
+        texts = islice(_clean(name, giveaways, None, seen), unseen)
+        rows["unseen"] += [{"text": text, "label_name": name} for text in texts]
     labelled = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
     )
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_list(
-                sorted(found, key=lambda row: _digest(row["text"])),
+                sorted(some, key=lambda row: _digest(row["text"])),
                 features=None if split == "unseen" else labelled,
             )
-            for split, found in rows.items()
+            for split, some in rows.items()
         }
     )
 
 
 def docstrings(library: str, *, held_out: bool | None = None) -> Iterator[str]:
-    """The docstrings of an installed package, file by file in an arbitrary, fixed order.
+    """Yield the docstrings of an installed package, file by file in an arbitrary, fixed order.
 
     Parameters
     ----------
     library
-        Its import name.
+        The import name of the package.
     held_out
         True: files whose sentences are test data; False: the others; None: all.
     """
@@ -108,7 +108,7 @@ def docstrings(library: str, *, held_out: bool | None = None) -> Iterator[str]:
         if held_out is not None and held_out != _is_test_data(f"{library}/{name}"):
             continue
         try:
-            with warnings.catch_warnings():  # of other people's code: odd escapes
+            with warnings.catch_warnings():  # other people's code has odd escapes
                 warnings.simplefilter("ignore")
                 tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, ValueError):  # templates, older encodings, null bytes
@@ -121,14 +121,14 @@ def docstrings(library: str, *, held_out: bool | None = None) -> Iterator[str]:
 
 
 def _files(library: str) -> list[tuple[Path, str]]:
-    """Its source files, each with its name inside the package, in the order of their digests."""
-    found = find_spec(library)
-    if found is None or found.origin is None:
+    """Return source files and their names inside the package, in the order of their digests."""
+    spec = find_spec(library)
+    if spec is None or spec.origin is None:
         raise DataError(
             f"the library {library!r} is not installed, and the demo's sentences come from it; "
             f"pip install {library}"
         )
-    root = Path(found.origin).parent
+    root = Path(spec.origin).parent
     names = (path.relative_to(root) for path in root.rglob("*.py"))
     kept = [n.as_posix() for n in names if not any(part.startswith("test") for part in n.parts)]
     return [(root / name, name) for name in sorted(kept, key=_digest)]
@@ -139,14 +139,14 @@ def _digest(text: str) -> str:
 
 
 def _is_test_data(file: str) -> bool:
-    """For three files of ten."""
+    """Return whether a file is one of the three in ten for the test data."""
     return int(_digest(file), 16) % 10 < 3
 
 
 def _clean(
     library: str, giveaways: tuple[str, ...], held_out: bool | None, seen: set[str]
 ) -> Iterator[str]:
-    """Its sentences that are plain prose, do not name it, and are new."""
+    """Yield sentences that are plain prose, do not name the library, and are new."""
     words = "".join(rf"|\b{word}s?\b" for word in giveaways)
     named = re.compile(rf"(?i){library}{words}")
     start = len(seen)

@@ -63,13 +63,14 @@ def loo(idata: Any) -> Any:
 
     likelihoods, beta = _likelihoods(idata)
     posterior, group = (dataset(idata[name]) for name in ("posterior", "log_likelihood"))
+    group = _per_example(group)
     tempered = {"posterior": posterior, "log_likelihood": group.astype(float) / beta}
     # k̂ and its warning are those of the weights; the scores that they weigh are put in below.
     result = arviz.loo(container(arviz, tempered), pointwise=True)
     weights, _ = psis(-likelihoods / beta, _relative_efficiency(arviz, posterior))
     scores = likelihoods
     if group.attrs["temperature"] != 1:
-        scores = _by_example(dataset(idata["sample_stats"])[CALIBRATED])
+        scores = _by_example(_per_example(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED])
     each = np.logaddexp.reduce(weights + scores, axis=-1)
     whole = float((np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])).sum())
     return _replaced(arviz, result, each, whole)
@@ -90,7 +91,7 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "so that the β of the fit is not known; az.loo takes β = 1"
         )
     beta, expected = group.attrs["kl_weight"], group.attrs["num_examples"]
-    scores = _by_example(group["y"])
+    scores = _by_example(_per_example(group)["y"])
     if len(scores) != expected:
         raise DataError(
             f"leave-one-out needs the training data, {expected} examples, got {len(scores)}; "
@@ -102,6 +103,17 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "one draw, and no weights take an example out of it; score held-out data with evaluate"
         )
     return scores, float(beta)
+
+
+def _per_example(group: Any) -> Any:
+    """Sum the scores of the rows of each example, where a row is less than an example.
+
+    The labels of such rows are the numbers of their examples.
+    """
+    row = next(dim for dim in group.dims if dim not in ("chain", "draw"))
+    if row == "example":
+        return group
+    return group.groupby(row).sum(keep_attrs=True).rename({row: "example"})
 
 
 def _by_example(scores: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The first passes of a fit's data through its joint model: checks, gradients, outputs."""
+"""First passes of the data through the joint model: checks, gradients, outputs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from pyrolora.model import JointModel, evaluating
 
 @torch.no_grad()
 def check_first_pass(joint: JointModel, data: Prepared, *, untrained: bool = False) -> None:
-    """Raise an error unless the network runs on two examples, calls its adapted layers, fits the
-    labels and, with ``untrained``, can be trained from where it starts.
+    """Raise an error unless the network runs on two examples and fits their labels.
+
+    Its adapted layers have to be called, and with ``untrained`` it has to be trainable from where
+    it starts.
     """
     assert data.labels is not None
     examples = [data.examples[i] for i in range(min(2, len(data)))]

@@ -1,4 +1,4 @@
-"""`fit`: from a model and data to a posterior."""
+"""`fit`: a request is read, its origin loaded, and the guide inferred."""
 
 from __future__ import annotations
 
@@ -60,33 +60,33 @@ def fit(
     Parameters
     ----------
     model
-        A transformers model, a hub id or local folder of one, or any ``nn.Module`` with linear
-        layers (then name the ``task``). Its own weights are not changed; one that is named
-        gets a head for the classes of ``data``, or, with ``prior``, of the earlier data. Or a
-        `Posterior`, such as `from_peft` reads: its means and task head stay as they are, and the
-        guide adds their spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; for
-        ``"nuts"`` they are what its model is given).
+        A transformers model, its hub id or folder, or any ``nn.Module`` with linear layers (then
+        name the ``task``). Its weights are not changed. A model that is loaded gets a head for the
+        classes of ``data``, or, with ``prior``, of the earlier data. Or a `Posterior`, such as
+        `from_peft` reads: its means and task head stay as they are, and the guide adds their
+        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; the model of
+        ``"nuts"`` is conditioned on them).
     data
-        Training data: ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its ``validation``
-        becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch ``Dataset`` or
-        ``DataLoader`` (its data set is taken); a list of dicts; a tuple (inputs, labels). For
-        multiple choice a column ``choices`` (a list of texts) beside ``question``, and ``label``,
-        the number of the right one (of a network that scores choices: a causal language model
-        learns whole texts, and chooses in `Posterior.predict`); texts without labels for a masked
-        language model get some tokens hidden, always the same. Labels that are names go by the
-        network's, up to case, spaces, '-' and '_'; a network without names takes those of the data
-        (`Posterior.classes`). A text that a causal language model learns is ended by EOS; scores
-        are of the text itself. Columns that are not read are named in a warning, and what has two
-        readings is a `DataError`.
+        Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
+        ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
+        ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
+        labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
+        and ``label``, the number of the right one (for a network that scores choices: a causal
+        language model learns whole texts, and chooses in `Posterior.predict`). In texts without
+        labels for a masked language model some tokens are hidden, always the same. Labels that are
+        names are matched with the network's, up to case, spaces, '-' and '_'; a network without
+        names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
+        language model learns; scores are those of the text alone. A warning names columns that are
+        not read, and data that can be read in two ways raise a `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
-        object with its options. None: ``"montec"``, or that of ``prior``.
+        object with its options. None: ``"montec"``, or the guide of ``prior``.
     eval_data
-        Scored every epoch by the predictive mean over draws; where draws come at the end
-        (``"laplace"``, ``"nuts"``, ``"ensemble"``), then, too. ``"laplace"`` sets the scale of its
-        prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
+        Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
+        draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``). ``"laplace"`` sets the scale of
+        its prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
     tokenizer
-        For raw text and padding; loaded with a model that is given by its name.
+        The tokenizer, for raw text and padding; with the hub id or folder of a model it is loaded.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
     adapter
@@ -97,23 +97,25 @@ def fit(
 
             q(θ) = argmin −Σ_new log p(y|θ) + β KL(q ‖ q_earlier)
 
-        so that the new data are learnt and the earlier ones are not forgotten, without them. The
-        fit starts at the earlier means and scales. What has no prior (the factor that is not
-        latent, the task head, the noise of a regression) stays as it is; with ``latent="AB"`` both
-        factors move. For ``"montec"``, ``"meanfield"``, ``"lowrank"``, and ``"flat"`` around them,
-        with the options of the earlier fit but for the weight of the KL and what is of the training
-        alone.
+        so that the new data are learnt and the earlier data, which are not needed, are not
+        forgotten. The fit starts at the earlier means and scales. Everything without a prior (the
+        factor that is not latent, the task head, the noise of a regression) stays as it is; with
+        ``latent="AB"`` both factors move. It works for ``"montec"``, ``"meanfield"``,
+        ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier fit except for
+        the weight of the KL and options of the training alone.
     epochs, learning_rate, batch_size, seed
-        Shortcuts into ``training``; the defaults stand in ``pyrolora/defaults.py``. As in the
-        Trainer, the seed sets the process's random generators.
+        Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. As in the Trainer,
+        the seed sets the process's random generators.
     output_dir
-        Checkpoints, ten a run, and the posterior at the end, go there. One fit at a time uses it.
+        The folder for checkpoints, ten per run, and for the posterior at the end. One fit at a time
+        uses it.
     training
-        ``transformers.TrainingArguments`` for what the Trainer can do (accumulation, precision,
-        schedules, gradient checkpointing, ``resume_from_checkpoint``), in place of the shortcuts:
-        its own defaults then hold (a learning rate of 5e-5), and saving is up to you. For
-        ``metric_for_best_model`` any metric of `Posterior.evaluate`, or ``"loss"``, which is the
-        ``nll``; which way it is better is known. What would do nothing here is refused.
+        ``transformers.TrainingArguments`` for everything that the Trainer can do (accumulation,
+        precision, schedules, gradient checkpointing, ``resume_from_checkpoint``), instead of the
+        shortcuts: its own defaults then hold (a learning rate of 5e-5), and saving is up to you.
+        ``metric_for_best_model`` can be any metric of `Posterior.evaluate`, or ``"loss"``, which is
+        the ``nll``; whether it is better high or low is known. Arguments that would do nothing here
+        are refused.
     callbacks
         Trainer callbacks, or one.
 
@@ -125,11 +127,11 @@ def fit(
     Raises
     ------
     ConfigError, DataError, TargetError, UnknownNameError
-        Before any training step, for what cannot be fitted.
+        Before any training step, for a request that cannot be fitted.
     NonFiniteError
         When the objective stops being finite; its ``posterior`` has the last good state.
     SaveError
-        When the posterior cannot be written to ``output_dir``; it is the error's ``posterior``.
+        When the posterior cannot be written to ``output_dir``; the error's ``posterior`` has it.
     """
     given = model if isinstance(model, Posterior) else None
     request = Request(

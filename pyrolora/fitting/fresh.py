@@ -95,8 +95,10 @@ class Fresh(Origin):
     def _uncalled(
         self, attachment: Attachment, data: Prepared, args: TrainingArguments
     ) -> list[str]:
-        """The layers that the network calls for none of the first examples: of two, or, as long as
-        a layer is left that could have its turn, of more."""
+        """Return the layers that the network does not call for the first examples.
+
+        Two examples are enough, unless a layer is left that others could call.
+        """
         with seeded(args.seed):  # leaves the process's random numbers to the fit itself
             joint = self._build(attachment, len(data), None, MAP())
         device = next(joint.parameters()).device

@@ -31,20 +31,22 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """What a fit is asked to do; the attributes without a description are those of `pyrolora.fit`.
+    """Everything that a fit is asked for.
+
+    The attributes without a description are the keywords of `pyrolora.fit`.
 
     Attributes
     ----------
     model
-        The network, or its hub id or folder; with ``given`` its network.
+        The network, or its hub id or folder; with ``given`` the network of that posterior.
     given
-        The posterior whose means stay, for a post-hoc fit. One in a folder is loaded by `loaded`.
+        The posterior whose means stay, in a post-hoc fit, or its folder.
     prior
         The posterior of earlier data, or its folder.
     training_options
         Arguments of the Trainer that complete the shortcuts, by their names there.
     saves
-        Whether the fit writes the posterior to ``output_dir``; without, checkpoints alone go there.
+        Whether the fit writes the posterior to ``output_dir``; if not, only checkpoints go there.
     """
 
     model: str | Path | nn.Module
@@ -68,7 +70,7 @@ class Request:
 
     @cached_property
     def options(self) -> Guide:
-        """The guide; unless its options are stated, that of the prior."""
+        """The guide; if ``guide`` is at most a name, that of the prior has its options."""
         prior, guide = self.prior, self.guide
         if prior is None:
             return as_guide("montec" if guide is None else guide)
@@ -83,7 +85,7 @@ class Request:
 
     @property
     def shortcuts(self) -> dict[str, Any]:
-        """The Trainer's arguments that have a keyword of their own here, as far as they are set."""
+        """The Trainer's arguments that are keywords of `fit`, if they are set."""
         names = (*_DEFAULTS, "output_dir")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
@@ -112,8 +114,7 @@ class Request:
         return self
 
     def record(self) -> dict[str, Any]:
-        """Return the request as JSON can hold it, with the defaults that apply; what is not JSON is
-        there by its name."""
+        """Return the request as JSON, with the defaults that apply; objects become their names."""
         adapter = None
         if self.options.adapts and self.given is None and self.prior is None:
             adapter = dataclasses.asdict(as_adapter_config(self.adapter))
@@ -203,7 +204,7 @@ class Request:
 
 
 def _name(value: Any) -> Any:
-    """A value as JSON can hold it: objects by what they are called, or by their class."""
+    """Return a value that JSON can hold; objects become their name, or that of their class."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, Path):

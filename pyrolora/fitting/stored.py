@@ -1,4 +1,4 @@
-"""A posterior in a folder, which a request can name before it is loaded."""
+"""Posteriors in folders, which a request can name before they are loaded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StoredPosterior:
         return MAP() if self.from_peft else read_description(self.folder).guide
 
     def load(self, model: Any, data: Any, task: str | Task | None) -> Posterior:
-        """Load it on the network ``model``.
+        """Load the posterior on the network ``model``.
 
         A saved posterior knows its task and its classes; an adapter of PEFT takes those of
         ``data``.

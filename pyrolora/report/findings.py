@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,18 @@ LEAST_ENTRIES = 8
 """The fewest entries of the log that show a trend."""
 MATERIAL_RISE = 0.05
 """The share of the whole rise of the ELBO that may still happen at the end."""
+
+
+FindingName = Literal[
+    "overconfident",
+    "no_better_than_chance",
+    "no_update",
+    "prior_dominated",
+    "not_converged",
+    "chains_disagree",
+    "few_examples",
+    "few_draws",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Finding:
         What to do.
     """
 
-    name: str
+    name: FindingName
     title: str
     found: str
     advice: str

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from problems import mlp
+from problems import bert_tags, mlp, tagged, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -211,3 +211,18 @@ def test_after_a_calibration_the_scores_are_those_of_its_temperature() -> None:
 
 def dataset_of(idata, group):
     return {name: values.values for name, values in idata[group].data_vars.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_tokens_are_left_out_with_their_example() -> None:
+    """One row per token: the scores of an example are the sum of those of its tokens."""
+    data = tagged(12)
+    posterior = pyrolora.fit(bert_tags(), data, "montec", tokenizer=tokenizer(), epochs=1)
+    idata = posterior.to_arviz(40, data=data, log_likelihood=True, seed=0)
+    rows = idata["log_likelihood"]["y"]
+    assert rows.dims == ("chain", "draw", "token")
+    result = loo(idata)
+    assert result["loo_i"].sizes["example"] == len(data)
+    draws = np.exp(rows.groupby("token").sum().values[0])
+    whole = np.log(draws.mean(0)).sum()
+    assert result["elpd_loo"] == pytest.approx(whole - result["p_loo"], rel=1e-6)
