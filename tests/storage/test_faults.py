@@ -238,7 +238,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "a list": (lambda m: [1, 2], [META, "pyrolora"]),
     "a text": (lambda m: "posterior", [META, "pyrolora"]),
     "a guide that exists": (lambda m: m["guide"].update(name="map"), ["num_components", *EDITED]),
-    "a guide that does not": (lambda m: m["guide"].update(name="vae"), ["'vae'", "guides.register"]),
+    "a guide that does not": (
+        lambda m: m["guide"].update(name="vae"),
+        ["'vae'", "guides.register"],
+    ),
     "an unknown option": (lambda m: m["guide"]["options"].update(warp=9), ["warp", *EDITED]),
     "an option out of range": (
         lambda m: m["guide"]["options"].update(sample_scale=-1),
