@@ -68,7 +68,7 @@ def test_it_serves_until_it_is_interrupted(classifiers: Any, tmp_path: Path) -> 
             process.wait()
         log.seek(0)
         said = log.read()
-    assert "3 posteriors: other, reviews, third" in said
+    assert "posteriors (3): other, reviews, third" in said
     assert f"serving at http://127.0.0.1:{port}" in said
     assert "secret" not in said
 
