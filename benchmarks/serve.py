@@ -63,13 +63,18 @@ class Load:
         """Answers per second."""
         return len(self.seconds) / self.wall
 
+    @property
+    def median(self) -> float:
+        """Median seconds of an answer."""
+        return statistics.median(self.seconds)
+
     def row(self, name: str) -> dict[str, Any]:
         ordered = sorted(self.seconds)
         return {
             "load": name,
             "requests": self.requests,
             "answers per second": round(self.rate, 1),
-            "median ms": round(1000 * statistics.median(ordered), 1),
+            "median ms": round(1000 * self.median, 1),
             "p95 ms": round(1000 * ordered[int(0.95 * (len(ordered) - 1))], 1),
         }
 
@@ -183,19 +188,11 @@ def answers(folder: Path, names: list[str], said: list[str], draws: int) -> Any:
     return expected
 
 
-def plain(folder: Path, name: str, said: list[str], load: Load) -> float:
-    """Seconds per request of the bare network, ``concurrency`` texts in a ready batch."""
-    posterior = pyrolora.load(folder / name, str(zoo.folder("encoder")))
-    network: Any = posterior.detach()
-    batch = posterior.tokenizer(said[: load.concurrency], return_tensors="pt", padding=True)
-    batch.pop("token_type_ids", None)
-    times = []
-    with torch.no_grad():
-        for _ in range(8):
-            start = time.perf_counter()
-            network(**batch)
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def serving(folder: Path, **limits: Any) -> Service:
+    """Return a service of the posteriors, whose network is loaded already."""
+    service = Service(Registry(folder, str(zoo.folder("encoder"))), Limits(queue=4096, **limits))
+    service.registry.lease(service.registry.names()[-1]).release()
+    return service
 
 
 def first_requests(url: str, service: Service, names: list[str], said: list[str]) -> list[float]:
@@ -220,57 +217,45 @@ def peak_mib() -> float:
 
 
 def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run all the loads, and return their rows and the ratios between them."""
     names = make_posteriors(folder, args.posteriors)
     said = texts(args.texts, seed=7)
     expected = answers(folder, names, said, args.draws)
-    service = Service(Registry(folder, str(zoo.folder("encoder"))), Limits(queue=4096))
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def under(url: str, name: str, which: list[str], draws: int, **more: Any) -> Load:
+        load = Load(more.pop("requests", args.requests), args.concurrency)
+        done = asyncio.run(drive(url, load, which, said, draws, **more))
+        rows.append(done.row(name))
+        return done
+
+    service = serving(folder)
     with running(service) as url:
-
-        def under(name: str, which: list[str], draws: int, **more: Any) -> Load:
-            requests = more.pop("requests", args.requests)
-            load = Load(requests, args.concurrency)
-            done = asyncio.run(drive(url, load, which, said, draws, **more))
-            rows.append(done.row(name))
-            return done
-
-        service.registry.lease(names[-1]).release()  # the network is loaded, as in one that runs
         beyond = first_requests(url, service, names[:5], said)
         for name in names:
             service.registry.lease(name).release()
-        one = under("one posterior", names[:1], args.draws)
-        many = under(f"{len(names)} in turn", names, args.draws)
-        mean = under("one posterior, the mean", names[:1], 0)
+        one = under(url, "one posterior", names[:1], args.draws)
+        many = under(url, f"{len(names)} in turn", names, args.draws)
+        mean = under(url, "one, the mean adapter", names[:1], 0)
         before = peak_mib()
-        checked = under(
-            "with clients that hang up",
-            names,
-            args.draws,
-            requests=args.soak,
-            expected=expected,
-            hang_up=0.2,
-        )
+        more = {"requests": args.soak, "expected": expected, "hang_up": 0.2}
+        soak = under(url, f"{len(names)} in turn, with hang-ups", names, args.draws, **more)
         grown = peak_mib() - before
-        waiting = len(service.batcher)
-    bare = plain(folder, names[0], said, one)
+        left = len(service.batcher)
+    with running(serving(folder, batch_tokens=1)) as url:
+        alone = under(url, "one, the mean, a pass per request", names[:1], 0)
     return {
         "loads": rows,
-        "a: throughput of all in turn, to one": many.rate / one.rate,
-        "b: median latency of draws, to the mean's": (
-            statistics.median(one.seconds) / statistics.median(mean.seconds)
-        ),
-        "b: one plain pass of all clients' texts, ms": 1000 * bare,
-        "e: first request of an unloaded posterior, beyond a loaded one, s": (
-            statistics.median(beyond)
-        ),
-        "f: answered, hung up, failed, wrong": [
-            len(checked.seconds),
-            checked.hung_up,
-            checked.failed,
-            checked.wrong,
-        ],
-        "f: peak memory grew by, MiB": grown,
-        "f: left in the queue": waiting,
+        "a: answers per second of all in turn, to one": many.rate / one.rate,
+        "b: latency of draws, to a plain pass per request": one.median / alone.median,
+        "b: latency of draws, to the mean in batches": one.median / mean.median,
+        "e: seconds of a first request beyond the next": statistics.median(beyond),
+        "f: answered": len(soak.seconds),
+        "f: hung up": soak.hung_up,
+        "f: failed": soak.failed,
+        "f: answered with other numbers than alone": soak.wrong,
+        "f: MiB that the peak of memory grew": grown,
+        "f: left in the queue": left,
     }
 
 

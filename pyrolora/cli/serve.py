@@ -134,7 +134,7 @@ def serve(
     if default is not None and default not in names:
         raise ConfigError(f"--default names {default!r}, and the posteriors are {names[:20]}")
     service = Service(registry, limits, default=default, num_samples=num_samples, seed=seed)
-    say(f"{len(names)} posteriors: {', '.join(names[:20])}")
+    say(f"posteriors ({len(names)}): {', '.join(names[:20])}")
     if not is_loopback(host) and api_key is None:
         say(f"warning: {host} is reached from other machines, and there is no key; set {KEY}")
     say(f"serving at http://{host}:{port}; Control-C ends it")

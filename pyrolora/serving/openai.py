@@ -14,6 +14,7 @@ from pyrolora.serving.errors import UnknownPosteriorError
 from pyrolora.serving.openai_answers import Chat, Completion
 from pyrolora.serving.openai_fields import NEW_TOKENS, ChatRequest, CompletionRequest
 from pyrolora.serving.service import Service
+from pyrolora.tasks import CausalLM
 
 OWNER = "pyrolora"
 
@@ -24,12 +25,14 @@ def routes(service: Service) -> APIRouter:
     started = int(time.time())
 
     def model(name: str) -> dict[str, Any]:
+        task = service.registry.task(name)
         return {
             "id": name,
             "object": "model",
             "created": started,
             "owned_by": OWNER,
-            "task": service.registry.task(name),
+            "task": task,
+            "writes": task == CausalLM.name,
         }
 
     @router.get("/models")

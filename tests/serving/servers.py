@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import uvicorn
 
 import pyrolora
@@ -25,6 +26,18 @@ class Shop:
 
     directory: Path
     base: Any
+
+
+SLOW = 60.0
+"""Seconds that an answer may take on a machine with other work."""
+
+
+def post(url: str, **options: Any) -> httpx.Response:
+    return httpx.post(url, **{"timeout": SLOW, **options})
+
+
+def get(url: str, **options: Any) -> httpx.Response:
+    return httpx.get(url, **{"timeout": SLOW, **options})
 
 
 @contextmanager

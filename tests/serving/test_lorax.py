@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from lorax import AsyncClient, Client
 from lorax.errors import NotFoundError, ValidationError
+from servers import get, post
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")
 TEXT = "the film was good"
@@ -123,7 +123,7 @@ def test_alternatives_and_the_full_text(writing: Any) -> None:
 
 def test_uncertainty_stands_beside_the_text_and_its_tokens(writing: Any) -> None:
     body = {"inputs": TEXT, "parameters": {"adapter_id": "plain", "max_new_tokens": 6, "seed": 3}}
-    got = httpx.post(f"{writing.url}/generate", json=body).json()
+    got = post(f"{writing.url}/generate", json=body).json()
     assert "details" not in got
     about = got["uncertainty"]
     alone = writing.alone("plain").generate([TEXT], 8, seed=3, max_new_tokens=6, do_sample=False)
@@ -152,7 +152,7 @@ def test_a_stop_string_ends_text_tokens_and_uncertainty(writing: Any) -> None:
     assert got.details.finish_reason == "stop_sequence"
     assert "".join(token.text for token in got.details.tokens) == whole[:place]
     body = {"inputs": TEXT, "parameters": {**options, "stop": [word]}}
-    about = httpx.post(f"{writing.url}/generate", json=body).json()["uncertainty"]
+    about = post(f"{writing.url}/generate", json=body).json()["uncertainty"]
     assert len(about["tokens"]) == got.details.generated_tokens
 
 
@@ -196,7 +196,7 @@ def test_an_unknown_posterior_is_an_error_with_the_names(writing: Any) -> None:
 )
 def test_a_field_is_obeyed_or_refused_by_its_name(writing: Any, field: str, value: Any) -> None:
     body = {"inputs": TEXT, "parameters": {"adapter_id": "plain", field: value}}
-    response = httpx.post(f"{writing.url}/generate", json=body)
+    response = post(f"{writing.url}/generate", json=body)
     assert response.status_code == 422
     assert f"parameters.{field}" in response.json()["error"]
 
@@ -205,17 +205,17 @@ def test_classes_are_not_asked_of_a_writer_nor_text_of_a_classifier(
     classifying: Any, writing: Any
 ) -> None:
     body: dict[str, Any] = {"inputs": TEXT, "parameters": {"adapter_id": "plain"}}
-    response = httpx.post(f"{writing.url}/classify", json=body)
+    response = post(f"{writing.url}/classify", json=body)
     assert response.status_code == 422
     assert "ask for text" in response.json()["error"]
-    response = httpx.post(f"{classifying.url}/generate", json={"inputs": TEXT})
+    response = post(f"{classifying.url}/generate", json={"inputs": TEXT})
     assert response.status_code == 422
     assert "/classify" in response.json()["error"]
 
 
 def test_the_server_says_what_it_is(classifying: Any) -> None:
-    assert httpx.get(f"{classifying.url}/health").json() == {"status": "ok"}
-    info = httpx.get(f"{classifying.url}/info").json()
+    assert get(f"{classifying.url}/health").json() == {"status": "ok"}
+    info = get(f"{classifying.url}/info").json()
     assert info["posteriors"] == ["other", "reviews", "third"]
     assert info["model_id"] == "encoder"
 

@@ -12,6 +12,7 @@ from servers import Shop, running, served
 
 import pyrolora
 from pyrolora.serving.app import create_app
+from pyrolora.tasks import CausalLM
 
 PROMPT = "the film was"
 
@@ -25,7 +26,7 @@ def client(writing: Any) -> Iterator[openai.OpenAI]:
 def test_posteriors_are_models(client: openai.OpenAI) -> None:
     models = list(client.models.list())
     assert [model.id for model in models] == ["chat", "plain"]
-    assert models[0].model_extra == {"task": "causal_lm"}
+    assert models[0].model_extra == {"task": CausalLM.name, "writes": True}
     assert client.models.retrieve("plain").id == "plain"
     with pytest.raises(openai.NotFoundError, match="there are: 'chat', 'plain'"):
         client.models.retrieve("nobody")

@@ -278,3 +278,22 @@ def test_threads_that_ask_for_more_than_fits_all_get_the_right_one(classifiers: 
     assert wrong == []
     assert len(registry.loaded()) == 1
     assert os.listdir(classifiers.directory)
+
+
+@pytest.mark.parametrize("guide", ["map", "ensemble", "full", "laplace"])
+def test_posteriors_of_other_guides_are_served_too(shop: Any, guide: str) -> None:
+    """Those with heads of their own per member, or with weights of their own, too."""
+    made = shop("reviews")
+    pyrolora.fit(str(made.base), reviews(12), guide=guide, epochs=1).save(made.directory / guide)
+    alone = pyrolora.load(made.directory / guide, made.base)
+    expected = alone.predict(TEXTS, 2, seed=1).draws
+    registry = Registry(made.directory, made.base)
+    with registry.lease("reviews") as beside, registry.lease(guide) as posterior:
+        before = probabilities(beside)
+        torch.testing.assert_close(posterior.predict(TEXTS, 2, seed=1).draws, expected)
+        torch.testing.assert_close(probabilities(beside), before)
+    size = registry.bytes
+    network = sum(p.numel() * p.element_size() for p in alone.base.parameters())
+    assert size >= network or guide != "full"
+    registry.close()
+    assert registry.bytes == 0

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from console import done, pyrolora_, refused
+from servers import post
 
 from pyrolora.cli.serve import _bytes
 from pyrolora.errors import ConfigError
@@ -57,9 +58,9 @@ def test_it_serves_until_it_is_interrupted(classifiers: Any, tmp_path: Path) -> 
                     break
                 except httpx.ConnectError:
                     time.sleep(0.1)
-            assert httpx.post(f"{url}/classify", json=BODY).status_code == 401
+            assert post(f"{url}/classify", json=BODY).status_code == 401
             headers = {"Authorization": "Bearer secret"}
-            response = httpx.post(f"{url}/classify", json=BODY, headers=headers, timeout=30)
+            response = post(f"{url}/classify", json=BODY, headers=headers)
             assert response.json()[0]["uncertainty"]["num_samples"] == 4
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
@@ -68,7 +69,7 @@ def test_it_serves_until_it_is_interrupted(classifiers: Any, tmp_path: Path) -> 
             process.wait()
         log.seek(0)
         said = log.read()
-    assert "3 posteriors: other, reviews, third" in said
+    assert "posteriors (3): other, reviews, third" in said
     assert f"serving at http://127.0.0.1:{port}" in said
     assert "secret" not in said
 

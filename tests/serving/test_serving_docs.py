@@ -9,10 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from console import pyrolora_
-from servers import running
+from servers import get, post, running
 
 from pyrolora.serving import run
 from pyrolora.serving.app import create_app
@@ -37,7 +36,7 @@ def test_the_readmes_server_answers_the_readmes_request(
     def ask(service: Service, *, host: str, port: int, key: str | None) -> None:
         assert (f"http://{host}:{port}", key) == (ADDRESS, None)
         with running(create_app(service)) as url:
-            answers.append(httpx.post(f"{url}/classify", json=json.loads(body)).json())
+            answers.append(post(f"{url}/classify", json=json.loads(body)).json())
 
     monkeypatch.setattr(run, "run", ask)
     (line,) = re.findall("^pyrolora serve .*$", README, re.MULTILINE)
@@ -65,7 +64,7 @@ def test_its_links_lead_somewhere() -> None:
 
 
 def test_every_route_is_documented(writing: Any) -> None:
-    paths = httpx.get(f"{writing.url}/openapi.json").json()["paths"]
+    paths = get(f"{writing.url}/openapi.json").json()["paths"]
     documented = {
         path.replace("NAME", "{name}") for path in re.findall(r"/[\w/]*NAME|/[\w/]+", SERVING)
     }

@@ -11,10 +11,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from problems import bert, reviews, tokenizer
-from servers import Shop, running, served
+from servers import Shop, get, post, running, served
 from starlette.responses import HTMLResponse
 
 import pyrolora
@@ -133,7 +132,7 @@ def test_classes_are_shown_and_markup_is_text(evil: Shop, tmp_path: Path) -> Non
     app = with_driver(create_app(served(evil)), "evil & sons", "the film <b>was</b> good")
     with running(app) as url:
         body = {"inputs": "the film <b>was</b> good", "parameters": {"seed": 3}}
-        rows = httpx.post(f"{url}/classify", json=body).json()
+        rows = post(f"{url}/classify", json=body).json()
         found, console = driven(f"{url}/driver", tmp_path)
     assert found["error"] == ""
     assert console == []
@@ -166,7 +165,7 @@ def test_tokens_are_shaded_and_other_draws_stand_beside(writers: Any, tmp_path: 
             "temperature": 0,
             "seed": 3,
         }
-        limits = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 30})
+        limits = post(f"{url}/v1/completions", json={**body, "max_tokens": 30})
         assert limits.status_code == 413
         found, _ = driven(f"{url}/driver", tmp_path)
         assert "shorten it or lower the number of new tokens" in found["error"]
@@ -177,7 +176,7 @@ def test_tokens_are_shaded_and_other_draws_stand_beside(writers: Any, tmp_path: 
     driver = DRIVER.format(width=WIDTH, name='"plain"', text='"the film was"')
     app.get("/driver")(lambda: HTMLResponse(driver))
     with running(app) as url:
-        answer = httpx.post(f"{url}/v1/completions", json={**body, "max_tokens": 6}).json()
+        answer = post(f"{url}/v1/completions", json={**body, "max_tokens": 6}).json()
         found, console = driven(f"{url}/driver", tmp_path)
     assert (found["error"], console) == ("", [])
     about = answer["choices"][0]["uncertainty"]
@@ -194,7 +193,7 @@ def test_the_policy_lets_the_page_run_and_nothing_else(classifying: Any, tmp_pat
     dom, console = visit(f"{classifying.url}/", tmp_path)
     assert re.findall(r'<option value="(\w+)">', dom) == ["other", "reviews", "third"]
     assert console == []
-    policy = httpx.get(f"{classifying.url}/").headers["content-security-policy"]
+    policy = get(f"{classifying.url}/").headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert "frame-ancestors 'none'" in policy
