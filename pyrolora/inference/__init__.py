@@ -1,9 +1,5 @@
 """Inference: the engines that guides share, and the Trainer's arguments and checkpoints."""
 
-<<<<<<< HEAD
-=======
-from pyrolora.data import Prepared, check_finite, pass_rows, prepare, to_device
->>>>>>> 1e9f6e3a82b6a4db7ed35f4c7d3cf11d360dc9d9
 from pyrolora.inference.arguments import check_arguments, training_arguments
 from pyrolora.inference.checkpoints import (
     checkpoint_step,
