@@ -63,7 +63,7 @@ class FullLaplaceProgram(FactorProgram):
 
     def guide(self, kl_weight: float = 1.0) -> None:
         """Sample one of the draws, whose number is the auxiliary site ``draw``."""
-        self.sample_stored("laplace")
+        self.sample_stored()
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         return {}  # draws are made after training

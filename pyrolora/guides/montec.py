@@ -42,8 +42,8 @@ class MonteCLoRA(Variational):
     The means M, B and the task head are parameters that model and guide share. With
     ``prior_mean="zero"`` the model's M is zero instead, a_j = ε₀ Σ_k π_k δ_jk, the guide's as
     above: the KL of z then prices the means, too, by ½ ‖S⁻¹ m_j‖² per column, with S = ε₀ ‖π‖ I, or
-    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` the model has the start of A, a⁰, for zero,
-    a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and the price is that of m_j − a⁰_j, which is learnt. (Where
+    ε₀ ‖π‖ L in the hierarchical form. With ``"start"`` the start of A, a⁰, takes the place of
+    zero, a_j = a⁰_j + ε₀ Σ_k π_k δ_jk, and the price is that of m_j − a⁰_j, which is learnt. (Where
     the adapters have a start A₀, B₀ that is subtracted again, zero stands for that start, too.)
 
     Given the generalised Gauss-Newton matrix of −log p(y|A), whose blocks of the columns of a layer

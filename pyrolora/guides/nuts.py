@@ -166,7 +166,7 @@ class NUTSProgram(WrappingProgram):
 
     def guide(self, kl_weight: float = 1.0) -> None:
         """Sample one of the draws, whose number is the auxiliary site ``draw``."""
-        self.sample_stored("nuts")
+        self.sample_stored()
 
     def mean(self) -> FlatFactors:
         """Return the mean of the update over draws: of the one factor that varies, or pooled."""

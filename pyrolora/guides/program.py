@@ -251,11 +251,8 @@ class Program(ParamModule, ABC):
         """Return the sampler's statistics of the stored draws in ``index``, by ArviZ's names."""
         return {}
 
-    def sample_stored(self, guide: str) -> None:
-        """Sample one of the stored draws of the guide called ``guide``.
-
-        Its number is the auxiliary site ``draw``.
-        """
+    def sample_stored(self) -> None:
+        """Sample one of the stored draws, whose number is the auxiliary site ``draw``."""
         stored = self.stored()
         assert stored is not None
         device = self.bank.get_parameter("A_loc").device
@@ -263,8 +260,8 @@ class Program(ParamModule, ABC):
         number = pyro.sample("draw", law, infer={"is_auxiliary": True})
         if number.dim():
             raise ConfigError(
-                f"the stored draws of {guide!r} come one at a time, not in a plate; use "
-                "posterior.sample(n), or Predictive(..., parallel=False)"
+                f"the stored draws of {self.options.name!r} come one at a time, not in a plate; "
+                "use posterior.sample(n), or Predictive(..., parallel=False)"
             )
         for name, value in self.pick(number).items():
             pyro.sample(name, dist.Delta(value, event_dim=value.dim()))
