@@ -160,7 +160,7 @@ VALUES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a number beyond all": lambda m: m["settings"].update(seed=10**100),
     "settings of settings": lambda m: m["settings"].update(seed={"a": {}}),
     "a scaling of another type": lambda m: m["layers"][0].update(scaling=True),
-    "another likelihood": lambda m: m.update(task="causal_lm_"),
+    "another likelihood": lambda m: m.update(task="causal lm"),
     "a prior that is none": lambda m: m.update(prior={"name": "map", "options": {}}),
 }
 
