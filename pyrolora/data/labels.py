@@ -117,7 +117,7 @@ def numbered(data: datasets.Dataset, network: nn.Module, task: Target) -> datase
     DataError
         For names of no class, and for labels with two readings.
     """
-    stored, form = data.with_format(None), data.format
+    stored = data.with_format(None)
     column = _label_column(stored)
     classes = class_names_of(network, task) or _made_up_names(network)
     if column is None or not classes:
@@ -147,7 +147,13 @@ def numbered(data: datasets.Dataset, network: nn.Module, task: Target) -> datase
     if unknown:
         raise DataError(_unknown_name(unknown[0], classes, None if is_text(feature) else names))
     mapped = [None if name is None else numbers[name] for name in rows]
-    made = stored.remove_columns(column).add_column(column, mapped)
+    return with_column(data, column, mapped)
+
+
+def with_column(data: datasets.Dataset, column: str, rows: list[Any]) -> datasets.Dataset:
+    """Return the data with these rows in place of a column's, in the format of the data."""
+    form = data.format
+    made = data.with_format(None).remove_columns(column).add_column(column, rows)
     kind, columns, rest = form["type"], form["columns"], form["output_all_columns"]
     return made.with_format(kind, columns, rest, **form["format_kwargs"])
 

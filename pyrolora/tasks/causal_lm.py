@@ -64,9 +64,10 @@ class CausalCollator(Collator):
 
 
 class CausalLM(LanguageModel):
-    """log p(y) of an example is the **sum** over its labelled tokens of log softmax(f_{t-1})[y_t].
+    """Causal language modelling: each token of a text, predicted by those before it.
 
-    t runs from 1 to T-1. Without labels every token of the text is one.
+    log p(y) of an example is the **sum** over its labelled tokens, t = 1..T-1, of
+    log softmax(f_{t-1})[y_t]. Without labels every token is its own label.
     """
 
     name = "text-generation"

@@ -195,7 +195,7 @@ class ClassPrediction(Prediction):
 
 
 class Classification(Task):
-    """y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
+    """Classes: y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
     aliases: ClassVar[tuple[str, ...]] = (

@@ -54,9 +54,10 @@ class MaskedCollator(Collator):
 
 
 class MaskedLM(LanguageModel):
-    """log p(y) of an example is the **sum** over its hidden tokens of log softmax(f_t)[y_t].
+    """Masked language modelling: the hidden tokens of a text, predicted by the others.
 
-    t runs from 0 to T-1. Texts without labels get some tokens hidden when they are prepared. The
+    log p(y) of an example is the **sum** over its hidden tokens, t = 0..T-1, of
+    log softmax(f_t)[y_t]. Texts without labels get some tokens hidden when they are prepared. The
     hidden tokens of one text are predicted independently: a pseudo-likelihood of the text.
     Reference: Devlin et al. (2019), NAACL, section 3.1.
     """

@@ -88,9 +88,9 @@ class ChoiceCollator(Collator):
 
 
 class MultipleChoice(Classification):
-    """y ~ Categorical(softmax(f)) over the choices of each example, with f (..., b, choices).
+    """Choices: y ~ Categorical(softmax(f)) over those of each example.
 
-    f is the network's score of each choice. Choices that ``choice_mask`` leaves out have
+    f (..., b, choices) are the network's scores. Choices that ``choice_mask`` leaves out have
     probability 0.
     """
 

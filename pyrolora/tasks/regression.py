@@ -199,11 +199,12 @@ class RegressionPrediction(Prediction):
 
 
 class Regression(Task):
-    """y ~ N(f, σ²), with f (..., b) the network's single output and σ, ``noise_scale``, learned.
+    """Real numbers: y ~ N(f, σ²), with f (..., b) the network's single output.
 
-    σ starts at the standard deviation of the training labels, which a network leaves unexplained
-    that knows nothing but their mean. A new head starts near 0, and moves by no more than the
-    learning rate a step: labels far from 0, or of a large spread, are to be standardised.
+    σ, ``noise_scale``, is learned. It starts at the standard deviation of the training labels: that
+    of the errors of a network that predicts their mean. A new head starts near 0 and moves by no
+    more than the learning rate per step, so labels far from 0, or of a large standard deviation,
+    need to be standardised.
     """
 
     name = "regression"

@@ -21,7 +21,7 @@ from pyrolora.data.columns import TAG_COLUMNS, check_text, tags_column, text_col
 from pyrolora.data.encoding import WORD_IDS, Encoder
 from pyrolora.data.examples import is_plain
 from pyrolora.data.inputs import encoder_for
-from pyrolora.data.labels import class_names, known_names, numbered
+from pyrolora.data.labels import class_names, known_names, numbered, with_column
 from pyrolora.data.padding import MASK
 from pyrolora.data.target import Target
 from pyrolora.data.tokenising import warn_cut
@@ -68,9 +68,9 @@ class TagCollator(Collator):
         if made is tags:
             return examples, names
         flat = iter([IGNORED if tag is None else tag for tag in made[LABELS]])
-        stored = examples.with_format(None)
-        rows = [None if row is None else [next(flat) for _ in row] for row in stored[column]]
-        return stored.remove_columns(column).add_column(column, rows), names
+        stored = examples.with_format(None)[column]
+        rows = [None if row is None else [next(flat) for _ in row] for row in stored]
+        return with_column(examples, column, rows), names
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         words, tags = words_column(data), tags_column(data)
@@ -194,10 +194,11 @@ class TagPrediction(ClassPrediction):
 
 
 class TokenClassification(TokenTask):
-    """log p(y) of an example is the **sum** over its counted tokens of log softmax(f_t)[y_t].
+    """Token classification: the tag of each word.
 
-    f is (..., b, T, classes), the network's logits. The tokens that count are the first ones of
-    words; tokens labelled -100 do not.
+    log p(y) of an example is the **sum** over its counted tokens of log softmax(f_t)[y_t], with f
+    (..., b, T, classes) the network's logits. The first tokens of words count; tokens labelled
+    -100 do not.
     """
 
     name = "token-classification"

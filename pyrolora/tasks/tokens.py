@@ -26,10 +26,11 @@ LOOKED_AT = 100
 
 
 class TokenTask(Task):
-    """log p(y) of an example is the **sum** over its labelled tokens of log softmax(f_{t-d})[y_t].
+    """One label per token, of which the likelihood of an example is the product.
 
-    f is (..., b, T, classes), over the vocabulary or over tags, and d, ``shift``, is the distance
-    of a token from the place that predicts it. Tokens labelled -100 do not count.
+    log p(y) is the **sum** over the labelled tokens of log softmax(f_{t-d})[y_t]. f is
+    (..., b, T, classes), over the vocabulary or over tags, and d, ``shift``, is the distance of a
+    token from the place that predicts it. Tokens labelled -100 do not count.
     """
 
     tempers = True
