@@ -214,7 +214,7 @@ def few_examples(examples: int) -> Finding | None:
     return Finding(
         "few_examples",
         "There are few examples",
-        f"There are {examples} examples: a share among them, such as an accuracy of one half, is "
+        f"With {examples} examples, a share among them, such as an accuracy of one half, is "
         f"known to ±{0.5 / examples**0.5:.2f} (a standard error), and each bin of the reliability "
         "table holds only a handful.",
         f"Take the numbers as rough, or score on at least {ENOUGH_EXAMPLES} examples.",

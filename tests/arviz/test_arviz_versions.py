@@ -24,7 +24,7 @@ from pyrolora.diagnostics.psis import psis_khat
 
 PACKAGE = Path(pyrolora.__file__).parent
 WEIGHTS = -1.5 * np.log1p(-np.linspace(0, 0.999, 400))
-"""Whose exponentials are the quantiles of a Pareto law of index 1 / 1.5."""
+"""Logarithms of the quantiles of a Pareto distribution of index 1 / 1.5."""
 SCRIPT = """
 import json, pickle, sys, types, warnings
 from pathlib import Path
@@ -108,7 +108,7 @@ def modern_python() -> str | None:
 
 
 def groups_of_fits(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple]]:
-    """What is converted for two fits of a classification and of a regression."""
+    """Return the arguments of the conversion for two fits each of classification and regression."""
     calls: list[tuple] = []
     monkeypatch.setattr(groups, "to_inference_data", lambda *call: calls.append(call))
     names = {0: "bad", 1: "good"}

@@ -58,10 +58,10 @@ def test_without_labels_and_without_a_name(
     monkeypatch.chdir(tmp_path)
     result = done("report", place / "run", place / "outside.jsonl", *OPTIONS)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "none: there are no metrics" in page
+    assert "none, hence no metrics" in page
     assert "the report is in report.html" in result.err
     lines = result.out.splitlines()
-    assert any(line.startswith("There are few examples. These are 6 examples") for line in lines)
+    assert any(line.startswith("There are few examples. With 6 examples") for line in lines)
 
 
 def test_columns_are_those_of_the_fit(place: Path, tmp_path: Path) -> None:

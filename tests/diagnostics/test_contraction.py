@@ -15,7 +15,7 @@ X = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
 
 
 def program(guide: Guide, r: int = 8):
-    """Of an untrained posterior: a network of 64 x 16 and 16 x 16."""
+    """An untrained posterior of a network of 64 x 16 and 16 x 16."""
     data = (X, torch.arange(6) % 3)
     options = {"task": "classification", "adapter": AdapterConfig(r=r)}
     fitted = pyrolora.fit(

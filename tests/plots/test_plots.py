@@ -90,7 +90,7 @@ def test_the_histograms_have_unit_area_and_one_axis(ax: Axes) -> None:
 
 
 def test_certain_predictions_can_be_drawn(ax: Axes) -> None:
-    """Of no entropy at all."""
+    """All entropies are zero."""
     entropy_histogram(torch.zeros(5), torch.zeros(3), ax=ax)
     for bars in ax.containers:
         area = sum(bar.get_height() * bar.get_width() for bar in bars)

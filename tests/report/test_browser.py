@@ -56,7 +56,7 @@ addEventListener("load", () => {{
 
 @dataclass(frozen=True)
 class Visit:
-    """What a browser found on a page, and what it said on its console."""
+    """The elements that a browser found on a page, and its console."""
 
     found: dict[str, Any]
     console: list[str]
@@ -92,7 +92,7 @@ def visit(page: str, folder: Path, width: int = WIDTH) -> Visit:
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    """Of an encoder that was fitted for a moment; one text, and the classes, hold markup."""
+    """Report on a briefly fitted encoder; one text, and the names of classes, hold markup."""
     names = {0: "bad", 1: EVIL}
     network = bert(id2label=names, label2id={name: k for k, name in names.items()})
     posterior = pyrolora.fit(network, reviews(24), tokenizer=tokenizer(), epochs=3, batch_size=8)

@@ -1,4 +1,4 @@
-"""What a report shows of an example: its text, wherever that stands in the data."""
+"""A report shows the text of an example, wherever that is in the data."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_knowing_probabilities_without_changing_the_answer_is_learning() -> None
 
 
 def test_choices_that_are_not_there_are_no_chance() -> None:
-    """Of two choices each has about a half, whatever the longest list."""
+    """Each of two choices has about a half, however long the longest list is."""
     probs = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).expand(60, 4)
     assert chance(classes(probs, torch.arange(60) % 2))
 
@@ -237,7 +237,7 @@ def test_chance_of_numbers_is_the_normal_law_of_the_others() -> None:
 
 @pytest.mark.filterwarnings("ignore:training has not moved the adapters")
 def test_texts_are_compared_with_the_network_without_the_adapters() -> None:
-    """Whose scores are those of a posterior whose update is zero."""
+    """A posterior whose update is zero has the same scores."""
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2), "epochs": 8}
     learnt = pyrolora.fit(llama(), texts(48), MAP(), learning_rate=0.02, batch_size=8, **options)
     held_out = texts(24, seed=1)

@@ -43,7 +43,7 @@ EVIL = """<script>alert(1)</script> "good" 'film' & <b>$x_1$</b>"""
 
 
 class Page(HTMLParser):
-    """What stands on a page: the text of each element by its tag, and all tags with attributes."""
+    """Content of a page: the text of each element by its tag, and all tags with attributes."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
 @cache
 def classifier(guide: Guide) -> Posterior:
-    """Of a plain network: 24 examples of three classes."""
+    """Fit a plain network to 24 examples of three classes."""
     inputs = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     return pyrolora.fit(
         mlp(),
@@ -98,7 +98,7 @@ def classifier(guide: Guide) -> Posterior:
 
 @cache
 def reader() -> Posterior:
-    """Of an encoder: reviews, with names of classes."""
+    """Fit an encoder to reviews, with names of classes."""
     names = {0: "<i>bad</i>", 1: 'the "good"'}
     network = bert(id2label=names, label2id={name: k for k, name in names.items()})
     return pyrolora.fit(network, reviews(24), tokenizer=tokenizer(), epochs=1, batch_size=8)
