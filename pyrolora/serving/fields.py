@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 MOST_STOPS = 16
 """Stop strings of a request."""
 
+COLDEST = 0.01
+"""Least temperature of sampling: logits that are divided by less are infinite soon."""
+
+
+def _not_too_cold(temperature: float) -> float:
+    """Refuse temperatures that are neither 0, the likeliest token, nor one to sample at."""
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"0 takes the likeliest token, and sampling needs at least {COLDEST}")
+    return temperature
+
+
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_not_too_cold)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Samples = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]

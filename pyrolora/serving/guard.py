@@ -21,7 +21,7 @@ from pyrolora.serving.replies import refused
 
 logger = logging.getLogger(__name__)
 
-OPEN = frozenset({("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("HEAD", "/health")})
+OPEN = frozenset({("GET", "/"), ("GET", "/health")})
 """What is answered without the key: the page, which has no data in it, and whether it runs."""
 OTHER = "other"
 

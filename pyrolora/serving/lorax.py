@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.serving.answers import Continuation, class_rows, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
-from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Text
+from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
 from pyrolora.serving.service import Answered, Service
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
@@ -40,11 +40,11 @@ class Parameters(Strict):
     seed: Seed | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     do_sample: bool = False
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[Temperature, Field(le=100)] | None = None
     top_k: Annotated[int, Field(gt=0)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop: Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None
     return_full_text: bool | None = None
     details: bool = False

@@ -9,7 +9,7 @@ from pydantic import Field
 from pyrolora import defaults
 from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.errors import UnsupportedError
-from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Text
+from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
 
 NEW_TOKENS = 16
 """Of a completion that does not say, as in OpenAI's interface."""
@@ -37,7 +37,7 @@ class Writing(Strict):
     num_samples: Samples | None = None
     seed: Seed | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[Temperature, Field(le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1)] = 1
     stop: Text | Annotated[list[Text], Field(max_length=MOST_STOPS)] | None = None

@@ -112,7 +112,13 @@ def test_too_long_a_text_is_413_with_the_limit(classifying: Live) -> None:
     assert "takes 32" in response.json()["error"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b"\xff", b"null", b"[]", b'{"inputs": 5}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"{", b"[" * 100_000, b"\xff", b"null", b"[]"),
+        *(b'{"inputs": 5}', b'{"inputs": "\\ud800"}', b'{"inputs": ""}', b'{"inputs": NaN}'),
+    ],
+)
 def test_a_body_that_is_no_request_is_refused(classifying: Live, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = post(f"{classifying.url}/classify", content=body, headers=headers)

@@ -191,6 +191,8 @@ def test_an_unknown_posterior_is_an_error_with_the_names(writing: Any) -> None:
         ("unheard_of", 1),
         ("seed", -1),
         ("temperature", -0.5),
+        ("temperature", 1e-40),
+        ("repetition_penalty", 0.0),
         ("max_new_tokens", 0),
     ],
 )

@@ -198,6 +198,7 @@ def test_a_posterior_without_a_template_says_so(client: openai.OpenAI) -> None:
         ("user", "somebody"),
         ("unheard_of", 1),
         ("temperature", 3),
+        ("temperature", 1e-40),
         ("logprobs", 6),
         ("n", 0),
     ],
