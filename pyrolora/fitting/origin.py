@@ -24,7 +24,7 @@ Builder = Callable[[Guide], JointModel]
 
 @dataclass
 class Origin(ABC):
-    """Where a fit starts; one of `Fresh`, `Given` and `Continued`.
+    """The starting point of a fit; one of `Fresh`, `Given` and `Continued`.
 
     Attributes
     ----------

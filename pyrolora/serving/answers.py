@@ -15,7 +15,7 @@ from pyrolora.serving.text import TokenScores, first_stop, pieces
 from pyrolora.serving.verbs import Classify
 
 MASS = 0.9
-"""Of the intervals of class probabilities."""
+"""The probability that an interval of a class probability holds."""
 
 Finish = Literal["end", "stop", "length"]
 

@@ -22,7 +22,7 @@ from pyrolora.serving.replies import refused
 logger = logging.getLogger(__name__)
 
 OPEN = frozenset({("GET", "/"), ("GET", "/health")})
-"""What is answered without the key: the page, which has no data in it, and whether it runs."""
+"""Requests that need no key: the page, which holds no data, and the health check."""
 OTHER = "other"
 
 

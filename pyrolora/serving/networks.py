@@ -18,7 +18,7 @@ from pyrolora.serving.errors import DamagedPosteriorError, OtherBaseError
 from pyrolora.storage import check_base, load_base, read_folder
 
 WRAPPER = ".base_layer"
-"""What an adapted layer adds to the names of the parameters below it."""
+"""The part that an adapted layer adds to the names of the parameters below it."""
 
 
 class Networks:

@@ -12,7 +12,7 @@ from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
 
 NEW_TOKENS = 16
-"""Of a completion that does not say, as in OpenAI's interface."""
+"""The length of a completion without ``max_tokens``, as in OpenAI's interface."""
 _IGNORED: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (None, 0),
     "frequency_penalty": (None, 0),

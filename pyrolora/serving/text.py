@@ -20,7 +20,7 @@ from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.tasks import TokenTask
 
 UNFINISHED = "\ufffd"
-"""What a decoder writes in place of bytes that are no whole character yet."""
+"""The character that a decoder writes for bytes that do not make a whole character yet."""
 MOST_LOGITS = 2**25
 """Entries of logits that are held at a time in scoring tokens."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Promise:
-    """What a prediction promises about its rows, and what it kept.
+    """A quantity that a prediction promises for its rows, and what it kept.
 
     Attributes
     ----------
