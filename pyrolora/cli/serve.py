@@ -106,7 +106,8 @@ def serve(
     """
     _check_installed()
     size = None if budget is None else _bytes(budget)
-    if api_key is not None and not api_key.strip():
+    empty_variable = api_key is None and KEY in os.environ  # typer takes it for none
+    if empty_variable or (api_key is not None and not api_key.strip()):
         raise ConfigError(f"the key is empty; leave --api-key and {KEY} out to serve without one")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of batches would fill the log
     say("loading libraries")

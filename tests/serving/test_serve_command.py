@@ -94,6 +94,14 @@ def test_wrong_options_are_refused(classifiers: Any, options: list[str], words: 
     refused(pyrolora_(*command, *options), words)
 
 
+def test_an_empty_key_in_the_environment_is_not_no_key(
+    classifiers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYROLORA_API_KEY", "")
+    command = ["serve", str(classifiers.directory), "--model", str(classifiers.base)]
+    refused(pyrolora_(*command), "the key is empty")
+
+
 def test_a_directory_that_there_is_not_is_refused(tmp_path: Path) -> None:
     refused(pyrolora_("serve", tmp_path / "x", "--model", "y"), "there is no folder")
 
