@@ -83,6 +83,7 @@ def test_the_rows_of_several_draws_are_those_of_each() -> None:
 def test_the_network_says_the_task() -> None:
     assert task_for(bert_tags()).name == "token-classification"
     assert task_for(bert_tags(), "TOKEN_CLS").name == "token-classification"
+    assert task_for(bert(), "sentiment-analysis").name == "classification"
 
 
 # Words and tokens --------------------------------------------------------------------------------
