@@ -18,5 +18,8 @@ INPUTS = "inputs"
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
 
+TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
+"""The names that data sets give to the tags of words."""
+
 IGNORED = -100
 """The label of a token that does not count, as in transformers."""

@@ -713,6 +713,12 @@ def test_a_fit_switches_checkpointing_off_again(prefix: str, tmp_path: Path) -> 
     training = arguments(tmp_path, **{f"{prefix}_checkpointing": True})
     pyrolora.fit(network, tokens(), guide="map", training=training)
     assert not network.is_gradient_checkpointing
+    assert not network.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("callbacks", ["x", [1], 5, ValueError, [None]])
+def test_callbacks_that_are_none_are_refused(callbacks: Any, steps: list[int]) -> None:
+    refused(ConfigError, "callbacks, TrainerCallback", steps, bert(), tokens(), callbacks=callbacks)
 
 
 class Interrupt(TrainerCallback):

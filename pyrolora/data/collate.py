@@ -52,6 +52,8 @@ class Collator:
     it.
     """
 
+    targets: ClassVar[str] = "a column 'labels' or 'label'"
+    """The columns in which labels are looked for, in words."""
     per_token: ClassVar[bool] = False
     """Whether an example has one label per token."""
     makes_labels: ClassVar[bool] = False

@@ -11,16 +11,16 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pyrolora.columns import INPUTS, LABELS
+from pyrolora.columns import INPUTS, LABELS, TAGS
 from pyrolora.data.examples import as_dict, is_nested, is_plain, is_text
 from pyrolora.errors import DataError
 
 CHOICES = "choices"
 TARGETS = (LABELS, "label")
 
-# A text as a list of words, and a tag per word; the first of each that the data have is read.
+# A text as a list of words, and a tag per word.
 WORD_COLUMNS = ("tokens", "words")
-TAG_COLUMNS = (*TARGETS, "ner_tags", "tags")
+TAG_COLUMNS = (*TARGETS, *TAGS)
 
 # Text columns of well-known data sets; a network reads a pair in this order.
 TEXT_COLUMNS = (
@@ -272,8 +272,27 @@ def words_column(examples: Any) -> str | None:
 
 
 def tags_column(examples: Any) -> str | None:
-    """Return the name of the column with a label per word, if there is one beside the words."""
+    """Return the name of the column with a label per word, if there is one beside the words.
+
+    Raises
+    ------
+    DataError
+        For several columns of tags, unless one of them has the name of labels.
+    """
     if words_column(examples) is None:
         return None
-    lists = datasets.Sequence | datasets.List | datasets.LargeList
-    return next((n for n in TAG_COLUMNS if isinstance(examples.features.get(n), lists)), None)
+    found = [name for name in TAG_COLUMNS if is_list(examples.features.get(name))]
+    if {*TARGETS} <= {*found}:
+        check_two_labels(examples)
+    if len(found) > 1 and found[0] not in TARGETS:
+        raise DataError(
+            f"cannot tell which of the columns {found} has the tags to learn; rename it, "
+            f"data.rename_column({found[0]!r}, 'labels') (--label {found[0]} on the command line), "
+            f"or drop the others, data.remove_columns({found[1:]})"
+        )
+    return next(iter(found), None)
+
+
+def is_list(feature: Any) -> bool:
+    """Return whether a column's feature is a list."""
+    return isinstance(feature, datasets.Sequence | datasets.List | datasets.LargeList)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pyrolora.columns import LABELS
+from pyrolora.columns import LABELS, TAGS
 from pyrolora.errors import DataError
 
 TABLES = ("pandas", "polars", "arrow")
@@ -149,7 +149,7 @@ def without_labels(data: Any, input_name: str, splits: Sequence[str]) -> Any:
 def _is_target(features: Mapping[str, Any], name: str) -> bool:
     """Return whether a column has labels of examples, or tags of words."""
     lists = datasets.Sequence | datasets.List | datasets.LargeList
-    tags = name in ("ner_tags", "tags") and isinstance(features[name], lists)
+    tags = name in TAGS and isinstance(features[name], lists)
     return tags or name in (LABELS, "label")
 
 

@@ -28,11 +28,11 @@ def raw_labels(examples: Any) -> Tensor:
     return labels
 
 
-def no_labels(columns: Collection[str]) -> str:
+def no_labels(columns: Collection[str], expected: str = "a column 'labels' or 'label'") -> str:
     """Return the message for examples without labels, whose parts have these names."""
     check_task(columns)
     return (
-        f"the data has no labels: expected a column 'labels' or 'label', got {sorted(columns)}; "
+        f"the data has no labels: expected {expected}, got {sorted(columns)}; "
         "rename the target column, for example data.rename_column('target', 'label') "
         "(--label target on the command line)"
     )

@@ -117,7 +117,8 @@ def prepare(
     names, columns = None, [*as_dict(examples[0], collate.input_name)]
     if task.names_classes:
         examples, names = collate.number(examples, network, task)
-    explicit = {LABELS, *TOKEN_MASKS} & {*_names(examples, columns)}
+    columns = _names(examples, columns)
+    explicit = {LABELS, *TOKEN_MASKS} & {*columns}
     if is_plain(examples):
         examples, left = _tokenised(examples, collate)
     else:
@@ -169,7 +170,7 @@ def _labels(
     optional = not need_labels and not collate.per_token
     labels = all_labels(examples, collate.example, partly=optional, changed=collate.makes_labels)
     if labels is None and need_labels:
-        raise DataError(no_labels(columns))
+        raise DataError(no_labels(columns, collate.targets))
     if optional and task.discrete and _are_secret(labels):
         labels = None
     if optional and labels is None:

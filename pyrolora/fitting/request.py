@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,8 +100,9 @@ class Request:
     @property
     def listeners(self) -> list[TrainerCallback]:
         """The callbacks as a list."""
-        callbacks = self.callbacks
-        return [callbacks] if isinstance(callbacks, TrainerCallback) else list(callbacks)
+        given: Any = self.callbacks
+        alone = isinstance(given, TrainerCallback) or not isinstance(given, Iterable)
+        return [given] if alone else list(given)
 
     def loaded(self) -> Request:
         """Return the request with its posteriors in memory, and their network in its place."""
@@ -141,8 +142,9 @@ class Request:
     # Checks --------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `ConfigError` for parts of the request that contradict one another."""
+        """Raise `ConfigError` for parts that contradict one another, and for unfit callbacks."""
         guide, adapter = self.options, self.adapter
+        self._check_callbacks()
         if self.prior is not None:
             self._check_prior(self.prior)
         if self.given is not None:
@@ -152,6 +154,15 @@ class Request:
                 f"guide {guide.name!r} trains the network itself and has no adapters; leave "
                 "adapter= out"
             )
+
+    def _check_callbacks(self) -> None:
+        for listener in self.listeners:
+            kind = listener if isinstance(listener, type) else type(listener)
+            if not issubclass(kind, TrainerCallback):
+                raise ConfigError(
+                    "callbacks must be transformers.TrainerCallback objects, or one, got "
+                    f"{listener!r}; subclass TrainerCallback"
+                )
 
     def _check_prior(self, prior: Posterior | StoredPosterior) -> None:
         """Refuse what an earlier posterior brings itself, and a guide that cannot follow its."""

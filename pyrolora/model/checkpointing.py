@@ -35,7 +35,13 @@ def enable(network: nn.Module, options: dict[str, Any] | None, **kwargs: Any) ->
 
 
 def disable(network: nn.Module) -> None:
-    """Switch activation checkpointing of ``network`` off."""
+    """Switch activation checkpointing of ``network`` off, and the gradient of its embeddings.
+
+    transformers makes embeddings require a gradient for it, by hooks that it leaves behind.
+    """
+    unhook = getattr(network, "disable_input_require_grads", None)
+    if callable(unhook):
+        unhook()
     for prefix in ("activation", "gradient"):
         method = getattr(network, f"{prefix}_checkpointing_disable", None)
         if method is not None:

@@ -200,6 +200,7 @@ class Classification(Task):
     name = "classification"
     aliases: ClassVar[tuple[str, ...]] = (
         "text-classification",
+        "sentiment-analysis",
         "image-classification",
         "audio-classification",
         "seq-cls",

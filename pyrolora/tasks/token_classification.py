@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -17,7 +18,17 @@ from transformers import PreTrainedModel
 
 from pyrolora.columns import IGNORED, LABELS, Batch
 from pyrolora.data import Collator
-from pyrolora.data.columns import TAG_COLUMNS, check_text, tags_column, text_columns, words_column
+from pyrolora.data.columns import (
+    TAG_COLUMNS,
+    TARGETS,
+    WORD_COLUMNS,
+    check_text,
+    is_list,
+    tags_column,
+    text_columns,
+    warn_unread,
+    words_column,
+)
 from pyrolora.data.encoding import WORD_IDS, Encoder
 from pyrolora.data.examples import is_plain
 from pyrolora.data.inputs import encoder_for
@@ -35,6 +46,8 @@ from pyrolora.tasks.unsupported import classes_of
 
 COUNTED = "counted_tokens"
 """The column that says, without labels, which tokens get a prediction."""
+LOST = "lost_words"
+"""The column, while words are encoded, with those that the tokenizer has no token for."""
 OTHER_HEADS = classes_of("SEQUENCE_CLASSIFICATION", "MULTIPLE_CHOICE")
 """Classes whose heads have the same name as one for tokens, and another meaning."""
 
@@ -46,6 +59,7 @@ class TagCollator(Collator):
     tokens of words; in tokenised data, all tokens but special ones.
     """
 
+    targets = "'labels', 'label', 'ner_tags' or 'tags' with a list, of a label per word or token"
     per_token = True
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
@@ -67,10 +81,17 @@ class TagCollator(Collator):
         names, made = known_names(tags, network, task), numbered(tags, network, task)
         if made is tags:
             return examples, names
-        flat = iter([IGNORED if tag is None else tag for tag in made[LABELS]])
+        pairs = zip(tags[LABELS], made[LABELS], strict=True)
+        flat = iter([_number(tag, number) for tag, number in pairs])
         stored = examples.with_format(None)[column]
         rows = [None if row is None else [next(flat) for _ in row] for row in stored]
         return with_column(examples, column, rows), names
+
+    def with_labels(self, data: datasets.Dataset) -> datasets.Dataset:
+        names = data.column_names
+        if "input_ids" in names and LABELS not in names and is_list(data.features.get("label")):
+            return data.rename_column("label", LABELS)
+        return data
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         words, tags = words_column(data), tags_column(data)
@@ -84,13 +105,22 @@ class TagCollator(Collator):
             )
         check_text(data, read, self.tokenizer)
         check_tokenizer(self.tokenizer, words=words is not None)
+        if words is not None:
+            _check_words(data, words)
         if words is not None and tags is not None:
             _check_tags(data, words, tags)
+        if LABELS in data.features and tags != LABELS:
+            warn_unread([LABELS], self.network_name)
         encoder = self.encoder
 
         def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
             made = encoder(*(rows[name] for name in read))
-            places = [_first_tokens(ids) for ids in made.pop(WORD_IDS)]
+            found = made.pop(WORD_IDS)
+            made[LOST] = [[]] * len(found)
+            if words is not None:
+                triples = zip(rows[words], found, made["cut"], strict=True)
+                made[LOST] = [[] if cut else _lost(row, ids) for row, ids, cut in triples]
+            places = [_first_tokens(ids) for ids in found]
             if tags is None:
                 counted = [[int(word is not None) for word in row] for row in places]
                 return {**made, COUNTED: counted}
@@ -101,7 +131,8 @@ class TagCollator(Collator):
             encoded, batched=True, remove_columns=data.column_names, desc="tokenising"
         )
         warn_cut(sum(made["cut"]), len(made), encoder.limit)
-        return made.remove_columns("cut"), read if tags is None else (*read, tags)
+        _warn_lost(made[LOST], self.tokenizer)
+        return made.remove_columns(["cut", LOST]), read if tags is None else (*read, tags)
 
     def example(self, example: Any) -> dict[str, Any]:
         row = super().example(example)
@@ -286,10 +317,10 @@ def _check_classes(classes: int | None, labels: Tensor) -> None:
     low, high = int(counted.min()), int(counted.max())
     if low < 0 or (classes is not None and high >= classes):
         have = "classes from 0 on" if classes is None else f"{classes} classes"
+        more = f"load it with num_labels={high + 1}, or " if classes and high >= classes else ""
         raise DataError(
-            f"the network has {have}, got labels from {low} to {high}; load it with "
-            f"num_labels={high + 1}, or map the labels to 0..{(classes or high + 1) - 1}, and -100 "
-            "for tokens that do not count"
+            f"the network has {have}, got labels from {low} to {high}; {more}map the labels to "
+            f"0..{(classes or max(high, 0) + 1) - 1}, and to -100 for tokens that do not count"
         )
 
 
@@ -299,7 +330,7 @@ def label_column(examples: Any) -> str | None:
         return None
     if "input_ids" not in examples.column_names:
         return tags_column(examples)
-    return LABELS if LABELS in examples.column_names else None
+    return next((name for name in TARGETS if name in examples.column_names), None)
 
 
 def tags_of(examples: Any) -> datasets.Dataset | None:
@@ -330,6 +361,65 @@ def check_tokenizer(tokenizer: Any, *, words: bool) -> None:
             f"{type(tokenizer).__name__} does not take words as it was loaded, got {error}; load "
             "it with add_prefix_space=True"
         ) from error
+    pieces = [tokenizer("a a"), tokenizer(["a", "a"], is_split_into_words=True)]
+    told = {*pieces[0].word_ids()} - {None}
+    if not words and len(told) < 2:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not tell the words of a text apart; split the texts "
+            "into a column 'tokens' with the list of words of each example"
+        )
+    spaced = [
+        any(map(_begins_with_space, tokenizer.convert_ids_to_tokens(p["input_ids"])))
+        for p in pieces
+    ]
+    if words and spaced == [True, False]:
+        warnings.warn(
+            f"{type(tokenizer).__name__} reads each word as if no space were before it, unlike the "
+            "words of a text, which the network knows; load it with add_prefix_space=True",
+            stacklevel=2,
+        )
+
+
+def _begins_with_space(token: str) -> bool:
+    """Return whether a token of byte-level BPE begins with a space."""
+    return token.startswith("\u0120")
+
+
+def _number(tag: Any, number: int | None) -> int:
+    """Return the number of a tag's class; where it has none, its own number, or -100."""
+    if number is not None:
+        return number
+    return tag if isinstance(tag, int) else IGNORED
+
+
+def _lost(words: list[str], found: list[int | None]) -> list[str]:
+    """Return the words without a token."""
+    seen = {*found}
+    return [word for i, word in enumerate(words) if i not in seen]
+
+
+def _warn_lost(lost: Iterable[list[str]], tokenizer: Any) -> None:
+    """Warn of words that have no token, and with that no tag and no prediction."""
+    rows = [(i, word) for i, words in enumerate(lost) for word in words]
+    if rows:
+        warnings.warn(
+            f"{len(rows)} words have no token of {type(tokenizer).__name__} and do not count, such "
+            f"as {rows[0][1]!r} in example {rows[0][0]}",
+            stacklevel=2,
+        )
+
+
+def _check_words(data: datasets.Dataset, words: str) -> None:
+    """Raise `DataError` for two columns of words, and for missing words."""
+    both = [name for name in WORD_COLUMNS if is_list(data.features.get(name))]
+    if len(both) > 1:
+        raise DataError(
+            f"cannot tell which of the columns {both} has the words of the texts; drop one with "
+            f"data.remove_columns({both[1]!r})"
+        )
+    for i, row in enumerate(data.with_format(None)[words]):
+        if None in row:
+            raise DataError(f"example {i} has a missing word in {words!r}; fill it or leave it out")
 
 
 def _check_tags(data: datasets.Dataset, words: str, tags: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from console import done, saved
 from problems import Rows, bert, bert_mlm, bert_tags, llama, mask_tokenizer, tagged, tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import BertForTokenClassification, PreTrainedTokenizerFast
 
@@ -83,6 +83,7 @@ def test_the_rows_of_several_draws_are_those_of_each() -> None:
 def test_the_network_says_the_task() -> None:
     assert task_for(bert_tags()).name == "token-classification"
     assert task_for(bert_tags(), "TOKEN_CLS").name == "token-classification"
+    assert task_for(bert(), "sentiment-analysis").name == "classification"
 
 
 # Words and tokens --------------------------------------------------------------------------------
@@ -340,3 +341,81 @@ def test_a_causal_model_with_tags_is_loaded_for_them(tmp_path: Path) -> None:
     folder = saved(llama(), tmp_path)
     tokenizer().save_pretrained(folder)
     assert type(load_network(folder, tagged(4))[0]).__name__ == "LlamaForTokenClassification"
+
+
+def test_two_columns_of_tags_are_two_readings() -> None:
+    rows = {"tokens": [["a", "film"]], "pos_tags": [[0, 1]], "ner_tags": [[1, 0]]}
+    data = datasets.Dataset.from_dict(rows)
+    with pytest.raises(DataError, match=r"which of the columns \['ner_tags', 'pos_tags'\]"):
+        prepared(data, tokenizer())
+    with pytest.warns(UserWarning, match=r"\['ner_tags'\] are not read"):
+        ready = prepared(data.rename_column("pos_tags", "labels"), tokenizer())
+    assert ready.labels.tolist() == [[-100, 0, 1, -100]]
+    alone = prepared(data.remove_columns("ner_tags"), tokenizer())
+    assert alone.labels.tolist() == [[-100, 0, 1, -100]]
+    with pytest.raises(DataError, match="two labels"):
+        prepared(data.rename_columns({"pos_tags": "labels", "ner_tags": "label"}), tokenizer())
+    tagged_twice = datasets.Dataset.from_dict({**rows, "words": [["b", "b"]]})
+    with pytest.raises(DataError, match=r"columns \['tokens', 'words'\]"):
+        prepared(tagged_twice.remove_columns("pos_tags"), tokenizer())
+
+
+def test_a_label_of_the_sentence_beside_tags_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"\['labels'\] are not read"):
+        prepared([{"tokens": ["a"], "ner_tags": [1], "labels": 0}], tokenizer())
+
+
+def test_words_without_a_token_are_named() -> None:
+    data = [{"tokens": ["a", " ", "film", ""], "ner_tags": [0, 1, 2, 1]}]
+    with pytest.warns(UserWarning, match="2 words have no token.*' ' in example 0"):
+        ready = prepared(data, tokenizer())
+    assert ready.labels.tolist() == [[-100, 0, 2, -100]]
+    with pytest.raises(DataError, match="example 0 has a missing word in 'tokens'"):
+        prepared([{"tokens": ["a", None]}], tokenizer(), need_labels=False)
+
+
+@pytest.mark.parametrize("tag", [-1, -2])
+def test_a_tag_that_is_no_class_is_not_ignored_for_the_names_of_the_others(tag: int) -> None:
+    network = bert_tags(
+        id2label=dict(enumerate(NAMES)), label2id={n: i for i, n in enumerate(NAMES)}
+    )
+    feature = datasets.List(datasets.ClassLabel(names=sorted(NAMES)))
+    rows = {"tokens": [["a", "film", "a"]], "ner_tags": [[1, tag, -100]]}
+    data = datasets.Dataset.from_dict(rows).cast_column("ner_tags", feature)
+    with pytest.raises(DataError, match=f"labels from {tag} to 2; map"):
+        prepared(data, tokenizer(), network)
+
+
+def test_labels_of_tokens_may_be_called_label() -> None:
+    ready = prepared([{"input_ids": [2, 5, 3], "label": [-100, 1, -100]}])
+    assert ready.labels.tolist() == [[-100, 1, -100]]
+    with pytest.raises(DataError, match=r"'ner_tags' or 'tags'.*got \['label', 'tokens'\]"):
+        prepared([{"tokens": ["a"], "label": 0}], tokenizer())
+
+
+def byte_level(**options: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of single characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({piece: i for i, piece in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="!")
+
+
+def test_words_without_the_space_of_byte_level_tokens_are_named() -> None:
+    network, data = bert_tags(vocab_size=300), [{"tokens": ["a", "b"], "tags": [0, 1]}]
+    with pytest.warns(UserWarning, match="as if no space were before it.*add_prefix_space=True"):
+        prepared(data, byte_level(add_prefix_space=False), network)
+    ready = prepared(data, byte_level(add_prefix_space=True), network)
+    assert ready.labels.tolist() == [[0, -100, 1, -100]]
+
+
+def test_texts_need_a_tokenizer_that_tells_words_apart() -> None:
+    core = Tokenizer(models.BPE({"\u2581": 0, "a": 1, "b": 2, "?": 3}, [], unk_token="?"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    whole = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="?")
+    with pytest.raises(DataError, match=r"does not tell the words of a text apart.*'tokens'"):
+        prepared(["a b"], whole, need_labels=False)
+    ready = prepared([{"tokens": ["a", "b"], "tags": [0, 1]}], whole)
+    assert ready.labels.tolist() == [[0, -100, 1, -100]]
