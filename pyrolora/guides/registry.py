@@ -120,7 +120,7 @@ def guide_class(name: str) -> type[Guide]:
     if name not in _REGISTRY:
         raise UnknownNameError(
             f"unknown guide {short(name)!r}; choose one of {', '.join(available())}, or register "
-            "another with pyrolora.guides.register"
+            "another with pyrolora.guides.register (from a shell: pyrolora --import MODULE ...)"
         )
     return _REGISTRY[name]
 
