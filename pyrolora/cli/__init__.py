@@ -17,6 +17,7 @@ from pyrolora.cli.evaluate import evaluate
 from pyrolora.cli.export import export
 from pyrolora.cli.fit import fit
 from pyrolora.cli.generate import generate
+from pyrolora.cli.imported import imported
 from pyrolora.cli.output import say
 from pyrolora.cli.predict import predict
 from pyrolora.cli.registered import RegisteredHelp
@@ -27,17 +28,20 @@ from pyrolora.visible import visible
 
 FAILED, MISUSED, NOT_FINITE, INTERRUPTED = 1, 2, 3, 130
 DEBUG = "PYROLORA_DEBUG"
+HELP = (
+    "Posteriors over the low-rank adapters of a transformer: fit one, score it, predict with its "
+    "uncertainty, hand it to other tools. 'pyrolora demo' shows it all on a small model."
+)
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Posteriors over the low-rank adapters of a transformer: fit one, score it, predict with "
-    "its uncertainty, hand it to other tools. 'pyrolora demo' shows it all on a small model.",
     epilog="Exit codes: 0 done; 2 a wrong option, file, column or folder; 3 the fit met NaN or "
     "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
 )
+app.callback(help=HELP)(imported)
 app.command(cls=RegisteredHelp)(fit)
 commands = (calibrate, predict, evaluate, compare, generate, report, export, serve, demo)
 for command in commands:

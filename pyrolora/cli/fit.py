@@ -16,7 +16,8 @@ from pyrolora.cli.columns import label_names, labelled
 from pyrolora.cli.fingerprint import fingerprint, place, sizes_of_files
 from pyrolora.cli.fitted import fitted
 from pyrolora.cli.hidden import hidden_arguments
-from pyrolora.cli.output import metrics_table, print_json, program, say, tell
+from pyrolora.cli.imported import again
+from pyrolora.cli.output import metrics_table, print_json, say, tell
 from pyrolora.cli.readers import KINDS
 from pyrolora.cli.runs import Run
 
@@ -190,7 +191,7 @@ def fit(
     if json:
         print_json({"output_dir": str(output_dir), **result})
     else:
-        _tell(output_dir, full_name(request.options), result)
+        _tell(output_dir, full_name(request.options), result, again(context))
 
 
 def _with_settings(request: Request, values: dict[str, dict[str, Any]]) -> Request:
@@ -209,10 +210,10 @@ def _with_settings(request: Request, values: dict[str, dict[str, Any]]) -> Reque
     )
 
 
-def _tell(folder: Path, guide: str, result: dict[str, Any]) -> None:
+def _tell(folder: Path, guide: str, result: dict[str, Any], command: str) -> None:
     if result.get("metrics"):
         metrics_table({guide: result["metrics"]})
     name = shlex.quote(str(folder))
     tell(f"The posterior is in {folder}. Next:")
-    tell(f"  {program()} evaluate {name} TEST_DATA")
-    tell(f"  {program()} predict {name} DATA --output predictions.csv")
+    tell(f"  {command} evaluate {name} TEST_DATA")
+    tell(f"  {command} predict {name} DATA --output predictions.csv")

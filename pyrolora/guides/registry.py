@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -120,7 +121,7 @@ def guide_class(name: str) -> type[Guide]:
     if name not in _REGISTRY:
         raise UnknownNameError(
             f"unknown guide {short(name)!r}; choose one of {', '.join(available())}, or register "
-            "another with pyrolora.guides.register"
+            "another with pyrolora.guides.register (from a shell: pyrolora --import MODULE ...)"
         )
     return _REGISTRY[name]
 
@@ -136,6 +137,8 @@ def as_guide(guide: str | Guide) -> Guide:
     The name of a guide around another one joins both: ``"flat+montec"``.
     """
     if isinstance(guide, Guide):
+        if _REGISTRY.get(guide.name) is type(guide) and not unregistered(full_name(guide)):
+            _check_storable(guide)
         return guide
     if isinstance(guide, str):
         return from_options(guide, {})
@@ -143,6 +146,25 @@ def as_guide(guide: str | Guide) -> Guide:
         f"guide must be one of {', '.join(available())} or a guide object such as "
         f"pyrolora.guides.MonteCLoRA(...), got {guide!r}"
     )
+
+
+def _check_storable(guide: Guide) -> None:
+    """Raise `ConfigError`, before a fit, for options with which a folder would not load again."""
+    options = dataclasses.asdict(guide)
+    for name, value in options.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the options of {guide.name!r} are saved as JSON, got {name}={value!r}: {error}; "
+                "make the option of numbers, texts, lists and dicts with texts for keys"
+            ) from error
+    again = from_options(full_name(guide), json.loads(json.dumps(options)))
+    if again != guide:
+        raise ConfigError(
+            f"{guide!r} would come back from a folder as {again!r}; let the __post_init__ of "
+            f"{type(guide).__qualname__} make one of the other (of a tuple, JSON makes a list)"
+        )
 
 
 def from_options(name: str, options: Mapping[str, Any]) -> Guide:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrolora.checks import share
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction
+from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
 
 
 class Conformal:
@@ -39,7 +39,8 @@ class Conformal:
     Raises
     ------
     ConfigError
-        For a prediction of texts, or a mass outside of (0, 1).
+        For a prediction that is neither of classes nor of a regression, or a mass
+        outside of (0, 1).
     DataError
         For data without labels, predictions that are NaN, or fewer than mass / (1 − mass)
         examples, for which there is no threshold.
@@ -57,7 +58,7 @@ class Conformal:
         self.mass = mass
         self.kind = type(calibration)
         self._score = float(scores.sort().values[place - 1])
-        self.threshold = self._score + 1 if self.kind is ClassPrediction else self._score
+        self.threshold = self._score + 1 if issubclass(self.kind, ClassPrediction) else self._score
 
     def __call__(self, prediction: Prediction) -> Tensor:
         """Return the sets of other examples.
@@ -104,10 +105,16 @@ def _scores(prediction: Prediction) -> Tensor:
 
     1 − p̄ would round to 1 for a class that is hardly probable, as for one that is impossible.
     """
-    if not isinstance(prediction, ClassPrediction | RegressionPrediction):
+    if isinstance(prediction, TokenPrediction):
         raise ConfigError(
             "conformal sets are of classes or of numbers; the texts of a language model are too "
             "many to list: let it choose between texts, with a column 'choices'"
+        )
+    if not isinstance(prediction, ClassPrediction | RegressionPrediction):
+        raise ConfigError(
+            "conformal sets are of classes or of numbers with a mean and a std, got a "
+            f"{type(prediction).__name__}; make it a subclass of pyrolora.tasks.ClassPrediction or "
+            "of RegressionPrediction, if it is one"
         )
     targets = prediction.targets
     if targets is None:

@@ -27,9 +27,10 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
     mean error rate when only the most certain are answered). Regression: ``rmse``, ``nll``,
     ``crps`` (units of the target), ``coverage`` (share of targets in the central 90 % interval),
     ``aurc`` (of the squared error). Language models: ``nll`` (nats per counted token, of the
-    mixture over draws) and ``perplexity`` = exp(nll). With ``outside``, a prediction for data of
-    another distribution: ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for telling the two
-    apart.
+    mixture over draws) and ``perplexity`` = exp(nll). Other kinds: ``nll`` and ``aurc`` (of
+    `Prediction.loss`). A kind may add its own, `Prediction.metrics`. With ``outside``, a prediction
+    for data of another distribution: ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for
+    telling the two apart.
 
     Raises
     ------
@@ -43,7 +44,7 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
             "outside must be data of the same kind as the data, got a "
             f"{type(outside).__name__} beside a {type(prediction).__name__}"
         )
-    metrics = _metrics(prediction)
+    metrics = {**_metrics(prediction), **prediction.metrics()}
     if outside is not None:
         metrics["ood_auroc"] = auroc(prediction.uncertainty, outside.uncertainty)
     return metrics

@@ -132,7 +132,7 @@ def report_on(
             size=len(examples),
             outside_size=None if other is None else len(other.examples.unique()),
             findings=warnings,
-            metrics=metrics_table(metrics),
+            metrics=metrics_table(metrics, prediction.higher_is_better),
             pictures=list(prediction_pictures(prediction, other)),
             reliability=_used_bins(prediction) if labelled else None,
             tables=example_tables(prediction, examples),

@@ -60,9 +60,18 @@ class Table:
     rows: pd.DataFrame
 
 
-def metrics_table(metrics: Mapping[str, float]) -> pd.DataFrame:
+DIRECTIONS = {True: "Higher is better.", False: "Lower is better.", None: ""}
+"""How to read a metric of which no more is known than its direction."""
+
+
+def metrics_table(
+    metrics: Mapping[str, float], higher_is_better: Mapping[str, bool | None]
+) -> pd.DataFrame:
     """Return a row per metric: its name, its value, and how to read it."""
-    named = [(MEANINGS.get(name, (name.replace("_", " "), "")), v) for name, v in metrics.items()]
+    named = []
+    for name, value in metrics.items():
+        unknown = name.replace("_", " "), DIRECTIONS[higher_is_better.get(name)]
+        named.append((MEANINGS.get(name, unknown), value))
     return pd.DataFrame(
         [
             {"metric": title, "value": value, "how to read it": text}

@@ -150,7 +150,8 @@ def _objects(meta: Mapping[str, Any], *names: str) -> list[dict[str, Any]]:
 def _ask_to_register(where: str, axis: str, name: str) -> NoReturn:
     raise CheckpointError(
         f"{where} was saved with the {axis} {name!r}, and none of that name is registered here; "
-        f"call pyrolora.{axis}s.register with the class whose name is {name!r}, and load again"
+        f"call pyrolora.{axis}s.register with the class whose name is {name!r}, and load again "
+        "(from a shell: pyrolora --import MODULE ..., the module that does)"
     )
 
 

@@ -4,6 +4,7 @@ from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.classification import Classification, ClassPrediction
+from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.network import load_language_model, load_network
@@ -31,8 +32,10 @@ __all__ = [
     "TokenScores",
     "TokenTask",
     "available",
+    "load_head",
     "load_language_model",
     "load_network",
+    "outputs_like",
     "register",
     "task_class",
     "task_for",

@@ -29,7 +29,8 @@ class Task(ParamModule, ABC):
 
     A subclass states all that the library knows about the kind. It needs a `name`, a `prediction`,
     and the abstract methods: `law`, `targets`, `curvature`, `check_labels`, `check_output`.
-    `pyrolora.tasks.register` makes its name known.
+    `pyrolora.tasks.register` makes its name known. It has no options: `pyrolora.load` makes it anew
+    from its name, and then reads its parameters.
 
     `output` gives (b, ...) from the network's return value; with S draws the law gets (S, b, ...)
     and has batch shape (S, b), else (b,).
@@ -133,7 +134,8 @@ class Task(ParamModule, ABC):
         if temperature != 1 and not self.tempers:
             raise ConfigError(
                 f"the task {self.name!r} has no temperature, so that its posteriors cannot "
-                "be calibrated by one; see pyrolora.predictive.Conformal for sets of answers"
+                "be calibrated by one; pyrolora.predictive.Conformal has sets of answers for "
+                "predictions of classes and of regressions"
             )
         tempered = copy(self)
         tempered.temperature = temperature

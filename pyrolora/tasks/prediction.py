@@ -36,7 +36,10 @@ class Prediction(ABC):
     row: ClassVar[str] = "example"
     """The name of a row, and of its dimension in ArviZ."""
     higher_is_better: ClassVar[Mapping[str, bool | None]] = {"nll": False, "aurc": False}
-    """The metrics of `evaluate`; None where neither direction is better."""
+    """The metrics of `evaluate`; None where neither direction is better.
+
+    A fit goes by those with a direction (``metric_for_best_model``).
+    """
 
     targets: Tensor | None
     log_likelihood: Tensor | None
@@ -74,6 +77,13 @@ class Prediction(ABC):
     @abstractmethod
     def loss(self) -> Tensor | None:
         """The cost of each prediction, (n,), or None without labels."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics of this kind by name, beside those that `evaluate` knows of already.
+
+        Asked of predictions with labels only. `higher_is_better` states their directions.
+        """
+        return {}
 
     @property
     def examples(self) -> Tensor:

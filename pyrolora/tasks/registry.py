@@ -53,8 +53,8 @@ def register(kind: K) -> K:
     Raises
     ------
     ConfigError
-        For something that is no subclass of `Task`, a class that lacks parts, and names that are
-        taken.
+        For something that is no subclass of `Task`, a class that lacks parts, here or in its
+        prediction, options, which `pyrolora.load` would not have, and names that are taken.
     """
     if not (inspect.isclass(kind) and issubclass(kind, Task)):
         raise ConfigError(
@@ -63,6 +63,12 @@ def register(kind: K) -> K:
     if missing := _missing(kind):
         raise ConfigError(
             f"the task {kind.__name__} lacks {', '.join(missing)}; define them in the class"
+        )
+    if options := [*inspect.signature(kind).parameters]:
+        raise ConfigError(
+            f"a task is made from its name alone, and loaded without options, got {kind.__name__}("
+            f"{', '.join(options)}); declare a number as a parameter, which is saved, or register "
+            "a class for each value"
         )
     for name in (kind.name, *kind.aliases):
         if name != plain(name) or not name:
@@ -85,6 +91,9 @@ def _missing(kind: type[Task]) -> list[str]:
     made = getattr(kind, "prediction", None)
     if not (inspect.isclass(made) and issubclass(made, Prediction)):
         parts.append("a prediction (a subclass of pyrolora.tasks.Prediction)")
+    else:
+        left = sorted(made.__abstractmethods__)
+        parts += [f"{name} of its prediction, {made.__name__}" for name in left]
     return [*parts, *(f"{name}()" for name in sorted(kind.__abstractmethods__))]
 
 
@@ -118,7 +127,10 @@ def task_class(task: str | Task) -> type[Task]:
         )
     kind = find(task)
     if kind is None:
-        raise UnknownNameError(f"unknown task {task!r}; choose one of {', '.join(available())}")
+        raise UnknownNameError(
+            f"unknown task {task!r}; choose one of {', '.join(available())}, or register another "
+            "with pyrolora.tasks.register (from a shell: pyrolora --import MODULE ...)"
+        )
     return kind
 
 

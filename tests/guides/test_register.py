@@ -223,3 +223,27 @@ def test_a_program_refuses_by_name_what_its_guide_does_not_state(name: str) -> N
         if not getattr(program.supports, capability):
             with pytest.raises(ConfigError, match=f"does not support '{capability}'"):
                 ask()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (frozenset({"query"}), r"saved as JSON, got layers=frozenset\(\{'query'\}\)"),
+        (("query",), r"layers=\('query',\).* would come back .* as .*layers=\['query'\]"),
+    ],
+)
+def test_an_option_that_would_not_come_back_from_a_folder_is_refused_before_the_fit(
+    value: Any, words: str
+) -> None:
+    @guides.register
+    @dataclass(frozen=True, kw_only=True)
+    class Listed(Copied):
+        name = "listed"
+        layers: Any = ()
+
+        def build(self, bank: AdapterBank) -> CopiedProgram:
+            return CopiedProgram(bank, self)
+
+    with pytest.raises(ConfigError, match=words):
+        fitted(Listed(layers=value))
+    assert fitted(Listed(layers=["query"])).options.layers == ["query"]

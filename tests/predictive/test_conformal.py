@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting import CountPrediction
 
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.predictive import (
@@ -14,6 +15,7 @@ from pyrolora.predictive import (
     RegressionPrediction,
     TokenPrediction,
 )
+from pyrolora.tasks import TagPrediction
 
 
 def classes(n, sharpness, generator):
@@ -109,6 +111,19 @@ def test_a_choice_that_does_not_exist_is_in_no_set():
     conformal = Conformal(calibration, 0.6)
     assert conformal.threshold == pytest.approx(1)
     assert conformal(calibration).tolist() == [[True, False, False], [True, True, False]]
+
+
+def test_the_threshold_of_tags_is_that_of_classes():
+    probs = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.6, 0.4], [0.3, 0.7]]])
+    given = {"targets": torch.zeros(4, dtype=torch.long), "log_likelihood": None, "draws": probs}
+    place = {"example": torch.arange(4), "position": torch.zeros(4, dtype=torch.long)}
+    assert Conformal(TagPrediction(**given, **place), 0.8).threshold == pytest.approx(0.7)
+
+
+def test_a_prediction_of_another_kind_is_not_called_a_text():
+    counts = CountPrediction(torch.ones(30), None, torch.ones(2, 30))
+    with pytest.raises(ConfigError, match="got a CountPrediction; make it a subclass"):
+        Conformal(counts)
 
 
 def test_what_is_no_prediction_is_refused():

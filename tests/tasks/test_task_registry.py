@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import bert, mlp, reviews, tokenizer
+from counting import CountPrediction, Counts
+from problems import arguments, bert, mlp, reviews, tokenizer
 from torch import Tensor, nn
 
 import pyrolora
 from pyrolora.errors import ConfigError, DataError, UnknownNameError
+from pyrolora.report import report_on
 from pyrolora.tasks import (
     CausalLM,
     Classification,
@@ -49,6 +52,17 @@ def laplacian(**parts: Any) -> type[Task]:
 
     body = {"name": "robust-regression", "law": law, "curvature": curvature, "tempers": False}
     return type("Laplacian", (Regression,), {**body, **parts})
+
+
+def with_options(self: Task, scale: float = 1.0) -> None:
+    """An option, which the folder of a posterior does not have."""
+    super(Regression, self).__init__()
+
+
+class Half(CountPrediction):
+    """A prediction without a part that everything asks for."""
+
+    loss = property(abstractmethod(lambda self: None))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +150,8 @@ def test_a_network_calls_for_a_registered_task_that_no_other_reads() -> None:
         (laplacian(name="Robust_Regression"), "call it 'robust-regression'"),
         (laplacian(prediction=None), "lacks a prediction"),
         (laplacian(name=None), "lacks a name"),
+        (laplacian(prediction=Half), "lacks loss of its prediction, Half; define"),
+        (laplacian(__init__=with_options), r"loaded without options, got Laplacian\(scale\)"),
         (type("Empty", (Task,), {}), r"lacks a name, a prediction.*check_labels\(\).*law\(\)"),
         (Regression(), "takes a subclass of pyrolora.tasks.Task"),
         (dict, "takes a subclass of pyrolora.tasks.Task"),
@@ -159,3 +175,38 @@ def test_a_task_without_a_loader_asks_for_the_network(tmp_path: Any) -> None:
 def test_labels_that_a_task_cannot_score_are_its_own_error() -> None:
     with pytest.raises(DataError, match="one number per example"):
         pyrolora.fit(mlp(4, 1), (DATA[0], torch.ones(12, 2)), "map", task=laplacian()())
+
+
+def test_a_prediction_from_outside_has_its_own_metrics_wherever_metrics_are(tmp_path: Any) -> None:
+    register(Counts)
+    posterior = pyrolora.fit(
+        mlp(4, 1),
+        DATA,
+        "meanfield",
+        task="counts",
+        adapter=pyrolora.AdapterConfig(r=1),
+        eval_data=DATA,
+        training=arguments(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+            load_best_model_at_end=True,
+            metric_for_best_model="mean_deviance",
+        ),
+    )
+    assert any("eval_mean_deviance" in entry for entry in posterior.history)
+    scores = posterior.evaluate(DATA, 3, seed=0)
+    prediction = posterior.predict(DATA, 3, seed=0)
+    assert prediction.loss is not None
+    assert scores["mean_deviance"] == pytest.approx(float(prediction.loss.mean()))
+    assert {*scores} == {*CountPrediction.higher_is_better}
+    assert pyrolora.compare({"it": posterior}, DATA, 3).loc["it", "mean_deviance"] > 0
+    page = report_on(posterior, DATA, num_samples=3)
+    assert page.metrics["mean_deviance"] > 0
+    row = page.html.partition("mean deviance</td>")[2].partition("</tr>")[0]
+    assert "Lower is better." in row
+    posterior.save(tmp_path / "saved")
+    loaded = pyrolora.load(tmp_path / "saved", mlp(4, 1))
+    assert loaded.evaluate(DATA, 3, seed=0) == pytest.approx(scores)
