@@ -194,6 +194,9 @@ def test_a_key_that_is_no_ascii_is_compared_too(classifiers: Any) -> None:
         assert classify(live.url, headers={"Authorization": "Bearer x"}).status_code == 401
         right = {"Authorization": "Bearer schlüssel".encode()}
         assert classify(live.url, headers=right).status_code == 200
+    with server(classifiers, key="voilà") as live:  # its last byte is a space in Latin-1
+        right = {"Authorization": "Bearer voilà".encode()}
+        assert classify(live.url, headers=right).status_code == 200
 
 
 @pytest.mark.parametrize(
