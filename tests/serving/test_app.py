@@ -274,6 +274,28 @@ def test_an_answer_that_comes_late_is_504(classifiers: Any, gate: Gate) -> None:
         until(lambda: live.service.registry._entries["reviews"].users == 0)
 
 
+def test_loading_counts_for_the_time_and_leaves_nothing_in_use(
+    classifiers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(classifiers, Limits(timeout=1.0)) as live:
+        networks, loaded = live.service.registry.networks, threading.Event()
+        original = networks.load
+
+        def held(folder: Any) -> Any:
+            assert loaded.wait(SOON)
+            return original(folder)
+
+        monkeypatch.setattr(networks, "load", held)
+        timer = threading.Timer(10.0, loaded.set)
+        timer.start()
+        response = classify(live.url)
+        assert response.status_code == 504
+        timer.cancel()
+        loaded.set()
+        until(lambda: classify(live.url).status_code == 200)
+        until(lambda: live.service.registry._entries["reviews"].users == 0)
+
+
 def test_the_end_waits_for_what_was_begun(classifiers: Any, gate: Gate) -> None:
     with ThreadPoolExecutor(2) as pool:
         with server(classifiers) as live:
