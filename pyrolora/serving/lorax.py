@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.serving.answers import Continuation, class_rows, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
+from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
 from pyrolora.serving.service import Answered, Service
@@ -131,7 +132,7 @@ class ClassifyBatchRequest(ClassifyRequest):
 
 def routes(service: Service) -> APIRouter:
     """Return the routes of the interface."""
-    router = APIRouter(tags=["LoRAX"])
+    router = APIRouter(tags=["LoRAX"], route_class=StrictRoute)
 
     async def written(request: Request, body: GenerateRequest) -> tuple[Answered, Continuation]:
         asked = body.parameters

@@ -58,8 +58,6 @@ def invalid(problems: Sequence[Any]) -> RefusalError:
         reason = problem["msg"]
         if problem["type"] == "extra_forbidden":
             reason = "this server does not obey it, so leave it out"
-        elif problem["type"] == "json_invalid":
-            field, reason = "the body", "is no JSON"
         said.append(f"{field or 'the body'}: {reason}")
     error = RefusalError("; ".join(said), fields[0] if fields else None)
     error.status = 422

@@ -116,8 +116,18 @@ def test_too_long_a_text_is_413_with_the_limit(classifying: Live) -> None:
 def test_a_body_that_is_no_request_is_refused(classifying: Live, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = post(f"{classifying.url}/classify", content=body, headers=headers)
-    assert response.status_code in (400, 422)
-    assert response.json()["error"]
+    assert response.status_code == 422
+    assert response.json()["error"].startswith(("the body", "inputs: "))
+
+
+def test_a_field_that_stands_twice_is_refused(classifying: Live) -> None:
+    headers = {"Content-Type": "application/json"}
+    fields = "".join(f'"f{k}": 0, ' for k in range(50_000))  # found without comparing all pairs
+    for more in ("", fields):
+        body = f'{{{more}"inputs": "good", "inputs": "bad", "parameters": {{}}}}'
+        response = post(f"{classifying.url}/classify", content=body, headers=headers)
+        assert response.status_code == 422
+        assert "'inputs' twice" in response.json()["error"]
 
 
 def test_a_body_of_another_type_is_refused(classifying: Live) -> None:
