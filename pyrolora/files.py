@@ -130,11 +130,11 @@ def _check_regular(file: Path, status: os.stat_result) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it has {shown(twice)} twice in one object")
+    value: dict[str, Any] = {}
+    for name, one in pairs:
+        if name in value:
+            raise ValueError(f"it has {shown(name)} twice in one object")
+        value[name] = one
     return value
 
 

@@ -105,10 +105,10 @@ def serve(
     the requests that have begun are answered.
     """
     _check_installed()
+    _check_key(api_key)
     size = None if budget is None else _bytes(budget)
-    empty_variable = api_key is None and KEY in os.environ  # typer takes it for none
-    if empty_variable or (api_key is not None and not api_key.strip()):
-        raise ConfigError(f"the key is empty; leave --api-key and {KEY} out to serve without one")
+    if api_key is None and KEY in os.environ:  # typer takes an empty variable for none
+        _check_key(os.environ[KEY])
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of batches would fill the log
     say("loading libraries")
     import torch
@@ -140,6 +140,19 @@ def serve(
         say(f"warning: {host} is reached from other machines, and there is no key; set {KEY}")
     say(f"serving at http://{host}:{port}; Control-C ends it")
     run(service, host=host, port=port, key=api_key)
+
+
+def _check_key(key: str | None) -> None:
+    """Refuse a key that no header can carry."""
+    if key is None:
+        return
+    if not key.strip():
+        raise ConfigError(f"the key is empty; leave --api-key and {KEY} out to serve without one")
+    if key != key.strip() or not key.isprintable():
+        raise ConfigError(
+            "the key begins or ends with a space, or has a control character in it, and no header "
+            "can carry it; take it out"
+        )
 
 
 def _check_installed() -> None:

@@ -5,25 +5,28 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MOST_STOPS = 16
 """Stop strings of a request."""
+LEAST_TEMPERATURE = 1e-6
+"""Logits that are divided by less overflow."""
 
-COLDEST = 0.01
-"""Least temperature of sampling: logits that are divided by less are infinite soon."""
-
-
-def _not_too_cold(temperature: float) -> float:
-    """Refuse temperatures that are neither 0, the likeliest token, nor one to sample at."""
-    if 0 < temperature < COLDEST:
-        raise ValueError(f"0 takes the likeliest token, and sampling needs at least {COLDEST}")
-    return temperature
-
-
-Temperature = Annotated[float, Field(ge=0), AfterValidator(_not_too_cold)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Samples = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise PydanticCustomError(
+            "temperature",
+            f"Input should be 0, for the likeliest text, or at least {LEAST_TEMPERATURE}",
+        )
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0), AfterValidator(_temperature)]
 
 
 class Strict(BaseModel):
@@ -31,9 +34,10 @@ class Strict(BaseModel):
 
     ``neutral`` has fields of the interface that are not obeyed here, with the values that ask for
     nothing, which clients may send; any other value of them is refused, as an unknown field is.
+    Values have the type of their field: ``true`` is no number, and ``"3"`` neither.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")

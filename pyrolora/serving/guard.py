@@ -120,7 +120,7 @@ class Guard:
         if self.key is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode("latin-1"), self.key.encode())
+        same = hmac.compare_digest(given.strip(" \t").encode("latin-1"), self.key.encode())
         return same and scheme.lower() == "bearer"
 
     def _too_large(self) -> TooLongError:

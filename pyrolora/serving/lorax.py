@@ -13,6 +13,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.serving.answers import Continuation, class_rows, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
+from pyrolora.serving.bodies import StrictRoute
+from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
 from pyrolora.serving.service import Answered, Service
 
@@ -52,9 +54,15 @@ class Parameters(Strict):
 
     def sampling(self) -> Sampling:
         """Return the settings of the text; as in LoRAX, an option of sampling asks for it."""
-        greedy = self.temperature == 0
-        asked = (self.temperature, self.top_k, self.top_p, self.typical_p)
-        sampled = not greedy and (self.do_sample or any(value is not None for value in asked))
+        names = ("do_sample", "top_k", "top_p", "typical_p")
+        asked = [name for name in names if getattr(self, name) not in (None, False)]
+        if self.temperature == 0 and asked:
+            raise UnsupportedError(
+                f"parameters.{asked[0]}: samples tokens, and temperature 0 takes the likeliest; "
+                "give one of them",
+                asked[0],
+            )
+        sampled = bool(asked or self.temperature)
         options: dict[str, Any] = {}
         if self.repetition_penalty is not None:
             options["repetition_penalty"] = self.repetition_penalty
@@ -65,12 +73,16 @@ class Parameters(Strict):
                 "top_p": self.top_p or 1.0,
                 "typical_p": self.typical_p or 1.0,
             }
-        scored = self.details or self.return_k_alternatives is not None
+        if self.return_k_alternatives is not None and not self.details:
+            raise UnsupportedError(
+                "parameters.return_k_alternatives: stand among the details; say details: true",
+                "return_k_alternatives",
+            )
         return Sampling(
             self.max_new_tokens,
             options=tuple(sorted(options.items())),
             sampled=sampled,
-            alternatives=(self.return_k_alternatives or 0) if scored else None,
+            alternatives=(self.return_k_alternatives or 0) if self.details else None,
         )
 
 
@@ -87,6 +99,12 @@ class EitherRequest(GenerateRequest):
 
     neutral: ClassVar = {"parameters": (None,)}
     stream: bool = False
+
+
+class StreamRequest(GenerateRequest):
+    """A prompt whose answer is streamed."""
+
+    neutral: ClassVar = {"parameters": (None,), "stream": (True,)}
 
 
 class ClassifyParameters(Strict):
@@ -114,7 +132,7 @@ class ClassifyBatchRequest(ClassifyRequest):
 
 def routes(service: Service) -> APIRouter:
     """Return the routes of the interface."""
-    router = APIRouter(tags=["LoRAX"])
+    router = APIRouter(tags=["LoRAX"], route_class=StrictRoute)
 
     async def written(request: Request, body: GenerateRequest) -> tuple[Answered, Continuation]:
         asked = body.parameters
@@ -142,7 +160,10 @@ def routes(service: Service) -> APIRouter:
         return JSONResponse(whole(body, *await written(request, body)))
 
     @router.post("/generate_stream")
-    async def generate_stream(request: Request, body: EitherRequest) -> Response:
+    async def generate_stream(request: Request, body: StreamRequest) -> Response:
+        return await streamed(request, body)
+
+    async def streamed(request: Request, body: GenerateRequest) -> Response:
         body.parameters.details = True  # every event of a stream has its token
         answered, one = await written(request, body)
         return StreamingResponse(_events(body, answered, one), media_type="text/event-stream")
@@ -150,7 +171,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/")
     async def either(request: Request, body: EitherRequest) -> Response:
         if body.stream:
-            return await generate_stream(request, body)
+            return await streamed(request, body)
         return JSONResponse([whole(body, *await written(request, body))])
 
     async def entities(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from pyrolora.posterior import Posterior
 from pyrolora.serving.errors import DamagedPosteriorError, OtherBaseError
 from pyrolora.storage import check_base, load_base, read_folder
 
+PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"(),;]+/)+")
+"""The folders of an absolute path, which is no address."""
 WRAPPER = ".base_layer"
 """The part that an adapted layer adds to the names of the parameters below it."""
 
@@ -88,8 +91,7 @@ class Networks:
             network = load_base(base, str(self.model))
         except CheckpointError as error:
             raise OtherBaseError(
-                _of_other_base(folder, error).replace(str(self.model), Path(self.model).name),
-                "model",
+                _of_other_base(folder, error, base, self.model), "model"
             ) from error
         share_tensors(network, self._networks.values())
         return network.to(self.device) if self.device is not None else network
@@ -98,7 +100,9 @@ class Networks:
         try:
             check_base(network, description.heads, description.base)
         except CheckpointError as error:
-            raise OtherBaseError(_of_other_base(folder, error), "model") from error
+            raise OtherBaseError(
+                _of_other_base(folder, error, description.base), "model"
+            ) from error
 
 
 def share_tensors(network: nn.Module, others: Iterable[nn.Module]) -> None:
@@ -124,15 +128,24 @@ def _equal(parameter: nn.Parameter, twin: nn.Parameter) -> bool:
 
 
 def _damaged(folder: Path, error: Exception) -> str:
-    reason = _without_path(folder, error)
+    reason = _without_paths(error, folder)
     return f"the posterior {folder.name!r} cannot be loaded: {reason}"
 
 
-def _of_other_base(folder: Path, error: Exception) -> str:
-    reason = _without_path(folder, error)
+def _of_other_base(
+    folder: Path, error: Exception, base: dict[str, Any], model: str | Path = ""
+) -> str:
+    reason = _without_paths(error, folder, base["name_or_path"], model)
     return f"the posterior {folder.name!r} does not belong to the network of this server: {reason}"
 
 
-def _without_path(folder: Path, error: Exception) -> str:
-    """Return the text of an error without the server's folders in it."""
-    return str(error).replace(str(folder), folder.name).replace(f"{folder.parent}/", "")
+def _without_paths(error: Exception, folder: Path, *others: str | Path | None) -> str:
+    """Return the text of an error with the names of the server's folders in place of their paths.
+
+    Paths that are known are replaced whole, since they may have spaces in them.
+    """
+    text = str(error).replace(str(folder), folder.name).replace(f"{folder.parent}/", "")
+    for place in (*others, Path.cwd()):
+        if place is not None and Path(place).is_absolute() and Path(place).name:
+            text = text.replace(str(place), Path(place).name)
+    return PATH.sub("", text)

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.serving.asking import chat_prompt
+from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnknownPosteriorError
 from pyrolora.serving.openai_answers import Chat, Completion
 from pyrolora.serving.openai_fields import NEW_TOKENS, ChatRequest, CompletionRequest
@@ -21,7 +22,7 @@ OWNER = "pyrolora"
 
 def routes(service: Service) -> APIRouter:
     """Return the routes of the interface."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
     started = int(time.time())
 
     def model(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from pyrolora.serving.answers import Continuation, continuations, number
 from pyrolora.serving.openai_fields import Writing
 from pyrolora.serving.service import Answered
+from pyrolora.serving.text import UNFINISHED, TokenScores
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}
 
@@ -102,19 +103,24 @@ class Completion:
         if scores is None:
             return None
         offsets = [sum(map(len, one.parts[:t])) for t in places]
-        alternatives = [
-            {
-                decode([token]): number(score)
-                for token, score in zip(scores.ids[t].tolist(), scores.scores[t], strict=True)
-            }
-            for t in places
-        ]
+        alternatives = [self._by_text(scores, t) for t in places]
         return {
             "tokens": [decode([one.ids[t]]) for t in places],
             "token_logprobs": [number(scores.chosen[t]) for t in places],
             "top_logprobs": alternatives if scores.ids.shape[-1] else None,
             "text_offset": offsets,
         }
+
+    def _by_text(self, scores: TokenScores, t: int) -> dict[str, float | None]:
+        """Return log-probabilities by the texts of tokens, or their names where texts are equal."""
+        tokenizer = self.answered.tokenizer
+        found: dict[str, float | None] = {}
+        for token, score in zip(scores.ids[t].tolist(), scores.scores[t], strict=True):
+            text = tokenizer.decode([token])
+            if text in found:
+                text = tokenizer.convert_ids_to_tokens(token)
+            found[text] = number(score)
+        return found
 
 
 class Chat(Completion):
@@ -136,7 +142,9 @@ class Chat(Completion):
 
         def scored(token: int, score: Any) -> dict[str, Any]:
             text = decode([token])
-            return {"token": text, "logprob": number(score), "bytes": list(text.encode())}
+            whole = UNFINISHED not in text  # otherwise a part of a character, without a text
+            content = list(text.encode()) if whole else None
+            return {"token": text, "logprob": number(score), "bytes": content}
 
         content = [
             {

@@ -18,8 +18,18 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (None, 0),
     "logit_bias": (None, {}),
     "user": (None,),
+    "n": (None,),
+    "stream": (None,),
     "stream_options": (None,),
 }
+
+
+_OF_OTHERS = (
+    *("audio", "function_call", "functions", "moderation", "parallel_tool_calls", "prediction"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort"),
+    *("safety_identifier", "verbosity", "web_search_options"),
+)
+"""Fields of chats that mean nothing here, and ask for nothing if they are null."""
 
 
 class StreamOptions(Strict):
@@ -58,6 +68,8 @@ class Writing(Strict):
 
     def sampling(self, usual_length: int, alternatives: int | None) -> Sampling:
         """Return the settings of the text, which is sampled unless the temperature is 0."""
+        if self.stream_options is not None and not self.stream:
+            raise UnsupportedError("stream_options are those of a stream: true", "stream_options")
         temperature = 1.0 if self.temperature is None else self.temperature
         options: dict[str, Any] = {}
         if temperature:
@@ -125,6 +137,8 @@ class ChatRequest(Writing):
         "store": (None, False),
         "modalities": (None, ["text"]),
         "service_tier": (None, "auto"),
+        "logprobs": (None,),
+        **dict.fromkeys(_OF_OTHERS, (None,)),
     }
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

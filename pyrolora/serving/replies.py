@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ OPENAI_KINDS = {
     "overloaded": "rate_limit_error",
     "generation": "server_error",
 }
+
+ALTERNATIVE = re.compile(r"(constrained-)?str$|list\[")
+"""What pydantic adds to the place of a value that may have one of several types."""
 
 
 def refused(path: str, error: RefusalError) -> Response:
@@ -44,14 +48,16 @@ def invalid(problems: Sequence[Any]) -> RefusalError:
     said = []
     fields = []
     for problem in problems[:5]:
-        place = [str(part) for part in problem["loc"] if part != "body"]
+        body, *place = (str(part) for part in problem["loc"])
+        if body != "body":
+            place.insert(0, body)
+        if problem["type"] != "extra_forbidden":
+            place = [*place[:1], *(part for part in place[1:] if not ALTERNATIVE.match(part))]
         field = ".".join(place)
         fields.append(field)
         reason = problem["msg"]
         if problem["type"] == "extra_forbidden":
             reason = "this server does not obey it, so leave it out"
-        elif problem["type"] == "json_invalid":
-            field, reason = "the body", "is no JSON"
         said.append(f"{field or 'the body'}: {reason}")
     error = RefusalError("; ".join(said), fields[0] if fields else None)
     error.status = 422

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -164,10 +165,14 @@ class Service:
             raise BusyError(
                 f"the queue holds {self.limits.queue} texts and is full; try again later"
             )
+        until = time.monotonic() + self.limits.timeout
         self._entering += 1
+        entered = self._loaders.submit(self._enter, name, make)
         try:
-            loop = asyncio.get_running_loop()
-            rows = await loop.run_in_executor(self._loaders, self._enter, name, make)
+            (rows,) = await self._finished(request, [entered], until)
+        except BaseException:
+            entered.add_done_callback(_release_all)  # it may still be loading
+            raise
         finally:
             self._entering -= 1
         jobs = [Job(row.key, row.tokens, row) for row in rows]
@@ -175,7 +180,7 @@ class Service:
             job.future.add_done_callback(_release(job.payload))
         try:
             self.batcher.submit(jobs)
-            return rows, await self._finished(request, [job.future for job in jobs])
+            return rows, await self._finished(request, [job.future for job in jobs], until)
         finally:
             for job in jobs:  # a running one is released when it is done
                 job.future.cancel()
@@ -191,14 +196,16 @@ class Service:
             raise
         return rows
 
-    async def _finished(self, request: Request, futures: list[Future[Any]]) -> list[Any]:
+    async def _finished(
+        self, request: Request, futures: list[Future[Any]], until: float
+    ) -> list[Any]:
         """Wait for all results; give up when the time is over or the client hangs up."""
         everything: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures))
         gone: asyncio.Future[Any] = asyncio.ensure_future(_hung_up(request))
         try:
             await asyncio.wait(
                 {everything, gone},
-                timeout=self.limits.timeout,
+                timeout=max(until - time.monotonic(), 0),
                 return_when=asyncio.FIRST_COMPLETED,
             )
             if everything.done():
@@ -221,6 +228,13 @@ async def _hung_up(request: Request) -> None:
 
 def _release(row: Row) -> Callable[[Future[Any]], None]:
     return lambda _: row.lease.release()
+
+
+def _release_all(entered: Future[list[Row]]) -> None:
+    """Release what was leased for a request that nobody waits for any more."""
+    if not entered.cancelled() and entered.exception() is None:
+        for row in entered.result():
+            row.lease.release()
 
 
 def _run(rows: Sequence[Row]) -> list[Any]:

@@ -122,8 +122,18 @@ def test_too_long_a_text_is_413_with_the_limit(classifying: Live) -> None:
 def test_a_body_that_is_no_request_is_refused(classifying: Live, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = post(f"{classifying.url}/classify", content=body, headers=headers)
-    assert response.status_code in (400, 422)
-    assert response.json()["error"]
+    assert response.status_code == 422
+    assert response.json()["error"].startswith(("the body", "inputs: "))
+
+
+def test_a_field_that_stands_twice_is_refused(classifying: Live) -> None:
+    headers = {"Content-Type": "application/json"}
+    fields = "".join(f'"f{k}": 0, ' for k in range(50_000))  # found without comparing all pairs
+    for more in ("", fields):
+        body = f'{{{more}"inputs": "good", "inputs": "bad", "parameters": {{}}}}'
+        response = post(f"{classifying.url}/classify", content=body, headers=headers)
+        assert response.status_code == 422
+        assert "'inputs' twice" in response.json()["error"]
 
 
 def test_a_body_of_another_type_is_refused(classifying: Live) -> None:
@@ -200,6 +210,9 @@ def test_a_key_that_is_no_ascii_is_compared_too(classifiers: Any) -> None:
         assert classify(live.url, headers={"Authorization": "Bearer x"}).status_code == 401
         right = {"Authorization": "Bearer schlüssel".encode()}
         assert classify(live.url, headers=right).status_code == 200
+    with server(classifiers, key="voilà") as live:  # its last byte is a space in Latin-1
+        right = {"Authorization": "Bearer voilà".encode()}
+        assert classify(live.url, headers=right).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -273,6 +286,28 @@ def test_an_answer_that_comes_late_is_504(classifiers: Any, gate: Gate) -> None:
         assert response.status_code == 504
         assert "1 seconds" in response.json()["error"]
         gate.opened.set()
+        until(lambda: classify(live.url).status_code == 200)
+        until(lambda: live.service.registry._entries["reviews"].users == 0)
+
+
+def test_loading_counts_for_the_time_and_leaves_nothing_in_use(
+    classifiers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with server(classifiers, Limits(timeout=1.0)) as live:
+        networks, loaded = live.service.registry.networks, threading.Event()
+        original = networks.load
+
+        def held(folder: Any) -> Any:
+            assert loaded.wait(SOON)
+            return original(folder)
+
+        monkeypatch.setattr(networks, "load", held)
+        timer = threading.Timer(10.0, loaded.set)
+        timer.start()
+        response = classify(live.url)
+        assert response.status_code == 504
+        timer.cancel()
+        loaded.set()
         until(lambda: classify(live.url).status_code == 200)
         until(lambda: live.service.registry._entries["reviews"].users == 0)
 

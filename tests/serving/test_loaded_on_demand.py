@@ -230,9 +230,25 @@ def test_a_posterior_of_another_network_is_told_apart(
     registry = Registry(made.directory, made.base)
     if loaded:
         registry.lease("reviews").release()
-    with pytest.raises(OtherBaseError, match="does not belong to the network of this server"):
+    with pytest.raises(
+        OtherBaseError, match="does not belong to the network of this server"
+    ) as caught:
         registry.lease("stranger")
+    assert "(foreign)" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
     registry.lease("reviews").release()
+
+
+def test_a_network_that_there_is_not_is_named_without_the_servers_paths(
+    shop: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "its own folder"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    registry = Registry(shop("reviews").directory, tmp_path / "no network")
+    with pytest.raises(OtherBaseError, match="no network") as caught:
+        registry.lease("reviews")
+    assert str(tmp_path) not in str(caught.value)
 
 
 def test_a_network_in_memory_will_do(shop: Any, classifiers: Any) -> None:

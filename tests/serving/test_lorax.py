@@ -194,6 +194,10 @@ def test_an_unknown_posterior_is_an_error_with_the_names(writing: Any) -> None:
         ("temperature", 1e-40),
         ("repetition_penalty", 0.0),
         ("max_new_tokens", 0),
+        ("max_new_tokens", "5"),
+        ("seed", True),
+        ("temperature", 1e-320),
+        ("return_k_alternatives", 2),
     ],
 )
 def test_a_field_is_obeyed_or_refused_by_its_name(writing: Any, field: str, value: Any) -> None:
@@ -201,6 +205,26 @@ def test_a_field_is_obeyed_or_refused_by_its_name(writing: Any, field: str, valu
     response = post(f"{writing.url}/generate", json=body)
     assert response.status_code == 422
     assert f"parameters.{field}" in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("do_sample", True), ("top_k", 5), ("top_p", 0.5), ("typical_p", 0.5)]
+)
+def test_options_of_sampling_are_refused_at_temperature_0(
+    writing: Any, field: str, value: Any
+) -> None:
+    body = {"inputs": TEXT, "parameters": {"adapter_id": "plain", "temperature": 0, field: value}}
+    response = post(f"{writing.url}/generate", json=body)
+    assert response.status_code == 422
+    assert f"parameters.{field}" in response.json()["error"]
+
+
+def test_a_route_says_whether_it_streams(writing: Any) -> None:
+    for route, stream in (("generate", True), ("generate_stream", False)):
+        body = {"inputs": TEXT, "parameters": {"adapter_id": "plain"}, "stream": stream}
+        response = post(f"{writing.url}/{route}", json=body)
+        assert response.status_code == 422
+        assert "stream" in response.json()["error"]
 
 
 def test_classes_are_not_asked_of_a_writer_nor_text_of_a_classifier(

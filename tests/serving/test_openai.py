@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -200,7 +201,16 @@ def test_a_posterior_without_a_template_says_so(client: openai.OpenAI) -> None:
         ("temperature", 3),
         ("temperature", 1e-40),
         ("logprobs", 6),
+        ("logprobs", True),
         ("n", 0),
+        ("n", True),
+        ("max_tokens", "3"),
+        ("stream", "no"),
+        ("stream_options", {"include_usage": True}),
+        ("temperature", 1e-320),
+        ("stop", ""),
+        ("stop", ["a"] * 17),
+        ("prompt", [1, 2]),
     ],
 )
 def test_a_field_is_obeyed_or_refused_by_its_name(
@@ -240,7 +250,40 @@ def test_values_that_ask_for_nothing_are_taken(client: openai.OpenAI) -> None:
         echo=False,
         best_of=1,
         logit_bias={},
+        n=None,
+        stream=None,
+        stream_options=None,
     )
+    chat: dict[str, Any] = dict.fromkeys(("n", "logprobs", "top_logprobs", "stream", "audio"))
+    more = dict.fromkeys(("parallel_tool_calls", "reasoning_effort", "verbosity", "functions"))
+    client.chat.completions.create(
+        model="chat",
+        messages=[{"role": "user", "content": "good"}],
+        max_tokens=1,
+        extra_body={**chat, **more},
+    )
+
+
+def test_alternatives_of_one_text_are_all_there_and_parts_of_characters_have_no_bytes() -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from pyrolora import zoo
+    from pyrolora.serving.answers import Continuation
+    from pyrolora.serving.openai_answers import Chat, Completion
+    from pyrolora.serving.text import TokenScores
+
+    tokenizer = AutoTokenizer.from_pretrained(zoo.folder("decoder"))
+    ids = tokenizer("名", add_special_tokens=False)["input_ids"][-2:]
+    assert [tokenizer.decode([token]) for token in ids] == ["\ufffd"] * 2
+    scores = TokenScores(torch.tensor([-1.0]), torch.tensor([ids]), torch.tensor([[-1.0, -2.0]]))
+    one = Continuation("", ids[:1], [""], "length", {}, scores)
+    answered: Any = SimpleNamespace(tokenizer=tokenizer, prompts=[])
+    body: Any = SimpleNamespace(model="x", stops=[])
+    found: Any = Completion(body, answered).logprobs(one, range(1))
+    assert sorted(found["top_logprobs"][0].values()) == [-2.0, -1.0]
+    found = Chat(body, answered).logprobs(one, range(1))
+    assert found["content"][0]["bytes"] is None
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:

@@ -87,6 +87,8 @@ def test_its_help_teaches() -> None:
         (["--budget", "0"], "500MB or 2GB"),
         (["--default", "nobody"], "--default names 'nobody'"),
         (["--api-key", " "], "the key is empty"),
+        (["--api-key", "secret "], "begins or ends with a space"),
+        (["--api-key", "two\nlines"], "control character"),
     ],
 )
 def test_wrong_options_are_refused(classifiers: Any, options: list[str], words: str) -> None:
