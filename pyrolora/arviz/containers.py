@@ -50,7 +50,7 @@ def to_inference_data(
             for variable, names in dims.items()
             for dim, size in zip(names, data[variable].shape[-len(names) :], strict=True)
         }
-        if "draw" in coords and name != "observed_data":
+        if "draw" in coords and name not in ("observed_data", "constant_data"):
             labels["draw"] = list(coords["draw"])
         # Each group is converted by itself, as ``y`` has other dimensions in each.
         trees[name] = _from_dict(arviz, name, data, labels, dims)

@@ -186,6 +186,10 @@ def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) 
     if prediction.targets is not None:
         dims = (prediction.row, "token")[: prediction.targets.dim()]
         groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
+    if places := prediction.places():
+        groups["constant_data"] = {
+            name: (numbers.numpy(), (prediction.row,)) for name, numbers in places.items()
+        }
     return groups
 
 

@@ -90,6 +90,10 @@ class Prediction(ABC):
         """The number of each row's example in the data, (n,)."""
         return torch.arange(len(self.uncertainty))
 
+    def places(self) -> dict[str, Tensor]:
+        """Return numbers of each row that tell where it is in its example, each (n,)."""
+        return {}
+
     def in_order(self, order: Sequence[int]) -> Self:
         """Return the prediction in the order of the data; it was made in the ``order`` given."""
         return self.select(torch.as_tensor(order).argsort())

@@ -211,6 +211,9 @@ class TagPrediction(ClassPrediction):
         """The number of each token's example in the data, (m,)."""
         return self.example
 
+    def places(self) -> dict[str, Tensor]:
+        return {"position": self.position}
+
     def in_order(self, order: Sequence[int]) -> Self:
         """Return the tokens in the order of the data; the prediction was made in another order."""
         numbers = torch.as_tensor(order)[self.example]

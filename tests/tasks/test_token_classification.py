@@ -258,6 +258,10 @@ def test_arviz_has_a_dimension_of_tokens(posterior: Posterior) -> None:
     assert idata["log_likelihood"]["y"].dims == ("chain", "draw", "token")
     assert idata["observed_data"]["y"].shape == (count,)
     assert idata["posterior_predictive"]["probs"].shape == (1, 4, count, 3)
+    prediction = posterior.predict(data, 4)
+    places = idata["constant_data"]["position"]
+    assert places["token"].values.tolist() == prediction.example.tolist()
+    assert places.values.tolist() == prediction.position.tolist()
 
 
 def test_text_is_not_generated(posterior: Posterior) -> None:
