@@ -490,8 +490,8 @@ class Posterior:
             Instead, the numbers of draws, as in `sample`; in one chain.
         data
             Adds ``posterior_predictive`` (sampled ``y``, and ``probs`` or ``mean`` of each draw)
-            and, with labels, ``observed_data`` for these examples. Tags have the ``position`` of each
-            token in ``constant_data``, and its example as coordinate. A language model has no
+            and, with labels, ``observed_data`` for these examples. Tags have the ``position`` of
+            each token in ``constant_data``, and its example as coordinate. A language model has no
             ``posterior_predictive``, since no other texts are drawn here, and so no
             ``az.plot_ppc``; in its ``observed_data`` a token that does not count is -100. For data
             with ``choices``, ``y`` is the choice (`predict_choices`).
