@@ -64,6 +64,11 @@ def one_of(name: str, value: Any, choices: Any) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def is_redefined(old: type, new: type) -> bool:
+    """Return whether ``new`` is the class ``old``, or the same statement run again (a notebook)."""
+    return (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+
+
 def check_choices(options: Any) -> None:
     """Raise `ConfigError` unless each choice among the options holds a value of its type.
 

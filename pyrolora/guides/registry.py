@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pyrolora.adapters import AdapterBank, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
+from pyrolora.checks import is_redefined
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.guides.options import Guide
 from pyrolora.guides.supports import Supports
@@ -28,7 +29,7 @@ def register(kind: GuideClass) -> GuideClass:
     """Make a guide known by its ``name``: to `pyrolora.fit`, and to `pyrolora.load`.
 
     A posterior that was saved with it loads in any process that has registered it. Serves as a
-    decorator, too.
+    decorator, too; the same class statement may be run again, as in a notebook.
 
     Parameters
     ----------
@@ -47,9 +48,10 @@ def register(kind: GuideClass) -> GuideClass:
         a default, or, in its program, a method of a capability that it states.
     """
     check_class(kind)
-    if kind.name in _REGISTRY:
+    known = _REGISTRY.get(kind.name)
+    if known is not None and not is_redefined(known, kind):
         raise ConfigError(
-            f"there is a guide {kind.name!r} already, {_REGISTRY[kind.name].__qualname__}, got "
+            f"there is a guide {kind.name!r} already, {known.__qualname__}, got "
             f"{kind.__qualname__}; give it another name"
         )
     _REGISTRY[kind.name] = kind

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from pyrolora.checks import is_redefined
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
@@ -48,7 +49,8 @@ def register(kind: K) -> K:
     """Make a task known by its name, and return it; also usable as a decorator.
 
     A registered task can be named in `pyrolora.fit`, is chosen by itself for the networks that it
-    `matches` and no earlier task does, and is known to `pyrolora.load`.
+    `matches` and no earlier task does, and is known to `pyrolora.load`. The same class statement
+    may be run again, as in a notebook.
 
     Raises
     ------
@@ -76,7 +78,8 @@ def register(kind: K) -> K:
                 f"the names of tasks are in lower case, with '-' between words, got {name!r}; call "
                 f"it {plain(name)!r}"
             )
-        if (owner := find(name)) is not None:
+        owner = find(name)
+        if owner is not None and not is_redefined(owner, kind):
             raise ConfigError(
                 f"the name {name!r} is taken by {owner.__name__}, got it for {kind.__name__}; "
                 "choose another name"

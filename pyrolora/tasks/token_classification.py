@@ -435,6 +435,11 @@ def _check_tags(data: datasets.Dataset, words: str, tags: str) -> None:
                 f"example {i} has {size} words in {words!r} and {count} labels in {tags!r}; give "
                 "each word one label, -100 where it does not count"
             )
+        if count is not None and None in (row := table[tags][i].as_py()):
+            raise DataError(
+                f"example {i} has no label for word {row.index(None)} in {tags!r}; give -100 to a "
+                "word that does not count"
+            )
     first = next((tag for row in table[tags].to_pylist() for tag in row or () if tag), None)
     if isinstance(first, str):
         raise DataError(

@@ -101,10 +101,24 @@ def test_a_folder_of_a_task_from_outside_names_it(tmp_path: Path) -> None:
     assert "edited" not in str(caught.value)
 
 
+def test_a_class_statement_that_runs_again_is_the_new_class() -> None:
+    guides.register(Copied)
+    again = type("Copied", (Copied,), {"__module__": Copied.__module__, "__doc__": "Again."})
+    again = dataclass(frozen=True, kw_only=True)(again)
+    again.__qualname__ = Copied.__qualname__
+    guides.register(again)
+    assert guides.guide_class("copied") is again
+
+
 def test_a_name_is_registered_once() -> None:
     guides.register(Copied)
-    with pytest.raises(ConfigError, match="there is a guide 'copied' already"):
-        guides.register(Copied)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Twin(Copied):
+        pass
+
+    with pytest.raises(ConfigError, match="there is a guide 'copied' already, Copied"):
+        guides.register(Twin)
 
     @dataclass(frozen=True, kw_only=True)
     class Other(Copied):

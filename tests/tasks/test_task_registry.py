@@ -121,6 +121,12 @@ def test_an_object_of_an_unregistered_task_fits() -> None:
     assert "robust-regression" not in available()
 
 
+def test_a_class_statement_that_runs_again_is_the_new_class() -> None:
+    register(laplacian())
+    again = register(laplacian())
+    assert isinstance(task_for(mlp(), "robust-regression"), again)
+
+
 @pytest.mark.parametrize("decorated", [True, False])
 def test_a_registered_task_is_known_by_its_names(decorated: bool) -> None:
     kind = laplacian(aliases=("robust",))

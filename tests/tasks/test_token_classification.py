@@ -177,6 +177,12 @@ def test_labels_per_token_of_a_language_model_are_ambiguous(tmp_path: Path) -> N
     assert isinstance(load_network(folder, tagged(4))[0], BertForTokenClassification)
 
 
+def test_a_word_without_a_label_is_named() -> None:
+    data = datasets.Dataset.from_dict({"tokens": [["a"], ["a", "film"]], "tags": [[0], [1, None]]})
+    with pytest.raises(DataError, match=r"example 1 has no label for word 1 in 'tags'; give -100"):
+        prepared(data, tokenizer())
+
+
 # Predictions -------------------------------------------------------------------------------------
 
 
