@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from pyrolora.adapters import AdapterBank, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.checks import is_redefined
@@ -152,21 +154,28 @@ def as_guide(guide: str | Guide) -> Guide:
 
 def _check_storable(guide: Guide) -> None:
     """Raise `ConfigError`, before a fit, for options with which a folder would not load again."""
-    options = dataclasses.asdict(guide)
-    for name, value in options.items():
+    stored: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(guide).items():
         try:
-            json.dumps(value)
+            stored[name] = json.loads(json.dumps(value, default=_python_number))
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"the options of {guide.name!r} are saved as JSON, got {name}={value!r}: {error}; "
                 "make the option of numbers, texts, lists and dicts with texts for keys"
             ) from error
-    again = from_options(full_name(guide), json.loads(json.dumps(options)))
+    again = from_options(full_name(guide), stored)
     if again != guide:
         raise ConfigError(
             f"{guide!r} would come back from a folder as {again!r}; let the __post_init__ of "
             f"{type(guide).__qualname__} make one of the other (of a tuple, JSON makes a list)"
         )
+
+
+def _python_number(value: Any) -> Any:
+    """Return a number of NumPy as Python's, which a folder has in its place."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def from_options(name: str, options: Mapping[str, Any]) -> Guide:
