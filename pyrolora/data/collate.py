@@ -62,6 +62,8 @@ class Collator:
     """Whether an example is several rows of tokens."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Columns that are read although the network does not take them."""
+    internal: ClassVar[frozenset[str]] = frozenset()
+    """Columns that the collator makes for itself, which errors do not list."""
     ends_texts: bool = False
     """Whether EOS ends every text."""
 
@@ -150,7 +152,8 @@ class Collator:
         if any(isinstance(value, str) for value in kept.values()) or not kept:
             raise DataError(
                 f"an example with {sorted(inputs)} has no input of {self.network_name} in numbers; "
-                f"it takes {sorted(self.taken)}, or raw text as a datasets.Dataset with a tokenizer"
+                f"it takes {sorted(self.taken - self.internal)}, or raw text as a "
+                "datasets.Dataset with a tokenizer"
             )
         packed = self.packs(inputs)
         made = self._mask(inputs)

@@ -263,11 +263,22 @@ def has_choices(examples: Any) -> bool:
 
 
 def words_column(examples: Any) -> str | None:
-    """Return the name of the column that holds texts as lists of words, if there is one."""
+    """Return the name of the column that holds texts as lists of words, if there is one.
+
+    Raises
+    ------
+    DataError
+        When all of its lists are empty.
+    """
     if not is_plain(examples):
         return None
     features = examples.features
-    lists = (name for name in WORD_COLUMNS if name in features)
+    lists = [name for name in WORD_COLUMNS if is_list(features.get(name))]
+    for name in lists:
+        if getattr(features[name].feature, "dtype", None) == "null":
+            raise DataError(
+                f"no example has a word in {name!r}, all lists are empty; leave them out"
+            )
     return next((name for name in lists if is_text(getattr(features[name], "feature", None))), None)
 
 

@@ -152,7 +152,7 @@ def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Data
         check_columns(data)
         raise DataError(
             f"none of the columns {data.column_names} is an input of {collate.network_name}; "
-            f"it takes {sorted(collate.taken)}, or raw text with a tokenizer"
+            f"it takes {sorted(collate.taken - collate.internal)}, or raw text with a tokenizer"
         )
     of_texts = [
         name for name in names if collate.per_token and name == "label" and name not in read

@@ -61,6 +61,7 @@ class TagCollator(Collator):
 
     targets = "'labels', 'label', 'ner_tags' or 'tags' with a list, of a label per word or token"
     per_token = True
+    internal = frozenset({COUNTED})
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         super().__init__(network, tokenizer)

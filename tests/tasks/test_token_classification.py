@@ -177,6 +177,13 @@ def test_labels_per_token_of_a_language_model_are_ambiguous(tmp_path: Path) -> N
     assert isinstance(load_network(folder, tagged(4))[0], BertForTokenClassification)
 
 
+def test_lists_without_a_word_are_refused() -> None:
+    with pytest.raises(DataError, match="no example has a word in 'tokens', all lists are empty"):
+        prepared([{"tokens": []}], tokenizer(), need_labels=False)
+    with pytest.raises(DataError, match=r"it takes (?!.*counted_tokens)"):
+        prepared([{"number": 1}], tokenizer(), need_labels=False)
+
+
 def test_a_word_without_a_label_is_named() -> None:
     data = datasets.Dataset.from_dict({"tokens": [["a"], ["a", "film"]], "tags": [[0], [1, None]]})
     with pytest.raises(DataError, match=r"example 1 has no label for word 1 in 'tags'; give -100"):
