@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import study
+import study_stages
 from common import RESULTS, markdown
 from matplotlib.figure import Figure
-from study import CHOOSING, CONFIRMING, METHODS, PEFT, Row
+from study_jobs import OWN_RATE, PEFT, Job, Row, describe
+from study_stages import BATCHES, CHOOSING, CONFIRMING, METHODS, RATES
+from study_store import STORE, read_store
 from tasks import TASKS
 
 from pyrolora import guides
@@ -30,10 +32,10 @@ Table = pd.DataFrame
 
 EXAMPLES = 1000
 EPOCHS = (3, 8, 16)
-GRID = len(study.RATES) * len(study.BATCHES)
+GRID = len(RATES) * len(BATCHES)
 UNIT = ["task", "examples", "seed", "data", "model", "dtype"]  # equal data, equal network
 RECIPE = ["epochs", "learning_rate", "batch"]
-STANDARD = pd.Series({name: getattr(study.Job, name) for name in RECIPE})
+STANDARD = pd.Series({name: getattr(Job, name) for name in RECIPE})
 COOLED = ["nll", "ece", "brier"]  # what a temperature changes
 METRICS = [
     *("accuracy", *COOLED, "ece_exact", "error_auroc", "ood_auroc", "mcc", "rmse", "pearson"),
@@ -58,7 +60,7 @@ def read(paths: Iterable[Path]) -> Table:
     for path in paths:
         if not path.is_file():
             raise SystemExit(f"there is no {path}; `python benchmarks/study.py` writes such a file")
-        stored |= study.read_store(path)
+        stored |= read_store(path)
     return frame_of(stored.values())
 
 
@@ -89,7 +91,7 @@ def ordered(table: Table, *by: str) -> Table:
 @cache
 def default_options(guide: str) -> Row:
     """The present ones, as a row has them; PEFT's are its own."""
-    options = {} if guide == PEFT else study.describe(guides.from_options(guide, {}))
+    options = {} if guide == PEFT else describe(guides.from_options(guide, {}))
     return dotted(json.loads(json.dumps(options)))
 
 
@@ -124,7 +126,7 @@ def standard(frame: Table) -> Table:
     rows = defaults_only(frame)
     recipe = rows[RECIPE].assign(
         learning_rate=rows["learning_rate"].where(
-            rows["learning_rate"] != rows["guide"].map(study.OWN_RATE),
+            rows["learning_rate"] != rows["guide"].map(OWN_RATE),
             STANDARD["learning_rate"],
         )
     )
@@ -188,7 +190,7 @@ def with_rivals(frame: Table) -> Table:
 def grid_cells(frame: Table) -> Table:
     """The fits of the stage `grid`."""
     keys = ["task", "examples", "guide", "seed", *RECIPE]
-    cells = pd.DataFrame([dataclasses.asdict(job) for job in study.grid()])[keys]
+    cells = pd.DataFrame([dataclasses.asdict(job) for job in study_stages.grid()])[keys]
     return defaults_only(frame).merge(cells.drop_duplicates(), on=keys)
 
 
@@ -634,7 +636,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--rows", type=Path, nargs="+", default=[RESULTS / study.STORE], help="files of study.py")
+    add("--rows", type=Path, nargs="+", default=[RESULTS / STORE], help="files of study.py")
     add("--doc", type=Path, default=Path("docs/evidence.md"), help="the text with the markers")
     args = parser.parse_args(argv)
     frame = read(args.rows)

@@ -42,7 +42,9 @@ from common import (
 )
 from evidence import PART
 from language_tasks import MOST_WORDS, PROMPTS, load_examples, load_language_model
-from study import Row, append, describe, key, read_store, scores
+from study_fits import scores
+from study_jobs import Row, describe
+from study_store import append, key, read_store
 from tasks import Splits, identity
 
 import pyrolora

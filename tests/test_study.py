@@ -32,6 +32,11 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("study")
 
 
+def part(name: str) -> Any:
+    """One of the study's modules, which the fixture `study` makes importable."""
+    return importlib.import_module(name)
+
+
 @pytest.fixture
 def evidence(study: Any) -> Any:
     return importlib.import_module("evidence")
@@ -112,7 +117,7 @@ def test_equal_settings_have_one_key_however_they_are_given(study: Any) -> None:
         job = study.Job("cola", 200, guide, dict(options), **fields)
         return study.key(job.settings("model", "data", "float32"))
 
-    spelled_out = study.describe(pyrolora.guides.from_options("montec", {}))
+    spelled_out = part("study_jobs").describe(pyrolora.guides.from_options("montec", {}))
     other = {"kl_weight": 2 * spelled_out["kl_weight"]}
     assert key() == key(options=spelled_out)
     assert key("flat+montec") == key("flat+montec", {"inner": spelled_out})
@@ -148,15 +153,19 @@ def test_the_temperature_of_the_labels_is_found(study: Any, temperature: float) 
     logits = 2 * torch.randn(20_000, 3, generator=generator)
     law = (logits / temperature).softmax(-1)
     targets = torch.multinomial(law, 1, generator=generator)[:, 0]
-    assert study.best_temperature(classes(logits, targets)) == pytest.approx(temperature, rel=0.05)
+    assert part("study_fits").best_temperature(classes(logits, targets)) == pytest.approx(
+        temperature, rel=0.05
+    )
 
 
 def test_temperature_one_changes_nothing_and_a_high_one_flattens(study: Any) -> None:
     given = classes(torch.randn(20, 3), torch.randint(3, (20,)))
-    same, flat = study.tempered(given, 1.0), study.tempered(given, 1e6)
+    same, flat = part("study_fits").tempered(given, 1.0), part("study_fits").tempered(given, 1e6)
     torch.testing.assert_close(same.probs.float(), given.probs)
     torch.testing.assert_close(same.log_predictive.float(), given.log_predictive)
-    assert study.scores(same) == pytest.approx(study.scores(given), abs=1e-6)
+    assert part("study_fits").scores(same) == pytest.approx(
+        part("study_fits").scores(given), abs=1e-6
+    )
     torch.testing.assert_close(flat.probs, torch.full((20, 3), 1 / 3).double(), rtol=0, atol=1e-5)
 
 
@@ -168,9 +177,9 @@ def test_the_ece_of_exact_probabilities_is_that_of_chance(study: Any) -> None:
     counts = torch.arange(n + 1.0)
     law = torch.distributions.Binomial(n, torch.tensor(p)).log_prob(counts).exp()
     expected = float((law * (counts / n - p).abs()).sum())
-    assert study.exact_ece(given, times=4000) == pytest.approx(expected, rel=0.05)
+    assert part("study_fits").exact_ece(given, times=4000) == pytest.approx(expected, rel=0.05)
     certain = ClassPrediction(given.targets, None, torch.tensor([1.0, 0.0]).expand(1, n, 2))
-    assert study.exact_ece(certain) == pytest.approx(0.0, abs=1e-6)
+    assert part("study_fits").exact_ece(certain) == pytest.approx(0.0, abs=1e-6)
 
 
 # A fit from end to end --------------------------------------------------------------------------
@@ -377,7 +386,7 @@ def test_of_rows_that_differ_in_draws_the_most_draws_count(study: Any, evidence:
 
 
 def test_options_are_told_by_how_they_differ(study: Any, evidence: Any) -> None:
-    inner = study.describe(pyrolora.guides.from_options("flat+montec", {}))
+    inner = part("study_jobs").describe(pyrolora.guides.from_options("flat+montec", {}))
     assert evidence.changes("flat+montec", inner) == ""
     inner["inner"] = {**inner["inner"], "kl_weight": 7.0}
     assert evidence.changes("flat+montec", {**inner, "rho": 0.5}) == "inner.kl_weight=7.0, rho=0.5"
@@ -425,9 +434,9 @@ def over_grid(study: Any, montec: tuple[float, float]) -> list[Any]:
     """LoRA's accuracy on SST-2 goes from 0.7 to 0.8 with the rate, montec's from the first to the
     second; without the cell that is a confirming fit, too."""
     rows = []
-    for job in study.grid():
+    for job in part("study_stages").grid():
         low, high = (0.7, 0.8) if job.guide == "map" else montec
-        place = study.RATES.index(job.learning_rate) / 2
+        place = part("study_stages").RATES.index(job.learning_rate) / 2
         names = ("examples", "learning_rate", "batch", "seed")
         fields = {name: getattr(job, name) for name in names}
         accuracy = low + place * (high - low)
@@ -451,12 +460,14 @@ def test_targets_that_are_reached(study: Any, evidence: Any) -> None:
 
 def test_a_spread_over_the_grid_is_within_a_seed(study: Any, evidence: Any) -> None:
     rows = []
-    for seed, rate, batch in itertools.product(range(3), study.RATES, study.BATCHES):
+    for seed, rate, batch in itertools.product(
+        range(3), part("study_stages").RATES, part("study_stages").BATCHES
+    ):
         cell = {"learning_rate": rate, "batch": batch, "seed": seed}
         if seed == 2 and batch == 32:
             continue  # not a whole grid
         for guide, spread in (("map", 0.1), ("montec", 0.04)):
-            accuracy = 0.6 + 0.1 * seed + spread * study.RATES.index(rate) / 2
+            accuracy = 0.6 + 0.1 * seed + spread * part("study_stages").RATES.index(rate) / 2
             rows.append(row(study, "sst2", guide, accuracy=accuracy, **cell))
     frame = evidence.frame_of(rows)
     table = evidence.grid(frame).set_index("method")
