@@ -95,7 +95,7 @@ def adapted(problem: str, guide: Any = "map") -> Posterior:
 
 def post_hoc(given: Posterior, problem: str, guide: Any, **options: Any) -> Posterior:
     """One more epoch or two, where there is something to train."""
-    how = (guide if isinstance(guide, Guide) else pyrolora.guides.as_guide(guide)).post_hoc()
+    how = (guide if isinstance(guide, Guide) else pyrolora.guides.as_guide(guide)).supports.post_hoc
     if how == "trained":
         options = {"epochs": 3, "learning_rate": 0.05, **options}
     elif problem in ("llama", "gpt-2"):  # where Laplace tunes its prior on held-out data
@@ -201,7 +201,7 @@ def test_of_a_regression_the_noise_is_that_of_the_residuals(name: str) -> None:
     noise = given.task.param("noise_scale").item()
     posterior = post_hoc(given, "regression", GUIDES[name])
     trained = {key for key, p in posterior.model.named_parameters() if p.requires_grad}
-    computed = GUIDES[name].post_hoc() == "computed"
+    computed = GUIDES[name].supports.post_hoc == "computed"
     assert any("noise_scale" in key for key in trained) is not computed
     assert not any("bank" in key or "heads" in key for key in trained)
     assert posterior.task.param("noise_scale").item() != pytest.approx(noise, rel=1e-3)

@@ -20,8 +20,8 @@ class RegisteredHelp(TyperCommand):
         names = {
             "tasks": tasks.available(),
             "guides": [*kinds],
-            "post_hoc": [name for name, guide in kinds.items() if guide.post_hoc() is not None],
-            "priors": [name for name, guide in kinds.items() if guide.takes_prior()],
+            "post_hoc": [name for name, guide in kinds.items() if guide.supports.post_hoc],
+            "priors": [name for name, guide in kinds.items() if guide.supports.prior],
         }
         listed = {part: ", ".join(some) for part, some in names.items()}
         for parameter in self.params:

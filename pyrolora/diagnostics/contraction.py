@@ -109,7 +109,7 @@ def contractions(program: Program) -> list[Contraction]:
     MonteCLoRA): the Monte Carlo error of 64 draws averages out over entries, and its contribution
     to the shift is subtracted.
     """
-    if program.members > 1 or not program.has_prior:
+    if program.members > 1 or not program.supports.distinct_prior:
         return []
     with DRAWING, evaluating(program):
         core = program

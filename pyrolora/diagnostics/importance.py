@@ -50,12 +50,12 @@ def khat(
             "pass the data that the posterior was fitted on"
         )
     _check_drawn(joint.program, options)
-    if not joint.program.has_prior:
+    if not joint.program.supports.distinct_prior:
         raise ConfigError(
             f"khat judges a guide by the model's prior, and {full_name(options)!r} has none: its "
             "draws have the same distribution in model and guide; SWAG has one with prior_scale="
         )
-    if per_layer and not joint.program.layers_independent:
+    if per_layer and not joint.program.supports.independent_layers:
         raise ConfigError(
             f"per_layer judges a layer by the guide's distribution given the others, and layers of "
             f"{full_name(options)!r} are not independent; leave per_layer out"

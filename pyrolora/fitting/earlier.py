@@ -77,7 +77,7 @@ class Given(Earlier):
     def _build(self, attachment: Attachment, num_examples: int, guide: Guide) -> JointModel:
         joint = super()._build(attachment, num_examples, guide)
         joint.task.load_state_dict(self.task.state_dict())  # which `ready` may have changed
-        joint.task.requires_grad_(self.guide.post_hoc() == "trained")
+        joint.task.requires_grad_(self.guide.supports.post_hoc == "trained")
         return joint
 
     def ready(

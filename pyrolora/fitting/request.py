@@ -173,8 +173,8 @@ class Request:
             )
         self._refuse("the prior", adapter=self.adapter, task=self.task)
         names = full_name(prior.options), full_name(self.options)
-        if names[0] != names[1] or not self.options.takes_prior():
-            able = ", ".join(n for n in available() if as_guide(n).takes_prior())
+        if names[0] != names[1] or not self.options.supports.prior:
+            able = ", ".join(n for n in available() if as_guide(n).supports.prior)
             raise ConfigError(
                 f"a posterior of {names[0]!r} cannot be the prior of {names[1]!r}: both have to be "
                 f"the same one of {able}, or 'flat' around it"
@@ -192,9 +192,9 @@ class Request:
     def _check_given(self, given: Posterior | StoredPosterior) -> None:
         """Refuse what a posterior brings itself, and a guide that has nothing to add to it."""
         guide = self.options
-        how = guide.post_hoc()
+        how = guide.supports.post_hoc
         if how is None:
-            able = ", ".join(n for n in available() if as_guide(n).post_hoc() is not None)
+            able = ", ".join(n for n in available() if as_guide(n).supports.post_hoc is not None)
             raise ConfigError(
                 f"guide {full_name(guide)!r} has nothing to infer when the adapter is given; "
                 f"choose one of {able}, or fit the network anew"

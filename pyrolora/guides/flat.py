@@ -91,7 +91,7 @@ class Flat(Guide):
 
     def build(self, bank: AdapterBank) -> FlatProgram:
         program = FlatProgram(self.inner.build(bank), self)
-        if self.at_prediction and program.linearised:
+        if self.at_prediction and program.supports.linearised:
             raise ConfigError(
                 "a linearised prediction takes no noise on the weights; leave at_prediction out"
             )

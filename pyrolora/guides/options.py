@@ -89,14 +89,6 @@ class Guide(ABC):
         """Return the share of the training steps after which the learning rate is held."""
         return 1.0
 
-    def post_hoc(self) -> PostHoc | None:
-        """Return how a posterior is inferred around means that stay: see `Supports`."""
-        return self.supports.post_hoc
-
-    def takes_prior(self) -> bool:
-        """Return whether the posterior of an earlier fit can be the prior: see `Supports`."""
-        return self.supports.prior
-
     def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
         """Raise `ConfigError` for a task that this method cannot serve."""
 

@@ -132,21 +132,6 @@ class Program(ParamModule, ABC):
         supports: Supports = self.options.supports
         return supports
 
-    @property
-    def linearised(self) -> bool:
-        """Whether predictions are linear in the draws, around the mean adapter."""
-        return self.supports.linearised
-
-    @property
-    def layers_independent(self) -> bool:
-        """Whether the guide draws different layers independently."""
-        return self.supports.independent_layers
-
-    @property
-    def has_prior(self) -> bool:
-        """Whether the latent sites have another law in the model than in the guide."""
-        return self.supports.distinct_prior
-
     def _refuse(self, capability: Capability) -> NoReturn:
         raise ConfigError(
             f"guide {self.options.name!r} does not support {capability!r}; choose a guide whose "

@@ -146,7 +146,7 @@ def _check_width(program: Program) -> None:
     with seeded(0):
         factors = program.factors(program.draw(2))
     point = all(t.dim() == 1 or torch.equal(t[0], t[1]) for t in (factors.A, factors.B))
-    if point or not program.has_prior:
+    if point or not program.supports.distinct_prior:
         raise ConfigError(
             "rank_allocation='snr' judges ranks by the width of the posterior in training, and "
             f"{full_name(program.options)!r} infers none there; use "

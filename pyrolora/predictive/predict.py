@@ -129,7 +129,7 @@ def passes(
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return
-    if joint.program.linearised and joint.task.linearisable:
+    if joint.program.supports.linearised and joint.task.linearisable:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
     settings, counts = factors.distinct()

@@ -17,7 +17,7 @@ from pyrolora.guides.centred import CentredProgram
 # Made of other methods of the same program, or of the options that it has.
 DERIVED = {
     *("draw", "draws", "usual_draws", "sample_stored"),
-    *("options", "supports", "linearised", "layers_independent", "has_prior"),
+    *("options", "supports"),
 }
 
 
@@ -42,7 +42,7 @@ def test_subclasses_add_no_hook_that_others_call_without_forwarding_it(kind: typ
 
 
 def test_flat_forwards_every_part_of_its_guide() -> None:
-    made = {"build", "shapes", "post_hoc", "takes_prior", "name", "adapts"}  # of `supports`, or own
+    made = {"build", "shapes", "name", "adapts"}  # its own
     assert public(Guide) - made <= public(Flat)
 
 

@@ -90,7 +90,7 @@ def why_not(posterior: Posterior) -> str | None:
     """Why no adapter is a draw of it."""
     if not posterior.options.adapts:
         return "has no adapter"
-    if posterior.model.program.linearised:
+    if posterior.model.program.supports.linearised:
         return "linear in its draws"
     noisy = getattr(posterior.options, "at_prediction", False)
     return "noise on the weights" if noisy else None
