@@ -20,6 +20,7 @@ FLOORS = {
     "visible": 0,
     "files": 1,
     "folder_lock": 1,
+    "json_values": 1,
     "options": 1,
     "parameters": 1,
     "seeding": 1,

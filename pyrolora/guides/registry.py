@@ -9,14 +9,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import numpy as np
-
 from pyrolora.adapters import AdapterBank, LayerSpec
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.checks import is_redefined
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.guides.options import Guide
 from pyrolora.guides.supports import Supports
+from pyrolora.json_values import as_json
 from pyrolora.options import check_options, short
 from pyrolora.seeding import seeded
 
@@ -157,7 +156,7 @@ def _check_storable(guide: Guide) -> None:
     stored: dict[str, Any] = {}
     for name, value in dataclasses.asdict(guide).items():
         try:
-            stored[name] = json.loads(json.dumps(value, default=_python_number))
+            stored[name] = json.loads(as_json(value))
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"the options of {guide.name!r} are saved as JSON, got {name}={value!r}: {error}; "
@@ -169,13 +168,6 @@ def _check_storable(guide: Guide) -> None:
             f"{guide!r} would come back from a folder as {again!r}; let the __post_init__ of "
             f"{type(guide).__qualname__} make one of the other (of a tuple, JSON makes a list)"
         )
-
-
-def _python_number(value: Any) -> Any:
-    """Return a number of NumPy as Python's, which a folder has in its place."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def from_options(name: str, options: Mapping[str, Any]) -> Guide:

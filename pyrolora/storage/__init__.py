@@ -1,5 +1,6 @@
 """Save, load and merge posteriors."""
 
+from pyrolora.json_values import as_json, finite
 from pyrolora.storage.base import check_base, check_description, describe_base
 from pyrolora.storage.describe import describe
 from pyrolora.storage.description import Description, digest_of
@@ -12,7 +13,6 @@ from pyrolora.storage.folder import (
 )
 from pyrolora.storage.from_name import load_base
 from pyrolora.storage.merge import merged
-from pyrolora.storage.numbers import as_json, finite
 
 __all__ = [
     "META_FILE",

@@ -21,9 +21,9 @@ from pyrolora.adapters.config import AdapterConfig
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.files import shown
 from pyrolora.guides import Guide, from_options, full_name, unregistered
+from pyrolora.json_values import finite
 from pyrolora.options import check_options
 from pyrolora.storage.base import check_description
-from pyrolora.storage.numbers import finite
 from pyrolora.storage.schema import (
     Check,
     anything,

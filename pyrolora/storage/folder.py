@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.files import MOST_JSON, SCRATCH, read_strict_json, shown, write_whole
+from pyrolora.json_values import as_json, finite
 from pyrolora.storage.description import (
     DIGEST,
     FORMAT,
@@ -31,7 +32,6 @@ from pyrolora.storage.description import (
     described,
     digest_of,
 )
-from pyrolora.storage.numbers import as_json, finite
 from pyrolora.storage.tensor_file import TensorFile, check_digest, tensor_file
 from pyrolora.storage.tokenizer_files import read_tokenizer, remove, write_tokenizer
 
