@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -21,7 +20,6 @@ from pyrolora.data import Collator
 from pyrolora.data.columns import (
     TAG_COLUMNS,
     TARGETS,
-    WORD_COLUMNS,
     check_text,
     is_list,
     tags_column,
@@ -36,6 +34,7 @@ from pyrolora.data.labels import class_names, known_names, numbered, with_column
 from pyrolora.data.padding import MASK
 from pyrolora.data.target import Target
 from pyrolora.data.tokenising import warn_cut
+from pyrolora.data.words import check_tokenizer, check_words, first_tokens, lost_words, warn_lost
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.classification import ClassPrediction
@@ -107,7 +106,7 @@ class TagCollator(Collator):
         check_text(data, read, self.tokenizer)
         check_tokenizer(self.tokenizer, words=words is not None)
         if words is not None:
-            _check_words(data, words)
+            check_words(data, words)
         if words is not None and tags is not None:
             _check_tags(data, words, tags)
         if LABELS in data.features and tags != LABELS:
@@ -120,8 +119,8 @@ class TagCollator(Collator):
             made[LOST] = [[]] * len(found)
             if words is not None:
                 triples = zip(rows[words], found, made["cut"], strict=True)
-                made[LOST] = [[] if cut else _lost(row, ids) for row, ids, cut in triples]
-            places = [_first_tokens(ids) for ids in found]
+                made[LOST] = [[] if cut else lost_words(row, ids) for row, ids, cut in triples]
+            places = [first_tokens(ids) for ids in found]
             if tags is None:
                 counted = [[int(word is not None) for word in row] for row in places]
                 return {**made, COUNTED: counted}
@@ -132,7 +131,7 @@ class TagCollator(Collator):
             encoded, batched=True, remove_columns=data.column_names, desc="tokenising"
         )
         warn_cut(sum(made["cut"]), len(made), encoder.limit)
-        _warn_lost(made[LOST], self.tokenizer)
+        warn_lost(made[LOST], self.tokenizer)
         return made.remove_columns(["cut", LOST]), read if tags is None else (*read, tags)
 
     def example(self, example: Any) -> dict[str, Any]:
@@ -350,80 +349,11 @@ def tags_of(examples: Any) -> datasets.Dataset | None:
     return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
 
-def check_tokenizer(tokenizer: Any, *, words: bool) -> None:
-    """Raise `DataError` for a tokenizer that cannot tell which token belongs to which word."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(
-            "tags are aligned with tokens by a fast tokenizer, got the slow one "
-            f"{type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained(..., "
-            "use_fast=True), or pass input_ids with a label per token"
-        )
-    try:
-        tokenizer(["a"], is_split_into_words=True) if words else None
-    except (AssertionError, ValueError) as error:
-        raise DataError(
-            f"{type(tokenizer).__name__} does not take words as it was loaded, got {error}; load "
-            "it with add_prefix_space=True"
-        ) from error
-    pieces = [tokenizer("a a"), tokenizer(["a", "a"], is_split_into_words=True)]
-    told = {*pieces[0].word_ids()} - {None}
-    if not words and len(told) < 2:
-        raise DataError(
-            f"{type(tokenizer).__name__} does not tell the words of a text apart; split the texts "
-            "into a column 'tokens' with the list of words of each example"
-        )
-    spaced = [
-        any(map(_begins_with_space, tokenizer.convert_ids_to_tokens(p["input_ids"])))
-        for p in pieces
-    ]
-    if words and spaced == [True, False]:
-        warnings.warn(
-            f"{type(tokenizer).__name__} reads each word as if no space were before it, unlike the "
-            "words of a text, which the network knows; load it with add_prefix_space=True",
-            stacklevel=2,
-        )
-
-
-def _begins_with_space(token: str) -> bool:
-    """Return whether a token of byte-level BPE begins with a space."""
-    return token.startswith("\u0120")
-
-
 def _number(tag: Any, number: int | None) -> int:
     """Return the number of a tag's class; where it has none, its own number, or -100."""
     if number is not None:
         return number
     return tag if isinstance(tag, int) else IGNORED
-
-
-def _lost(words: list[str], found: list[int | None]) -> list[str]:
-    """Return the words without a token."""
-    seen = {*found}
-    return [word for i, word in enumerate(words) if i not in seen]
-
-
-def _warn_lost(lost: Iterable[list[str]], tokenizer: Any) -> None:
-    """Warn of words that have no token, and with that no tag and no prediction."""
-    rows = [(i, word) for i, words in enumerate(lost) for word in words]
-    if rows:
-        warnings.warn(
-            f"{len(rows)} words have no token of {type(tokenizer).__name__} and do not count, such "
-            f"as {rows[0][1]!r} in example {rows[0][0]}",
-            stacklevel=2,
-        )
-
-
-def _check_words(data: datasets.Dataset, words: str) -> None:
-    """Raise `DataError` for two columns of words, and for missing words."""
-    both = [name for name in WORD_COLUMNS if is_list(data.features.get(name))]
-    if len(both) > 1:
-        raise DataError(
-            f"cannot tell which of the columns {both} has the words of the texts; drop one with "
-            f"data.remove_columns({both[1]!r})"
-        )
-    for i, row in enumerate(data.with_format(None)[words]):
-        if None in row:
-            raise DataError(f"example {i} has a missing word in {words!r}; fill it or leave it out")
 
 
 def _check_tags(data: datasets.Dataset, words: str, tags: str) -> None:
@@ -447,12 +377,6 @@ def _check_tags(data: datasets.Dataset, words: str, tags: str) -> None:
             f"the tags are names, such as {first!r}, and the network has no names for its classes; "
             "load it with id2label={0: ..., 1: ...}, or pass its name in place of the network"
         )
-
-
-def _first_tokens(words: list[int | None]) -> list[int | None]:
-    """Return the word that begins at each token; None at special and at later tokens of a word."""
-    before = [None, *words[:-1]]
-    return [None if word == last else word for word, last in zip(words, before, strict=True)]
 
 
 def _aligned(words: list[int | None], tags: list[Any] | None) -> list[Any] | None:

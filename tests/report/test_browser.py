@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 import datasets
 import pytest
+from browsing import REQUIRED, browser
 from problems import bert, reviews, tokenizer
 
 import pyrolora
@@ -21,9 +21,6 @@ from pyrolora.report import Report, report_on
 
 WIDTH = 390
 EVIL = """<script>document.title = "taken"</script><img src=x onerror=alert(1)> "good" & 'bad'"""
-REQUIRED = "PYROLORA_BROWSER"
-"""Set to ``required``, a missing browser is a failure."""
-
 # The page stands as it is, in a frame of the narrow width: a window of the browser's own cannot be
 # that narrow. The script outside of the frame looks at it and writes down what it finds.
 HARNESS = """<!doctype html><meta charset="utf-8"><body style="margin: 0">
@@ -60,17 +57,6 @@ class Visit:
 
     found: dict[str, Any]
     console: list[str]
-
-
-def browser() -> str:
-    """Chromium's path; where there is none the tests are skipped, or fail if it is required."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        missing = "there is no chromium to open the page with; on Debian: apt-get install chromium"
-        if os.environ.get(REQUIRED) == "required":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return path
 
 
 def visit(page: str, folder: Path, width: int = WIDTH) -> Visit:

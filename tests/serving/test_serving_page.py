@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browser
 from problems import bert, reviews, tokenizer
 from servers import Shop, get, post, running, served
 from starlette.responses import HTMLResponse
@@ -72,16 +71,6 @@ addEventListener("load", async () => {{
 }});
 </script>
 """
-
-
-def browser() -> str:
-    """Chromium's path; where there is none the tests are skipped, or fail if it is required."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        if os.environ.get("PYROLORA_BROWSER") == "required":
-            pytest.fail("there is no chromium to open the page with")
-        pytest.skip("there is no chromium to open the page with")
-    return path
 
 
 def visit(url: str, folder: Path) -> tuple[str, list[str]]:
