@@ -87,8 +87,8 @@ def test_labels_made_on_access_are_left_out_where_some_are_missing() -> None:
         assert network.predict(rows, 0).targets is None
 
 
-def test_labels_that_say_which_tokens_count_are_all_there_or_none() -> None:
-    posterior = pyrolora.fit(
+def language_model() -> pyrolora.Posterior:
+    return pyrolora.fit(
         llama(),
         reviews(8).remove_columns("label"),
         "map",
@@ -96,6 +96,10 @@ def test_labels_that_say_which_tokens_count_are_all_there_or_none() -> None:
         epochs=1,
         adapter=AdapterConfig(r=1),
     )
+
+
+def test_labels_that_say_which_tokens_count_are_all_there_or_none() -> None:
+    posterior = language_model()
     ids = [2, 4, 5, 6, 3]
     rows = [{"input_ids": ids, "labels": [-100] * 4 + [3]}, {"input_ids": ids, "labels": None}]
     with pytest.raises(DataError, match="1 examples have no label, the first is example 1"):
@@ -103,14 +107,7 @@ def test_labels_that_say_which_tokens_count_are_all_there_or_none() -> None:
 
 
 def test_choices_do_without_labels_that_are_not_all_there() -> None:
-    posterior = pyrolora.fit(
-        llama(),
-        reviews(8).remove_columns("label"),
-        "map",
-        tokenizer=tokenizer(),
-        epochs=1,
-        adapter=AdapterConfig(r=1),
-    )
+    posterior = language_model()
     rows = [{"question": "the film is", "choices": ["good", "dull"], "label": n} for n in (None, 1)]
     assert posterior.predict(rows, 0).targets is None
     with pytest.raises(DataError, match="the label of example 0 is None"):
