@@ -15,6 +15,9 @@ LABELS = "labels"
 INPUTS = "inputs"
 """The input of a network that is not from transformers."""
 
+DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
+"""What the decoder of an encoder-decoder reads: the tokens before those that it is to write."""
+
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
 

@@ -143,11 +143,8 @@ def _implied(checkpoint: Checkpoint) -> type[Task]:
 def _check_tokens(checkpoint: Checkpoint) -> None:
     """Raise for labels that are neither an example's class nor plainly tokens or tags."""
     name, architecture = checkpoint.name, checkpoint.architecture
-    if getattr(checkpoint.config, "is_encoder_decoder", False) and len(checkpoint.examples):
-        raise ConfigError(
-            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
-            "supported yet, and the data has no label per example to classify by"
-        )
+    if checkpoint.is_a("SEQ_TO_SEQ_CAUSAL_LM"):
+        return
     labels = checkpoint.row.get(LABELS)
     if labels is None or checkpoint.is_a("CAUSAL_LM"):
         return
