@@ -170,7 +170,7 @@ class Seq2Seq(LanguageModel):
 
 def _check_shifted(ids: Tensor, labels: Tensor) -> None:
     """Raise `DataError` for inputs of the decoder that are not the labels, one place on."""
-    counted = labels[:-1].ne(IGNORED)
+    counted = labels[:-1].ne(IGNORED) & labels[1:].ne(IGNORED)
     if ids.shape != labels.shape or not torch.equal(ids[1:][counted], labels[:-1][counted]):
         raise DataError(
             f"the {DECODER_IDS} of an example, {ids.tolist()!r:.60}, are not its labels one place "
