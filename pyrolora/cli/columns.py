@@ -43,7 +43,10 @@ def with_columns(
     """
     if len(text) > 2 or len(set(text)) < len(text):
         raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
-    for name in (*text, *([] if label is None else [label])):
+    wanted = (*text, *([] if label is None else [label]))
+    if any("." in name and name not in data.column_names for name in wanted):
+        data = data.flatten()  # of a column of dicts, as translation.en
+    for name in wanted:
         if name not in data.column_names:
             raise DataError(f"{source} has no column {name!r}; it has {data.column_names}")
     new = dict(zip(text, ("text", "text_pair"), strict=False))
