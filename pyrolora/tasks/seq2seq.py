@@ -35,6 +35,7 @@ class PairCollator(Collator):
 
     targets = "texts to write (such as 'target' beside 'source'), or their tokens as 'labels'"
     per_token = True
+    makes_labels = True  # so that those of every example are checked
     beside = (DECODER_MASK,)
     internal = frozenset({DECODER_IDS, DECODER_MASK})
 
@@ -151,7 +152,8 @@ class Seq2Seq(LanguageModel):
                 f"{self.name!r} needs; leave task= out, or load one with {self.auto}"
             )
         try:
-            shift(torch.tensor([[0, IGNORED]]))
+            token = int(getattr(network.config, "pad_token_id", None) == 0)  # any but padding
+            shift(torch.tensor([[token, token]]))
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ConfigError(
                 f"{name} cannot tell its decoder's inputs from labels ({error}); set "
