@@ -60,13 +60,13 @@ def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
         other.
     """
     name = DECODER_IDS if joint.task.writes == "apart" else "input_ids"
-    ids = batch.get(name)
+    ids = joint.task.inputs(batch, joint.base).get(name)
     if ids is None or ids.dim() != 2:
         return
     last = _last(batch)
     if last < 1:
         return
-    example = {name: t[:1] if isinstance(t, Tensor) else t for name, t in batch.items()}
+    example = {n: t[:1] if isinstance(t, Tensor) else t for n, t in {**batch, name: ids}.items()}
     with evaluating(joint):
         before = joint.network(example, joint.program.mean())
         after = joint.network(_changed(joint, example, last, name), joint.program.mean())

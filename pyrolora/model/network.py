@@ -26,7 +26,7 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, LABELS, Batch
+from pyrolora.columns import INPUTS, Batch
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -255,8 +255,7 @@ class AdaptedNetwork(nn.Module):
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         """Return the columns that the network takes."""
-        of_task = {LABELS, *self.task.extras}
-        return {name: tensor for name, tensor in batch.items() if name not in of_task}
+        return self.task.inputs(batch, self.base)
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Any:
         if set(inputs) == {INPUTS}:

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import Batch
+from pyrolora.columns import LABELS, Batch
 from pyrolora.data import Collator
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
@@ -111,6 +111,11 @@ class Task(ParamModule, ABC):
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network of another task."""
         check_supported(network, self.classes)
+
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        """Return the columns of a batch that the network takes."""
+        apart = {LABELS, *self.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in apart}
 
     def output(self, raw: Any) -> Tensor:
         """Return the tensor that the law reads, rows first, in at least float32."""
