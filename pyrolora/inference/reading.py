@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pyrolora.columns import DECODER_IDS, IGNORED, LABELS
+from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
+from pyrolora.data.inputs import written_length
 from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.model import JointModel, evaluating
@@ -78,6 +80,15 @@ def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
                 "has that, or label (other than -100) only tokens after the part that it reads as "
                 "a whole"
             )
+        room = ids.shape[1] < written_length(joint.base) and DECODER_MASK not in example
+        if name == DECODER_IDS and room:
+            after = joint.network({**example, name: F.pad(ids[:1], (0, 1))}, joint.program.mean())
+            if _differ(joint, before[0], after[0, : ids.shape[1]]):
+                raise ConfigError(
+                    f"what this {type(joint.base).__name__} gives for a token changes with padding "
+                    "after it, so that scores of a batch would not be those of its examples; fit "
+                    "another network"
+                )
         starts = _starts(example)
         if starts and starts[0] <= last:
             after = joint.network(_changed(joint, example, 0, name), joint.program.mean())

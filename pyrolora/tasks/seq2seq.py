@@ -160,7 +160,7 @@ class Seq2Seq(LanguageModel):
         """Return the columns that the network takes, with the labels one place on."""
         made, shift = super().inputs(batch, network), shift_of(network)
         if DECODER_IDS not in made and LABELS in batch and shift is not None:
-            made[DECODER_IDS] = shift(batch[LABELS].long())
+            made[DECODER_IDS] = shift(batch[LABELS].long().clone())  # FSMT's writes into it
         return made
 
     def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
