@@ -71,8 +71,9 @@ class Binding:
     factors
         Wrapped layer -> its factors.
     heads
-        Wrapped head -> the heads that stand in for it; several of them serve equal blocks of rows,
-        one each.
+        Wrapped head -> the heads that stand in for it; several of them serve a block of rows each.
+    blocks
+        The examples in the block of each head; None: the blocks are equal.
     used
         The layers that were called.
     rows
@@ -82,6 +83,7 @@ class Binding:
 
     factors: Mapping[nn.Module, Factors]
     heads: Mapping[nn.Module, Sequence[nn.Module]] = field(default_factory=dict)
+    blocks: Sequence[int] | None = None
     used: set[nn.Module] = field(default_factory=set)
     rows: int = 1
 

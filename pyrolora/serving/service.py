@@ -21,7 +21,7 @@ from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, Unsup
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
-from pyrolora.serving.verbs import Classify, Write, Written
+from pyrolora.serving.verbs import Classify, Write, Written, classified
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
@@ -238,9 +238,17 @@ def _release_all(entered: Future[list[Row]]) -> None:
 
 
 def _run(rows: Sequence[Row]) -> list[Any]:
-    """Run the rows of one batch, which have the same posterior and settings."""
+    """Run the rows of one batch, which have equal keys."""
     first = rows[0]
-    return first.settings.run(first.lease.posterior, [row.columns for row in rows])
+    if isinstance(first.settings, Write):
+        return first.settings.run(first.lease.posterior, [row.columns for row in rows])
+    return classified(
+        [
+            (row.lease.posterior, settings, row.columns)
+            for row in rows
+            if isinstance(settings := row.settings, Classify)
+        ]
+    )
 
 
 def _ends(posterior: Posterior) -> frozenset[int]:

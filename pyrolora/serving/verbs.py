@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from pyrolora import defaults
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import ClassPrediction, Generation
+from pyrolora.predictive import ClassPrediction, Generation, Question, predict_mixed
 from pyrolora.serving.text import TokenScores, token_scores
 
 Columns = dict[str, list[int]]
@@ -52,12 +52,29 @@ class Classify:
         """How often a row goes through the network."""
         return max(self.num_samples, 1)
 
-    def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
-        prediction = posterior.predict(
-            Rows(rows), self.num_samples, batch_size=len(rows), seed=self.seed
-        )
+    def question(self, posterior: Posterior, rows: Sequence[Columns]) -> Question:
+        """Return what these draws of the posterior are asked."""
+        predictor = posterior.predictor
+        factors = predictor.factors(self.num_samples, self.seed, None)
+        return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
+
+
+def classified(asked: Sequence[tuple[Posterior, Classify, Columns]]) -> list[ClassPrediction]:
+    """Return the classes of every row, which posteriors of one family are asked for."""
+    places: dict[tuple[int, Classify], list[int]] = {}
+    for place, (posterior, settings, _) in enumerate(asked):
+        places.setdefault((id(posterior), settings), []).append(place)
+    groups = [*places.values()]
+    questions = [
+        asked[group[0]][1].question(asked[group[0]][0], [asked[place][2] for place in group])
+        for group in groups
+    ]
+    answers: dict[int, ClassPrediction] = {}
+    for group, prediction in zip(groups, predict_mixed(questions), strict=True):
         assert isinstance(prediction, ClassPrediction)
-        return [prediction.select(torch.tensor([i])) for i in range(len(rows))]
+        for i, place in enumerate(group):
+            answers[place] = prediction.select(torch.tensor([i]))
+    return [answers[place] for place in range(len(asked))]
 
 
 @dataclass(frozen=True)

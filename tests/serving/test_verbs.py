@@ -10,7 +10,7 @@ import torch
 import pyrolora
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.serving.text import encoded, first_stop, pieces, token_scores
-from pyrolora.serving.verbs import Classify, Write, chosen
+from pyrolora.serving.verbs import Classify, Write, chosen, classified
 
 TEXTS = ["the film was good", "bad", "a very very dull book is not fine"]
 
@@ -30,7 +30,8 @@ def test_classes_of_a_batch_are_those_of_its_rows(
     classifier: pyrolora.Posterior, num_samples: int
 ) -> None:
     rows = [encoded(classifier, text) for text in TEXTS]
-    got = Classify(num_samples, seed=7).run(classifier, rows)
+    settings = Classify(num_samples, seed=7)
+    got = classified([(classifier, settings, row) for row in rows])
     for text, one in zip(TEXTS, got, strict=True):
         alone = classifier.predict([text], num_samples, seed=7)
         torch.testing.assert_close(one.draws, alone.draws, atol=1e-5, rtol=1e-5)
