@@ -49,11 +49,11 @@ class Gate:
         self.rows: list[int] = []
         original = service_module._run
 
-        def held(rows: Any) -> Any:
+        def held(drawn: Any, rows: Any) -> Any:
             self.rows.append(len(rows))
             self.reached.release()
             assert self.opened.wait(SOON)
-            return original(rows)
+            return original(drawn, rows)
 
         monkeypatch.setattr(service_module, "_run", held)
 
