@@ -18,6 +18,7 @@ from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
 from pyrolora.tasks import (
     ClassPrediction,
+    MultiLabelPrediction,
     Prediction,
     RegressionPrediction,
     TagPrediction,
@@ -29,6 +30,7 @@ __all__ = [
     "ClassPrediction",
     "Conformal",
     "Generation",
+    "MultiLabelPrediction",
     "NumberedDraws",
     "Prediction",
     "Predictor",
