@@ -78,7 +78,7 @@ def label_names(data: datasets.Dataset) -> set[str]:
     return {
         cell
         for name in LABELS
-        if name in data.column_names
+        if "string" in getattr(data.features.get(name), "dtype", "")  # lists have none
         for cell in data.unique(name)
         if isinstance(cell, str)
     }

@@ -19,6 +19,7 @@ from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
 from pyrolora.tasks import (
     ClassPrediction,
+    MultiLabelPrediction,
     Prediction,
     RegressionPrediction,
     TagPrediction,
@@ -30,6 +31,7 @@ __all__ = [
     "ClassPrediction",
     "Conformal",
     "Generation",
+    "MultiLabelPrediction",
     "NumberedDraws",
     "Prediction",
     "Predictor",
