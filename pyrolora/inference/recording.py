@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK, Batch
+from pyrolora.columns import CHOICE_MASK, PLACES, Batch
 from pyrolora.model import JointModel
 
 
@@ -66,6 +66,8 @@ def masks(batch: Batch) -> list[Tensor]:
     if attention is not None and attention.dim() > 1:
         attention = attention if choices is None else attention * choices[..., None]
         masks.append(attention.flatten(0, -2).bool())
+        if PLACES in batch:  # the rows of an adapted output layer
+            masks.append(attention.gather(-1, batch[PLACES]).bool())
     if choices is not None:
         masks.append(choices.flatten().bool())
     return masks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, LABELS, Batch
+from pyrolora.columns import INPUTS, LABELS, PLACES, Batch
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -191,10 +191,10 @@ class AdaptedNetwork(nn.Module):
         """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
         check_eager(self.base)
         with self.bound(binding):
-            raw = self._call(self._inputs(batch))
+            raw = self._call(batch)
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)
-        return self.task.output(raw)
+        return _kept(self.task.output(raw), batch)
 
     def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
         """Return the posterior's task heads by their name in the network (`HeadCopies.named`)."""
@@ -246,7 +246,7 @@ class AdaptedNetwork(nn.Module):
             for batch in batches:
                 binding = self.binding(self.program.mean())
                 with self.bound(binding):
-                    self._call(self._inputs(batch))
+                    self._call(batch)
                 left -= self._names(binding.used)
                 if not left:
                     break
@@ -257,13 +257,16 @@ class AdaptedNetwork(nn.Module):
         return self.base.training or self.attachment.checked
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the columns that the network takes."""
-        of_task = {LABELS, *self.task.extras}
+        """Return the columns that the network takes, with a row per example."""
+        of_task = {LABELS, PLACES, *self.task.extras}
         return {name: tensor for name, tensor in batch.items() if name not in of_task}
 
-    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+    def _call(self, batch: Batch) -> Any:
+        inputs = self._inputs(batch)
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
+        if PLACES in batch:
+            inputs[PLACES] = batch[PLACES][0]
         if self._cacheless:
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
@@ -279,6 +282,14 @@ class AdaptedNetwork(nn.Module):
             UserWarning,
             stacklevel=2,
         )
+
+
+def _kept(output: Tensor, batch: Batch) -> Tensor:
+    """Return the logits at the places that the law reads, also of a network that gave all."""
+    places = batch.get(PLACES)
+    if places is None or output.shape[-2] == places.shape[-1]:
+        return output
+    return output[..., places[0], :]
 
 
 def batch_size(batch: Batch) -> int:
