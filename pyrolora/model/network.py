@@ -182,7 +182,7 @@ class AdaptedNetwork(nn.Module):
         heads = self.attachment.heads if several_heads or self.program.members > 1 else ()
         return sharing_of(self.base, self.attachment.layers, heads)
 
-    def _names(self, layers: Set[nn.Module]) -> set[str]:
+    def _names(self, layers: Set[Any]) -> set[str]:
         return {name for name, layer in self.attachment.layers.items() if layer in layers}
 
     # One pass ------------------------------------------------------------------------------------
