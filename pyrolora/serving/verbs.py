@@ -39,10 +39,11 @@ class Rows(Dataset[Columns]):
 
 @dataclass(frozen=True)
 class Classify:
-    """Class probabilities under ``num_samples`` draws of ``seed``."""
+    """Class probabilities under ``num_samples`` draws of ``seed``, or those with numbers."""
 
     num_samples: int
-    seed: int
+    seed: int | None
+    draws: tuple[int, ...] | None = None
 
     shares: ClassVar[bool] = True
     length: ClassVar[int] = 0
@@ -53,8 +54,9 @@ class Classify:
         return max(self.num_samples, 1)
 
     def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
+        count = self.num_samples if self.draws is None else None
         prediction = posterior.predict(
-            Rows(rows), self.num_samples, batch_size=len(rows), seed=self.seed
+            Rows(rows), count, draws=self.draws, batch_size=len(rows), seed=self.seed
         )
         assert isinstance(prediction, ClassPrediction)
         return [prediction.select(torch.tensor([i])) for i in range(len(rows))]
@@ -66,6 +68,8 @@ class Write:
 
     Attributes
     ----------
+    draws
+        The numbers of the draws; None: they have none.
     max_new_tokens
         The most tokens of a continuation.
     several
@@ -82,7 +86,8 @@ class Write:
     """
 
     num_samples: int
-    seed: int
+    seed: int | None
+    draws: tuple[int, ...] | None = None
     max_new_tokens: int = defaults.MAX_NEW_TOKENS
     several: int = 1
     options: tuple[tuple[str, Any], ...] = ()
@@ -107,7 +112,8 @@ class Write:
         prompts = [row["input_ids"] for row in rows]
         generation = posterior.generate(
             {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]},
-            self.num_samples,
+            self.num_samples if self.draws is None else None,
+            draws=self.draws,
             seed=self.seed,
             do_sample=self.sampled,
             max_new_tokens=self.max_new_tokens,
@@ -128,6 +134,7 @@ class Write:
                 [one.sequences[0, k][one.mask[0, k]] for k in order],
                 num_samples=self.num_samples,
                 seed=self.seed,
+                draws=self.draws,
                 alternatives=self.alternatives,
             )
         return Written(one, order, scores)
