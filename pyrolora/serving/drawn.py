@@ -29,17 +29,28 @@ class Drawn:
     def __init__(self, budget: int = BUDGET) -> None:
         self.budget = budget
         self.bytes = 0
-        self._kept: OrderedDict[tuple[Any, int, int], FlatFactors] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, bool, Any], FlatFactors] = OrderedDict()
 
-    def factors(self, posterior: Posterior, num_samples: int, seed: int) -> FlatFactors:
-        """Return the factors of ``num_samples`` draws of ``seed`` (0: of the mean adapter)."""
-        key = (weakref.ref(posterior, self._forget), num_samples, seed)
+    def factors(
+        self,
+        posterior: Posterior,
+        num_samples: int,
+        seed: int | None,
+        draws: tuple[int, ...] | None = None,
+    ) -> FlatFactors:
+        """Return the factors of the numbered ``draws``, or of ``num_samples`` of ``seed``.
+
+        Those of 0 draws are the mean adapter's.
+        """
+        asked = draws if draws is not None else (num_samples, seed)
+        key = (weakref.ref(posterior, self._forget), draws is not None, asked)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        factors = posterior.predictor.factors(num_samples, seed, None)
+        factors = posterior.predictor.factors(num_samples, seed, draws)
         size = _bytes(factors)
-        if num_samples and size <= self.budget:
+        repeatable = draws is not None or (num_samples and seed is not None)
+        if repeatable and size <= self.budget:
             self._kept[key] = factors
             self.bytes += size
             while self.bytes > self.budget:

@@ -40,10 +40,11 @@ class Rows(Dataset[Columns]):
 
 @dataclass(frozen=True)
 class Classify:
-    """Class probabilities under ``num_samples`` draws of ``seed``."""
+    """Class probabilities under ``num_samples`` draws of ``seed``, or those with numbers."""
 
     num_samples: int
-    seed: int
+    seed: int | None
+    draws: tuple[int, ...] | None = None
 
     shares: ClassVar[bool] = True
     length: ClassVar[int] = 0
@@ -56,7 +57,7 @@ class Classify:
     def question(self, posterior: Posterior, rows: Sequence[Columns], drawn: Drawn) -> Question:
         """Return what these draws of the posterior are asked."""
         predictor = posterior.predictor
-        factors = drawn.factors(posterior, self.num_samples, self.seed)
+        factors = drawn.factors(posterior, self.num_samples, self.seed, self.draws)
         return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
 
 
@@ -87,6 +88,8 @@ class Write:
 
     Attributes
     ----------
+    draws
+        The numbers of the draws; None: they have none.
     max_new_tokens
         The most tokens of a continuation.
     several
@@ -103,7 +106,8 @@ class Write:
     """
 
     num_samples: int
-    seed: int
+    seed: int | None
+    draws: tuple[int, ...] | None = None
     max_new_tokens: int = defaults.MAX_NEW_TOKENS
     several: int = 1
     options: tuple[tuple[str, Any], ...] = ()
@@ -128,7 +132,8 @@ class Write:
         prompts = [row["input_ids"] for row in rows]
         generation = posterior.generate(
             {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]},
-            self.num_samples,
+            self.num_samples if self.draws is None else None,
+            draws=self.draws,
             seed=self.seed,
             do_sample=self.sampled,
             max_new_tokens=self.max_new_tokens,
@@ -149,6 +154,7 @@ class Write:
                 [one.sequences[0, k][one.mask[0, k]] for k in order],
                 num_samples=self.num_samples,
                 seed=self.seed,
+                draws=self.draws,
                 alternatives=self.alternatives,
             )
         return Written(one, order, scores)
