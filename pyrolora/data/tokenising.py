@@ -98,12 +98,12 @@ def no_tokens(examples: list[int], need: str = "no token") -> str:
     )
 
 
-def warn_cut(count: int, total: int, limit: float) -> None:
-    """Warn that ``count`` texts were cut."""
+def warn_cut(count: int, total: int, limit: float, what: str = "texts") -> None:
+    """Warn that ``count`` of the texts were cut."""
     if count:
         warnings.warn(
-            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, where "
-            "the network's or the tokenizer's limit is",
+            f"{count} of {total} {what} have more than {int(limit)} tokens and are cut there, "
+            "where the network's or the tokenizer's limit is",
             stacklevel=2,
         )
 

@@ -12,6 +12,7 @@ from pyrolora.tasks.network import load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
+from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
@@ -28,6 +29,7 @@ __all__ = [
     "Prediction",
     "Regression",
     "RegressionPrediction",
+    "Seq2Seq",
     "TagPrediction",
     "Task",
     "TokenClassification",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pyro
 import pyro.distributions as dist
@@ -68,6 +68,9 @@ class Task(ParamModule, ABC):
     """The ``problem_type`` of transformers' configurations that the task is."""
     causal: ClassVar[bool] = False
     """Whether the network must not read a token before it predicts it."""
+
+    writes: ClassVar[Literal["on", "apart"] | None] = None
+    """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
 
     # The law ------------------------------------------------------------------------------------
 

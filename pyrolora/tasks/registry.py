@@ -18,6 +18,7 @@ from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.regression import Regression
+from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.token_classification import TokenClassification
 from pyrolora.tasks.unsupported import check_supported
 
@@ -30,6 +31,7 @@ _REGISTRY: dict[str, type[Task]] = {
         Regression,
         CausalLM,
         MultipleChoice,
+        Seq2Seq,
         MaskedLM,
         TokenClassification,
         MultiLabel,
