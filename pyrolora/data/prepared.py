@@ -113,6 +113,7 @@ def prepare(
         raise DataError("the data is empty: it has 0 examples")
     collate: Collator = task.collator(network, tokenizer)
     collate.ends_texts &= to_learn
+    collate.texts = task.texts
     collate.check_data(examples)
     names, columns = None, [*as_dict(examples[0], collate.input_name)]
     if task.names_classes:

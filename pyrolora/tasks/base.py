@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora.columns import Batch
-from pyrolora.data import Collator
+from pyrolora.data import Collator, TextOptions
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.tasks.checkpoint import Checkpoint
@@ -57,6 +57,8 @@ class Task(ParamModule, ABC):
     """Whether data without labels of their own still need them: they say which tokens count."""
     class_names: Sequence[str] | None = None
     """The names of the classes in the data of a fit, if its network has none."""
+    texts: TextOptions | None = None
+    """How a fit read its texts, where the user has said it."""
 
     # The network --------------------------------------------------------------------------------
 
