@@ -25,9 +25,8 @@ LISTENED = ("assistant", "tool", "function")
 class ChatTemplate:
     """The chat template of a tokenizer.
 
-    Its text is tokenised as it is: what begins and ends a chat is what the template writes. A chat
-    that ends with the assistant ends with a special token: with EOS, where the template writes
-    none.
+    Its text is tokenised as it is: what begins and ends a chat is what the template writes. Only
+    where it has no special token at all, EOS ends a chat that ends with the assistant.
     """
 
     tokenizer: Any
@@ -163,15 +162,12 @@ class ChatTemplate:
         return frozenset([*self.tokenizer.all_special_ids, *marked])
 
     def _ended(self, ids: list[int], messages: Messages) -> list[int]:
-        """Return the tokens with EOS, if the assistant's last message does not end otherwise."""
+        """Return the tokens with EOS, if the template ends turns without any special token."""
         eos = getattr(self.tokenizer, "eos_token_id", None)
         if eos is None or not messages or messages[-1].get("role") != "assistant":
             return ids
-        last = next((t for t in reversed(ids) if self._is_written(t)), None)
-        return ids if last in self._special else [*ids, eos]
-
-    def _is_written(self, token: int) -> bool:
-        return token in self._special or bool(self.tokenizer.decode([token]).strip())
+        marks = self._special - {getattr(self.tokenizer, "bos_token_id", None)}
+        return ids if marks.intersection(ids) else [*ids, eos]
 
     def _check_whole(self, messages: Messages, text: str) -> None:
         """Raise `DataError` for a message that the template leaves out."""

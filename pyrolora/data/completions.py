@@ -16,6 +16,7 @@ from pyrolora.data.chat import ChatTemplate, Messages, messages_of, shared, temp
 from pyrolora.data.columns import check_text
 from pyrolora.data.dialogues import Dialogue
 from pyrolora.data.encoding import Encoder
+from pyrolora.data.padding import MASK
 from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
@@ -46,7 +47,7 @@ class DialogueEncoder:
     options: TextOptions
 
     def __call__(self, data: datasets.Dataset) -> datasets.Dataset:
-        """Return a data set of ``input_ids`` and ``labels``."""
+        """Return a data set of ``input_ids``, ``labels`` and an ``attention_mask``."""
         self.check(data)
         made = data.with_format(None).map(
             self._columns,
@@ -59,7 +60,7 @@ class DialogueEncoder:
         warn_cut(sum(made["cut"]), len(made), self.encoder.limit, self.encoder.source)
         _warn_of_nothing_left(made, self.encoder.limit)
         _warn_of_seams(sum(made["seam"]), len(made))
-        return made.select_columns(["input_ids", LABELS])
+        return made.remove_columns(["cut", "seam"])
 
     def prompts(self, data: datasets.Dataset) -> list[list[int]]:
         """Return the tokens of the prompts alone, each of which will be continued."""
@@ -112,7 +113,7 @@ class DialogueEncoder:
             ]
             cut = len(ids) > limit
             size = int(limit) if cut else len(ids)
-            parts = (ids[:size], labels[:size], cut, seam)
+            parts = (ids[:size], labels[:size], [1] * size, cut, seam)
             for column, value in zip(result.values(), parts, strict=True):
                 column.append(value)
         return result
@@ -193,6 +194,7 @@ _FEATURES = datasets.Features(
     {
         "input_ids": _TOKENS,
         LABELS: _TOKENS,
+        MASK: _TOKENS,
         "cut": datasets.Value("bool"),
         "seam": datasets.Value("bool"),
     }

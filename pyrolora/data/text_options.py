@@ -27,8 +27,8 @@ class TextOptions:
         a completion, it has those of the assistant in it.
     packing
         Whether a fit puts several texts in a row of at most ``max_length`` tokens, best fit first,
-        longest text first. Texts of a row do not see each other, and log p is the same sum. Later
-        predictions have a row per text.
+        longest text first. Texts of a row do not see each other, n still counts texts, and log p
+        is the same sum; the batch size counts rows. Predictions have a row per text.
     dataset_text_field
         The column of texts.
 

@@ -19,7 +19,7 @@ from pyrolora.data import Prepared, TextOptions, prepare
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
-from pyrolora.fitting.origin import Origin
+from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.training import (
     check_evaluation,
@@ -175,7 +175,7 @@ def fit_request(request: Request) -> Posterior:
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
-            build = origin.builder(attachment, data, args)
+            build = partial(_in_rows, origin.builder(attachment, data, args), len(data))
             joint = build(request.options)
             origin.ready(joint, data, held_out, args)
             identity = describe_base(
@@ -205,7 +205,7 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
     network, task, tokenizer = origin.network, origin.task, origin.tokenizer
     request.options.check(task)
     _set_texts(task, request)
-    data, held_out = prepare(request.data, network, task, tokenizer), None
+    data, held_out = prepare(request.data, network, task, tokenizer, to_pack=True), None
     task.class_names = data.names or task.class_names
     if request.held_out is not None:
         splits = defaults.FIT_SPLITS
@@ -213,6 +213,13 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
             request.held_out, network, task, tokenizer, splits=splits, to_learn=False
         )
     return data, held_out
+
+
+def _in_rows(build: Builder, rows: float, guide: Guide) -> JointModel:
+    """Build the joint model of a guide, for data in so many rows."""
+    joint = build(guide)
+    joint.rows = rows
+    return joint
 
 
 def _set_texts(task: Task, request: Request) -> None:
@@ -244,6 +251,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
             except SaveError as unsaved:
                 error.add_note(str(unsaved))
         raise
+    finally:
+        run.joint.rows = run.joint.num_examples  # from now on an example is a row
     return posterior
 
 

@@ -190,11 +190,11 @@ class Task(ParamModule, ABC):
         """Return the number of observations: examples, or tokens."""
         return int(labels.shape[0])
 
-    def forward(self, output: Tensor, batch: Batch, num_examples: int) -> Tensor:
-        """Sample the data part of the model, in which b examples stand for all ``num_examples``."""
+    def forward(self, output: Tensor, batch: Batch, rows: float) -> Tensor:
+        """Sample the data part of the model, in which b rows stand for all ``rows``."""
         law = self.law(output, batch)
         size = law.batch_shape[-1]
-        with pyro.plate("data", size, dim=-1), poutine.scale(scale=num_examples / size):
+        with pyro.plate("data", size, dim=-1), poutine.scale(scale=rows / size):
             return pyro.sample("y", law, obs=self.targets(batch))
 
     def log_prob(self, output: Tensor, batch: Batch) -> Tensor:
