@@ -14,7 +14,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import true_or_false, whole_number
-from pyrolora.data import prepare
+from pyrolora.data import TextOptions, prepare
 from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
@@ -136,6 +136,20 @@ class Posterior:
         """
         names = self.task.class_names
         return None if names is None else list(names)
+
+    @property
+    def texts(self) -> TextOptions | None:
+        """How texts are read, where the fit was told; a `TextOptions` may be set."""
+        return self.task.texts
+
+    @texts.setter
+    def texts(self, value: TextOptions | None) -> None:
+        if not self.task.collator.reads_texts or not isinstance(value, TextOptions | None):
+            raise ConfigError(
+                "texts must be a pyrolora.TextOptions or None, of a causal language model, got "
+                f"{value!r} for the task {self.task.name!r}"
+            )
+        self.task.texts = value
 
     @property
     def predictor(self) -> Predictor:
@@ -361,9 +375,11 @@ class Posterior:
         Parameters
         ----------
         inputs
-            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids``,
-            ``attention_mask``, and other inputs of the network, one row per prompt, such as
-            ``pixel_values``.
+            A list of texts; a chat, as a list of messages, or a list of chats, in which it is the
+            assistant's turn; rows as in a fit (``messages``, ``prompt``, ``question``, ...), whose
+            prompts are written as there; token ids, (n, T) or lists; or a mapping with
+            ``input_ids``, ``attention_mask``, and other inputs of the network, one row per prompt,
+            such as ``pixel_values``.
         num_samples
             S. None: 8; with an ensemble every member once.
         draws
@@ -373,8 +389,9 @@ class Posterior:
         **generate_options
             Options of transformers' ``generate``: ``max_new_tokens`` (by default what the
             network's settings say, or 40, at most to the end of its context), ``do_sample``,
-            ``temperature``, ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling,
-            and both with beams.
+            ``temperature``, ``num_beams``, ``num_return_sequences``, ``stop_strings`` (each
+            continuation ends with the first that it completes), ... Greedy search, sampling, and
+            both with beams. A ``streamer`` takes one prompt and one draw.
 
         Raises
         ------
