@@ -33,10 +33,14 @@ from pyrolora.data.inputs import (
     taken_by,
 )
 from pyrolora.data.labels import known_names, numbered
+from pyrolora.data.media import media_of, tokenizer_of
 from pyrolora.data.padding import MASK, padded, padding_of
 from pyrolora.data.target import Target
 from pyrolora.data.tokenising import encode_texts
 from pyrolora.errors import DataError
+
+MEDIUM = "medium"
+"""The picture or sound of an example, on its way to a batch."""
 
 
 class Collator:
@@ -68,7 +72,7 @@ class Collator:
     """Whether EOS ends every text."""
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer_of(tokenizer)
         self.network_name = type(network).__name__
         config = getattr(network, "config", None)
         self.pads_right = getattr(config, "summary_type", None) != "last"
@@ -76,16 +80,18 @@ class Collator:
         self.longest = table_of_positions(network)
         self.context = context_length(network)
         self.vocabulary = embedded(network)
-        self.padding = padding_of(network, tokenizer)
+        self.padding = padding_of(network, self.tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.float32)
         self.taken = taken_by(network)
+        self.media = media_of(network, tokenizer, self.taken)
         self.takes_labels = True
 
     @property
     def read(self) -> set[str]:
         """The names of the columns that are read, beside labels."""
-        return {*self.taken, *self.beside}
+        columns = () if self.media is None else self.media.columns
+        return {*self.taken, *self.beside, *columns}
 
     @property
     def encoder(self) -> Encoder:
@@ -115,7 +121,14 @@ class Collator:
         return numbered(examples, network, task), known_names(examples, network, task)
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
-        """Return the data with tokens in place of raw text, and the columns that were read."""
+        """Return the data with tokens in place of raw text, and the columns that were read.
+
+        Pictures and sounds stay as they are: a batch of them is made of its examples.
+        """
+        if self.media is not None:
+            chosen, columns = self.media.select(data)
+            if columns:
+                return chosen, columns
         check_nested(data)
         read = text_columns(data)
         return (encode_texts(data, read, self.encoder) if read else data), read
@@ -149,7 +162,10 @@ class Collator:
         inputs = {name: value for name, value in row.items() if name != LABELS}
         self._check_tokens(inputs)
         kept = {name: value for name, value in inputs.items() if name in self.taken}
-        if any(isinstance(value, str) for value in kept.values()) or not kept:
+        medium = None if self.media is None else self.media.of_row(inputs)
+        if any(isinstance(value, str) for value in kept.values()) or not (
+            kept or medium is not None
+        ):
             raise DataError(
                 f"an example with {sorted(inputs)} has no input of {self.network_name} in numbers; "
                 f"it takes {sorted(self.taken - self.internal)}, or raw text as a "
@@ -157,6 +173,8 @@ class Collator:
             )
         packed = self.packs(inputs)
         made = self._mask(inputs)
+        if medium is not None:
+            kept[MEDIUM] = medium
         if made is not None and not packed and MASK in self.taken:
             kept[MASK] = made
         if not self.takes_labels:
@@ -238,8 +256,9 @@ class Collator:
                 f"the examples have different columns, {[*dict.fromkeys(map(str, names))]}; give "
                 "all the same"
             )
+        made = self._from_media(rows)
         packed = MASK not in rows[0] and any(map(self.packs, rows))
-        batch = self._stacked(rows)
+        batch = {**made, **self._stacked(rows)}
         if packed:  # transformers tells packed texts apart by their positions, unless it has a mask
             batch.pop(MASK, None)
         self._check_ids(batch.get("input_ids"))
@@ -247,6 +266,12 @@ class Collator:
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
         return batch
+
+    def _from_media(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Take the pictures or sounds out of the rows, and return the inputs made of them."""
+        if self.media is None or MEDIUM not in rows[0]:
+            return {}
+        return self.media.batch([row.pop(MEDIUM) for row in rows])
 
     def _stacked(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the rows as one batch, padded where their lengths differ."""

@@ -207,7 +207,7 @@ class Classification(Task):
     )
     discrete = True
     names_classes = True
-    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     prediction = ClassPrediction
     linearisable = True
     tempers = True
