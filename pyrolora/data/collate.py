@@ -35,6 +35,7 @@ from pyrolora.data.inputs import (
 from pyrolora.data.labels import known_names, numbered
 from pyrolora.data.media import media_of, tokenizer_of
 from pyrolora.data.padding import MASK, padded, padding_of
+from pyrolora.data.pieces import counts_of, take_pieces
 from pyrolora.data.target import Target
 from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import encode_texts
@@ -96,7 +97,7 @@ class Collator:
     def read(self) -> set[str]:
         """The names of the columns that are read, beside labels."""
         columns = () if self.media is None else self.media.columns
-        return {*self.taken, *self.beside, *columns}
+        return {*self.taken, *counts_of(self.taken), *self.beside, *columns}
 
     @property
     def reading(self) -> TextOptions:
@@ -171,7 +172,7 @@ class Collator:
         row = as_dict(example, self.input_name)
         inputs = {name: value for name, value in row.items() if name != LABELS}
         self._check_tokens(inputs)
-        kept = {name: value for name, value in inputs.items() if name in self.taken}
+        kept = {n: v for n, v in inputs.items() if n in {*self.taken, *counts_of(self.taken)}}
         medium = None if self.media is None else self.media.of_row(inputs)
         if any(isinstance(value, str) for value in kept.values()) or not (
             kept or medium is not None
@@ -266,9 +267,9 @@ class Collator:
                 f"the examples have different columns, {[*dict.fromkeys(map(str, names))]}; give "
                 "all the same"
             )
-        made = self._from_media(rows)
+        made = {**self._from_media(rows), **take_pieces(rows)}
         packed = MASK not in rows[0] and any(map(self.packs, rows))
-        batch = {**made, **self._stacked(rows)}
+        batch = {**self._stacked(rows), **made}
         if packed:  # transformers tells packed texts apart by their positions, unless it has a mask
             batch.pop(MASK, None)
         self._check_ids(batch.get("input_ids"))

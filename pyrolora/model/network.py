@@ -27,6 +27,7 @@ from pyrolora.adapters import (
     sharing_of,
 )
 from pyrolora.columns import INPUTS, LABELS, Batch
+from pyrolora.data.pieces import for_network
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -259,6 +260,7 @@ class AdaptedNetwork(nn.Module):
         return {name: tensor for name, tensor in batch.items() if name not in of_task}
 
     def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+        inputs = for_network(inputs)
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
         if self._cacheless:

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError
+from pyrolora.data.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
-from pyrolora.predictive.prompts import PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ class Writer:
         dtype = next(p.dtype for p in parameters if p.is_floating_point())
         batch = {"input_ids": ids, "attention_mask": mask.long()}
         for name, rows in others.items():
-            if name == PER_TOKEN:
-                tensor = pad_sequence(rows, True, 0, padding_side="left")
+            if name in PER_TOKEN:
+                batch[name] = pad_sequence(rows, True, 0, padding_side="left")
             else:
-                tensor = torch.stack(rows)
+                batch |= joined(name, rows)
+        for name, tensor in batch.items():
             batch[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return batch
 
@@ -106,7 +107,9 @@ class Writer:
         with self.joint.bound(binding):
             try:
                 rows = base.generate(
-                    **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()},
+                    **for_network(
+                        {n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()}
+                    ),
                     generation_config=self.settings,
                     stopping_criteria=StoppingCriteriaList([_Progress(self.bar)]),
                 )
