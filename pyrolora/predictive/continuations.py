@@ -16,6 +16,7 @@ from pyrolora.adapters import Binding, FlatFactors, SharedPassError
 from pyrolora.data.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
+from pyrolora.predictive.decoding import StopStrings
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,17 @@ class Writer:
         The settings of ``generate``.
     bar
         Progress, by tokens.
+    stops
+        The texts that end a continuation, if there are any.
+    streamer
+        What is given every token at once, if anything is.
     """
 
     joint: JointModel
     settings: GenerationConfig
     bar: Any
+    stops: StopStrings | None = None
+    streamer: Any = None
 
     @property
     def several(self) -> int:
@@ -111,12 +118,19 @@ class Writer:
                         {n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()}
                     ),
                     generation_config=self.settings,
-                    stopping_criteria=StoppingCriteriaList([_Progress(self.bar)]),
+                    stopping_criteria=self._criteria(length),
+                    streamer=self.streamer,
                 )
             except ValueError as error:  # settings that contradict one another
                 raise ConfigError(f"transformers' generate(): {error}") from error
         new = rows[:, length:].cpu().unflatten(0, (draws, size, self.several))
         return new.transpose(0, 1).flatten(1, 2), binding
+
+    def _criteria(self, length: int) -> StoppingCriteriaList:
+        criteria: list[StoppingCriteria] = [_Progress(self.bar)]
+        if self.stops is not None:
+            criteria.append(_Stopped(self.stops, length))
+        return StoppingCriteriaList(criteria)
 
 
 @contextmanager
@@ -144,3 +158,14 @@ class _Progress(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.bar.update(1)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Stopped(StoppingCriteria):
+    """A criterion that stops each row at the first stop string after its prompt."""
+
+    def __init__(self, stops: StopStrings, length: int) -> None:
+        self.stops, self.length = stops, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        written = input_ids[:, self.length :].tolist()
+        return torch.tensor([self.stops.end(ids) for ids in written], device=input_ids.device)

@@ -6,10 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor
 
+from pyrolora import defaults
+from pyrolora.columns import INPUTS
+from pyrolora.data import TextOptions
+from pyrolora.data.chat import ChatTemplate, messages_of
+from pyrolora.data.completions import DialogueEncoder
+from pyrolora.data.dialogues import prompt_of
 from pyrolora.data.encoding import Encoder
+from pyrolora.data.examples import as_examples
 from pyrolora.data.inputs import KNOWN_INPUTS, taken_by
 from pyrolora.data.padding import MASK, padding_of
 from pyrolora.data.pieces import PER_TOKEN, per_prompt, picture_token
@@ -25,7 +33,9 @@ def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     DataError
         For what is no list of prompts, and for ids that the network does not have.
     """
-    texts = _are_texts(inputs)
+    texts, written = _are_texts(inputs), _written(inputs, tokenizer)
+    if written is not None:
+        return _checked(written, joint)
     if _is_mapping(inputs):
         prompts = _masked(inputs)
     elif texts:
@@ -33,7 +43,7 @@ def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     else:
         _check_form(inputs)
         prompts = _tensors(inputs)
-    _check_ids(prompts, joint)
+    _checked(prompts, joint)
     if not texts and not (_is_mapping(inputs) and MASK in inputs):
         padding = padding_of(joint.base, tokenizer)
         masks = [padding.mask(ids) for ids in prompts]
@@ -42,6 +52,42 @@ def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
             for ids, mask in zip(prompts, masks, strict=True)
         ]
     return [ids.long() for ids in prompts]
+
+
+def _written(inputs: Any, tokenizer: Any) -> list[Tensor] | None:
+    """Return the tokens of chats, or of the prompts in rows of a data set; None for other inputs.
+
+    In both it is the assistant's turn, or that of the completion, as in a fit.
+    """
+    chats = _chats(inputs)
+    if chats is not None:
+        template = ChatTemplate(tokenizer)
+        return [torch.tensor(template.opened(messages_of(chat))) for chat in chats]
+    rows = [*inputs] if isinstance(inputs, list | tuple) else []
+    if not isinstance(inputs, datasets.Dataset) and not (rows and _are_dicts(rows)):
+        return None
+    data = as_examples(inputs, INPUTS, defaults.SCORE_SPLITS)
+    if any(name in data.column_names for name in ("input_ids", MASK)):
+        return None
+    encode = DialogueEncoder(prompt_of(data), Encoder(tokenizer, math.inf), TextOptions())
+    return [torch.tensor(ids) for ids in encode.prompts(data)]
+
+
+def _chats(inputs: Any) -> list[Any] | None:
+    """Return the chats in a list of chats, or in a list of the messages of one."""
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str) or not len(inputs):
+        return None
+    if all(isinstance(chat, list | tuple) and _are_messages(chat) for chat in inputs):
+        return [*inputs]
+    return [inputs] if _are_messages(inputs) else None
+
+
+def _are_messages(rows: Sequence[Any]) -> bool:
+    return _are_dicts(rows) and any({"role", "from"} & {*row} for row in rows)
+
+
+def _are_dicts(rows: Sequence[Any]) -> bool:
+    return len(rows) > 0 and all(isinstance(row, Mapping) for row in rows)
 
 
 def other_inputs(
@@ -120,12 +166,13 @@ def _check_form(inputs: Any) -> None:
         return
     kind = f"a mapping with {[*inputs]}" if isinstance(inputs, Mapping) else type(inputs).__name__
     raise DataError(
-        "inputs must be a list of texts, a tensor of token ids (n, T), or a mapping with "
-        f"'input_ids', got {kind}; from rows pass the texts alone: data['text']"
+        "inputs must be a list of texts or of chats, rows with prompts, a tensor of token ids "
+        f"(n, T), or a mapping with 'input_ids', got {kind}"
     )
 
 
-def _check_ids(prompts: Sequence[Tensor], joint: JointModel) -> None:
+def _checked(prompts: list[Tensor], joint: JointModel) -> list[Tensor]:
+    """Return the prompts, whose tokens the network has."""
     if not prompts:
         raise DataError("there are no prompts")
     for number, ids in enumerate(prompts):
@@ -141,6 +188,7 @@ def _check_ids(prompts: Sequence[Tensor], joint: JointModel) -> None:
             f"token ids must be in 0..{vocabulary - 1}, got {lowest}..{highest}; was another "
             "tokenizer used?"
         )
+    return prompts
 
 
 def _tensors(rows: Any) -> list[Tensor]:
@@ -148,6 +196,6 @@ def _tensors(rows: Any) -> list[Tensor]:
         return [torch.as_tensor(row) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"a prompt is a text or a list of token ids ({error}); turn a chat into a text with "
-            "tokenizer.apply_chat_template(messages, tokenize=False)"
+            f"a prompt is a text, a list of token ids, or a list of messages with 'role' and "
+            f"'content' ({error})"
         ) from error
