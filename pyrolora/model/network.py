@@ -27,6 +27,7 @@ from pyrolora.adapters import (
     sharing_of,
 )
 from pyrolora.columns import INPUTS, LABELS, PLACES, Batch
+from pyrolora.data.pieces import for_network
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -262,7 +263,7 @@ class AdaptedNetwork(nn.Module):
         return {name: tensor for name, tensor in batch.items() if name not in of_task}
 
     def _call(self, batch: Batch) -> Any:
-        inputs = self._inputs(batch)
+        inputs = for_network(self._inputs(batch))
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
         if PLACES in batch:

@@ -14,10 +14,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError
 from pyrolora.columns import DECODER_IDS
+from pyrolora.data.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 from pyrolora.predictive.decoding import StopStrings
-from pyrolora.predictive.prompts import PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ class Writer:
         batch = {"input_ids": ids, "attention_mask": mask}
         for name, rows in others.items():
             if name in PER_TOKEN:
-                tensor = pad_sequence(rows, True, 0, padding_side=side)
+                batch[name] = pad_sequence(rows, True, 0, padding_side=side)
             else:
-                tensor = torch.stack(rows)
+                batch |= joined(name, rows)
+        for name, tensor in batch.items():
             batch[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return batch
 
@@ -128,7 +129,9 @@ class Writer:
         with self.joint.bound(binding):
             try:
                 rows = base.generate(
-                    **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()},
+                    **for_network(
+                        {n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()}
+                    ),
                     generation_config=self.settings,
                     stopping_criteria=self._criteria(length),
                     streamer=self.streamer,

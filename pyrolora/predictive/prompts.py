@@ -21,12 +21,10 @@ from pyrolora.data.examples import as_examples
 from pyrolora.data.inputs import KNOWN_INPUTS, embedded, table_of_positions, taken_by
 from pyrolora.data.padding import MASK, padding_of
 from pyrolora.data.pairs import joined_texts, source_of
+from pyrolora.data.pieces import PER_TOKEN, per_prompt, picture_token
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 from pyrolora.model import JointModel
-
-PER_TOKEN = ("token_type_ids", "global_attention_mask")
-"""The inputs that have a value for every token of a prompt."""
 
 
 def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
@@ -99,12 +97,15 @@ def _are_dicts(rows: Sequence[Any]) -> bool:
 def other_inputs(
     inputs: Any, joint: JointModel, prompts: Sequence[Tensor]
 ) -> dict[str, list[Tensor]]:
-    """Return the inputs that a mapping has beside the tokens, one row per prompt.
+    """Return the inputs that a mapping has beside the tokens, those of each prompt.
+
+    They are (m, ...), with as many pieces as the prompt has pictures or patches of pictures; or
+    (T,), where they have a value per token.
 
     Raises
     ------
     DataError
-        For inputs that the network does not take, or that have another number of rows.
+        For inputs that the network does not take, or whose pieces belong to no prompt.
     """
     names = [n for n in inputs if n not in ("input_ids", MASK)] if _is_mapping(inputs) else []
     taken = taken_by(joint.base) & {*KNOWN_INPUTS} - {"position_ids", "inputs_embeds"}
@@ -114,19 +115,19 @@ def other_inputs(
             f"generate() does not pass {refused} on to this {type(joint.base).__name__}; leave "
             f"them out; beside input_ids and attention_mask it passes {sorted(taken)}"
         )
-    others = {}
-    for name in names:
-        rows = _tensors(inputs[name])
-        if len(rows) != len(prompts):
-            raise DataError(
-                f"{name!r} has {len(rows)} rows for {len(prompts)} prompts; give one row per "
-                "prompt, or generate for one prompt at a time"
-            )
-        if name in PER_TOKEN and MASK in inputs:
-            masks = [row.bool() for row in _tensors(inputs[MASK])]
-            rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
-        others[name] = rows
-    return others
+    per_token = [name for name in names if name in PER_TOKEN]
+    columns = {name: _tensors(inputs[name]) for name in names}
+    if any(len(columns[name]) != len(prompts) for name in per_token):
+        raise DataError(f"{per_token} and input_ids differ in shape; give a value per token")
+    if per_token and MASK in inputs:
+        masks = [row.bool() for row in _tensors(inputs[MASK])]
+        for name in per_token:
+            columns[name] = [r[mask] for r, mask in zip(columns[name], masks, strict=True)]
+    pieces = {n: torch.stack(rows) for n, rows in columns.items() if n not in PER_TOKEN}
+    try:
+        return {**columns, **per_prompt(pieces, prompts, picture_token(joint.base))}
+    except DataError as error:
+        raise DataError(f"{error}; generate for one prompt at a time") from error
 
 
 def _are_texts(inputs: Any) -> bool:
