@@ -18,6 +18,12 @@ INPUTS = "inputs"
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
 
+CHOICE_TOKENS = "choice_tokens"
+"""(b, choices), the token that stands for each choice; -100 where an example has fewer."""
+
+COUNTED = "completion_mask"
+"""The name of a mask, in the shape of the tokens, that is 1 at those of the answer."""
+
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
 """The names that data sets give to the tags of words."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, LABELS, Batch
+from pyrolora.columns import INPUTS, Batch
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -38,6 +39,9 @@ NOT_CALLED = (
     "the network does not call the adapted layer(s) {}: its code reads their weights directly, or "
     "does not use them for such inputs; leave them out with exclude_modules"
 )
+
+KEPT = "logits_to_keep"
+"""The argument of transformers' language models with the positions of the logits to compute."""
 
 
 class AdaptedNetwork(nn.Module):
@@ -81,7 +85,10 @@ class AdaptedNetwork(nn.Module):
         self.trained_statistics = of_heads if program.bank.specs else [*of_base, *of_heads]
         encoders = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
         self._has_fastpath = any(isinstance(m, encoders) for m in base.modules())
-        self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
+        taken = inspect.signature(base.forward).parameters
+        self._cacheless = "use_cache" in taken
+        # Other code may take a number of tokens alone under that name.
+        self._keeps_logits = KEPT in taken and base.forward.__module__.startswith("transformers.")
 
     def train(self, mode: bool = True) -> AdaptedNetwork:
         """Like `nn.Module.train`, except that an adapted network's running statistics stay frozen.
@@ -96,6 +103,12 @@ class AdaptedNetwork(nn.Module):
         for module in self._quantised:
             module.train()
         return self
+
+    def under(self, task: Task) -> Self:
+        """Return this model with another task, and everything else shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "task": task}
+        return other
 
     # Draws ---------------------------------------------------------------------------------------
 
@@ -143,7 +156,7 @@ class AdaptedNetwork(nn.Module):
         """
         if not self.attachment.layers and self.program.members == 1:
             return True
-        known, kind = self._sharing(), kind_of(self._inputs(batch))
+        known, kind = self._sharing(), kind_of(self.task.inputs(batch))
         if known.possible and kind not in known.checked:
             plain = self.binding(self.program.mean())
             with evaluating(self):
@@ -188,10 +201,10 @@ class AdaptedNetwork(nn.Module):
         """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
         check_eager(self.base)
         with self.bound(binding):
-            raw = self._call(self._inputs(batch))
+            raw = self._raw(batch)
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)
-        return self.task.output(raw)
+        return self._read(raw, batch)
 
     def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
         """Return the posterior's task heads by their name in the network (`HeadCopies.named`)."""
@@ -243,7 +256,7 @@ class AdaptedNetwork(nn.Module):
             for batch in batches:
                 binding = self.binding(self.program.mean())
                 with self.bound(binding):
-                    self._call(self._inputs(batch))
+                    self._raw(batch)
                 left -= self._names(binding.used)
                 if not left:
                     break
@@ -253,17 +266,24 @@ class AdaptedNetwork(nn.Module):
         """Return whether uncalled layers are fine: training may skip layers (layerdrop)."""
         return self.base.training or self.attachment.checked
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the columns that the network takes."""
-        of_task = {LABELS, *self.task.extras}
-        return {name: tensor for name, tensor in batch.items() if name not in of_task}
-
-    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+    def _raw(self, batch: Batch) -> Any:
+        """Return what the network returns on a batch, with few logits where few are read."""
+        inputs: dict[str, Any] = self.task.inputs(batch)
+        if self._keeps_logits and (places := self.task.places(batch)) is not None:
+            inputs[KEPT] = places
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
         if self._cacheless:
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
+
+    def _read(self, raw: Any, batch: Batch) -> Tensor:
+        """Return the tensor that the law reads, from what the network returns on a batch."""
+        output = self.task.output(raw)
+        places = None if self._keeps_logits else self.task.places(batch)
+        if places is not None and output.dim() == 3:
+            output = output.take_along_dim(places[..., None], 1)
+        return self.task.scores(output, batch)
 
     def _warn_of_uncalled(self, binding: Binding) -> None:
         """Warn, once, of layers that the network does not call: their adapters do nothing."""

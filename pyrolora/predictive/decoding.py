@@ -40,7 +40,7 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
     base: Any = joint.base
     check_eager(base)
     able = getattr(base, "can_generate", None)
-    if not joint.task.causal or able is None or not able():
+    if joint.task.as_text() is None or able is None or not able():
         raise ConfigError(
             "generate() needs a causal language model of transformers, fitted as one; this is a "
             f"{type(base).__name__} with the task {joint.task.name!r}"

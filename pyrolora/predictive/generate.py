@@ -62,6 +62,9 @@ def generate(
         acts on its result.
     """
     settings = decoding_settings(joint, dict(options or {}))
+    text = joint.task.as_text()
+    assert text is not None
+    joint = joint.under(text)
     prompts = prompt_ids(inputs, tokenizer, joint)
     others = other_inputs(inputs, joint, prompts)
     set_length(joint, prompts, settings)

@@ -1,8 +1,10 @@
 """Tasks, one per file: the law of the targets, their data, their predictions."""
 
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.causal_choice import LetterChoice, TextChoice, TokenMeanChoice
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.choosing import BY_CAUSAL_LM, choice_task
 from pyrolora.tasks.classification import Classification, ClassPrediction
 from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.masked_lm import MaskedLM
@@ -15,11 +17,13 @@ from pyrolora.tasks.token_classification import TagPrediction, TokenClassificati
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
 __all__ = [
+    "BY_CAUSAL_LM",
     "CausalLM",
     "Checkpoint",
     "ClassPrediction",
     "Classification",
     "LanguageModel",
+    "LetterChoice",
     "MaskedLM",
     "MultipleChoice",
     "Prediction",
@@ -27,11 +31,14 @@ __all__ = [
     "RegressionPrediction",
     "TagPrediction",
     "Task",
+    "TextChoice",
     "TokenClassification",
+    "TokenMeanChoice",
     "TokenPrediction",
     "TokenScores",
     "TokenTask",
     "available",
+    "choice_task",
     "load_head",
     "load_language_model",
     "load_network",

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import Batch
+from pyrolora.columns import LABELS, Batch
 from pyrolora.data import Collator
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
@@ -144,6 +144,25 @@ class Task(ParamModule, ABC):
     def tempered(self, logits: Tensor) -> Tensor:
         """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the network is given of a batch: all but the labels and `extras`."""
+        return {n: t for n, t in batch.items() if n != LABELS and n not in self.extras}
+
+    def places(self, batch: Batch) -> Tensor | None:
+        """Return the positions whose logits `scores` reads, (rows, P); None: those of all tokens.
+
+        transformers' language models compute no others then (``logits_to_keep``).
+        """
+        return None
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the tensor that the law reads, (b, ...), from `output` at the `places`."""
+        return output
+
+    def as_text(self) -> Task | None:
+        """Return the task under which draws write text, and score it; None where they do not."""
+        return self if self.causal else None
 
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:

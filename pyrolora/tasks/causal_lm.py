@@ -32,9 +32,11 @@ class CausalCollator(Collator):
     def check_data(self, examples: Any) -> None:
         if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
             raise DataError(
-                "the data has a column 'choices', and a language model learns, or is scored on, "
-                "whole texts here; join the question and the right choice in one column, 'text'. "
-                "predict() and evaluate() let it choose"
+                "the data has a column 'choices', and a language model learns to choose in two "
+                "ways: choices='letters', by the letter that it writes after a list of options "
+                "(one pass per example), or choices='texts', by the likelihood of each choice's "
+                "text (a pass per choice; 'texts-per-token' takes the mean over tokens). To learn "
+                "whole texts, join the question and the right choice in one column, 'text'"
             )
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from torch import nn
 from pyrolora.checks import is_redefined
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.causal_choice import LetterChoice, TextChoice, TokenMeanChoice
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.classification import Classification
 from pyrolora.tasks.masked_lm import MaskedLM
@@ -31,6 +32,9 @@ _REGISTRY: dict[str, type[Task]] = {
         MultipleChoice,
         MaskedLM,
         TokenClassification,
+        LetterChoice,
+        TextChoice,
+        TokenMeanChoice,
     )
 }
 
