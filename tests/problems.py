@@ -27,6 +27,7 @@ WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
     *("very", "not", "the", "a", "was", "is", "fine", "dull"),
 ]
+LETTERED = [*WORDS, *"ABCD", "Answer", ":", "."]
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -85,6 +86,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         model_max_length=32,
+    )
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of words with the letters of choices, which writes nothing around a text."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(LETTERED)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
     )
 
 

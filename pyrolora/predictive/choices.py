@@ -75,6 +75,7 @@ def choose(
             f" beside the question; the task is {own.name!r}"
         )
     task = _task(joint, choices, per_token)
+    task.check_network(joint.base)
     if own.as_text() is own and isinstance(task, TextChoice):
         task.token_temperature, temperature = temperature, 1.0
     elif own.as_text() is not own and type(task) is not type(own):
