@@ -95,8 +95,8 @@ def fit(
         ``"letters"``, by the letter that it writes after a prompt with lettered options, among the
         letters (one pass per example); ``"texts"``, by the likelihoods of the choices' texts after
         the context (a pass per choice), or ``"texts-per-token"``, by their means over tokens. It
-        stands for ``task="multiple-choice-letters"``, ``"multiple-choice-texts"``,
-        ``"multiple-choice-texts-per-token"``.
+        stands for ``task="letter-choice"``, ``"text-choice"``,
+        ``"text-choice-per-token"``.
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
     prior

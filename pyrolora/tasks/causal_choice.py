@@ -144,7 +144,7 @@ class LetterChoice(CausalChoice):
     (Wang et al. 2024, NeurIPS). `pyrolora.data.choice_prompts` has the prompt.
     """
 
-    name = "multiple-choice-letters"
+    name = "letter-choice"
     short: ClassVar[str] = "letters"
     collator = LetterCollator
     extras = (CHOICE_TOKENS,)
@@ -172,7 +172,7 @@ class TextChoice(CausalChoice):
     it shares with the context alone. An example takes a row per choice.
     """
 
-    name = "multiple-choice-texts"
+    name = "text-choice"
     short: ClassVar[str] = "texts"
     collator = ContinuationCollator
     extras = (*MultipleChoice.extras, COUNTED)
@@ -209,6 +209,6 @@ class TextChoice(CausalChoice):
 class TokenMeanChoice(TextChoice):
     """Choices by their texts, long ones at no disadvantage: f_c is the mean over their tokens."""
 
-    name = "multiple-choice-texts-per-token"
+    name = "text-choice-per-token"
     short: ClassVar[str] = "texts-per-token"
     per_token = True

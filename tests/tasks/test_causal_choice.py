@@ -314,9 +314,9 @@ def test_what_cannot_be_is_refused(posteriors: dict[str, Posterior], tmp_path: P
     with pytest.raises(ConfigError, match=r"one of 'letters', 'texts', 'texts-per-token', got 'x'"):
         fit("x")
     with pytest.raises(
-        ConfigError, match=r"choices='texts' is the task.*task= names 'mul.*letters"
+        ConfigError, match=r"choices='texts' is the task.*task= names .letter-choice"
     ):
-        fit("texts", task="multiple-choice-letters")
+        fit("texts", task="letter-choice")
     with pytest.raises(ConfigError, match=r"BertForMultipleChoice is none.*leave choices="):
         pyrolora.fit(bert_choice(), ROWS, "map", choices="letters", tokenizer=letter_tokenizer())
     many = [{"question": "a", "choices": ["good"] * 27, "label": 0}]
