@@ -15,11 +15,20 @@ LABELS = "labels"
 INPUTS = "inputs"
 """The input of a network that is not from transformers."""
 
+PLACES = "logits_to_keep"
+"""(b, K), the same in each row: the places of a text whose logits the law reads.
+
+The name is that of transformers' argument. Without the column a network gives all its logits.
+"""
+
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
 
 CHOICE_TOKENS = "choice_tokens"
 """(b, choices), the token that stands for each choice; -100 where an example has fewer."""
+
+CHOICE_PLACES = "choice_places"
+"""(b, choices, K), the places before the tokens of each choice; -1 where it has fewer."""
 
 COUNTED = "completion_mask"
 """The name of a mask, in the shape of the tokens, that is 1 at those of the answer."""

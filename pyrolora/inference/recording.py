@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK, Batch
+from pyrolora.columns import CHOICE_MASK, CHOICE_PLACES, PLACES, Batch
 from pyrolora.model import JointModel
 
 
@@ -66,6 +66,10 @@ def masks(batch: Batch) -> list[Tensor]:
     if attention is not None and attention.dim() > 1:
         attention = attention if choices is None else attention * choices[..., None]
         masks.append(attention.flatten(0, -2).bool())
+        if PLACES in batch:  # the rows of an adapted output layer
+            masks.append(attention.gather(-1, batch[PLACES]).bool())
+        if CHOICE_PLACES in batch:
+            masks.append((batch[CHOICE_PLACES] >= 0).flatten(0, 1))
     if choices is not None:
         masks.append(choices.flatten().bool())
     return masks

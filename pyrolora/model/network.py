@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 
 from pyrolora.adapters import (
     Attachment,
@@ -27,7 +28,7 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, Batch
+from pyrolora.columns import INPUTS, PLACES, Batch
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -40,8 +41,8 @@ NOT_CALLED = (
     "does not use them for such inputs; leave them out with exclude_modules"
 )
 
-KEPT = "logits_to_keep"
-"""The argument of transformers' language models with the positions of the logits to compute."""
+EACH = "slice_logits_to_keep"
+"""The function of transformers that has places for each row."""
 
 
 class AdaptedNetwork(nn.Module):
@@ -88,7 +89,7 @@ class AdaptedNetwork(nn.Module):
         taken = inspect.signature(base.forward).parameters
         self._cacheless = "use_cache" in taken
         # Other code may take a number of tokens alone under that name.
-        self._keeps_logits = KEPT in taken and base.forward.__module__.startswith("transformers.")
+        self._keeps_logits = PLACES in taken and base.forward.__module__.startswith("transformers.")
 
     def train(self, mode: bool = True) -> AdaptedNetwork:
         """Like `nn.Module.train`, except that an adapted network's running statistics stay frozen.
@@ -269,21 +270,32 @@ class AdaptedNetwork(nn.Module):
     def _raw(self, batch: Batch) -> Any:
         """Return what the network returns on a batch, with few logits where few are read."""
         inputs: dict[str, Any] = self.task.inputs(batch)
-        if self._keeps_logits and (places := self.task.places(batch)) is not None:
-            inputs[KEPT] = places
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
+        places = self.task.places(batch)
+        if places is not None and self._keeps(places):
+            inputs[PLACES] = places
         if self._cacheless:
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
 
     def _read(self, raw: Any, batch: Batch) -> Tensor:
         """Return the tensor that the law reads, from what the network returns on a batch."""
-        output = self.task.output(raw)
-        places = None if self._keeps_logits else self.task.places(batch)
-        if places is not None and output.dim() == 3:
-            output = output.take_along_dim(places[..., None], 1)
+        output, places = self.task.output(raw), self.task.places(batch)
+        if places is not None and output.dim() == 3 and not self._keeps(places):
+            output = (
+                output[:, places]
+                if places.dim() == 1
+                else output.take_along_dim(places[..., None], 1)
+            )
         return self.task.scores(output, batch)
+
+    def _keeps(self, places: Tensor) -> bool:
+        """Return whether the network gives the logits at these places alone, if it is asked to.
+
+        Places that differ from row to row are known to newer versions of transformers.
+        """
+        return self._keeps_logits and (places.dim() == 1 or hasattr(modeling_utils, EACH))
 
     def _warn_of_uncalled(self, binding: Binding) -> None:
         """Warn, once, of layers that the network does not call: their adapters do nothing."""

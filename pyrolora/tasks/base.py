@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import LABELS, Batch
+from pyrolora.columns import LABELS, PLACES, Batch
 from pyrolora.data import Collator
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
@@ -146,15 +146,18 @@ class Task(ParamModule, ABC):
         return logits if self.temperature == 1 else logits / self.temperature
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what the network is given of a batch: all but the labels and `extras`."""
-        return {n: t for n, t in batch.items() if n != LABELS and n not in self.extras}
+        """Return what the network is given of a batch: all but labels, places and `extras`."""
+        own = {LABELS, PLACES, *self.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in own}
 
     def places(self, batch: Batch) -> Tensor | None:
-        """Return the positions whose logits `scores` reads, (rows, P); None: those of all tokens.
+        """Return the places whose logits `scores` reads; None: those of all tokens.
 
-        transformers' language models compute no others then (``logits_to_keep``).
+        They are (K,) for all rows, or (rows, K). transformers' language models compute no others
+        then.
         """
-        return None
+        places = batch.get(PLACES)
+        return None if places is None else places[0]
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the tensor that the law reads, (b, ...), from `output` at the `places`."""

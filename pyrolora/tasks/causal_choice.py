@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pyrolora.columns import CHOICE_TOKENS, COUNTED, IGNORED, Batch
+from pyrolora.columns import CHOICE_PLACES, CHOICE_TOKENS, COUNTED, IGNORED, Batch
 from pyrolora.data import Collator
 from pyrolora.data.choice_prompts import encode_continuations, encode_lettered
 from pyrolora.data.columns import CHOICES, context_columns
 from pyrolora.data.padding import MASK
+from pyrolora.distributions import LogitsCategorical
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
@@ -69,7 +70,7 @@ class LetterCollator(Collator):
 
 
 class ContinuationCollator(ChoiceCollator):
-    """Contexts with each choice to a batch (b, choices, T), and a mask of the choices' tokens."""
+    """Contexts with each choice to a batch (b, choices, T), and ``choice_places``."""
 
     internal = frozenset((COUNTED,))
 
@@ -94,6 +95,14 @@ class ContinuationCollator(ChoiceCollator):
                     "which nothing predicts; leave the example out"
                 )
         return rows, mask
+
+    def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
+        batch = super().__call__(examples)
+        counted = batch.pop(COUNTED)[..., 1:].ne(0)
+        places = counted.int().argsort(dim=-1, descending=True, stable=True)
+        own = places.masked_fill(~counted.gather(-1, places), -1)
+        batch[CHOICE_PLACES] = own[..., : int(counted.sum(-1).amax())]
+        return batch
 
 
 class CausalChoice(MultipleChoice):
@@ -175,7 +184,7 @@ class TextChoice(CausalChoice):
     name = "text-choice"
     short: ClassVar[str] = "texts"
     collator = ContinuationCollator
-    extras = (*MultipleChoice.extras, COUNTED)
+    extras = (*MultipleChoice.extras, CHOICE_PLACES)
     causal = True
     per_token: ClassVar[bool] = False
     """Whether the mean over a choice's tokens takes the place of their sum."""
@@ -186,21 +195,16 @@ class TextChoice(CausalChoice):
         return {name: tensor.flatten(0, 1) for name, tensor in super().inputs(batch).items()}
 
     def places(self, batch: Batch) -> Tensor:
-        """Return the places before the tokens of each choice, (b choices, P).
-
-        P is their number in the longest choice; shorter ones have other places at the end.
-        """
-        counted = batch[COUNTED].flatten(0, 1)[:, 1:].ne(0)
-        longest = int(counted.sum(-1).amax())
-        return counted.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
+        """Return the places before the tokens of each choice, (b choices, K)."""
+        return batch[CHOICE_PLACES].flatten(0, 1).clamp(min=0)
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
-        places, ids = self.places(batch), batch["input_ids"]
+        ids = batch["input_ids"]
         self.check_width(output, ids)
         logits = output if self.token_temperature == 1 else output / self.token_temperature
-        tokens = ids.flatten(0, 1).gather(-1, places + 1)
-        counted = batch[COUNTED].flatten(0, 1).gather(-1, places + 1).ne(0)
-        picked = logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+        counted = batch[CHOICE_PLACES].flatten(0, 1) >= 0
+        tokens = ids.flatten(0, 1).gather(-1, self.places(batch) + 1)
+        picked = LogitsCategorical(logits, validate_args=False).log_prob(tokens)
         sums = torch.where(counted, picked, 0.0).sum(-1)
         values = sums / counted.sum(-1) if self.per_token else sums
         return values.unflatten(0, ids.shape[:2])

@@ -184,7 +184,7 @@ class TagPrediction(ClassPrediction):
         labels = task.targets(batch)
         probs, scores = [], []
         for output in outputs:
-            probs.append(task.token_logits(output)[..., mask, :].softmax(-1).cpu())
+            probs.append(task.token_logits(output, batch)[..., mask, :].softmax(-1).cpu())
             if labels is not None:
                 scores.append(task.row_log_prob(output, batch).cpu())
         record["draws"] = torch.cat(probs)
@@ -275,7 +275,7 @@ class TokenClassification(TokenTask):
         """Return log softmax(f_t)[y_t] of each counted token, (m,) or (S, m), in nats."""
         mask, labels = self.token_mask(batch), self.targets(batch)
         assert labels is not None
-        scores = self.token_logits(output)[..., mask, :].log_softmax(-1)
+        scores = self.token_logits(output, batch)[..., mask, :].log_softmax(-1)
         index = labels[mask].expand(scores.shape[:-1])
         return scores.gather(-1, index[..., None]).squeeze(-1)
 
