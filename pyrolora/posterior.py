@@ -14,7 +14,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import true_or_false, whole_number
-from pyrolora.data import prepare
+from pyrolora.data import TextOptions, prepare
 from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
@@ -136,6 +136,20 @@ class Posterior:
         """
         names = self.task.class_names
         return None if names is None else list(names)
+
+    @property
+    def texts(self) -> TextOptions | None:
+        """How texts are read, where the fit was told; a `TextOptions` may be set."""
+        return self.task.texts
+
+    @texts.setter
+    def texts(self, value: TextOptions | None) -> None:
+        if not self.task.collator.reads_texts or not isinstance(value, TextOptions | None):
+            raise ConfigError(
+                "texts must be a pyrolora.TextOptions or None, of a causal language model, got "
+                f"{value!r} for the task {self.task.name!r}"
+            )
+        self.task.texts = value
 
     @property
     def predictor(self) -> Predictor:

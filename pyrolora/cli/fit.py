@@ -116,7 +116,8 @@ def fit(
             "--set",
             metavar="PART.OPTION=VALUE",
             help="Any other option, by its name in Python: guide.kl_weight=0.1, adapter.r=4, "
-            "adapter.rank_allocation=snr, training.gradient_accumulation_steps=2 "
+            "adapter.rank_allocation=snr, texts.max_length=512, "
+            "texts.assistant_only_loss=true, training.gradient_accumulation_steps=2 "
             "(an argument of transformers.TrainingArguments). May be repeated.",
         ),
     ] = None,
@@ -205,15 +206,19 @@ def fit(
 def _with_settings(request: Request, values: dict[str, dict[str, Any]]) -> Request:
     """Return the request with the options of ``--set``."""
     from pyrolora.adapters.config import AdapterConfig
+    from pyrolora.data import TextOptions
 
     settings.check_training(values["training"])
-    adapter = None
+    adapter, texts = None, None
+    if values["texts"]:
+        texts = settings.build(TextOptions, "texts", values["texts"])
     if values["adapter"]:
         adapter = settings.build(AdapterConfig, "adapter", values["adapter"])
     return replace(
         request,
         guide=settings.refined(request.options, values["guide"]),
         adapter=adapter,
+        texts=texts,
         training_options=values["training"],
     )
 

@@ -35,6 +35,7 @@ from pyrolora.data.inputs import (
 from pyrolora.data.labels import known_names, numbered
 from pyrolora.data.padding import MASK, padded, padding_of
 from pyrolora.data.target import Target
+from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import encode_texts
 from pyrolora.errors import DataError
 
@@ -66,6 +67,10 @@ class Collator:
     """Columns that the collator makes for itself, which errors do not list."""
     ends_texts: bool = False
     """Whether EOS ends every text."""
+    reads_texts: ClassVar[bool] = False
+    """Whether `TextOptions` say how texts are read."""
+    texts: TextOptions | None = None
+    """How texts are read, where the user says it."""
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -88,6 +93,11 @@ class Collator:
     def read(self) -> set[str]:
         """The names of the columns that are read, beside labels."""
         return {*self.taken, *self.beside}
+
+    @property
+    def reading(self) -> TextOptions:
+        """How texts are read."""
+        return TextOptions() if self.texts is None else self.texts
 
     @property
     def encoder(self) -> Encoder:

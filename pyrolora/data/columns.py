@@ -51,8 +51,9 @@ ROW_NAMES = frozenset(
 ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__index_level_\d+__|")
 # The origin of a text: no input, if there is another column of text.
 ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
-# Masks of the tokens that count; 0 at those that do not.
-TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")
+# Masks of the tokens that count; 0 at those that do not. A token counts if all of them say so.
+ASSISTANT_MASKS = ("assistant_masks", "assistant_tokens_mask")
+TOKEN_MASKS = ("completion_mask", *ASSISTANT_MASKS)
 # Weights of tokens or examples, which are not supported.
 WEIGHTS = re.compile(
     r"weights|(sample|example|token|loss)_weights?"
@@ -60,9 +61,10 @@ WEIGHTS = re.compile(
 )
 # Labels of tokens under other names, which have to be renamed to count.
 TOKEN_LABELS = frozenset(("label_ids", "lm_labels", "target_ids", "decoder_input_ids"))
-# Formats of texts to learn from that are more than one text.
+# Columns that are no input of a network beside a text, and yet what a language model learns from.
 DIALOGUES = (
     *("prompt", "completion", "response", "instruction", "output", "question", "answer"),
+    *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
 # Columns of a task that is not supported.
@@ -119,20 +121,6 @@ def _is_origin(data: datasets.Dataset, name: str) -> bool:
     if name == "source":
         return all(len(str(value).split()) < 2 for value in data.unique(name))
     return ORIGINS.fullmatch(name) is not None
-
-
-def check_one_text(data: datasets.Dataset) -> None:
-    """Raise `DataError` for columns that a language model would have to join to one text."""
-    text = free_text(data)
-    several = [name for name in data.column_names if name in (*DIALOGUES, *text)]
-    nested = [name for name in several if name not in text]
-    if nested or len(text) > 1:
-        raise DataError(
-            f"a language model learns from one text here, and the data has {several}: dialogues, "
-            "preferences, and prompts with their completions are not read yet. Join them in one "
-            "column 'text' (of messages with tokenizer.apply_chat_template(..., tokenize=False)) "
-            "and drop the others, or tokenise them yourself, with 'labels' of -100 at the prompt"
-        )
 
 
 def check_nested(data: datasets.Dataset) -> None:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from pyrolora.columns import LABELS
 from pyrolora.data.columns import CHOICES, check_text, context_columns
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.encoding import OWN_LIMIT, Encoder
 from pyrolora.errors import DataError
 
 
@@ -31,7 +31,7 @@ def encode_texts(
     )
     lengths = pc.list_value_length(made.with_format("arrow")[:]["input_ids"]).to_numpy()
     _check_empty(lengths)
-    warn_cut(sum(made["cut"]), len(made), encoder.limit)
+    warn_cut(sum(made["cut"]), len(made), encoder.limit, encoder.source)
     return made.remove_columns("cut")
 
 
@@ -65,7 +65,7 @@ def encode_choices(data: datasets.Dataset, encoder: Encoder) -> datasets.Dataset
         encode, batched=True, remove_columns=data.column_names, desc="tokenising"
     )
     _check_empty(np.array([min(map(len, rows)) for rows in made["input_ids"]]))
-    warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit)
+    warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit, encoder.source)
     return made.remove_columns("cut")
 
 
@@ -117,12 +117,12 @@ def no_tokens(examples: list[int], need: str = "no token") -> str:
     )
 
 
-def warn_cut(count: int, total: int, limit: float) -> None:
-    """Warn that ``count`` texts were cut."""
+def warn_cut(count: int, total: int, limit: float, source: str = OWN_LIMIT) -> None:
+    """Warn that ``count`` texts were cut; ``source`` says where the limit comes from."""
     if count:
         warnings.warn(
-            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, where "
-            "the network's or the tokenizer's limit is",
+            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, "
+            f"{source}",
             stacklevel=2,
         )
 

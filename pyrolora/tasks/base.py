@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora.columns import LABELS, PLACES, Batch
-from pyrolora.data import Collator
+from pyrolora.data import Collator, TextOptions
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.tasks.checkpoint import Checkpoint
@@ -57,6 +57,8 @@ class Task(ParamModule, ABC):
     """Whether data without labels of their own still need them: they say which tokens count."""
     class_names: Sequence[str] | None = None
     """The names of the classes in the data of a fit, if its network has none."""
+    texts: TextOptions | None = None
+    """How a fit read its texts, where the user has said it."""
 
     # The network --------------------------------------------------------------------------------
 
@@ -210,11 +212,11 @@ class Task(ParamModule, ABC):
         """Return the number of observations: examples, or tokens."""
         return int(labels.shape[0])
 
-    def forward(self, output: Tensor, batch: Batch, num_examples: int) -> Tensor:
-        """Sample the data part of the model, in which b examples stand for all ``num_examples``."""
+    def forward(self, output: Tensor, batch: Batch, rows: float) -> Tensor:
+        """Sample the data part of the model, in which b rows stand for all ``rows``."""
         law = self.law(output, batch)
         size = law.batch_shape[-1]
-        with pyro.plate("data", size, dim=-1), poutine.scale(scale=num_examples / size):
+        with pyro.plate("data", size, dim=-1), poutine.scale(scale=rows / size):
             return pyro.sample("y", law, obs=self.targets(batch))
 
     def log_prob(self, output: Tensor, batch: Batch) -> Tensor:
