@@ -30,6 +30,9 @@ CHOICE_TOKENS = "choice_tokens"
 CHOICE_PLACES = "choice_places"
 """(b, choices, K), the places before the tokens of each choice; -1 where it has fewer."""
 
+MARGIN = "margin"
+"""(b,), by how much the reward of the preferred text has to be larger."""
+
 COUNTED = "completion_mask"
 """The name of a mask, in the shape of the tokens, that is 1 at those of the answer."""
 

@@ -13,6 +13,7 @@ from pyrolora.tasks.network import load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
+from pyrolora.tasks.reward import RewardModelling, RewardPrediction, Rewards
 from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
@@ -29,6 +30,9 @@ __all__ = [
     "Prediction",
     "Regression",
     "RegressionPrediction",
+    "RewardModelling",
+    "RewardPrediction",
+    "Rewards",
     "TagPrediction",
     "Task",
     "TextChoice",

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
-from pyrolora.data.columns import ASSISTANT_MASKS, CHOICES, TOKEN_MASKS, check_nested, has_choices
+from pyrolora.data.columns import (
+    ASSISTANT_MASKS,
+    CHOICES,
+    TOKEN_MASKS,
+    check_nested,
+    check_preferences,
+    has_choices,
+)
 from pyrolora.data.completions import DialogueEncoder
 from pyrolora.data.cutting import cut_rows
 from pyrolora.data.dialogues import dialogue_of
@@ -37,6 +44,8 @@ class CausalCollator(Collator):
     reads_texts = True
 
     def check_data(self, examples: Any) -> None:
+        if is_plain(examples):
+            check_preferences(examples.column_names)
         if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
             raise DataError(
                 "the data has a column 'choices', and a language model learns to choose in two "

@@ -9,12 +9,13 @@ from typing import Any, Literal
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import has_choices, tags_column
+from pyrolora.data.columns import has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 
-Layout = Literal["choices", "words", "example", "tokens"]
-"""Several choices per example; words with a tag each; one label per example; one per token."""
+Layout = Literal["choices", "preferences", "words", "example", "tokens"]
+"""Several choices per example; a preference between two texts; words with a tag each; one label per
+example; one per token."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Checkpoint:
         """The form of the labels; None without labels, and without choices."""
         if has_choices(self.examples):
             return "choices"
+        if has_preferences(self.row):
+            return "preferences"
         if tags_column(self.examples) is not None:
             return "words"
         if has_class_labels(self.examples):

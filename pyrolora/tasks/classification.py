@@ -208,7 +208,7 @@ class Classification(Task):
     discrete = True
     names_classes = True
     classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
-    prediction = ClassPrediction
+    prediction: ClassVar[type[Prediction]] = ClassPrediction
     linearisable = True
     tempers = True
 

@@ -18,6 +18,7 @@ from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.regression import Regression
+from pyrolora.tasks.reward import RewardModelling
 from pyrolora.tasks.token_classification import TokenClassification
 from pyrolora.tasks.unsupported import check_supported
 
@@ -35,6 +36,7 @@ _REGISTRY: dict[str, type[Task]] = {
         LetterChoice,
         TextChoice,
         TokenMeanChoice,
+        RewardModelling,
     )
 }
 
