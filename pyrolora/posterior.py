@@ -177,7 +177,8 @@ class Posterior:
         draws
             Instead of these two, the numbers of draws, in this order. Draw k is one function
             wherever its number stands: here, in ``draws`` of `predict`, `evaluate`,
-            `log_likelihood`, `generate` and `to_arviz`, and in ``draw`` of `to_peft` and `merge`.
+            `log_likelihood`, `generate`, `calibrate`, `report`, `to_arviz`, `pyrolora.compare`, the
+            command line and the server, and in ``draw`` of `to_peft` and `merge`.
             It is the k-th stored draw of ``"nuts"`` (chain after chain) and ``"ensemble"`` (with
             its head). With other guides the fit's seed and k determine it, whatever else is drawn,
             also after the posterior was saved and loaded, and on every device. (Linearised
@@ -276,6 +277,7 @@ class Posterior:
         data: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Calibration:
@@ -306,7 +308,7 @@ class Posterior:
             Labelled data, not those of the training, on which the fit is too sure; training data
             are not recognised here (the command line does, by their file). Of a ``DatasetDict``
             ``validation``, else ``test``.
-        num_samples, seed
+        num_samples, draws, seed
             The draws, as in `predict`; T suits predictions of about as many. A second call
             starts anew, from T = 1.
         batch_size
@@ -323,7 +325,9 @@ class Posterior:
             For a task without a temperature, or data with ``choices`` for a language model, whose
             temperature is that of tokens.
         """
-        calibration = calibrate(self.predictor, data, num_samples, batch_size=batch_size, seed=seed)
+        calibration = calibrate(
+            self.predictor, data, num_samples, draws=draws, batch_size=batch_size, seed=seed
+        )
         self.temperature = calibration.temperature
         return calibration
 
@@ -551,13 +555,19 @@ class Posterior:
             seed=seed,
         )
 
-    def summary(self, num_samples: int | None = None, *, seed: int | None = None) -> pd.DataFrame:
+    def summary(
+        self,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
         """Return ``az.summary`` of what `to_arviz` has of low dimension, one row per entry.
 
         These are ``adapter_norm`` and the guide's scales; where there are chains, with R-hat and
-        effective sample sizes.
+        effective sample sizes. The parameters are those of `to_arviz`.
         """
-        return summary(self.to_arviz(num_samples, seed=seed))
+        return summary(self.to_arviz(num_samples, draws=draws, seed=seed))
 
     def khat(
         self,
@@ -590,7 +600,8 @@ class Posterior:
         num_samples
             S; every draw runs over all of ``data``.
         seed
-            Makes the draws repeatable.
+            Makes the draws repeatable. There is no ``draws``: k̂ judges the guide by a random
+            sample as a whole, and no draw of it is seen again elsewhere.
         per_layer
             Judge each layer with the others fixed: its own θ drawn, the other layers at the
             guide's mean, against p(θ_layer | y, the others there). The guides' layers are
@@ -623,6 +634,7 @@ class Posterior:
         *,
         outside: Any = None,
         num_samples: int | None = None,
+        draws: Iterable[int] | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Path:
@@ -640,12 +652,12 @@ class Posterior:
             judgement of what was learnt: labels can be memorised, random ones too.
         outside
             Other data, without labels: how well does the uncertainty tell them from ``data``?
-        num_samples
-            As in `predict`.
+        num_samples, draws
+            As in `predict`. The pictures of the posterior itself have as many draws as `to_arviz`.
         batch_size
             Examples per batch. Draws share its passes where the device is faster so.
         seed
-            Seed of the draws. None: a random one, which the page states.
+            Seed of draws without numbers. None: a random one, which the page states.
 
         Returns
         -------
@@ -658,8 +670,8 @@ class Posterior:
             When ``path`` is a folder, or its folder does not exist.
         """
         file = page_file(path)  # before the predictions, which take longer
-        options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size}
-        return report_on(self, data, outside=outside, seed=seed, **options).write(file)
+        options: dict[str, Any] = {"num_samples": num_samples, "draws": draws, "seed": seed}
+        return report_on(self, data, outside=outside, batch_size=batch_size, **options).write(file)
 
     # Storage ------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from pyrolora.cli.imported import again
 from pyrolora.cli.output import metrics_table, print_json, say, tell
 from pyrolora.cli.readers import KINDS
 from pyrolora.cli.runs import Run
+from pyrolora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyrolora.fitting import Request
@@ -138,6 +139,11 @@ def fit(
     predict, evaluate and export. A run that was killed goes on from its last
     checkpoint when the same command is given again.
     """
+    if eval_split is not None and eval_data is None:
+        raise ConfigError(
+            f"--eval-split {eval_split} is a split of --eval-data, and there are none; name them "
+            f"(the same as the training data, if that is meant: --eval-data {data})"
+        )
     set_options = settings.parse(set_ or [])
     columns: dict[str, Any] = {"text": text or [], "label": label}
     names = set().union(*(Run(folder).classes() for folder in (given, prior) if folder))

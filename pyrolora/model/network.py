@@ -144,8 +144,10 @@ class AdaptedNetwork(nn.Module):
         outputs = [self.run(block, self.binding(factors[s])) for s, block in enumerate(blocks)]
         return torch.cat(outputs)
 
-    def together(self, batch: Batch) -> bool:
+    def together(self, batch: Batch, *, several_heads: bool = False) -> bool:
         """Return whether several draws can share a pass on data such as ``batch``.
+
+        With ``several_heads`` their rows may have heads of their own, as draws of an ensemble do.
 
         Every adapted layer then sees rows that fall into equal blocks, draw after draw. So it is
         where examples are outermost in each layer's input. A network that turns its tensors round,
@@ -155,29 +157,30 @@ class AdaptedNetwork(nn.Module):
         adapted layers, whatever follows. Layers that were not called then, and numbers of rows
         that do not fit, end the sharing later on.
         """
-        if not self.attachment.layers and self.program.members == 1:
+        several_heads |= self.program.members > 1
+        if not self.attachment.layers and not several_heads:
             return True
-        known, kind = self._sharing(), kind_of(self.task.inputs(batch))
+        known, kind = self._sharing(several_heads), kind_of(self.task.inputs(batch))
         if known.possible and kind not in known.checked:
             plain = self.binding(self.program.mean())
             with evaluating(self):
-                known.possible, called = shares(self.run, batch, plain, self.program.members > 1)
+                known.possible, called = shares(self.run, batch, plain, several_heads)
             known.checked.add(kind)
             known.seen |= self._names(called)
         return known.possible
 
-    def fits(self, binding: Binding) -> bool:
+    def fits(self, binding: Binding, *, several_heads: bool = False) -> bool:
         """Return whether a shared pass called only layers that were seen to allow sharing.
 
         If not, it was the last shared pass.
         """
-        known = self._sharing()
+        known = self._sharing(several_heads)
         known.possible &= self._names(binding.used) <= known.seen
         return known.possible
 
-    def keep_apart(self) -> None:
+    def keep_apart(self, *, several_heads: bool = False) -> None:
         """Let each draw have a pass of its own from now on."""
-        self._sharing().possible = False
+        self._sharing(several_heads).possible = False
 
     def _in_one_pass(self, batch: Batch, factors: FlatFactors) -> Tensor | None:
         """Return the output of draws that share a pass; None where they turn out not to."""
@@ -189,11 +192,11 @@ class AdaptedNetwork(nn.Module):
             return None
         return output if self.fits(binding) else None
 
-    def _sharing(self) -> Sharing:
-        heads = self.attachment.heads if self.program.members > 1 else ()
+    def _sharing(self, several_heads: bool) -> Sharing:
+        heads = self.attachment.heads if several_heads or self.program.members > 1 else ()
         return sharing_of(self.base, self.attachment.layers, heads)
 
-    def _names(self, layers: Set[nn.Module]) -> set[str]:
+    def _names(self, layers: Set[Any]) -> set[str]:
         return {name for name, layer in self.attachment.layers.items() if layer in layers}
 
     # One pass ------------------------------------------------------------------------------------

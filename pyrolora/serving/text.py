@@ -14,7 +14,6 @@ from pyrolora.data.encoding import Encoder
 from pyrolora.data.inputs import context_length
 from pyrolora.model import evaluating
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import draw_factors
 from pyrolora.seeding import DRAWING
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.tasks import TokenTask
@@ -114,18 +113,20 @@ def token_scores(
     continuations: Sequence[Tensor],
     *,
     num_samples: int,
-    seed: int,
+    seed: int | None,
+    draws: Sequence[int] | None = None,
     alternatives: int,
 ) -> list[TokenScores]:
     """Score every token of continuations of one prompt under the mixture over draws.
 
-    The draws of a seed are those of ``predict`` and ``generate``.
+    The draws of a seed, or with the numbers in ``draws``, are those of ``predict`` and
+    ``generate``.
     """
     joint, task = posterior.model, posterior.task
     base: Any = posterior.base
     assert isinstance(task, TokenTask)
     law = task.at(posterior.temperature)
-    factors = draw_factors(joint, num_samples, seed)
+    factors = posterior.predictor.factors(num_samples, seed, draws)
     device = next(base.parameters()).device
     start = torch.tensor(list(prompt))
     whole = [torch.cat([start, new]) for new in continuations]

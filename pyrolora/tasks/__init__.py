@@ -8,6 +8,7 @@ from pyrolora.tasks.choosing import BY_CAUSAL_LM, choice_task
 from pyrolora.tasks.classification import Classification, ClassPrediction
 from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.masked_lm import MaskedLM
+from pyrolora.tasks.multi_label import MultiLabel, MultiLabelPrediction
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.network import load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
@@ -26,6 +27,8 @@ __all__ = [
     "LanguageModel",
     "LetterChoice",
     "MaskedLM",
+    "MultiLabel",
+    "MultiLabelPrediction",
     "MultipleChoice",
     "Prediction",
     "Regression",

@@ -15,6 +15,7 @@ from pyrolora.tasks.causal_choice import LetterChoice, TextChoice, TokenMeanChoi
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.classification import Classification
 from pyrolora.tasks.masked_lm import MaskedLM
+from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.regression import Regression
@@ -33,6 +34,7 @@ _REGISTRY: dict[str, type[Task]] = {
         MultipleChoice,
         MaskedLM,
         TokenClassification,
+        MultiLabel,
         LetterChoice,
         TextChoice,
         TokenMeanChoice,
