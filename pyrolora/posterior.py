@@ -248,7 +248,8 @@ class Posterior:
         ----------
         data
             As in `pyrolora.fit`; also a list of texts; labels are optional. With a column
-            ``choices``, a language model chooses between them: `predict_choices`.
+            ``choices``, a language model chooses between them, by their texts where the fit was
+            to texts: `predict_choices`.
         num_samples
             S. Each draw is one function, with the same weights for all examples. None: 32; with an
             ensemble every member once.
@@ -296,9 +297,10 @@ class Posterior:
 
         From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
         texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
-        it. What describes the fit has no temperature: `model`, `guide`, `khat`, ArviZ's
-        ``log_likelihood`` (leave-one-out weighs draws by the likelihood that made them), and a
-        later fit. `merge` and `to_peft` cannot hold it, and warn.
+        it. (Of a causal language model that was fitted to choose it is the T of its choices, and
+        not of the texts that it writes.) What describes the fit has no temperature: `model`,
+        `guide`, `khat`, ArviZ's ``log_likelihood`` (leave-one-out weighs draws by the likelihood
+        that made them), and a later fit. `merge` and `to_peft` cannot hold it, and warn.
 
         Parameters
         ----------
@@ -335,14 +337,18 @@ class Posterior:
         num_samples: int | None = None,
         *,
         draws: Iterable[int] | None = None,
+        choices: str | None = None,
         per_token: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> ClassPrediction:
-        """Have a language model choose between the texts of each example's column ``choices``.
+        """Have a causal language model choose between the texts of each example's ``choices``.
 
-        p_s(c) ∝ exp(log p(c | context, draw s)); with ``per_token`` the mean log-likelihood of the
-        choice's tokens takes the place of their sum. The other parameters are those of `predict`.
+        It need not have been fitted to choose. With ``choices="texts"`` p_s(c) ∝
+        exp(log p(c | context, draw s)), the sum over the choice's tokens; with ``per_token``, or
+        ``"texts-per-token"``, the mean over them takes its place. With ``"letters"`` p_s(c) is that
+        of letter c after a prompt with lettered options, among the letters. None: as the fit has
+        it; by texts, where it was fitted to texts. The other parameters are those of `predict`.
         """
         whole_number("batch_size", batch_size, at_least=1)
         predictor = self.predictor
@@ -353,6 +359,7 @@ class Posterior:
             data,
             factors,
             self.tokenizer,
+            choices=choices,
             per_token=per_token,
             batch_size=batch_size,
             temperature=self.temperature,
@@ -411,7 +418,7 @@ class Posterior:
                 self.tokenizer,
                 numbers=numbers,
                 options=generate_options,
-                temperature=self.temperature,
+                temperature=self.temperature if self.task.as_text() is self.task else 1.0,
             )
 
     def evaluate(

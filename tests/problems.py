@@ -32,6 +32,7 @@ WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
     *("very", "not", "the", "a", "was", "is", "fine", "dull"),
 ]
+LETTERED = [*WORDS, *"ABCD", "Answer", ":", "."]
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -112,6 +113,15 @@ def chat_tokenizer(template: str | None = None, special: Sequence[str] = ()) -> 
     )
     made.chat_template = chatml if template is None else template
     return made
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of words with the letters of choices, which writes nothing around a text."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(LETTERED)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+    )
 
 
 def mask_tokenizer() -> PreTrainedTokenizerFast:

@@ -59,6 +59,13 @@ def fit(
             help="What is predicted: {tasks}.", show_default="what the model's class is for"
         ),
     ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="How a causal language model learns to choose, from data with a column 'choices': "
+            "letters, texts or texts-per-token."
+        ),
+    ] = None,
     given: Annotated[
         Path | None,
         typer.Option(
@@ -148,6 +155,7 @@ def fit(
     say("loading libraries")
     from pyrolora.fitting import Request, StoredPosterior, arguments_of
     from pyrolora.guides import full_name
+    from pyrolora.tasks import choice_task
 
     request = _with_settings(
         Request(
@@ -155,7 +163,7 @@ def fit(
             data=examples,
             guide=guide,
             eval_data=held_out,
-            task=task,
+            task=choice_task(choices, task),
             given=None if given is None else StoredPosterior(given),
             prior=None if prior is None else StoredPosterior(prior),
             epochs=epochs,

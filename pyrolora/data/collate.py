@@ -18,6 +18,7 @@ from pyrolora.data.columns import (
     CHOICES,
     TWO_LABELS,
     check_nested,
+    check_preferences,
     check_two_labels,
     has_choices,
     same_labels,
@@ -115,6 +116,7 @@ class Collator:
 
     def check_data(self, examples: Any) -> None:
         """Raise `DataError` for data of another task."""
+        check_preferences([*as_dict(examples[0], self.input_name)])
         if has_choices(examples) and CHOICES in as_dict(examples[0], INPUTS):
             raise DataError(
                 f"the data has a column 'choices' and {self.network_name} takes none; load the "

@@ -277,6 +277,23 @@ def has_choices(examples: Any) -> bool:
     return CHOICES in row or (is_nested(ids) and len(ids) > 1)
 
 
+def has_preferences(names: Collection[str]) -> bool:
+    """Return whether columns of these names hold a preferred text and another one."""
+    pairs = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
+    return any(all(name in names for name in pair) for pair in pairs)
+
+
+def check_preferences(names: Collection[str]) -> None:
+    """Raise `DataError` for preferences, which another task learns."""
+    if has_preferences(names):
+        raise DataError(
+            "the data has 'chosen' and 'rejected' texts, and preferences are learnt by a reward "
+            "model: load the network with AutoModelForSequenceClassification, num_labels=1 (by its "
+            "name it is loaded so), and pass task='reward-modelling'; to learn the chosen texts "
+            "alone, drop the others, data.remove_columns('rejected'), and rename 'chosen' 'text'"
+        )
+
+
 def words_column(examples: Any) -> str | None:
     """Return the name of the column that holds texts as lists of words, if there is one.
 

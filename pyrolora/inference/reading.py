@@ -42,8 +42,9 @@ def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[
 def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:
     """Raise `ConfigError` for outputs that do not fit their task, or that have read ahead."""
     joint.task.check_reading(output, batch, joint.base)
-    if joint.task.writes is not None:
-        check_causal(joint, batch)
+    text = joint.task.as_text()
+    if text is not None:
+        check_causal(joint.under(text), batch if text is joint.task else joint.task.inputs(batch))
 
 
 @torch.no_grad()

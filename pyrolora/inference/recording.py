@@ -13,6 +13,7 @@ from pyrolora.adapters import Factors, FlatFactors
 from pyrolora.adapters.parameter_layer import ParameterSlot
 from pyrolora.columns import (
     CHOICE_MASK,
+    CHOICE_PLACES,
     DECODER_IDS,
     DECODER_MASK,
     IGNORED,
@@ -119,6 +120,8 @@ def masks(batch: Batch) -> list[Tensor]:
         masks.append(attention.flatten(0, -2).bool())
         if PLACES in batch:  # the rows of an adapted output layer
             masks.append(attention.gather(-1, batch[PLACES]).bool())
+        if CHOICE_PLACES in batch:
+            masks.append((batch[CHOICE_PLACES] >= 0).flatten(0, 1))
     if choices is not None:
         masks.append(choices.flatten().bool())
     return masks

@@ -46,7 +46,7 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
     base: Any = joint.base
     check_eager(base)
     able = getattr(base, "can_generate", None)
-    if joint.task.writes is None or able is None or not able():
+    if joint.task.as_text() is None or able is None or not able():
         raise ConfigError(
             "generate() needs a causal language model or a sequence-to-sequence network of "
             f"transformers, fitted as one; this is a {type(base).__name__} with the task "

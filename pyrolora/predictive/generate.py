@@ -68,6 +68,9 @@ def generate(
     options = dict(options or {})
     streamer = options.pop("streamer", None)
     settings = decoding_settings(joint, options)
+    text = joint.task.as_text()
+    assert text is not None
+    joint = joint.under(text)
     stops = stop_strings(settings, tokenizer)
     prompts = prompt_ids(inputs, tokenizer, joint)
     others = other_inputs(inputs, joint, prompts)

@@ -15,7 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import Batch
+from pyrolora.columns import LABELS, PLACES, Batch
 from pyrolora.data import Collator, TextOptions
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
@@ -152,6 +152,28 @@ class Task(ParamModule, ABC):
     def tempered(self, logits: Tensor) -> Tensor:
         """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the network is given of a batch: all but labels, places and `extras`."""
+        own = {LABELS, PLACES, *self.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in own}
+
+    def places(self, batch: Batch) -> Tensor | None:
+        """Return the places whose logits `scores` reads; None: those of all tokens.
+
+        They are (K,) for all rows, or (rows, K). transformers' language models compute no others
+        then.
+        """
+        places = batch.get(PLACES)
+        return None if places is None else places[0]
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the tensor that the law reads, (b, ...), from `output` at the `places`."""
+        return output
+
+    def as_text(self) -> Task | None:
+        """Return the task under which draws write text, and score it; None where they do not."""
+        return self if self.writes is not None else None
 
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
-from pyrolora.data.columns import ASSISTANT_MASKS, CHOICES, TOKEN_MASKS, check_nested, has_choices
+from pyrolora.data.columns import (
+    ASSISTANT_MASKS,
+    CHOICES,
+    TOKEN_MASKS,
+    check_nested,
+    check_preferences,
+    has_choices,
+)
 from pyrolora.data.completions import DialogueEncoder
 from pyrolora.data.cutting import cut_rows
 from pyrolora.data.dialogues import dialogue_of
@@ -37,11 +44,15 @@ class CausalCollator(Collator):
     reads_texts = True
 
     def check_data(self, examples: Any) -> None:
+        if is_plain(examples):
+            check_preferences(examples.column_names)
         if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
             raise DataError(
-                "the data has a column 'choices', and a language model learns, or is scored on, "
-                "whole texts here; join the question and the right choice in one column, 'text'. "
-                "predict() and evaluate() let it choose"
+                "the data has a column 'choices', and a language model learns to choose in two "
+                "ways: choices='letters', by the letter that it writes after a list of options "
+                "(one pass per example), or choices='texts', by the likelihood of each choice's "
+                "text (a pass per choice; 'texts-per-token' takes the mean over tokens). To learn "
+                "whole texts, join the question and the right choice in one column, 'text'"
             )
 
     @property

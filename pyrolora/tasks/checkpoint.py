@@ -9,14 +9,15 @@ from typing import Any, Literal
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import has_choices, tags_column
+from pyrolora.data.columns import has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
 
-Layout = Literal["choices", "words", "example", "labels", "tokens"]
-"""Choices; words with a tag each; one label per example; several of them; one per token."""
+Layout = Literal["choices", "preferences", "words", "example", "labels", "tokens"]
+"""Choices; a preference between two texts; words with a tag each; one label per example; several of
+them; one per token."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Checkpoint:
         """The form of the labels; None without labels, and without choices."""
         if has_choices(self.examples):
             return "choices"
+        if has_preferences(self.row):
+            return "preferences"
         if tags_column(self.examples) is not None:
             return "words"
         if has_class_labels(self.examples):

@@ -151,6 +151,13 @@ def _implied(checkpoint: Checkpoint) -> type[Task]:
             f"{name!r} is a language model and the data has labels; say which is meant: "
             "task='classification' (or 'regression'), or 'text-generation' for the text alone"
         )
+    if checkpoint.layout == "choices" and checkpoint.is_a("CAUSAL_LM"):
+        raise ConfigError(
+            f"{name!r} is a causal language model and the data has choices; say how it chooses: "
+            "choices='letters' (by the letter that it writes after lettered options, one pass per "
+            "example) or 'texts' (by the likelihood of each choice's text), or with a new head "
+            "that scores choices, task='multiple-choice', where transformers has one"
+        )
     if checkpoint.layout is None:
         _check_indicators(checkpoint)
     if checkpoint.layout in (None, "tokens"):
