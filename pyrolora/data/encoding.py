@@ -8,6 +8,8 @@ from typing import Any
 
 TOO_LONG = 10**6
 """A tokenizer's limit from here on is none: transformers writes 1e30 where none is known."""
+OWN_LIMIT = "where the network's or the tokenizer's limit is"
+"""The limit of most texts, in a warning."""
 WORD_IDS = "word_ids"
 """The column with the number of each token's word in its text, None for special tokens."""
 
@@ -20,7 +22,7 @@ class Encoder:
     writes it, begins with it once; likewise at its end. With ``ends`` a text ends with EOS, once,
     and only where there is room. An ``open`` text will be continued: it lacks the tokens that the
     tokenizer puts last. With ``words`` the columns have the word of each token, `WORD_IDS`; a text
-    may then be a list of words.
+    may then be a list of words. ``source`` says where the limit comes from.
     """
 
     tokenizer: Any
@@ -29,6 +31,7 @@ class Encoder:
     open: bool = False
     words: bool = False
     target: bool = False
+    source: str = OWN_LIMIT
 
     def __call__(self, *texts: list[Any]) -> dict[str, Any]:
         """Return columns of tokens, cut at ``limit``, and ``cut``: which texts were."""

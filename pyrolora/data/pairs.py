@@ -114,7 +114,7 @@ def encode_pairs(
         encoded, batched=True, remove_columns=data.column_names, desc="tokenising"
     )
     warn_cut(sum(made["cut"]), len(made), reader.limit)
-    warn_cut(sum(made["cut_targets"]), len(made), writer.limit, "targets")
+    warn_cut(sum(made["cut_targets"]), len(made), writer.limit, what="targets")
     return made.remove_columns(["cut", "cut_targets"])
 
 

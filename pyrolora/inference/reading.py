@@ -44,8 +44,10 @@ def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[
 def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:
     """Raise `ConfigError` for outputs that do not fit their task, or that have read ahead."""
     joint.task.check_reading(output, batch, joint.base)
-    if joint.task.writes is not None:
-        check_causal(joint, batch)
+    text = joint.task.as_text()
+    if text is not None:
+        own = text is joint.task
+        check_causal(joint.under(text), batch if own else joint.task.inputs(batch, joint.base))
 
 
 @torch.no_grad()

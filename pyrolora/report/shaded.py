@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,9 @@ class ShadedText:
 
 
 def shaded_texts(
-    posterior: Subject, prediction: Prediction, examples: Examples, num_samples: int, seed: int
+    posterior: Subject, prediction: Prediction, examples: Examples, draws: Mapping[str, Any]
 ) -> list[ShadedText]:
-    """Return the texts of the highest uncertainty, predicted again by the same draws.
+    """Return the texts of the highest uncertainty, predicted again by the same ``draws``.
 
     Each is predicted alone: without padding it has as many entropies as tokens, but for the first
     tokens, which nothing predicts.
@@ -49,7 +49,7 @@ def shaded_texts(
     texts = []
     for i in prediction.examples[order].tolist():
         example = examples.only(i)
-        alone = posterior.predict(example, num_samples, batch_size=1, seed=seed)
+        alone = posterior.predict(example, batch_size=1, **draws)
         assert alone.token_entropy is not None
         ids = prepare(
             example,

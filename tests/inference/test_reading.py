@@ -123,10 +123,6 @@ def test_tags_are_no_tokens() -> None:
 
 TASKS: dict[str, tuple[Any, str]] = {
     "spans": (lambda: BertForQuestionAnswering(BertConfig(**SIZES)), "extractive question"),
-    "several labels": (
-        lambda: bert(num_labels=3, problem_type="multi_label_classification"),
-        "several labels per example",
-    ),
 }
 
 
