@@ -348,12 +348,13 @@ def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
 
     That is ``rows``, or so few that their tokens are as many as the device is at its best with.
     """
-    ids = batch.get("input_ids")
-    if ids is None:
+    columns = [batch[name] for name in ("input_ids", LABELS) if name in batch]
+    sizes = [column[0].numel() for column in columns if column.dim() > 1]
+    if not sizes:
         return rows
-    on_cpu = ids.device.type == "cpu"
+    on_cpu = columns[0].device.type == "cpu"
     tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
-    return max(1, min(rows, tokens // max(1, ids[0].numel())))
+    return max(1, min(rows, tokens // max(1, *sizes)))
 
 
 def is_real(value: Any) -> bool:

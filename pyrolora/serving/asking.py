@@ -129,8 +129,8 @@ class Asking:
         posterior = lease.posterior
         if not isinstance(posterior.task, CausalLM):
             raise UnsupportedError(
-                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only a "
-                "causal language model writes text; ask for classes at /classify",
+                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and the "
+                "server has only causal language models write text; ask for classes at /classify",
                 "model",
             )
         length = sampling.max_new_tokens

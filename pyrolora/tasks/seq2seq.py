@@ -55,8 +55,8 @@ class PairCollator(Collator):
         masks = [name for name in TOKEN_MASKS if name in as_dict(examples[0], self.input_name)]
         if masks:
             raise DataError(
-                f"the columns {masks} say which tokens of one text count, and here the labels are a "
-                "text of their own; give those that do not count the label -100, and drop the mask"
+                f"the columns {masks} say which tokens of one text count, and here the labels are "
+                "a text of their own; give tokens that do not count the label -100, and drop them"
             )
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
