@@ -103,8 +103,9 @@ def prepare(
         multiple choice, a column ``choices`` with the texts of each example beside its
         ``question``, or tokens (choices, T) per example. For token classification, a column
         ``tokens`` with the words of each example beside its ``ner_tags``, or tokens with a label
-        per token. A masked language model is given texts without labels with some tokens hidden,
-        always the same.
+        per token. For sequence to sequence, a column that is read and one that is written
+        (`columns.WRITTEN_PAIRS`), or tokens with ``labels`` of any length. A masked language model
+        is given texts without labels with some tokens hidden, always the same.
     network, task
         The network and the task that the batches are for.
     tokenizer

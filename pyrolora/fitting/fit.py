@@ -75,8 +75,10 @@ def fit(
         ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
         labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
         and ``label``, the number, the letter or the text of the right one; a causal language model
-        is told how to choose, by ``choices``. In texts without
-        labels for a masked language model some tokens are hidden, always the same. Labels that are
+        is told how to choose, by ``choices``. For sequence to sequence one column is read and
+        another is written: ``document`` and ``summary``, ``source`` and ``target``, and others
+        (``docs/tasks.md``), or ``input_ids`` and ``labels``. In texts without labels for a masked
+        language model some tokens are hidden, always the same. Labels that are
         names are matched with the network's, up to case, spaces, '-' and '_'; a network without
         names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
         language model learns; scores are those of the text alone. A warning names columns that are

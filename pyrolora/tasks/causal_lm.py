@@ -118,7 +118,6 @@ class CausalLM(LanguageModel):
     collator = CausalCollator
     classes = classes_of("CAUSAL_LM")
     auto = "AutoModelForCausalLM"
-    causal = True
     writes = "on"
     shift = 1
     title = "a causal language model"
