@@ -13,7 +13,7 @@ from pyrolora.guides import MonteCLoRA
 
 
 def test_nothing_set_is_nothing_for_every_part() -> None:
-    assert parse([]) == {"guide": {}, "adapter": {}, "training": {}}
+    assert parse([]) == {"guide": {}, "adapter": {}, "texts": {}, "training": {}}
 
 
 @pytest.mark.parametrize(
