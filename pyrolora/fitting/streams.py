@@ -26,9 +26,10 @@ def read_stream(request: Request) -> Request:
     Raises
     ------
     ConfigError
-        Without ``max_steps`` or ``num_examples``, or for a guide that needs all examples at once.
+        For a guide that needs all examples at once, and ``num_examples`` of other data.
     DataError
-        For a stream that has no example, or another number of them than ``num_examples`` says.
+        For a stream without ``max_steps`` or ``num_examples``, or with another number of examples
+        than that.
     """
     data = request.data
     if isinstance(data, datasets.IterableDatasetDict):
@@ -57,12 +58,12 @@ def read_stream(request: Request) -> Request:
 def _needed(request: Request, args: TrainingArguments, data: Any) -> int:
     """Return the number of examples that the steps of a fit read."""
     if args.max_steps <= 0:
-        raise ConfigError(
+        raise DataError(
             "the data is a stream, whose end is not known; say how many steps to train: "
             "training=TrainingArguments(..., max_steps=1000)"
         )
     if request.num_examples is None:
-        raise ConfigError(
+        raise DataError(
             "the size of a streamed data set is unknown, and the posterior depends on it; pass "
             f"num_examples=, the number of all its examples{_hint(data)}, or make it a "
             "datasets.Dataset: datasets.Dataset.from_list(list(data.take(n)))"

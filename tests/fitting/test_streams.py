@@ -64,9 +64,9 @@ def test_the_texts_of_a_stream_are_packed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({}, ConfigError, "the size of a streamed data set is unknown.*pass num_examples="),
+        ({}, DataError, "the size of a streamed data set is unknown.*pass num_examples="),
         ({"num_examples": 0}, ConfigError, "num_examples must be a whole number"),
-        ({"num_examples": 24, "max_steps": -1}, ConfigError, "say how many steps"),
+        ({"num_examples": 24, "max_steps": -1}, DataError, "say how many steps"),
         ({"num_examples": 20}, DataError, "num_examples=20, and the stream goes on after 24"),
         ({"num_examples": 50, "max_steps": 9}, DataError, "the stream has 24 examples"),
         ({"num_examples": 24, "guide": "laplace"}, ConfigError, "'laplace' needs all examples at"),
