@@ -9,10 +9,18 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
-from pyrolora.data.columns import ASSISTANT_MASKS, CHOICES, TOKEN_MASKS, check_nested, has_choices
+from pyrolora.data.columns import (
+    ASSISTANT_MASKS,
+    CHOICES,
+    TOKEN_MASKS,
+    check_nested,
+    check_preferences,
+    has_choices,
+)
 from pyrolora.data.completions import DialogueEncoder
 from pyrolora.data.cutting import cut_rows
 from pyrolora.data.dialogues import dialogue_of
@@ -36,11 +44,15 @@ class CausalCollator(Collator):
     reads_texts = True
 
     def check_data(self, examples: Any) -> None:
+        if is_plain(examples):
+            check_preferences(examples.column_names)
         if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
             raise DataError(
-                "the data has a column 'choices', and a language model learns, or is scored on, "
-                "whole texts here; join the question and the right choice in one column, 'text'. "
-                "predict() and evaluate() let it choose"
+                "the data has a column 'choices', and a language model learns to choose in two "
+                "ways: choices='letters', by the letter that it writes after a list of options "
+                "(one pass per example), or choices='texts', by the likelihood of each choice's "
+                "text (a pass per choice; 'texts-per-token' takes the mean over tokens). To learn "
+                "whole texts, join the question and the right choice in one column, 'text'"
             )
 
     @property
@@ -75,6 +87,10 @@ class CausalCollator(Collator):
             return labels
         return token_labels(row, labels, mask, self.reading)
 
+    def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        labels = batch.get(LABELS)
+        return None if labels is None else F.pad(labels[:, 1:].ne(IGNORED), (0, 1))
+
     def packs(self, row: Mapping[str, Any]) -> bool:
         return is_packed(row)
 
@@ -103,6 +119,7 @@ class CausalLM(LanguageModel):
     classes = classes_of("CAUSAL_LM")
     auto = "AutoModelForCausalLM"
     causal = True
+    writes = "on"
     shift = 1
     title = "a causal language model"
 
