@@ -86,8 +86,8 @@ def generate(
     clash = [name for name in original.column_names if name in ("agreement", "continuations")]
     if clash:
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
-    texts = _prompts(inputs, prompts)
     posterior = posteriors.load(run, model)
+    texts = _prompts(inputs, prompts, apart=posterior.task.writes == "apart")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -111,16 +111,17 @@ def generate(
         say(f"continuations of {len(lines)} prompts are in {output}")
 
 
-def _prompts(inputs: Any, source: str) -> list[str]:
+def _prompts(inputs: Any, source: str, *, apart: bool) -> list[str]:
     from pyrolora.data.columns import text_columns
+    from pyrolora.data.pairs import joined_texts, source_of
 
-    names = text_columns(inputs)
-    if len(names) != 1:
+    names = source_of(inputs) if apart else text_columns(inputs)
+    if len(names) != 1 and not (apart and names):
         raise DataError(
             f"{source} needs one column of prompts, got {list(names) or inputs.column_names}; name "
             "it with --text"
         )
-    texts = inputs[names[0]][:]
+    texts = joined_texts(inputs, names) if apart else inputs[names[0]][:]
     if any(not isinstance(text, str) or not text for text in texts):
         raise DataError(f"{source} has empty prompts in {names[0]!r}; fill or remove them")
     return texts

@@ -36,6 +36,31 @@ TEXT_COLUMNS = (
     ("sentence_A", "sentence_B"),
     ("text", "text_pair"),
 )
+# Texts to read, in this order, and the text to write for them.
+WRITTEN_PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("text",), "summary"),
+    (("document",), "summary"),
+    (("dialogue",), "summary"),
+    (("report",), "summary"),
+    (("article",), "summary"),
+    (("article",), "highlights"),
+    (("article",), "abstract"),
+    (("source",), "target"),
+    (("src",), "tgt"),
+    (("text",), "target"),
+    (("input",), "target"),
+    (("input",), "output"),
+    (("inputs",), "targets"),
+    (("input_text",), "target_text"),
+    (("question",), "answer"),
+    (("prompt",), "completion"),
+    (("prompt",), "response"),
+    (("instruction",), "output"),
+    (("instruction",), "response"),
+    (("instruction", "input"), "output"),
+    (("instruction", "input"), "response"),
+    (("instruction", "context"), "response"),
+)
 # The text before each choice of multiple choice; joined in this order.
 CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 # Columns that number or name a row, or repeat its label, and are left out without a warning; so are
@@ -67,6 +92,8 @@ DIALOGUES = (
     *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
+# A text in several languages, a dict from each to the text.
+TRANSLATION = "translation"
 # Columns of a task that is not supported.
 SPANS = ("start_positions", "end_positions")
 

@@ -117,11 +117,13 @@ def no_tokens(examples: list[int], need: str = "no token") -> str:
     )
 
 
-def warn_cut(count: int, total: int, limit: float, source: str = OWN_LIMIT) -> None:
-    """Warn that ``count`` texts were cut; ``source`` says where the limit comes from."""
+def warn_cut(
+    count: int, total: int, limit: float, source: str = OWN_LIMIT, what: str = "texts"
+) -> None:
+    """Warn that ``count`` of the texts were cut; ``source`` says where the limit comes from."""
     if count:
         warnings.warn(
-            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, "
+            f"{count} of {total} {what} have more than {int(limit)} tokens and are cut there, "
             f"{source}",
             stacklevel=2,
         )

@@ -18,6 +18,7 @@ from pyrolora.predictive.decoding import (
     end_ids,
     padding_id,
     set_length,
+    start_id,
     until_end,
 )
 from pyrolora.predictive.generation import Generation
@@ -61,21 +62,21 @@ def generate(
         T of the posterior (`Task.at`), in writing and in scoring; a temperature in ``options``
         acts on its result.
     """
-    settings = decoding_settings(joint, dict(options or {}))
     text = joint.task.as_text()
-    assert text is not None
-    joint = joint.under(text)
+    joint = joint if text is None else joint.under(text)
+    settings = decoding_settings(joint, dict(options or {}))
     prompts = prompt_ids(inputs, tokenizer, joint)
     others = other_inputs(inputs, joint, prompts)
     set_length(joint, prompts, settings)
     settings.disable_compile = True  # the compiler cannot follow the binding
     settings.return_dict_in_generate = False
     settings.pad_token_id = pad = padding_id(settings, tokenizer)
+    starting = start_id(joint, settings)
     draws = factors.draws
     written: list[list[Tensor]] = [[] for _ in prompts]
     bar = tqdm(desc="generating", unit="token", delay=2, leave=False)
     with evaluating(joint), tempered_network(joint, temperature), bar:
-        writer = Writer(joint, settings, bar)
+        writer = Writer(joint, settings, starting, bar)
         width = max(settings.num_beams or 1, writer.several)
         per_pass = max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
@@ -91,4 +92,6 @@ def generate(
     kept = [[until_end(ids, ends) for ids in continuations] for continuations in written]
     names = torch.arange(draws or 1) if numbers is None else torch.tensor(numbers)
     draw = names.repeat_interleave(writer.several)
-    return scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature)
+    return scored(
+        joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature, starting
+    )

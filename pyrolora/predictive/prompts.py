@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from pyrolora.data.encoding import Encoder
-from pyrolora.data.inputs import KNOWN_INPUTS, taken_by
+from pyrolora.data.inputs import KNOWN_INPUTS, embedded, table_of_positions, taken_by
 from pyrolora.data.padding import MASK, padding_of
+from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 from pyrolora.model import JointModel
 
-PER_TOKEN = "token_type_ids"
-"""The input that has a value for every token of a prompt."""
+PER_TOKEN = ("token_type_ids", "global_attention_mask")
+"""The inputs that have a value for every token of a prompt."""
 
 
 def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
@@ -31,7 +32,7 @@ def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     if _is_mapping(inputs):
         prompts = _masked(inputs)
     elif texts:
-        prompts = _encoded(inputs, tokenizer)
+        prompts = _encoded(inputs, tokenizer, joint)
     else:
         _check_form(inputs)
         prompts = _tensors(inputs)
@@ -72,7 +73,7 @@ def other_inputs(
                 f"{name!r} has {len(rows)} rows for {len(prompts)} prompts; give one row per "
                 "prompt, or generate for one prompt at a time"
             )
-        if name == PER_TOKEN and MASK in inputs:
+        if name in PER_TOKEN and MASK in inputs:
             masks = [row.bool() for row in _tensors(inputs[MASK])]
             rows = [row[mask] for row, mask in zip(rows, masks, strict=True)]
         others[name] = rows
@@ -100,7 +101,11 @@ def _masked(inputs: Mapping[str, Any]) -> list[Tensor]:
     return [row[mask] for row, mask in zip(prompts, masks, strict=True)]
 
 
-def _encoded(texts: Sequence[Any], tokenizer: Any) -> list[Tensor]:
+def _encoded(texts: Sequence[Any], tokenizer: Any, joint: JointModel) -> list[Tensor]:
+    """Return the tokens of texts: of those that are continued without an end, of others as fitted.
+
+    The latter are cut, as a fit cuts them.
+    """
     if not all(isinstance(text, str) for text in texts):
         raise DataError("the prompts have to be texts, all of them")
     if tokenizer is None:
@@ -108,8 +113,12 @@ def _encoded(texts: Sequence[Any], tokenizer: Any) -> list[Tensor]:
             "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
             "load(), or a tensor of token ids here"
         )
-    rows = Encoder(tokenizer, math.inf, open=True)(list(texts))["input_ids"]
-    return [torch.as_tensor(ids) for ids in rows]
+    encoder = Encoder(tokenizer, math.inf, open=True)
+    if joint.task.writes == "apart":
+        encoder = joint.task.collator(joint.base, tokenizer).encoder
+    made = encoder(list(texts))
+    warn_cut(sum(made["cut"]), len(texts), encoder.limit, what="prompts")
+    return [torch.as_tensor(ids) for ids in made["input_ids"]]
 
 
 def _check_form(inputs: Any) -> None:
@@ -133,7 +142,15 @@ def _check_ids(prompts: Sequence[Tensor], joint: JointModel) -> None:
                 f"prompt {number} is no list of token ids, or has none: {ids.tolist()!r:.60}; give "
                 "each prompt at least one"
             )
-    vocabulary = getattr(joint.base.config, "vocab_size", math.inf)
+    apart = joint.task.writes == "apart"
+    read = embedded(joint.base) if apart else getattr(joint.base.config, "vocab_size", None)
+    vocabulary = math.inf if read is None else read
+    longest, most = max(map(len, prompts)), table_of_positions(joint.base)
+    if apart and most is not None and longest > most:
+        raise DataError(
+            f"a prompt has {longest} tokens, and {type(joint.base).__name__} reads {most}; shorten "
+            "it, or pass texts, which are cut there"
+        )
     lowest, highest = (f(int(f(ids)) for ids in prompts) for f in (min, max))
     if lowest < 0 or highest >= vocabulary:
         raise DataError(

@@ -15,6 +15,7 @@ from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
 from pyrolora.tasks.reward import RewardModelling, RewardPrediction, Rewards
+from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
@@ -36,6 +37,7 @@ __all__ = [
     "RewardModelling",
     "RewardPrediction",
     "Rewards",
+    "Seq2Seq",
     "TagPrediction",
     "Task",
     "TextChoice",

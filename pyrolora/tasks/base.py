@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pyro
 import pyro.distributions as dist
@@ -71,6 +71,9 @@ class Task(ParamModule, ABC):
     causal: ClassVar[bool] = False
     """Whether the network must not read a token before it predicts it."""
 
+    writes: ClassVar[Literal["on", "apart"] | None] = None
+    """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
+
     # The law ------------------------------------------------------------------------------------
 
     prediction: ClassVar[type[Prediction]]
@@ -86,6 +89,11 @@ class Task(ParamModule, ABC):
     def matches(cls, network: nn.Module) -> bool:
         """Return whether the class of ``network`` calls for this task."""
         return type(network).__name__ in cls.classes
+
+    @classmethod
+    def claims(cls, network: nn.Module, row: Mapping[str, Any]) -> bool:
+        """Return whether data with such an example call for this task, whatever `matches`."""
+        return False
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
@@ -170,7 +178,7 @@ class Task(ParamModule, ABC):
 
     def as_text(self) -> Task | None:
         """Return the task under which draws write text, and score it; None where they do not."""
-        return self if self.causal else None
+        return self if self.writes is not None else None
 
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:

@@ -118,6 +118,7 @@ class CausalLM(LanguageModel):
     classes = classes_of("CAUSAL_LM")
     auto = "AutoModelForCausalLM"
     causal = True
+    writes = "on"
     shift = 1
     title = "a causal language model"
 

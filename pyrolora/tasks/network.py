@@ -9,7 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import check_task
@@ -62,7 +68,7 @@ def load_network(
 def load_language_model(
     name: str, tokenizer: Any = None, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """Return a causal language model and its tokenizer.
+    """Return a network that writes texts, on from its input or apart, and its tokenizer.
 
     Other networks have a head whose size their folder does not say. Code that lies in the folder is
     run only with ``trust_remote_code``.
@@ -74,15 +80,20 @@ def load_language_model(
     """
     with _explained(name):
         trust = {"trust_remote_code": trust_remote_code}  # None would ask at the terminal
-        architecture = (AutoConfig.from_pretrained(name, **trust).architectures or [""])[0]
-        if architecture not in classes_of("CAUSAL_LM") and not trust_remote_code:
+        config = AutoConfig.from_pretrained(name, **trust)
+        architecture = (config.architectures or [""])[0]
+        apart = getattr(config, "is_encoder_decoder", False)
+        kind = "SEQ_TO_SEQ_CAUSAL_LM" if apart else "CAUSAL_LM"
+        if architecture not in classes_of(kind) and not trust_remote_code:
             raise ConfigError(
                 f"{name!r} is a {architecture or 'network without a class'}, not a causal "
-                "language model; load it with the task head that is needed, and pass that network"
+                "language model, nor one for sequence to sequence; load it with the task head that "
+                "is needed, and pass that network"
             )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **trust), tokenizer
+        loader = AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM
+        return loader.from_pretrained(name, dtype="auto", **trust), tokenizer
 
 
 @contextmanager
@@ -164,11 +175,8 @@ def _check_indicators(checkpoint: Checkpoint) -> None:
 def _check_tokens(checkpoint: Checkpoint) -> None:
     """Raise for labels that are neither an example's class nor plainly tokens or tags."""
     name, architecture = checkpoint.name, checkpoint.architecture
-    if getattr(checkpoint.config, "is_encoder_decoder", False) and len(checkpoint.examples):
-        raise ConfigError(
-            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
-            "supported yet, and the data has no label per example to classify by"
-        )
+    if checkpoint.is_a("SEQ_TO_SEQ_CAUSAL_LM"):
+        return
     labels = checkpoint.row.get(LABELS)
     if labels is None or checkpoint.is_a("CAUSAL_LM"):
         return

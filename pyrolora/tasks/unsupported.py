@@ -87,9 +87,9 @@ def check_supported(network: nn.Module, classes: Collection[str] = ()) -> None:
     writes = getattr(network, "can_generate", None)
     if getattr(config, "is_encoder_decoder", False) and callable(writes) and writes():
         raise ConfigError(
-            f"{name} reads one text with its encoder and writes another with its decoder; such "
-            "tasks (translation, summaries, transcription) are not supported yet: their labels "
-            "would not reach the decoder. Fit a causal language model, or a classifier"
+            f"{name} reads one text with its encoder and writes another with its decoder, which "
+            "the labels of another task would not reach; name task='text2text-generation', with "
+            "the texts to write, or fit a classifier or a causal language model"
         )
     title = other_task(name, classes)
     if title is not None and title.startswith("token classification"):
