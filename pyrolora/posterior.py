@@ -382,9 +382,11 @@ class Posterior:
         Parameters
         ----------
         inputs
-            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids``,
-            ``attention_mask``, and other inputs of the network, one row per prompt, such as
-            ``pixel_values``.
+            A list of texts; a chat, as a list of messages, or a list of chats, in which it is the
+            assistant's turn; rows as in a fit (``messages``, ``prompt``, ``question``, ...), whose
+            prompts are written as there; token ids, (n, T) or lists; or a mapping with
+            ``input_ids``, ``attention_mask``, and other inputs of the network, one row per prompt,
+            such as ``pixel_values``.
         num_samples
             S. None: 8; with an ensemble every member once.
         draws
@@ -394,8 +396,9 @@ class Posterior:
         **generate_options
             Options of transformers' ``generate``: ``max_new_tokens`` (by default what the
             network's settings say, or 40, at most to the end of its context), ``do_sample``,
-            ``temperature``, ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling,
-            and both with beams.
+            ``temperature``, ``num_beams``, ``num_return_sequences``, ``stop_strings`` (each
+            continuation ends with the first that it completes), ... Greedy search, sampling, and
+            both with beams. A ``streamer`` takes one prompt and one draw.
 
         Raises
         ------

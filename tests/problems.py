@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
@@ -92,6 +93,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
         sep_token="[SEP]",
         model_max_length=32,
     )
+
+
+def chat_tokenizer(template: str | None = None, special: Sequence[str] = ()) -> Any:
+    """A tokenizer of bytes, whose chats follow ``template``; without one as ChatML writes them."""
+    chatml = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=[*(special or ("<|im_start|>", "<|im_end|>"))],
+    )
+    made.chat_template = chatml if template is None else template
+    return made
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:

@@ -112,7 +112,7 @@ def prompt_of(data: datasets.Dataset) -> Dialogue:
             "'prompt', 'question', or one column of texts"
         )
     found = _with_more(data, found)
-    _check_left(data, found, texts, chats)
+    _check_left(data, found, texts, chats, "continue")
     return found
 
 
@@ -170,7 +170,11 @@ def _with_more(data: datasets.Dataset, found: Dialogue) -> Dialogue:
 
 
 def _check_left(
-    data: datasets.Dataset, found: Dialogue, texts: Sequence[str], chats: Sequence[str]
+    data: datasets.Dataset,
+    found: Dialogue,
+    texts: Sequence[str],
+    chats: Sequence[str],
+    verb: str = "learn from",
 ) -> None:
     """Raise `DataError` for columns that look like data and are not among those that are read."""
     left = [
@@ -188,8 +192,8 @@ def _check_left(
         raise DataError(f"the columns {empty} have missing values alone; fill or drop them")
     if left:
         raise DataError(
-            f"a language model would learn from {found} here, and the data has {left}, too; keep "
-            f"what it is to learn: drop the others with data.remove_columns({left}); or join them "
+            f"a language model would {verb} {found} here, and the data has {left}, too; keep "
+            f"what it is to read: drop the others with data.remove_columns({left}); or join them "
             "to one text, 'text', or to 'prompt' and 'completion' (a system prompt is the first of "
             "the 'messages'); or tokenise them yourself, with 'labels' of -100 at what does not "
             "count"

@@ -30,8 +30,8 @@ class Encoder:
     ends: bool = False
     open: bool = False
     words: bool = False
-    source: str = OWN_LIMIT
     target: bool = False
+    source: str = OWN_LIMIT
 
     def __call__(self, *texts: list[Any]) -> dict[str, Any]:
         """Return columns of tokens, cut at ``limit``, and ``cut``: which texts were."""

@@ -22,7 +22,9 @@ MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "i
 KNOWN_INPUTS = (
     *MODEL_INPUTS,
     *(MASK, "token_type_ids", "position_ids", "pixel_mask", "image_sizes", "image_grid_thw"),
-    *("bbox", "global_attention_mask"),
+    *("bbox", "global_attention_mask", "mm_token_type_ids", "pixel_attention_mask"),
+    *("pixel_values_videos", "video_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"),
+    *("image_attention_mask", "spatial_shapes", "second_per_grid_ts"),
 )
 
 

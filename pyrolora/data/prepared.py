@@ -253,13 +253,15 @@ def token_counts(examples: Any) -> list[int] | None:
 def _check_features(examples: Any, collate: Collator) -> None:
     """Raise `DataError` for features that are not finite.
 
-    All features are checked where they are tensors, else those of the first thousand examples.
+    All features are checked where they are tensors, else those of the first thousand examples; of
+    pictures and sounds fewer, which are checked as they are read.
     """
     if isinstance(examples, TensorExamples):
         batches: list[Mapping[str, Tensor]] = [collate.converted(examples.columns)]
         collate([examples[0]])
     else:
-        step, last = 100, min(len(examples), 1000)
+        step = 100 if collate.media is None else 8
+        last = min(len(examples), 10 * step)
         batches = [
             collate([examples[i] for i in range(start, min(start + step, last))])
             for start in range(0, last, step)

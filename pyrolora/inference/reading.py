@@ -43,10 +43,8 @@ def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor
     """Raise `ConfigError` for outputs that do not fit their task, or that have read ahead."""
     joint.task.check_reading(output, batch, joint.base)
     text = joint.task.as_text()
-    if text is not None and text is joint.task:
-        check_causal(joint, batch)
-    elif text is not None and joint.task.causal:
-        check_causal(joint.under(text), joint.task.inputs(batch))
+    if text is not None:
+        check_causal(joint.under(text), batch if text is joint.task else joint.task.inputs(batch))
 
 
 @torch.no_grad()

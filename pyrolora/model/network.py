@@ -29,6 +29,7 @@ from pyrolora.adapters import (
     sharing_of,
 )
 from pyrolora.columns import INPUTS, PLACES, Batch
+from pyrolora.data.pieces import for_network
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -272,7 +273,7 @@ class AdaptedNetwork(nn.Module):
 
     def _raw(self, batch: Batch) -> Any:
         """Return what the network returns on a batch, with few logits where few are read."""
-        inputs: dict[str, Any] = self.task.inputs(batch)
+        inputs = for_network(self.task.inputs(batch))
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
         places = self.task.places(batch)

@@ -14,9 +14,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError
 from pyrolora.columns import DECODER_IDS
+from pyrolora.data.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
-from pyrolora.predictive.prompts import PER_TOKEN
+from pyrolora.predictive.decoding import StopStrings
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,18 @@ class Writer:
         The id with which a decoder of its own starts; None where a prompt is continued.
     bar
         Progress, by tokens.
+    stops
+        The texts that end a continuation, if there are any.
+    streamer
+        What is given every token at once, if anything is.
     """
 
     joint: JointModel
     settings: GenerationConfig
     start: int | None
     bar: Any
+    stops: StopStrings | None = None
+    streamer: Any = None
 
     @property
     def several(self) -> int:
@@ -106,9 +113,10 @@ class Writer:
         batch = {"input_ids": ids, "attention_mask": mask}
         for name, rows in others.items():
             if name in PER_TOKEN:
-                tensor = pad_sequence(rows, True, 0, padding_side=side)
+                batch[name] = pad_sequence(rows, True, 0, padding_side=side)
             else:
-                tensor = torch.stack(rows)
+                batch |= joined(name, rows)
+        for name, tensor in batch.items():
             batch[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return batch
 
@@ -121,15 +129,24 @@ class Writer:
         with self.joint.bound(binding):
             try:
                 rows = base.generate(
-                    **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()},
+                    **for_network(
+                        {n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()}
+                    ),
                     generation_config=self.settings,
-                    stopping_criteria=StoppingCriteriaList([_Progress(self.bar)]),
+                    stopping_criteria=self._criteria(length),
+                    streamer=self.streamer,
                 )
             except ValueError as error:  # settings that contradict one another
                 raise ConfigError(f"transformers' generate(): {error}") from error
         written = rows[:, length if self.start is None else 1 :]
         new = written.cpu().unflatten(0, (draws, size, self.several))
         return new.transpose(0, 1).flatten(1, 2), binding
+
+    def _criteria(self, length: int) -> StoppingCriteriaList:
+        criteria: list[StoppingCriteria] = [_Progress(self.bar)]
+        if self.stops is not None:
+            criteria.append(_Stopped(self.stops, length))
+        return StoppingCriteriaList(criteria)
 
 
 @contextmanager
@@ -157,3 +174,14 @@ class _Progress(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.bar.update(1)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Stopped(StoppingCriteria):
+    """A criterion that stops each row at the first stop string after its prompt."""
+
+    def __init__(self, stops: StopStrings, length: int) -> None:
+        self.stops, self.length = stops, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        written = input_ids[:, self.length :].tolist()
+        return torch.tensor([self.stops.end(ids) for ids in written], device=input_ids.device)

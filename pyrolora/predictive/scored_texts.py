@@ -15,10 +15,10 @@ from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
 from pyrolora.data import prepare
 from pyrolora.data.examples import TensorExamples
 from pyrolora.data.padding import MASK
+from pyrolora.data.pieces import PER_TOKEN, joined
 from pyrolora.model import JointModel
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.predict import predict
-from pyrolora.predictive.prompts import PER_TOKEN
 from pyrolora.tasks import TokenPrediction
 
 
@@ -109,7 +109,7 @@ def _examples(
 ) -> TensorExamples:
     """Return whole texts of one length, whose labels are the tokens of the continuations.
 
-    An input with a value per token of the prompt goes on with its last value, as in transformers'
+    Token types go on with their last value, and those of pictures with 0, as in transformers'
     ``generate``.
     """
     whole = [torch.cat(pair) for pair in pairs]
@@ -122,12 +122,14 @@ def _examples(
     }
     for name, rows in beside.items():
         if name in PER_TOKEN:
+            last = [r[-1:] if name == PER_TOKEN[0] else r.new_zeros(1) for r in rows]
             continued = [
-                torch.cat([r, r[-1:].expand(len(n))]) for r, (_, n) in zip(rows, pairs, strict=True)
+                torch.cat([r, end.expand(len(n))])
+                for r, end, (_, n) in zip(rows, last, pairs, strict=True)
             ]
             columns[name] = pad_sequence(continued, True, 0)
         else:
-            columns[name] = torch.stack(rows)
+            columns |= joined(name, rows)
     return TensorExamples(columns)
 
 
@@ -145,7 +147,7 @@ def _apart(
         DECODER_MASK: pad_sequence([torch.ones_like(new) for new in news], True, 0),
     }
     for name, rows in beside.items():
-        columns[name] = pad_sequence(rows, True, 0) if name in PER_TOKEN else torch.stack(rows)
+        columns[name] = pad_sequence(rows, True, 0) if name in PER_TOKEN else torch.cat(rows)
     return TensorExamples(columns)
 
 

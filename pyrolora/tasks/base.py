@@ -68,9 +68,6 @@ class Task(ParamModule, ABC):
     """transformers' Auto class that loads a network by its name."""
     problem_type: ClassVar[str | None] = None
     """The ``problem_type`` of transformers' configurations that the task is."""
-    causal: ClassVar[bool] = False
-    """Whether the network must not read a token before it predicts it."""
-
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
 

@@ -185,7 +185,6 @@ class TextChoice(CausalChoice):
     short: ClassVar[str] = "texts"
     collator = ContinuationCollator
     extras = (*MultipleChoice.extras, CHOICE_PLACES)
-    causal = True
     per_token: ClassVar[bool] = False
     """Whether the mean over a choice's tokens takes the place of their sum."""
     token_temperature: float = 1.0

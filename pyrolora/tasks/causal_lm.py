@@ -96,7 +96,8 @@ class CausalCollator(Collator):
 
     def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
         """Raise `DataError` for texts without a token to predict, and labels of other texts."""
-        if labels is not None and not explicit:
+        labelled = is_plain(examples) and LABELS in examples.column_names  # of dialogues, which
+        if labels is not None and not explicit and not labelled:  # warn themselves
             short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
             if short:
                 need = "no token to predict (a text's first has none before it)"
@@ -117,7 +118,6 @@ class CausalLM(LanguageModel):
     collator = CausalCollator
     classes = classes_of("CAUSAL_LM")
     auto = "AutoModelForCausalLM"
-    causal = True
     writes = "on"
     shift = 1
     title = "a causal language model"

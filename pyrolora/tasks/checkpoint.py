@@ -12,6 +12,7 @@ from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
+from pyrolora.data.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
 
 Layout = Literal["choices", "preferences", "words", "example", "labels", "tokens"]
@@ -42,6 +43,25 @@ class Checkpoint:
     def row(self) -> dict[str, Any]:
         """The first example."""
         return as_dict(self.examples[0], INPUTS) if len(self.examples) else {}
+
+    @cached_property
+    def media(self) -> type[Media] | None:
+        """The pictures or sounds in the data, if the network reads such; None for texts."""
+        for kind in KINDS:
+            if any(name in self.row for name in kind.inputs) and "input_ids" not in self.row:
+                return kind
+        return next((k for k in KINDS if self.is_for(k) and k.raw_in(self.examples)), None)
+
+    @property
+    def processes(self) -> bool:
+        """Whether the data are pictures or sounds themselves, not tensors of them."""
+        inputs = () if self.media is None else self.media.inputs
+        return self.media is not None and not any(name in self.row for name in inputs)
+
+    def is_for(self, media: type[Media]) -> bool:
+        """Return whether transformers has a classifier of such media for the architecture."""
+        names = getattr(modeling_auto, f"MODEL_FOR_{media.heads}_MAPPING_NAMES")
+        return getattr(self.config, "model_type", None) in names
 
     @cached_property
     def layout(self) -> Layout | None:

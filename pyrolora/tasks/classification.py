@@ -215,7 +215,7 @@ class Classification(Task):
     )
     discrete = True
     names_classes = True
-    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     prediction: ClassVar[type[Prediction]] = ClassPrediction
     problem_type: ClassVar[str | None] = "single_label_classification"
     linearisable = True

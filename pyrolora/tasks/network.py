@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -17,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pyrolora.columns import INPUTS, LABELS
+from pyrolora.columns import LABELS
 from pyrolora.data.columns import check_task
 from pyrolora.data.examples import as_examples
 from pyrolora.data.labels import no_labels
@@ -25,7 +26,7 @@ from pyrolora.data.multi_hot import indicator_columns
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
-from pyrolora.tasks.heads import auto_classifier
+from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.registry import kinds, task_class
 from pyrolora.tasks.unsupported import classes_of
 
@@ -113,13 +114,26 @@ def _loaded(
     name: str, data: Any, tokenizer: Any, task: str | Task | None, like: nn.Module | None
 ) -> tuple[PreTrainedModel, Any]:
     """Return the network of the task that is named, or that data and checkpoint imply."""
-    examples = as_examples(data, INPUTS, ("train",))
-    checkpoint = Checkpoint(name, AutoConfig.from_pretrained(name), examples, tokenizer)
-    if tokenizer is None and auto_classifier(checkpoint) != "AutoModelForImageClassification":
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        checkpoint = Checkpoint(name, checkpoint.config, examples, tokenizer)
+    config = AutoConfig.from_pretrained(name)
+    examples = as_examples(data, main_input(config), ("train",))
+    checkpoint = Checkpoint(name, config, examples, tokenizer)
+    if tokenizer is None:
+        tokenizer = _processor(checkpoint)
+        checkpoint = Checkpoint(name, config, examples, tokenizer)
     kind = _implied(checkpoint) if task is None else task_class(task)
     return kind.load(checkpoint, like), tokenizer
+
+
+def _processor(checkpoint: Checkpoint) -> Any:
+    """Load the processor for the raw data of a checkpoint; None for tensors of pictures or sounds.
+
+    It is the image processor, the feature extractor, or the tokenizer.
+    """
+    media = checkpoint.media
+    if media is not None and not checkpoint.processes:
+        return None
+    auto = "AutoTokenizer" if media is None else media.auto
+    return getattr(transformers, auto).from_pretrained(checkpoint.name)
 
 
 def _implied(checkpoint: Checkpoint) -> type[Task]:

@@ -41,7 +41,9 @@ def classes_of(*kinds: str) -> frozenset[str]:
 
 
 # Some of the classes above are also in these lists, which tasks read.
-_READ = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "MULTIPLE_CHOICE")
+_READ = classes_of(
+    "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "MULTIPLE_CHOICE"
+)
 
 
 def other_task(architecture: str, classes: Collection[str] = ()) -> str | None:
