@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pyrolora.columns import LABELS, TAGS
+from pyrolora.columns import INPUTS, LABELS, TAGS
 from pyrolora.data.pictures import is_picture, stored
 from pyrolora.errors import DataError
 
@@ -192,6 +192,15 @@ def as_dict(example: Any, input_name: str) -> dict[str, Any]:
     raise DataError(
         f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
     )
+
+
+def first_row(data: Any, network: Any) -> dict[str, Any]:
+    """Return the first example of training data; an empty dict where it is not stored by names."""
+    if not isinstance(data, list | datasets.Dataset | datasets.DatasetDict):
+        return {}
+    name = getattr(network, "main_input_name", INPUTS)
+    rows = as_examples(data, name, ("train",))
+    return as_dict(rows[0], name) if is_plain(rows) and len(rows) else {}
 
 
 def is_plain(examples: Any) -> bool:
