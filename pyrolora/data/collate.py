@@ -25,6 +25,7 @@ from pyrolora.data.columns import (
 )
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_dict, as_numbers, is_nested
+from pyrolora.data.illustrated import illustrator_of
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -90,7 +91,9 @@ class Collator:
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.float32)
         self.taken = taken_by(network)
-        self.media = media_of(network, tokenizer, self.taken)
+        self.media = illustrator_of(network, tokenizer, self.taken) or media_of(
+            network, tokenizer, self.taken
+        )
         self.takes_labels = True
 
     @property

@@ -64,7 +64,8 @@ class Media(ABC):
     """transformers' Auto class that loads a classifier of them."""
 
     def __init__(self, network: nn.Module, processor: Any, taken: set[str]) -> None:
-        self.network, self.taken = network, taken
+        self.config = getattr(network, "config", None)
+        self.reader, self.taken = type(network).__name__, taken
         whole = isinstance(processor, ImageProcessingMixin | FeatureExtractionMixin)
         self.processor: Any = processor if whole else getattr(processor, self.part, None)
 
@@ -167,7 +168,7 @@ class Media(ABC):
         if not kept:
             raise DataError(
                 f"{type(self.processor).__name__} makes {sorted(made)}, and the "
-                f"{type(self.network).__name__} takes {sorted(self.taken)}; pass the network's own "
+                f"{self.reader} takes {sorted(self.taken)}; pass the network's own "
                 "processor"
             )
         return kept
@@ -180,7 +181,7 @@ class Pictures(Media):
     """Pictures: of PIL, in files, in bytes, or as arrays."""
 
     column = "image"
-    names = ("image", "img", "picture")
+    names: ClassVar[tuple[str, ...]] = ("image", "img", "picture")
     paths = ("image_path", "image_file", "image_file_path", *PATHS)
     inputs = ("pixel_values",)
     feature = datasets.Image
@@ -194,8 +195,7 @@ class Pictures(Media):
 
     def batch(self, values: Sequence[Any]) -> dict[str, Tensor]:
         self._check_processor(self.column)
-        config = getattr(self.network, "config", None)
-        channels = getattr(config, "num_channels", 3)
+        channels = getattr(self.config, "num_channels", 3)
         rescales = getattr(self.processor, "do_rescale", False)
         pictures = [as_picture(value, channels) for value in values]
         for picture in pictures:
@@ -247,7 +247,7 @@ class Sounds(Media):
         )
         sizes = [len(sound) for sound in sounds]
         warn_cut(self.processor, sizes, self.warned)
-        if self.options and len({*sizes}) > 1 and length_matters(self.network, made):
+        if self.options and len({*sizes}) > 1 and length_matters(self.config, made):
             warn_padded(self.processor, self.warned)
         return made
 

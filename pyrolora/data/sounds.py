@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrolora.data.padding import MASK
 from pyrolora.errors import DataError
@@ -56,13 +56,13 @@ def _form(value: Any) -> str:
     return f"a mapping with {sorted(value)}" if isinstance(value, Mapping) else type(value).__name__
 
 
-def length_matters(network: nn.Module, made: Mapping[str, Tensor]) -> bool:
+def length_matters(config: Any, made: Mapping[str, Tensor]) -> bool:
     """Return whether padding changes how a network reads a sound.
 
     It does without a mask. With one it does, too, in Wav2Vec2 and its kin where they normalise each
     channel over time (``feat_extract_norm="group"``), padding included.
     """
-    norm = getattr(getattr(network, "config", None), "feat_extract_norm", None)
+    norm = getattr(config, "feat_extract_norm", None)
     return MASK not in made or norm == "group"
 
 
