@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 from torch import Tensor
 
@@ -16,16 +17,18 @@ Sound = np.ndarray
 """(T,), real numbers in -1..1."""
 
 
-def as_sound(value: Any, rate: int) -> Sound:
+def as_sound(value: Any, rate: int, decoder: datasets.Audio) -> Sound:
     """Return the samples of a sound at this sampling rate, (T,).
 
-    ``value`` is {"array": ..., "sampling_rate": ...}, or what datasets decodes to.
+    ``value`` is {"array": ..., "sampling_rate": ...}, what datasets decodes to, or a path or bytes
+    for the decoder.
 
     Raises
     ------
     DataError
         For another rate, several channels, whole numbers, no sample, and a rate that is unknown.
     """
+    value = _decoded(value, decoder)
     try:
         array, own = np.asarray(value["array"]), int(value["sampling_rate"])
     except (KeyError, TypeError, IndexError) as error:
@@ -50,6 +53,21 @@ def as_sound(value: Any, rate: int) -> Sound:
             "16-bit samples by 32768"
         )
     return array.astype(np.float32)
+
+
+def _decoded(value: Any, decoder: datasets.Audio) -> Any:
+    """Return what datasets makes of a path or of bytes; other values as they are."""
+    if isinstance(value, str | bytes):
+        value = {"path": None, "bytes": None, "path" if isinstance(value, str) else "bytes": value}
+    if not isinstance(value, Mapping) or "bytes" not in value:
+        return value
+    try:
+        return decoder.decode_example(dict(value))
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"a sound cannot be decoded, got {type(error).__name__}: {str(error)[:200]}; leave it "
+            "out, restore its file, or give {'array': ..., 'sampling_rate': ...}"
+        ) from error
 
 
 def _form(value: Any) -> str:
