@@ -20,6 +20,7 @@ from pyrolora.cli.imported import again
 from pyrolora.cli.output import metrics_table, print_json, say, tell
 from pyrolora.cli.readers import KINDS
 from pyrolora.cli.runs import Run
+from pyrolora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyrolora.fitting import Request
@@ -56,6 +57,13 @@ def fit(
         str | None,
         typer.Option(
             help="What is predicted: {tasks}.", show_default="what the model's class is for"
+        ),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="How a causal language model learns to choose, from data with a column 'choices': "
+            "letters, texts or texts-per-token."
         ),
     ] = None,
     given: Annotated[
@@ -131,6 +139,11 @@ def fit(
     predict, evaluate and export. A run that was killed goes on from its last
     checkpoint when the same command is given again.
     """
+    if eval_split is not None and eval_data is None:
+        raise ConfigError(
+            f"--eval-split {eval_split} is a split of --eval-data, and there are none; name them "
+            f"(the same as the training data, if that is meant: --eval-data {data})"
+        )
     set_options = settings.parse(set_ or [])
     columns: dict[str, Any] = {"text": text or [], "label": label}
     names = set().union(*(Run(folder).classes() for folder in (given, prior) if folder))
@@ -142,6 +155,7 @@ def fit(
     say("loading libraries")
     from pyrolora.fitting import Request, StoredPosterior, arguments_of
     from pyrolora.guides import full_name
+    from pyrolora.tasks import choice_task
 
     request = _with_settings(
         Request(
@@ -149,7 +163,7 @@ def fit(
             data=examples,
             guide=guide,
             eval_data=held_out,
-            task=task,
+            task=choice_task(choices, task),
             given=None if given is None else StoredPosterior(given),
             prior=None if prior is None else StoredPosterior(prior),
             epochs=epochs,

@@ -94,8 +94,8 @@ def generate(
     clash = [name for name in original.column_names if name in ("agreement", "continuations")]
     if clash:
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
-    texts = _prompts(inputs, prompts)
     posterior = posteriors.load(run, model)
+    texts = _prompts(inputs, prompts, apart=posterior.task.writes == "apart")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -120,16 +120,24 @@ def generate(
         say(f"continuations of {len(lines)} prompts are in {output}")
 
 
-def _prompts(inputs: Any, source: str) -> Any:
-    """Return the texts to continue, or the rows that have chats or prompts of several parts."""
-    from pyrolora.data.dialogues import prompt_of
+def _prompts(inputs: Any, source: str, *, apart: bool) -> Any:
+    """Return the texts to continue, or the rows that have chats or prompts of several parts.
 
-    dialogue = prompt_of(inputs)
-    if dialogue.kind != "text":
-        return inputs
-    texts = inputs[dialogue.prompt[0]][:]
+    ``apart`` says that the answers are texts of their own, which a decoder writes.
+    """
+    from pyrolora.data.dialogues import prompt_of
+    from pyrolora.data.pairs import joined_texts, source_of
+
+    if apart:
+        names = source_of(inputs)
+        texts, read = joined_texts(inputs, names), " and ".join(map(repr, names))
+    else:
+        dialogue = prompt_of(inputs)
+        if dialogue.kind != "text":
+            return inputs
+        texts, read = inputs[dialogue.prompt[0]][:], str(dialogue)
     if any(not isinstance(text, str) or not text for text in texts):
-        raise DataError(f"{source} has empty prompts in {dialogue}; fill or remove them")
+        raise DataError(f"{source} has empty prompts in {read}; fill or remove them")
     return texts
 
 

@@ -13,11 +13,12 @@ from transformers import default_data_collator
 
 from pyrolora import defaults
 from pyrolora.adapters import is_quantised
-from pyrolora.columns import INPUTS, LABELS
+from pyrolora.columns import INPUTS, LABELS, PLACES
 from pyrolora.data.columns import (
     CHOICES,
     TWO_LABELS,
     check_nested,
+    check_preferences,
     check_two_labels,
     has_choices,
     same_labels,
@@ -90,7 +91,9 @@ class Collator:
         self.padding = padding_of(network, self.tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.float32)
-        self.taken = taken_by(network)
+        taken = taken_by(network)
+        self.taken = taken - {PLACES}
+        self.chooses_places = PLACES in taken
         self.media = illustrator_of(network, tokenizer, self.taken) or media_of(
             network, tokenizer, self.taken
         )
@@ -116,6 +119,7 @@ class Collator:
 
     def check_data(self, examples: Any) -> None:
         """Raise `DataError` for data of another task."""
+        check_preferences([*as_dict(examples[0], self.input_name)])
         if has_choices(examples) and CHOICES in as_dict(examples[0], INPUTS):
             raise DataError(
                 f"the data has a column 'choices' and {self.network_name} takes none; load the "
@@ -279,7 +283,18 @@ class Collator:
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
+        read = self.places_read(batch) if self.chooses_places else None
+        if read is not None and read.any():  # by one row at least: a network takes the same for all
+            batch[PLACES] = read.any(0).nonzero().flatten().repeat(len(read), 1)
         return batch
+
+    def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the places of each text whose logits the law reads, (b, T); None: all of them.
+
+        A network that takes ``logits_to_keep`` computes no others. It is known here, where no
+        device has to be waited for.
+        """
+        return None
 
     def _from_media(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Take the pictures or sounds out of the rows, and return the inputs made of them."""

@@ -36,6 +36,31 @@ TEXT_COLUMNS = (
     ("sentence_A", "sentence_B"),
     ("text", "text_pair"),
 )
+# Texts to read, in this order, and the text to write for them.
+WRITTEN_PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("text",), "summary"),
+    (("document",), "summary"),
+    (("dialogue",), "summary"),
+    (("report",), "summary"),
+    (("article",), "summary"),
+    (("article",), "highlights"),
+    (("article",), "abstract"),
+    (("source",), "target"),
+    (("src",), "tgt"),
+    (("text",), "target"),
+    (("input",), "target"),
+    (("input",), "output"),
+    (("inputs",), "targets"),
+    (("input_text",), "target_text"),
+    (("question",), "answer"),
+    (("prompt",), "completion"),
+    (("prompt",), "response"),
+    (("instruction",), "output"),
+    (("instruction",), "response"),
+    (("instruction", "input"), "output"),
+    (("instruction", "input"), "response"),
+    (("instruction", "context"), "response"),
+)
 # The text before each choice of multiple choice; joined in this order.
 CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 # Columns that number or name a row, or repeat its label, and are left out without a warning; so are
@@ -67,6 +92,8 @@ DIALOGUES = (
     *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
+# A text in several languages, a dict from each to the text.
+TRANSLATION = "translation"
 # Columns of a task that is not supported.
 SPANS = ("start_positions", "end_positions")
 
@@ -248,6 +275,23 @@ def has_choices(examples: Any) -> bool:
     row = as_dict(examples[0], INPUTS) if len(examples) else {}
     ids: Any = row.get("input_ids")
     return CHOICES in row or (is_nested(ids) and len(ids) > 1)
+
+
+def has_preferences(names: Collection[str]) -> bool:
+    """Return whether columns of these names hold a preferred text and another one."""
+    pairs = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
+    return any(all(name in names for name in pair) for pair in pairs)
+
+
+def check_preferences(names: Collection[str]) -> None:
+    """Raise `DataError` for preferences, which another task learns."""
+    if has_preferences(names):
+        raise DataError(
+            "the data has 'chosen' and 'rejected' texts, and preferences are learnt by a reward "
+            "model: load the network with AutoModelForSequenceClassification, num_labels=1 (by its "
+            "name it is loaded so), and pass task='reward-modelling'; to learn the chosen texts "
+            "alone, drop the others, data.remove_columns('rejected'), and rename 'chosen' 'text'"
+        )
 
 
 def words_column(examples: Any) -> str | None:

@@ -15,7 +15,7 @@ from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data.chat import ChatTemplate, Messages, messages_of, shared, template_options
 from pyrolora.data.columns import check_text
 from pyrolora.data.dialogues import Dialogue
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.encoding import TOO_LONG, Encoder
 from pyrolora.data.padding import MASK
 from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import warn_cut
@@ -221,14 +221,15 @@ def _numbered(encode: Any, rows: Any, numbers: Sequence[int] | None = None) -> I
 
 
 def _warn_of_nothing_left(made: datasets.Dataset, limit: float) -> None:
-    """Warn of examples whose completion begins after the cut."""
-    cut = [i for i, was in enumerate(made["cut"]) if was]
-    empty = [i for i in cut if not any(label != IGNORED for label in made[i][LABELS][1:])]
+    """Warn of examples without a token to learn, as where a completion begins after the cut."""
+    labels = enumerate(made[LABELS])
+    empty = [i for i, row in labels if not any(label != IGNORED for label in row[1:])]
     if empty:
+        most = f" in their first {int(limit)} tokens" if limit < TOO_LONG else ""
         warnings.warn(
-            f"{len(empty)} examples have nothing to learn in their first {int(limit)} tokens, such "
-            f"as example {', '.join(map(str, empty[:5]))}: what comes before fills them; their "
-            "log-likelihood is 0. Leave them out, or raise max_length",
+            f"{len(empty)} examples have nothing to learn{most}, such as example "
+            f"{', '.join(map(str, empty[:5]))}; their log-likelihood is 0. Leave them out, or, "
+            "where the prompt fills them, raise max_length",
             stacklevel=2,
         )
 

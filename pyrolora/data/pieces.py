@@ -19,7 +19,7 @@ from pyrolora.errors import DataError
 
 COUNT = "_pieces"
 """The end of the name of a column with numbers of pieces."""
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "global_attention_mask")
 """Inputs that have a value for every token."""
 GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
 """Columns with the sizes of a row's pictures, beside those with their patches."""

@@ -18,7 +18,14 @@ from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.collate import Collator, whole_as_long
 from pyrolora.data.columns import TOKEN_MASKS, check_columns, check_task, unread, warn_unread
 from pyrolora.data.encoding import TOO_LONG
-from pyrolora.data.examples import TensorExamples, as_dict, as_examples, is_nested, is_plain
+from pyrolora.data.examples import (
+    TensorExamples,
+    as_dict,
+    as_examples,
+    is_nested,
+    is_plain,
+    is_text,
+)
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import all_labels, no_labels
 from pyrolora.data.packing import POSITIONS, packed_rows
@@ -178,7 +185,8 @@ def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Data
     check_task(data.column_names)
     names = data.column_names
     read: tuple[str, ...] = ()
-    if not any(name in names for name in (*MODEL_INPUTS, INPUTS)):
+    texts = INPUTS in names and is_text(data.features[INPUTS])
+    if not any(name in names for name in (*MODEL_INPUTS, *([] if texts else [INPUTS]))):
         data, read = collate.encode(data)
     kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
     if not set(kept) - {LABELS}:

@@ -29,12 +29,13 @@ from pyrolora.fitting.training import (
 )
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.seeding import fitting
 from pyrolora.storage import describe_base
-from pyrolora.tasks import Task
+from pyrolora.tasks import Task, choice_task
 
 
 def fit(
@@ -45,6 +46,7 @@ def fit(
     eval_data: Any = None,
     tokenizer: Any = None,
     task: str | Task | None = None,
+    choices: str | None = None,
     adapter: AdapterConfig | Any = None,
     texts: TextOptions | None = None,
     prior: Posterior | None = None,
@@ -72,8 +74,8 @@ def fit(
         ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
         ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
         labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
-        and ``label``, the number of the right one (for a network that scores choices: a causal
-        language model learns whole texts, and chooses in `Posterior.predict`). In texts without
+        and ``label``, the number, the letter or the text of the right one; a causal language model
+        is told how to choose, by ``choices``. In texts without
         labels for a masked language model some tokens are hidden, always the same. Labels that are
         names are matched with the network's, up to case, spaces, '-' and '_'; a network without
         names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
@@ -90,6 +92,13 @@ def fit(
         The tokenizer, for raw text and padding; with the hub id or folder of a model it is loaded.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
+    choices
+        How a causal language model learns to choose, from data with a column ``choices``:
+        ``"letters"``, by the letter that it writes after a prompt with lettered options, among the
+        letters (one pass per example); ``"texts"``, by the likelihoods of the choices' texts after
+        the context (a pass per choice), or ``"texts-per-token"``, by their means over tokens. It
+        stands for ``task="letter-choice"``, ``"text-choice"``,
+        ``"text-choice-per-token"``.
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
     texts
@@ -144,7 +153,7 @@ def fit(
         guide=guide,
         eval_data=eval_data,
         tokenizer=tokenizer,
-        task=task,
+        task=choice_task(choices, task),
         adapter=adapter,
         texts=texts,
         given=given,
@@ -177,6 +186,8 @@ def fit_request(request: Request) -> Posterior:
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
             build = partial(_in_rows, origin.builder(attachment, data, args), len(data))
             joint = build(request.options)
+            if request.options.reads_inputs:
+                check_recordable(joint)
             origin.ready(joint, data, held_out, args)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts

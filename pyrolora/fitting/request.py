@@ -20,6 +20,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.fitting.stored import StoredPosterior
 from pyrolora.fitting.supervised import text_options_of
 from pyrolora.guides import Guide, Variational, as_guide, available, full_name
+from pyrolora.inference import OF_STEPS, set_for_steps
 from pyrolora.posterior import Posterior
 from pyrolora.tasks import Task
 
@@ -225,8 +226,13 @@ class Request:
             )
         from_peft = isinstance(given, StoredPosterior) and given.from_peft
         self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
+        if how != "computed":
+            return
         useless = [name for name in ("epochs", "learning_rate", "callbacks") if getattr(self, name)]
-        if how == "computed" and useless:
+        useless += [f"training.{name}" for name in self.training_options if name in OF_STEPS]
+        if isinstance(self.training, TrainingArguments):
+            useless += set_for_steps(self.training)
+        if useless:
             raise ConfigError(
                 f"guide {guide.name!r} trains nothing when the adapter is given; leave "
                 f"{', '.join(useless)} out"

@@ -152,3 +152,23 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+OF_STEPS = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "weight_decay", "optim", "optim_args", "max_grad_norm"),
+    *("gradient_accumulation_steps", "gradient_checkpointing"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+"""Arguments of the optimiser's steps."""
+
+
+def set_for_steps(training: TrainingArguments) -> list[str]:
+    """Return the arguments of the optimiser's steps that are not at a default."""
+    usual = TrainingArguments, training_arguments
+    defaults_of = [make(output_dir=training.output_dir, report_to="none") for make in usual]
+    return [
+        f"training={name}={getattr(training, name)!r}"
+        for name in OF_STEPS
+        if getattr(training, name) not in [getattr(one, name) for one in defaults_of]
+    ]

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError
+from pyrolora.columns import DECODER_IDS
 from pyrolora.data.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
@@ -33,6 +34,8 @@ class Writer:
         The joint model.
     settings
         The settings of ``generate``.
+    start
+        The id with which a decoder of its own starts; None where a prompt is continued.
     bar
         Progress, by tokens.
     stops
@@ -43,6 +46,7 @@ class Writer:
 
     joint: JointModel
     settings: GenerationConfig
+    start: int | None
     bar: Any
     stops: StopStrings | None = None
     streamer: Any = None
@@ -71,7 +75,7 @@ class Writer:
         """
         joint, batch = self.joint, self._batch(prompts, others)
         draws = factors.draws
-        if draws is not None and draws > 1 and joint.together(batch):
+        if draws is not None and draws > 1 and joint.together(self._first(batch)):
             try:
                 rows, binding = self._pass(batch, factors)
             except SharedPassError:
@@ -84,21 +88,32 @@ class Writer:
         parts = [self._pass(batch, factors[s])[0] for s in range(draws)]
         return [[row for part in parts for row in part[i]] for i in range(len(prompts))]
 
+    def _first(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of the network's first pass."""
+        if self.start is None:
+            return batch
+        ids = torch.full_like(batch["input_ids"][:, :1], self.start)
+        return {**batch, DECODER_IDS: ids}
+
     def _batch(
         self, prompts: Sequence[Tensor], others: Mapping[str, list[Tensor]]
     ) -> dict[str, Tensor]:
-        """Return the prompts padded on the left, on the network's device and in its precision."""
+        """Return the padded prompts, on the network's device and in its precision.
+
+        Those that are continued are padded on the left, those of an encoder on the right.
+        """
+        side = "left" if self.start is None else "right"
         parameters = list(self.joint.base.parameters())
         device = parameters[0].device
         pad: Any = self.settings.pad_token_id
-        ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
+        ids = pad_sequence(list(prompts), True, pad, padding_side=side).to(device)
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        mask = pad_sequence(ones, True, 0, padding_side=side).to(device)
         dtype = next(p.dtype for p in parameters if p.is_floating_point())
-        batch = {"input_ids": ids, "attention_mask": mask.long()}
+        batch = {"input_ids": ids, "attention_mask": mask}
         for name, rows in others.items():
             if name in PER_TOKEN:
-                batch[name] = pad_sequence(rows, True, 0, padding_side="left")
+                batch[name] = pad_sequence(rows, True, 0, padding_side=side)
             else:
                 batch |= joined(name, rows)
         for name, tensor in batch.items():
@@ -123,7 +138,8 @@ class Writer:
                 )
             except ValueError as error:  # settings that contradict one another
                 raise ConfigError(f"transformers' generate(): {error}") from error
-        new = rows[:, length:].cpu().unflatten(0, (draws, size, self.several))
+        written = rows[:, length if self.start is None else 1 :]
+        new = written.cpu().unflatten(0, (draws, size, self.several))
         return new.transpose(0, 1).flatten(1, 2), binding
 
     def _criteria(self, length: int) -> StoppingCriteriaList:

@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 
 from pyrolora import defaults
 from pyrolora.adapters import check_eager
-from pyrolora.data.inputs import context_length
+from pyrolora.columns import DECODER_IDS, DECODER_MASK
+from pyrolora.data.inputs import context_length, written_length
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.model import JointModel
 
@@ -25,6 +26,10 @@ OURS = {
     **dict.fromkeys(
         ("input_ids", "attention_mask", "position_ids", "inputs_embeds"),
         "pass inputs as a mapping with input_ids and attention_mask",
+    ),
+    **dict.fromkeys(
+        (DECODER_IDS, DECODER_MASK, "encoder_outputs"),
+        "the decoder starts with decoder_start_token_id, and forced_bos_token_id may follow",
     ),
 }
 
@@ -41,10 +46,11 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
     base: Any = joint.base
     check_eager(base)
     able = getattr(base, "can_generate", None)
-    if not joint.task.causal or able is None or not able():
+    if joint.task.as_text() is None or able is None or not able():
         raise ConfigError(
-            "generate() needs a causal language model of transformers, fitted as one; this is a "
-            f"{type(base).__name__} with the task {joint.task.name!r}"
+            "generate() needs a causal language model or a sequence-to-sequence network of "
+            f"transformers, fitted as one; this is a {type(base).__name__} with the task "
+            f"{joint.task.name!r}"
         )
     # As in transformers, options go before the settings of the network.
     settings = copy.deepcopy(base.generation_config)
@@ -78,22 +84,45 @@ def set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationCon
     DataError
         For a prompt whose continuation would leave the network's context.
     """
-    context = context_length(joint.base)
+    apart = joint.task.writes == "apart"
+    context = written_length(joint.base) if apart else context_length(joint.base)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = len(prompts[longest])
+    size = 1 if apart else len(prompts[longest])
+    before = "the decoder's start" if apart else f"prompt {longest}"
     if settings.max_new_tokens is None and settings.max_length is None:
         settings.max_new_tokens = int(max(1, min(defaults.MAX_NEW_TOKENS, context - size)))
     if settings.max_new_tokens is None and settings.max_length <= size:
         raise DataError(
-            f"prompt {longest} has {size} tokens, which max_length={settings.max_length} counts, "
+            f"{before} has {size} tokens, which max_length={settings.max_length} counts, "
             "too: nothing would be written; pass max_new_tokens"
         )
     needed = size + settings.max_new_tokens if settings.max_new_tokens else settings.max_length
     if needed > context:
         raise DataError(
-            f"prompt {longest} has {size} tokens, and with its continuation {needed}; the network "
-            f"has {context} positions: shorten it, or lower max_new_tokens"
+            f"{before} has {size} tokens, and with its continuation {needed}; the network has "
+            f"{context} positions: lower max_new_tokens" + ("" if apart else ", or shorten it")
         )
+
+
+def start_id(joint: JointModel, settings: GenerationConfig) -> int | None:
+    """Return the id with which a decoder of its own starts; None where a prompt is continued.
+
+    Raises
+    ------
+    ConfigError
+        Where there is none, or one for each row.
+    """
+    if joint.task.writes != "apart":
+        return None
+    start = settings.decoder_start_token_id
+    start = settings.bos_token_id if start is None else start
+    if not isinstance(start, int):
+        raise ConfigError(
+            f"the decoder starts with one token, got decoder_start_token_id={start}; pass "
+            "generate(..., decoder_start_token_id=...), the id of a language where the network "
+            "writes several"
+        )
+    return start
 
 
 def padding_id(settings: GenerationConfig, tokenizer: Any) -> int:

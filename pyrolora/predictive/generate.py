@@ -20,6 +20,7 @@ from pyrolora.predictive.decoding import (
     end_ids,
     padding_id,
     set_length,
+    start_id,
     stop_strings,
     until_end,
 )
@@ -68,18 +69,22 @@ def generate(
     options, tokenizer = dict(options or {}), tokenizer_of(processor)
     streamer = options.pop("streamer", None)
     settings = decoding_settings(joint, options)
+    text = joint.task.as_text()
+    assert text is not None
+    joint = joint.under(text)
     stops = stop_strings(settings, tokenizer)
     prompts, others = read_prompts(inputs, processor, joint)
     set_length(joint, prompts, settings)
     settings.disable_compile = True  # the compiler cannot follow the binding
     settings.return_dict_in_generate = False
     settings.pad_token_id = pad = padding_id(settings, tokenizer)
+    starting = start_id(joint, settings)
     draws = factors.draws
     check_streamer(streamer, len(prompts), draws or 1, settings)
     written: list[list[Tensor]] = [[] for _ in prompts]
     bar = tqdm(desc="generating", unit="token", delay=2, leave=False)
     with evaluating(joint), tempered_network(joint, temperature), bar:
-        writer = Writer(joint, settings, bar, stops, streamer)
+        writer = Writer(joint, settings, starting, bar, stops, streamer)
         width = max(settings.num_beams or 1, writer.several)
         per_pass = max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
@@ -97,4 +102,6 @@ def generate(
         kept = [[stops.until(ids) for ids in continuations] for continuations in kept]
     names = torch.arange(draws or 1) if numbers is None else torch.tensor(numbers)
     draw = names.repeat_interleave(writer.several)
-    return scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature)
+    return scored(
+        joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature, starting
+    )

@@ -19,10 +19,12 @@ from pyrolora.data.dialogues import prompt_of
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_examples
 from pyrolora.data.illustrated import illustrator_of
-from pyrolora.data.inputs import KNOWN_INPUTS, taken_by
+from pyrolora.data.inputs import KNOWN_INPUTS, embedded, table_of_positions, taken_by
 from pyrolora.data.media import tokenizer_of
 from pyrolora.data.padding import MASK, padding_of
+from pyrolora.data.pairs import joined_texts, source_of
 from pyrolora.data.pieces import PER_TOKEN, per_prompt, picture_token
+from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 from pyrolora.model import JointModel
 
@@ -54,13 +56,13 @@ def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     DataError
         For what is no list of prompts, and for ids that the network does not have.
     """
-    texts, written = _are_texts(inputs), _written(inputs, tokenizer)
+    texts, written = _are_texts(inputs), _written(inputs, tokenizer, joint)
     if written is not None:
         return _checked(written, joint)
     if _is_mapping(inputs):
         prompts = _masked(inputs)
     elif texts:
-        prompts = _encoded(inputs, tokenizer)
+        prompts = _encoded(inputs, tokenizer, joint)
     else:
         _check_form(inputs)
         prompts = _tensors(inputs)
@@ -75,7 +77,7 @@ def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
     return [ids.long() for ids in prompts]
 
 
-def _written(inputs: Any, tokenizer: Any) -> list[Tensor] | None:
+def _written(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor] | None:
     """Return the tokens of chats, or of the prompts in rows of a data set; None for other inputs.
 
     In both it is the assistant's turn, or that of the completion, as in a fit.
@@ -87,6 +89,8 @@ def _written(inputs: Any, tokenizer: Any) -> list[Tensor] | None:
     data = _rows(inputs)
     if data is None:
         return None
+    if joint.task.writes == "apart":
+        return _encoded(joined_texts(data, source_of(data)), tokenizer, joint)
     encode = DialogueEncoder(prompt_of(data), Encoder(tokenizer, math.inf), TextOptions())
     return [torch.tensor(ids) for ids in encode.prompts(data)]
 
@@ -177,7 +181,11 @@ def _masked(inputs: Mapping[str, Any]) -> list[Tensor]:
     return [row[mask] for row, mask in zip(prompts, masks, strict=True)]
 
 
-def _encoded(texts: Sequence[Any], tokenizer: Any) -> list[Tensor]:
+def _encoded(texts: Sequence[Any], tokenizer: Any, joint: JointModel) -> list[Tensor]:
+    """Return the tokens of texts: of those that are continued without an end, of others as fitted.
+
+    The latter are cut, as a fit cuts them.
+    """
     if not all(isinstance(text, str) for text in texts):
         raise DataError("the prompts have to be texts, all of them")
     if tokenizer is None:
@@ -185,8 +193,12 @@ def _encoded(texts: Sequence[Any], tokenizer: Any) -> list[Tensor]:
             "the prompts are texts and there is no tokenizer; pass tokenizer= to fit() or "
             "load(), or a tensor of token ids here"
         )
-    rows = Encoder(tokenizer, math.inf, open=True)(list(texts))["input_ids"]
-    return [torch.as_tensor(ids) for ids in rows]
+    encoder = Encoder(tokenizer, math.inf, open=True)
+    if joint.task.writes == "apart":
+        encoder = joint.task.collator(joint.base, tokenizer).encoder
+    made = encoder(list(texts))
+    warn_cut(sum(made["cut"]), len(texts), encoder.limit, what="prompts")
+    return [torch.as_tensor(ids) for ids in made["input_ids"]]
 
 
 def _check_form(inputs: Any) -> None:
@@ -211,7 +223,15 @@ def _checked(prompts: list[Tensor], joint: JointModel) -> list[Tensor]:
                 f"prompt {number} is no list of token ids, or has none: {ids.tolist()!r:.60}; give "
                 "each prompt at least one"
             )
-    vocabulary = getattr(joint.base.config, "vocab_size", math.inf)
+    apart = joint.task.writes == "apart"
+    read = embedded(joint.base) if apart else getattr(joint.base.config, "vocab_size", None)
+    vocabulary = math.inf if read is None else read
+    longest, most = max(map(len, prompts)), table_of_positions(joint.base)
+    if apart and most is not None and longest > most:
+        raise DataError(
+            f"a prompt has {longest} tokens, and {type(joint.base).__name__} reads {most}; shorten "
+            "it, or pass texts, which are cut there"
+        )
     lowest, highest = (f(int(f(ids)) for ids in prompts) for f in (min, max))
     if lowest < 0 or highest >= vocabulary:
         raise DataError(

@@ -10,11 +10,19 @@ import datasets
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
-from pyrolora.data.columns import ASSISTANT_MASKS, CHOICES, TOKEN_MASKS, check_nested, has_choices
+from pyrolora.data.columns import (
+    ASSISTANT_MASKS,
+    CHOICES,
+    TOKEN_MASKS,
+    check_nested,
+    check_preferences,
+    has_choices,
+)
 from pyrolora.data.completions import DialogueEncoder
 from pyrolora.data.cutting import cut_rows
 from pyrolora.data.dialogues import dialogue_of
@@ -39,11 +47,15 @@ class CausalCollator(Collator):
     reads_texts = True
 
     def check_data(self, examples: Any) -> None:
+        if is_plain(examples):
+            check_preferences(examples.column_names)
         if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
             raise DataError(
-                "the data has a column 'choices', and a language model learns, or is scored on, "
-                "whole texts here; join the question and the right choice in one column, 'text'. "
-                "predict() and evaluate() let it choose"
+                "the data has a column 'choices', and a language model learns to choose in two "
+                "ways: choices='letters', by the letter that it writes after a list of options "
+                "(one pass per example), or choices='texts', by the likelihood of each choice's "
+                "text (a pass per choice; 'texts-per-token' takes the mean over tokens). To learn "
+                "whole texts, join the question and the right choice in one column, 'text'"
             )
 
     @property
@@ -80,12 +92,17 @@ class CausalCollator(Collator):
             return labels
         return token_labels(row, labels, mask, self.reading)
 
+    def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        labels = batch.get(LABELS)
+        return None if labels is None else F.pad(labels[:, 1:].ne(IGNORED), (0, 1))
+
     def packs(self, row: Mapping[str, Any]) -> bool:
         return is_packed(row)
 
     def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
         """Raise `DataError` for texts without a token to predict, and labels of other texts."""
-        if labels is not None and not explicit:
+        labelled = is_plain(examples) and LABELS in examples.column_names  # of dialogues, which
+        if labels is not None and not explicit and not labelled:  # warn themselves
             short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
             if short:
                 need = "no token to predict (a text's first has none before it)"
@@ -107,6 +124,7 @@ class CausalLM(LanguageModel):
     classes = classes_of("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     auto = "AutoModelForCausalLM"
     causal = True
+    writes = "on"
     shift = 1
     title = "a causal language model"
 

@@ -108,7 +108,6 @@ def test_sound_for_a_network_of_texts_is_told_to_pass_another(folders: dict[str,
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ({"labels": [1.0, 0.0, 1.0]}, "several labels per example"),
         ({"start_positions": 1, "end_positions": 2}, "extractive question answering"),
     ],
 )

@@ -337,7 +337,8 @@ def test_a_decoder_whose_positions_count_from_the_padding_on():
         own.generate([[4] * 10], 0, max_new_tokens=4)
     assert own.generate([[4] * 10], 0).sequences.shape[-1] <= 2
     question = " ".join(["the film is good"] * 5)
-    found = own.predict([{"question": question, "choices": ["good", "dull"]}], 0)
+    with pytest.warns(UserWarning, match="1 of 1 texts have more than 12 tokens and are cut"):
+        found = own.predict([{"question": question, "choices": ["good", "dull"]}], 0)
     assert found.probs.shape == (1, 2)
 
 
