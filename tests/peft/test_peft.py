@@ -521,7 +521,6 @@ def test_what_is_no_plain_lora_is_refused_by_name(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("target_parameters", ["weight"]),
         ("megatron_config", {"a": 1}),
         ("monteclora_config", {"num_samples": 4}),
         ("layer_replication", [[0, 1]]),
