@@ -86,8 +86,9 @@ class Binding:
     factors
         Wrapped layer, or slot of a parameter, -> its factors.
     heads
-        Wrapped head -> the heads that stand in for it; several of them serve equal blocks of rows,
-        one each.
+        Wrapped head -> the heads that stand in for it; several of them serve a block of rows each.
+    blocks
+        The examples in the block of each head; None: the blocks are equal.
     used
         The layers that were called.
     rows
@@ -97,6 +98,7 @@ class Binding:
 
     factors: Mapping[Any, Factors]
     heads: Mapping[nn.Module, Sequence[nn.Module]] = field(default_factory=dict)
+    blocks: Sequence[int] | None = None
     used: set[Any] = field(default_factory=set)
     rows: int = 1
 
