@@ -18,7 +18,7 @@ from pyrolora.errors import ConfigError
             {"bias": "all"},
             r"bias='all'\): biases stay as they are; .*modules_to_save; leave it out",
         ),
-        ({"trainable_token_indices": [1]}, r"\[1\]\): .*embeddings have none; leave it out"),
+        ({"trainable_token_indices": [1]}, r"\[1\]\): rows of .*; leave it out"),
         ({"use_dora": True}, r"use_dora=True\): the posterior is one of W"),
         ({"lora_bias": True}, r"lora_bias=True\): the update is s B A x alone"),
         ({"layer_replication": [(0, 1)]}, r"layer_replication=\[\(0, 1\)\]\); leave it out"),

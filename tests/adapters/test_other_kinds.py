@@ -99,7 +99,6 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return make(), data, pyrolora.fit(make(), data, guide, adapter=config, training=args, task=task)
 
 
-@pytest.mark.filterwarnings("ignore:the network of this posterior")
 def test_mean_and_draws_are_those_of_networks_with_the_updates_in_their_weights(
     fitted: Any, tmp_path: Path
 ) -> None:

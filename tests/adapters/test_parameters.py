@@ -124,7 +124,6 @@ def test_each_expert_has_an_adapter_of_its_own(fitted: Any) -> None:
     }
 
 
-@pytest.mark.filterwarnings("ignore:the network of this posterior")
 def test_mean_and_draws_are_those_of_networks_with_the_updates_in_their_weights(
     fitted: Any, tmp_path: Path
 ) -> None:
