@@ -180,11 +180,12 @@ def _is_within(name: str, outer: Iterable[str]) -> bool:
 
 def _advice(network: nn.Module, left: Iterable[str], adapted: Collection[str]) -> str:
     """Return what to do about modules without an adapter."""
+    modules = {place: unwrapped(network.get_submodule(place)) for place in left}
     names = [
         f"{place}.{name}".rpartition(".layers.")[2].partition(".")[2] or f"{place}.{name}"
-        for place in left
-        for name in _matrices(unwrapped(network.get_submodule(place)))
-        if f"{place}.{name}" not in adapted
+        for place, module in modules.items()
+        for name in _matrices(module)
+        if f"{place}.{name}" not in adapted and "Attention" not in type(module).__name__
     ]
     if not names:
         return "pyrolora has none for projections that torch or a kernel reads without calling them"
