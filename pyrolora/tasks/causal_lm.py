@@ -71,6 +71,7 @@ class CausalLM(LanguageModel):
     """
 
     name = "text-generation"
+    reads = "the text alone"
     aliases = ("causal-lm",)
     collator = CausalCollator
     classes = classes_of("CAUSAL_LM")
@@ -81,7 +82,8 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        return checkpoint.is_a("CAUSAL_LM") and checkpoint.layout in (None, "tokens")
+        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
+        return checkpoint.is_a("CAUSAL_LM") and checkpoint.layout in layouts
 
 
 def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) -> Any:

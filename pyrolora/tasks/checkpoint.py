@@ -36,6 +36,11 @@ class Checkpoint:
         names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
         return self.architecture in names
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the saved network reads a text with its encoder and writes another."""
+        return self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
+
     @cached_property
     def row(self) -> dict[str, Any]:
         """The first example."""

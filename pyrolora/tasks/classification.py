@@ -198,6 +198,7 @@ class Classification(Task):
     """Classes: y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
+    reads = "a class per example"
     aliases: ClassVar[tuple[str, ...]] = (
         "text-classification",
         "sentiment-analysis",

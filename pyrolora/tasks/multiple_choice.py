@@ -95,6 +95,7 @@ class MultipleChoice(Classification):
     """
 
     name = "multiple-choice"
+    reads = "a score per choice, by a new head where transformers has one"
     aliases = ()
     collator = ChoiceCollator
     extras = (CHOICE_MASK,)

@@ -7,20 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import check_task
+from pyrolora.columns import INPUTS
 from pyrolora.data.examples import as_examples
-from pyrolora.data.labels import no_labels
-from pyrolora.errors import ConfigError, DataError, PyroLoraError
+from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.heads import auto_classifier
-from pyrolora.tasks.registry import kinds, task_class
+from pyrolora.tasks.implied import implied
+from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
 
 
@@ -107,61 +105,8 @@ def _loaded(
     if tokenizer is None and auto_classifier(checkpoint) != "AutoModelForImageClassification":
         tokenizer = AutoTokenizer.from_pretrained(name)
         checkpoint = Checkpoint(name, checkpoint.config, examples, tokenizer)
-    kind = _implied(checkpoint) if task is None else task_class(task)
+    kind = implied(checkpoint) if task is None else task_class(task)
     return kind.load(checkpoint, like), tokenizer
-
-
-def _implied(checkpoint: Checkpoint) -> type[Task]:
-    """Return the task that data and checkpoint call for.
-
-    Raises
-    ------
-    ConfigError, DataError
-        Where they call for none, or for several.
-    """
-    name, architecture = checkpoint.name, checkpoint.architecture
-    check_task([*checkpoint.row])
-    if checkpoint.layout == "example" and checkpoint.is_a("CAUSAL_LM"):
-        raise ConfigError(
-            f"{name!r} is a language model and the data has labels; say which is meant: "
-            "task='classification' (or 'regression'), or 'text-generation' for the text alone"
-        )
-    if checkpoint.layout in (None, "tokens"):
-        _check_tokens(checkpoint)
-    for kind in kinds():
-        if kind.implied(checkpoint):
-            return kind
-    if checkpoint.layout is None:
-        raise DataError(no_labels([*checkpoint.row]))
-    raise ConfigError(
-        f"no task reads the data for {name!r}, a {architecture or 'network without a class'}: "
-        f"its columns are {sorted(checkpoint.row)}; name the task, task=, or pass the network "
-        "itself"
-    )
-
-
-def _check_tokens(checkpoint: Checkpoint) -> None:
-    """Raise for labels that are neither an example's class nor plainly tokens or tags."""
-    name, architecture = checkpoint.name, checkpoint.architecture
-    if getattr(checkpoint.config, "is_encoder_decoder", False) and len(checkpoint.examples):
-        raise ConfigError(
-            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
-            "supported yet, and the data has no label per example to classify by"
-        )
-    labels = checkpoint.row.get(LABELS)
-    if labels is None or checkpoint.is_a("CAUSAL_LM"):
-        return
-    if torch.as_tensor(labels).is_floating_point():
-        raise DataError(
-            f"the data has {len(labels)} numbers as the labels of an example: several labels per "
-            "example (multi-label classification) are not supported yet"
-        )
-    if checkpoint.is_a("MASKED_LM"):
-        raise DataError(
-            f"the data has a label per token, and {name!r} is a {architecture}: the labels are "
-            "tags, or tokens of the vocabulary; say which: task='token-classification', or "
-            "task='fill-mask'"
-        )
 
 
 def _checked_padding(network: nn.Module) -> nn.Module:

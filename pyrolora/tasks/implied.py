@@ -1,0 +1,40 @@
+"""The task that a checkpoint and data call for, where nobody named one."""
+
+from __future__ import annotations
+
+from pyrolora.data.columns import check_task
+from pyrolora.data.labels import no_labels
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.tasks.base import Task
+from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.registry import kinds
+
+
+def implied(checkpoint: Checkpoint) -> type[Task]:
+    """Return the one task that may be meant (`Task.implied`).
+
+    Raises
+    ------
+    ConfigError
+        Where several may be meant, with the call for each.
+    ConfigError, DataError
+        Where none reads the data.
+    """
+    check_task([*checkpoint.row])
+    meant = [kind for kind in kinds() if kind.implied(checkpoint)]
+    if len(meant) == 1:
+        return meant[0]
+    name = f"{checkpoint.name!r} is a {checkpoint.architecture or 'network without a class'}"
+    if meant:
+        calls = "; ".join(f"fit(..., {kind.call()}) for {kind.reads}" for kind in meant)
+        raise ConfigError(
+            f"{name}, and the data with the columns {sorted(checkpoint.row)} may be meant for "
+            f"several tasks; say which: {calls} (on the command line the keyword is an option, "
+            "--task)"
+        )
+    if checkpoint.layout is None:
+        raise DataError(no_labels([*checkpoint.row]))
+    raise ConfigError(
+        f"{name}, and no task reads the data for it, whose columns are {sorted(checkpoint.row)}; "
+        "name the task, task=, or pass the network itself"
+    )
