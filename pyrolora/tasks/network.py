@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,6 +15,7 @@ from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import check_task
 from pyrolora.data.examples import as_examples
 from pyrolora.data.labels import no_labels
+from pyrolora.data.multi_hot import indicator_columns
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
@@ -121,11 +121,13 @@ def _implied(checkpoint: Checkpoint) -> type[Task]:
     """
     name, architecture = checkpoint.name, checkpoint.architecture
     check_task([*checkpoint.row])
-    if checkpoint.layout == "example" and checkpoint.is_a("CAUSAL_LM"):
+    if checkpoint.layout in ("example", "labels") and checkpoint.is_a("CAUSAL_LM"):
         raise ConfigError(
             f"{name!r} is a language model and the data has labels; say which is meant: "
             "task='classification' (or 'regression'), or 'text-generation' for the text alone"
         )
+    if checkpoint.layout is None:
+        _check_indicators(checkpoint)
     if checkpoint.layout in (None, "tokens"):
         _check_tokens(checkpoint)
     for kind in kinds():
@@ -140,6 +142,18 @@ def _implied(checkpoint: Checkpoint) -> type[Task]:
     )
 
 
+def _check_indicators(checkpoint: Checkpoint) -> None:
+    """Raise `DataError` for columns of 0 and 1 that may be labels, one per class."""
+    found = indicator_columns(checkpoint.examples)
+    if len(found) > 1:
+        raise DataError(
+            f"the data has no column 'labels', and its columns {found} hold 0 and 1: they may be "
+            "the labels of each example, data.map(lambda row: {'labels': [name for name in "
+            f"{found} if row[name]]}}, remove_columns={found}), or one of them its label, "
+            f"data.rename_column({found[0]!r}, 'label'); drop those that are no label"
+        )
+
+
 def _check_tokens(checkpoint: Checkpoint) -> None:
     """Raise for labels that are neither an example's class nor plainly tokens or tags."""
     name, architecture = checkpoint.name, checkpoint.architecture
@@ -151,11 +165,6 @@ def _check_tokens(checkpoint: Checkpoint) -> None:
     labels = checkpoint.row.get(LABELS)
     if labels is None or checkpoint.is_a("CAUSAL_LM"):
         return
-    if torch.as_tensor(labels).is_floating_point():
-        raise DataError(
-            f"the data has {len(labels)} numbers as the labels of an example: several labels per "
-            "example (multi-label classification) are not supported yet"
-        )
     if checkpoint.is_a("MASKED_LM"):
         raise DataError(
             f"the data has a label per token, and {name!r} is a {architecture}: the labels are "
