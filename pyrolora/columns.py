@@ -15,6 +15,12 @@ LABELS = "labels"
 INPUTS = "inputs"
 """The input of a network that is not from transformers."""
 
+PLACES = "logits_to_keep"
+"""(b, K), the same in each row: the places of a text whose logits the law reads.
+
+The name is that of transformers' argument. Without the column a network gives all its logits.
+"""
+
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
 

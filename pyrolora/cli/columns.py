@@ -44,10 +44,10 @@ def with_columns(
     """
     if len(text) > 2 or len(set(text)) < len(text):
         raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
-    asked = (*text, *([] if label is None else [label]))
-    if any("." in name and name not in data.column_names for name in asked):
-        data = data.flatten()
-    for name in asked:
+    wanted = (*text, *([] if label is None else [label]))
+    if any("." in name and name not in data.column_names for name in wanted):
+        data = data.flatten()  # of a column of dicts, as translation.en
+    for name in wanted:
         if name not in data.column_names:
             raise DataError(f"{source} has no column {name!r}; it has {data.column_names}")
     names = ("messages",) if len(text) == 1 and _is_chat(data.features[text[0]]) else PAIR
@@ -94,7 +94,7 @@ def label_names(data: datasets.Dataset) -> set[str]:
     return {
         cell
         for name in LABELS
-        if name in data.column_names and not _is_nested(data.features[name])
+        if "string" in getattr(data.features.get(name), "dtype", "")  # lists have none
         for cell in data.unique(name)
         if isinstance(cell, str)
     }

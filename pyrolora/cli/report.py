@@ -75,7 +75,8 @@ def _examples(
     """Read data with their target, if they have the column of the command or of the fit."""
     columns = Run(run).columns()
     original = read_data(source, split, defaults.SCORE_SPLITS)
-    if label is None and columns.get("label") in original.column_names:
+    known = {*original.column_names, *original.flatten().column_names}
+    if label is None and columns.get("label") in known:
         label = columns["label"]
     chosen = with_columns(original, text or columns.get("text", []), label, source)
     return as_told(chosen, source, Run(run).classes())

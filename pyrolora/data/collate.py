@@ -13,7 +13,7 @@ from transformers import default_data_collator
 
 from pyrolora import defaults
 from pyrolora.adapters import is_quantised
-from pyrolora.columns import INPUTS, LABELS
+from pyrolora.columns import INPUTS, LABELS, PLACES
 from pyrolora.data.columns import (
     CHOICES,
     TWO_LABELS,
@@ -79,7 +79,9 @@ class Collator:
         self.padding = padding_of(network, tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.float32)
-        self.taken = taken_by(network)
+        taken = taken_by(network)
+        self.taken = taken - {PLACES}
+        self.chooses_places = PLACES in taken
         self.takes_labels = True
 
     @property
@@ -246,7 +248,18 @@ class Collator:
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
+        read = self.places_read(batch) if self.chooses_places else None
+        if read is not None and read.any():  # by one row at least: a network takes the same for all
+            batch[PLACES] = read.any(0).nonzero().flatten().repeat(len(read), 1)
         return batch
+
+    def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the places of each text whose logits the law reads, (b, T); None: all of them.
+
+        A network that takes ``logits_to_keep`` computes no others. It is known here, where no
+        device has to be waited for.
+        """
+        return None
 
     def _stacked(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the rows as one batch, padded where their lengths differ."""

@@ -29,6 +29,7 @@ from pyrolora.fitting.training import (
 )
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
@@ -172,6 +173,8 @@ def fit_request(request: Request) -> Posterior:
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
             build = origin.builder(attachment, data, args)
             joint = build(request.options)
+            if request.options.reads_inputs:
+                check_recordable(joint)
             origin.ready(joint, data, held_out, args)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK, Batch
+from pyrolora.adapters.parameter_layer import ParameterSlot
+from pyrolora.columns import CHOICE_MASK, PLACES, Batch
+from pyrolora.errors import ConfigError, listed
 from pyrolora.model import JointModel
 
 
@@ -35,15 +38,29 @@ def recorded(
 
     The updates have gradients where B requires one.
     """
+    check_recordable(joint)
     plain = joint.binding(factors)
     layers = {
         name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
         for name, layer in joint.attachment.layers.items()
     }
-    bound: dict[nn.Module, Factors] = {
+    bound: dict[Any, Factors] = {
         joint.attachment.layers[name]: layer for name, layer in layers.items()
     }
     return joint.run(batch, replace(plain, factors=bound)), layers
+
+
+def check_recordable(joint: JointModel) -> None:
+    """Raise `ConfigError` for adapted parameters, whose inputs no layer sees."""
+    layers = joint.attachment.layers
+    hidden = [name for name, layer in layers.items() if isinstance(layer, ParameterSlot)]
+    if hidden:
+        raise ConfigError(
+            "the curvature of the likelihood (of 'laplace', and of scale_updates='curvature') is "
+            "made of the inputs of each layer, and those of adapted parameters are seen by their "
+            f"module alone: {listed(hidden, most=2)}; leave target_parameters out, or choose "
+            "'montec' or 'meanfield' with scale_updates='gradient'"
+        )
 
 
 def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
@@ -66,6 +83,8 @@ def masks(batch: Batch) -> list[Tensor]:
     if attention is not None and attention.dim() > 1:
         attention = attention if choices is None else attention * choices[..., None]
         masks.append(attention.flatten(0, -2).bool())
+        if PLACES in batch:  # the rows of an adapted output layer
+            masks.append(attention.gather(-1, batch[PLACES]).bool())
     if choices is not None:
         masks.append(choices.flatten().bool())
     return masks

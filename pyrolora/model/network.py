@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +26,7 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, LABELS, Batch
+from pyrolora.columns import INPUTS, LABELS, PLACES, Batch
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -130,8 +130,10 @@ class AdaptedNetwork(nn.Module):
         outputs = [self.run(block, self.binding(factors[s])) for s, block in enumerate(blocks)]
         return torch.cat(outputs)
 
-    def together(self, batch: Batch) -> bool:
+    def together(self, batch: Batch, *, several_heads: bool = False) -> bool:
         """Return whether several draws can share a pass on data such as ``batch``.
+
+        With ``several_heads`` their rows may have heads of their own, as draws of an ensemble do.
 
         Every adapted layer then sees rows that fall into equal blocks, draw after draw. So it is
         where examples are outermost in each layer's input. A network that turns its tensors round,
@@ -141,29 +143,30 @@ class AdaptedNetwork(nn.Module):
         adapted layers, whatever follows. Layers that were not called then, and numbers of rows
         that do not fit, end the sharing later on.
         """
-        if not self.attachment.layers and self.program.members == 1:
+        several_heads |= self.program.members > 1
+        if not self.attachment.layers and not several_heads:
             return True
-        known, kind = self._sharing(), kind_of(self._inputs(batch))
+        known, kind = self._sharing(several_heads), kind_of(self._inputs(batch))
         if known.possible and kind not in known.checked:
             plain = self.binding(self.program.mean())
             with evaluating(self):
-                known.possible, called = shares(self.run, batch, plain, self.program.members > 1)
+                known.possible, called = shares(self.run, batch, plain, several_heads)
             known.checked.add(kind)
             known.seen |= self._names(called)
         return known.possible
 
-    def fits(self, binding: Binding) -> bool:
+    def fits(self, binding: Binding, *, several_heads: bool = False) -> bool:
         """Return whether a shared pass called only layers that were seen to allow sharing.
 
         If not, it was the last shared pass.
         """
-        known = self._sharing()
+        known = self._sharing(several_heads)
         known.possible &= self._names(binding.used) <= known.seen
         return known.possible
 
-    def keep_apart(self) -> None:
+    def keep_apart(self, *, several_heads: bool = False) -> None:
         """Let each draw have a pass of its own from now on."""
-        self._sharing().possible = False
+        self._sharing(several_heads).possible = False
 
     def _in_one_pass(self, batch: Batch, factors: FlatFactors) -> Tensor | None:
         """Return the output of draws that share a pass; None where they turn out not to."""
@@ -175,11 +178,11 @@ class AdaptedNetwork(nn.Module):
             return None
         return output if self.fits(binding) else None
 
-    def _sharing(self) -> Sharing:
-        heads = self.attachment.heads if self.program.members > 1 else ()
+    def _sharing(self, several_heads: bool) -> Sharing:
+        heads = self.attachment.heads if several_heads or self.program.members > 1 else ()
         return sharing_of(self.base, self.attachment.layers, heads)
 
-    def _names(self, layers: Set[nn.Module]) -> set[str]:
+    def _names(self, layers: Set[Any]) -> set[str]:
         return {name for name, layer in self.attachment.layers.items() if layer in layers}
 
     # One pass ------------------------------------------------------------------------------------
@@ -188,10 +191,10 @@ class AdaptedNetwork(nn.Module):
         """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
         check_eager(self.base)
         with self.bound(binding):
-            raw = self._call(self._inputs(batch))
+            raw = self._call(batch)
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)
-        return self.task.output(raw)
+        return _kept(self.task.output(raw), batch)
 
     def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
         """Return the posterior's task heads by their name in the network (`HeadCopies.named`)."""
@@ -243,7 +246,7 @@ class AdaptedNetwork(nn.Module):
             for batch in batches:
                 binding = self.binding(self.program.mean())
                 with self.bound(binding):
-                    self._call(self._inputs(batch))
+                    self._call(batch)
                 left -= self._names(binding.used)
                 if not left:
                     break
@@ -254,13 +257,16 @@ class AdaptedNetwork(nn.Module):
         return self.base.training or self.attachment.checked
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the columns that the network takes."""
-        of_task = {LABELS, *self.task.extras}
+        """Return the columns that the network takes, with a row per example."""
+        of_task = {LABELS, PLACES, *self.task.extras}
         return {name: tensor for name, tensor in batch.items() if name not in of_task}
 
-    def _call(self, inputs: Mapping[str, Tensor]) -> Any:
+    def _call(self, batch: Batch) -> Any:
+        inputs = self._inputs(batch)
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
+        if PLACES in batch:
+            inputs[PLACES] = batch[PLACES][0]
         if self._cacheless:
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
@@ -276,6 +282,14 @@ class AdaptedNetwork(nn.Module):
             UserWarning,
             stacklevel=2,
         )
+
+
+def _kept(output: Tensor, batch: Batch) -> Tensor:
+    """Return the logits at the places that the law reads, also of a network that gave all."""
+    places = batch.get(PLACES)
+    if places is None or output.shape[-2] == places.shape[-1]:
+        return output
+    return output[..., places[0], :]
 
 
 def batch_size(batch: Batch) -> int:

@@ -119,7 +119,7 @@ def report_on(
     texts = []
     if prediction.token_entropy is not None:
         texts = shaded_texts(posterior, prediction, examples, which)
-    labelled = prediction.probs is not None and prediction.targets is not None
+    decisions = prediction.decisions()
     html = (
         _environment()
         .get_template(TEMPLATE)
@@ -132,7 +132,9 @@ def report_on(
             findings=warnings,
             metrics=metrics_table(metrics, prediction.higher_is_better),
             pictures=list(prediction_pictures(prediction, other)),
-            reliability=_used_bins(prediction) if labelled else None,
+            reliability=_used_bins(decisions)
+            if decisions and decisions.targets is not None
+            else None,
             tables=example_tables(prediction, examples),
             texts=texts,
             fit_pictures=list(fit_pictures(posterior.history)),

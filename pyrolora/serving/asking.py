@@ -77,6 +77,8 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for rows that may share a batch."""
+        if isinstance(self.settings, Classify):
+            return Classify, self.lease.family
         apart = None if self.settings.shares else object()
         return id(self.lease.posterior), self.settings, apart
 

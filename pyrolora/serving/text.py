@@ -138,11 +138,11 @@ def token_scores(
     total: Tensor | float = 0.0
     with DRAWING.shared(), evaluating(joint):
         if factors.draws is None:
-            total = law.token_logits(joint.network(batch, factors)).softmax(-1)
+            total = law.token_logits(joint.network(batch, factors), batch).softmax(-1)
         else:
             for first in range(0, factors.draws, step):
                 output = joint.network(batch, factors[first : first + step])
-                total = total + law.token_logits(output).softmax(-1).sum(0)
+                total = total + law.token_logits(output, batch).softmax(-1).sum(0)
             total = total / factors.draws
     assert isinstance(total, Tensor)
     logs = total.float().log().cpu()

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from pyrolora import defaults
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import ClassPrediction, Generation
+from pyrolora.predictive import ClassPrediction, Generation, Question, predict_mixed
+from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.text import TokenScores, token_scores
 
 Columns = dict[str, list[int]]
@@ -53,13 +54,32 @@ class Classify:
         """How often a row goes through the network."""
         return max(self.num_samples, 1)
 
-    def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
-        count = self.num_samples if self.draws is None else None
-        prediction = posterior.predict(
-            Rows(rows), count, draws=self.draws, batch_size=len(rows), seed=self.seed
-        )
+    def question(self, posterior: Posterior, rows: Sequence[Columns], drawn: Drawn) -> Question:
+        """Return what these draws of the posterior are asked."""
+        predictor = posterior.predictor
+        factors = drawn.factors(posterior, self.num_samples, self.seed, self.draws)
+        return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
+
+
+def classified(
+    asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn
+) -> list[ClassPrediction]:
+    """Return the classes of every row, which posteriors of one family are asked for."""
+    places: dict[tuple[int, Classify], list[int]] = {}
+    for place, (posterior, settings, _) in enumerate(asked):
+        places.setdefault((id(posterior), settings), []).append(place)
+    groups = [*places.values()]
+    questions = [
+        settings.question(posterior, [asked[place][2] for place in group], drawn)
+        for group in groups
+        for posterior, settings, _ in [asked[group[0]]]
+    ]
+    answers: dict[int, ClassPrediction] = {}
+    for group, prediction in zip(groups, predict_mixed(questions), strict=True):
         assert isinstance(prediction, ClassPrediction)
-        return [prediction.select(torch.tensor([i])) for i in range(len(rows))]
+        for i, place in enumerate(group):
+            answers[place] = prediction.select(torch.tensor([i]))
+    return [answers[place] for place in range(len(asked))]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.prediction import Prediction
-from pyrolora.tasks.unsupported import check_supported
+from pyrolora.tasks.unsupported import check_problem_type, check_supported
 
 
 class Task(ParamModule, ABC):
@@ -66,6 +66,8 @@ class Task(ParamModule, ABC):
     """transformers' classes of networks that call for the task."""
     auto: ClassVar[str] = ""
     """transformers' Auto class that loads a network by its name."""
+    problem_type: ClassVar[str | None] = None
+    """The ``problem_type`` of transformers' configurations that the task is."""
     causal: ClassVar[bool] = False
     """Whether the network must not read a token before it predicts it."""
 
@@ -118,6 +120,7 @@ class Task(ParamModule, ABC):
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network of another task."""
         check_supported(network, self.classes)
+        check_problem_type(network, self.problem_type)
 
     def output(self, raw: Any) -> Tensor:
         """Return the tensor that the law reads, rows first, in at least float32."""

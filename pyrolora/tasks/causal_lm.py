@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator
@@ -48,6 +49,10 @@ class CausalCollator(Collator):
         if missing or "input_ids" not in row or "input_ids" not in self.taken:
             return labels
         return token_labels(row, labels, mask)
+
+    def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        labels = batch.get(LABELS)
+        return None if labels is None else F.pad(labels[:, 1:].ne(IGNORED), (0, 1))
 
     def packs(self, row: Mapping[str, Any]) -> bool:
         return is_packed(row)

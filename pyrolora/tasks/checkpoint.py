@@ -12,9 +12,10 @@ from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import has_choices, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
+from pyrolora.data.multi_hot import has_label_lists
 
-Layout = Literal["choices", "words", "example", "tokens"]
-"""Several choices per example; words with a tag each; one label per example; one per token."""
+Layout = Literal["choices", "words", "example", "labels", "tokens"]
+"""Choices; words with a tag each; one label per example; several of them; one per token."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,14 @@ class Checkpoint:
             return "words"
         if has_class_labels(self.examples):
             return "example"
-        return None if self.row.get(LABELS) is None else "tokens"
+        if self.row.get(LABELS) is None:
+            return None
+        return "labels" if has_label_lists(self.examples) else "tokens"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the checkpoint has a head for classes of examples."""
+        return self.is_a("SEQUENCE_CLASSIFICATION") or self.is_a("IMAGE_CLASSIFICATION")
 
     @cached_property
     def names(self) -> list[str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyrolora.data.columns import check_task
 from pyrolora.data.labels import no_labels
+from pyrolora.data.multi_hot import indicator_columns
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
@@ -21,6 +22,8 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
         Where none reads the data.
     """
     check_task([*checkpoint.row])
+    if checkpoint.layout is None:
+        _check_indicators(checkpoint)
     meant = [kind for kind in kinds() if kind.implied(checkpoint)]
     if len(meant) == 1:
         return meant[0]
@@ -38,3 +41,15 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
         f"{name}, and no task reads the data for it, whose columns are {sorted(checkpoint.row)}; "
         "name the task, task=, or pass the network itself"
     )
+
+
+def _check_indicators(checkpoint: Checkpoint) -> None:
+    """Raise `DataError` for columns of 0 and 1 that may be labels, one per class."""
+    found = indicator_columns(checkpoint.examples)
+    if len(found) > 1:
+        raise DataError(
+            f"the data has no column 'labels', and its columns {found} hold 0 and 1: they may be "
+            "the labels of each example, data.map(lambda row: {'labels': [name for name in "
+            f"{found} if row[name]]}}, remove_columns={found}), or one of them its label, "
+            f"data.rename_column({found[0]!r}, 'label'); drop those that are no label"
+        )

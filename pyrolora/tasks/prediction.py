@@ -155,6 +155,20 @@ class Prediction(ABC):
         """Class probabilities, (n, C), where the targets are classes; else None."""
         return None
 
+    def decisions(self) -> Prediction | None:
+        """Return a prediction with one row per choice of a class; None where none is chosen."""
+        return None if self.probs is None else self
+
+    def class_counts(self) -> dict[str, Tensor]:
+        """Return how often each class is the ``target`` and how often ``predicted``, (C,)."""
+        if self.probs is None:
+            return {}
+        size = self.probs.shape[-1]
+        counts = {"predicted": self.probs.argmax(-1).bincount(minlength=size)}
+        if self.targets is not None:
+            counts = {"target": self.targets.bincount(minlength=size), **counts}
+        return counts
+
     @property
     def token_entropy(self) -> Tensor | None:
         """The entropy of every token, (n, T), where a row is a text; else None.

@@ -14,6 +14,7 @@ from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.classification import Classification
 from pyrolora.tasks.masked_lm import MaskedLM
+from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.regression import Regression
@@ -31,6 +32,7 @@ _REGISTRY: dict[str, type[Task]] = {
         MultipleChoice,
         MaskedLM,
         TokenClassification,
+        MultiLabel,
     )
 }
 

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from pyrolora.data.encoding import WORD_IDS, Encoder
 from pyrolora.data.examples import is_plain
 from pyrolora.data.inputs import encoder_for
 from pyrolora.data.labels import class_names, known_names, numbered, with_column
+from pyrolora.data.multi_hot import flat_labels
 from pyrolora.data.padding import MASK
 from pyrolora.data.target import Target
 from pyrolora.data.tokenising import warn_cut
@@ -184,7 +184,7 @@ class TagPrediction(ClassPrediction):
         labels = task.targets(batch)
         probs, scores = [], []
         for output in outputs:
-            probs.append(task.token_logits(output)[..., mask, :].softmax(-1).cpu())
+            probs.append(task.token_logits(output, batch)[..., mask, :].softmax(-1).cpu())
             if labels is not None:
                 scores.append(task.row_log_prob(output, batch).cpu())
         record["draws"] = torch.cat(probs)
@@ -276,7 +276,7 @@ class TokenClassification(TokenTask):
         """Return log softmax(f_t)[y_t] of each counted token, (m,) or (S, m), in nats."""
         mask, labels = self.token_mask(batch), self.targets(batch)
         assert labels is not None
-        scores = self.token_logits(output)[..., mask, :].log_softmax(-1)
+        scores = self.token_logits(output, batch)[..., mask, :].log_softmax(-1)
         index = labels[mask].expand(scores.shape[:-1])
         return scores.gather(-1, index[..., None]).squeeze(-1)
 
@@ -340,14 +340,7 @@ def label_column(examples: Any) -> str | None:
 def tags_of(examples: Any) -> datasets.Dataset | None:
     """Return the tags of all words, one per row; None where no column has lists of tags."""
     column = label_column(examples)
-    feature = None if column is None else getattr(examples.features[column], "feature", None)
-    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
-        return None
-    lists = examples.with_format("arrow", columns=[column])[:][column].combine_chunks()
-    flat = lists.flatten()
-    table = pa.table({LABELS: flat, "place": pa.array(range(len(flat)))})
-    features = datasets.Features({LABELS: feature, "place": datasets.Value("int64")})
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return None if column is None else flat_labels(examples, column)
 
 
 def _number(tag: Any, number: int | None) -> int:

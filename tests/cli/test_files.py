@@ -319,6 +319,14 @@ def test_a_table_may_hold_lists_and_objects_as_json(delimiter: str, tmp_path: Pa
     assert list(with_columns(read(source), [], None, source)) == NESTED
 
 
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_lists_that_are_written_are_read_again(suffix: str, tmp_path: Path) -> None:
+    table = pd.DataFrame(NESTED)
+    writer(tmp_path / f"out.{suffix}")(table)
+    source = str(tmp_path / f"out.{suffix}")
+    assert list(with_columns(read(source), [], None, source)) == NESTED
+
+
 def test_lists_as_python_prints_them_are_refused(tmp_path: Path) -> None:
     source = written(tmp_path, "data.csv", "text,choices\na,\"['b', 'c']\"\n")
     unreadable(source, "the column 'choices' holds lists or objects that are no JSON", "json.dumps")

@@ -109,7 +109,6 @@ def test_sound_by_name_is_told_to_pass_the_network(folders: dict[str, Path]) -> 
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ({"labels": [1.0, 0.0, 1.0]}, "several labels per example"),
         ({"start_positions": 1, "end_positions": 2}, "extractive question answering"),
     ],
 )

@@ -130,10 +130,6 @@ TASKS: dict[str, tuple[Any, str]] = {
         "translation, summaries",
     ),
     "BART": (lambda: BartForConditionalGeneration(BartConfig(**BART)), "translation, summaries"),
-    "several labels": (
-        lambda: bert(num_labels=3, problem_type="multi_label_classification"),
-        "several labels per example",
-    ),
 }
 
 
