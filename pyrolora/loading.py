@@ -120,7 +120,7 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
     """Build the joint model of a saved posterior, with its tensors."""
     description, network = saved.description, attachment.network
     task = task_for(network, description.task)
-    task.class_names = description.classes
+    task.class_names, task.texts = description.classes, description.texts
     joint = build(
         network,
         attachment,

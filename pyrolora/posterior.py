@@ -14,7 +14,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import true_or_false, whole_number
-from pyrolora.data import prepare
+from pyrolora.data import TextOptions, prepare
 from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
@@ -138,6 +138,20 @@ class Posterior:
         return None if names is None else list(names)
 
     @property
+    def texts(self) -> TextOptions | None:
+        """How texts are read, where the fit was told; a `TextOptions` may be set."""
+        return self.task.texts
+
+    @texts.setter
+    def texts(self, value: TextOptions | None) -> None:
+        if not self.task.collator.reads_texts or not isinstance(value, TextOptions | None):
+            raise ConfigError(
+                "texts must be a pyrolora.TextOptions or None, of a causal language model, got "
+                f"{value!r} for the task {self.task.name!r}"
+            )
+        self.task.texts = value
+
+    @property
     def predictor(self) -> Predictor:
         """The joint model with what it takes to predict from raw data."""
         return Predictor(self.model, self.tokenizer, self.temperature, self.settings.get("seed", 0))
@@ -234,7 +248,8 @@ class Posterior:
         ----------
         data
             As in `pyrolora.fit`; also a list of texts; labels are optional. With a column
-            ``choices``, a language model chooses between them: `predict_choices`.
+            ``choices``, a language model chooses between them, by their texts where the fit was
+            to texts: `predict_choices`.
         num_samples
             S. Each draw is one function, with the same weights for all examples. None: 32; with an
             ensemble every member once.
@@ -282,9 +297,10 @@ class Posterior:
 
         From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
         texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
-        it. What describes the fit has no temperature: `model`, `guide`, `khat`, ArviZ's
-        ``log_likelihood`` (leave-one-out weighs draws by the likelihood that made them), and a
-        later fit. `merge` and `to_peft` cannot hold it, and warn.
+        it. (Of a causal language model that was fitted to choose it is the T of its choices, and
+        not of the texts that it writes.) What describes the fit has no temperature: `model`,
+        `guide`, `khat`, ArviZ's ``log_likelihood`` (leave-one-out weighs draws by the likelihood
+        that made them), and a later fit. `merge` and `to_peft` cannot hold it, and warn.
 
         Parameters
         ----------
@@ -321,14 +337,18 @@ class Posterior:
         num_samples: int | None = None,
         *,
         draws: Iterable[int] | None = None,
+        choices: str | None = None,
         per_token: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> ClassPrediction:
-        """Have a language model choose between the texts of each example's column ``choices``.
+        """Have a causal language model choose between the texts of each example's ``choices``.
 
-        p_s(c) ∝ exp(log p(c | context, draw s)); with ``per_token`` the mean log-likelihood of the
-        choice's tokens takes the place of their sum. The other parameters are those of `predict`.
+        It need not have been fitted to choose. With ``choices="texts"`` p_s(c) ∝
+        exp(log p(c | context, draw s)), the sum over the choice's tokens; with ``per_token``, or
+        ``"texts-per-token"``, the mean over them takes its place. With ``"letters"`` p_s(c) is that
+        of letter c after a prompt with lettered options, among the letters. None: as the fit has
+        it; by texts, where it was fitted to texts. The other parameters are those of `predict`.
         """
         whole_number("batch_size", batch_size, at_least=1)
         predictor = self.predictor
@@ -339,6 +359,7 @@ class Posterior:
             data,
             factors,
             self.tokenizer,
+            choices=choices,
             per_token=per_token,
             batch_size=batch_size,
             temperature=self.temperature,
@@ -361,9 +382,11 @@ class Posterior:
         Parameters
         ----------
         inputs
-            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids``,
-            ``attention_mask``, and other inputs of the network, one row per prompt, such as
-            ``pixel_values``.
+            A list of texts; a chat, as a list of messages, or a list of chats, in which it is the
+            assistant's turn; rows as in a fit (``messages``, ``prompt``, ``question``, ...), whose
+            prompts are written as there; token ids, (n, T) or lists; or a mapping with
+            ``input_ids``, ``attention_mask``, and other inputs of the network, one row per prompt,
+            such as ``pixel_values``.
         num_samples
             S. None: 8; with an ensemble every member once.
         draws
@@ -373,8 +396,9 @@ class Posterior:
         **generate_options
             Options of transformers' ``generate``: ``max_new_tokens`` (by default what the
             network's settings say, or 40, at most to the end of its context), ``do_sample``,
-            ``temperature``, ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling,
-            and both with beams.
+            ``temperature``, ``num_beams``, ``num_return_sequences``, ``stop_strings`` (each
+            continuation ends with the first that it completes), ... Greedy search, sampling, and
+            both with beams. A ``streamer`` takes one prompt and one draw.
 
         Raises
         ------
@@ -394,7 +418,7 @@ class Posterior:
                 self.tokenizer,
                 numbers=numbers,
                 options=generate_options,
-                temperature=self.temperature,
+                temperature=self.temperature if self.task.as_text() is self.task else 1.0,
             )
 
     def evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Portion:
 
 
 def mixed_binding(
-    portions: Sequence[Portion], layers: Mapping[str, nn.Module], slots: Mapping[str, nn.Module]
+    portions: Sequence[Portion], layers: Mapping[str, Any], slots: Mapping[str, nn.Module]
 ) -> Binding:
     """Return the binding of a pass whose rows are those of all portions, one after the other.
 

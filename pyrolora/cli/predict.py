@@ -56,7 +56,7 @@ def predict(
         )
     taken = posteriors.drawn(draws, num_samples, seed)
     write = None if output is None else writer(output)
-    original, examples = posteriors.unlabelled(run, data, split, text)
+    original, examples = posteriors.unlabelled(run, data, split, text, scored=True)
     posterior = posteriors.load(run, model)
     prediction = posterior.predict(examples, batch_size=batch_size, **taken)
     table = _beside(original, prediction, data)

@@ -75,7 +75,7 @@ class Fresh(Origin):
         layers = {n: layer.base_layer for n, layer in attachment.layers.items()}
         init = self.config.init_lora_weights
         start = start_of(layers, attachment.specs, init, gradients)
-        return partial(self._build, attachment, len(data), start)
+        return partial(self._build, attachment, data.num_examples, start)
 
     def ready(
         self,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrolora.adapters import FlatFactors, Portion, SharedPassError, mixed_binding
 from pyrolora.columns import Batch
@@ -45,9 +45,7 @@ class Share:
     def portion(self) -> Portion:
         """Return the factors and heads by name."""
         joint = self.joint
-        names: dict[nn.Module, str] = {
-            layer: name for name, layer in joint.attachment.layers.items()
-        }
+        names: dict[Any, str] = {layer: name for name, layer in joint.attachment.layers.items()}
         factors = joint.binding(self.factors).factors
         return Portion(
             {names[layer]: bound for layer, bound in factors.items()},

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyrolora.columns import LABELS
 from pyrolora.data import prepare
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import Subject
@@ -57,7 +58,7 @@ def shaded_texts(
             posterior.tokenizer,
             need_labels=False,
             to_learn=False,
-        ).examples[0]["input_ids"]
+        ).examples[0][LABELS if posterior.task.writes == "apart" else "input_ids"]
         values = alone.token_entropy[0].tolist()
         first = [math.nan] * (len(ids) - len(values))
         texts.append((i, _words(ids, posterior.tokenizer), first + values))
@@ -79,4 +80,4 @@ def _words(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Return each token as text."""
     if tokenizer is None:
         return [f"{int(number)} " for number in ids]
-    return [tokenizer.decode([int(number)]) for number in ids]
+    return [tokenizer.decode([int(number)]) if number >= 0 else "…" for number in ids]

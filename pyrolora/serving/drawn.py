@@ -16,9 +16,7 @@ BUDGET = 2**28
 
 
 class Drawn:
-    """The factors of draws by posterior, and by number and seed or by their numbers.
-
-    The least recently used leave first.
+    """The factors of draws by posterior, number and seed; the least recently used leave first.
 
     A posterior that is let go takes its draws with it. One thread may use it.
 
@@ -31,7 +29,7 @@ class Drawn:
     def __init__(self, budget: int = BUDGET) -> None:
         self.budget = budget
         self.bytes = 0
-        self._kept: OrderedDict[tuple[Any, ...], FlatFactors] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, bool, Any], FlatFactors] = OrderedDict()
 
     def factors(
         self,
@@ -40,17 +38,19 @@ class Drawn:
         seed: int | None,
         draws: tuple[int, ...] | None = None,
     ) -> FlatFactors:
-        """Return the factors of ``num_samples`` draws of ``seed`` (0: of the mean adapter).
+        """Return the factors of the numbered ``draws``, or of ``num_samples`` of ``seed``.
 
-        With ``draws`` they are those with these numbers.
+        Those of 0 draws are the mean adapter's.
         """
-        key = (weakref.ref(posterior, self._forget), num_samples, seed, draws)
+        asked = draws if draws is not None else (num_samples, seed)
+        key = (weakref.ref(posterior, self._forget), draws is not None, asked)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         factors = posterior.predictor.factors(num_samples, seed, draws)
         size = _bytes(factors)
-        if num_samples and size <= self.budget:
+        repeatable = draws is not None or (num_samples and seed is not None)
+        if repeatable and size <= self.budget:
             self._kept[key] = factors
             self.bytes += size
             while self.bytes > self.budget:

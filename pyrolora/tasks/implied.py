@@ -32,8 +32,8 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
         calls = "; ".join(f"fit(..., {kind.call()}) for {kind.reads}" for kind in meant)
         raise ConfigError(
             f"{name}, and the data with the columns {sorted(checkpoint.row)} may be meant for "
-            f"several tasks; say which: {calls} (on the command line the keyword is an option, "
-            "--task)"
+            f"several tasks; say which: {calls} (on the command line --task, or --choices, with "
+            "the value)"
         )
     if checkpoint.layout is None:
         raise DataError(no_labels([*checkpoint.row]))

@@ -73,9 +73,11 @@ def test_a_causal_model_and_classes_are_ambiguous(folders: dict[str, Path], data
         load_network(folders["causal"], data)
 
 
-@pytest.mark.parametrize(("data", "task"), [(questions(4), None), (reviews(4), "fill-mask")])
+@pytest.mark.parametrize(
+    ("data", "task"), [(questions(4), "multiple-choice"), (reviews(4), "fill-mask")]
+)
 def test_a_model_without_such_a_class_is_refused(
-    folders: dict[str, Path], data: Any, task: str | None
+    folders: dict[str, Path], data: Any, task: str
 ) -> None:
     with pytest.raises(ConfigError, match=r"cannot load.*LlamaConfig.*AutoModelFor"):
         load_network(folders["causal"], data, None, task)
@@ -100,7 +102,7 @@ def test_a_network_for_images_by_its_name(tmp_path: Path) -> None:
     assert posterior.predict(data, 0).probs.shape == (6, 3)
 
 
-def test_sound_by_name_is_told_to_pass_the_network(folders: dict[str, Path]) -> None:
+def test_sound_for_a_network_of_texts_is_told_to_pass_another(folders: dict[str, Path]) -> None:
     data = Rows([{"input_values": torch.ones(4), "labels": i % 2} for i in range(4)])
     with pytest.raises(ConfigError, match="pass the network itself"):
         load_network(folders["masked"], data)

@@ -30,11 +30,6 @@ LAYOUTS: dict[str, Any] = {
     "tags": {"tokens": [["a", "b"], ["c"], ["d"]], "ner_tags": [[0, 1], [1], [0]]},
     "token labels": {"input_ids": [[4, 5, 6]] * 3, "labels": [[-100, 5, 6]] * 3},
     "choices": {"question": TEXT["text"], "choices": [["a", "b"]] * 3, "label": [0, 1, 0]},
-    "spans": {
-        "question": TEXT["text"],
-        "context": ["it is good"] * 3,
-        "answers": [{"text": ["good"], "answer_start": [6]}] * 3,
-    },
     "pair": {"document": TEXT["text"], "summary": ["a", "b", "c"]},
     "completion": {"prompt": TEXT["text"], "completion": ["a", "b", "c"]},
     "chat": {"messages": [[{"role": "user", "content": "a"}]] * 3},
@@ -54,11 +49,10 @@ ENCODER = {
     "tags": "token-classification",
     "token labels": "token-classification",
     "choices": "multiple-choice",
-    "spans": "question-answering",
     "pair": "",
     "completion": "",
     "chat": "",
-    "preference": "reward-modeling",
+    "preference": "reward-modelling",
     "pixels": "classification",
 }
 MASKED = {
@@ -66,7 +60,7 @@ MASKED = {
     **dict.fromkeys(("text", "pair", "completion", "chat"), "fill-mask"),  # which reads one text
     "token labels": "fill-mask | token-classification",
 }
-LETTERS = "multiple-choice-letters | multiple-choice-texts | multiple-choice-texts-per-token"
+LETTERS = "letter-choice | text-choice | text-choice-per-token"
 DECODER = {
     **ENCODER,
     "text": "text-generation",
@@ -77,7 +71,7 @@ DECODER = {
     "multi-hot": "multi-label-classification | text-generation",
     "token labels": "text-generation",
     "pixels": "classification | text-generation",
-    "choices": f"multiple-choice | {LETTERS}",
+    "choices": LETTERS,
     "pair": "text-generation",
     "completion": "text-generation",
     "chat": "text-generation",
