@@ -33,7 +33,7 @@ from pyrolora.inference import check_allocation
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, build
 from pyrolora.seeding import seeded
-from pyrolora.tasks import load_network, task_for
+from pyrolora.tasks import load_for_task, task_for
 
 
 class Fresh(Origin):
@@ -42,7 +42,7 @@ class Fresh(Origin):
     @classmethod
     def of(cls, request: Request) -> Self:
         check_network(request.model)
-        network, tokenizer = load_network(
+        network, tokenizer, named = load_for_task(
             request.model, request.data, request.tokenizer, request.task
         )
         config = AdapterConfig()
@@ -50,7 +50,7 @@ class Fresh(Origin):
             config = as_adapter_config(request.adapter)
         else:
             network = _trained_copy(network)
-        task = task_for(network, request.task)
+        task = task_for(network, named)
         return cls(request.options, network, tokenizer, config, task)
 
     def attach(self, data: Prepared, args: TrainingArguments) -> Attachment:

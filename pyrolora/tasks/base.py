@@ -75,6 +75,8 @@ class Task(ParamModule, ABC):
 
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
+    serves: ClassVar[Literal["classes", "text"] | None] = None
+    """What a server answers for a single text: its classes, or what follows it."""
 
     # The law ------------------------------------------------------------------------------------
 

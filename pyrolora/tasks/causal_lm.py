@@ -121,6 +121,7 @@ class CausalLM(LanguageModel):
     auto = "AutoModelForCausalLM"
     causal = True
     writes = "on"
+    serves = "text"
     shift = 1
     title = "a causal language model"
 

@@ -95,6 +95,7 @@ class MultipleChoice(Classification):
     """
 
     name = "multiple-choice"
+    serves = None
     reads = "a score per choice, by a new head where transformers has one"
     aliases = ()
     collator: ClassVar[type[Collator]] = ChoiceCollator

@@ -45,13 +45,31 @@ def load_network(
     ConfigError
         When it cannot be loaded, or misses its padding token.
     """
+    network, tokenizer, _ = load_for_task(model, data, tokenizer, task, like)
+    return network, tokenizer
+
+
+def load_for_task(
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    task: str | Task | None = None,
+    like: nn.Module | None = None,
+) -> tuple[nn.Module, Any, str | Task | None]:
+    """Return what `load_network` does, and the task, where the network's class does not imply it.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or misses its padding token.
+    """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise ConfigError(
             f"a {type(model).__name__} has adapters of its own; pass the network before PEFT "
             "wrapped it, and PEFT's configuration as adapter=LoraConfig(...)"
         )
     if isinstance(model, nn.Module):
-        return _checked_padding(model), tokenizer
+        return _checked_padding(model), tokenizer, task
     if not isinstance(model, str | Path):
         raise ConfigError(
             "model must be a transformers model, a hub id, a folder, or an nn.Module, got "
@@ -59,8 +77,10 @@ def load_network(
         )
     name = str(model)
     with _explained(name):
-        network, tokenizer = _loaded(name, data, tokenizer, task, like)
-    return _checked_padding(network), tokenizer
+        network, tokenizer, kind = _loaded(name, data, tokenizer, task, like)
+    if task is None and not kind.matches(network):
+        task = kind.name
+    return _checked_padding(network), tokenizer, task
 
 
 def load_language_model(
@@ -109,8 +129,8 @@ def _explained(name: str) -> Iterator[None]:
 
 def _loaded(
     name: str, data: Any, tokenizer: Any, task: str | Task | None, like: nn.Module | None
-) -> tuple[PreTrainedModel, Any]:
-    """Return the network of the task that is named, or that data and checkpoint imply."""
+) -> tuple[PreTrainedModel, Any, type[Task]]:
+    """Return the network for the task that is named, or that data and checkpoint imply."""
     config = AutoConfig.from_pretrained(name)
     examples = as_examples(data, main_input(config), ("train",))
     checkpoint = Checkpoint(name, config, examples, tokenizer)
@@ -118,7 +138,7 @@ def _loaded(
         tokenizer = _processor(checkpoint)
         checkpoint = Checkpoint(name, config, examples, tokenizer)
     kind = implied(checkpoint) if task is None else task_class(task)
-    return kind.load(checkpoint, like), tokenizer
+    return kind.load(checkpoint, like), tokenizer, kind
 
 
 def _processor(checkpoint: Checkpoint) -> Any:
