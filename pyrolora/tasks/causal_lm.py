@@ -119,11 +119,13 @@ class CausalLM(LanguageModel):
     """
 
     name = "text-generation"
+    reads = "the text alone"
     aliases = ("causal-lm", "image-text-to-text")
     collator = CausalCollator
     classes = classes_of("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     auto = "AutoModelForCausalLM"
     writes = "on"
+    serves = "text"
     shift = 1
     title = "a causal language model"
 
@@ -134,8 +136,9 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
+        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
         writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
-        return writes and checkpoint.layout in (None, "tokens")
+        return writes and checkpoint.layout in layouts
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

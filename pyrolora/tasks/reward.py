@@ -213,6 +213,8 @@ class RewardModelling(Classification):
     """
 
     name = "reward-modelling"
+    serves = None
+    reads = "which of two texts is preferred"
     aliases = ("reward-modeling", "reward")
     collator = RewardCollator
     extras = (CHOICE_MASK, MARGIN)
