@@ -128,6 +128,7 @@ class Seq2Seq(LanguageModel):
     """
 
     name = "text2text-generation"
+    reads = "a text that is written for another"
     aliases = ("seq-2-seq-lm", "seq2seq-lm", "seq2seq", "summarization", "translation")
     collator = PairCollator
     classes = classes_of("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ") | {"VisionEncoderDecoderModel"}
@@ -142,9 +143,8 @@ class Seq2Seq(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        decodes = bool(getattr(checkpoint.config, "is_encoder_decoder", False))
-        listed = checkpoint.is_a("SEQ_TO_SEQ_CAUSAL_LM")
-        return decodes and listed and checkpoint.layout in (None, "tokens")
+        texts = checkpoint.layout == "example" and checkpoint.has_text_labels
+        return checkpoint.decodes and (texts or checkpoint.layout in (None, "tokens"))
 
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network that cannot turn labels to the inputs of a decoder."""
