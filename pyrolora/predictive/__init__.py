@@ -21,6 +21,7 @@ from pyrolora.tasks import (
     MultiLabelPrediction,
     Prediction,
     RegressionPrediction,
+    SpanPrediction,
     TagPrediction,
     TokenPrediction,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "RegressionPrediction",
+    "SpanPrediction",
     "TagPrediction",
     "TokenPrediction",
     "alone",

@@ -10,8 +10,10 @@ from pyrolora.tasks.multi_label import MultiLabel, MultiLabelPrediction
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.network import load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
+from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
+from pyrolora.tasks.span_prediction import SpanPrediction
 from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
@@ -26,8 +28,10 @@ __all__ = [
     "MultiLabelPrediction",
     "MultipleChoice",
     "Prediction",
+    "QuestionAnswering",
     "Regression",
     "RegressionPrediction",
+    "SpanPrediction",
     "TagPrediction",
     "Task",
     "TokenClassification",

@@ -9,13 +9,14 @@ from typing import Any, Literal
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import has_choices, tags_column
+from pyrolora.data.columns import SPANS, has_choices, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.multi_hot import has_label_lists
+from pyrolora.data.spans import is_squad
 
-Layout = Literal["choices", "words", "example", "labels", "tokens"]
-"""Choices; words with a tag each; one label per example; several of them; one per token."""
+Layout = Literal["spans", "choices", "words", "example", "labels", "tokens"]
+"""Places of answers; choices; tagged words; one label per example; several; one per token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class Checkpoint:
     @cached_property
     def layout(self) -> Layout | None:
         """The form of the labels; None without labels, and without choices."""
+        if is_squad(self.examples) or {*SPANS} <= {*self.row}:
+            return "spans"
         if has_choices(self.examples):
             return "choices"
         if tags_column(self.examples) is not None:
@@ -54,6 +57,11 @@ class Checkpoint:
         if self.row.get(LABELS) is None:
             return None
         return "labels" if has_label_lists(self.examples) else "tokens"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the checkpoint is a network that writes text."""
+        return self.is_a("CAUSAL_LM") or self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
 
     @property
     def has_head(self) -> bool:

@@ -60,6 +60,7 @@ class MultiLabelPrediction(ClassProbabilities):
     labels, (n,). The entropy of all labels together is at most the sum of theirs.
     """
 
+    target_dims = ("class",)
     higher_is_better: ClassVar[Mapping[str, bool | None]] = {
         "micro_f1": True,
         "macro_f1": True,

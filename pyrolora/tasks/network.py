@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import check_task
 from pyrolora.data.examples import as_examples
 from pyrolora.data.labels import no_labels
 from pyrolora.data.multi_hot import indicator_columns
@@ -120,7 +119,12 @@ def _implied(checkpoint: Checkpoint) -> type[Task]:
         Where they call for none, or for several.
     """
     name, architecture = checkpoint.name, checkpoint.architecture
-    check_task([*checkpoint.row])
+    if checkpoint.layout == "spans" and checkpoint.writes:
+        raise ConfigError(
+            f"{name!r} is a language model and the data has answers with their places in a "
+            "context; say which is meant: task='question-answering' for the places, or "
+            "'text-generation' for the text alone"
+        )
     if checkpoint.layout in ("example", "labels") and checkpoint.is_a("CAUSAL_LM"):
         raise ConfigError(
             f"{name!r} is a language model and the data has labels; say which is meant: "

@@ -17,6 +17,7 @@ from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
+from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.regression import Regression
 from pyrolora.tasks.token_classification import TokenClassification
 from pyrolora.tasks.unsupported import check_supported
@@ -33,6 +34,7 @@ _REGISTRY: dict[str, type[Task]] = {
         MaskedLM,
         TokenClassification,
         MultiLabel,
+        QuestionAnswering,
     )
 }
 

@@ -13,7 +13,6 @@ from transformers import (
     BartForConditionalGeneration,
     BartForSequenceClassification,
     BertConfig,
-    BertForQuestionAnswering,
     BertForTokenClassification,
     BertLMHeadModel,
     RobertaConfig,
@@ -122,7 +121,6 @@ def test_tags_are_no_tokens() -> None:
 
 
 TASKS: dict[str, tuple[Any, str]] = {
-    "spans": (lambda: BertForQuestionAnswering(BertConfig(**SIZES)), "extractive question"),
     "T5": (
         lambda: T5ForConditionalGeneration(
             T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
