@@ -14,7 +14,8 @@ from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
 from pyrolora.tasks.span_prediction import SpanPrediction
-from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
+from pyrolora.tasks.tag_prediction import TagPrediction
+from pyrolora.tasks.token_classification import TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
 __all__ = [
