@@ -5,8 +5,9 @@ from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.classification import Classification, ClassPrediction
 from pyrolora.tasks.heads import load_head, outputs_like
+from pyrolora.tasks.label_prediction import MultiLabelPrediction
 from pyrolora.tasks.masked_lm import MaskedLM
-from pyrolora.tasks.multi_label import MultiLabel, MultiLabelPrediction
+from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.network import load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction

@@ -12,11 +12,15 @@ import torch
 from problems import (
     bert,
     bert_choice,
+    bert_labels,
     bert_mlm,
+    bert_spans,
     bert_tags,
     llama,
     mask_tokenizer,
     questions,
+    several,
+    squad,
     tagged,
     texts,
     tokenizer,
@@ -124,6 +128,8 @@ CASES = {
     "multiple-choice": (bert_choice, questions, tokenizer),
     "fill-mask": (bert_mlm, texts, mask_tokenizer),
     "token-classification": (bert_tags, tagged, tokenizer),
+    "multi-label-classification": (bert_labels, several, tokenizer),
+    "question-answering": (bert_spans, squad, tokenizer),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import pytest
 import torch
 from console import done, saved
 from peft_trainer import check_map
-from problems import NO_DROPOUT, SIZES, Rows, arguments, bert, bert_mlm, tokenizer
-from transformers import BertConfig, BertForQuestionAnswering
+from problems import Rows, arguments, bert, bert_mlm, bert_spans, squad, tokenizer
+from transformers import BertForQuestionAnswering
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -26,33 +25,9 @@ from pyrolora.predictive import SpanPrediction, evaluate
 from pyrolora.report import report_on
 from pyrolora.tasks import QuestionAnswering, load_network, task_for
 
-WORDS = ("film", "book", "very", "the", "a", "was", "is", "fine")
-
-
-def network(seed: int = 0, **changes: Any) -> BertForQuestionAnswering:
-    """A tiny BERT with logits for the first and the last token of an answer."""
-    torch.manual_seed(seed)
-    return BertForQuestionAnswering(BertConfig(**{**SIZES, **NO_DROPOUT, **changes})).eval()
-
-
-def squad(n: int = 8, words: int = 6, seed: int = 0, **changes: Any) -> datasets.Dataset:
-    """Questions for a word of the context, in SQuAD's columns; the last has no answer."""
-    generator, rows = random.Random(seed), []
-    for i in range(n):
-        context = generator.choices(WORDS, k=words)
-        answer = generator.choice(["good", "bad"])
-        found = i < n - 1
-        if found:
-            context[generator.randrange(words)] = answer
-        text = " ".join(context)
-        answers = {"text": [answer], "answer_start": [text.index(answer)]} if found else None
-        row = {"id": str(i), "title": "t", "question": f"is the film {answer}", "context": text}
-        rows.append({**row, "answers": answers or {"text": [], "answer_start": []}, **changes})
-    return datasets.Dataset.from_list(rows)
-
 
 def prepared(data: Any, net: Any = None, tokens: Any = None, **options: Any) -> Any:
-    net, tokens = network() if net is None else net, tokenizer() if tokens is None else tokens
+    net, tokens = bert_spans() if net is None else net, tokenizer() if tokens is None else tokens
     return prepare(data, net, QuestionAnswering(), tokens, **options)
 
 
@@ -69,14 +44,14 @@ def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def posterior() -> Posterior:
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2), "seed": 0}
-    return pyrolora.fit(network(), squad(8, 40), "meanfield", epochs=2, **options)
+    return pyrolora.fit(bert_spans(), squad(8, 40), "meanfield", epochs=2, **options)
 
 
 # The law -----------------------------------------------------------------------------------------
 
 
 def test_the_likelihood_is_transformers_own_loss_summed_over_both_ends() -> None:
-    net, task = network(), QuestionAnswering()
+    net, task = bert_spans(), QuestionAnswering()
     batch = batch_of(prepared(squad(5), net))  # all of one length: padding has no probability here
     start, end = batch["labels"].unbind(-1)
     loss = net(**inputs_of(batch), start_positions=start, end_positions=end).loss
@@ -87,7 +62,7 @@ def test_the_likelihood_is_transformers_own_loss_summed_over_both_ends() -> None
 def test_a_map_fit_is_that_of_peft_and_the_trainer(tmp_path: Path) -> None:
     """transformers' loss is the mean of both ends: it takes steps that are twice as long."""
     plain = {"optim": "sgd", "max_grad_norm": 0.0}
-    net = network(initializer_range=0.3)
+    net = bert_spans(initializer_range=0.3)
     ready = prepared(squad(12), net)
 
     def collate(rows: list[Any]) -> dict[str, torch.Tensor]:
@@ -130,7 +105,7 @@ def test_the_curvature_is_the_hessian_on_average() -> None:
 
 
 def test_a_draw_is_the_network_with_its_update_in_the_weights(posterior: Posterior) -> None:
-    data, net, task = squad(4, seed=1), network(), QuestionAnswering()
+    data, net, task = squad(4, seed=1), bert_spans(), QuestionAnswering()
     drawn = posterior.predict(data, draws=[1])
     with torch.no_grad():
         for name, (A, B) in posterior.factors(posterior.sample(draws=[1])).items():
@@ -254,10 +229,10 @@ def test_tokens_with_positions_are_windows(form: Any) -> None:
 
 
 def test_the_network_says_the_task(tmp_path: Path) -> None:
-    assert task_for(network()).name == "question-answering"
-    assert task_for(network(), "QUESTION_ANS").name == "question-answering"
+    assert task_for(bert_spans()).name == "question-answering"
+    assert task_for(bert_spans(), "QUESTION_ANS").name == "question-answering"
     with pytest.raises(ConfigError, match="name 'question-answering'"):
-        task_for(network(), "classification")
+        task_for(bert_spans(), "classification")
     with pytest.raises(ConfigError, match="start_logits"):
         pyrolora.fit(bert(), squad(4), "map", task="question-answering", tokenizer=tokenizer())
     net, _ = load_network(saved(bert_mlm(), tmp_path), squad(4))
@@ -343,23 +318,23 @@ def test_it_works_end_to_end(posterior: Posterior, tmp_path: Path) -> None:
     assert "(no answer)" in report.html
     assert 0 <= report.metrics["f1"] <= 1
     posterior.save(tmp_path / "saved")
-    loaded = pyrolora.load(tmp_path / "saved", network())
+    loaded = pyrolora.load(tmp_path / "saved", bert_spans())
     torch.testing.assert_close(loaded.predict(data, 4, seed=0).draws, prediction.draws)
     posterior.to_peft(tmp_path / "adapter")
-    back = pyrolora.from_peft(tmp_path / "adapter", network(), tokenizer=tokenizer())
+    back = pyrolora.from_peft(tmp_path / "adapter", bert_spans(), tokenizer=tokenizer())
     torch.testing.assert_close(back.predict(data, 0).draws, posterior.predict(data, 0).draws)
 
 
 def test_curvature_and_evaluation_in_a_fit() -> None:
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=1), "epochs": 1, "seed": 0}
-    fitted = pyrolora.fit(network(), squad(6), "laplace", eval_data=squad(4), **options)
+    fitted = pyrolora.fit(bert_spans(), squad(6), "laplace", eval_data=squad(4), **options)
     assert fitted.predict(squad(4), 3).epistemic.shape == (4,)
     assert any("eval_f1" in entry for entry in fitted.history)
 
 
 def test_from_a_shell(tmp_path: Path) -> None:
     model, rows, run = (
-        saved(network(), tmp_path / "model"),
+        saved(bert_spans(), tmp_path / "model"),
         tmp_path / "rows.jsonl",
         tmp_path / "run",
     )
