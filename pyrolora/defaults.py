@@ -117,6 +117,8 @@ ANSWERS_PER_WINDOW = 20
 NUM_SAMPLES = 32
 # The bounds of a calibration: beyond them, the data tell nothing about probabilities.
 TEMPERATURES = (0.05, 20.0)
+# The most tokens of a text to learn, as in TRL: attention costs the square of it.
+MAX_LENGTH = 1024
 # Texts: each draw writes a continuation, and all draws score all of them.
 GENERATE_SAMPLES = 8
 MAX_NEW_TOKENS = 40
@@ -133,6 +135,10 @@ EVAL_SAMPLES = 4
 PREDICT_ROWS = 128
 PREDICT_TOKENS = 16384
 PREDICT_TOKENS_CPU = 1024
+# Logits that are normalised at a time. On the CPU they fit a core's cache, which halves the time at
+# 49,152 words; on an accelerator fewer would mean more kernels, and more would mean more memory.
+LOGITS = 2**26
+LOGITS_CPU = 2**18
 
 # The demo: both fits and their predictions in three minutes on two cores.
 DEMO_EPOCHS = 8

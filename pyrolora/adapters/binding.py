@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,11 @@ class Binding:
     Attributes
     ----------
     factors
-        Wrapped layer -> its factors.
+        Wrapped layer, or slot of a parameter, -> its factors.
     heads
-        Wrapped head -> the heads that stand in for it; several of them serve equal blocks of rows,
-        one each.
+        Wrapped head -> the heads that stand in for it; several of them serve a block of rows each.
+    blocks
+        The examples in the block of each head; None: the blocks are equal.
     used
         The layers that were called.
     rows
@@ -80,9 +82,10 @@ class Binding:
         multiple of them. 1 for a single setting.
     """
 
-    factors: Mapping[nn.Module, Factors]
+    factors: Mapping[Any, Factors]
     heads: Mapping[nn.Module, Sequence[nn.Module]] = field(default_factory=dict)
-    used: set[nn.Module] = field(default_factory=set)
+    blocks: Sequence[int] | None = None
+    used: set[Any] = field(default_factory=set)
     rows: int = 1
 
 

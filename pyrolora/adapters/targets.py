@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from pyrolora.adapters.left_out import (
 )
 from pyrolora.adapters.modules import linear_layers, model_type, walk
 from pyrolora.adapters.names import PYTHON, collapsed, ends_with, matches, value_of
+from pyrolora.adapters.parameters import named_parameters
 from pyrolora.adapters.projections import projections
 from pyrolora.adapters.wrapper import unwrapped
 from pyrolora.checks import positive, whole_number
@@ -51,7 +52,8 @@ def find_targets(
     """Return the layers that ``config`` selects, with their ranks and scalings.
 
     Each name of a list has to select a layer. A pattern may select more: whatever is no linear
-    layer, or is smaller than the rank, is left out with a warning.
+    layer, or is smaller than the rank, is left out with a warning. The matrices of
+    ``target_parameters`` come after the layers, each expert's with its number.
 
     Raises
     ------
@@ -66,9 +68,13 @@ def find_targets(
         for name, module in linear_layers(network).items()
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
     }
+    stacks, weights = named_parameters(network, config, heads)
     selected = _select(network, config, list(layers))
-    names = _without_excluded(network, config, in_blocks(selected, config))
-    if not names:
+    selected += [name for name in layers if name in weights and name not in selected]
+    chosen = _without_excluded(network, config, in_blocks([*selected, *stacks], config))
+    names = [name for name in chosen if name not in stacks]
+    stacks = {name: stack for name, stack in stacks.items() if name in chosen}
+    if not chosen:
         raise TargetError(
             f"target_modules={config.target_modules!r}"
             + (f" without {config.exclude_modules!r}" if config.exclude_modules else "")
@@ -81,9 +87,15 @@ def find_targets(
     elif config.target_modules not in EVERY_LAYER:
         warn_of_matches(network, config, names)
     elif selected == _every_layer(network, list(layers)):
-        warn_of_left_out(network, names, heads, config)
-    _warn_of_idle_keys(config, names)
-    return [_spec(name, layers[name], config) for name in _wide_enough(names, layers, config)]
+        warn_of_left_out(network, names, list(stacks), heads, config)
+    _warn_of_idle_keys(config, chosen)
+    specs = [
+        _spec(name, features(layers[name]), config) for name in _wide_enough(names, layers, config)
+    ]
+    for stack in stacks.values():
+        spec = _spec(stack.name, stack.size, config)
+        specs += [replace(spec, name=name) for name in stack.names]
+    return specs
 
 
 def check_uncalled(config: AdapterConfig, uncalled: Sequence[str], adapted: Sequence[str]) -> None:
@@ -176,6 +188,7 @@ def _without_excluded(network: nn.Module, config: AdapterConfig, names: Sequence
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         wanted = entry if isinstance(excluded, str) else [entry]
         matching = [name for name in modules if matches(name, wanted)]
+        matching += [name for name in names if name not in modules and matches(name, wanted)]
         if not matching:
             raise TargetError(
                 f"exclude_modules names {entry!r}, and {type(network).__name__} has no such module"
@@ -231,8 +244,8 @@ def _wide_enough(
     return [name for name in names if name not in small]
 
 
-def _spec(name: str, module: nn.Module, config: AdapterConfig) -> LayerSpec:
-    in_features, out_features = features(module)
+def _spec(name: str, size: tuple[int, int], config: AdapterConfig) -> LayerSpec:
+    in_features, out_features = size
     rank = value_of(name, config.rank_pattern, config.r)
     alpha = value_of(name, config.alpha_pattern, config.lora_alpha)
     if rank > min(in_features, out_features):

@@ -9,7 +9,7 @@ from pyrolora.distributions.column_normal import (
     split_blocks,
 )
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
-from pyrolora.distributions.logits_categorical import LogitsCategorical
+from pyrolora.distributions.logits_categorical import LogitsCategorical, rows_at_once
 from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "VectorToLowerFactor",
     "WishartCholesky",
     "map_blocks",
+    "rows_at_once",
     "split_blocks",
 ]

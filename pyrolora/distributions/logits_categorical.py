@@ -9,6 +9,15 @@ from pyro.distributions import Categorical
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyrolora import defaults
+
+
+def rows_at_once(logits: Tensor) -> int:
+    """Return how many rows of (..., classes) logits to normalise at a time."""
+    on_cpu = logits.device.type == "cpu"
+    most = defaults.LOGITS_CPU if on_cpu else defaults.LOGITS
+    return max(1, most // logits.shape[-1])
+
 
 class LogitsCategorical(Categorical):
     """``Categorical(logits=...)`` that normalises where it is asked for a density, and not before.
@@ -17,7 +26,8 @@ class LogitsCategorical(Categorical):
 
     Pyro's keeps normalised logits beside the unnormalised ones, and its gradient makes two more
     tensors of their size. Those of a language model are the largest tensors of a step: (b, T,
-    vocabulary).
+    vocabulary). Here the gradient is the only one: rows are normalised some at a time
+    (`rows_at_once`), and once more for the gradient.
 
     Parameters
     ----------
@@ -53,6 +63,37 @@ class LogitsCategorical(Categorical):
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape, self.batch_shape)
-        chosen = value.long().expand(shape).unsqueeze(-1)
-        logits = self.logits.expand(*shape, self._num_events)
-        return logits.gather(-1, chosen).squeeze(-1)
+        chosen = value.long().expand(shape)
+        if shape != self.batch_shape:
+            logits = self.logits.expand(*shape, self._num_events)
+            return logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        rows: Tensor = _LogProb.apply(self._param.reshape(-1, self._num_events), chosen.flatten())
+        return rows.reshape(shape)
+
+
+class _LogProb(torch.autograd.Function):
+    """The log-probabilities (n,) of ``chosen`` classes (n,) under the softmax of logits (n, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, chosen: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, chosen)
+        rows = rows_at_once(logits)
+        pairs = zip(logits.split(rows), chosen.unsqueeze(-1).split(rows), strict=True)
+        return torch.cat([f.log_softmax(-1).gather(-1, y) for f, y in pairs]).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradients g (1[v = y] − softmax(f)_v) of the logits."""
+        logits, chosen = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            ones = torch.zeros_like(logits).scatter_(-1, chosen.unsqueeze(-1), 1.0)
+            return grad.unsqueeze(-1) * (ones - logits.softmax(-1)), None
+        result, rows = torch.empty_like(logits), rows_at_once(logits)
+        columns = (logits, result, chosen.unsqueeze(-1), grad.unsqueeze(-1))
+        for f, out, y, g in zip(*(column.split(rows) for column in columns), strict=True):
+            outer = torch.zeros_like(f).scatter_(-1, y, g)
+            # The formula as log_softmax's own gradient computes it, to the last bit.
+            torch.ops.aten._log_softmax_backward_data.out(
+                outer, f.log_softmax(-1), -1, f.dtype, out=out
+            )
+        return result, None

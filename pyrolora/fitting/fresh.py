@@ -72,9 +72,10 @@ class Fresh(Origin):
         def gradients() -> dict[str, Tensor]:
             return weight_gradients_of(self._build(attachment, len(data), None, MAP()), data, args)
 
-        layers, init = attachment.layers, self.config.init_lora_weights
+        layers = {n: layer.base_layer for n, layer in attachment.layers.items()}
+        init = self.config.init_lora_weights
         start = start_of(layers, attachment.specs, init, gradients)
-        return partial(self._build, attachment, len(data), start)
+        return partial(self._build, attachment, data.num_examples, start)
 
     def ready(
         self,

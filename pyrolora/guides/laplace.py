@@ -138,6 +138,10 @@ class Laplace(Guide):
         return self.curvature == "full"
 
     @property
+    def reads_inputs(self) -> bool:
+        return True
+
+    @property
     def size(self) -> int:
         """The number of draws that are kept."""
         return self.num_draws or defaults.NUM_SAMPLES

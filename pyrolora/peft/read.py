@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from pyrolora.adapters import (
 )
 from pyrolora.adapters.kinds import TITLES
 from pyrolora.adapters.names import is_saved, selects, value_of
-from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError, listed
+from pyrolora.adapters.parameters import Stack, stacks
+from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError, TargetError, listed
 from pyrolora.files import shown
 from pyrolora.peft.config import (
     CONFIG_FILE,
@@ -33,6 +34,7 @@ from pyrolora.peft.config import (
 )
 from pyrolora.peft.patterns import Patterns
 from pyrolora.peft.rules import WEIGHT, is_within_saved
+from pyrolora.peft.stacked import keys, split
 from pyrolora.storage.tensor_file import TensorFile, tensor_file
 
 
@@ -61,7 +63,8 @@ class Adapter:
 def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
     """Read a LoRA adapter that PEFT (or `write_adapter`) saved for ``network``.
 
-    Plain LoRA and rsLoRA, with rank and alpha patterns and ``modules_to_save``. The tensors say
+    Plain LoRA and rsLoRA of linear layers and of parameters (``target_parameters``), with rank and
+    alpha patterns and ``modules_to_save``. The tensors say
     which layers are adapted, and with what rank; configuration and network have to agree.
 
     Raises
@@ -128,13 +131,32 @@ def _checked(
         for name, module in walk(network)
         if name and is_saved(saved, name) and any(True for _ in module.parameters())
     }
-    layers = _layers(factors, heads, network)
+    parameters = _parameters(options, network)
+    stacked = {stack.name: factors.pop(key, {}) for key, stack in parameters}
+    layers = _layers(factors, heads, network, bool(parameters))
     _refuse_rest(rest, saved, network, patterns)
     _check_selection(options, list(layers), network, patterns)
-    config = adapter_config(options, list(layers), list(heads))
-    specs = [_spec(n, layer, factors[n], config, patterns) for n, layer in layers.items()]
+    config = adapter_config(options, list(layers), list(stacked), list(heads))
+    specs = [_spec(n, features(layer), factors[n], config, patterns) for n, layer in layers.items()]
     matrices = {s.name: (factors[s.name]["A"].float(), factors[s.name]["B"].float()) for s in specs}
+    for _, stack in parameters:
+        own = stacked[stack.name]
+        spec = _spec(stack.name, stack.size, own, config, patterns, experts=len(stack.names))
+        specs += [replace(spec, name=name) for name in stack.names]
+        matrices |= split(stack, own["A"].float(), own["B"].float())
     return Adapter(config, specs, matrices, heads)
+
+
+def _parameters(options: Mapping[str, Any], network: nn.Module) -> list[tuple[str, Stack]]:
+    """Return the parameters that the adapter is one of, each after its module in PEFT's file."""
+    try:
+        found = [*stacks(network, options.get("target_parameters") or []).values()]
+    except TargetError as error:
+        raise ConfigError(
+            f"the adapter has target_parameters that pyrolora cannot adapt: {error}"
+        ) from error
+    names = keys(found, network)
+    return [(names[stack.name], stack) for stack in found]
 
 
 def _split(
@@ -183,9 +205,12 @@ def _take_head(name: str, module: nn.Module, rest: dict[str, Tensor]) -> dict[st
 
 
 def _layers(
-    factors: Mapping[str, Mapping[str, Tensor]], heads: Iterable[str], network: nn.Module
+    factors: Mapping[str, Mapping[str, Tensor]],
+    heads: Iterable[str],
+    network: nn.Module,
+    has_parameters: bool,
 ) -> dict[str, nn.Module]:
-    """Return the adapted layers in the network's order."""
+    """Return the adapted layers in the network's order; none are needed beside parameters."""
     modules, linear = dict(walk(network)), linear_layers(network)
     for name in factors:
         if name not in modules:
@@ -204,7 +229,7 @@ def _layers(
                     f"the adapter has modules_to_save={head!r}, and {name!r} in it is an adapted "
                     "layer; a module is one or the other: train the adapter without one of them"
                 )
-    if not factors:
+    if not factors and not has_parameters:
         raise CheckpointError("the file has no lora_A and lora_B: it holds no LoRA adapter")
     return {name: layer for name, layer in linear.items() if name in factors}
 
@@ -259,12 +284,16 @@ def _check_selection(
 
 def _spec(
     name: str,
-    layer: nn.Module,
+    size: tuple[int, int],
     factors: Mapping[str, Tensor],
     config: AdapterConfig,
     patterns: Patterns,
+    experts: int = 1,
 ) -> LayerSpec:
-    """Return the layer's adapter, whose matrices have the shapes that the configuration gives."""
+    """Return the layer's adapter, whose matrices have the shapes that the configuration gives.
+
+    Those of ``experts`` are in one.
+    """
     for factor in "AB":
         if factor not in factors:
             raise CheckpointError(
@@ -273,9 +302,9 @@ def _spec(
             )
     rank = value_of(name, config.rank_pattern, config.r, patterns)
     alpha = value_of(name, config.alpha_pattern, config.lora_alpha, patterns)
-    in_features, out_features = features(layer)
-    _check_shape(f"{name}.lora_A.weight", factors["A"], (rank, in_features))
-    _check_shape(f"{name}.lora_B.weight", factors["B"], (out_features, rank))
+    in_features, out_features = size
+    _check_shape(f"{name}.lora_A.weight", factors["A"], (rank * experts, in_features))
+    _check_shape(f"{name}.lora_B.weight", factors["B"], (out_features, rank * experts))
     return LayerSpec(name, in_features, out_features, rank, config.scaling(rank, alpha))
 
 

@@ -11,6 +11,7 @@ from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
+from pyrolora.predictive.mixed import Question, predict_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
@@ -35,6 +36,7 @@ __all__ = [
     "NumberedDraws",
     "Prediction",
     "Predictor",
+    "Question",
     "RegressionPrediction",
     "SpanPrediction",
     "TagPrediction",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "generate",
     "predict",
+    "predict_mixed",
     "reliability_table",
     "risk_coverage",
     "warn_untempered",

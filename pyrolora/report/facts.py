@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyrolora.adapters import AdapterBank
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointModel
+from pyrolora.predictive import Predictor
 from pyrolora.report.examples import Examples
 from pyrolora.tasks import Prediction, Task
 
@@ -45,8 +46,17 @@ class Subject(Protocol):
 
     def sample(self, num_samples: int, *, seed: int | None = None) -> Mapping[str, Tensor]: ...
 
+    @property
+    def predictor(self) -> Predictor: ...
+
     def predict(
-        self, data: Any, num_samples: int | None = None, *, batch_size: int, seed: int | None
+        self,
+        data: Any,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        batch_size: int,
+        seed: int | None = None,
     ) -> Prediction: ...
 
     def inputs_of(self, data: Any) -> Any: ...

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pyrolora.predictive import ClassPrediction, Generation
 from pyrolora.serving.service import Answered
 from pyrolora.serving.text import TokenScores, first_stop, pieces
-from pyrolora.serving.verbs import Classify
+from pyrolora.serving.verbs import Classify, Write
 
 MASS = 0.9
 """The probability that an interval of a class probability holds."""
@@ -24,6 +24,12 @@ def number(value: Any) -> float | None:
     """Return a number for JSON, which has no NaN and no infinity."""
     value = float(value)
     return value if math.isfinite(value) else None
+
+
+def draws_of(settings: Classify | Write) -> dict[str, Any]:
+    """Return which draws an answer is of."""
+    about: dict[str, Any] = {"num_samples": settings.num_samples, "seed": settings.seed}
+    return about if settings.draws is None else {**about, "draws": list(settings.draws)}
 
 
 # Classes ----------------------------------------------------------------------------------------
@@ -58,8 +64,7 @@ def class_uncertainty(prediction: ClassPrediction, settings: Classify) -> dict[s
     votes = prediction.draws[:, 0].argmax(-1)
     several = len(votes) > 1
     return {
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
+        **draws_of(settings),
         "entropy": number(prediction.entropy[0]),
         "aleatoric": number(prediction.aleatoric[0]),
         "epistemic": number(prediction.epistemic[0]),
@@ -125,8 +130,7 @@ def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list
         short = int(generation.num_tokens[0, k]) < settings.max_new_tokens
         finish: Finish = "stop" if one.stopped else "end" if ended or short else "length"
         about = {
-            "num_samples": settings.num_samples,
-            "seed": settings.seed,
+            **draws_of(settings),
             **uncertainty_of(generation, k, one.parts),
             "agreement": agreement,
             "continuations": _others(generation, cuts, one.text),

@@ -14,7 +14,6 @@ from pyrolora.data.encoding import Encoder
 from pyrolora.data.inputs import context_length
 from pyrolora.model import evaluating
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import draw_factors
 from pyrolora.seeding import DRAWING
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.tasks import TokenTask
@@ -114,18 +113,20 @@ def token_scores(
     continuations: Sequence[Tensor],
     *,
     num_samples: int,
-    seed: int,
+    seed: int | None,
+    draws: Sequence[int] | None = None,
     alternatives: int,
 ) -> list[TokenScores]:
     """Score every token of continuations of one prompt under the mixture over draws.
 
-    The draws of a seed are those of ``predict`` and ``generate``.
+    The draws of a seed, or with the numbers in ``draws``, are those of ``predict`` and
+    ``generate``.
     """
     joint, task = posterior.model, posterior.task
     base: Any = posterior.base
     assert isinstance(task, TokenTask)
     law = task.at(posterior.temperature)
-    factors = draw_factors(joint, num_samples, seed)
+    factors = posterior.predictor.factors(num_samples, seed, draws)
     device = next(base.parameters()).device
     start = torch.tensor(list(prompt))
     whole = [torch.cat([start, new]) for new in continuations]
@@ -137,11 +138,11 @@ def token_scores(
     total: Tensor | float = 0.0
     with DRAWING.shared(), evaluating(joint):
         if factors.draws is None:
-            total = law.token_logits(joint.network(batch, factors)).softmax(-1)
+            total = law.token_logits(joint.network(batch, factors), batch).softmax(-1)
         else:
             for first in range(0, factors.draws, step):
                 output = joint.network(batch, factors[first : first + step])
-                total = total + law.token_logits(output).softmax(-1).sum(0)
+                total = total + law.token_logits(output, batch).softmax(-1).sum(0)
             total = total / factors.draws
     assert isinstance(total, Tensor)
     logs = total.float().log().cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pyro
 import pyro.distributions as dist
@@ -15,8 +15,8 @@ from pyro import poutine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import Batch
-from pyrolora.data import Collator
+from pyrolora.columns import LABELS, PLACES, Batch
+from pyrolora.data import Collator, TextOptions
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.tasks.checkpoint import Checkpoint
@@ -57,6 +57,8 @@ class Task(ParamModule, ABC):
     """Whether data without labels of their own still need them: they say which tokens count."""
     class_names: Sequence[str] | None = None
     """The names of the classes in the data of a fit, if its network has none."""
+    texts: TextOptions | None = None
+    """How a fit read its texts, where the user has said it."""
 
     # The network --------------------------------------------------------------------------------
 
@@ -68,6 +70,9 @@ class Task(ParamModule, ABC):
     """The ``problem_type`` of transformers' configurations that the task is."""
     causal: ClassVar[bool] = False
     """Whether the network must not read a token before it predicts it."""
+
+    writes: ClassVar[Literal["on", "apart"] | None] = None
+    """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
 
     # The law ------------------------------------------------------------------------------------
 
@@ -148,6 +153,28 @@ class Task(ParamModule, ABC):
         """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
 
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the network is given of a batch: all but labels, places and `extras`."""
+        own = {LABELS, PLACES, *self.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in own}
+
+    def places(self, batch: Batch) -> Tensor | None:
+        """Return the places whose logits `scores` reads; None: those of all tokens.
+
+        They are (K,) for all rows, or (rows, K). transformers' language models compute no others
+        then.
+        """
+        places = batch.get(PLACES)
+        return None if places is None else places[0]
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the tensor that the law reads, (b, ...), from `output` at the `places`."""
+        return output
+
+    def as_text(self) -> Task | None:
+        """Return the task under which draws write text, and score it; None where they do not."""
+        return self if self.writes is not None else None
+
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
         """Return the law of the targets."""
@@ -191,11 +218,11 @@ class Task(ParamModule, ABC):
         """Return the number of observations: examples, or tokens."""
         return int(labels.shape[0])
 
-    def forward(self, output: Tensor, batch: Batch, num_examples: int) -> Tensor:
-        """Sample the data part of the model, in which b examples stand for all ``num_examples``."""
+    def forward(self, output: Tensor, batch: Batch, rows: float) -> Tensor:
+        """Sample the data part of the model, in which b rows stand for all ``rows``."""
         law = self.law(output, batch)
         size = law.batch_shape[-1]
-        with pyro.plate("data", size, dim=-1), poutine.scale(scale=num_examples / size):
+        with pyro.plate("data", size, dim=-1), poutine.scale(scale=rows / size):
             return pyro.sample("y", law, obs=self.targets(batch))
 
     def log_prob(self, output: Tensor, batch: Batch) -> Tensor:

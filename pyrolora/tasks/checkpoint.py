@@ -9,14 +9,16 @@ from typing import Any, Literal
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import SPANS, has_choices, tags_column
+from pyrolora.data.columns import SPANS, has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
+from pyrolora.data.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
 from pyrolora.data.spans import is_squad
 
-Layout = Literal["spans", "choices", "words", "example", "labels", "tokens"]
-"""Places of answers; choices; tagged words; one label per example; several; one per token."""
+Layout = Literal["spans", "choices", "preferences", "words", "example", "labels", "tokens"]
+"""Places of answers; choices; a preference between two texts; words with a tag each; one label per
+example; several of them; one per token."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,53 @@ class Checkpoint:
         return as_dict(self.examples[0], INPUTS) if len(self.examples) else {}
 
     @cached_property
+    def media(self) -> type[Media] | None:
+        """The pictures or sounds in the data, if the network reads such; None for texts."""
+        for kind in KINDS:
+            if any(name in self.row for name in kind.inputs) and "input_ids" not in self.row:
+                return kind
+        return next((k for k in KINDS if self.is_for(k) and k.raw_in(self.examples)), None)
+
+    @property
+    def processes(self) -> bool:
+        """Whether the data are pictures or sounds themselves, not tensors of them."""
+        inputs = () if self.media is None else self.media.inputs
+        return self.media is not None and not any(name in self.row for name in inputs)
+
+    def is_for(self, media: type[Media]) -> bool:
+        """Return whether transformers has a classifier of such media for the architecture."""
+        names = getattr(modeling_auto, f"MODEL_FOR_{media.heads}_MAPPING_NAMES")
+        return getattr(self.config, "model_type", None) in names
+
+    @cached_property
     def layout(self) -> Layout | None:
         """The form of the labels; None without labels, and without choices."""
         if is_squad(self.examples) or {*SPANS} <= {*self.row}:
             return "spans"
         if has_choices(self.examples):
             return "choices"
+        if has_preferences(self.row):
+            return "preferences"
         if tags_column(self.examples) is not None:
             return "words"
         if has_class_labels(self.examples):
             return "example"
         if self.row.get(LABELS) is None:
             return None
-        return "labels" if has_label_lists(self.examples) else "tokens"
+        written = getattr(self.config, "is_encoder_decoder", False) and self.writes
+        return "labels" if not written and has_label_lists(self.examples) else "tokens"
 
     @property
     def writes(self) -> bool:
         """Whether the checkpoint is a network that writes text."""
-        return self.is_a("CAUSAL_LM") or self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
+        kinds = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+        return any(map(self.is_a, kinds))
 
     @property
     def has_head(self) -> bool:
         """Whether the checkpoint has a head for classes of examples."""
-        return self.is_a("SEQUENCE_CLASSIFICATION") or self.is_a("IMAGE_CLASSIFICATION")
+        kinds = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+        return any(map(self.is_a, kinds))
 
     @cached_property
     def names(self) -> list[str] | None:

@@ -215,9 +215,9 @@ class Classification(Task):
     )
     discrete = True
     names_classes = True
-    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+    prediction: ClassVar[type[Prediction]] = ClassPrediction
     problem_type = "single_label_classification"
-    prediction = ClassPrediction
     linearisable = True
     tempers = True
 

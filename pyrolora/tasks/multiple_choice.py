@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -96,8 +96,8 @@ class MultipleChoice(Classification):
 
     name = "multiple-choice"
     aliases = ()
-    collator = ChoiceCollator
-    extras = (CHOICE_MASK,)
+    collator: ClassVar[type[Collator]] = ChoiceCollator
+    extras: ClassVar[tuple[str, ...]] = (CHOICE_MASK,)
     names_classes = False
     classes = classes_of("MULTIPLE_CHOICE")
     auto = "AutoModelForMultipleChoice"

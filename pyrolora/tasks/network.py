@@ -7,18 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from pyrolora.columns import INPUTS, LABELS
+from pyrolora.columns import LABELS
 from pyrolora.data.examples import as_examples
 from pyrolora.data.labels import no_labels
 from pyrolora.data.multi_hot import indicator_columns
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
-from pyrolora.tasks.heads import auto_classifier
+from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.registry import kinds, task_class
 from pyrolora.tasks.unsupported import classes_of
 
@@ -61,7 +68,7 @@ def load_network(
 def load_language_model(
     name: str, tokenizer: Any = None, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """Return a causal language model and its tokenizer.
+    """Return a network that writes texts, on from its input or apart, and its tokenizer.
 
     Other networks have a head whose size their folder does not say. Code that lies in the folder is
     run only with ``trust_remote_code``.
@@ -73,15 +80,20 @@ def load_language_model(
     """
     with _explained(name):
         trust = {"trust_remote_code": trust_remote_code}  # None would ask at the terminal
-        architecture = (AutoConfig.from_pretrained(name, **trust).architectures or [""])[0]
-        if architecture not in classes_of("CAUSAL_LM") and not trust_remote_code:
+        config = AutoConfig.from_pretrained(name, **trust)
+        architecture = (config.architectures or [""])[0]
+        apart = getattr(config, "is_encoder_decoder", False)
+        kind = "SEQ_TO_SEQ_CAUSAL_LM" if apart else "CAUSAL_LM"
+        if architecture not in classes_of(kind) and not trust_remote_code:
             raise ConfigError(
                 f"{name!r} is a {architecture or 'network without a class'}, not a causal "
-                "language model; load it with the task head that is needed, and pass that network"
+                "language model, nor one for sequence to sequence; load it with the task head that "
+                "is needed, and pass that network"
             )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **trust), tokenizer
+        loader = AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM
+        return loader.from_pretrained(name, dtype="auto", **trust), tokenizer
 
 
 @contextmanager
@@ -101,13 +113,26 @@ def _loaded(
     name: str, data: Any, tokenizer: Any, task: str | Task | None, like: nn.Module | None
 ) -> tuple[PreTrainedModel, Any]:
     """Return the network of the task that is named, or that data and checkpoint imply."""
-    examples = as_examples(data, INPUTS, ("train",))
-    checkpoint = Checkpoint(name, AutoConfig.from_pretrained(name), examples, tokenizer)
-    if tokenizer is None and auto_classifier(checkpoint) != "AutoModelForImageClassification":
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        checkpoint = Checkpoint(name, checkpoint.config, examples, tokenizer)
+    config = AutoConfig.from_pretrained(name)
+    examples = as_examples(data, main_input(config), ("train",))
+    checkpoint = Checkpoint(name, config, examples, tokenizer)
+    if tokenizer is None:
+        tokenizer = _processor(checkpoint)
+        checkpoint = Checkpoint(name, config, examples, tokenizer)
     kind = _implied(checkpoint) if task is None else task_class(task)
     return kind.load(checkpoint, like), tokenizer
+
+
+def _processor(checkpoint: Checkpoint) -> Any:
+    """Load the processor for the raw data of a checkpoint; None for tensors of pictures or sounds.
+
+    It is the image processor, the feature extractor, or the tokenizer.
+    """
+    media = checkpoint.media
+    if media is not None and not checkpoint.processes:
+        return None
+    auto = "AutoTokenizer" if media is None else media.auto
+    return getattr(transformers, auto).from_pretrained(checkpoint.name)
 
 
 def _implied(checkpoint: Checkpoint) -> type[Task]:
@@ -129,6 +154,13 @@ def _implied(checkpoint: Checkpoint) -> type[Task]:
         raise ConfigError(
             f"{name!r} is a language model and the data has labels; say which is meant: "
             "task='classification' (or 'regression'), or 'text-generation' for the text alone"
+        )
+    if checkpoint.layout == "choices" and checkpoint.is_a("CAUSAL_LM"):
+        raise ConfigError(
+            f"{name!r} is a causal language model and the data has choices; say how it chooses: "
+            "choices='letters' (by the letter that it writes after lettered options, one pass per "
+            "example) or 'texts' (by the likelihood of each choice's text), or with a new head "
+            "that scores choices, task='multiple-choice', where transformers has one"
         )
     if checkpoint.layout is None:
         _check_indicators(checkpoint)
@@ -161,11 +193,8 @@ def _check_indicators(checkpoint: Checkpoint) -> None:
 def _check_tokens(checkpoint: Checkpoint) -> None:
     """Raise for labels that are neither an example's class nor plainly tokens or tags."""
     name, architecture = checkpoint.name, checkpoint.architecture
-    if getattr(checkpoint.config, "is_encoder_decoder", False) and len(checkpoint.examples):
-        raise ConfigError(
-            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
-            "supported yet, and the data has no label per example to classify by"
-        )
+    if checkpoint.is_a("SEQ_TO_SEQ_CAUSAL_LM"):
+        return
     labels = checkpoint.row.get(LABELS)
     if labels is None or checkpoint.is_a("CAUSAL_LM"):
         return

@@ -43,6 +43,9 @@ class Prediction(ABC):
     A fit goes by those with a direction (``metric_for_best_model``).
     """
 
+    by_draw: ClassVar[tuple[str, ...]] = BY_DRAW
+    """Fields of shape (S, n, ...); in all other tensors n comes first."""
+
     targets: Tensor | None
     log_likelihood: Tensor | None
 
@@ -125,7 +128,7 @@ class Prediction(ABC):
     def select(self, rows: Tensor) -> Self:
         """Return the prediction of the rows with these numbers, (m,), in their order."""
         chosen = {
-            part.name: value.index_select(1 if part.name in BY_DRAW else 0, rows)
+            part.name: value.index_select(1 if part.name in self.by_draw else 0, rows)
             for part in fields(self)
             if isinstance(value := getattr(self, part.name), Tensor)
         }

@@ -11,6 +11,7 @@ from torch import nn
 from pyrolora.checks import is_redefined
 from pyrolora.errors import ConfigError, UnknownNameError
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.causal_choice import LetterChoice, TextChoice, TokenMeanChoice
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.classification import Classification
 from pyrolora.tasks.masked_lm import MaskedLM
@@ -19,6 +20,8 @@ from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.regression import Regression
+from pyrolora.tasks.reward import RewardModelling
+from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.token_classification import TokenClassification
 from pyrolora.tasks.unsupported import check_supported
 
@@ -31,10 +34,15 @@ _REGISTRY: dict[str, type[Task]] = {
         Regression,
         CausalLM,
         MultipleChoice,
+        Seq2Seq,
         MaskedLM,
         TokenClassification,
         MultiLabel,
         QuestionAnswering,
+        LetterChoice,
+        TextChoice,
+        TokenMeanChoice,
+        RewardModelling,
     )
 }
 

@@ -48,7 +48,7 @@ class TagPrediction(ClassPrediction):
         labels = task.targets(batch)
         probs, scores = [], []
         for output in outputs:
-            probs.append(task.token_logits(output)[..., mask, :].softmax(-1).cpu())
+            probs.append(task.token_logits(output, batch)[..., mask, :].softmax(-1).cpu())
             if labels is not None:
                 scores.append(task.row_log_prob(output, batch).cpu())
         record["draws"] = torch.cat(probs)

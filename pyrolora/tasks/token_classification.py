@@ -204,7 +204,7 @@ class TokenClassification(TokenTask):
         """Return log softmax(f_t)[y_t] of each counted token, (m,) or (S, m), in nats."""
         mask, labels = self.token_mask(batch), self.targets(batch)
         assert labels is not None
-        scores = self.token_logits(output)[..., mask, :].log_softmax(-1)
+        scores = self.token_logits(output, batch)[..., mask, :].log_softmax(-1)
         index = labels[mask].expand(scores.shape[:-1])
         return scores.gather(-1, index[..., None]).squeeze(-1)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrolora.columns import IGNORED, LABELS, Batch
+from pyrolora.columns import IGNORED, LABELS, PLACES, Batch
 from pyrolora.data import Collator
-from pyrolora.distributions import LogitsCategorical
+from pyrolora.distributions import LogitsCategorical, rows_at_once
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
@@ -30,7 +30,9 @@ class TokenTask(Task):
 
     log p(y) is the **sum** over the labelled tokens of log softmax(f_{t-d})[y_t]. f is
     (..., b, T, classes), over the vocabulary or over tags, and d, ``shift``, is the distance of a
-    token from the place that predicts it. Tokens labelled -100 do not count.
+    token from the place that predicts it. Tokens labelled -100 do not count. Where the batch names
+    places (`pyrolora.columns.PLACES`), f has their rows alone, (..., b, K, classes), and the tokens
+    here are those that they predict.
     """
 
     tempers = True
@@ -39,25 +41,41 @@ class TokenTask(Task):
     """The name of such a network in errors."""
 
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
-        tokens = LogitsCategorical(self.token_logits(output), validate_args=False)
+        tokens = LogitsCategorical(self.token_logits(output, batch), validate_args=False)
         return tokens.mask(self.token_mask(batch)).to_event(1)
 
     def targets(self, batch: Batch) -> Tensor | None:
         labels = batch.get("labels")
-        return None if labels is None else labels[..., self.shift :].clamp(min=0)
+        return None if labels is None else self.predicted(labels, batch).clamp(min=0)
 
-    def token_logits(self, output: Tensor) -> Tensor:
-        """Return the logits (..., b, T-d, classes) of the tokens d..T-1."""
-        return self.tempered(output[..., : output.shape[-2] - self.shift, :])
+    def predicted(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return those of (b, T) values of tokens that the logits predict: (b, T-d), or (b, K)."""
+        places = batch.get(PLACES)
+        if places is None:
+            return values[..., self.shift :]
+        return values.gather(-1, places + self.shift)
+
+    def spread(self, values: Tensor, batch: Batch, fill: float) -> Tensor:
+        """Return values of predicted tokens in their places of the text, (b, T-d)."""
+        places = batch.get(PLACES)
+        if places is None:
+            return values
+        size = len(values), batch[LABELS].shape[-1] - self.shift
+        return values.new_full(size, fill).scatter(-1, places, values)
+
+    def token_logits(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the logits (..., b, T-d, classes) of the tokens d..T-1, or those of K tokens."""
+        last = output.shape[-2] - (0 if PLACES in batch else self.shift)
+        return self.tempered(output[..., :last, :])
 
     def token_mask(self, batch: Batch) -> Tensor:
-        """Return (b, T-d) booleans, true for tokens that count.
+        """Return (b, T-d) or (b, K) booleans, true for predicted tokens that count.
 
         Without labels these are the tokens that are not padding, and that no padding predicts.
         """
         labels = batch.get("labels")
         if labels is not None:
-            return labels[..., self.shift :].ne(IGNORED)
+            return self.predicted(labels, batch).ne(IGNORED)
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         return mask[..., self.shift :] & mask[..., : mask.shape[-1] - self.shift]
 
@@ -66,11 +84,12 @@ class TokenTask(Task):
 
         E[v vᵀ] is the Hessian, with one block diag(p) − p pᵀ per token.
         """
-        logits = self.token_logits(output.detach())
+        logits = self.token_logits(output.detach(), batch)
         drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
         residual = -logits.softmax(-1)
         residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
-        yield F.pad(residual * self.token_mask(batch)[..., None], (0, 0, 0, self.shift))
+        residual = residual * self.token_mask(batch)[..., None]
+        yield F.pad(residual, (0, 0, 0, output.shape[-2] - residual.shape[-2]))
 
     def count(self, labels: Tensor) -> int:
         return int(labels[..., self.shift :].ne(IGNORED).sum())
@@ -96,25 +115,29 @@ class TokenPrediction(Prediction):
     def reduce(task: TokenTask, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
         mask = task.token_mask(batch)
         labels = task.targets(batch)
-        total: Tensor | float = 0.0
-        aleatoric: Tensor | float = 0.0
+        total: Tensor | None = None
+        aleatoric = torch.zeros(mask.shape, device=mask.device)
         scores, count = [], 0
         for output in outputs:
-            probs = task.token_logits(output).softmax(-1)
-            total = total + probs.sum(0)
-            aleatoric = aleatoric + entropy_of(probs).sum(0)
+            logits = task.token_logits(output, batch)
+            total = torch.zeros_like(logits[0]) if total is None else total
+            for part in _pieces(logits):
+                probs = logits[..., part, :].softmax(-1)
+                total[..., part, :] += probs.sum(0)
+                aleatoric[:, part] += entropy_of(probs).sum(0)
             count += len(output)
             if labels is not None:
                 scores.append(task.log_prob(output, batch).cpu())
-        assert isinstance(total, Tensor)
-        assert isinstance(aleatoric, Tensor)
+        assert total is not None
+        pieces = [entropy_of(total[:, part] / count) for part in _pieces(total)]
+        entropies = {"entropy": torch.cat(pieces, 1), "aleatoric": aleatoric / count}
         record = {
-            "entropy": entropy_of(total / count).masked_fill(~mask, torch.nan).cpu(),
-            "aleatoric": (aleatoric / count).masked_fill(~mask, torch.nan).cpu(),
-            "num_tokens": mask.sum(-1).cpu(),
+            name: task.spread(values.masked_fill(~mask, torch.nan), batch, torch.nan).cpu()
+            for name, values in entropies.items()
         }
+        record["num_tokens"] = mask.sum(-1).cpu()
         if labels is not None:
-            counted = labels.masked_fill(~mask, IGNORED)
+            counted = task.spread(labels.masked_fill(~mask, IGNORED), batch, IGNORED)
             record |= {"log_likelihood": torch.cat(scores), "targets": counted.cpu()}
         return record
 
@@ -221,13 +244,14 @@ class TokenScores(TokenPrediction):
     def reduce(task: TokenTask, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
         mask, labels = task.token_mask(batch), task.targets(batch)
         assert labels is not None
-        unknown = torch.full(mask.shape, torch.nan)
+        targets = task.spread(labels.masked_fill(~mask, IGNORED), batch, IGNORED).cpu()
+        unknown = torch.full(targets.shape, torch.nan)
         return {
             "entropy": unknown,
             "aleatoric": unknown,
             "num_tokens": mask.sum(-1).cpu(),
             "log_likelihood": torch.cat([task.log_prob(o, batch).cpu() for o in outputs]),
-            "targets": labels.masked_fill(~mask, IGNORED).cpu(),
+            "targets": targets,
         }
 
 
@@ -238,7 +262,7 @@ class LanguageModel(TokenTask):
     prediction = TokenPrediction
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
-        vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
+        vocabulary = vocabulary_of(network)
         if labels.is_floating_point():
             check_one_label(labels, f"{self.title} needs token ids as 'labels'")
         if labels.dim() != 2 or labels.is_floating_point():
@@ -270,17 +294,31 @@ class LanguageModel(TokenTask):
     def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
         """Raise `ConfigError` unless there are logits of the vocabulary for each token."""
         labels, (places, width) = batch[LABELS], output.shape[-2:]
-        config = getattr(network, "config", None)
-        vocabulary = getattr(getattr(config, "text_config", config), "vocab_size", None)
+        vocabulary = vocabulary_of(network)
         few = isinstance(vocabulary, int) and width < vocabulary
         if places != labels.shape[-1] or few or int(labels.max()) >= width:
             raise ConfigError(
                 f"{self.title} gives logits of its vocabulary for each of its input's "
                 f"{labels.shape[-1]} tokens, and this {type(network).__name__} gives {width} for "
                 f"{places} (the vocabulary has {vocabulary}, the labels go up to "
-                f"{int(labels.max())}); for a tag per token use task='token-classification'; texts "
-                "that differ from the input are not supported yet"
+                f"{int(labels.max())}); for a tag per token use task='token-classification', for "
+                "texts that differ from the input 'text2text-generation' with a network for it"
             )
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    """Yield slices of the tokens of (..., T, classes) logits, as few as `rows_at_once` allows."""
+    size, classes = logits.shape[-2:]
+    step = max(1, rows_at_once(logits) * size * classes // logits.numel())
+    return (slice(first, first + step) for first in range(0, size, step))
+
+
+def vocabulary_of(network: nn.Module) -> int | None:
+    """Return the number of tokens in the vocabulary; of two, the one that is written."""
+    config = getattr(network, "config", None)
+    parts = (*(getattr(config, name, None) for name in ("text_config", "decoder")), config)
+    sizes = (getattr(part, "vocab_size", None) for part in parts)
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def check_own_tokens(examples: Any, collate: Collator, *, causal: bool) -> None:

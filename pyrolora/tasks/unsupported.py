@@ -48,7 +48,9 @@ def classes_of(*kinds: str) -> frozenset[str]:
 
 
 # Some of the classes above are also in these lists, which tasks read.
-_READ = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "MULTIPLE_CHOICE")
+_READ = classes_of(
+    "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "MULTIPLE_CHOICE"
+)
 
 
 def other_task(architecture: str, classes: Collection[str] = ()) -> str | None:
@@ -94,9 +96,9 @@ def check_supported(network: nn.Module, classes: Collection[str] = ()) -> None:
     writes = getattr(network, "can_generate", None)
     if getattr(config, "is_encoder_decoder", False) and callable(writes) and writes():
         raise ConfigError(
-            f"{name} reads one text with its encoder and writes another with its decoder; such "
-            "tasks (translation, summaries, transcription) are not supported yet: their labels "
-            "would not reach the decoder. Fit a causal language model, or a classifier"
+            f"{name} reads one text with its encoder and writes another with its decoder, which "
+            "the labels of another task would not reach; name task='text2text-generation', with "
+            "the texts to write, or fit a classifier or a causal language model"
         )
     title = other_task(name, classes)
     if title in _SUPPORTED:

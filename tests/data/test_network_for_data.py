@@ -99,7 +99,7 @@ def test_a_network_for_images_by_its_name(tmp_path: Path) -> None:
     assert posterior.predict(data, 0).probs.shape == (6, 3)
 
 
-def test_sound_by_name_is_told_to_pass_the_network(folders: dict[str, Path]) -> None:
+def test_sound_for_a_network_of_texts_is_told_to_pass_another(folders: dict[str, Path]) -> None:
     data = Rows([{"input_values": torch.ones(4), "labels": i % 2} for i in range(4)])
     with pytest.raises(ConfigError, match="pass the network itself"):
         load_network(folders["masked"], data)

@@ -10,12 +10,14 @@ import datasets
 import pytest
 import torch
 from problems import (
+    LETTERED,
     bert,
     bert_choice,
     bert_labels,
     bert_mlm,
     bert_spans,
     bert_tags,
+    letter_tokenizer,
     llama,
     mask_tokenizer,
     questions,
@@ -130,6 +132,10 @@ CASES = {
     "token-classification": (bert_tags, tagged, tokenizer),
     "multi-label-classification": (bert_labels, several, tokenizer),
     "question-answering": (bert_spans, squad, tokenizer),
+    **dict.fromkeys(
+        [kind.name for kind in tasks.BY_CAUSAL_LM.values()],
+        (lambda: llama(vocab_size=len(LETTERED)), questions, letter_tokenizer),
+    ),
 }
 
 
@@ -139,7 +145,9 @@ CASES = {
 )
 def test_every_likelihood_has_its_lowest_nll_there(name):
     network, data, words = CASES[name]
-    posterior = pyrolora.fit(network(), data(8), "montec", tokenizer=words and words(), **OPTIONS)
+    posterior = pyrolora.fit(
+        network(), data(8), "montec", task=name, tokenizer=words and words(), **OPTIONS
+    )
     held_out = data(12, seed=5)
     found = posterior.calibrate(held_out, 3, seed=2)
     assert posterior.evaluate(held_out, 3, seed=2)["nll"] == pytest.approx(

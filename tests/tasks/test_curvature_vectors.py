@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from pyrolora.columns import CHOICE_MASK
+from pyrolora.columns import CHOICE_MASK, PLACES
 from pyrolora.tasks import (
     CausalLM,
     Classification,
@@ -72,12 +72,20 @@ def test_draws_have_vectors_of_their_own() -> None:
         )
 
 
-@pytest.mark.parametrize("kind", [CausalLM, MaskedLM, TokenClassification])
-def test_a_random_vector_of_tokens_has_the_hessian_as_its_mean(kind: type[Task]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [(CausalLM, None), (MaskedLM, None), (TokenClassification, None), (CausalLM, [0, 2])],
+)
+def test_a_random_vector_of_tokens_has_the_hessian_as_its_mean(
+    kind: type[Task], places: list[int] | None
+) -> None:
     law, draws = kind(), 20_000
-    output, batch = torch.randn(2, 4, 3), {"labels": TOKENS}
+    batch = {"labels": TOKENS}
+    if places is not None:
+        batch[PLACES] = torch.tensor([places] * 2)
+    output = torch.randn(2, 4 if places is None else len(places), 3)
     assert not law.linearisable
-    (vectors,) = law.curvature(output.requires_grad_().expand(draws, 2, 4, 3), batch)
+    (vectors,) = law.curvature(output.requires_grad_().expand(draws, *output.shape), batch)
     assert not vectors.requires_grad
     flat = vectors.flatten(2)
     found = torch.einsum("sni,snj->nij", flat, flat) / draws
