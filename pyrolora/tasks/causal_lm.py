@@ -136,7 +136,13 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
+        layouts = (
+            None,
+            "tokens",
+            "example",
+            "labels",
+            "spans",
+        )  # with labels the text alone may be meant
         writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
         return writes and checkpoint.layout in layouts
 
