@@ -34,7 +34,7 @@ from pyrolora.inference import check_allocation
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, build
 from pyrolora.seeding import seeded
-from pyrolora.tasks import load_network, task_for
+from pyrolora.tasks import load_for_task, task_for
 
 
 class Fresh(Origin):
@@ -43,7 +43,7 @@ class Fresh(Origin):
     @classmethod
     def of(cls, request: Request) -> Self:
         check_network(request.model)
-        network, tokenizer = load_network(
+        network, tokenizer, named = load_for_task(
             request.model, request.data, request.tokenizer, request.task
         )
         config = AdapterConfig()
@@ -51,8 +51,8 @@ class Fresh(Origin):
             config = as_adapter_config(request.adapter)
         else:
             network = _trained_copy(network)
-        row = first_row(request.data, network) if request.task is None else None
-        task = task_for(network, request.task, row)
+        row = first_row(request.data, network) if named is None else None
+        task = task_for(network, named, row)
         return cls(request.options, network, tokenizer, config, task)
 
     def attach(self, data: Prepared, args: TrainingArguments) -> Attachment:

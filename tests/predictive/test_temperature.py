@@ -21,10 +21,13 @@ from problems import (
     mask_tokenizer,
     preferences,
     questions,
+    summaries,
+    t5,
     tagged,
     texts,
     tokenizer,
     tokens,
+    writer_tokenizer,
 )
 from scipy.optimize import minimize_scalar
 from torch import nn
@@ -127,6 +130,7 @@ CASES = {
     "text-generation": (llama, texts, tokenizer),
     "multiple-choice": (bert_choice, questions, tokenizer),
     "fill-mask": (bert_mlm, texts, mask_tokenizer),
+    "text2text-generation": (t5, summaries, writer_tokenizer),
     "token-classification": (bert_tags, tagged, tokenizer),
     "reward-modelling": (llama_reward, preferences, letter_tokenizer),
     **dict.fromkeys(
