@@ -73,7 +73,8 @@ def fit(
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
         ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
-        labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
+        labels); pictures (of PIL, paths, bytes, arrays) in a column ``image``, beside texts in
+        ``images``, too, and sounds in a column ``audio``. Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
         and ``label``, the number, the letter or the text of the right one; a causal language model
         is told how to choose, by ``choices``. In texts without
         labels for a masked language model some tokens are hidden, always the same. Labels that are
@@ -89,7 +90,10 @@ def fit(
         draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``). ``"laplace"`` sets the scale of
         its prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
     tokenizer
-        The tokenizer, for raw text and padding; with the hub id or folder of a model it is loaded.
+        The tokenizer, for raw text and padding; or transformers' image processor, feature
+        extractor, or processor of texts and pictures, for raw pictures and sounds, of which it
+        makes each batch (the Trainer's ``processing_class``). With the hub id or folder of a model
+        it is loaded.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
     choices
