@@ -10,7 +10,7 @@ from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multi_label import MultiLabel, MultiLabelPrediction
 from pyrolora.tasks.multiple_choice import MultipleChoice
-from pyrolora.tasks.network import load_language_model, load_network
+from pyrolora.tasks.network import load_for_task, load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
@@ -48,6 +48,7 @@ __all__ = [
     "TokenTask",
     "available",
     "choice_task",
+    "load_for_task",
     "load_head",
     "load_language_model",
     "load_network",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import has_choices, has_preferences, tags_column
+from pyrolora.data.columns import TARGETS, has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media import KINDS, Media
@@ -39,6 +39,12 @@ class Checkpoint:
         names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
         return self.architecture in names
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the saved network reads a text with its encoder and writes another."""
+        decodes = bool(getattr(self.config, "is_encoder_decoder", False))
+        return decodes and self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
+
     @cached_property
     def row(self) -> dict[str, Any]:
         """The first example."""
@@ -58,9 +64,19 @@ class Checkpoint:
         inputs = () if self.media is None else self.media.inputs
         return self.media is not None and not any(name in self.row for name in inputs)
 
+    @property
+    def writes_of_pictures(self) -> bool:
+        """Whether the network reads texts with pictures, and writes text with one decoder."""
+        both = getattr(self.config, "is_encoder_decoder", False)
+        return self.is_a("IMAGE_TEXT_TO_TEXT") and not both
+
     def is_for(self, media: type[Media]) -> bool:
         """Return whether transformers has a classifier of such media for the architecture."""
-        names = getattr(modeling_auto, f"MODEL_FOR_{media.heads}_MAPPING_NAMES")
+        return self.has_class(media.heads)
+
+    def has_class(self, kind: str) -> bool:
+        """Return whether transformers has a class of that kind for the saved architecture."""
+        names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
         return getattr(self.config, "model_type", None) in names
 
     @cached_property
@@ -87,6 +103,11 @@ class Checkpoint:
     def names(self) -> list[str] | None:
         """The names of the classes in the data, where there is one label per example."""
         return class_names(self.examples)
+
+    @property
+    def has_text_labels(self) -> bool:
+        """Whether the label of an example is a text: the name of a class, or a text to write."""
+        return any(isinstance(self.row.get(name), str) for name in TARGETS)
 
     @property
     def has_real_labels(self) -> bool:

@@ -92,10 +92,14 @@ class MultiLabelPrediction(ClassProbabilities):
             log_likelihood=joined(records, "log_likelihood", 1),
         )
 
+    def decided(self, probs: Tensor) -> Tensor:
+        """Return 1 where a probability is above one half, else 0, (..., C)."""
+        return (probs > 0.5).long()
+
     @property
     def predicted(self) -> Tensor:
         """1 for labels of a probability above one half, else 0, (n, C)."""
-        return (self.probs > 0.5).long()
+        return self.decided(self.probs)
 
     @property
     def label_entropy(self) -> Tensor:
@@ -248,6 +252,8 @@ class MultiLabel(Task):
     """
 
     name = "multi-label-classification"
+    serves = "classes"
+    reads = "the classes that an example has, none or several"
     aliases = ("multi-label", "multilabel-classification", "multilabel")
     collator = LabelsCollator
     discrete = True

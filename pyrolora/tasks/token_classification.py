@@ -236,6 +236,7 @@ class TokenClassification(TokenTask):
     """
 
     name = "token-classification"
+    reads = "a tag per word or token"
     aliases = ("token-cls", "ner")
     collator = TagCollator
     extras = (COUNTED,)
@@ -249,8 +250,8 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        lm = checkpoint.is_a("CAUSAL_LM") or checkpoint.is_a("MASKED_LM")
-        return checkpoint.layout == "words" or (checkpoint.layout == "tokens" and not lm)
+        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.decodes
+        return checkpoint.layout == "words" or (checkpoint.layout == "tokens" and not writes)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

@@ -68,13 +68,16 @@ def test_the_class_follows_from_data_and_likelihood(
     ids=["data set", "tuple"],
 )
 def test_a_causal_model_and_classes_are_ambiguous(folders: dict[str, Path], data: Any) -> None:
-    with pytest.raises(ConfigError, match="is a language model and the data has labels"):
+    calls = r"task='classification'\) for .*task='text-generation'\) for the text alone"
+    with pytest.raises(ConfigError, match=calls):
         load_network(folders["causal"], data)
 
 
-@pytest.mark.parametrize(("data", "task"), [(questions(4), None), (reviews(4), "fill-mask")])
+@pytest.mark.parametrize(
+    ("data", "task"), [(questions(4), "multiple-choice"), (reviews(4), "fill-mask")]
+)
 def test_a_model_without_such_a_class_is_refused(
-    folders: dict[str, Path], data: Any, task: str | None
+    folders: dict[str, Path], data: Any, task: str
 ) -> None:
     with pytest.raises(ConfigError, match=r"cannot load.*LlamaConfig.*AutoModelFor"):
         load_network(folders["causal"], data, None, task)
@@ -82,7 +85,7 @@ def test_a_model_without_such_a_class_is_refused(
 
 @pytest.mark.parametrize("form", [lambda data: data, lambda data: Rows(list(data))])
 def test_a_label_per_token_may_be_a_tag_or_a_word(folders: dict[str, Path], form: Any) -> None:
-    with pytest.raises(DataError, match=r"tags, or tokens of the vocabulary.*task='fill-mask'"):
+    with pytest.raises(ConfigError, match=r"task='fill-mask'.*task='token-classification'"):
         load_network(folders["masked"], form(token_labels()))
     with pytest.raises(ConfigError, match=r"label per token.*head is trained for another task"):
         load_network(folders["choice"], form(token_labels()))
