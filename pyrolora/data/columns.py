@@ -53,6 +53,10 @@ WRITTEN_PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("inputs",), "targets"),
     (("input_text",), "target_text"),
     (("question",), "answer"),
+    (("question",), "response"),
+    (("query",), "answer"),
+    (("query",), "response"),
+    (("problem",), "solution"),
     (("prompt",), "completion"),
     (("prompt",), "response"),
     (("instruction",), "output"),
@@ -290,7 +294,8 @@ def check_preferences(names: Collection[str]) -> None:
             "the data has 'chosen' and 'rejected' texts, and preferences are learnt by a reward "
             "model: load the network with AutoModelForSequenceClassification, num_labels=1 (by its "
             "name it is loaded so), and pass task='reward-modelling'; to learn the chosen texts "
-            "alone, drop the others, data.remove_columns('rejected'), and rename 'chosen' 'text'"
+            "alone, drop the others, data.remove_columns('rejected'), and rename 'chosen' 'text', "
+            "'messages', or beside a 'prompt' 'completion'"
         )
 
 

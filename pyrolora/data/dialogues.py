@@ -9,21 +9,23 @@ from typing import Any, Literal
 import datasets
 
 from pyrolora.columns import LABELS
-from pyrolora.data.columns import DIALOGUES, WEIGHTS, free_text, is_list, is_row_name
+from pyrolora.data.columns import (
+    DIALOGUES,
+    WEIGHTS,
+    WRITTEN_PAIRS,
+    free_text,
+    is_list,
+    is_row_name,
+)
 from pyrolora.data.text_options import TextOptions
 from pyrolora.errors import DataError
 
 RAW = ("prompt", "completion")
 """The columns whose texts are joined as they are; those of `PAIRS` are two sides of a talk."""
-PAIRS = (
-    *(("prompt", "response"), ("query", "response"), ("question", "response")),
-    *(("question", "answer"), ("query", "answer"), ("input", "output"), ("problem", "solution")),
-    *(("instruction", "output"), ("instruction", "response")),
-    *(("instruction", "input", "output"), ("instruction", "context", "response")),
-)
-"""The parts of a prompt, then the answer."""
+ASKED = ("prompt", "instruction", "question", "query", "problem", "input")
+"""Columns with what somebody asks for."""
+PAIRS = tuple(pair for pair in WRITTEN_PAIRS if pair[0][0] in ASKED)
 CHATS = ("messages", "conversations", "conversation")
-PREFERENCES = ("chosen", "rejected")
 TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
 """Columns with more of what a chat template is given, as in TRL."""
 
@@ -78,10 +80,9 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
     ------
     DataError
         For columns that look like data and would not be read: a second text or chat, a prompt
-        beside a text, preferences.
+        beside a text, a mask.
     """
     texts, chats = free_text(data), chat_columns(data)
-    _check_preferences([*texts, *chats])
     found = _pair(texts, chats) or _alone(texts, chats, options)
     if found is None:
         return None
@@ -101,7 +102,7 @@ def prompt_of(data: datasets.Dataset) -> Dialogue:
     texts, chats = free_text(data), chat_columns(data)
     found = _pair(texts, chats)
     if found is None:
-        asked = [tuple(p) for *p, _ in PAIRS if all(n in texts for n in p)]
+        asked = [prompt for prompt, _ in PAIRS if {*prompt} <= {*texts}]
         if asked:
             found = Dialogue("pair", max(asked, key=len))
         else:
@@ -127,28 +128,16 @@ def _is_chat(feature: Any) -> bool:
     return isinstance(part, Mapping) and ("role" in part or {"from", "value"} <= {*part})
 
 
-def _check_preferences(names: Sequence[str]) -> None:
-    """Raise `DataError` for a preferred answer beside a rejected one."""
-    both = [name for name in PREFERENCES if name in names]
-    if "rejected" in both:
-        raise DataError(
-            f"the data has {both}, preferences, which a reward model learns; a language model "
-            "learns the preferred answers alone as completions: drop the others with "
-            "data.remove_columns('rejected'), and data.rename_column('chosen', 'completion') (or "
-            "'messages', if they begin with the prompt)"
-        )
-
-
 def _pair(texts: Sequence[str], chats: Sequence[str]) -> Dialogue | None:
     """Return the prompt and the completion with the most columns, if the data has such."""
     for names, chatty in ((chats, True), (texts, False)):
         if all(name in names for name in RAW):
             return Dialogue("pair", RAW[:1], RAW[1], chatty)
-    known = [pair for pair in PAIRS if all(name in texts for name in pair)]
+    known = [pair for pair in PAIRS if {*pair[0], pair[1]} <= {*texts}]
     if not known:
         return None
-    *prompt, completion = max(known, key=len)
-    return Dialogue("pair", tuple(prompt), completion)
+    prompt, completion = max(known, key=lambda pair: len(pair[0]))
+    return Dialogue("pair", prompt, completion)
 
 
 def _alone(texts: Sequence[str], chats: Sequence[str], options: TextOptions) -> Dialogue | None:

@@ -39,8 +39,9 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         )
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError(
-            "the size of a streamed data set is unknown, and the posterior depends on it; "
-            "make it a datasets.Dataset, for example with data.take(n)"
+            "a streamed data set is read in a fit alone (with num_examples= and max_steps), whose "
+            "steps take what they need; make it a datasets.Dataset, for example with "
+            "datasets.Dataset.from_list(list(data.take(n)))"
         )
     data = _texts_as_list(data)
     if isinstance(data, TensorDataset):

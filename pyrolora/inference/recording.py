@@ -85,7 +85,7 @@ def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
     one more, of padding, which changes nothing before it.
     """
     size = len(next(iter(batch.values())))
-    if DECODER_IDS in batch and _alike(joint, batch):
+    if joint.task.writes == "apart" and _alike(joint, batch):
         batch = {**batch, **{n: _longer(n, batch[n]) for n in OF_DECODER if n in batch}}
     if size == 1 or joint.together(batch):
         yield batch
@@ -96,7 +96,7 @@ def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
 
 def _alike(joint: JointModel, batch: Batch) -> bool:
     """Return whether encoder and decoder have as many positions, and the decoder has room."""
-    shape = batch[DECODER_IDS].shape
+    shape = batch[LABELS].shape
     read = batch.get(MASK, batch.get("input_ids"))
     return read is not None and read.shape == shape and shape[-1] < written_length(joint.base)
 
@@ -105,14 +105,14 @@ def _longer(name: str, tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, 1), value=IGNORED if name == LABELS else 0)
 
 
-def masks(batch: Batch) -> list[Tensor]:
+def masks(joint: JointModel, batch: Batch) -> list[Tensor]:
     """Return which positions (rows, T), and which rows, count.
 
     A batch of choices, (b, choices, ...), has b * choices rows. A decoder's positions count up to
     the last label that counts.
     """
     masks = []
-    if DECODER_IDS in batch:
+    if joint.task.writes == "apart":
         masks.append(batch[LABELS].ne(IGNORED).flip(-1).cumsum(-1).flip(-1).bool())
     choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
     if attention is not None and attention.dim() > 1:

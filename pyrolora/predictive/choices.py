@@ -17,7 +17,7 @@ from pyrolora.tasks import BY_CAUSAL_LM, ClassPrediction, TextChoice, choice_tas
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
     """Return the data as rows with a column ``choices``, if a model of texts is to choose."""
-    if joint.task.as_text() is not joint.task:
+    if joint.task.writes != "on":
         return None
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
     return rows if is_plain(rows) and CHOICES in rows.column_names else None
@@ -69,7 +69,8 @@ def choose(
     """
     own = joint.task
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
-    if own.as_text() is None or (is_plain(rows) and CHOICES not in rows.column_names):
+    text = own.as_text()
+    if text is None or text.writes != "on" or (is_plain(rows) and CHOICES not in rows.column_names):
         raise ConfigError(
             "choosing by likelihood needs a causal language model, and data with a column 'choices'"
             f" beside the question; the task is {own.name!r}"

@@ -70,8 +70,6 @@ class Task(ParamModule, ABC):
     """transformers' Auto class that loads a network by its name."""
     problem_type: ClassVar[str | None] = None
     """The ``problem_type`` of transformers' configurations that the task is."""
-    causal: ClassVar[bool] = False
-    """Whether the network must not read a token before it predicts it."""
 
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
@@ -165,7 +163,7 @@ class Task(ParamModule, ABC):
         """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
         """Return what the network is given of a batch: all but labels, places and `extras`."""
         own = {LABELS, PLACES, *self.extras}
         return {name: tensor for name, tensor in batch.items() if name not in own}

@@ -194,14 +194,14 @@ class TextChoice(CausalChoice):
     short: ClassVar[str] = "texts"
     collator = ContinuationCollator
     extras = (*MultipleChoice.extras, CHOICE_PLACES)
-    causal = True
     per_token: ClassVar[bool] = False
     """Whether the mean over a choice's tokens takes the place of their sum."""
     token_temperature: float = 1.0
     """T of the law of each token, of a language model that was not fitted to choose."""
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.flatten(0, 1) for name, tensor in super().inputs(batch).items()}
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        rows = super().inputs(batch, network)
+        return {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
 
     def places(self, batch: Batch) -> Tensor:
         """Return the places before the tokens of each choice, (b choices, K)."""

@@ -119,7 +119,6 @@ class CausalLM(LanguageModel):
     collator = CausalCollator
     classes = classes_of("CAUSAL_LM")
     auto = "AutoModelForCausalLM"
-    causal = True
     writes = "on"
     serves = "text"
     shift = 1

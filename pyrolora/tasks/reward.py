@@ -233,8 +233,9 @@ class RewardModelling(Classification):
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
         return load_head(checkpoint, {"num_labels": 1})
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.flatten(0, 1) for name, tensor in super().inputs(batch).items()}
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        rows = super().inputs(batch, network)
+        return {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
         pairs = batch[CHOICE_MASK].shape

@@ -29,8 +29,7 @@ OF_TARGET = (LABELS, DECODER_IDS, DECODER_MASK)
 class PairCollator(Collator):
     """Texts to read and texts to write, to a batch whose labels have a length of their own.
 
-    The decoder reads the labels one place on, as the network itself moves them. Both are padded on
-    the right, where a decoder does not look.
+    Both are padded on the right, where a decoder does not look.
     """
 
     targets = "texts to write (such as 'target' beside 'source'), or their tokens as 'labels'"
@@ -41,7 +40,6 @@ class PairCollator(Collator):
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         super().__init__(network, tokenizer)
-        self.shift = shift_of(network)
         self.most = min(table_of_positions(network) or torch.inf, written_length(network))
         config = getattr(network, "config", None)
         self.fill = getattr(config, "pad_token_id", None) or 0
@@ -96,8 +94,6 @@ class PairCollator(Collator):
         fills = {LABELS: IGNORED, DECODER_IDS: self.fill, DECODER_MASK: 0}
         for name in (name for name in OF_TARGET if name in rows[0]):
             batch[name] = pad_sequence([as_numbers(r[name]) for r in rows], True, fills[name])
-        if LABELS in batch and DECODER_IDS not in batch and self.shift is not None:
-            batch[DECODER_IDS] = self.shift(batch[LABELS].long())
         return batch
 
     def _check_padding(self, labels: Tensor) -> None:
@@ -159,6 +155,13 @@ class Seq2Seq(LanguageModel):
                 f"{name} cannot tell its decoder's inputs from labels ({error}); set "
                 "network.config.decoder_start_token_id and network.config.pad_token_id"
             ) from error
+
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        """Return the columns that the network takes, with the labels one place on."""
+        made, shift = super().inputs(batch, network), shift_of(network)
+        if DECODER_IDS not in made and LABELS in batch and shift is not None:
+            made[DECODER_IDS] = shift(batch[LABELS].long().clone())  # FSMT's writes into it
+        return made
 
     def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
         labels, (places, width) = batch[LABELS], output.shape[-2:]

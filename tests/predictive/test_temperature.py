@@ -19,10 +19,13 @@ from problems import (
     llama,
     mask_tokenizer,
     questions,
+    summaries,
+    t5,
     tagged,
     texts,
     tokenizer,
     tokens,
+    writer_tokenizer,
 )
 from scipy.optimize import minimize_scalar
 from torch import nn
@@ -125,6 +128,7 @@ CASES = {
     "text-generation": (llama, texts, tokenizer),
     "multiple-choice": (bert_choice, questions, tokenizer),
     "fill-mask": (bert_mlm, texts, mask_tokenizer),
+    "text2text-generation": (t5, summaries, writer_tokenizer),
     "token-classification": (bert_tags, tagged, tokenizer),
     **dict.fromkeys(
         [kind.name for kind in tasks.BY_CAUSAL_LM.values()],
