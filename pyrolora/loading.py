@@ -15,10 +15,10 @@ from pyrolora.adapters import (
     LayerSpec,
     check_eager,
     features,
-    linear_layers,
     plain_copy,
     refuse_foreign,
 )
+from pyrolora.adapters.modules import adaptable_layers
 from pyrolora.adapters.new_weights import own_new_weights
 from pyrolora.adapters.parameters import Place, places
 from pyrolora.attaching import attached
@@ -189,7 +189,7 @@ def _places(specs: Iterable[LayerSpec], network: nn.Module) -> Mapping[str, Plac
 
 
 def _check_layers(specs: Sequence[LayerSpec], network: nn.Module) -> None:
-    layers = linear_layers(network)
+    layers = adaptable_layers(network)
     standing = _places(specs, network)
     for spec in specs:
         stack = standing[spec.name].stack

@@ -22,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -166,6 +167,14 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
+def llama_reward(outputs: int = 1, seed: int = 0) -> LlamaForSequenceClassification:
+    """A tiny LLaMA that gives a text one number, for `letter_tokenizer`."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "vocab_size": len(LETTERED), "num_key_value_heads": 1, "pad_token_id": 0}
+    config = LlamaConfig(**sizes, num_labels=outputs, initializer_range=0.3)
+    return LlamaForSequenceClassification(config).eval()
+
+
 def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A tiny GPT-2, whose layers are transformers' ``Conv1D``."""
     torch.manual_seed(seed)
@@ -252,6 +261,15 @@ def questions(n: int = 24, seed: int = 0) -> datasets.Dataset:
         choices = [f"{'good' if j == label else 'bad'} {word}" for j, word in enumerate(fillers)]
         question = " ".join(["the film", "is not dull"][: 1 + size % 2])
         rows.append({"question": question, "choices": choices, "label": label})
+    return datasets.Dataset.from_list(rows)
+
+
+def preferences(n: int = 24, seed: int = 0) -> datasets.Dataset:
+    """Pairs of texts, of which the one that says 'good' is preferred."""
+    rows = []
+    for text in reviews(n, seed)["text"]:
+        start = text.rpartition(" ")[0]
+        rows.append({"chosen": f"{start} good", "rejected": f"the {start} bad"})
     return datasets.Dataset.from_list(rows)
 
 

@@ -115,9 +115,10 @@ def named_parameters(
     for entry in entries:
         named = [name for name in every if ends_with(name, [entry])]
         if not named:
+            hint = nearest(entry.rpartition(".")[2], every)
             raise TargetError(
                 f"target_parameters names {entry!r}, and {type(network).__name__} has no such "
-                f"parameter{nearest(entry, every)}; write the names as the network has them"
+                f"parameter{hint}; write the names as the network has them"
             )
         if any(name.startswith(f"{head}.") for name in named for head in heads):
             raise TargetError(

@@ -26,6 +26,7 @@ from pyrolora.data.columns import (
 )
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_dict, as_numbers, is_nested
+from pyrolora.data.illustrated import illustrator_of
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -93,7 +94,9 @@ class Collator:
         taken = taken_by(network)
         self.taken = taken - {PLACES}
         self.chooses_places = PLACES in taken
-        self.media = media_of(network, tokenizer, self.taken)
+        self.media = illustrator_of(network, tokenizer, self.taken) or media_of(
+            network, tokenizer, self.taken
+        )
         self.takes_labels = True
 
     @property

@@ -70,6 +70,16 @@ class DialogueEncoder:
         texts = [self._prompt_text(row) for row in rows]
         return self._open_encoder(texts)["input_ids"] if texts else []
 
+    def one(self, row: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+        """Return the tokens of one row, whatever their number, and which of them are learnt."""
+        if self.dialogue.kind == "text":
+            made = self.encoder([row[self.dialogue.prompt[0]]])["input_ids"][0]
+            return made, [True] * len(made)
+        if self._in_chats:
+            return self._chat_row(row)[:2]
+        ((ids, learnt, _),) = self._text_rows([dict(row)])
+        return ids, learnt
+
     # Checks --------------------------------------------------------------------------------------
 
     def check(self, data: datasets.Dataset) -> None:

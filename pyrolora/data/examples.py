@@ -8,12 +8,13 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pyrolora.columns import LABELS, TAGS
+from pyrolora.columns import INPUTS, LABELS, TAGS
 from pyrolora.data.pictures import is_picture, stored
 from pyrolora.errors import DataError
 
@@ -104,11 +105,40 @@ def _column_of(rows: Sequence[Any], input_name: str) -> str | None:
 
 def _stored(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
     """Return columns as a data set, which decodes pictures of PIL as they were."""
-    data = datasets.Dataset.from_dict({name: stored(rows) for name, rows in columns.items()})
+    plain = {name: stored(_alike(rows)) for name, rows in columns.items()}
+    try:
+        data = datasets.Dataset.from_dict(plain)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"the rows do not make one table of the columns {[*columns]}: {error}; give each "
+            "column values of one type"
+        ) from error
     for name, rows in columns.items():
         if any(map(is_picture, rows)):
             data = data.cast_column(name, datasets.Image())
     return data
+
+
+def _alike(rows: list[Any]) -> list[Any]:
+    """Return chats with lists of contents in all messages, if any message has one; others as are.
+
+    A column holds texts or lists, and people write the message with a picture as a list alone.
+    """
+    chats = [row for row in rows if isinstance(row, list | tuple)]
+    messages = [m for chat in chats for m in chat if isinstance(m, Mapping)]
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return rows
+    return [
+        row
+        if row is None
+        else [
+            {**m, "content": [{"type": "text", "text": m["content"]}]}
+            if isinstance(m.get("content"), str)
+            else m
+            for m in row
+        ]
+        for row in rows
+    ]
 
 
 def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
@@ -192,6 +222,15 @@ def as_dict(example: Any, input_name: str) -> dict[str, Any]:
     raise DataError(
         f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
     )
+
+
+def first_row(data: Any, network: Any) -> dict[str, Any]:
+    """Return the first example of training data; an empty dict where it is not stored by names."""
+    if not isinstance(data, list | datasets.Dataset | datasets.DatasetDict):
+        return {}
+    name = getattr(network, "main_input_name", INPUTS)
+    rows = as_examples(data, name, ("train",))
+    return as_dict(rows[0], name) if is_plain(rows) and len(rows) else {}
 
 
 def is_plain(examples: Any) -> bool:

@@ -6,6 +6,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import datasets
@@ -52,7 +53,7 @@ class Media(ABC):
     """The names of columns that hold their paths."""
     inputs: ClassVar[tuple[str, ...]]
     """The inputs of networks that read them."""
-    feature: ClassVar[type]
+    feature: ClassVar[Any]
     """Their feature in a ``datasets.Dataset``."""
     part: ClassVar[str]
     """The name of their part in a processor of several inputs."""
@@ -64,8 +65,10 @@ class Media(ABC):
     """transformers' Auto class that loads a classifier of them."""
 
     def __init__(self, network: nn.Module, processor: Any, taken: set[str]) -> None:
-        self.network, self.taken = network, taken
+        self.config = getattr(network, "config", None)
+        self.reader, self.taken = type(network).__name__, taken
         whole = isinstance(processor, ImageProcessingMixin | FeatureExtractionMixin)
+        self.decoder: Any = self.feature()
         self.processor: Any = processor if whole else getattr(processor, self.part, None)
 
     @property
@@ -126,7 +129,10 @@ class Media(ABC):
         return chosen, (name, *beside)
 
     def cast(self, data: datasets.Dataset, name: str) -> datasets.Dataset:
-        """Return the data with this column as datasets decodes it, if it is files or bytes."""
+        """Return the data with this column as paths and bytes, if it has such.
+
+        They are decoded batch by batch, by the column's own feature.
+        """
         feature = data.features[name]
         files = isinstance(feature, datasets.Value) or (
             isinstance(feature, dict) and {*feature} <= {"bytes", "path"}
@@ -136,13 +142,11 @@ class Media(ABC):
                 f"the column {name!r} holds {feature.dtype}, and must hold {self.column}s: their "
                 "paths, their bytes, or what datasets makes of them; rename it if it is none"
             )
-        if not files and not isinstance(feature, self.feature):
+        if isinstance(feature, self.feature):
+            self.decoder = replace(feature, decode=True)
+        elif not files:
             return data
-        return data.cast_column(name, self.decoder())
-
-    @abstractmethod
-    def decoder(self) -> Any:
-        """Return the feature that decodes files and bytes."""
+        return data.cast_column(name, self.feature(decode=False))
 
     def of_row(self, row: Mapping[str, Any]) -> Any:
         """Return the picture or sound of an example; None where it has another input."""
@@ -167,7 +171,7 @@ class Media(ABC):
         if not kept:
             raise DataError(
                 f"{type(self.processor).__name__} makes {sorted(made)}, and the "
-                f"{type(self.network).__name__} takes {sorted(self.taken)}; pass the network's own "
+                f"{self.reader} takes {sorted(self.taken)}; pass the network's own "
                 "processor"
             )
         return kept
@@ -180,7 +184,7 @@ class Pictures(Media):
     """Pictures: of PIL, in files, in bytes, or as arrays."""
 
     column = "image"
-    names = ("image", "img", "picture")
+    names: ClassVar[tuple[str, ...]] = ("image", "img", "picture")
     paths = ("image_path", "image_file", "image_file_path", *PATHS)
     inputs = ("pixel_values",)
     feature = datasets.Image
@@ -189,15 +193,11 @@ class Pictures(Media):
     heads = "IMAGE_CLASSIFICATION"
     auto_model = "AutoModelForImageClassification"
 
-    def decoder(self) -> datasets.Image:
-        return datasets.Image()
-
     def batch(self, values: Sequence[Any]) -> dict[str, Tensor]:
         self._check_processor(self.column)
-        config = getattr(self.network, "config", None)
-        channels = getattr(config, "num_channels", 3)
+        channels = getattr(self.config, "num_channels", 3)
         rescales = getattr(self.processor, "do_rescale", False)
-        pictures = [as_picture(value, channels) for value in values]
+        pictures = [as_picture(value, channels, self.decoder) for value in values]
         for picture in pictures:
             checked_array(picture, rescales=bool(rescales))
         try:
@@ -235,19 +235,24 @@ class Sounds(Media):
         # Whisper's and AST's pad to the length that the network reads, whatever the batch.
         self.options = {"padding": True} if padding and padding.default is False else {}
 
-    def decoder(self) -> datasets.Audio:
-        return datasets.Audio(sampling_rate=self.processor.sampling_rate)
-
     def batch(self, values: Sequence[Any]) -> dict[str, Tensor]:
         self._check_processor(self.column)
         rate = int(self.processor.sampling_rate)
-        sounds: list[Sound] = [as_sound(value, rate) for value in values]
-        made = self._kept(
-            self.processor(sounds, sampling_rate=rate, return_tensors="pt", **self.options)
-        )
+        decoder = replace(self.decoder, sampling_rate=rate)
+        sounds: list[Sound] = [as_sound(value, rate, decoder) for value in values]
+        try:
+            made = self._kept(
+                self.processor(sounds, sampling_rate=rate, return_tensors="pt", **self.options)
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise DataError(
+                f"{type(self.processor).__name__} cannot make one batch of sounds of "
+                f"{[len(sound) for sound in sounds]} samples: {str(error)[:300]}; leave out those "
+                "that are too short"
+            ) from error
         sizes = [len(sound) for sound in sounds]
         warn_cut(self.processor, sizes, self.warned)
-        if self.options and len({*sizes}) > 1 and length_matters(self.network, made):
+        if self.options and len({*sizes}) > 1 and length_matters(self.config, made):
             warn_padded(self.processor, self.warned)
         return made
 

@@ -14,10 +14,11 @@ from pyrolora.errors import DataError
 
 DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
 """Modes of PIL with more than eight bits per channel, which it would cut to eight."""
+_DECODER = datasets.Image()
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def as_picture(value: Any, channels: int) -> Any:
+def as_picture(value: Any, channels: int, decoder: datasets.Image = _DECODER) -> Any:
     """Return a picture of PIL with so many channels, or an array as it is.
 
     Pictures of PIL, files, bytes, and arrays (H, W), (H, W, 1 to 4) of eight bits are converted by
@@ -29,7 +30,7 @@ def as_picture(value: Any, channels: int) -> Any:
     DataError
         For what is no picture, and pictures of more than eight bits, which PIL would cut.
     """
-    picture = _opened(value)
+    picture = _opened(value, decoder)
     if not is_picture(picture):
         array = np.asarray(picture)
         if array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
@@ -79,7 +80,7 @@ def _channels_last(array: np.ndarray) -> bool:
     return array.ndim == 3 and array.shape[2] in (1, 2, 3, 4) and array.shape[0] > 4
 
 
-def _opened(value: Any) -> Any:
+def _opened(value: Any, decoder: datasets.Image) -> Any:
     """Return the picture of PIL, or the array, that a value is or names."""
     if isinstance(value, Tensor):
         return value.numpy()
@@ -90,7 +91,7 @@ def _opened(value: Any) -> Any:
         elif isinstance(value, bytes):
             entry = {"path": None, "bytes": value}
         try:
-            return datasets.Image().decode_example(dict(entry))
+            return decoder.decode_example(dict(entry))
         except (OSError, ValueError) as error:
             raise DataError(
                 f"a picture cannot be read, got {type(error).__name__}: {str(error)[:200]}; leave "

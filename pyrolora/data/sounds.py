@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyrolora.data.padding import MASK
 from pyrolora.errors import DataError
@@ -16,16 +17,18 @@ Sound = np.ndarray
 """(T,), real numbers in -1..1."""
 
 
-def as_sound(value: Any, rate: int) -> Sound:
+def as_sound(value: Any, rate: int, decoder: datasets.Audio) -> Sound:
     """Return the samples of a sound at this sampling rate, (T,).
 
-    ``value`` is {"array": ..., "sampling_rate": ...}, or what datasets decodes to.
+    ``value`` is {"array": ..., "sampling_rate": ...}, what datasets decodes to, or a path or bytes
+    for the decoder.
 
     Raises
     ------
     DataError
         For another rate, several channels, whole numbers, no sample, and a rate that is unknown.
     """
+    value = _decoded(value, decoder)
     try:
         array, own = np.asarray(value["array"]), int(value["sampling_rate"])
     except (KeyError, TypeError, IndexError) as error:
@@ -52,17 +55,32 @@ def as_sound(value: Any, rate: int) -> Sound:
     return array.astype(np.float32)
 
 
+def _decoded(value: Any, decoder: datasets.Audio) -> Any:
+    """Return what datasets makes of a path or of bytes; other values as they are."""
+    if isinstance(value, str | bytes):
+        value = {"path": None, "bytes": None, "path" if isinstance(value, str) else "bytes": value}
+    if not isinstance(value, Mapping) or "bytes" not in value:
+        return value
+    try:
+        return decoder.decode_example(dict(value))
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"a sound cannot be decoded, got {type(error).__name__}: {str(error)[:200]}; leave it "
+            "out, restore its file, or give {'array': ..., 'sampling_rate': ...}"
+        ) from error
+
+
 def _form(value: Any) -> str:
     return f"a mapping with {sorted(value)}" if isinstance(value, Mapping) else type(value).__name__
 
 
-def length_matters(network: nn.Module, made: Mapping[str, Tensor]) -> bool:
+def length_matters(config: Any, made: Mapping[str, Tensor]) -> bool:
     """Return whether padding changes how a network reads a sound.
 
     It does without a mask. With one it does, too, in Wav2Vec2 and its kin where they normalise each
     channel over time (``feat_extract_norm="group"``), padding included.
     """
-    norm = getattr(getattr(network, "config", None), "feat_extract_norm", None)
+    norm = getattr(config, "feat_extract_norm", None)
     return MASK not in made or norm == "group"
 
 

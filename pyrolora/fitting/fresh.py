@@ -24,6 +24,7 @@ from pyrolora.adapters import (
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, to_device
+from pyrolora.data.examples import first_row
 from pyrolora.errors import ConfigError
 from pyrolora.fitting.first_pass import check_first_pass, weight_gradients_of
 from pyrolora.fitting.origin import Builder, Origin, check_network
@@ -50,7 +51,8 @@ class Fresh(Origin):
             config = as_adapter_config(request.adapter)
         else:
             network = _trained_copy(network)
-        task = task_for(network, named)
+        row = first_row(request.data, network) if named is None else None
+        task = task_for(network, named, row)
         return cls(request.options, network, tokenizer, config, task)
 
     def attach(self, data: Prepared, args: TrainingArguments) -> Attachment:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrolora.adapters import Factors, FlatFactors
+from pyrolora.adapters.other_kinds import folded, is_embedding, rows_of
 from pyrolora.adapters.parameter_layer import ParameterSlot
 from pyrolora.columns import (
     CHOICE_MASK,
@@ -39,11 +40,11 @@ class Recording(Factors):
 
     def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
         out: Tensor = layer(x)
-        x = x.to(self.A.dtype)
+        x = rows_of(layer, x).to(self.A.dtype)
         update = x @ self.A.mT @ self.sB
         self.inputs.append(x.detach())
         self.updates.append(update)
-        return out + update.to(out.dtype)
+        return out + folded(layer, update, out).to(out.dtype)
 
 
 def recorded(
@@ -66,15 +67,23 @@ def recorded(
 
 
 def check_recordable(joint: JointModel) -> None:
-    """Raise `ConfigError` for adapted parameters, whose inputs no layer sees."""
+    """Raise `ConfigError` for adapted parameters and embeddings, whose inputs cannot be recorded.
+
+    Those of parameters are seen by their module alone; those of embeddings are as many as the
+    vocabulary, and the curvature has a matrix of that size.
+    """
     layers = joint.attachment.layers
-    hidden = [name for name, layer in layers.items() if isinstance(layer, ParameterSlot)]
+    hidden = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, ParameterSlot) or is_embedding(layer.base_layer)
+    ]
     if hidden:
         raise ConfigError(
             "the curvature of the likelihood (of 'laplace', and of scale_updates='curvature') is "
-            "made of the inputs of each layer, and those of adapted parameters are seen by their "
-            f"module alone: {listed(hidden, most=2)}; leave target_parameters out, or choose "
-            "'montec' or 'meanfield' with scale_updates='gradient'"
+            "made of the inputs of each layer, and adapted parameters and embeddings have none "
+            f"that it could use: {listed(hidden, most=2)}; leave them out of target_parameters and "
+            "target_modules, or choose 'montec' or 'meanfield' with scale_updates='gradient'"
         )
 
 

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.data.media import tokenizer_of
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.continuations import Writer, tempered_network
 from pyrolora.predictive.decoding import (
@@ -24,7 +25,7 @@ from pyrolora.predictive.decoding import (
     until_end,
 )
 from pyrolora.predictive.generation import Generation
-from pyrolora.predictive.prompts import other_inputs, prompt_ids
+from pyrolora.predictive.prompts import read_prompts
 from pyrolora.predictive.scored_texts import scored
 
 
@@ -33,7 +34,7 @@ def generate(
     joint: JointModel,
     inputs: Any,
     factors: FlatFactors,
-    tokenizer: Any = None,
+    processor: Any = None,
     *,
     numbers: Sequence[int] | None = None,
     rows: int = defaults.PREDICT_ROWS,
@@ -52,8 +53,8 @@ def generate(
         network, such as ``pixel_values``, one row per prompt.
     factors
         The factors of S draws, or of one setting.
-    tokenizer
-        Turns texts to ids and back.
+    processor
+        The tokenizer, which turns texts to ids and back, or the processor of texts and pictures.
     numbers
         The numbers of the draws; None: they are counted.
     rows
@@ -65,15 +66,14 @@ def generate(
         T of the posterior (`Task.at`), in writing and in scoring; a temperature in ``options``
         acts on its result.
     """
-    options = dict(options or {})
+    options, tokenizer = dict(options or {}), tokenizer_of(processor)
     streamer = options.pop("streamer", None)
     settings = decoding_settings(joint, options)
     text = joint.task.as_text()
     assert text is not None
     joint = joint.under(text)
     stops = stop_strings(settings, tokenizer)
-    prompts = prompt_ids(inputs, tokenizer, joint)
-    others = other_inputs(inputs, joint, prompts)
+    prompts, others = read_prompts(inputs, processor, joint)
     set_length(joint, prompts, settings)
     settings.disable_compile = True  # the compiler cannot follow the binding
     settings.return_dict_in_generate = False

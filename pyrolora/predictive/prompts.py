@@ -18,13 +18,34 @@ from pyrolora.data.completions import DialogueEncoder
 from pyrolora.data.dialogues import prompt_of
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_examples
+from pyrolora.data.illustrated import illustrator_of
 from pyrolora.data.inputs import KNOWN_INPUTS, embedded, table_of_positions, taken_by
+from pyrolora.data.media import tokenizer_of
 from pyrolora.data.padding import MASK, padding_of
 from pyrolora.data.pairs import joined_texts, source_of
 from pyrolora.data.pieces import PER_TOKEN, per_prompt, picture_token
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 from pyrolora.model import JointModel
+
+
+def read_prompts(
+    inputs: Any, processor: Any, joint: JointModel
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Return the token ids of the prompts, without padding, and their other inputs (of each).
+
+    Raises
+    ------
+    DataError
+        For what is no list of prompts, and what the network does not take.
+    """
+    illustrator = illustrator_of(joint.base, processor, taken_by(joint.base))
+    rows = None if illustrator is None else _rows(inputs)
+    if illustrator is not None and rows is not None:
+        prompts, others = illustrator.prompts(rows)
+        return _checked(prompts, joint), others
+    prompts = prompt_ids(inputs, tokenizer_of(processor), joint)
+    return prompts, other_inputs(inputs, joint, prompts)
 
 
 def prompt_ids(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor]:
@@ -65,16 +86,25 @@ def _written(inputs: Any, tokenizer: Any, joint: JointModel) -> list[Tensor] | N
     if chats is not None:
         template = ChatTemplate(tokenizer)
         return [torch.tensor(template.opened(messages_of(chat))) for chat in chats]
-    rows = [*inputs] if isinstance(inputs, list | tuple) else []
-    if not isinstance(inputs, datasets.Dataset) and not (rows and _are_dicts(rows)):
-        return None
-    data = as_examples(inputs, INPUTS, defaults.SCORE_SPLITS)
-    if any(name in data.column_names for name in ("input_ids", MASK)):
+    data = _rows(inputs)
+    if data is None:
         return None
     if joint.task.writes == "apart":
         return _encoded(joined_texts(data, source_of(data)), tokenizer, joint)
     encode = DialogueEncoder(prompt_of(data), Encoder(tokenizer, math.inf), TextOptions())
     return [torch.tensor(ids) for ids in encode.prompts(data)]
+
+
+def _rows(inputs: Any) -> datasets.Dataset | None:
+    """Return rows with prompts, or chats, as a data set; None for other inputs."""
+    chats = _chats(inputs)
+    if chats is not None:
+        inputs = [{"messages": chat} for chat in chats]
+    rows = [*inputs] if isinstance(inputs, list | tuple) else []
+    if not isinstance(inputs, datasets.Dataset) and not (rows and _are_dicts(rows)):
+        return None
+    data = as_examples(inputs, INPUTS, defaults.SCORE_SPLITS)
+    return None if {"input_ids", MASK} & {*data.column_names} else data
 
 
 def _chats(inputs: Any) -> list[Any] | None:

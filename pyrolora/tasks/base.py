@@ -93,6 +93,11 @@ class Task(ParamModule, ABC):
         return type(network).__name__ in cls.classes
 
     @classmethod
+    def claims(cls, network: nn.Module, row: Mapping[str, Any]) -> bool:
+        """Return whether data with such an example call for this task, whatever `matches`."""
+        return False
+
+    @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
         """Return whether data and checkpoint may be meant for this task, which nobody named.
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
@@ -26,6 +28,7 @@ from pyrolora.data.cutting import cut_rows
 from pyrolora.data.dialogues import dialogue_of
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import is_plain
+from pyrolora.data.illustrated import Illustrator
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import encode_texts, no_tokens
 from pyrolora.errors import DataError
@@ -65,6 +68,8 @@ class CausalCollator(Collator):
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         """Return the tokens of texts, or the tokens and labels of chats and completions."""
+        if isinstance(self.media, Illustrator):
+            return self.media.encode(data, self.encoder, self.reading)
         dialogue = dialogue_of(data, self.reading)
         if dialogue is None:
             check_nested(data)
@@ -115,9 +120,9 @@ class CausalLM(LanguageModel):
 
     name = "text-generation"
     reads = "the text alone"
-    aliases = ("causal-lm",)
+    aliases = ("causal-lm", "image-text-to-text")
     collator = CausalCollator
-    classes = classes_of("CAUSAL_LM")
+    classes = classes_of("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     auto = "AutoModelForCausalLM"
     writes = "on"
     serves = "text"
@@ -125,9 +130,22 @@ class CausalLM(LanguageModel):
     title = "a causal language model"
 
     @classmethod
+    def matches(cls, network: nn.Module) -> bool:
+        config: Any = getattr(network, "config", None)
+        return super().matches(network) and not getattr(config, "is_encoder_decoder", False)
+
+    @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
         layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
-        return checkpoint.is_a("CAUSAL_LM") and checkpoint.layout in layouts
+        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
+        return writes and checkpoint.layout in layouts
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        if not checkpoint.writes_of_pictures:
+            return super().load(checkpoint, like)
+        loader = transformers.AutoModelForImageTextToText
+        return loader.from_pretrained(checkpoint.name, dtype="auto")
 
 
 def token_labels(

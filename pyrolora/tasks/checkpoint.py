@@ -64,6 +64,12 @@ class Checkpoint:
         inputs = () if self.media is None else self.media.inputs
         return self.media is not None and not any(name in self.row for name in inputs)
 
+    @property
+    def writes_of_pictures(self) -> bool:
+        """Whether the network reads texts with pictures, and writes text with one decoder."""
+        both = getattr(self.config, "is_encoder_decoder", False)
+        return self.is_a("IMAGE_TEXT_TO_TEXT") and not both
+
     def is_for(self, media: type[Media]) -> bool:
         """Return whether transformers has a classifier of such media for the architecture."""
         return self.has_class(media.heads)

@@ -223,7 +223,7 @@ class Classification(Task):
     names_classes = True
     classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     prediction: ClassVar[type[Prediction]] = ClassPrediction
-    problem_type = "single_label_classification"
+    problem_type: ClassVar[str | None] = "single_label_classification"
     linearisable = True
     tempers = True
 

@@ -144,8 +144,11 @@ def _loaded(
 def _processor(checkpoint: Checkpoint) -> Any:
     """Load the processor for the raw data of a checkpoint; None for tensors of pictures or sounds.
 
-    It is the image processor, the feature extractor, or the tokenizer.
+    It is the image processor, the feature extractor, the processor of texts with pictures, or the
+    tokenizer.
     """
+    if checkpoint.writes_of_pictures:
+        return transformers.AutoProcessor.from_pretrained(checkpoint.name)
     media = checkpoint.media
     if media is not None and not checkpoint.processes:
         return None

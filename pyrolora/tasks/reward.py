@@ -219,11 +219,17 @@ class RewardModelling(Classification):
     collator = RewardCollator
     extras = (CHOICE_MASK, MARGIN)
     names_classes = False
+    problem_type = None
     prediction = RewardPrediction
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:  # one output is a regression's, too
         return False
+
+    @classmethod
+    def claims(cls, network: nn.Module, row: Mapping[str, Any]) -> bool:
+        outputs = getattr(getattr(network, "config", None), "num_labels", None)
+        return type(network).__name__ in cls.classes and outputs == 1 and has_preferences(row)
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:

@@ -17,7 +17,9 @@ from problems import (
     bert_tags,
     letter_tokenizer,
     llama,
+    llama_reward,
     mask_tokenizer,
+    preferences,
     questions,
     summaries,
     t5,
@@ -130,6 +132,7 @@ CASES = {
     "fill-mask": (bert_mlm, texts, mask_tokenizer),
     "text2text-generation": (t5, summaries, writer_tokenizer),
     "token-classification": (bert_tags, tagged, tokenizer),
+    "reward-modelling": (llama_reward, preferences, letter_tokenizer),
     **dict.fromkeys(
         [kind.name for kind in tasks.BY_CAUSAL_LM.values()],
         (lambda: llama(vocab_size=len(LETTERED)), questions, letter_tokenizer),
