@@ -40,6 +40,11 @@ class Checkpoint:
         return self.architecture in names
 
     @property
+    def continues(self) -> bool:
+        """Whether the saved network writes text on from its input."""
+        return self.is_a("CAUSAL_LM") or self.writes_of_pictures
+
+    @property
     def decodes(self) -> bool:
         """Whether the saved network reads a text with its encoder and writes another."""
         decodes = bool(getattr(self.config, "is_encoder_decoder", False))
