@@ -164,6 +164,10 @@ class Collator:
         """Return the tokenised examples with what the task adds to them, such as labels."""
         return examples
 
+    def finish(self, prediction: Any, examples: Any) -> Any:
+        """Return a prediction with what only the data know of it, such as texts."""
+        return prediction
+
     def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
         """Raise `DataError` for labels that do not fit their examples.
 

@@ -136,7 +136,7 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
+        layouts = (None, "tokens", "example", "labels", "spans")  # the text alone may be meant
         return checkpoint.continues and checkpoint.layout in layouts
 
     @classmethod

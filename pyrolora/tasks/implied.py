@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pyrolora.data.columns import check_task
 from pyrolora.data.labels import no_labels
 from pyrolora.data.multi_hot import indicator_columns
 from pyrolora.errors import ConfigError, DataError, listed
@@ -22,7 +21,6 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
     ConfigError, DataError
         Where none reads the data.
     """
-    check_task([*checkpoint.row])
     if checkpoint.layout is None:
         _check_indicators(checkpoint)
     meant = [kind for kind in kinds() if kind.implied(checkpoint)]
