@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
@@ -39,6 +40,11 @@ class Checkpoint:
         """Return whether transformers' list of that kind ("CAUSAL_LM") has the architecture."""
         names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
         return self.architecture in names
+
+    @property
+    def continues(self) -> bool:
+        """Whether the saved network writes text on from its input."""
+        return self.is_a("CAUSAL_LM") or self.writes_of_pictures
 
     @property
     def decodes(self) -> bool:
@@ -95,7 +101,8 @@ class Checkpoint:
             return "example"
         if self.row.get(LABELS) is None:
             return None
-        written = getattr(self.config, "is_encoder_decoder", False) and self.writes
+        numbers = np.asarray(self.row[LABELS]).dtype.kind in "iu"
+        written = numbers and getattr(self.config, "is_encoder_decoder", False) and self.writes
         return "labels" if not written and has_label_lists(self.examples) else "tokens"
 
     @property

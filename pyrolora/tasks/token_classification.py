@@ -179,7 +179,7 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.decodes
+        writes = checkpoint.continues or checkpoint.decodes
         return checkpoint.layout == "words" or (checkpoint.layout == "tokens" and not writes)
 
     @classmethod
