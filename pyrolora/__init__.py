@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyrolora import arviz, diagnostics, distributions, guides, plots, tasks
     from pyrolora.adapters.config import AdapterConfig, RankAllocation
     from pyrolora.comparing import compare
+    from pyrolora.data import TextOptions
     from pyrolora.fitting.fit import fit
     from pyrolora.loading import from_peft, load
     from pyrolora.posterior import Posterior
@@ -28,6 +29,7 @@ _LAZY = {
     "Posterior": "pyrolora.posterior",
     "Prediction": "pyrolora.predictive",
     "RankAllocation": "pyrolora.adapters",
+    "TextOptions": "pyrolora.data",
     "arviz": "",
     "compare": "pyrolora.comparing",
     "diagnostics": "",
@@ -60,6 +62,7 @@ __all__ = [
     "Prediction",
     "PyroLoraError",
     "RankAllocation",
+    "TextOptions",
     "arviz",
     "compare",
     "diagnostics",

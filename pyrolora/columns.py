@@ -21,8 +21,23 @@ PLACES = "logits_to_keep"
 The name is that of transformers' argument. Without the column a network gives all its logits.
 """
 
+DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
+"""What the decoder of an encoder-decoder reads: the tokens before those that it is to write."""
+
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
+
+CHOICE_TOKENS = "choice_tokens"
+"""(b, choices), the token that stands for each choice; -100 where an example has fewer."""
+
+CHOICE_PLACES = "choice_places"
+"""(b, choices, K), the places before the tokens of each choice; -1 where it has fewer."""
+
+MARGIN = "margin"
+"""(b,), by how much the reward of the preferred text has to be larger."""
+
+COUNTED = "completion_mask"
+"""The name of a mask, in the shape of the tokens, that is 1 at those of the answer."""
 
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
 """The names that data sets give to the tags of words."""

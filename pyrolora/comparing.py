@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -23,6 +23,7 @@ def compare(
     data: Any,
     num_samples: int | None = None,
     *,
+    draws: Iterable[int] | None = None,
     outside: Any = None,
     batch_size: int = defaults.BATCH_SIZE,
     seed: int | None = None,
@@ -38,6 +39,9 @@ def compare(
         As in `Posterior.evaluate`.
     num_samples
         Draws per posterior; None: 32, or every member of an ensemble once.
+    draws
+        Instead of ``num_samples`` and ``seed``, the numbers of the draws of each posterior, as in
+        `Posterior.sample`.
     outside
         Data of another distribution, labels not needed: adds ``ood_auroc``.
     batch_size
@@ -77,9 +81,12 @@ def compare(
             f"the posteriors have different tasks, {sorted(tasks)}; compare those of one task"
         )
     _check_classes(posteriors, data)
+    numbers = next(iter(posteriors.values())).predictor.numbers(
+        draws, num_samples=num_samples, seed=seed
+    )
+    options: dict[str, Any] = {"draws": numbers, "batch_size": batch_size, "seed": seed}
     rows, losses = {}, {}
     for name, posterior in posteriors.items():
-        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
         inside = posterior.predict(data, num_samples, **options)
         other = None
         if outside is not None:

@@ -110,6 +110,8 @@ OUTSIDE_SPLITS = (*SCORE_SPLITS, "train")
 NUM_SAMPLES = 32
 # The bounds of a calibration: beyond them, the data tell nothing about probabilities.
 TEMPERATURES = (0.05, 20.0)
+# The most tokens of a text to learn, as in TRL: attention costs the square of it.
+MAX_LENGTH = 1024
 # Texts: each draw writes a continuation, and all draws score all of them.
 GENERATE_SAMPLES = 8
 MAX_NEW_TOKENS = 40

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from pyrolora.adapters import (
     LayerSpec,
     check_eager,
     features,
-    linear_layers,
     plain_copy,
     refuse_foreign,
 )
+from pyrolora.adapters.modules import adaptable_layers
 from pyrolora.adapters.new_weights import own_new_weights
+from pyrolora.adapters.parameters import Place, places
 from pyrolora.attaching import attached
 from pyrolora.checks import true_or_false
-from pyrolora.errors import CheckpointError
+from pyrolora.errors import CheckpointError, TargetError
 from pyrolora.guides import MAP, Guide, full_name
 from pyrolora.model import JointModel, build
 from pyrolora.parameters import ParamModule
@@ -119,7 +120,7 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
     """Build the joint model of a saved posterior, with its tensors."""
     description, network = saved.description, attachment.network
     task = task_for(network, description.task)
-    task.class_names = description.classes
+    task.class_names, task.texts = description.classes, description.texts
     joint = build(
         network,
         attachment,
@@ -180,15 +181,24 @@ def _below(prefix: str, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
     return {name.removeprefix(prefix): stored[name] for name in names}
 
 
-def _check_layers(specs: Iterable[LayerSpec], network: nn.Module) -> None:
-    layers = linear_layers(network)
+def _places(specs: Iterable[LayerSpec], network: nn.Module) -> Mapping[str, Place]:
+    try:
+        return places(network, [spec.name for spec in specs])
+    except TargetError as error:
+        raise CheckpointError(f"the posterior adapts what this network has not: {error}") from error
+
+
+def _check_layers(specs: Sequence[LayerSpec], network: nn.Module) -> None:
+    layers = adaptable_layers(network)
+    standing = _places(specs, network)
     for spec in specs:
-        if spec.name not in layers:
+        stack = standing[spec.name].stack
+        if stack is None and spec.name not in layers:
             raise CheckpointError(
                 f"this {type(network).__name__} has no linear layer {spec.name!r}, which the "
                 "posterior adapts; load the model that it was fitted on"
             )
-        size = features(layers[spec.name])
+        size = features(layers[spec.name]) if stack is None else stack.size
         if size != (spec.in_features, spec.out_features):
             raise CheckpointError(
                 f"the layer {spec.name!r} maps {size[0]} to {size[1]} features, and in the "

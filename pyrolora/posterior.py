@@ -14,7 +14,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import true_or_false, whole_number
-from pyrolora.data import prepare
+from pyrolora.data import TextOptions, prepare
 from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
@@ -138,6 +138,20 @@ class Posterior:
         return None if names is None else list(names)
 
     @property
+    def texts(self) -> TextOptions | None:
+        """How texts are read, where the fit was told; a `TextOptions` may be set."""
+        return self.task.texts
+
+    @texts.setter
+    def texts(self, value: TextOptions | None) -> None:
+        if not self.task.collator.reads_texts or not isinstance(value, TextOptions | None):
+            raise ConfigError(
+                "texts must be a pyrolora.TextOptions or None, of a causal language model, got "
+                f"{value!r} for the task {self.task.name!r}"
+            )
+        self.task.texts = value
+
+    @property
     def predictor(self) -> Predictor:
         """The joint model with what it takes to predict from raw data."""
         return Predictor(self.model, self.tokenizer, self.temperature, self.settings.get("seed", 0))
@@ -163,7 +177,8 @@ class Posterior:
         draws
             Instead of these two, the numbers of draws, in this order. Draw k is one function
             wherever its number stands: here, in ``draws`` of `predict`, `evaluate`,
-            `log_likelihood`, `generate` and `to_arviz`, and in ``draw`` of `to_peft` and `merge`.
+            `log_likelihood`, `generate`, `calibrate`, `report`, `to_arviz`, `pyrolora.compare`, the
+            command line and the server, and in ``draw`` of `to_peft` and `merge`.
             It is the k-th stored draw of ``"nuts"`` (chain after chain) and ``"ensemble"`` (with
             its head). With other guides the fit's seed and k determine it, whatever else is drawn,
             also after the posterior was saved and loaded, and on every device. (Linearised
@@ -233,7 +248,8 @@ class Posterior:
         ----------
         data
             As in `pyrolora.fit`; also a list of texts; labels are optional. With a column
-            ``choices``, a language model chooses between them: `predict_choices`.
+            ``choices``, a language model chooses between them, by their texts where the fit was
+            to texts: `predict_choices`.
         num_samples
             S. Each draw is one function, with the same weights for all examples. None: 32; with an
             ensemble every member once.
@@ -261,6 +277,7 @@ class Posterior:
         data: Any,
         num_samples: int | None = None,
         *,
+        draws: Iterable[int] | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Calibration:
@@ -280,9 +297,10 @@ class Posterior:
 
         From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
         texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
-        it. What describes the fit has no temperature: `model`, `guide`, `khat`, ArviZ's
-        ``log_likelihood`` (leave-one-out weighs draws by the likelihood that made them), and a
-        later fit. `merge` and `to_peft` cannot hold it, and warn.
+        it. (Of a causal language model that was fitted to choose it is the T of its choices, and
+        not of the texts that it writes.) What describes the fit has no temperature: `model`,
+        `guide`, `khat`, ArviZ's ``log_likelihood`` (leave-one-out weighs draws by the likelihood
+        that made them), and a later fit. `merge` and `to_peft` cannot hold it, and warn.
 
         Parameters
         ----------
@@ -290,7 +308,7 @@ class Posterior:
             Labelled data, not those of the training, on which the fit is too sure; training data
             are not recognised here (the command line does, by their file). Of a ``DatasetDict``
             ``validation``, else ``test``.
-        num_samples, seed
+        num_samples, draws, seed
             The draws, as in `predict`; T suits predictions of about as many. A second call
             starts anew, from T = 1.
         batch_size
@@ -307,7 +325,9 @@ class Posterior:
             For a task without a temperature, or data with ``choices`` for a language model, whose
             temperature is that of tokens.
         """
-        calibration = calibrate(self.predictor, data, num_samples, batch_size=batch_size, seed=seed)
+        calibration = calibrate(
+            self.predictor, data, num_samples, draws=draws, batch_size=batch_size, seed=seed
+        )
         self.temperature = calibration.temperature
         return calibration
 
@@ -317,14 +337,18 @@ class Posterior:
         num_samples: int | None = None,
         *,
         draws: Iterable[int] | None = None,
+        choices: str | None = None,
         per_token: bool = False,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> ClassPrediction:
-        """Have a language model choose between the texts of each example's column ``choices``.
+        """Have a causal language model choose between the texts of each example's ``choices``.
 
-        p_s(c) ∝ exp(log p(c | context, draw s)); with ``per_token`` the mean log-likelihood of the
-        choice's tokens takes the place of their sum. The other parameters are those of `predict`.
+        It need not have been fitted to choose. With ``choices="texts"`` p_s(c) ∝
+        exp(log p(c | context, draw s)), the sum over the choice's tokens; with ``per_token``, or
+        ``"texts-per-token"``, the mean over them takes its place. With ``"letters"`` p_s(c) is that
+        of letter c after a prompt with lettered options, among the letters. None: as the fit has
+        it; by texts, where it was fitted to texts. The other parameters are those of `predict`.
         """
         whole_number("batch_size", batch_size, at_least=1)
         predictor = self.predictor
@@ -335,6 +359,7 @@ class Posterior:
             data,
             factors,
             self.tokenizer,
+            choices=choices,
             per_token=per_token,
             batch_size=batch_size,
             temperature=self.temperature,
@@ -352,14 +377,18 @@ class Posterior:
         """Have ``num_samples`` draws continue prompts (0: the mean adapter alone).
 
         Each draw writes its own continuations, with the same weights from the first token to the
-        last. Then all draws read all continuations, for the uncertainty of every token.
+        last. Then all draws read all continuations, for the uncertainty of every token. A
+        sequence-to-sequence network writes its texts apart: its encoder reads the prompts as in a
+        fit.
 
         Parameters
         ----------
         inputs
-            A list of texts; token ids, (n, T) or lists; or a mapping with ``input_ids``,
-            ``attention_mask``, and other inputs of the network, one row per prompt, such as
-            ``pixel_values``.
+            A list of texts; a chat, as a list of messages, or a list of chats, in which it is the
+            assistant's turn; rows as in a fit (``messages``, ``prompt``, ``question``, ...), whose
+            prompts are written as there; token ids, (n, T) or lists; or a mapping with
+            ``input_ids``, ``attention_mask``, and other inputs of the network, one row per prompt,
+            such as ``pixel_values``.
         num_samples
             S. None: 8; with an ensemble every member once.
         draws
@@ -369,13 +398,14 @@ class Posterior:
         **generate_options
             Options of transformers' ``generate``: ``max_new_tokens`` (by default what the
             network's settings say, or 40, at most to the end of its context), ``do_sample``,
-            ``temperature``, ``num_beams``, ``num_return_sequences``, ... Greedy search, sampling,
-            and both with beams.
+            ``temperature``, ``num_beams``, ``num_return_sequences``, ``stop_strings`` (each
+            continuation ends with the first that it completes), ... Greedy search, sampling, and
+            both with beams. A ``streamer`` takes one prompt and one draw.
 
         Raises
         ------
         ConfigError
-            When the network is no causal language model, or for a decoding that would mix rows of
+            When the network does not write texts, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
         predictor = self.predictor
@@ -390,7 +420,7 @@ class Posterior:
                 self.tokenizer,
                 numbers=numbers,
                 options=generate_options,
-                temperature=self.temperature,
+                temperature=self.temperature if self.task.as_text() is self.task else 1.0,
             )
 
     def evaluate(
@@ -530,13 +560,19 @@ class Posterior:
             seed=seed,
         )
 
-    def summary(self, num_samples: int | None = None, *, seed: int | None = None) -> pd.DataFrame:
+    def summary(
+        self,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        seed: int | None = None,
+    ) -> pd.DataFrame:
         """Return ``az.summary`` of what `to_arviz` has of low dimension, one row per entry.
 
         These are ``adapter_norm`` and the guide's scales; where there are chains, with R-hat and
-        effective sample sizes.
+        effective sample sizes. The parameters are those of `to_arviz`.
         """
-        return summary(self.to_arviz(num_samples, seed=seed))
+        return summary(self.to_arviz(num_samples, draws=draws, seed=seed))
 
     def khat(
         self,
@@ -569,7 +605,8 @@ class Posterior:
         num_samples
             S; every draw runs over all of ``data``.
         seed
-            Makes the draws repeatable.
+            Makes the draws repeatable. There is no ``draws``: k̂ judges the guide by a random
+            sample as a whole, and no draw of it is seen again elsewhere.
         per_layer
             Judge each layer with the others fixed: its own θ drawn, the other layers at the
             guide's mean, against p(θ_layer | y, the others there). The guides' layers are
@@ -602,6 +639,7 @@ class Posterior:
         *,
         outside: Any = None,
         num_samples: int | None = None,
+        draws: Iterable[int] | None = None,
         batch_size: int = defaults.BATCH_SIZE,
         seed: int | None = None,
     ) -> Path:
@@ -619,12 +657,12 @@ class Posterior:
             judgement of what was learnt: labels can be memorised, random ones too.
         outside
             Other data, without labels: how well does the uncertainty tell them from ``data``?
-        num_samples
-            As in `predict`.
+        num_samples, draws
+            As in `predict`. The pictures of the posterior itself have as many draws as `to_arviz`.
         batch_size
             Examples per batch. Draws share its passes where the device is faster so.
         seed
-            Seed of the draws. None: a random one, which the page states.
+            Seed of draws without numbers. None: a random one, which the page states.
 
         Returns
         -------
@@ -637,8 +675,8 @@ class Posterior:
             When ``path`` is a folder, or its folder does not exist.
         """
         file = page_file(path)  # before the predictions, which take longer
-        options: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size}
-        return report_on(self, data, outside=outside, seed=seed, **options).write(file)
+        options: dict[str, Any] = {"num_samples": num_samples, "draws": draws, "seed": seed}
+        return report_on(self, data, outside=outside, batch_size=batch_size, **options).write(file)
 
     # Storage ------------------------------------------------------------------------------------
 

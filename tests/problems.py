@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -19,7 +22,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainingArguments,
 )
 
@@ -27,6 +33,7 @@ WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
     *("very", "not", "the", "a", "was", "is", "fine", "dull"),
 ]
+LETTERED = [*WORDS, *"ABCD", "Answer", ":", "."]
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -88,6 +95,36 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def chat_tokenizer(template: str | None = None, special: Sequence[str] = ()) -> Any:
+    """A tokenizer of bytes, whose chats follow ``template``; without one as ChatML writes them."""
+    chatml = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=[*(special or ("<|im_start|>", "<|im_end|>"))],
+    )
+    made.chat_template = chatml if template is None else template
+    return made
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of words with the letters of choices, which writes nothing around a text."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(LETTERED)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+    )
+
+
 def mask_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer with a mask token, the last of its vocabulary."""
     made = tokenizer()
@@ -130,11 +167,55 @@ def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
+def llama_reward(outputs: int = 1, seed: int = 0) -> LlamaForSequenceClassification:
+    """A tiny LLaMA that gives a text one number, for `letter_tokenizer`."""
+    torch.manual_seed(seed)
+    sizes = {**SIZES, "vocab_size": len(LETTERED), "num_key_value_heads": 1, "pad_token_id": 0}
+    config = LlamaConfig(**sizes, num_labels=outputs, initializer_range=0.3)
+    return LlamaForSequenceClassification(config).eval()
+
+
 def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A tiny GPT-2, whose layers are transformers' ``Conv1D``."""
     torch.manual_seed(seed)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, **changes}
     return GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(WORDS), pad_token_id=0)).eval()
+
+
+def t5(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
+    """A tiny T5 for `writer_tokenizer`, whose positions are relative and have no end."""
+    torch.manual_seed(seed)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 3}
+    more = {"dropout_rate": 0.0, "initializer_factor": 2.0, "decoder_start_token_id": 0, **changes}
+    config = T5Config(vocab_size=len(WORDS), **sizes, **special, **more)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def bart(seed: int = 0, **changes: Any) -> BartForConditionalGeneration:
+    """A tiny BART for `writer_tokenizer`, with a table of 24 positions."""
+    torch.manual_seed(seed)
+    sizes = {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+    }
+    special = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "forced_eos_token_id": 3}
+    more = {"decoder_start_token_id": 3, "dropout": 0.0, "init_std": 0.3, **changes}
+    config = BartConfig(
+        vocab_size=len(WORDS), d_model=16, max_position_embeddings=24, **sizes, **special, **more
+    )
+    return BartForConditionalGeneration(config).eval()
+
+
+def writer_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer over `WORDS` that ends each text with [SEP], its EOS, as T5's does."""
+    made = tokenizer()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    made.eos_token = "[SEP]"
+    return made
 
 
 def mlp(inputs: int = 4, outputs: int = 3, seed: int = 0) -> nn.Sequential:
@@ -160,6 +241,15 @@ def texts(n: int = 24, seed: int = 0) -> datasets.Dataset:
     return reviews(n, seed).remove_columns("label")
 
 
+def summaries(n: int = 12, seed: int = 0) -> datasets.Dataset:
+    """Texts of several lengths, and shorter ones to write for them."""
+    rows = []
+    for row in reviews(n, seed):
+        verdict = "good" if row["label"] else "bad"
+        rows.append({"document": row["text"], "summary": verdict + " is fine" * (len(rows) % 3)})
+    return datasets.Dataset.from_list(rows)
+
+
 def questions(n: int = 24, seed: int = 0) -> datasets.Dataset:
     """Raw questions with two to four choices, of which the one that says 'good' is right."""
     generator = torch.Generator().manual_seed(seed)
@@ -171,6 +261,15 @@ def questions(n: int = 24, seed: int = 0) -> datasets.Dataset:
         choices = [f"{'good' if j == label else 'bad'} {word}" for j, word in enumerate(fillers)]
         question = " ".join(["the film", "is not dull"][: 1 + size % 2])
         rows.append({"question": question, "choices": choices, "label": label})
+    return datasets.Dataset.from_list(rows)
+
+
+def preferences(n: int = 24, seed: int = 0) -> datasets.Dataset:
+    """Pairs of texts, of which the one that says 'good' is preferred."""
+    rows = []
+    for text in reviews(n, seed)["text"]:
+        start = text.rpartition(" ")[0]
+        rows.append({"chosen": f"{start} good", "rejected": f"the {start} bad"})
     return datasets.Dataset.from_list(rows)
 
 

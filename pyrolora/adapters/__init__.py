@@ -13,6 +13,7 @@ from pyrolora.adapters.layer import AdapterLayer, HeadSlot
 from pyrolora.adapters.layout import Block, Layout
 from pyrolora.adapters.left_out import refuse_foreign
 from pyrolora.adapters.lora_config import as_adapter_config
+from pyrolora.adapters.mixing import Portion, mixed_binding
 from pyrolora.adapters.modules import linear_layers, plain_parameters, walk
 from pyrolora.adapters.sharing import Sharing, kind_of, shares, sharing_of
 from pyrolora.adapters.targets import LayerSpec, check_uncalled
@@ -31,6 +32,7 @@ __all__ = [
     "HeadSlot",
     "LayerSpec",
     "Layout",
+    "Portion",
     "RankAllocation",
     "SharedPassError",
     "Sharing",
@@ -52,6 +54,7 @@ __all__ = [
     "kind_of",
     "layers_called",
     "linear_layers",
+    "mixed_binding",
     "moved",
     "plain_copy",
     "plain_parameters",

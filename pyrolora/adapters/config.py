@@ -136,6 +136,11 @@ class AdapterConfig:
         call; these are left out, with a warning.
     exclude_modules
         Modules that are taken out of the targets, by the same rules. Each has to be in the network.
+    target_parameters
+        Parameters of other modules than linear layers that are adapted too, such as the fused
+        experts of a mixture, ``["experts.gate_up_proj", "experts.down_proj"]``: names, or ends of
+        names after a dot. A matrix (out, in) gets one adapter, a stack (E, out, in) one per expert,
+        each of rank r. ``exclude_modules`` and ``layers_to_transform`` hold for them, too.
     layers_to_transform
         Numbers of blocks, counted from 0: targets in other blocks, or in none, get no adapter.
         ``None``: all blocks.
@@ -172,6 +177,7 @@ class AdapterConfig:
     lora_alpha: float = 16.0
     target_modules: str | Sequence[str] | None = "auto"
     exclude_modules: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     lora_dropout: float = 0.0
@@ -186,6 +192,7 @@ class AdapterConfig:
         check_choices(self)
         self._check_numbers()
         self._check_names()
+        self._check_parameters()
         self._check_blocks()
         share("lora_dropout", self.lora_dropout, "[0, 1)")
         true_or_false("use_rslora", self.use_rslora)
@@ -208,10 +215,35 @@ class AdapterConfig:
                 f"modules_to_save must be a list of names, got {self.modules_to_save!r}; "
                 f"write [{self.modules_to_save!r}]"
             )
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "target_parameters",
+            "layers_pattern",
+            "modules_to_save",
+        ):
             object.__setattr__(self, name, _in_order(name, getattr(self, name)))
         if self.target_modules is None:  # PEFT's default
             object.__setattr__(self, "target_modules", "auto")
+
+    def _check_parameters(self) -> None:
+        wanted = self.target_parameters
+        if isinstance(wanted, str):
+            raise ConfigError(
+                f"target_parameters must be a list of names, got {wanted!r}; write [{wanted!r}]"
+            )
+        if wanted and self.lora_dropout:
+            raise ConfigError(
+                "lora_dropout acts on the input of a layer, and parameters such as fused experts "
+                f"are adapted as W + s B A, without one (as in PEFT); got lora_dropout="
+                f"{self.lora_dropout!r} and target_parameters={wanted!r}; leave one out"
+            )
+        if wanted and self.init_lora_weights not in RANDOM_STARTS:
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} starts from the weights of layers, "
+                f"and target_parameters={wanted!r} names others; choose one of "
+                f"{', '.join(RANDOM_STARTS)}"
+            )
 
     def _check_blocks(self) -> None:
         wanted, targets = self.layers_to_transform, self.target_modules

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
@@ -18,9 +18,13 @@ from pyrolora.adapters.layer import AdapterLayer, HeadSlot
 from pyrolora.adapters.left_out import refuse_foreign
 from pyrolora.adapters.modules import plain_parameters, walk
 from pyrolora.adapters.new_weights import own_new_weights
+from pyrolora.adapters.parameter_layer import ParameterLayer, ParameterSlot
+from pyrolora.adapters.parameters import Place, places
 from pyrolora.adapters.targets import LayerSpec, find_targets
 from pyrolora.adapters.wrapper import Wrapper
 from pyrolora.errors import TargetError
+
+W = TypeVar("W", bound=Wrapper)
 
 
 @dataclass
@@ -46,16 +50,19 @@ class Attachment:
 
     def __init__(self, network: nn.Module, specs: list[LayerSpec], heads: list[str]) -> None:
         refuse_foreign(network)
-        for name in (*(spec.name for spec in specs), *heads):
-            network.get_submodule(name)  # all of them, before the first is wrapped
-        _check_nesting(network, [spec.name for spec in specs], heads)
+        for name in heads:
+            network.get_submodule(name)
+        # All of them are looked up before the first is wrapped.
+        standing = places(network, [spec.name for spec in specs])
+        _check_nesting(network, standing.values(), heads)
         shared = _networks.get(network)
         if shared is None:
             shared = _Shared({name: p.requires_grad for name, p in plain_parameters(network)})
             _networks[network] = shared
         self.network = network
         self.specs = specs
-        self.layers = {spec.name: _wrap(network, spec.name, AdapterLayer) for spec in specs}
+        self._modules: dict[str, Wrapper] = {}
+        self.layers = {name: self._key(place) for name, place in standing.items()}
         self.heads = {name: _wrap(network, name, HeadSlot) for name in heads}
         self.attached = True
         self.checked = False
@@ -63,6 +70,18 @@ class Attachment:
         shared.attachments.add(self)
         if specs:
             network.requires_grad_(False)
+
+    def _key(self, place: Place) -> AdapterLayer | ParameterSlot:
+        """Wrap the module at ``place``, and return the key of its factors in a binding."""
+        if place.stack is None:
+            layer = _wrap(self.network, place.module, AdapterLayer)
+            self._modules[place.module] = layer
+            return layer
+        wrapper = self._modules.get(place.module)
+        if not isinstance(wrapper, ParameterLayer):
+            wrapper = _wrap(self.network, place.module, ParameterLayer)
+            self._modules[place.module] = wrapper
+        return wrapper.slot(place.stack, place.expert)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy (``copy.deepcopy``, pickle) as an attachment of the copied network."""
@@ -85,7 +104,7 @@ class Attachment:
     @property
     def wrappers(self) -> Mapping[str, Wrapper]:
         """All wrappers by the name of the module that they wrap."""
-        return {**self.layers, **self.heads}
+        return {**self._modules, **self.heads}
 
     def detach(self) -> None:
         """Put the original modules back where no other attachment needs the wrapper."""
@@ -152,11 +171,25 @@ def unwrap(network: nn.Module) -> None:
             network.set_submodule(name, module.base_layer)
 
 
-def _check_nesting(network: nn.Module, targets: list[str], heads: list[str]) -> None:
-    """Refuse an adapted layer that is a task head or lies in one: heads are owned whole."""
+def _check_nesting(network: nn.Module, targets: Iterable[Place], heads: list[str]) -> None:
+    """Refuse an adapted layer that is a task head or lies in one: heads are owned whole.
+
+    Nor may it lie in a module with adapted parameters, whose code runs on a copy of it.
+    """
     present = {name: type(m) for name, m in walk(network) if isinstance(m, Wrapper)}
-    layers = {*targets, *(name for name, kind in present.items() if kind is AdapterLayer)}
+    owners = {place.module for place in targets if place.stack is not None}
+    owners |= {name for name, kind in present.items() if kind is ParameterLayer}
+    layers = {place.module for place in targets if place.stack is None}
+    layers |= {name for name, kind in present.items() if kind is AdapterLayer}
     slots = {*heads, *(name for name, kind in present.items() if kind is HeadSlot)}
+    for owner in owners:
+        inside = [name for name in layers | owners if name.startswith(f"{owner}.")]
+        if inside or owner in layers:
+            raise TargetError(
+                f"parameters of {owner!r} and {(inside or [owner])[0]!r} in it are adapted at "
+                "once, and a layer can be adapted in one way; leave one of them out"
+            )
+    layers |= owners
     for slot in slots:
         for layer in layers:
             if layer == slot or layer.startswith(f"{slot}."):
@@ -167,7 +200,7 @@ def _check_nesting(network: nn.Module, targets: list[str], heads: list[str]) -> 
                 )
 
 
-def _wrap(network: nn.Module, name: str, kind: type[Wrapper]) -> Wrapper:
+def _wrap(network: nn.Module, name: str, kind: type[W]) -> W:
     module = network.get_submodule(name)
     if isinstance(module, kind):
         return module

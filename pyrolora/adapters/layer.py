@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from pyrolora.adapters.binding import SharedPassError, binding_for_forward
+from pyrolora.adapters.binding import Binding, SharedPassError, binding_for_forward
 from pyrolora.adapters.wrapper import Wrapper
 
 
@@ -34,7 +35,8 @@ class AdapterLayer(Wrapper):
 class HeadSlot(Wrapper):
     """A task head that gives way to the copies that are bound to it, if any are.
 
-    Of K copies each serves one of K equal blocks of rows.
+    Of K copies each serves one of K blocks of rows. Outputs of different widths, which are those of
+    posteriors with other classes, are filled up with zeros.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,10 +48,11 @@ class HeadSlot(Wrapper):
         args = tuple(_cast(arg, dtype) for arg in args)
         if len(heads) == 1:
             return heads[0](*args, **kwargs)
-        args_of_blocks = [_blocks(arg, len(heads), binding.rows) for arg in args]
+        args_of_blocks = [_blocks(arg, heads, binding, binding.rows) for arg in args]
         kwargs_of_blocks = [dict.fromkeys(kwargs) for _ in heads]
         for name, arg in kwargs.items():
-            for named, block in zip(kwargs_of_blocks, _blocks(arg, len(heads), 1), strict=True):
+            blocks = _blocks(arg, heads, binding, 1)
+            for named, block in zip(kwargs_of_blocks, blocks, strict=True):
                 named[name] = block
         outputs = [
             head(*block, **named)
@@ -57,16 +60,28 @@ class HeadSlot(Wrapper):
         ]
         if not all(isinstance(output, Tensor) for output in outputs):
             raise SharedPassError(f"a head gave a {type(outputs[0]).__name__}, which is no tensor")
-        return torch.cat(outputs)
+        return torch.cat(_widened(outputs))
 
 
-def _blocks(arg: Any, count: int, rows: int) -> Sequence[Any]:
-    """Split ``arg`` into ``count`` equal blocks; it has a multiple of ``rows`` rows."""
+def _blocks(arg: Any, heads: Sequence[Any], binding: Binding, rows: int) -> Sequence[Any]:
+    """Split ``arg``, which has a multiple of ``rows`` rows, into the block of each head."""
     if not isinstance(arg, Tensor) or not arg.dim():
-        return [arg] * count
-    if len(arg) % count or len(arg) % rows:
-        raise SharedPassError(f"a head saw {len(arg)} rows, which {count} draws cannot share")
-    return arg.chunk(count)
+        return [arg] * len(heads)
+    examples = len(heads) if binding.blocks is None else sum(binding.blocks)
+    if len(arg) % examples or len(arg) % rows:
+        raise SharedPassError(f"a head saw {len(arg)} rows, which {len(heads)} draws cannot share")
+    if binding.blocks is None:
+        return arg.chunk(len(heads))
+    each = len(arg) // examples
+    return arg.split([each * size for size in binding.blocks])
+
+
+def _widened(outputs: list[Tensor]) -> list[Tensor]:
+    widest = max(output.shape[-1] for output in outputs)
+    return [
+        output if output.shape[-1] == widest else pad(output, (0, widest - output.shape[-1]))
+        for output in outputs
+    ]
 
 
 def _cast(arg: Any, dtype: torch.dtype) -> Any:

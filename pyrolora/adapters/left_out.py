@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.kernels import read_by_kernels
 from pyrolora.adapters.kinds import features, is_linear
-from pyrolora.adapters.modules import has_weights, linear_layers, walk
+from pyrolora.adapters.modules import adaptable_layers, has_weights, linear_layers, walk
 from pyrolora.adapters.names import collapsed, ends_with, matches
+from pyrolora.adapters.other_kinds import CONVOLUTIONS, refusal
 from pyrolora.adapters.wrapper import Wrapper, unwrapped
 from pyrolora.errors import ConfigError, TargetError, listed
 
@@ -69,14 +70,14 @@ def check_names(
 
 
 def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collection[str]) -> None:
-    """Warn of modules with weights that the targets name, and that are no linear layers."""
+    """Warn of modules with weights that the targets name, and that have no adapter."""
     wanted = config.target_modules
     assert wanted is not None
-    linear = linear_layers(network)
+    layers = adaptable_layers(network)
     others = [
         f"{name} ({type(unwrapped(module)).__name__})"
         for name, module in walk(network)
-        if name and name not in linear and has_weights(module) and matches(name, wanted)
+        if name and name not in layers and has_weights(module) and matches(name, wanted)
     ]
     if others:
         _warn(
@@ -86,29 +87,34 @@ def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collecti
 
 
 def warn_of_left_out(
-    network: nn.Module, adapted: Collection[str], heads: Sequence[str], config: AdapterConfig
+    network: nn.Module,
+    adapted: Collection[str],
+    parameters: Collection[str],
+    heads: Sequence[str],
+    config: AdapterConfig,
 ) -> None:
     """Warn of weights without an adapter that multiply as those of linear layers do.
 
-    They are fused experts, routers, the projections of ``nn.MultiheadAttention``, and linear layers
-    that kernels read.
+    They are fused experts and routers that ``target_parameters`` does not name, the projections of
+    ``nn.MultiheadAttention``, and linear layers that kernels read. ``parameters`` are those that
+    are adapted, beside the ``adapted`` layers.
     """
     read = read_by_kernels(network)
     left = {
         name: f"{name} ({type(unwrapped(module)).__name__})"
         for name, module in walk(network)
         if name and not _is_within(name, heads) and name not in adapted
-        if _multiplies(module) or name in read
+        if _multiplies(module, name, parameters) or name in read
     }
     if config.exclude_modules is not None:
         left = {n: what for n, what in left.items() if not matches(n, config.exclude_modules)}
     if left:
-        share = _share(network, adapted, heads)
+        share = _share(network, {*adapted, *parameters}, heads)
         _warn(
             f"{config.target_modules!r} adapts linear layers, here {share:.0%} of the weights "
             "beside embeddings and heads; without an adapter are "
-            f"{listed(collapsed(left.values()))} ('#' stands for a number): pyrolora has none for "
-            "fused parameters and for projections that torch or a kernel reads without calling them"
+            f"{listed(collapsed(left.values()))} ('#' stands for a number). "
+            + _advice(network, left, parameters)
         )
 
 
@@ -137,17 +143,22 @@ def _what_is(
         parameters = [n for n, _ in network.named_parameters() if ends_with(n, [entry])]
         if parameters:
             owner = type(network.get_submodule(parameters[0].rpartition(".")[0])).__name__
-            return f"is a parameter of a {owner}, no layer"
+            return f"is a parameter of a {owner}, no layer (name it in target_parameters)"
         return f"is no module of {type(network).__name__}{nearest(entry, modules)}"
     if all(_is_within(name, heads) for name in named):
         return "belongs to a task head, which is trained in full (see modules_to_save)"
     classes = dict.fromkeys(type(modules[name]).__name__ for name in named)
+    if isinstance(modules[named[0]], (*CONVOLUTIONS, nn.Embedding)):
+        return f"is of the class {'/'.join(classes)}, and {refusal(modules[named[0]])}"
     if all(_of_attention(network, name) for name in named):
         return f"is of the class {'/'.join(classes)}, whose weights are read without calling it"
     inside = [
         n for n in linear_layers(network) if any(n.startswith(f"{outer}.") for outer in named)
     ]
     more = f" (inside of it: {listed(_endings(inside))})" if inside else ""
+    parameters = [f"{entry}.{n}" for n in _matrices(modules[named[0]])]
+    if parameters:
+        more = f" (name its parameters in target_parameters: {listed(parameters)})"
     return f"is of the class {'/'.join(classes)}, no linear layer{more}"
 
 
@@ -167,21 +178,40 @@ def _is_within(name: str, outer: Iterable[str]) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in outer)
 
 
-def _multiplies(module: nn.Module) -> bool:
+def _advice(network: nn.Module, left: Iterable[str], adapted: Collection[str]) -> str:
+    """Return what to do about modules without an adapter."""
+    modules = {place: unwrapped(network.get_submodule(place)) for place in left}
+    names = [
+        f"{place}.{name}".rpartition(".layers.")[2].partition(".")[2] or f"{place}.{name}"
+        for place, module in modules.items()
+        for name in _matrices(module)
+        if f"{place}.{name}" not in adapted and "Attention" not in type(module).__name__
+    ]
+    if not names:
+        return "pyrolora has none for projections that torch or a kernel reads without calling them"
+    return f"Experts and routers are adapted by name: target_parameters={[*dict.fromkeys(names)]}"
+
+
+def _multiplies(module: nn.Module, place: str, adapted: Collection[str]) -> bool:
     """Return whether a module, though no linear layer, multiplies with matrices as those do."""
     module = unwrapped(module)
-    if isinstance(module, nn.MultiheadAttention):
-        return True
+    names = [name for name in _matrices(module) if f"{place}.{name}" not in adapted]
+    return isinstance(module, nn.MultiheadAttention) or bool(names)
+
+
+def _matrices(module: nn.Module) -> list[str]:
+    """Return the parameters of a module, without wrapper, that multiply as linear layers do."""
     if is_linear(module) or type(module).__module__.startswith("torch.nn.modules."):
-        return False
+        return []
     if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
-        return False
+        return []
     flat = "Expert" in type(module).__name__  # DBRX has its experts below one another
-    return any(
-        (tensor.dim() == 3 and min(tensor.shape) > 1)
-        or (tensor.dim() == 2 and (flat or name == "weight"))
+    return [
+        name
         for name, tensor in module.named_parameters(recurse=False)
-    )
+        if (tensor.dim() == 3 and min(tensor.shape) > 1)
+        or (tensor.dim() == 2 and (flat or name == "weight"))
+    ]
 
 
 def _share(network: nn.Module, adapted: Collection[str], heads: Sequence[str]) -> float:
@@ -204,8 +234,9 @@ def _sizes(network: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
             inputs, outputs = features(module)
             yield name, module, inputs * outputs
         elif not isinstance(module, nn.Embedding):
-            sizes = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
-            yield name, module, sum(sizes)
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1:
+                    yield f"{name}.{own}", module, parameter.numel()
 
 
 def _warn(message: str) -> None:

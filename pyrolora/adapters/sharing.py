@@ -76,7 +76,7 @@ def shares(
     batch: Mapping[str, Any],
     plain: Binding,
     copied_heads: bool,
-) -> tuple[bool, set[nn.Module]]:
+) -> tuple[bool, set[Any]]:
     """Return whether draws can share a pass, and the layers that were called.
 
     Each adapted layer, and each head with copies, then sees the rows of three draws in equal
@@ -125,7 +125,7 @@ def shares(
 class _Pass:
     """A binding whose layers and heads note their inputs."""
 
-    def __init__(self, plain: Binding, factors: Mapping[nn.Module, Factors], copies: int) -> None:
+    def __init__(self, plain: Binding, factors: Mapping[Any, Factors], copies: int) -> None:
         self.rows: list[_Rows] = []
         self.heads: list[list[_Rows]] = [[] for _ in range(copies)]
         noting = {

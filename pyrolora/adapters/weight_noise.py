@@ -92,6 +92,15 @@ class WeightNoise:
         std = self._per_draw(std, rows=x.shape[:-1].numel())
         return Noisy(weight, getattr(layer, "bias", None), std, self)
 
+    def added_to(self, weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
+        """Return W + E for a plain weight (out, in), and one setting of factors for the norms."""
+        if len(self.seeds) > 1:
+            raise BindingError("the noise of several draws makes several weights; draw one by one")
+        if self.scale == 0:
+            return weight
+        std = row_norms(weight, A, sB) * (self.scale / weight.shape[1] ** 0.5)
+        return torch.cat([c.clone() for _, _, c in self._chunks(weight, std[None], weight.dtype)])
+
     def _per_draw(self, std: Tensor, rows: int) -> Tensor:
         """Expand (out,) or (S, out) to (S, out), for the S draws of the seeds or of the factors."""
         draws = {n for n in (len(self.seeds), *std.shape[:-1]) if n > 1} or {1}

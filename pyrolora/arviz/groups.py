@@ -177,14 +177,15 @@ def _variables(
 
 def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) -> dict[str, Any]:
     """Return the groups of the draws' predictions and of the observed targets."""
+    drawn = prediction.predictive_draws()
     groups: dict[str, Any] = {
         "posterior_predictive": {
-            name: (shape(draws), dims)
-            for name, (draws, dims) in prediction.predictive_draws().items()
+            name: (shape(draws), dims) for name, (draws, dims) in drawn.items()
         }
     }
     if prediction.targets is not None:
-        dims = (prediction.row, "token")[: prediction.targets.dim()]
+        usual = (prediction.row, "token")[: prediction.targets.dim()]
+        dims = drawn["y"][1] if "y" in drawn else usual
         groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
     if places := prediction.places():
         groups["constant_data"] = {

@@ -21,8 +21,9 @@ def calibrate(
         str, typer.Argument(help=f"Labelled data, held out: a file ({KINDS}), folder or name.")
     ],
     num_samples: posteriors.NumSamples = None,
+    draws: posteriors.Draws = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
-    seed: posteriors.Seed = defaults.SEED,
+    seed: posteriors.DrawSeed = None,
     text: posteriors.Text = None,
     label: posteriors.Label = None,
     split: posteriors.Split = None,
@@ -39,6 +40,7 @@ def calibrate(
     Data that the fit has seen are of no use here. Data that chose a temperature score
     too well later: keep others for evaluation. A second call starts anew.
     """
+    drawn = posteriors.drawn(draws, num_samples, seed)
     examples = posteriors.labelled(run, data, split, text, label, defaults.FIT_SPLITS)
     digest = (Run(run).record or {}).get("options", {}).get("data_digest")
     if digest == fingerprint(data, examples):
@@ -48,7 +50,7 @@ def calibrate(
         )
     with Run(run).locked():
         posterior = posteriors.load(run, model)
-        calibration = posterior.calibrate(examples, num_samples, batch_size=batch_size, seed=seed)
+        calibration = posterior.calibrate(examples, batch_size=batch_size, **drawn)
         posterior.save(run)
     if json:
         print_json({"run": str(run), **dataclasses.asdict(calibration)})

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyrolora.cli.numerals import is_not_finite, is_number
+from pyrolora.cli.readers import TEXT_TABLES
 from pyrolora.cli.reading import read_data
 from pyrolora.errors import ConfigError, DataError
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
 
 LABELS = ("label", "labels")
 CHOICES = "choices"
-TEXT_TABLES = (".csv", ".tsv")
-"""Formats whose cells are all text."""
+PAIR = ("text", "text_pair")
 
 
 def labelled(
@@ -37,16 +37,21 @@ def with_columns(
 ) -> datasets.Dataset:
     """Return data with the chosen columns under the names that `pyrolora.fit` knows.
 
-    ``text`` names the column with the text, or the two with a pair; ``label`` that of the target.
-    With ``text`` no other column is an input, except ``choices``, which belong to it; with
-    ``label`` no other column is the target.
+    ``text`` names the column with the text or the chat, or the two with a pair; ``label`` that of
+    the target; ``translation.en`` is a part of a column of objects. With ``text`` no other column
+    is an input, except ``choices``, which belong to it; with ``label`` no other column is the
+    target.
     """
     if len(text) > 2 or len(set(text)) < len(text):
         raise ConfigError(f"--text takes one column, or the two of a pair; got {list(text)}")
-    for name in (*text, *([] if label is None else [label])):
+    wanted = (*text, *([] if label is None else [label]))
+    if any("." in name and name not in data.column_names for name in wanted):
+        data = data.flatten()  # of a column of dicts, as translation.en
+    for name in wanted:
         if name not in data.column_names:
             raise DataError(f"{source} has no column {name!r}; it has {data.column_names}")
-    new = dict(zip(text, ("text", "text_pair"), strict=False))
+    names = ("messages",) if len(text) == 1 and _is_chat(data.features[text[0]]) else PAIR
+    new = dict(zip(text, names, strict=False))
     if label in new:
         raise ConfigError(f"--text and --label are the same column, {label!r}")
     if label is not None:
@@ -61,6 +66,17 @@ def with_columns(
     return data.select_columns(kept).rename_columns(
         {old: name for old, name in new.items() if old != name}
     )
+
+
+def _is_chat(feature: Any) -> bool:
+    """Return whether a column holds lists of messages."""
+    part = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(part, dict)
+
+
+def _is_nested(feature: Any) -> bool:
+    """Return whether a column holds lists or objects."""
+    return isinstance(feature, list | dict) or hasattr(feature, "feature")
 
 
 def as_told(data: datasets.Dataset, source: str, names: Collection[str]) -> datasets.Dataset:
@@ -78,7 +94,7 @@ def label_names(data: datasets.Dataset) -> set[str]:
     return {
         cell
         for name in LABELS
-        if name in data.column_names
+        if "string" in getattr(data.features.get(name), "dtype", "")  # lists have none
         for cell in data.unique(name)
         if isinstance(cell, str)
     }
@@ -111,7 +127,11 @@ def _numbers_apart(data: datasets.Dataset, targets: Collection[str | None]) -> d
 
     A table of numbers alone stays as it is.
     """
-    columns = {name: data[name][:] for name in data.column_names if name not in targets}
+    columns = {
+        name: data[name][:]
+        for name, feature in data.features.items()
+        if name not in targets and not _is_nested(feature)
+    }
     numbers = [
         name
         for name, cells in columns.items()

@@ -19,8 +19,9 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="The folders of the fits.")],
     outside: posteriors.Outside = None,
     num_samples: posteriors.NumSamples = None,
+    draws: posteriors.Draws = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
-    seed: posteriors.Seed = defaults.SEED,
+    seed: posteriors.DrawSeed = None,
     text: posteriors.Text = None,
     label: posteriors.Label = None,
     split: posteriors.Split = None,
@@ -36,6 +37,7 @@ def compare(
     Prints the metrics of 'pyrolora evaluate', and how much the mean negative
     log-likelihood exceeds the lowest one, with the standard error of this difference.
     """
+    drawn = posteriors.drawn(draws, num_samples, seed)
     names = [str(run) for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(f"a folder is named twice: {', '.join(names)}; name each once")
@@ -49,10 +51,9 @@ def compare(
     table = compared(
         {name: posteriors.load(run, model) for name, run in zip(names, runs, strict=True)},
         examples,
-        num_samples,
         outside=other,
         batch_size=batch_size,
-        seed=seed,
+        **drawn,
     )
     columns = {str(name): row for name, row in table.to_dict(orient="index").items()}
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,15 @@ class Format(StrEnum):
     TRANSFORMERS = "transformers"
     ARVIZ = "arviz"
     PEFT = "peft"
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """The options that act on this form."""
+        return {
+            Format.TRANSFORMERS: ("draw",),
+            Format.ARVIZ: ("num_samples", "draws", "seed"),
+            Format.PEFT: ("draw", "draws", "uniform"),
+        }[self]
 
 
 def export(
@@ -81,8 +91,9 @@ def export(
     """
     if os.path.lexists(path):
         raise ConfigError(f"{path} exists; choose another name")
-    _check(to, draw, draws, uniform)
-    numbers = posteriors.draw_numbers(draws, draw=draw, num_samples=num_samples, seed=seed)
+    beside = {"draw": draw, "num_samples": num_samples, "seed": seed}
+    _check(to, draws=draws, uniform=uniform or None, **beside)
+    numbers = posteriors.draw_numbers(draws, **beside)
     posterior = posteriors.load(run, model)
     path.parent.mkdir(parents=True, exist_ok=True)
     if to is Format.ARVIZ:
@@ -103,16 +114,18 @@ def export(
         tell(f"Written: {path}. Next, in Python: {next_step}")
 
 
-def _check(to: Format, draw: int | None, draws: str | None, uniform: bool) -> None:
-    """Raise `ConfigError` for options that have no effect on the form."""
-    if draw is not None and to is Format.ARVIZ:
+def _check(to: Format, **options: object) -> None:
+    """Raise `ConfigError` for options that would have no effect on the form."""
+    useless = [n for n, value in options.items() if value is not None and n not in to.takes]
+    if useless:
         raise ConfigError(
-            "--draw picks one draw and arviz takes many; use --num-samples or --draws"
+            f"{_flags(useless)} would do nothing with --to {to.value}, which takes "
+            f"{_flags(to.takes)}; leave it out, or choose another form"
         )
-    if draws is not None and to is Format.TRANSFORMERS:
-        raise ConfigError("a plain model holds one draw; use --draw with its number")
-    if uniform and to is not Format.PEFT:
-        raise ConfigError(f"--uniform is about ranks of a LoRA adapter, and {to.value} has none")
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:

@@ -20,6 +20,7 @@ from pyrolora.cli.imported import again
 from pyrolora.cli.output import metrics_table, print_json, say, tell
 from pyrolora.cli.readers import KINDS
 from pyrolora.cli.runs import Run
+from pyrolora.errors import ConfigError
 
 if TYPE_CHECKING:
     from pyrolora.fitting import Request
@@ -55,7 +56,14 @@ def fit(
     task: Annotated[
         str | None,
         typer.Option(
-            help="What is predicted: {tasks}.", show_default="what the model's class is for"
+            help="What is predicted: {tasks}.", show_default="what model and data call for"
+        ),
+    ] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            help="How a causal language model learns to choose, from data with a column 'choices': "
+            "letters, texts or texts-per-token."
         ),
     ] = None,
     given: Annotated[
@@ -109,7 +117,8 @@ def fit(
             "--set",
             metavar="PART.OPTION=VALUE",
             help="Any other option, by its name in Python: guide.kl_weight=0.1, adapter.r=4, "
-            "adapter.rank_allocation=snr, training.gradient_accumulation_steps=2 "
+            "adapter.rank_allocation=snr, texts.max_length=512, "
+            "texts.assistant_only_loss=true, training.gradient_accumulation_steps=2 "
             "(an argument of transformers.TrainingArguments). May be repeated.",
         ),
     ] = None,
@@ -124,12 +133,29 @@ def fit(
     pyrolora fit train.jsonl --model FOLDER --given ADAPTER --guide laplace --output-dir run
     pyrolora fit later.jsonl --model FOLDER --prior run --output-dir run-2
 
+    \b
+    The columns say what is learnt, if --task does not:
+    text, label                    a class (a number or a name), or a real number
+    text, labels                   several classes: a list
+    tokens, ner_tags               a tag per word
+    question, choices, label       the right one (a language model: --choices)
+    chosen, rejected               which text is preferred
+    source, target                 a text that is written for another
+    messages; prompt, completion   chats and completions of a language model
+    image or audio, label          a class of a picture or a sound, by its file
+    In a CSV or TSV file lists and objects are cells of JSON.
+
     Labels may be numbers (classes from 0 on, or real values for a regression) or
     names of classes. The run's folder then holds run.json (the command, every
     option, digests of the data, versions) and the posterior, for pyrolora.load,
     predict, evaluate and export. A run that was killed goes on from its last
     checkpoint when the same command is given again.
     """
+    if eval_split is not None and eval_data is None:
+        raise ConfigError(
+            f"--eval-split {eval_split} is a split of --eval-data, and there are none; name them "
+            f"(the same as the training data, if that is meant: --eval-data {data})"
+        )
     set_options = settings.parse(set_ or [])
     columns: dict[str, Any] = {"text": text or [], "label": label}
     names = set().union(*(Run(folder).classes() for folder in (given, prior) if folder))
@@ -141,6 +167,7 @@ def fit(
     say("loading libraries")
     from pyrolora.fitting import Request, StoredPosterior, arguments_of
     from pyrolora.guides import full_name
+    from pyrolora.tasks import choice_task
 
     request = _with_settings(
         Request(
@@ -148,7 +175,7 @@ def fit(
             data=examples,
             guide=guide,
             eval_data=held_out,
-            task=task,
+            task=choice_task(choices, task),
             given=None if given is None else StoredPosterior(given),
             prior=None if prior is None else StoredPosterior(prior),
             epochs=epochs,
@@ -197,15 +224,19 @@ def fit(
 def _with_settings(request: Request, values: dict[str, dict[str, Any]]) -> Request:
     """Return the request with the options of ``--set``."""
     from pyrolora.adapters.config import AdapterConfig
+    from pyrolora.data import TextOptions
 
     settings.check_training(values["training"])
-    adapter = None
+    adapter, texts = None, None
+    if values["texts"]:
+        texts = settings.build(TextOptions, "texts", values["texts"])
     if values["adapter"]:
         adapter = settings.build(AdapterConfig, "adapter", values["adapter"])
     return replace(
         request,
         guide=settings.refined(request.options, values["guide"]),
         adapter=adapter,
+        texts=texts,
         training_options=values["training"],
     )
 

@@ -55,6 +55,10 @@ def generate(
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams per draw.")] = 1,
     num_return_sequences: Annotated[int, typer.Option(min=1, help="Continuations per draw.")] = 1,
+    stop_string: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that ends a continuation. May be repeated."),
+    ] = None,
     seed: posteriors.Seed = defaults.SEED,
     text: posteriors.Text = None,
     split: posteriors.Split = None,
@@ -68,6 +72,10 @@ def generate(
     \b
     pyrolora generate run prompts.txt --max-new-tokens 20
     pyrolora generate run prompts.jsonl --output out.jsonl --do-sample --temperature 0.8
+    pyrolora generate run chats.jsonl --stop-string "\n\n"
+
+    Prompts are the only column of texts, or, as in a fit, chats ("messages"), "prompt",
+    "question", "instruction" and "input", ...
 
     Writes one line of JSON per prompt: the columns of the data, "agreement" (0 to 1,
     how similar the texts of the draws are) and "continuations": text, nll, entropy,
@@ -86,12 +94,13 @@ def generate(
     clash = [name for name in original.column_names if name in ("agreement", "continuations")]
     if clash:
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
-    texts = _prompts(inputs, prompts)
     posterior = posteriors.load(run, model)
+    texts = _prompts(inputs, prompts, apart=posterior.task.writes == "apart")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
+        "stop_strings": stop_string,
     }
     generation = posterior.generate(
         texts,
@@ -111,18 +120,24 @@ def generate(
         say(f"continuations of {len(lines)} prompts are in {output}")
 
 
-def _prompts(inputs: Any, source: str) -> list[str]:
-    from pyrolora.data.columns import text_columns
+def _prompts(inputs: Any, source: str, *, apart: bool) -> Any:
+    """Return the texts to continue, or the rows that have chats or prompts of several parts.
 
-    names = text_columns(inputs)
-    if len(names) != 1:
-        raise DataError(
-            f"{source} needs one column of prompts, got {list(names) or inputs.column_names}; name "
-            "it with --text"
-        )
-    texts = inputs[names[0]][:]
+    ``apart`` says that the answers are texts of their own, which a decoder writes.
+    """
+    from pyrolora.data.dialogues import prompt_of
+    from pyrolora.data.pairs import joined_texts, source_of
+
+    if apart:
+        names = source_of(inputs)
+        texts, read = joined_texts(inputs, names), " and ".join(map(repr, names))
+    else:
+        dialogue = prompt_of(inputs)
+        if dialogue.kind != "text":
+            return inputs
+        texts, read = inputs[dialogue.prompt[0]][:], str(dialogue)
     if any(not isinstance(text, str) or not text for text in texts):
-        raise DataError(f"{source} has empty prompts in {names[0]!r}; fill or remove them")
+        raise DataError(f"{source} has empty prompts in {read}; fill or remove them")
     return texts
 
 

@@ -135,7 +135,7 @@ def outside(folder: Path, source: str | None, text: Sequence[str] | None) -> Any
     """Read the inputs of data of another distribution, if there are any."""
     if source is None:
         return None
-    return unlabelled(folder, source, None, text, defaults.OUTSIDE_SPLITS)[1]
+    return unlabelled(folder, source, None, text, defaults.OUTSIDE_SPLITS, scored=True)[1]
 
 
 def unlabelled(
@@ -144,10 +144,17 @@ def unlabelled(
     split: str | None,
     text: Sequence[str] | None,
     splits: Sequence[str] = defaults.SCORE_SPLITS,
+    *,
+    scored: bool = False,
 ) -> tuple[Any, Any]:
-    """Read data as they are, and their inputs alone."""
-    chosen = Run(folder).columns()
+    """Read data as they are, and their inputs alone; ``scored`` texts keep their labels."""
+    run = Run(folder)
+    chosen = run.columns()
     original = read_data(source, split, splits)
-    inputs = columns.with_columns(original, text or chosen.get("text", []), None, source)
+    kept = scored and run.keeps_labels()
+    label = chosen.get("label") if kept else None
+    inputs = columns.with_columns(original, text or chosen.get("text", []), label, source)
+    if kept:
+        return original, inputs
     targets = {*columns.LABELS, chosen.get("label")}
     return original, inputs.remove_columns([n for n in inputs.column_names if n in targets])

@@ -13,7 +13,7 @@ from pyrolora.cli import posteriors
 from pyrolora.cli.output import say
 from pyrolora.cli.readers import KINDS
 from pyrolora.cli.tables import print_table, writer
-from pyrolora.errors import DataError
+from pyrolora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,9 +49,14 @@ def predict(
     not needed. In CSV and TSV an apostrophe stands before texts that a spreadsheet
     would run as a formula; .jsonl and .parquet hold every text as it was.
     """
+    if json and output is not None:
+        raise ConfigError(
+            f"--json prints the rows that --output writes to {output}; give one of them (a .jsonl "
+            "file has the same rows)"
+        )
     taken = posteriors.drawn(draws, num_samples, seed)
     write = None if output is None else writer(output)
-    original, examples = posteriors.unlabelled(run, data, split, text)
+    original, examples = posteriors.unlabelled(run, data, split, text, scored=True)
     posterior = posteriors.load(run, model)
     prediction = posterior.predict(examples, batch_size=batch_size, **taken)
     table = _beside(original, prediction, data)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import datasets
 
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet, .txt (one text per line)"
+TEXT_TABLES = (".csv", ".tsv")
+"""Formats whose cells are all text."""
 MAX_CELL = 2**31 - 1
 """Most characters of a cell; the csv module's default is shorter than a book."""
 
@@ -34,6 +36,28 @@ def _csv(path: Path, delimiter: str = ",") -> list[dict[str, Any]]:
                 )
             rows.append(dict(zip(header, (cell or None for cell in cells), strict=True)))
     return rows
+
+
+def _structured(name: str, cells: list[str | None]) -> list[Any]:
+    """Return the lists or objects that the cells of a column are, if all of them are such JSON.
+
+    Raises
+    ------
+    ValueError
+        For lists and objects as Python prints them, which are no JSON.
+    """
+    filled = [cell.strip() for cell in cells if cell is not None]
+    if not filled or not all(cell.startswith(("[", "{")) for cell in filled):
+        return cells
+    try:
+        return [None if cell is None else json.loads(cell) for cell in cells]
+    except ValueError:
+        if all(cell.startswith(("['", '["', "[{", "{'", '{"')) for cell in filled):
+            raise ValueError(
+                f"the column {name!r} holds lists or objects that are no JSON, such as "
+                f"{filled[0]:.30}; write the cells with json.dumps, or the data as .jsonl"
+            ) from None
+        return cells
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -101,6 +125,8 @@ def read_file(path: Path) -> datasets.Dataset:
         rows = READERS[kind](path)
         names = list(dict.fromkeys(name for row in rows for name in row))
         columns = {name: [row.get(name) for row in rows] for name in names}
+        if kind in TEXT_TABLES:
+            columns = {name: _structured(name, cells) for name, cells in columns.items()}
         data = datasets.Dataset.from_dict(columns)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not encoded in UTF-8; convert it first") from error

@@ -22,8 +22,9 @@ def report(
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     outside: posteriors.Outside = None,
     num_samples: posteriors.NumSamples = None,
+    draws: posteriors.Draws = None,
     batch_size: posteriors.BatchSize = defaults.BATCH_SIZE,
-    seed: posteriors.Seed = defaults.SEED,
+    seed: posteriors.DrawSeed = None,
     text: posteriors.Text = None,
     label: posteriors.Label = None,
     split: posteriors.Split = None,
@@ -44,6 +45,7 @@ def report(
     """
     from pyrolora.report import page_file, report_on
 
+    drawn = posteriors.drawn(draws, num_samples, seed)
     file = page_file(output)
     examples = _examples(run, data, split, text, label)
     other = posteriors.outside(run, outside, text)
@@ -51,9 +53,8 @@ def report(
         posteriors.load(run, model),
         examples,
         outside=other,
-        num_samples=num_samples,
         batch_size=batch_size,
-        seed=seed,
+        **drawn,
     )
     page.write(file)
     if json:
@@ -74,7 +75,8 @@ def _examples(
     """Read data with their target, if they have the column of the command or of the fit."""
     columns = Run(run).columns()
     original = read_data(source, split, defaults.SCORE_SPLITS)
-    if label is None and columns.get("label") in original.column_names:
+    known = {*original.column_names, *original.flatten().column_names}
+    if label is None and columns.get("label") in known:
         label = columns["label"]
     chosen = with_columns(original, text or columns.get("text", []), label, source)
     return as_told(chosen, source, Run(run).classes())

@@ -70,6 +70,16 @@ class Run:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return set()
 
+    def keeps_labels(self) -> bool:
+        """Return whether the labels of the posterior's task say which tokens it scores."""
+        from pyrolora.storage import META_FILE
+        from pyrolora.tasks import task_class
+
+        try:
+            return task_class(read_strict_json(self.folder / META_FILE)["task"]).keeps_labels
+        except (OSError, ValueError, LookupError, TypeError):
+            return False  # a damaged one says so when it is loaded
+
     def start(self, options: Mapping[str, Any], command: str, *, write: bool) -> bool:
         """Claim the folder for this run; return whether the run was there before.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyrolora.errors import ConfigError
 
-PARTS = ("guide", "adapter", "training")
+PARTS = ("guide", "adapter", "texts", "training")
 WORDS = {"True": True, "False": False, "None": None}  # Python's, beside JSON's
 
 # Options of TrainingArguments that have their own option on the command line, or that resuming and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +65,7 @@ def inert(table: pd.DataFrame) -> pd.DataFrame:
     """Return a copy in which a spreadsheet finds no formulas.
 
     An apostrophe stands before each text, and column name, that would be one. Numbers stay, also
-    those that are text.
+    those that are text. Lists and objects become JSON.
     """
     made = table.rename(columns={name: _inert(name) for name in table.columns})
     for place, dtype in enumerate(made.dtypes):
@@ -74,6 +75,8 @@ def inert(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _inert(cell: Any) -> Any:
+    if isinstance(cell, list | dict):
+        return json.dumps(cell, ensure_ascii=False, default=str)
     if not isinstance(cell, str) or not cell.startswith(FORMULA_STARTS):
         return cell
     return cell if is_number(cell) or is_not_finite(cell) else f"'{cell}"

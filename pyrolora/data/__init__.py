@@ -2,10 +2,12 @@
 
 from pyrolora.data.collate import Collator, pass_rows, to_device
 from pyrolora.data.prepared import Prepared, check_finite, prepare
+from pyrolora.data.text_options import TextOptions
 
 __all__ = [
     "Collator",
     "Prepared",
+    "TextOptions",
     "check_finite",
     "pass_rows",
     "prepare",

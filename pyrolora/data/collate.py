@@ -18,6 +18,7 @@ from pyrolora.data.columns import (
     CHOICES,
     TWO_LABELS,
     check_nested,
+    check_preferences,
     check_two_labels,
     has_choices,
     same_labels,
@@ -25,6 +26,7 @@ from pyrolora.data.columns import (
 )
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_dict, as_numbers, is_nested
+from pyrolora.data.illustrated import illustrator_of
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -33,10 +35,16 @@ from pyrolora.data.inputs import (
     taken_by,
 )
 from pyrolora.data.labels import known_names, numbered
+from pyrolora.data.media import media_of, tokenizer_of
 from pyrolora.data.padding import MASK, padded, padding_of
+from pyrolora.data.pieces import counts_of, take_pieces
 from pyrolora.data.target import Target
+from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import encode_texts
 from pyrolora.errors import DataError
+
+MEDIUM = "medium"
+"""The picture or sound of an example, on its way to a batch."""
 
 
 class Collator:
@@ -66,9 +74,13 @@ class Collator:
     """Columns that the collator makes for itself, which errors do not list."""
     ends_texts: bool = False
     """Whether EOS ends every text."""
+    reads_texts: ClassVar[bool] = False
+    """Whether `TextOptions` say how texts are read."""
+    texts: TextOptions | None = None
+    """How texts are read, where the user says it."""
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer_of(tokenizer)
         self.network_name = type(network).__name__
         config = getattr(network, "config", None)
         self.pads_right = getattr(config, "summary_type", None) != "last"
@@ -76,18 +88,27 @@ class Collator:
         self.longest = table_of_positions(network)
         self.context = context_length(network)
         self.vocabulary = embedded(network)
-        self.padding = padding_of(network, tokenizer)
+        self.padding = padding_of(network, self.tokenizer)
         kinds = (weight.dtype for weight in network.parameters() if not is_quantised(weight.dtype))
         self.dtype = next(kinds, torch.float32)
         taken = taken_by(network)
         self.taken = taken - {PLACES}
         self.chooses_places = PLACES in taken
+        self.media = illustrator_of(network, tokenizer, self.taken) or media_of(
+            network, tokenizer, self.taken
+        )
         self.takes_labels = True
 
     @property
     def read(self) -> set[str]:
         """The names of the columns that are read, beside labels."""
-        return {*self.taken, *self.beside}
+        columns = () if self.media is None else self.media.columns
+        return {*self.taken, *counts_of(self.taken), *self.beside, *columns}
+
+    @property
+    def reading(self) -> TextOptions:
+        """How texts are read."""
+        return TextOptions() if self.texts is None else self.texts
 
     @property
     def encoder(self) -> Encoder:
@@ -98,6 +119,7 @@ class Collator:
 
     def check_data(self, examples: Any) -> None:
         """Raise `DataError` for data of another task."""
+        check_preferences([*as_dict(examples[0], self.input_name)])
         if has_choices(examples) and CHOICES in as_dict(examples[0], INPUTS):
             raise DataError(
                 f"the data has a column 'choices' and {self.network_name} takes none; load the "
@@ -117,7 +139,14 @@ class Collator:
         return numbered(examples, network, task), known_names(examples, network, task)
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
-        """Return the data with tokens in place of raw text, and the columns that were read."""
+        """Return the data with tokens in place of raw text, and the columns that were read.
+
+        Pictures and sounds stay as they are: a batch of them is made of its examples.
+        """
+        if self.media is not None:
+            chosen, columns = self.media.select(data)
+            if columns:
+                return chosen, columns
         check_nested(data)
         read = text_columns(data)
         return (encode_texts(data, read, self.encoder) if read else data), read
@@ -150,8 +179,11 @@ class Collator:
         row = as_dict(example, self.input_name)
         inputs = {name: value for name, value in row.items() if name != LABELS}
         self._check_tokens(inputs)
-        kept = {name: value for name, value in inputs.items() if name in self.taken}
-        if any(isinstance(value, str) for value in kept.values()) or not kept:
+        kept = {n: v for n, v in inputs.items() if n in {*self.taken, *counts_of(self.taken)}}
+        medium = None if self.media is None else self.media.of_row(inputs)
+        if any(isinstance(value, str) for value in kept.values()) or not (
+            kept or medium is not None
+        ):
             raise DataError(
                 f"an example with {sorted(inputs)} has no input of {self.network_name} in numbers; "
                 f"it takes {sorted(self.taken - self.internal)}, or raw text as a "
@@ -159,6 +191,8 @@ class Collator:
             )
         packed = self.packs(inputs)
         made = self._mask(inputs)
+        if medium is not None:
+            kept[MEDIUM] = medium
         if made is not None and not packed and MASK in self.taken:
             kept[MASK] = made
         if not self.takes_labels:
@@ -240,8 +274,9 @@ class Collator:
                 f"the examples have different columns, {[*dict.fromkeys(map(str, names))]}; give "
                 "all the same"
             )
+        made = {**self._from_media(rows), **take_pieces(rows)}
         packed = MASK not in rows[0] and any(map(self.packs, rows))
-        batch = self._stacked(rows)
+        batch = {**self._stacked(rows), **made}
         if packed:  # transformers tells packed texts apart by their positions, unless it has a mask
             batch.pop(MASK, None)
         self._check_ids(batch.get("input_ids"))
@@ -260,6 +295,12 @@ class Collator:
         device has to be waited for.
         """
         return None
+
+    def _from_media(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Take the pictures or sounds out of the rows, and return the inputs made of them."""
+        if self.media is None or MEDIUM not in rows[0]:
+            return {}
+        return self.media.batch([row.pop(MEDIUM) for row in rows])
 
     def _stacked(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the rows as one batch, padded where their lengths differ."""

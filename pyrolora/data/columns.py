@@ -36,6 +36,35 @@ TEXT_COLUMNS = (
     ("sentence_A", "sentence_B"),
     ("text", "text_pair"),
 )
+# Texts to read, in this order, and the text to write for them.
+WRITTEN_PAIRS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("text",), "summary"),
+    (("document",), "summary"),
+    (("dialogue",), "summary"),
+    (("report",), "summary"),
+    (("article",), "summary"),
+    (("article",), "highlights"),
+    (("article",), "abstract"),
+    (("source",), "target"),
+    (("src",), "tgt"),
+    (("text",), "target"),
+    (("input",), "target"),
+    (("input",), "output"),
+    (("inputs",), "targets"),
+    (("input_text",), "target_text"),
+    (("question",), "answer"),
+    (("question",), "response"),
+    (("query",), "answer"),
+    (("query",), "response"),
+    (("problem",), "solution"),
+    (("prompt",), "completion"),
+    (("prompt",), "response"),
+    (("instruction",), "output"),
+    (("instruction",), "response"),
+    (("instruction", "input"), "output"),
+    (("instruction", "input"), "response"),
+    (("instruction", "context"), "response"),
+)
 # The text before each choice of multiple choice; joined in this order.
 CONTEXT_COLUMNS = ("context", "text", "sentence", "question", "question_stem")
 # Columns that number or name a row, or repeat its label, and are left out without a warning; so are
@@ -51,8 +80,9 @@ ROW_NAMES = frozenset(
 ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__index_level_\d+__|")
 # The origin of a text: no input, if there is another column of text.
 ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
-# Masks of the tokens that count; 0 at those that do not.
-TOKEN_MASKS = ("completion_mask", "assistant_masks", "assistant_tokens_mask")
+# Masks of the tokens that count; 0 at those that do not. A token counts if all of them say so.
+ASSISTANT_MASKS = ("assistant_masks", "assistant_tokens_mask")
+TOKEN_MASKS = ("completion_mask", *ASSISTANT_MASKS)
 # Weights of tokens or examples, which are not supported.
 WEIGHTS = re.compile(
     r"weights|(sample|example|token|loss)_weights?"
@@ -60,11 +90,14 @@ WEIGHTS = re.compile(
 )
 # Labels of tokens under other names, which have to be renamed to count.
 TOKEN_LABELS = frozenset(("label_ids", "lm_labels", "target_ids", "decoder_input_ids"))
-# Formats of texts to learn from that are more than one text.
+# Columns that are no input of a network beside a text, and yet what a language model learns from.
 DIALOGUES = (
     *("prompt", "completion", "response", "instruction", "output", "question", "answer"),
+    *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
+# A text in several languages, a dict from each to the text.
+TRANSLATION = "translation"
 # Columns of a task that is not supported.
 SPANS = ("start_positions", "end_positions")
 
@@ -119,20 +152,6 @@ def _is_origin(data: datasets.Dataset, name: str) -> bool:
     if name == "source":
         return all(len(str(value).split()) < 2 for value in data.unique(name))
     return ORIGINS.fullmatch(name) is not None
-
-
-def check_one_text(data: datasets.Dataset) -> None:
-    """Raise `DataError` for columns that a language model would have to join to one text."""
-    text = free_text(data)
-    several = [name for name in data.column_names if name in (*DIALOGUES, *text)]
-    nested = [name for name in several if name not in text]
-    if nested or len(text) > 1:
-        raise DataError(
-            f"a language model learns from one text here, and the data has {several}: dialogues, "
-            "preferences, and prompts with their completions are not read yet. Join them in one "
-            "column 'text' (of messages with tokenizer.apply_chat_template(..., tokenize=False)) "
-            "and drop the others, or tokenise them yourself, with 'labels' of -100 at the prompt"
-        )
 
 
 def check_nested(data: datasets.Dataset) -> None:
@@ -260,6 +279,24 @@ def has_choices(examples: Any) -> bool:
     row = as_dict(examples[0], INPUTS) if len(examples) else {}
     ids: Any = row.get("input_ids")
     return CHOICES in row or (is_nested(ids) and len(ids) > 1)
+
+
+def has_preferences(names: Collection[str]) -> bool:
+    """Return whether columns of these names hold a preferred text and another one."""
+    pairs = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
+    return any(all(name in names for name in pair) for pair in pairs)
+
+
+def check_preferences(names: Collection[str]) -> None:
+    """Raise `DataError` for preferences, which another task learns."""
+    if has_preferences(names):
+        raise DataError(
+            "the data has 'chosen' and 'rejected' texts, and preferences are learnt by a reward "
+            "model: load the network with AutoModelForSequenceClassification, num_labels=1 (by its "
+            "name it is loaded so), and pass task='reward-modelling'; to learn the chosen texts "
+            "alone, drop the others, data.remove_columns('rejected'), and rename 'chosen' 'text', "
+            "'messages', or beside a 'prompt' 'completion'"
+        )
 
 
 def words_column(examples: Any) -> str | None:

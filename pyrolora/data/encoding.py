@@ -8,6 +8,8 @@ from typing import Any
 
 TOO_LONG = 10**6
 """A tokenizer's limit from here on is none: transformers writes 1e30 where none is known."""
+OWN_LIMIT = "where the network's or the tokenizer's limit is"
+"""The limit of most texts, in a warning."""
 WORD_IDS = "word_ids"
 """The column with the number of each token's word in its text, None for special tokens."""
 
@@ -20,7 +22,7 @@ class Encoder:
     writes it, begins with it once; likewise at its end. With ``ends`` a text ends with EOS, once,
     and only where there is room. An ``open`` text will be continued: it lacks the tokens that the
     tokenizer puts last. With ``words`` the columns have the word of each token, `WORD_IDS`; a text
-    may then be a list of words.
+    may then be a list of words. ``source`` says where the limit comes from.
     """
 
     tokenizer: Any
@@ -28,12 +30,14 @@ class Encoder:
     ends: bool = False
     open: bool = False
     words: bool = False
+    target: bool = False
+    source: str = OWN_LIMIT
 
     def __call__(self, *texts: list[Any]) -> dict[str, Any]:
         """Return columns of tokens, cut at ``limit``, and ``cut``: which texts were."""
         limit = int(self.limit) if self.limit < TOO_LONG else None
         options = {"is_split_into_words": True} if texts and isinstance(texts[0][0], list) else {}
-        encoded = self.tokenizer(*texts, truncation=limit is not None, max_length=limit, **options)
+        encoded = self.tokens(*texts, truncation=limit is not None, max_length=limit, **options)
         made = dict(encoded)
         if self.words:
             made[WORD_IDS] = [encoded.word_ids(i) for i in range(len(made["input_ids"]))]
@@ -41,10 +45,10 @@ class Encoder:
         cut = [False] * len(made["input_ids"])
         if full:
             chosen = [[part[i] for i in full] for part in texts]
-            whole = self.tokenizer(*chosen, truncation=False, verbose=False, **options)["input_ids"]
+            whole = self.tokens(*chosen, truncation=False, verbose=False, **options)["input_ids"]
             for i, ids in zip(full, whole, strict=True):
                 cut[i] = len(ids) > len(made["input_ids"][i])
-        first, last = added(self.tokenizer)
+        first, last = added(self.tokens)
         for i, ids in enumerate(made["input_ids"]):
             size = len(ids)
             start = len(first) if first and ids[len(first) : 2 * len(first)] == first else 0
@@ -56,6 +60,12 @@ class Encoder:
             if self.ends and not cut[i]:
                 self._end(made, i)
         return {**made, "cut": cut}
+
+    def tokens(self, *texts: Any, **options: Any) -> Any:
+        """Call the tokenizer, for texts that are read or for those that are written."""
+        if self.target:
+            return self.tokenizer(text_target=texts[0], **options)
+        return self.tokenizer(*texts, **options)
 
     def _end(self, made: Mapping[str, Any], i: int) -> None:
         """Add EOS to a text that has room for it and does not end with it."""

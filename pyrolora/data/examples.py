@@ -8,12 +8,14 @@ from typing import Any
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pyrolora.columns import LABELS, TAGS
+from pyrolora.columns import INPUTS, LABELS, TAGS
+from pyrolora.data.pictures import is_picture, stored
 from pyrolora.errors import DataError
 
 TABLES = ("pandas", "polars", "arrow")
@@ -38,8 +40,9 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         )
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError(
-            "the size of a streamed data set is unknown, and the posterior depends on it; "
-            "make it a datasets.Dataset, for example with data.take(n)"
+            "a streamed data set is read in a fit alone (with num_examples= and max_steps), whose "
+            "steps take what they need; make it a datasets.Dataset, for example with "
+            "datasets.Dataset.from_list(list(data.take(n)))"
         )
     data = _texts_as_list(data)
     if isinstance(data, TensorDataset):
@@ -49,7 +52,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     if isinstance(data, tuple):
         return _from_tuple(data, input_name)
     if isinstance(data, list):
-        return _from_list(data)
+        return _from_list(data, input_name)
     if isinstance(data, TensorExamples):
         return data
     if isinstance(data, str):
@@ -62,8 +65,8 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         return data
     raise DataError(
         "data must be a datasets.Dataset or DatasetDict, a torch Dataset or DataLoader, a list of "
-        f"dicts or texts, or a tuple of tensors, got {type(data).__name__}; a table of columns "
-        "becomes one with datasets.Dataset.from_dict(...) or from_pandas(...)"
+        f"dicts, texts or pictures, or a tuple of tensors, got {type(data).__name__}; a table of "
+        "columns becomes one with datasets.Dataset.from_dict(...) or from_pandas(...)"
     )
 
 
@@ -74,13 +77,68 @@ def _texts_as_list(data: Any) -> Any:
     return rows if rows and all(isinstance(row, str) for row in rows) else data
 
 
-def _from_list(rows: list[Any]) -> datasets.Dataset:
-    if rows and all(isinstance(row, str) for row in rows):
-        return datasets.Dataset.from_dict({"text": rows})
+def _from_list(rows: list[Any], input_name: str) -> datasets.Dataset:
+    column = _column_of(rows, input_name)
+    if column is not None:
+        return _stored({column: rows})
     if not all(isinstance(row, Mapping) for row in rows):
         kinds = sorted({type(row).__name__ for row in rows})
-        raise DataError(f"a list must hold dicts or texts, got {' and '.join(kinds)}")
-    return datasets.Dataset.from_list([dict(row) for row in rows])
+        raise DataError(f"a list must hold dicts or texts, or pictures, got {' and '.join(kinds)}")
+    return _stored({name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())})
+
+
+# The columns of texts that are paths, for networks with these inputs.
+_OF_PATHS = {"pixel_values": "image", "input_values": "audio", "input_features": "audio"}
+
+
+def _column_of(rows: Sequence[Any], input_name: str) -> str | None:
+    """Return the column of a list of inputs: texts, paths, pictures or sounds; None for others."""
+    if not len(rows):
+        return None
+    if isinstance(rows[0], str) and all(isinstance(row, str | None) for row in rows):
+        return _OF_PATHS.get(input_name, "text")
+    if all(map(is_picture, rows)):
+        return "image"
+    sounds = all(isinstance(row, Mapping) and {*row} == {"array", "sampling_rate"} for row in rows)
+    return "audio" if sounds else None
+
+
+def _stored(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
+    """Return columns as a data set, which decodes pictures of PIL as they were."""
+    plain = {name: stored(_alike(rows)) for name, rows in columns.items()}
+    try:
+        data = datasets.Dataset.from_dict(plain)
+    except pa.ArrowException as error:
+        raise DataError(
+            f"the rows do not make one table of the columns {[*columns]}: {error}; give each "
+            "column values of one type"
+        ) from error
+    for name, rows in columns.items():
+        if any(map(is_picture, rows)):
+            data = data.cast_column(name, datasets.Image())
+    return data
+
+
+def _alike(rows: list[Any]) -> list[Any]:
+    """Return chats with lists of contents in all messages, if any message has one; others as are.
+
+    A column holds texts or lists, and people write the message with a picture as a list alone.
+    """
+    chats = [row for row in rows if isinstance(row, list | tuple)]
+    messages = [m for chat in chats for m in chat if isinstance(m, Mapping)]
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return rows
+    return [
+        row
+        if row is None
+        else [
+            {**m, "content": [{"type": "text", "text": m["content"]}]}
+            if isinstance(m.get("content"), str)
+            else m
+            for m in row
+        ]
+        for row in rows
+    ]
 
 
 def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
@@ -90,8 +148,8 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
             "for more inputs pass a list of dicts or a datasets.Dataset"
         )
     parts = tuple(map(_texts_as_list, parts))
-    texts = isinstance(parts[0], list | tuple) and len(parts[0]) and isinstance(parts[0][0], str)
-    names = ("text" if texts else input_name, LABELS)
+    raw = _column_of(parts[0], input_name) if isinstance(parts[0], list | tuple) else None
+    names = (raw or input_name, LABELS)
     if any(isinstance(part, Tensor) and (part.is_nested or part.dim() == 0) for part in parts):
         raise DataError(
             "a tuple must hold tensors (n, ...), or lists of numbers or texts, no nested tensor "
@@ -101,9 +159,8 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
     sizes = {name: len(part) for name, part in zip(names, parts, strict=False)}
     if len(set(sizes.values())) > 1:
         raise DataError(f"inputs and labels differ in length: {sizes}")
-    if texts:
-        columns = dict(zip(names, map(list, parts), strict=False))
-        return datasets.Dataset.from_dict(columns)
+    if raw is not None:
+        return _stored(dict(zip(names, map(list, parts), strict=False)))
     try:
         tensors = [as_numbers(part) for part in parts]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -165,6 +222,15 @@ def as_dict(example: Any, input_name: str) -> dict[str, Any]:
     raise DataError(
         f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
     )
+
+
+def first_row(data: Any, network: Any) -> dict[str, Any]:
+    """Return the first example of training data; an empty dict where it is not stored by names."""
+    if not isinstance(data, list | datasets.Dataset | datasets.DatasetDict):
+        return {}
+    name = getattr(network, "main_input_name", INPUTS)
+    rows = as_examples(data, name, ("train",))
+    return as_dict(rows[0], name) if is_plain(rows) and len(rows) else {}
 
 
 def is_plain(examples: Any) -> bool:

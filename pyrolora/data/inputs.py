@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora.columns import INPUTS
@@ -19,7 +22,9 @@ MODEL_INPUTS = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "i
 KNOWN_INPUTS = (
     *MODEL_INPUTS,
     *(MASK, "token_type_ids", "position_ids", "pixel_mask", "image_sizes", "image_grid_thw"),
-    *("bbox", "global_attention_mask"),
+    *("bbox", "global_attention_mask", "mm_token_type_ids", "pixel_attention_mask"),
+    *("pixel_values_videos", "video_grid_thw", "aspect_ratio_ids", "aspect_ratio_mask"),
+    *("image_attention_mask", "spatial_shapes", "second_per_grid_ts"),
 )
 
 
@@ -75,16 +80,52 @@ def context_length(network: nn.Module) -> float:
     if table is not None:
         return table
     config = getattr(network, "config", None)
-    for source in (config, getattr(config, "text_config", None)):
-        size = getattr(source, "max_position_embeddings", None)
-        if isinstance(size, int) and size > 0:  # XLNet, which has no limit, says -1
-            return size
+    places = ("max_encoder_position_embeddings", "max_position_embeddings")
+    for source in (config, *(getattr(config, part, None) for part in ("text_config", "encoder"))):
+        for size in (getattr(source, name, None) for name in places):
+            if isinstance(size, int) and size > 0:  # XLNet, which has no limit, says -1
+                return size
     return math.inf
 
 
+def shift_of(network: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return the network's function from labels to the decoder's inputs; None where it has none.
+
+    It puts the start in front, moves the labels one place on, and padding in the place of -100.
+    """
+    method = getattr(network, "prepare_decoder_input_ids_from_labels", None)
+    if callable(method):
+        shift: Callable[[Tensor], Tensor] = method
+        return shift
+    config: Any = getattr(network, "config", None)
+    for kind in type(network).__mro__:
+        function = getattr(sys.modules[kind.__module__], "shift_tokens_right", None)
+        if callable(function):
+            return partial(
+                function,
+                pad_token_id=config.pad_token_id,
+                decoder_start_token_id=config.decoder_start_token_id,
+            )
+    return None
+
+
+def written_length(network: nn.Module) -> float:
+    """Return the most tokens that the decoder of an encoder-decoder writes, as far as is known."""
+    config = getattr(network, "config", None)
+    places = ("max_decoder_position_embeddings", "max_target_positions", "max_position_embeddings")
+    decoder = getattr(config, "decoder", None)
+    sizes = (getattr(source, name, None) for source in (decoder, config) for name in places)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), math.inf)
+
+
 def encoder_for(
-    tokenizer: Any, context: float, *, ends: bool = False, words: bool = False
+    tokenizer: Any,
+    context: float,
+    *,
+    ends: bool = False,
+    words: bool = False,
+    target: bool = False,
 ) -> Encoder:
-    """Return the encoder of a tokenizer for a network that reads ``context`` tokens."""
+    """Return the encoder of a tokenizer for a network that reads, or writes, ``context`` tokens."""
     limit = min(getattr(tokenizer, "model_max_length", math.inf), context)
-    return Encoder(tokenizer, limit, ends, words=words)
+    return Encoder(tokenizer, limit, ends, words=words, target=target)

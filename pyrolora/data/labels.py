@@ -67,8 +67,9 @@ def _check_joined(names: set[str]) -> None:
         if len(pieces) > 1 and names.issuperset(pieces):
             raise DataError(
                 f"the label {name!r} is a class of its own, or the labels {pieces}, which are "
-                "classes of the data, too: several labels per example (multi-label classification) "
-                "are not supported yet; if it is a class, give it a name without ',', ';' and '|'"
+                "classes of the data, too; for several labels per example give each a list of "
+                "names (task='multi-label-classification'); if it is a class, give it a name "
+                "without ',', ';' and '|'"
             )
 
 

@@ -85,6 +85,11 @@ def _ids(sources: list[Any], name: str) -> frozenset[int]:
     return frozenset(value for value in ids if isinstance(value, int) and value >= 0)
 
 
+def _are_of_examples(labels: Any) -> bool:
+    """Return whether labels are one number or real ones; those of tokens are whole numbers."""
+    return np.ndim(labels) == 0 or as_numbers(labels).is_floating_point()
+
+
 def padded(rows: list[dict[str, Any]], tokenizer: Any, *, right: bool) -> dict[str, Tensor]:
     """Return rows of several lengths as one batch.
 
@@ -103,7 +108,7 @@ def padded(rows: list[dict[str, Any]], tokenizer: Any, *, right: bool) -> dict[s
         tokenizer = copy.copy(tokenizer)
         tokenizer.padding_side = "right"
     apart = [name for name in rows[0] if name not in PADDED_BY_TOKENIZER]
-    if LABELS in rows[0] and np.ndim(rows[0][LABELS]) == 0:
+    if LABELS in rows[0] and _are_of_examples(rows[0][LABELS]):
         apart.append(LABELS)
     columns = {name: [row[name] for row in rows] for name in apart}
     sizes = [len(row["input_ids"]) for row in rows]

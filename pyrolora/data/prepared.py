@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -17,9 +17,18 @@ from torch.utils.data import DataLoader
 from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.collate import Collator, whole_as_long
 from pyrolora.data.columns import TOKEN_MASKS, check_columns, check_task, unread, warn_unread
-from pyrolora.data.examples import TensorExamples, as_dict, as_examples, is_nested, is_plain
+from pyrolora.data.encoding import TOO_LONG
+from pyrolora.data.examples import (
+    TensorExamples,
+    as_dict,
+    as_examples,
+    is_nested,
+    is_plain,
+    is_text,
+)
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import all_labels, no_labels
+from pyrolora.data.packing import POSITIONS, packed_rows
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
@@ -29,15 +38,30 @@ class Prepared:
     """Data ready for a loader: indexable examples, their collator, and all labels.
 
     ``names`` are those of the classes, where neither the network nor an earlier fit has names.
+    ``texts`` is the number of texts in rows that have several; None: a row is an example. ``whole``
+    is the number of examples of which these are a part; None: they are all.
     """
 
     examples: Any
     collate: Collator
     labels: Tensor | None
     names: list[str] | None = None
+    texts: int | None = None
+    whole: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def num_examples(self) -> int:
+        """n, the number of examples that these are, or stand for, however many share a row."""
+        own = len(self) if self.texts is None else self.texts
+        return own if self.whole is None else self.whole
+
+    @property
+    def rows(self) -> float:
+        """The number of rows that n examples fill."""
+        return self.num_examples * len(self) / (self.texts or len(self))
 
     def loader(self, batch_size: int, order: list[int] | None = None) -> DataLoader[Any]:
         """Return a loader of batches in order, or in the ``order`` of these numbers.
@@ -74,6 +98,7 @@ def prepare(
     splits: Sequence[str] = ("train",),
     need_labels: bool = True,
     to_learn: bool = True,
+    to_pack: bool = False,
 ) -> Prepared:
     """Check and convert ``data``.
 
@@ -86,8 +111,9 @@ def prepare(
         multiple choice, a column ``choices`` with the texts of each example beside its
         ``question``, or tokens (choices, T) per example. For token classification, a column
         ``tokens`` with the words of each example beside its ``ner_tags``, or tokens with a label
-        per token. A masked language model is given texts without labels with some tokens hidden,
-        always the same.
+        per token. For sequence to sequence, a column that is read and one that is written
+        (`columns.WRITTEN_PAIRS`), or tokens with ``labels`` of any length. A masked language model
+        is given texts without labels with some tokens hidden, always the same.
     network, task
         The network and the task that the batches are for.
     tokenizer
@@ -101,6 +127,8 @@ def prepare(
     to_learn
         Whether a causal language model learns the texts: then EOS ends each, so that what it writes
         ends, too. Scores are of the texts as they are.
+    to_pack
+        Whether several texts share a row, where the task's `TextOptions` say so.
 
     Raises
     ------
@@ -113,6 +141,7 @@ def prepare(
         raise DataError("the data is empty: it has 0 examples")
     collate: Collator = task.collator(network, tokenizer)
     collate.ends_texts &= to_learn
+    collate.texts = task.texts
     collate.check_data(examples)
     names, columns = None, [*as_dict(examples[0], collate.input_name)]
     if task.names_classes:
@@ -132,7 +161,27 @@ def prepare(
     _check_features(examples, collate)
     _check_context(examples, collate)
     warn_unread(left, collate.network_name)
-    return Prepared(examples, collate, labels, names)
+    prepared = Prepared(examples, collate, labels, names)
+    packing = to_pack and task.texts is not None and task.texts.packing
+    return _packed(prepared) if packing else prepared
+
+
+def _packed(data: Prepared) -> Prepared:
+    """Return data with several texts per row."""
+    collate, limit = data.collate, data.collate.encoder.limit
+    if POSITIONS not in collate.taken:
+        raise DataError(
+            f"packing=True, and {collate.network_name} takes no position_ids, by which the texts "
+            "of a row are told apart; leave packing out"
+        )
+    if limit >= TOO_LONG:
+        raise DataError(
+            f"packing=True fills rows up to max_length, and there is none, nor has "
+            f"{collate.network_name} a limit of its own; set TextOptions(max_length=...)"
+        )
+    rows = packed_rows(data.examples, collate.example, int(limit))
+    labels = all_labels(rows, collate.example, partly=False, changed=True)
+    return replace(data, examples=rows, labels=labels, texts=len(data))
 
 
 def _names(examples: Any, columns: list[str]) -> list[str]:
@@ -145,7 +194,8 @@ def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Data
     check_task(data.column_names)
     names = data.column_names
     read: tuple[str, ...] = ()
-    if not any(name in names for name in (*MODEL_INPUTS, INPUTS)):
+    texts = INPUTS in names and is_text(data.features[INPUTS])
+    if not any(name in names for name in (*MODEL_INPUTS, *([] if texts else [INPUTS]))):
         data, read = collate.encode(data)
     kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
     if not set(kept) - {LABELS}:
@@ -212,13 +262,15 @@ def token_counts(examples: Any) -> list[int] | None:
 def _check_features(examples: Any, collate: Collator) -> None:
     """Raise `DataError` for features that are not finite.
 
-    All features are checked where they are tensors, else those of the first thousand examples.
+    All features are checked where they are tensors, else those of the first thousand examples; of
+    pictures and sounds fewer, which are checked as they are read.
     """
     if isinstance(examples, TensorExamples):
         batches: list[Mapping[str, Tensor]] = [collate.converted(examples.columns)]
         collate([examples[0]])
     else:
-        step, last = 100, min(len(examples), 1000)
+        step = 100 if collate.media is None else 8
+        last = min(len(examples), 10 * step)
         batches = [
             collate([examples[i] for i in range(start, min(start + step, last))])
             for start in range(0, last, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 import warnings
 from collections.abc import Mapping
 from itertools import chain
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 
 from pyrolora.columns import LABELS
 from pyrolora.data.columns import CHOICES, check_text, context_columns
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.encoding import OWN_LIMIT, Encoder
 from pyrolora.errors import DataError
 
 
@@ -30,7 +31,7 @@ def encode_texts(
     )
     lengths = pc.list_value_length(made.with_format("arrow")[:]["input_ids"]).to_numpy()
     _check_empty(lengths)
-    warn_cut(sum(made["cut"]), len(made), encoder.limit)
+    warn_cut(sum(made["cut"]), len(made), encoder.limit, encoder.source)
     return made.remove_columns("cut")
 
 
@@ -64,7 +65,7 @@ def encode_choices(data: datasets.Dataset, encoder: Encoder) -> datasets.Dataset
         encode, batched=True, remove_columns=data.column_names, desc="tokenising"
     )
     _check_empty(np.array([min(map(len, rows)) for rows in made["input_ids"]]))
-    warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit)
+    warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit, encoder.source)
     return made.remove_columns("cut")
 
 
@@ -80,13 +81,31 @@ def choice_texts(choices: Any) -> list[str]:
 
 
 def choice_number(label: Any, choices: Any) -> Any:
-    """Return the number of the right choice, which ARC names ("A" to "E", or "1" to "5")."""
-    names = choices.get("label") if isinstance(choices, Mapping) else None
-    if not isinstance(label, str) or names is None:
+    """Return the number of the right choice, from its number, its name, its letter or its text.
+
+    ARC names its choices ("A" to "E", or "1" to "5"); elsewhere a label that is a text is the
+    letter of a choice, "A" the first, or its text.
+
+    Raises
+    ------
+    DataError
+        For a text that is none of these, or several.
+    """
+    if not isinstance(label, str):
         return label
-    if label not in names:
-        raise DataError(f"the label {label!r} is none of its example's choices, {names}")
-    return names.index(label)
+    texts = choice_texts(choices)
+    names = choices.get("label") if isinstance(choices, Mapping) else None
+    letters = [*string.ascii_uppercase[: len(texts)]] if names is None else names
+    found = {i for i, letter in enumerate(letters) if letter == label}
+    if names is None or not found:
+        found |= {i for i, text in enumerate(texts) if text == label}
+    if len(found) != 1:
+        raise DataError(
+            f"the label {label!r} is {'none' if not found else f'several, {sorted(found)},'} of "
+            f"its example's choices, {texts}, which are called {letters}; give the number of the "
+            "right one, counted from 0"
+        )
+    return found.pop()
 
 
 def no_tokens(examples: list[int], need: str = "no token") -> str:
@@ -98,12 +117,14 @@ def no_tokens(examples: list[int], need: str = "no token") -> str:
     )
 
 
-def warn_cut(count: int, total: int, limit: float) -> None:
-    """Warn that ``count`` texts were cut."""
+def warn_cut(
+    count: int, total: int, limit: float, source: str = OWN_LIMIT, what: str = "texts"
+) -> None:
+    """Warn that ``count`` of the texts were cut; ``source`` says where the limit comes from."""
     if count:
         warnings.warn(
-            f"{count} of {total} texts have more than {int(limit)} tokens and are cut there, where "
-            "the network's or the tokenizer's limit is",
+            f"{count} of {total} {what} have more than {int(limit)} tokens and are cut there, "
+            f"{source}",
             stacklevel=2,
         )
 

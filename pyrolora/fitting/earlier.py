@@ -41,7 +41,7 @@ class Earlier(Origin):
         return self.source.model.attachment.again()
 
     def builder(self, attachment: Attachment, data: Prepared, args: TrainingArguments) -> Builder:
-        return partial(self._build, attachment, len(data))
+        return partial(self._build, attachment, data.num_examples)
 
     def _build(self, attachment: Attachment, num_examples: int, guide: Guide) -> JointModel:
         task = copy.deepcopy(self.task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -15,12 +16,13 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from pyrolora import defaults
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
-from pyrolora.data import Prepared, prepare
+from pyrolora.data import Prepared, TextOptions, prepare
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
-from pyrolora.fitting.origin import Origin
+from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
+from pyrolora.fitting.streams import read_stream
 from pyrolora.fitting.training import (
     check_evaluation,
     choose_best,
@@ -29,12 +31,13 @@ from pyrolora.fitting.training import (
 )
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.seeding import fitting
 from pyrolora.storage import describe_base
-from pyrolora.tasks import Task
+from pyrolora.tasks import Task, choice_task
 
 
 def fit(
@@ -43,9 +46,12 @@ def fit(
     guide: str | Guide | None = None,
     *,
     eval_data: Any = None,
+    num_examples: int | None = None,
     tokenizer: Any = None,
     task: str | Task | None = None,
+    choices: str | None = None,
     adapter: AdapterConfig | Any = None,
+    texts: TextOptions | None = None,
     prior: Posterior | None = None,
     epochs: float | None = None,
     learning_rate: float | None = None,
@@ -71,9 +77,11 @@ def fit(
         ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
         ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
         labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
-        and ``label``, the number of the right one (for a network that scores choices: a causal
-        language model learns whole texts, and chooses in `Posterior.predict`). In texts without
-        labels for a masked language model some tokens are hidden, always the same. Labels that are
+        and ``label``, the number, the letter or the text of the right one; a causal language model
+        is told how to choose, by ``choices``. For sequence to sequence one column is read and
+        another is written: ``document`` and ``summary``, ``source`` and ``target``, and others
+        (``docs/tasks.md``), or ``input_ids`` and ``labels``. In texts without labels for a masked
+        language model some tokens are hidden, always the same. Labels that are
         names are matched with the network's, up to case, spaces, '-' and '_'; a network without
         names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
         language model learns; scores are those of the text alone. A warning names columns that are
@@ -85,12 +93,25 @@ def fit(
         Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
         draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``). ``"laplace"`` sets the scale of
         its prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
+    num_examples
+        n, the number of all examples of a stream (``datasets.IterableDataset``), of which the fit
+        reads as many as the ``max_steps`` of ``training`` take.
     tokenizer
         The tokenizer, for raw text and padding; with the hub id or folder of a model it is loaded.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
+    choices
+        How a causal language model learns to choose, from data with a column ``choices``:
+        ``"letters"``, by the letter that it writes after a prompt with lettered options, among the
+        letters (one pass per example); ``"texts"``, by the likelihoods of the choices' texts after
+        the context (a pass per choice), or ``"texts-per-token"``, by their means over tokens. It
+        stands for ``task="letter-choice"``, ``"text-choice"``,
+        ``"text-choice-per-token"``.
     adapter
         An `AdapterConfig`, or a ``peft.LoraConfig``.
+    texts
+        A `TextOptions`: how a causal language model reads texts and chats. The posterior keeps it.
+        None: as its defaults say, or as in the earlier fit.
     prior
         A posterior of the same network from earlier data, which becomes the prior of the latent
         factors:
@@ -115,7 +136,7 @@ def fit(
         shortcuts: its own defaults then hold (a learning rate of 5e-5), and saving is up to you.
         ``metric_for_best_model`` can be any metric of `Posterior.evaluate`, or ``"loss"``, which is
         the ``nll``; whether it is better high or low is known. Arguments that would do nothing here
-        are refused.
+        are refused. A ``trl.SFTConfig`` has `TextOptions`, too.
     callbacks
         Trainer callbacks, or one.
 
@@ -139,9 +160,11 @@ def fit(
         data=data,
         guide=guide,
         eval_data=eval_data,
+        num_examples=num_examples,
         tokenizer=tokenizer,
-        task=task,
+        task=choice_task(choices, task),
         adapter=adapter,
+        texts=texts,
         given=given,
         prior=prior,
         epochs=epochs,
@@ -161,7 +184,7 @@ def fit_request(request: Request) -> Posterior:
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
     request.check()
-    request = request.loaded()
+    request = read_stream(request).loaded()
     _warn_of_temperature(request)
     with opened_arguments(request) as args:
         set_seed(args.seed)
@@ -170,8 +193,10 @@ def fit_request(request: Request) -> Posterior:
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
-            build = origin.builder(attachment, data, args)
+            build = partial(_in_rows, origin.builder(attachment, data, args), data.rows)
             joint = build(request.options)
+            if request.options.reads_inputs:
+                check_recordable(joint)
             origin.ready(joint, data, held_out, args)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts
@@ -199,7 +224,9 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
     """Prepare the training data, whose classes the task gets, and the evaluation data."""
     network, task, tokenizer = origin.network, origin.task, origin.tokenizer
     request.options.check(task)
-    data, held_out = prepare(request.data, network, task, tokenizer), None
+    _set_texts(task, request)
+    data, held_out = prepare(request.data, network, task, tokenizer, to_pack=True), None
+    data = dataclasses.replace(data, whole=request.num_examples)
     task.class_names = data.names or task.class_names
     if request.held_out is not None:
         splits = defaults.FIT_SPLITS
@@ -207,6 +234,27 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
             request.held_out, network, task, tokenizer, splits=splits, to_learn=False
         )
     return data, held_out
+
+
+def _in_rows(build: Builder, rows: float, guide: Guide) -> JointModel:
+    """Build the joint model of a guide, for data in so many rows."""
+    joint = build(guide)
+    joint.rows = rows
+    return joint
+
+
+def _set_texts(task: Task, request: Request) -> None:
+    """Have the task read texts as the request says."""
+    texts = request.reading
+    if texts is None:
+        return
+    if not task.collator.reads_texts:
+        given = "texts=" if request.texts is not None else type(request.training).__name__
+        raise ConfigError(
+            f"{given} says how a causal language model reads texts, and the task is {task.name!r}; "
+            "leave it out"
+        )
+    task.texts = texts
 
 
 def _inferred(run: Run, request: Request) -> Posterior:
@@ -224,6 +272,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
             except SaveError as unsaved:
                 error.add_note(str(unsaved))
         raise
+    finally:
+        run.joint.rows = run.joint.num_examples  # from now on an example is a row
     return posterior
 
 

@@ -15,9 +15,12 @@ from transformers import TrainerCallback, TrainingArguments
 from pyrolora import defaults
 from pyrolora.adapters import as_adapter_config
 from pyrolora.adapters.config import AdapterConfig
+from pyrolora.data import TextOptions
 from pyrolora.errors import ConfigError
 from pyrolora.fitting.stored import StoredPosterior
+from pyrolora.fitting.supervised import text_options_of
 from pyrolora.guides import Guide, Variational, as_guide, available, full_name
+from pyrolora.inference import OF_STEPS, set_for_steps
 from pyrolora.posterior import Posterior
 from pyrolora.tasks import Task
 
@@ -56,6 +59,8 @@ class Request:
     tokenizer: Any = None
     task: str | Task | None = None
     adapter: AdapterConfig | Any = None
+    texts: TextOptions | None = None
+    num_examples: int | None = None
     given: Posterior | StoredPosterior | None = None
     prior: Posterior | StoredPosterior | None = None
     epochs: float | None = None
@@ -98,6 +103,11 @@ class Request:
         return self.eval_data
 
     @property
+    def reading(self) -> TextOptions | None:
+        """How texts are read, where the request says it: by ``texts``, or by TRL's arguments."""
+        return text_options_of(self.training) if self.texts is None else self.texts
+
+    @property
     def listeners(self) -> list[TrainerCallback]:
         """The callbacks as a list."""
         given: Any = self.callbacks
@@ -129,10 +139,12 @@ class Request:
         return {
             "model": _name(self.model),
             "data": _name(self.data),
+            "num_examples": self.num_examples,
             "eval_data": _name(self.held_out),
             "guide": {"name": full_name(self.options), **dataclasses.asdict(self.options)},
             "task": _name(self.task),
             "adapter": adapter,
+            "texts": None if self.reading is None else dataclasses.asdict(self.reading),
             "given": _name(self.given),
             "prior": _name(self.prior),
             **shortcuts,
@@ -145,6 +157,7 @@ class Request:
         """Raise `ConfigError` for parts that contradict one another, and for unfit callbacks."""
         guide, adapter = self.options, self.adapter
         self._check_callbacks()
+        self._check_texts()
         if self.prior is not None:
             self._check_prior(self.prior)
         if self.given is not None:
@@ -163,6 +176,20 @@ class Request:
                     "callbacks must be transformers.TrainerCallback objects, or one, got "
                     f"{listener!r}; subclass TrainerCallback"
                 )
+
+    def _check_texts(self) -> None:
+        if self.texts is None:
+            return
+        if not isinstance(self.texts, TextOptions):
+            raise ConfigError(
+                f"texts must be a pyrolora.TextOptions, got {self.texts!r}; for example "
+                "TextOptions(max_length=512, assistant_only_loss=True)"
+            )
+        if text_options_of(self.training) is not None:
+            raise ConfigError(
+                f"texts= and a {type(self.training).__name__} both say how texts are read; leave "
+                "texts= out, or pass a transformers.TrainingArguments"
+            )
 
     def _check_prior(self, prior: Posterior | StoredPosterior) -> None:
         """Refuse what an earlier posterior brings itself, and a guide that cannot follow its."""
@@ -201,8 +228,13 @@ class Request:
             )
         from_peft = isinstance(given, StoredPosterior) and given.from_peft
         self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
+        if how != "computed":
+            return
         useless = [name for name in ("epochs", "learning_rate", "callbacks") if getattr(self, name)]
-        if how == "computed" and useless:
+        useless += [f"training.{name}" for name in self.training_options if name in OF_STEPS]
+        if isinstance(self.training, TrainingArguments):
+            useless += set_for_steps(self.training)
+        if useless:
             raise ConfigError(
                 f"guide {guide.name!r} trains nothing when the adapter is given; leave "
                 f"{', '.join(useless)} out"

@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.fitting.request import Request
+from pyrolora.fitting.supervised import read_options
 from pyrolora.folder_lock import locked
 from pyrolora.inference import check_arguments, training_arguments
 from pyrolora.tasks import Task
@@ -42,7 +43,7 @@ def arguments_of(request: Request, scratch: str = "") -> TrainingArguments:
             f"{', '.join(shortcuts)} and training= were both given; set "
             f"{'them' if len(shortcuts) > 1 else 'it'} in the TrainingArguments"
         )
-    check_arguments(request.training)
+    check_arguments(request.training, read_options(request.training))
     args = copy.copy(request.training)
     args.remove_unused_columns = False
     args.label_names = ["labels"]

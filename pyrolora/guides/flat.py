@@ -110,6 +110,10 @@ class Flat(Guide):
     def settles(self) -> bool:
         return self.inner.settles
 
+    @property
+    def reads_inputs(self) -> bool:
+        return self.inner.reads_inputs
+
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
 

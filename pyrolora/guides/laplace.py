@@ -138,6 +138,10 @@ class Laplace(Guide):
         return self.curvature == "full"
 
     @property
+    def reads_inputs(self) -> bool:
+        return True
+
+    @property
     def size(self) -> int:
         """The number of draws that are kept."""
         return self.num_draws or defaults.NUM_SAMPLES
@@ -151,6 +155,7 @@ class Laplace(Guide):
             linearised=self.full or self.linearised is not False,
             independent_layers=not self.full,
             distinct_prior=True,
+            all_examples=True,
         )
 
     def build(self, bank: AdapterBank) -> Program:

@@ -85,6 +85,11 @@ class Guide(ABC):
         """Whether `Program.settle` sets the scales to their optimum, so that none is trained."""
         return False
 
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether inference reads the inputs of the adapted layers, as a curvature is made of."""
+        return self.settles
+
     def rate_held_from(self) -> float:
         """Return the share of the training steps after which the learning rate is held."""
         return 1.0

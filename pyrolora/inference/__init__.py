@@ -1,6 +1,11 @@
 """Inference: the engines that guides share, and the Trainer's arguments and checkpoints."""
 
-from pyrolora.inference.arguments import check_arguments, training_arguments
+from pyrolora.inference.arguments import (
+    OF_STEPS,
+    check_arguments,
+    set_for_steps,
+    training_arguments,
+)
 from pyrolora.inference.checkpoints import (
     checkpoint_step,
     checkpoints,
@@ -21,6 +26,7 @@ from pyrolora.inference.run import Run
 from pyrolora.inference.trainer import SVITrainer
 
 __all__ = [
+    "OF_STEPS",
     "AllocateRanks",
     "Eigen",
     "Kronecker",
@@ -41,6 +47,7 @@ __all__ = [
     "member_folders",
     "newest_whole",
     "read_state",
+    "set_for_steps",
     "signal_to_noise",
     "training_arguments",
     "weight_gradients",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,25 @@ def training_arguments(
     return TrainingArguments(output_dir=str(output_dir), **{**options, **more})
 
 
-def check_arguments(training: Any) -> None:
-    """Raise `ConfigError` unless these are ``TrainingArguments`` that all have an effect."""
+def check_arguments(training: Any, read: Collection[str] = ()) -> None:
+    """Raise `ConfigError` unless these are ``TrainingArguments`` that all have an effect.
+
+    ``read`` are the options of a class with more of them that have one.
+    """
     if not isinstance(training, TrainingArguments):
         raise ConfigError(
             f"training must be a transformers.TrainingArguments, got {training!r}; epochs=, "
             "learning_rate=, batch_size= and seed= need none"
         )
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    added = [field for field in dataclasses.fields(training) if field.name not in known]
-    if added:
-        changed = [
-            f"{field.name}={getattr(training, field.name)!r}"
-            for field in added
-            if getattr(training, field.name) != _default(field)
-        ]
+    fields = dataclasses.fields(training)
+    added = [field for field in fields if field.name not in known.union(read)]
+    changed = [
+        f"{field.name}={getattr(training, field.name)!r}"
+        for field in added
+        if getattr(training, field.name) != _default(field)
+    ]
+    if changed or (added and not read):
         raise ConfigError(
             f"training is a {type(training).__name__}, whose own options would have no effect here "
             f"({', '.join(changed or [field.name for field in added])}); pass a plain "
@@ -147,3 +152,23 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+OF_STEPS = (
+    *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("warmup_steps", "weight_decay", "optim", "optim_args", "max_grad_norm"),
+    *("gradient_accumulation_steps", "gradient_checkpointing"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+"""Arguments of the optimiser's steps."""
+
+
+def set_for_steps(training: TrainingArguments) -> list[str]:
+    """Return the arguments of the optimiser's steps that are not at a default."""
+    usual = TrainingArguments, training_arguments
+    defaults_of = [make(output_dir=training.output_dir, report_to="none") for make in usual]
+    return [
+        f"training={name}={getattr(training, name)!r}"
+        for name in OF_STEPS
+        if getattr(training, name) not in [getattr(one, name) for one in defaults_of]
+    ]

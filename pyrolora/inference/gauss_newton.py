@@ -64,7 +64,7 @@ def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Cu
                 entries[key] += gradient.square().sum(0)
                 ranks[key][:r, :r] += torch.einsum("bik,bjk->ij", gradient, gradient)
             seen += size
-    scale = joint.num_examples / max(seen, 1)
+    scale = joint.rows / max(seen, 1)
     flat = torch.cat([entries[b.layer, b.factor].flatten() for b in layout.blocks])
     return Curvature(
         scale * flat, scale * torch.stack([ranks[b.layer, b.factor] for b in layout.blocks])

@@ -49,7 +49,7 @@ def describe_fit(
         "adapter": dataclasses.asdict(joint.program.bank.config),
         "layers": list(joint.program.bank.specs),
         "task": joint.task.name,
-        "num_examples": len(data),
+        "num_examples": data.num_examples,
         "data_digest": digest_of_data(data),
         "constants_digest": _digest_of_constants(joint),
         "training": {name: getattr(args, name) for name in _SCHEDULE},

@@ -7,14 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pyrolora.columns import IGNORED, LABELS
+from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
+from pyrolora.data.inputs import written_length
 from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.model import JointModel, evaluating
 
 # The most that outputs differ by the order of sums alone, as a share of the largest.
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_KINDS = {"input_ids": "language model", DECODER_IDS: "decoder"}
 
 
 @contextmanager
@@ -41,8 +44,10 @@ def explained_pass(network: nn.Module, batch: Mapping[str, object]) -> Iterator[
 def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor) -> None:
     """Raise `ConfigError` for outputs that do not fit their task, or that have read ahead."""
     joint.task.check_reading(output, batch, joint.base)
-    if joint.task.causal:
-        check_causal(joint, batch)
+    text = joint.task.as_text()
+    if text is not None:
+        own = text is joint.task
+        check_causal(joint.under(text), batch if own else joint.task.inputs(batch, joint.base))
 
 
 @torch.no_grad()
@@ -58,27 +63,37 @@ def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
         For a network that reads the tokens that it is to predict, or packed texts that see each
         other.
     """
-    ids = batch.get("input_ids")
+    name = DECODER_IDS if joint.task.writes == "apart" else "input_ids"
+    ids = joint.task.inputs(batch, joint.base).get(name)
     if ids is None or ids.dim() != 2:
         return
     last = _last(batch)
     if last < 1:
         return
-    example = {name: t[:1] if isinstance(t, Tensor) else t for name, t in batch.items()}
+    example = {n: t[:1] if isinstance(t, Tensor) else t for n, t in {**batch, name: ids}.items()}
     with evaluating(joint):
         before = joint.network(example, joint.program.mean())
-        after = joint.network(_changed(joint, example, last), joint.program.mean())
+        after = joint.network(_changed(joint, example, last, name), joint.program.mean())
         if _differ(joint, before[0, :last], after[0, :last]):
             raise ConfigError(
-                f"this {type(joint.base).__name__} is no causal language model: what it gives for "
+                f"this {type(joint.base).__name__} is no causal {_KINDS[name]}: what it gives for "
                 f"a token changes with the tokens after it (here with token {last}), so that it "
                 "would read what it is to predict; load it with is_decoder=True where its config "
                 "has that, or label (other than -100) only tokens after the part that it reads as "
                 "a whole"
             )
+        room = ids.shape[1] < written_length(joint.base) and DECODER_MASK not in example
+        if name == DECODER_IDS and room:
+            after = joint.network({**example, name: F.pad(ids[:1], (0, 1))}, joint.program.mean())
+            if _differ(joint, before[0], after[0, : ids.shape[1]]):
+                raise ConfigError(
+                    f"what this {type(joint.base).__name__} gives for a token changes with padding "
+                    "after it, so that scores of a batch would not be those of its examples; fit "
+                    "another network"
+                )
         starts = _starts(example)
         if starts and starts[0] <= last:
-            after = joint.network(_changed(joint, example, 0), joint.program.mean())
+            after = joint.network(_changed(joint, example, 0, name), joint.program.mean())
             if _differ(joint, before[0, starts[0] :], after[0, starts[0] :]):
                 raise ConfigError(
                     f"in this {type(joint.base).__name__} the texts that are packed in one row see "
@@ -105,9 +120,11 @@ def _starts(example: Mapping[str, Tensor]) -> list[int]:
     return [int(i) + 1 for i in (positions[0].diff() != 1).nonzero().flatten()]
 
 
-def _changed(joint: JointModel, example: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+def _changed(
+    joint: JointModel, example: Mapping[str, Tensor], place: int, name: str
+) -> dict[str, Tensor]:
     """Return the example with another token in that place, if possible one that is new to it."""
-    ids = example["input_ids"].clone()
+    ids = example[name].clone()
     config = getattr(joint.base, "config", None)
     size = getattr(getattr(config, "text_config", config), "vocab_size", None) or int(ids.max()) + 1
     used = {*ids.flatten().tolist()}
@@ -116,7 +133,7 @@ def _changed(joint: JointModel, example: Mapping[str, Tensor], place: int) -> di
     ids[0, place] = next(
         (token for token in order if token not in used), order[0] if order else old
     )
-    return {**example, "input_ids": ids}
+    return {**example, name: ids}
 
 
 def _differ(joint: JointModel, before: Tensor, after: Tensor) -> bool:

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyrolora.adapters import Factors, FlatFactors
-from pyrolora.columns import CHOICE_MASK, PLACES, Batch
+from pyrolora.adapters.other_kinds import folded, is_embedding, rows_of
+from pyrolora.adapters.parameter_layer import ParameterSlot
+from pyrolora.columns import (
+    CHOICE_MASK,
+    CHOICE_PLACES,
+    DECODER_IDS,
+    DECODER_MASK,
+    IGNORED,
+    LABELS,
+    PLACES,
+    Batch,
+)
+from pyrolora.data.inputs import written_length
+from pyrolora.data.padding import MASK
+from pyrolora.errors import ConfigError, listed
 from pyrolora.model import JointModel
+
+OF_DECODER = (LABELS, DECODER_IDS, DECODER_MASK)
+"""The columns with a number per position of a decoder."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +40,11 @@ class Recording(Factors):
 
     def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
         out: Tensor = layer(x)
-        x = x.to(self.A.dtype)
+        x = rows_of(layer, x).to(self.A.dtype)
         update = x @ self.A.mT @ self.sB
         self.inputs.append(x.detach())
         self.updates.append(update)
-        return out + update.to(out.dtype)
+        return out + folded(layer, update, out).to(out.dtype)
 
 
 def recorded(
@@ -35,20 +54,48 @@ def recorded(
 
     The updates have gradients where B requires one.
     """
+    check_recordable(joint)
     plain = joint.binding(factors)
     layers = {
         name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
         for name, layer in joint.attachment.layers.items()
     }
-    bound: dict[nn.Module, Factors] = {
+    bound: dict[Any, Factors] = {
         joint.attachment.layers[name]: layer for name, layer in layers.items()
     }
     return joint.run(batch, replace(plain, factors=bound)), layers
 
 
+def check_recordable(joint: JointModel) -> None:
+    """Raise `ConfigError` for adapted parameters and embeddings, whose inputs cannot be recorded.
+
+    Those of parameters are seen by their module alone; those of embeddings are as many as the
+    vocabulary, and the curvature has a matrix of that size.
+    """
+    layers = joint.attachment.layers
+    hidden = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, ParameterSlot) or is_embedding(layer.base_layer)
+    ]
+    if hidden:
+        raise ConfigError(
+            "the curvature of the likelihood (of 'laplace', and of scale_updates='curvature') is "
+            "made of the inputs of each layer, and adapted parameters and embeddings have none "
+            f"that it could use: {listed(hidden, most=2)}; leave them out of target_parameters and "
+            "target_modules, or choose 'montec' or 'meanfield' with scale_updates='gradient'"
+        )
+
+
 def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
-    """Yield the batch whole, or example by example where a layer's rows have no known owner."""
+    """Yield the batch whole, or example by example where a layer's rows have no known owner.
+
+    Positions are told apart by their number. Where a decoder has as many as its encoder, it gets
+    one more, of padding, which changes nothing before it.
+    """
     size = len(next(iter(batch.values())))
+    if joint.task.writes == "apart" and _alike(joint, batch):
+        batch = {**batch, **{n: _longer(n, batch[n]) for n in OF_DECODER if n in batch}}
     if size == 1 or joint.together(batch):
         yield batch
         return
@@ -56,18 +103,34 @@ def readable(joint: JointModel, batch: Batch) -> Iterator[Batch]:
         yield {name: tensor[i : i + 1] for name, tensor in batch.items()}
 
 
-def masks(batch: Batch) -> list[Tensor]:
+def _alike(joint: JointModel, batch: Batch) -> bool:
+    """Return whether encoder and decoder have as many positions, and the decoder has room."""
+    shape = batch[LABELS].shape
+    read = batch.get(MASK, batch.get("input_ids"))
+    return read is not None and read.shape == shape and shape[-1] < written_length(joint.base)
+
+
+def _longer(name: str, tensor: Tensor) -> Tensor:
+    return F.pad(tensor, (0, 1), value=IGNORED if name == LABELS else 0)
+
+
+def masks(joint: JointModel, batch: Batch) -> list[Tensor]:
     """Return which positions (rows, T), and which rows, count.
 
-    A batch of choices, (b, choices, ...), has b * choices rows.
+    A batch of choices, (b, choices, ...), has b * choices rows. A decoder's positions count up to
+    the last label that counts.
     """
     masks = []
+    if joint.task.writes == "apart":
+        masks.append(batch[LABELS].ne(IGNORED).flip(-1).cumsum(-1).flip(-1).bool())
     choices, attention = batch.get(CHOICE_MASK), batch.get("attention_mask")
     if attention is not None and attention.dim() > 1:
         attention = attention if choices is None else attention * choices[..., None]
         masks.append(attention.flatten(0, -2).bool())
         if PLACES in batch:  # the rows of an adapted output layer
             masks.append(attention.gather(-1, batch[PLACES]).bool())
+        if CHOICE_PLACES in batch:
+            masks.append((batch[CHOICE_PLACES] >= 0).flatten(0, 1))
     if choices is not None:
         masks.append(choices.flatten().bool())
     return masks

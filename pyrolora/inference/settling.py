@@ -37,7 +37,7 @@ class SettleScales(TrainerCallback):
         step = state.global_step
         if step & (step - 1) == 0:
             progress = (step + 1) / max(state.max_steps, 1)
-            beta = self.guide.beta(len(self.data), progress)
+            beta = self.guide.beta(self.joint.num_examples, progress)
             few = max(args.per_device_train_batch_size, defaults.CURVATURE_FEW)
             settle(self.joint, self.data, beta, args, step, few)
 
@@ -52,7 +52,7 @@ def settle_finally(
     """
     for number in range(rounds):
         most = defaults.CURVATURE_EXAMPLES
-        settle(joint, data, guide.beta(len(data)), args, -1 - number, most, "curvature")
+        settle(joint, data, guide.beta(joint.num_examples), args, -1 - number, most, "curvature")
 
 
 def settle(

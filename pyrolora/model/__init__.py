@@ -2,7 +2,16 @@
 
 from pyrolora.model.build import build
 from pyrolora.model.joint import JointGuide, JointModel
+from pyrolora.model.mixed import Share, mixed_pass
 from pyrolora.model.modes import evaluating
 from pyrolora.model.network import NOT_CALLED
 
-__all__ = ["NOT_CALLED", "JointGuide", "JointModel", "build", "evaluating"]
+__all__ = [
+    "NOT_CALLED",
+    "JointGuide",
+    "JointModel",
+    "Share",
+    "build",
+    "evaluating",
+    "mixed_pass",
+]

@@ -29,7 +29,15 @@ class JointModel(AdaptedNetwork):
         As in `AdaptedNetwork`.
     num_examples
         n: the b examples of a batch are scaled by n / b.
+
+    Attributes
+    ----------
+    rows
+        The number of rows that hold these n examples: the b rows of a batch are scaled by rows / b.
+        It differs from n within a fit alone, whose rows may have several texts each.
     """
+
+    rows: float
 
     def __init__(
         self,
@@ -41,6 +49,7 @@ class JointModel(AdaptedNetwork):
     ) -> None:
         super().__init__(base, attachment, program, task)
         self.num_examples = num_examples
+        self.rows = num_examples
 
     def forward(self, batch: Batch, kl_weight: float = 1.0) -> Tensor:
         """Run the model on one batch, a mapping with ``labels``; without them y is sampled.
@@ -57,7 +66,7 @@ class JointModel(AdaptedNetwork):
                         param_statement(f"{part}.{name}", parameter)
             # Groups share the rows of the batch out; other draws have all of them each.
             run = self.shared_out if groups > 1 else self.network
-            return self.task(run(batch, factors), batch, self.num_examples)
+            return self.task(run(batch, factors), batch, self.rows)
 
     def _trained(self) -> dict[str, nn.Module]:
         """Return what is trained beside the program: the heads; without adapters, the network."""

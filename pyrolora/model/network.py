@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 
 from pyrolora.adapters import (
     Attachment,
@@ -26,7 +28,8 @@ from pyrolora.adapters import (
     shares,
     sharing_of,
 )
-from pyrolora.columns import INPUTS, LABELS, PLACES, Batch
+from pyrolora.columns import INPUTS, PLACES, Batch
+from pyrolora.data.pieces import for_network
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
@@ -38,6 +41,9 @@ NOT_CALLED = (
     "the network does not call the adapted layer(s) {}: its code reads their weights directly, or "
     "does not use them for such inputs; leave them out with exclude_modules"
 )
+
+EACH = "slice_logits_to_keep"
+"""The function of transformers that has places for each row."""
 
 
 class AdaptedNetwork(nn.Module):
@@ -81,7 +87,10 @@ class AdaptedNetwork(nn.Module):
         self.trained_statistics = of_heads if program.bank.specs else [*of_base, *of_heads]
         encoders = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
         self._has_fastpath = any(isinstance(m, encoders) for m in base.modules())
-        self._cacheless = "use_cache" in inspect.signature(base.forward).parameters
+        taken = inspect.signature(base.forward).parameters
+        self._cacheless = "use_cache" in taken
+        # Other code may take a number of tokens alone under that name.
+        self._keeps_logits = PLACES in taken and base.forward.__module__.startswith("transformers.")
 
     def train(self, mode: bool = True) -> AdaptedNetwork:
         """Like `nn.Module.train`, except that an adapted network's running statistics stay frozen.
@@ -96,6 +105,12 @@ class AdaptedNetwork(nn.Module):
         for module in self._quantised:
             module.train()
         return self
+
+    def under(self, task: Task) -> Self:
+        """Return this model with another task, and everything else shared."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "task": task}
+        return other
 
     # Draws ---------------------------------------------------------------------------------------
 
@@ -130,8 +145,10 @@ class AdaptedNetwork(nn.Module):
         outputs = [self.run(block, self.binding(factors[s])) for s, block in enumerate(blocks)]
         return torch.cat(outputs)
 
-    def together(self, batch: Batch) -> bool:
+    def together(self, batch: Batch, *, several_heads: bool = False) -> bool:
         """Return whether several draws can share a pass on data such as ``batch``.
+
+        With ``several_heads`` their rows may have heads of their own, as draws of an ensemble do.
 
         Every adapted layer then sees rows that fall into equal blocks, draw after draw. So it is
         where examples are outermost in each layer's input. A network that turns its tensors round,
@@ -141,29 +158,30 @@ class AdaptedNetwork(nn.Module):
         adapted layers, whatever follows. Layers that were not called then, and numbers of rows
         that do not fit, end the sharing later on.
         """
-        if not self.attachment.layers and self.program.members == 1:
+        several_heads |= self.program.members > 1
+        if not self.attachment.layers and not several_heads:
             return True
-        known, kind = self._sharing(), kind_of(self._inputs(batch))
+        known, kind = self._sharing(several_heads), kind_of(self.task.inputs(batch, self.base))
         if known.possible and kind not in known.checked:
             plain = self.binding(self.program.mean())
             with evaluating(self):
-                known.possible, called = shares(self.run, batch, plain, self.program.members > 1)
+                known.possible, called = shares(self.run, batch, plain, several_heads)
             known.checked.add(kind)
             known.seen |= self._names(called)
         return known.possible
 
-    def fits(self, binding: Binding) -> bool:
+    def fits(self, binding: Binding, *, several_heads: bool = False) -> bool:
         """Return whether a shared pass called only layers that were seen to allow sharing.
 
         If not, it was the last shared pass.
         """
-        known = self._sharing()
+        known = self._sharing(several_heads)
         known.possible &= self._names(binding.used) <= known.seen
         return known.possible
 
-    def keep_apart(self) -> None:
+    def keep_apart(self, *, several_heads: bool = False) -> None:
         """Let each draw have a pass of its own from now on."""
-        self._sharing().possible = False
+        self._sharing(several_heads).possible = False
 
     def _in_one_pass(self, batch: Batch, factors: FlatFactors) -> Tensor | None:
         """Return the output of draws that share a pass; None where they turn out not to."""
@@ -175,11 +193,11 @@ class AdaptedNetwork(nn.Module):
             return None
         return output if self.fits(binding) else None
 
-    def _sharing(self) -> Sharing:
-        heads = self.attachment.heads if self.program.members > 1 else ()
+    def _sharing(self, several_heads: bool) -> Sharing:
+        heads = self.attachment.heads if several_heads or self.program.members > 1 else ()
         return sharing_of(self.base, self.attachment.layers, heads)
 
-    def _names(self, layers: Set[nn.Module]) -> set[str]:
+    def _names(self, layers: Set[Any]) -> set[str]:
         return {name for name, layer in self.attachment.layers.items() if layer in layers}
 
     # One pass ------------------------------------------------------------------------------------
@@ -188,10 +206,10 @@ class AdaptedNetwork(nn.Module):
         """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
         check_eager(self.base)
         with self.bound(binding):
-            raw = self._call(batch)
+            raw = self._raw(batch)
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
             self._warn_of_uncalled(binding)
-        return _kept(self.task.output(raw), batch)
+        return self._read(raw, batch)
 
     def named_heads(self, factors: FlatFactors | None = None) -> dict[str, list[nn.Module]]:
         """Return the posterior's task heads by their name in the network (`HeadCopies.named`)."""
@@ -243,7 +261,7 @@ class AdaptedNetwork(nn.Module):
             for batch in batches:
                 binding = self.binding(self.program.mean())
                 with self.bound(binding):
-                    self._call(batch)
+                    self._raw(batch)
                 left -= self._names(binding.used)
                 if not left:
                     break
@@ -253,20 +271,35 @@ class AdaptedNetwork(nn.Module):
         """Return whether uncalled layers are fine: training may skip layers (layerdrop)."""
         return self.base.training or self.attachment.checked
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the columns that the network takes, with a row per example."""
-        of_task = {LABELS, PLACES, *self.task.extras}
-        return {name: tensor for name, tensor in batch.items() if name not in of_task}
-
-    def _call(self, batch: Batch) -> Any:
-        inputs = self._inputs(batch)
+    def _raw(self, batch: Batch) -> Any:
+        """Return what the network returns on a batch, with few logits where few are read."""
+        inputs = for_network(self.task.inputs(batch, self.base))
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
-        if PLACES in batch:
-            inputs[PLACES] = batch[PLACES][0]
+        places = self.task.places(batch)
+        if places is not None and self._keeps(places):
+            inputs[PLACES] = places
         if self._cacheless:
             return self.base(**inputs, use_cache=False)
         return self.base(**inputs)
+
+    def _read(self, raw: Any, batch: Batch) -> Tensor:
+        """Return the tensor that the law reads, from what the network returns on a batch."""
+        output, places = self.task.output(raw), self.task.places(batch)
+        if places is not None and output.dim() == 3 and not self._keeps(places):
+            output = (
+                output[:, places]
+                if places.dim() == 1
+                else output.take_along_dim(places[..., None], 1)
+            )
+        return self.task.scores(output, batch)
+
+    def _keeps(self, places: Tensor) -> bool:
+        """Return whether the network gives the logits at these places alone, if it is asked to.
+
+        Places that differ from row to row are known to newer versions of transformers.
+        """
+        return self._keeps_logits and (places.dim() == 1 or hasattr(modeling_utils, EACH))
 
     def _warn_of_uncalled(self, binding: Binding) -> None:
         """Warn, once, of layers that the network does not call: their adapters do nothing."""
@@ -279,14 +312,6 @@ class AdaptedNetwork(nn.Module):
             UserWarning,
             stacklevel=2,
         )
-
-
-def _kept(output: Tensor, batch: Batch) -> Tensor:
-    """Return the logits at the places that the law reads, also of a network that gave all."""
-    places = batch.get(PLACES)
-    if places is None or output.shape[-2] == places.shape[-1]:
-        return output
-    return output[..., places[0], :]
 
 
 def batch_size(batch: Batch) -> int:

@@ -11,7 +11,6 @@ from pyrolora.adapters import AdapterConfig
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.files import read_strict_json, shown
 from pyrolora.options import check_options, short
-from pyrolora.peft.rules import WEIGHT
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -86,15 +85,16 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 
 def adapter_config(
-    options: Mapping[str, Any], layers: list[str], heads: list[str]
+    options: Mapping[str, Any], layers: list[str], parameters: list[str], heads: list[str]
 ) -> AdapterConfig:
-    """Return the options as ours, with the full names of layers and heads."""
+    """Return the options as ours, with the full names of layers, parameters and heads."""
     gaussian = options.get("init_lora_weights") == "gaussian"
     try:
         return AdapterConfig(
             r=options["r"],
             lora_alpha=options["lora_alpha"],
             target_modules=layers,
+            target_parameters=parameters or None,
             lora_dropout=options.get("lora_dropout") or 0.0,
             modules_to_save=heads,
             init_lora_weights="gaussian" if gaussian else "kaiming",
@@ -124,19 +124,10 @@ def _check_variant(options: Mapping[str, Any]) -> None:
             "fits no other; save it as a plain LoRA with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
-    refused = set() if _are_layers(options.get("target_parameters")) else {"target_parameters"}
     for name, value in options.items():
-        if name not in (TAKEN | NEUTRAL) - refused and value and value != "none":
+        if name not in TAKEN | NEUTRAL and value and value != "none":
             raise ConfigError(
                 f"the adapter has {short(name)}={shown(value)}, and pyrolora takes plain LoRA "
                 "alone; merge it into its base with PEFT's merge_and_unload() and adapt the "
                 "result, or train it again without this option"
             )
-
-
-def _are_layers(parameters: Any) -> bool:
-    """Return whether ``target_parameters`` names weights of layers alone, no fused experts."""
-    return parameters is None or (
-        isinstance(parameters, list)
-        and all(isinstance(entry, str) and entry.endswith(f".{WEIGHT}") for entry in parameters)
-    )

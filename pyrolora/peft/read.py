@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyrolora.adapters import (
     AdapterConfig,
     LayerSpec,
     features,
-    linear_layers,
     refuse_foreign,
     unwrapped,
     walk,
 )
 from pyrolora.adapters.kinds import TITLES
+from pyrolora.adapters.modules import adaptable_layers
 from pyrolora.adapters.names import is_saved, selects, value_of
-from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError, listed
+from pyrolora.adapters.other_kinds import OTHER_TITLES, is_embedding
+from pyrolora.adapters.parameters import Stack, stacks
+from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError, TargetError, listed
 from pyrolora.files import shown
 from pyrolora.peft.config import (
     CONFIG_FILE,
@@ -33,6 +37,8 @@ from pyrolora.peft.config import (
 )
 from pyrolora.peft.patterns import Patterns
 from pyrolora.peft.rules import WEIGHT, is_within_saved
+from pyrolora.peft.shapes import shape, tensor_name
+from pyrolora.peft.stacked import keys, split
 from pyrolora.storage.tensor_file import TensorFile, tensor_file
 
 
@@ -61,7 +67,8 @@ class Adapter:
 def read_adapter(path: str | Path, network: nn.Module) -> Adapter:
     """Read a LoRA adapter that PEFT (or `write_adapter`) saved for ``network``.
 
-    Plain LoRA and rsLoRA, with rank and alpha patterns and ``modules_to_save``. The tensors say
+    Plain LoRA and rsLoRA of linear layers and of parameters (``target_parameters``), with rank and
+    alpha patterns and ``modules_to_save``. The tensors say
     which layers are adapted, and with what rank; configuration and network have to agree.
 
     Raises
@@ -128,13 +135,36 @@ def _checked(
         for name, module in walk(network)
         if name and is_saved(saved, name) and any(True for _ in module.parameters())
     }
-    layers = _layers(factors, heads, network)
+    parameters = _parameters(options, network)
+    stacked = {stack.name: factors.pop(key, {}) for key, stack in parameters}
+    layers = _layers(factors, heads, network, bool(parameters))
+    _drop_frozen(rest, network)
     _refuse_rest(rest, saved, network, patterns)
     _check_selection(options, list(layers), network, patterns)
-    config = adapter_config(options, list(layers), list(heads))
+    config = adapter_config(options, list(layers), list(stacked), list(heads))
     specs = [_spec(n, layer, factors[n], config, patterns) for n, layer in layers.items()]
-    matrices = {s.name: (factors[s.name]["A"].float(), factors[s.name]["B"].float()) for s in specs}
+    matrices = {
+        s.name: (factors[s.name]["A"].float().flatten(1), factors[s.name]["B"].float().flatten(1))
+        for s in specs
+    }
+    for _, stack in parameters:
+        own = stacked[stack.name]
+        spec = _spec(stack.name, stack, own, config, patterns)
+        specs += [replace(spec, name=name) for name in stack.names]
+        matrices |= split(stack, own["A"].float(), own["B"].float())
     return Adapter(config, specs, matrices, heads)
+
+
+def _parameters(options: Mapping[str, Any], network: nn.Module) -> list[tuple[str, Stack]]:
+    """Return the parameters that the adapter is one of, each after its module in PEFT's file."""
+    try:
+        found = [*stacks(network, options.get("target_parameters") or []).values()]
+    except TargetError as error:
+        raise ConfigError(
+            f"the adapter has target_parameters that pyrolora cannot adapt: {error}"
+        ) from error
+    names = keys(found, network)
+    return [(names[stack.name], stack) for stack in found]
 
 
 def _split(
@@ -144,13 +174,13 @@ def _split(
     factors: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))", key)
         if match is not None:
-            factors.setdefault(match[1], {})[match[2]] = tensor
+            factors.setdefault(match[1], {})[match[2] or match[3]] = tensor
         elif ".lora_" in key:
             raise ConfigError(
-                f"the file has the tensor {key!r}, of a variant of LoRA or of an adapted "
-                "embedding; pyrolora takes the lora_A and lora_B of linear layers"
+                f"the file has the tensor {key!r}, of a variant of LoRA; pyrolora takes the lora_A "
+                "and lora_B of linear layers, convolutions and embeddings"
             )
         else:
             rest[key] = tensor
@@ -183,20 +213,23 @@ def _take_head(name: str, module: nn.Module, rest: dict[str, Tensor]) -> dict[st
 
 
 def _layers(
-    factors: Mapping[str, Mapping[str, Tensor]], heads: Iterable[str], network: nn.Module
+    factors: Mapping[str, Mapping[str, Tensor]],
+    heads: Iterable[str],
+    network: nn.Module,
+    has_parameters: bool,
 ) -> dict[str, nn.Module]:
-    """Return the adapted layers in the network's order."""
-    modules, linear = dict(walk(network)), linear_layers(network)
+    """Return the adapted layers in the network's order; none are needed beside parameters."""
+    modules, layers = dict(walk(network)), adaptable_layers(network)
     for name in factors:
         if name not in modules:
             raise CheckpointError(
                 f"the adapter has the layer {name!r}, which this {type(network).__name__} has "
                 "not; pass the network that it was trained on"
             )
-        if name not in linear:
+        if name not in layers:
             raise ConfigError(
                 f"the adapter has the layer {name!r}, a {type(unwrapped(modules[name])).__name__}; "
-                f"pyrolora adapts {TITLES}"
+                f"pyrolora adapts {TITLES}, and plain {OTHER_TITLES}"
             )
         for head in heads:
             if name == head or name.startswith(f"{head}."):
@@ -204,9 +237,37 @@ def _layers(
                     f"the adapter has modules_to_save={head!r}, and {name!r} in it is an adapted "
                     "layer; a module is one or the other: train the adapter without one of them"
                 )
-    if not factors:
+    if not factors and not has_parameters:
         raise CheckpointError("the file has no lora_A and lora_B: it holds no LoRA adapter")
-    return {name: layer for name, layer in linear.items() if name in factors}
+    return {name: layer for name, layer in layers.items() if name in factors}
+
+
+def _drop_frozen(rest: dict[str, Tensor], network: nn.Module) -> None:
+    """Take the frozen weights of embeddings and output layers out of ``rest``: PEFT saves them too.
+
+    It does so where ``target_modules`` names an embedding.
+    """
+    for name, module in walk(network):
+        weight = unwrapped(module)._parameters.get("weight")
+        for key in (f"{name}.base_layer.weight", f"{name}.weight"):
+            if weight is None or key not in rest or not _is_of_tokens(network, module):
+                continue
+            tensor = rest.pop(key)
+            _check_shape(key, tensor, weight.shape)
+            if not tensor.is_meta and not torch.equal(tensor.to(weight), weight):
+                raise ConfigError(
+                    f"the file has the tensor {key!r}, and this network has another one there: it "
+                    "was trained or resized, and pyrolora trains adapters and task heads; train "
+                    "the adapter without it"
+                )
+
+
+def _is_of_tokens(network: nn.Module, module: nn.Module) -> bool:
+    """Return whether a module is an embedding, or the network's output layer for tokens."""
+    output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
+    return is_embedding(unwrapped(module)) or (
+        output is not None and unwrapped(module) is unwrapped(output)
+    )
 
 
 def _refuse_rest(
@@ -222,8 +283,7 @@ def _refuse_rest(
             )
         raise ConfigError(
             f"the file has the tensor {key!r}, which belongs to no adapted layer and to none of "
-            "modules_to_save; if these are embeddings that the training left as they were, save "
-            "the adapter with save_pretrained(..., save_embedding_layers=False)"
+            "modules_to_save; train the adapter without it"
         )
 
 
@@ -235,7 +295,8 @@ def _check_selection(
     if wanted in (None, "all-linear") or options.get("layers_to_transform") is not None:
         return
     saved, parameters = options.get("modules_to_save") or [], options.get("target_parameters") or []
-    first_names = {id(unwrapped(m)): name for name, m in reversed(linear_layers(network).items())}
+    layers_of = adaptable_layers(network)
+    first_names = {id(unwrapped(m)): name for name, m in reversed(layers_of.items())}
     selected = {
         name
         for name in first_names.values()
@@ -259,24 +320,31 @@ def _check_selection(
 
 def _spec(
     name: str,
-    layer: nn.Module,
+    place: nn.Module | Stack,
     factors: Mapping[str, Tensor],
     config: AdapterConfig,
     patterns: Patterns,
 ) -> LayerSpec:
-    """Return the layer's adapter, whose matrices have the shapes that the configuration gives."""
+    """Return the layer's adapter, whose matrices have the shapes that the configuration gives.
+
+    Those of all experts of a stack are in one.
+    """
+    layer = nn.Identity() if isinstance(place, Stack) else unwrapped(place)
     for factor in "AB":
         if factor not in factors:
             raise CheckpointError(
-                f"the file has no tensor {name}.lora_{factor}.weight; it is incomplete: restore "
-                "it from a copy"
+                f"the file has no tensor {tensor_name(layer, name, factor)}; it is incomplete: "
+                "restore it from a copy"
             )
     rank = value_of(name, config.rank_pattern, config.r, patterns)
     alpha = value_of(name, config.alpha_pattern, config.lora_alpha, patterns)
-    in_features, out_features = features(layer)
-    _check_shape(f"{name}.lora_A.weight", factors["A"], (rank, in_features))
-    _check_shape(f"{name}.lora_B.weight", factors["B"], (out_features, rank))
-    return LayerSpec(name, in_features, out_features, rank, config.scaling(rank, alpha))
+    size = place.size if isinstance(place, Stack) else features(layer)
+    ranks = rank * (len(place.names) if isinstance(place, Stack) else 1)
+    sizes = {"A": (ranks, size[0]), "B": (size[1], ranks)}
+    for factor in "AB":
+        expected = shape(layer, factor, *sizes[factor])
+        _check_shape(tensor_name(layer, name, factor), factors[factor], expected)
+    return LayerSpec(name, *size, rank, config.scaling(rank, alpha), is_embedding(layer))
 
 
 def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:

@@ -14,6 +14,7 @@ from transformers import conversion_mapping
 
 from pyrolora.adapters.modules import model_type
 from pyrolora.peft.patterns import Patterns
+from pyrolora.tasks.unsupported import classes_of
 
 WEIGHT = "weight"
 """The end of an entry of ``target_parameters`` that names the weight of a layer."""
@@ -47,6 +48,9 @@ def task_type(base: nn.Module, heads: Sequence[str], modules: Iterable[str]) -> 
     if name.endswith("ForSequenceClassification"):
         needed = {name for name in modules if name.endswith(CLASSIFIER_HEADS)}
         return "SEQ_CLS" if needed <= set(heads) else None
+    writes_apart = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if writes_apart and name in classes_of("SEQ_TO_SEQ_CAUSAL_LM"):
+        return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 

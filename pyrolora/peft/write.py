@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mode
@@ -18,11 +18,15 @@ from pyrolora.adapters import LayerSpec, unwrapped, walk
 from pyrolora.adapters.kernels import refused_by_peft
 from pyrolora.adapters.kinds import is_transposed
 from pyrolora.adapters.names import is_saved, selects
+from pyrolora.adapters.other_kinds import is_other
+from pyrolora.adapters.parameters import places
 from pyrolora.errors import ConfigError, listed
 from pyrolora.files import replacing, write_whole
 from pyrolora.peft.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from pyrolora.peft.patterns import Patterns
 from pyrolora.peft.rules import WEIGHT, exact_key, fused_targets, is_within_saved, task_type
+from pyrolora.peft.shapes import as_kept, tensor_name
+from pyrolora.peft.stacked import joined, keys
 from pyrolora.storage import as_json
 
 
@@ -64,13 +68,24 @@ def write_adapter(
     """
     _check_folder(path)
     _check_names(specs, base)
-    ranks = {name: matrices[name][0].shape[0] for name in specs}
-    scalings = {name: spec.scaling for name, spec in specs.items()}
-    config = as_json(_describe(ranks, scalings, list(heads), base)).encode()
+    standing = places(base, list(specs))
+    stacks = {p.stack.name: p.stack for p in standing.values() if p.stack is not None}
+    pairs = {name: matrices[name] for name in specs if standing[name].stack is None}
+    ranks = {name: A.shape[0] for name, (A, _) in pairs.items()}
+    scalings = {name: specs[name].scaling for name in pairs}
+    files = {name: name for name in pairs} | keys([*stacks.values()], base)
+    for name, stack in stacks.items():
+        ranks[name] = max(len(matrices[own][0]) for own in stack.names)
+        scalings[name] = specs[stack.names[0]].scaling
+        pairs[name] = joined(stack, matrices)
+    config = as_json(_describe(ranks, scalings, list(heads), base, stacks)).encode()
     tensors: dict[str, Tensor] = {}
-    for name in specs:
-        A, B = matrices[name]
-        tensors |= {f"{name}.lora_A.weight": A.float(), f"{name}.lora_B.weight": B.float()}
+    layers = dict(walk(base))
+    for name, pair in pairs.items():
+        layer = unwrapped(layers.get(name, base))  # a stack is kept as a linear layer is
+        for factor, matrix in zip("AB", pair, strict=True):
+            kept = as_kept(layer, factor, matrix.float())
+            tensors[tensor_name(layer, files[name], factor)] = kept
     for name, head in heads.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
     content = save({f"{PREFIX}{key}": _copy(t) for key, t in tensors.items()}, {"format": "pt"})
@@ -102,22 +117,29 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _describe(
-    ranks: Mapping[str, int], scalings: Mapping[str, float], heads: list[str], base: nn.Module
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    heads: list[str],
+    base: nn.Module,
+    stacks: Collection[str],
 ) -> dict[str, Any]:
-    """Return the content of ``adapter_config.json``."""
+    """Return the content of ``adapter_config.json``; ``stacks`` are parameters, the rest layers."""
     modules = {name: module for name, module in walk(base) if name}
+    layers = [name for name in ranks if name not in stacks]
+    linear = [name for name in layers if not is_other(unwrapped(modules[name]))]
     _check_heads(heads, list(ranks), list(modules))
     alphas = {name: _alpha(scalings[name], rank) for name, rank in ranks.items()}
     r, lora_alpha = mode((ranks[name], alphas[name]) for name in ranks)
     task = task_type(base, heads, list(modules))
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    names: list[str] | str = list(ranks)
+    names: list[str] | str = layers
     if any(selects(names, other) for other in modules.keys() - ranks.keys()):
         names = "|".join(re.escape(name) for name in names)  # PEFT matches it in full
-    parameters = _beside_experts(names, list(ranks), base)
+    parameters = _beside_experts(names, layers, base)
     if parameters:
         names = [name for name in names if name not in parameters]
-    _check_kernels(list(ranks), base)
+    _check_kernels(layers, base)
+    targets = [*(f"{name}.{WEIGHT}" for name in parameters), *stacks]
     return {
         "peft_type": "LORA",
         "task_type": task,
@@ -131,9 +153,9 @@ def _describe(
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": all(is_transposed(unwrapped(modules[name])) for name in ranks),
+        "fan_in_fan_out": not stacks and all(is_transposed(unwrapped(modules[n])) for n in linear),
         "target_modules": names,
-        "target_parameters": [f"{name}.{WEIGHT}" for name in parameters] or None,
+        "target_parameters": targets or None,
         "rank_pattern": {exact_key(n, parameters): v for n, v in ranks.items() if v != r},
         "alpha_pattern": {
             exact_key(n, parameters): v for n, v in alphas.items() if v != lora_alpha

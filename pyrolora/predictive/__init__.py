@@ -11,6 +11,7 @@ from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
+from pyrolora.predictive.mixed import Question, predict_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
@@ -18,6 +19,7 @@ from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
 from pyrolora.tasks import (
     ClassPrediction,
+    MultiLabelPrediction,
     Prediction,
     RegressionPrediction,
     TagPrediction,
@@ -29,9 +31,11 @@ __all__ = [
     "ClassPrediction",
     "Conformal",
     "Generation",
+    "MultiLabelPrediction",
     "NumberedDraws",
     "Prediction",
     "Predictor",
+    "Question",
     "RegressionPrediction",
     "TagPrediction",
     "TokenPrediction",
@@ -46,6 +50,7 @@ __all__ = [
     "evaluate",
     "generate",
     "predict",
+    "predict_mixed",
     "reliability_table",
     "risk_coverage",
     "warn_untempered",

@@ -20,7 +20,7 @@ from pyrolora.data import Prepared
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.model import JointModel
 from pyrolora.predictive.choices import choice_rows
-from pyrolora.predictive.predict import draw_factors, reduced
+from pyrolora.predictive.predict import reduced
 from pyrolora.predictive.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -71,11 +71,13 @@ def calibrate(
     data: Any,
     num_samples: int | None,
     *,
+    draws: Iterable[int] | None = None,
     batch_size: int,
     seed: int | None,
 ) -> Calibration:
     """Return the temperature that suits held-out data best, as `Posterior.calibrate` has it."""
     whole_number("batch_size", batch_size, at_least=1)
+    numbers = predictor.numbers(draws, num_samples=num_samples, seed=seed)
     joint = predictor.joint
     if choice_rows(data, joint) is not None:
         raise ConfigError(
@@ -84,7 +86,7 @@ def calibrate(
             "network that scores choices (AutoModelForMultipleChoice)"
         )
     prepared = predictor.prepare(data, need_labels=True, splits=defaults.FIT_SPLITS)
-    factors = draw_factors(joint, num_samples, seed)
+    factors = predictor.factors(num_samples, seed, numbers)
     calibration = calibrated(joint, prepared, factors, batch_size=batch_size)
     logger.info(
         "temperature %.4g from %d examples: NLL %.4f before, %.4f after",

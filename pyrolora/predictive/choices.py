@@ -1,33 +1,23 @@
-"""Choices of a language model between texts, by their likelihood."""
+"""Choices of a posterior that was fitted to texts, or to choose in another way."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import prepare
-from pyrolora.data.columns import CHOICES, check_text, context_columns, unread, warn_unread
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.columns import CHOICES
 from pyrolora.data.examples import as_examples, is_plain
-from pyrolora.data.inputs import context_length
-from pyrolora.data.labels import no_labels
-from pyrolora.data.tokenising import choice_number, choice_texts
-from pyrolora.errors import ConfigError, DataError
+from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 from pyrolora.predictive.predict import predict
-from pyrolora.tasks import ClassPrediction, TokenScores
+from pyrolora.tasks import BY_CAUSAL_LM, ClassPrediction, TextChoice, choice_task, task_class
 
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
-    """Return the data as rows with a column ``choices``, if a language model is to choose."""
-    if not joint.task.causal:
+    """Return the data as rows with a column ``choices``, if a model of texts is to choose."""
+    if joint.task.writes != "on":
         return None
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
     return rows if is_plain(rows) and CHOICES in rows.column_names else None
@@ -39,109 +29,81 @@ def choose(
     factors: FlatFactors,
     tokenizer: Any,
     *,
+    choices: str | None = None,
     per_token: bool = False,
     need_labels: bool = False,
     batch_size: int = defaults.BATCH_SIZE,
     temperature: float = 1.0,
 ) -> ClassPrediction:
-    """Return p_s(c) ∝ exp(log p(choice c | context, draw s)) over each example's choices.
-
-    A choice follows its context after a space. Its log-likelihood is the sum over the tokens of
-    both together after the ones that they share with the context alone.
+    """Return the probabilities of each example's choices, as a fit with ``choices=`` has them.
 
     Parameters
     ----------
+    joint
+        The joint model, whose network is a causal language model.
     data
-        As in `pyrolora.fit`, with a column ``choices`` (texts) and one of context; ``label`` is the
-        number of the right one, and optional.
+        As in `pyrolora.fit`, with a column ``choices`` (texts) and one of context; ``label`` is
+        optional.
+    factors
+        The factors of the draws.
+    tokenizer
+        Turns text to tokens.
+    choices
+        ``"letters"``, ``"texts"`` or ``"texts-per-token"``; None: as the fit has it, by texts
+        where it was fitted to texts.
     per_token
-        Take the mean over tokens instead of the sum, so that long choices are not at a
-        disadvantage.
+        With choices by texts, take the mean over tokens in place of the sum, so that long choices
+        are not at a disadvantage.
     need_labels
         Refuse data without labels.
+    batch_size
+        Examples per batch.
     temperature
-        T of the law of each token.
+        T of the posterior: of each token, where it was fitted to texts; of its own choices, where
+        it was fitted to choose. It has none for choices in another way.
 
     Returns
     -------
     ClassPrediction
         Its probability is 0 at the choices that an example with fewer does not have.
     """
-    rows = choice_rows(data, joint)
-    if rows is None:
+    own, text = joint.task, joint.task.as_text()
+    rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
+    writes = text is not None and text.writes == "on"
+    if not writes or (is_plain(rows) and CHOICES not in rows.column_names):
         raise ConfigError(
             "choosing by likelihood needs a causal language model, and data with a column 'choices'"
-            f" beside the question; the task is {joint.task.name!r}"
+            f" beside the question; the task is {own.name!r}"
         )
-    context = context_columns(rows)
-    check_text(rows, context, tokenizer)
-    warn_unread(unread(rows.column_names, (*context, CHOICES)), type(joint.base).__name__)
-    choices = [choice_texts(texts) for texts in rows[CHOICES]]
-    contexts = [" ".join(parts) for parts in zip(*(rows[name] for name in context), strict=True)]
-    targets = _targets(rows, choices, need_labels)
-    longest = context_length(joint.base)
-    examples = [
-        _example(tokenizer, before, choice, longest)
-        for before, texts in zip(contexts, choices, strict=True)
-        for choice in texts
-    ]
-    prepared = prepare(examples, joint.base, joint.task, tokenizer)
-    read = predict(
-        joint,
-        prepared,
-        factors,
-        batch_size=batch_size,
-        kind=TokenScores,
-        temperature=temperature,
+    task = _task(joint, choices, per_token)
+    task.check_network(joint.base)
+    if text is own and isinstance(task, TextChoice):
+        task.token_temperature, temperature = temperature, 1.0
+    elif text is not own and type(task) is not type(own):
+        temperature = 1.0
+    view = joint.under(task)
+    prepared = prepare(
+        data,
+        joint.base,
+        task,
+        tokenizer,
+        splits=defaults.SCORE_SPLITS,
+        need_labels=need_labels,
+        to_learn=False,
     )
-    assert isinstance(read, TokenScores)
-    assert read.log_likelihood is not None
-    scores = read.log_likelihood / read.num_tokens if per_token else read.log_likelihood
-    sizes = [len(texts) for texts in choices]
-    padded = pad_sequence(list(scores.mT.split(sizes)), True, -torch.inf)  # (n, C, S)
-    log_probs = padded.permute(2, 0, 1).log_softmax(-1)
-    picked = None
-    if targets is not None:
-        picked = log_probs.gather(-1, targets.expand(len(log_probs), -1)[..., None]).squeeze(-1)
-    return ClassPrediction(targets, picked, log_probs.exp())
+    found = predict(view, prepared, factors, batch_size=batch_size, temperature=temperature)
+    assert isinstance(found, ClassPrediction)
+    return found
 
 
-def _example(tokenizer: Any, context: str, choice: str, longest: float) -> dict[str, list[int]]:
-    """Return the last ``longest`` tokens of both; those of the context have no label."""
-    encoder = Encoder(tokenizer, math.inf)
-    alone, both = encoder([context, f"{context} {choice}"])["input_ids"]
-    pairs = zip(alone, both, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(both)))
-    if shared == len(both):
-        raise DataError(f"a choice of {context[:40]!r} adds no token to it: {choice!r}")
-    if not shared:
-        raise DataError(
-            f"nothing stands before the choice {choice[:40]!r} that could predict its first token; "
-            "give it a context, or a tokenizer that puts a token before every text"
+def _task(joint: JointModel, choices: str | None, per_token: bool) -> Any:
+    """Return the task that chooses; raise `ConfigError` for choices by letters ``per_token``."""
+    usual = {kind.name: short for short, kind in BY_CAUSAL_LM.items()}.get(joint.task.name, "texts")
+    law = usual if choices is None else choices
+    if per_token and law == "letters":
+        raise ConfigError(
+            "per_token=True is for choices by their texts, and these are by letters, a token each; "
+            "leave it out, or pass choices='texts'"
         )
-    cut = int(max(0, len(both) - longest))
-    both, shared = both[cut:], max(shared - cut, 1)
-    return {
-        "input_ids": both,
-        "attention_mask": [1] * len(both),
-        LABELS: [IGNORED] * shared + both[shared:],
-    }
-
-
-def _targets(rows: Any, choices: list[list[str]], need_labels: bool) -> Tensor | None:
-    column = next((name for name in ("label", LABELS) if name in rows.column_names), None)
-    if column is None:
-        if need_labels:
-            raise DataError(no_labels(rows.column_names))
-        return None
-    pairs = zip(rows[column], rows[CHOICES], strict=True)
-    numbers = [choice_number(label, texts) for label, texts in pairs]
-    if not need_labels and any(number in (None, -1) for number in numbers):
-        return None
-    for number, (label, texts) in enumerate(zip(numbers, choices, strict=True)):
-        if not isinstance(label, int) or not 0 <= label < len(texts):
-            raise DataError(
-                f"the label of example {number} is {label!r}, and it has {len(texts)} choices; "
-                "count them from 0"
-            )
-    return torch.tensor(numbers, dtype=torch.long)
+    kind = task_class(choice_task("texts-per-token" if per_token else law) or joint.task)
+    return kind()

@@ -112,9 +112,9 @@ def _scores(prediction: Prediction) -> Tensor:
         )
     if not isinstance(prediction, ClassPrediction | RegressionPrediction):
         raise ConfigError(
-            "conformal sets are of classes or of numbers with a mean and a std, got a "
-            f"{type(prediction).__name__}; make it a subclass of pyrolora.tasks.ClassPrediction or "
-            "of RegressionPrediction, if it is one"
+            "conformal sets are of one class per row, or of numbers with a mean and a std, got a "
+            f"{type(prediction).__name__}; for the prediction of a task of your own make it a "
+            "subclass of pyrolora.tasks.ClassPrediction or of RegressionPrediction, if it is one"
         )
     targets = prediction.targets
     if targets is None:

@@ -13,9 +13,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError
+from pyrolora.columns import DECODER_IDS
+from pyrolora.data.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
-from pyrolora.predictive.prompts import PER_TOKEN
+from pyrolora.predictive.decoding import StopStrings
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,22 @@ class Writer:
         The joint model.
     settings
         The settings of ``generate``.
+    start
+        The id with which a decoder of its own starts; None where a prompt is continued.
     bar
         Progress, by tokens.
+    stops
+        The texts that end a continuation, if there are any.
+    streamer
+        What is given every token at once, if anything is.
     """
 
     joint: JointModel
     settings: GenerationConfig
+    start: int | None
     bar: Any
+    stops: StopStrings | None = None
+    streamer: Any = None
 
     @property
     def several(self) -> int:
@@ -64,7 +75,7 @@ class Writer:
         """
         joint, batch = self.joint, self._batch(prompts, others)
         draws = factors.draws
-        if draws is not None and draws > 1 and joint.together(batch):
+        if draws is not None and draws > 1 and joint.together(self._first(batch)):
             try:
                 rows, binding = self._pass(batch, factors)
             except SharedPassError:
@@ -77,23 +88,35 @@ class Writer:
         parts = [self._pass(batch, factors[s])[0] for s in range(draws)]
         return [[row for part in parts for row in part[i]] for i in range(len(prompts))]
 
+    def _first(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of the network's first pass."""
+        if self.start is None:
+            return batch
+        ids = torch.full_like(batch["input_ids"][:, :1], self.start)
+        return {**batch, DECODER_IDS: ids}
+
     def _batch(
         self, prompts: Sequence[Tensor], others: Mapping[str, list[Tensor]]
     ) -> dict[str, Tensor]:
-        """Return the prompts padded on the left, on the network's device and in its precision."""
+        """Return the padded prompts, on the network's device and in its precision.
+
+        Those that are continued are padded on the left, those of an encoder on the right.
+        """
+        side = "left" if self.start is None else "right"
         parameters = list(self.joint.base.parameters())
         device = parameters[0].device
         pad: Any = self.settings.pad_token_id
-        ids = pad_sequence(list(prompts), True, pad, padding_side="left").to(device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
+        ids = pad_sequence(list(prompts), True, pad, padding_side=side).to(device)
+        ones = [torch.ones_like(prompt) for prompt in prompts]
+        mask = pad_sequence(ones, True, 0, padding_side=side).to(device)
         dtype = next(p.dtype for p in parameters if p.is_floating_point())
-        batch = {"input_ids": ids, "attention_mask": mask.long()}
+        batch = {"input_ids": ids, "attention_mask": mask}
         for name, rows in others.items():
-            if name == PER_TOKEN:
-                tensor = pad_sequence(rows, True, 0, padding_side="left")
+            if name in PER_TOKEN:
+                batch[name] = pad_sequence(rows, True, 0, padding_side=side)
             else:
-                tensor = torch.stack(rows)
+                batch |= joined(name, rows)
+        for name, tensor in batch.items():
             batch[name] = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         return batch
 
@@ -101,19 +124,29 @@ class Writer:
         """Return (prompts, draws x continuations, T) of one pass, and its binding."""
         base: Any = self.joint.base
         draws = factors.draws or 1
-        size, length = batch["input_ids"].shape
+        size, before = batch["input_ids"].shape
+        before = before if self.start is None else 1
         binding = self.joint.binding(factors, draws * size if draws > 1 else 1)
         with self.joint.bound(binding):
             try:
                 rows = base.generate(
-                    **{n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()},
+                    **for_network(
+                        {n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()}
+                    ),
                     generation_config=self.settings,
-                    stopping_criteria=StoppingCriteriaList([_Progress(self.bar)]),
+                    stopping_criteria=self._criteria(before),
+                    streamer=self.streamer,
                 )
             except ValueError as error:  # settings that contradict one another
                 raise ConfigError(f"transformers' generate(): {error}") from error
-        new = rows[:, length:].cpu().unflatten(0, (draws, size, self.several))
+        new = rows[:, before:].cpu().unflatten(0, (draws, size, self.several))
         return new.transpose(0, 1).flatten(1, 2), binding
+
+    def _criteria(self, length: int) -> StoppingCriteriaList:
+        criteria: list[StoppingCriteria] = [_Progress(self.bar)]
+        if self.stops is not None:
+            criteria.append(_Stopped(self.stops, length))
+        return StoppingCriteriaList(criteria)
 
 
 @contextmanager
@@ -141,3 +174,14 @@ class _Progress(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.bar.update(1)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Stopped(StoppingCriteria):
+    """A criterion that stops each row at the first stop string after its prompt."""
+
+    def __init__(self, stops: StopStrings, length: int) -> None:
+        self.stops, self.length = stops, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        written = input_ids[:, self.length :].tolist()
+        return torch.tensor([self.stops.end(ids) for ids in written], device=input_ids.device)

@@ -11,17 +11,21 @@ from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
+from pyrolora.data.media import tokenizer_of
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.continuations import Writer, tempered_network
 from pyrolora.predictive.decoding import (
+    check_streamer,
     decoding_settings,
     end_ids,
     padding_id,
     set_length,
+    start_id,
+    stop_strings,
     until_end,
 )
 from pyrolora.predictive.generation import Generation
-from pyrolora.predictive.prompts import other_inputs, prompt_ids
+from pyrolora.predictive.prompts import read_prompts
 from pyrolora.predictive.scored_texts import scored
 
 
@@ -30,7 +34,7 @@ def generate(
     joint: JointModel,
     inputs: Any,
     factors: FlatFactors,
-    tokenizer: Any = None,
+    processor: Any = None,
     *,
     numbers: Sequence[int] | None = None,
     rows: int = defaults.PREDICT_ROWS,
@@ -44,35 +48,43 @@ def generate(
     joint
         The joint model.
     inputs
-        Texts (with ``tokenizer``); a tensor of ids (n, T); a list of lists of ids; or a mapping
-        with ``input_ids``, ``attention_mask``, and other inputs of the network, such as
-        ``pixel_values``, one row per prompt.
+        Texts, chats or rows with prompts (with ``tokenizer``); a tensor of ids (n, T); a list of
+        lists of ids; or a mapping with ``input_ids``, ``attention_mask``, and other inputs of the
+        network, such as ``pixel_values``, one row per prompt.
     factors
         The factors of S draws, or of one setting.
-    tokenizer
-        Turns texts to ids and back.
+    processor
+        The tokenizer, which turns texts to ids and back, or the processor of texts and pictures.
     numbers
         The numbers of the draws; None: they are counted.
     rows
         Most rows (draws x prompts x beams) of one pass.
     options
-        Options of ``generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``, ...
+        Options of ``generate``: ``max_new_tokens``, ``do_sample``, ``num_beams``, ...; with one
+        prompt and one draw also ``streamer``.
     temperature
         T of the posterior (`Task.at`), in writing and in scoring; a temperature in ``options``
         acts on its result.
     """
-    settings = decoding_settings(joint, dict(options or {}))
-    prompts = prompt_ids(inputs, tokenizer, joint)
-    others = other_inputs(inputs, joint, prompts)
+    options, tokenizer = dict(options or {}), tokenizer_of(processor)
+    streamer = options.pop("streamer", None)
+    settings = decoding_settings(joint, options)
+    text = joint.task.as_text()
+    assert text is not None
+    joint = joint.under(text)
+    stops = stop_strings(settings, tokenizer)
+    prompts, others = read_prompts(inputs, processor, joint)
     set_length(joint, prompts, settings)
     settings.disable_compile = True  # the compiler cannot follow the binding
     settings.return_dict_in_generate = False
     settings.pad_token_id = pad = padding_id(settings, tokenizer)
+    starting = start_id(joint, settings)
     draws = factors.draws
+    check_streamer(streamer, len(prompts), draws or 1, settings)
     written: list[list[Tensor]] = [[] for _ in prompts]
     bar = tqdm(desc="generating", unit="token", delay=2, leave=False)
     with evaluating(joint), tempered_network(joint, temperature), bar:
-        writer = Writer(joint, settings, bar)
+        writer = Writer(joint, settings, starting, bar, stops, streamer)
         width = max(settings.num_beams or 1, writer.several)
         per_pass = max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
@@ -86,6 +98,10 @@ def generate(
                     written[start + i] += continuations
     ends = end_ids(settings)
     kept = [[until_end(ids, ends) for ids in continuations] for continuations in written]
+    if stops is not None:
+        kept = [[stops.until(ids) for ids in continuations] for continuations in kept]
     names = torch.arange(draws or 1) if numbers is None else torch.tensor(numbers)
     draw = names.repeat_interleave(writer.several)
-    return scored(joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature)
+    return scored(
+        joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature, starting
+    )

@@ -6,6 +6,7 @@ and a fit without evaluation needs none.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import singledispatch
 
 import torch
@@ -14,7 +15,13 @@ from pyrolora.errors import DataError
 from pyrolora.predictive.reliability import ECE_BINS
 from pyrolora.predictive.selective import aurc
 from pyrolora.seeding import DRAWING
-from pyrolora.tasks import ClassPrediction, Prediction, RegressionPrediction, TokenPrediction
+from pyrolora.tasks import (
+    ClassPrediction,
+    MultiLabelPrediction,
+    Prediction,
+    RegressionPrediction,
+    TokenPrediction,
+)
 
 
 @DRAWING
@@ -26,11 +33,15 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
     finding the wrong predictions; NaN when there are none, or nothing else), ``aurc`` (`aurc`, the
     mean error rate when only the most certain are answered). Regression: ``rmse``, ``nll``,
     ``crps`` (units of the target), ``coverage`` (share of targets in the central 90 % interval),
-    ``aurc`` (of the squared error). Language models: ``nll`` (nats per counted token, of the
-    mixture over draws) and ``perplexity`` = exp(nll). Other kinds: ``nll`` and ``aurc`` (of
-    `Prediction.loss`). A kind may add its own, `Prediction.metrics`. With ``outside``, a prediction
-    for data of another distribution: ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for
-    telling the two apart.
+    ``aurc`` (of the squared error). Several labels per example: ``micro_f1``, ``macro_f1``,
+    ``exact_match`` (share of examples of which every label is right), ``mean_average_precision``
+    and ``label_auroc`` (means over the labels that some examples have and some have not; NaN
+    without such labels), ``nll`` (nats per example, all its labels together), ``ece`` and ``brier``
+    (of each label as two classes), ``aurc`` (of the share of wrong labels). Language models:
+    ``nll`` (nats per counted token, of the mixture over draws) and ``perplexity`` = exp(nll). Other
+    kinds: ``nll`` and ``aurc`` (of `Prediction.loss`). A kind may add its own, by
+    `Prediction.metrics`. With ``outside``, a prediction for data of another distribution:
+    ``ood_auroc``, the `auroc` of `Prediction.uncertainty` for telling the two apart.
 
     Raises
     ------
@@ -108,6 +119,33 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
 
 
 @_metrics.register
+def _(prediction: MultiLabelPrediction) -> dict[str, float]:
+    from torchmetrics.functional import classification as scores
+
+    probs, targets = prediction.probs, prediction.targets
+    assert targets is not None
+    single = prediction.decisions()
+    assert single.targets is not None
+    pairs = [
+        (probs[:, c], y) for c, y in enumerate(targets.unbind(-1)) if 0 < int(y.sum()) < len(y)
+    ]
+    if probs.shape[-1] == 1:  # torchmetrics has two labels or more; this one counts for nothing
+        probs, targets = (torch.nn.functional.pad(part, (0, 1)) for part in (probs, targets))
+    classes = probs.shape[-1]
+    return {
+        "micro_f1": float(scores.multilabel_f1_score(probs, targets, classes, average="micro")),
+        "macro_f1": float(scores.multilabel_f1_score(probs, targets, classes, average="macro")),
+        "exact_match": float(scores.multilabel_exact_match(probs, targets, classes)),
+        "mean_average_precision": _mean(scores.binary_average_precision(*pair) for pair in pairs),
+        "label_auroc": _mean(scores.binary_auroc(*pair) for pair in pairs),
+        "nll": _nll(prediction),
+        "ece": calibration_error(single.probs, single.targets),
+        "brier": float(2 * (single.probs[:, 1] - single.targets).square().mean()),
+        "aurc": aurc(prediction),
+    }
+
+
+@_metrics.register
 def _(prediction: RegressionPrediction) -> dict[str, float]:
     from torchmetrics.functional import mean_squared_error
 
@@ -129,6 +167,12 @@ def _(prediction: TokenPrediction) -> dict[str, float]:
     assert scores is not None
     nll = -scores.double().sum() / prediction.num_tokens.sum()
     return {"nll": float(nll), "perplexity": float(nll.exp())}
+
+
+def _mean(values: Iterable[torch.Tensor]) -> float:
+    """Return the mean of these numbers, NaN where there are none."""
+    numbers = [float(value) for value in values]
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def _nll(prediction: Prediction) -> float:

@@ -76,7 +76,7 @@ def predict(
     order = data.by_length()
     reduce = partial(kind.reduce, task)
     records = reduced(joint, data, factors, reduce, order, batch_size=batch_size, rows=rows)
-    prediction = _named(kind.collect(records, task), joint)
+    prediction = named(kind.collect(records, task), joint)
     return prediction if order is None else prediction.in_order(order)
 
 
@@ -116,7 +116,7 @@ def reduced(
     return records
 
 
-def _named(prediction: Prediction, joint: JointModel) -> Prediction:
+def named(prediction: Prediction, joint: JointModel) -> Prediction:
     """Return the prediction with the names of its classes."""
     names = class_names_of(joint.base, joint.task) if joint.task.names_classes else {}
     return prediction.named(names) if names else prediction

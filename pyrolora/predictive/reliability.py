@@ -15,6 +15,8 @@ ECE_BINS = 15
 def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFrame:
     """Return the accuracy of predictions by their confidence, in bins of equal width.
 
+    Where an example has several labels, each is one prediction: does the example have it?
+
     The expected calibration error is their sum ECE = Σ_b (count_b / n) |accuracy_b − confidence_b|.
 
     Returns
@@ -32,13 +34,14 @@ def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFr
         When the data had no labels.
     """
     whole_number("bins", bins, at_least=1)
-    probs = prediction.probs
-    if probs is None:
+    decisions = prediction.decisions()
+    probs = None if decisions is None else decisions.probs
+    if decisions is None or probs is None:
         raise ConfigError(
             f"the reliability of class probabilities needs classes, got a "
             f"{type(prediction).__name__}; a regression has evaluate(...)['coverage']"
         )
-    if prediction.loss is None:
+    if decisions.loss is None:
         raise DataError("reliability needs labels, and the data has none")
     confidence = probs.amax(-1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
@@ -46,7 +49,7 @@ def reliability_table(prediction: Prediction, bins: int = ECE_BINS) -> pd.DataFr
     index = torch.bucketize(confidence, inner.contiguous(), right=True)
     count = index.bincount(minlength=bins)
     sums = torch.zeros(2, bins, dtype=torch.float64)
-    right = 1 - prediction.loss.double()
+    right = 1 - decisions.loss.double()
     sums = sums.index_add(1, index, torch.stack([confidence.double(), right]))
     means = sums / count  # 0 / 0 is NaN
     return pd.DataFrame(

@@ -11,14 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.columns import IGNORED, LABELS
+from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
 from pyrolora.data import prepare
 from pyrolora.data.examples import TensorExamples
 from pyrolora.data.padding import MASK
+from pyrolora.data.pieces import PER_TOKEN, joined
 from pyrolora.model import JointModel
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.predict import predict
-from pyrolora.predictive.prompts import PER_TOKEN
 from pyrolora.tasks import TokenPrediction
 
 
@@ -33,6 +33,7 @@ def scored(
     tokenizer: Any,
     rows: int,
     temperature: float,
+    start: int | None = None,
 ) -> Generation:
     """Return the continuations with the scores that all draws give them.
 
@@ -56,10 +57,13 @@ def scored(
         Most rows (draws x texts) of one pass.
     temperature
         T of the scores (`Task.at`).
+    start
+        The id with which a decoder of its own starts; None where prompts are continued.
     """
     pairs = [(p, new) for p, texts in zip(prompts, written, strict=True) for new in texts]
     beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
-    prepared = prepare(_examples(pairs, beside, pad), joint.base, joint.task)
+    examples = _examples(pairs, beside, pad) if start is None else _apart(pairs, beside, pad, start)
+    prepared = prepare(examples, joint.base, joint.task)
     read = predict(
         joint,
         prepared,
@@ -73,10 +77,11 @@ def scored(
     shape = (len(prompts), len(draw))
 
     def aligned(values: Tensor) -> Tensor:
-        """Turn (n K, longest - 1), of whole texts, to (n, K, T), of the continuations alone."""
+        """Turn (n K, longest), of what is predicted, to (n, K, T), of the continuations alone."""
+        before = [len(p) - 1 if start is None else 0 for p, _ in pairs]
         parts = [
-            row[len(p) - 1 : len(p) - 1 + len(new)]
-            for row, (p, new) in zip(values, pairs, strict=True)
+            row[first : first + len(new)]
+            for row, first, (_, new) in zip(values, before, pairs, strict=True)
         ]
         return pad_sequence(parts, True, torch.nan).unflatten(0, shape)
 
@@ -104,7 +109,7 @@ def _examples(
 ) -> TensorExamples:
     """Return whole texts of one length, whose labels are the tokens of the continuations.
 
-    An input with a value per token of the prompt goes on with its last value, as in transformers'
+    Token types go on with their last value, and those of pictures with 0, as in transformers'
     ``generate``.
     """
     whole = [torch.cat(pair) for pair in pairs]
@@ -116,13 +121,33 @@ def _examples(
         ),
     }
     for name, rows in beside.items():
-        if name == PER_TOKEN:
+        if name in PER_TOKEN:
+            last = [r[-1:] if name == PER_TOKEN[0] else r.new_zeros(1) for r in rows]
             continued = [
-                torch.cat([r, r[-1:].expand(len(n))]) for r, (_, n) in zip(rows, pairs, strict=True)
+                torch.cat([r, end.expand(len(n))])
+                for r, end, (_, n) in zip(rows, last, pairs, strict=True)
             ]
             columns[name] = pad_sequence(continued, True, 0)
         else:
-            columns[name] = torch.stack(rows)
+            columns |= joined(name, rows)
+    return TensorExamples(columns)
+
+
+def _apart(
+    pairs: Sequence[tuple[Tensor, Tensor]], beside: Mapping[str, list[Tensor]], pad: int, start: int
+) -> TensorExamples:
+    """Return the prompts, with the continuations as labels and as the inputs of the decoder."""
+    prompts, news = [p for p, _ in pairs], [new for _, new in pairs]
+    read = [torch.cat([torch.full_like(new[:1], start), new[:-1]]) for new in news]
+    columns = {
+        "input_ids": pad_sequence(prompts, True, pad),
+        MASK: pad_sequence([torch.ones_like(ids) for ids in prompts], True, 0),
+        LABELS: pad_sequence(news, True, IGNORED),
+        DECODER_IDS: pad_sequence(read, True, pad),
+        DECODER_MASK: pad_sequence([torch.ones_like(new) for new in news], True, 0),
+    }
+    for name, rows in beside.items():
+        columns[name] = pad_sequence(rows, True, 0) if name in PER_TOKEN else torch.cat(rows)
     return TensorExamples(columns)
 
 

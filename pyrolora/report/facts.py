@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyrolora.adapters import AdapterBank
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointModel
+from pyrolora.predictive import Predictor
 from pyrolora.report.examples import Examples
 from pyrolora.tasks import Prediction, Task
 
@@ -45,8 +46,17 @@ class Subject(Protocol):
 
     def sample(self, num_samples: int, *, seed: int | None = None) -> Mapping[str, Tensor]: ...
 
+    @property
+    def predictor(self) -> Predictor: ...
+
     def predict(
-        self, data: Any, num_samples: int | None = None, *, batch_size: int, seed: int | None
+        self,
+        data: Any,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        batch_size: int,
+        seed: int | None = None,
     ) -> Prediction: ...
 
     def inputs_of(self, data: Any) -> Any: ...
@@ -118,16 +128,13 @@ def label_table(examples: Examples, prediction: Prediction) -> pd.DataFrame | No
     For multiple choice the rows are the places of the choices; of very many classes only the most
     frequent are listed. None for predictions without class probabilities.
     """
-    if prediction.probs is None:
+    counts = prediction.class_counts()
+    if not counts:
         return None
-    classes = prediction.probs.shape[-1]
+    classes = len(counts["predicted"])
     choosing = len(examples) and bool(examples.choices(0))
     names = [f"choice {k}" if choosing else examples.label(0, k) for k in range(classes)]
-    table = {"class": names}
-    if prediction.targets is not None:
-        table["target"] = prediction.targets.bincount(minlength=classes).tolist()
-    table["predicted"] = prediction.probs.argmax(-1).bincount(minlength=classes).tolist()
-    made = pd.DataFrame(table)
+    made = pd.DataFrame({"class": names, **{name: n.tolist() for name, n in counts.items()}})
     if len(made) > MOST_CLASSES:
         made = made.sort_values(list(made)[1], ascending=False, kind="stable")[:MOST_CLASSES]
     return made

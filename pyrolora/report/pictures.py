@@ -39,7 +39,8 @@ class Picture:
 
 def prediction_pictures(prediction: Prediction, outside: Prediction | None) -> Iterator[Picture]:
     """Yield the pictures that a prediction allows, with those of other data beside it."""
-    probs, targets = prediction.probs, prediction.targets
+    decisions = prediction.decisions()
+    probs, targets = (None, None) if decisions is None else (decisions.probs, decisions.targets)
     if probs is not None and targets is not None:
         yield picture(
             "Reliability",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from pyrolora.diagnostics.contraction import (
     has_trained_widths,
     update_norms,
 )
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, listed
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
 from pyrolora.predictive import auroc, evaluate, reliability_table
@@ -97,44 +97,44 @@ def report_on(
     *,
     outside: Any = None,
     num_samples: int | None = None,
+    draws: Iterable[int] | None = None,
     batch_size: int = defaults.BATCH_SIZE,
     seed: int | None = None,
 ) -> Report:
     """Make the report that `Posterior.report` writes; the parameters are described there."""
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
-    if num_samples is None:
-        num_samples = posterior.model.program.usual_draws()
+    which = _draws(posterior, num_samples, draws, seed)
+    count = len(which["draws"]) if "draws" in which else which["num_samples"]
     names = class_names_of(posterior.base, posterior.task)
     examples = Examples(data, posterior.base, posterior.tokenizer, names)
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    prediction = posterior.predict(data, num_samples, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, **which}
+    prediction = posterior.predict(data, **options)
     other = None
     if outside is not None:
-        other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
-    idata = posterior.to_arviz(seed=seed)
+        other = posterior.predict(posterior.inputs_of(outside), **options)
+    idata = posterior.to_arviz(seed=which.get("seed"))
     metrics = _metrics(prediction, other)
     blocks = contractions(posterior.model.program)
     plain = partial(without_adapters, posterior, data, batch_size)
-    warnings = _findings(posterior, prediction, num_samples, blocks, plain)
+    warnings = _findings(posterior, prediction, count, blocks, plain)
     texts = []
     if prediction.token_entropy is not None:
-        texts = shaded_texts(posterior, prediction, examples, num_samples, seed)
-    labelled = prediction.probs is not None and prediction.targets is not None
+        texts = shaded_texts(posterior, prediction, examples, which)
+    decisions = prediction.decisions()
     html = (
         _environment()
         .get_template(TEMPLATE)
         .render(
             title=f"{full_name(posterior.options)} on {type(posterior.base).__name__}",
             date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            draws=num_samples,
-            seed=seed,
+            draws=_stated(which),
             size=len(examples),
             outside_size=None if other is None else len(other.examples.unique()),
             findings=warnings,
             metrics=metrics_table(metrics, prediction.higher_is_better),
             pictures=list(prediction_pictures(prediction, other)),
-            reliability=_used_bins(prediction) if labelled else None,
+            reliability=_used_bins(decisions)
+            if decisions and decisions.targets is not None
+            else None,
             tables=example_tables(prediction, examples),
             texts=texts,
             fit_pictures=list(fit_pictures(posterior.history)),
@@ -151,6 +151,29 @@ def report_on(
         )
     )
     return Report(html, warnings, metrics)
+
+
+def _draws(
+    posterior: Subject, num_samples: int | None, draws: Iterable[int] | None, seed: int | None
+) -> dict[str, Any]:
+    """Return the draws as options of `Posterior.predict`, with a number and a seed in any case."""
+    numbers = posterior.predictor.numbers(draws, num_samples=num_samples, seed=seed)
+    if numbers is not None:
+        return {"draws": numbers}
+    if num_samples is None:
+        num_samples = posterior.model.program.usual_draws()
+    return {
+        "num_samples": num_samples,
+        "seed": int(torch.randint(2**31, ())) if seed is None else seed,
+    }
+
+
+def _stated(which: Mapping[str, Any]) -> str:
+    """Return the draws in words."""
+    if "draws" in which:
+        return f"the draws {listed(which['draws'], most=20)}"
+    count = which["num_samples"]
+    return f"{f'{count} draws' if count else 'the mean adapter'}, seed {which['seed']}"
 
 
 def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, float]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyrolora.columns import LABELS
 from pyrolora.data import prepare
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import Subject
@@ -37,9 +38,9 @@ class ShadedText:
 
 
 def shaded_texts(
-    posterior: Subject, prediction: Prediction, examples: Examples, num_samples: int, seed: int
+    posterior: Subject, prediction: Prediction, examples: Examples, draws: Mapping[str, Any]
 ) -> list[ShadedText]:
-    """Return the texts of the highest uncertainty, predicted again by the same draws.
+    """Return the texts of the highest uncertainty, predicted again by the same ``draws``.
 
     Each is predicted alone: without padding it has as many entropies as tokens, but for the first
     tokens, which nothing predicts.
@@ -48,7 +49,7 @@ def shaded_texts(
     texts = []
     for i in prediction.examples[order].tolist():
         example = examples.only(i)
-        alone = posterior.predict(example, num_samples, batch_size=1, seed=seed)
+        alone = posterior.predict(example, batch_size=1, **draws)
         assert alone.token_entropy is not None
         ids = prepare(
             example,
@@ -57,7 +58,7 @@ def shaded_texts(
             posterior.tokenizer,
             need_labels=False,
             to_learn=False,
-        ).examples[0]["input_ids"]
+        ).examples[0][LABELS if posterior.task.writes == "apart" else "input_ids"]
         values = alone.token_entropy[0].tolist()
         first = [math.nan] * (len(ids) - len(values))
         texts.append((i, _words(ids, posterior.tokenizer), first + values))
@@ -79,4 +80,4 @@ def _words(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Return each token as text."""
     if tokenizer is None:
         return [f"{int(number)} " for number in ids]
-    return [tokenizer.decode([int(number)]) for number in ids]
+    return [tokenizer.decode([int(number)]) if number >= 0 else "…" for number in ids]

@@ -36,6 +36,16 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "The mean risk over all shares of examples that are answered, the most certain first. "
         "Lower is better.",
     ),
+    "exact_match": (
+        "exact matches",
+        "Share of examples whose whole answer is right. Higher is better.",
+    ),
+    "micro_f1": ("F1 over all labels", "Of all labels taken together. Higher is better."),
+    "macro_f1": ("mean F1 of the labels", "Rare labels weigh as much. Higher is better."),
+    "label_auroc": (
+        "AUROC of the labels",
+        "How well the probability of a label tells who has it: 0.5 is chance, 1 perfect.",
+    ),
     "rmse": ("root mean squared error", "In units of the target. Lower is better."),
     "crps": (
         "CRPS",

@@ -9,10 +9,10 @@ from difflib import SequenceMatcher
 from itertools import combinations
 from typing import Any, Literal
 
-from pyrolora.predictive import ClassPrediction, Generation
+from pyrolora.predictive import Generation
 from pyrolora.serving.service import Answered
 from pyrolora.serving.text import TokenScores, first_stop, pieces
-from pyrolora.serving.verbs import Classify
+from pyrolora.serving.verbs import Classes, Classify, Write
 
 MASS = 0.9
 """The probability that an interval of a class probability holds."""
@@ -26,10 +26,16 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def draws_of(settings: Classify | Write) -> dict[str, Any]:
+    """Return which draws an answer is of."""
+    about: dict[str, Any] = {"num_samples": settings.num_samples, "seed": settings.seed}
+    return about if settings.draws is None else {**about, "draws": list(settings.draws)}
+
+
 # Classes ----------------------------------------------------------------------------------------
 
 
-def class_rows(prediction: ClassPrediction, settings: Classify, text: str) -> list[dict[str, Any]]:
+def class_rows(prediction: Classes, settings: Classify, text: str) -> list[dict[str, Any]]:
     """Return the classes of one text as LoRAX's entities, the likeliest first.
 
     Each has the interval of its probability over draws in its ``uncertainty``, beside the numbers
@@ -53,17 +59,16 @@ def class_rows(prediction: ClassPrediction, settings: Classify, text: str) -> li
     ]
 
 
-def class_uncertainty(prediction: ClassPrediction, settings: Classify) -> dict[str, Any]:
-    """Return entropies in nats, and the share of draws that choose the predicted class."""
-    votes = prediction.draws[:, 0].argmax(-1)
-    several = len(votes) > 1
+def class_uncertainty(prediction: Classes, settings: Classify) -> dict[str, Any]:
+    """Return entropies in nats, and the share of draws that choose the predicted classes."""
+    draws = prediction.draws[:, 0]
+    same = (prediction.decided(draws) == prediction.predicted[0]).reshape(len(draws), -1).all(-1)
     return {
-        "num_samples": settings.num_samples,
-        "seed": settings.seed,
+        **draws_of(settings),
         "entropy": number(prediction.entropy[0]),
         "aleatoric": number(prediction.aleatoric[0]),
         "epistemic": number(prediction.epistemic[0]),
-        "agreement": number((votes == prediction.predicted[0]).float().mean()) if several else None,
+        "agreement": number(same.float().mean()) if len(draws) > 1 else None,
     }
 
 
@@ -125,8 +130,7 @@ def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list
         short = int(generation.num_tokens[0, k]) < settings.max_new_tokens
         finish: Finish = "stop" if one.stopped else "end" if ended or short else "length"
         about = {
-            "num_samples": settings.num_samples,
-            "seed": settings.seed,
+            **draws_of(settings),
             **uncertainty_of(generation, k, one.parts),
             "agreement": agreement,
             "continuations": _others(generation, cuts, one.text),

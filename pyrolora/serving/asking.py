@@ -8,24 +8,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyrolora import defaults
-from pyrolora.errors import DataError
+from pyrolora.data.media import tokenizer_of
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.posterior import Posterior
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.registry import Lease
 from pyrolora.serving.text import encoded, room_after
 from pyrolora.serving.verbs import Classify, Columns, Write
-from pyrolora.tasks import CausalLM, Classification, MultipleChoice
 
 SEEDS = 2**32
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Which draws a request asks for; None: those of the server."""
+    """Which draws a request asks for; None: those of the server.
+
+    ``numbers`` name them, as in `Posterior.sample`, in place of ``num_samples``.
+    """
 
     num_samples: int | None = None
     seed: int | None = None
+    numbers: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for rows that may share a batch."""
+        if isinstance(self.settings, Classify):
+            return Classify, self.lease.family
         apart = None if self.settings.shares else object()
         return id(self.lease.posterior), self.settings, apart
 
@@ -102,14 +108,15 @@ class Asking:
     def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
         """Return the rows of texts whose classes are asked for."""
         posterior, task = lease.posterior, lease.posterior.task
-        if not isinstance(task, Classification) or isinstance(task, MultipleChoice):
+        if task.serves != "classes":
             raise UnsupportedError(
                 f"the posterior {lease.name!r} is of the task {task.name!r}, and classes are "
-                "those of a classification; of a causal language model ask for text",
+                "those of a classification; of a causal language model ask for text, other tasks "
+                "are not served",
                 "model",
             )
         self._check("inputs", len(texts), self.limits.texts, "texts")
-        settings = Classify(*self._draws(posterior, draws, defaults.NUM_SAMPLES))
+        settings = Classify(*self._draws(posterior, draws, defaults.NUM_SAMPLES, seeded=False))
         return [Row(lease, settings, encoded(posterior, text)) for text in texts]
 
     def write(
@@ -121,10 +128,11 @@ class Asking:
     ) -> list[Row]:
         """Return the rows of prompts, which may depend on the posterior's tokenizer."""
         posterior = lease.posterior
-        if not isinstance(posterior.task, CausalLM):
+        if posterior.task.serves != "text":
             raise UnsupportedError(
-                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only a "
-                "causal language model writes text; ask for classes at /classify",
+                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only "
+                "posteriors of a causal language model are served to write text; of a "
+                "classification ask for classes, at /classify",
                 "model",
             )
         length = sampling.max_new_tokens
@@ -143,8 +151,10 @@ class Asking:
     def _settings(self, posterior: Posterior, draws: Draws, sampling: Sampling) -> Write:
         self._check("n", sampling.choices, self.limits.choices, "choices")
         if draws.seed is None and sampling.sampled:  # the answer says which one it was
-            draws = Draws(draws.num_samples, secrets.randbelow(SEEDS))
-        num_samples, seed = self._draws(posterior, draws, defaults.GENERATE_SAMPLES)
+            draws = replace(draws, seed=secrets.randbelow(SEEDS))
+        num_samples, seed, numbers = self._draws(
+            posterior, draws, defaults.GENERATE_SAMPLES, seeded=sampling.sampled
+        )
         writers = max(num_samples, 1)
         several = -(-sampling.choices // writers)
         if several > 1 and not sampling.sampled:
@@ -156,6 +166,7 @@ class Asking:
         return Write(
             num_samples,
             seed,
+            numbers,
             several=several,
             options=sampling.options,
             sampled=sampling.sampled,
@@ -163,12 +174,29 @@ class Asking:
             alternatives=sampling.alternatives,
         )
 
-    def _draws(self, posterior: Posterior, draws: Draws, usual: int) -> tuple[int, int]:
+    def _draws(
+        self, posterior: Posterior, draws: Draws, usual: int, *, seeded: bool
+    ) -> tuple[int, int | None, tuple[int, ...] | None]:
+        """Return how many draws are asked for, the seed, and the numbers of draws that have them.
+
+        With numbers a seed is that of tokens, in texts that are ``seeded``.
+        """
+        if draws.numbers is not None:
+            beside = None if seeded else draws.seed
+            try:
+                numbers = posterior.predictor.numbers(
+                    draws.numbers, num_samples=draws.num_samples, seed=beside
+                )
+            except ConfigError as error:
+                raise UnsupportedError(str(error), "draws") from error
+            assert numbers is not None
+            self._check("draws", len(numbers), self.limits.draws, "draws")
+            return len(numbers), draws.seed, tuple(numbers)
         number = self.num_samples if draws.num_samples is None else draws.num_samples
         if number is None:
             number = posterior.model.program.usual_draws(usual)
         self._check("num_samples", number, self.limits.draws, "draws")
-        return number, self.seed if draws.seed is None else draws.seed
+        return number, self.seed if draws.seed is None else draws.seed, None
 
     def _check(self, field: str, count: int, most: int, what: str) -> None:
         if count > most:
@@ -179,7 +207,7 @@ class Asking:
 
 def chat_prompt(posterior: Posterior, messages: Sequence[dict[str, str]]) -> str:
     """Return the text of a conversation, by the tokenizer's template."""
-    tokenizer = posterior.tokenizer
+    tokenizer = tokenizer_of(posterior.tokenizer)
     if getattr(tokenizer, "chat_template", None) is None:
         raise UnsupportedError(
             "the tokenizer of this posterior has no chat template; use /v1/completions", "model"

@@ -26,7 +26,7 @@ class Job:
     Attributes
     ----------
     key
-        Jobs of equal keys may share a batch; the key names posterior, verb and settings.
+        Jobs of equal keys may share a batch.
     tokens
         Tokens that the row costs, over all draws.
     payload
@@ -49,9 +49,8 @@ class Batcher:
     until the budget of tokens is spent or the oldest has waited for the time window. Thus no key
     can starve another. A cancelled job leaves the queue at once.
 
-    Which rows may share a pass is decided by the keys alone: today a key names one posterior. Once
-    the adapters' binding holds an index per row, keys without the posterior make batches of
-    several, and nothing here changes.
+    Which rows may share a pass is decided by the keys alone: texts to classify have the key of
+    their posterior's family, so that a batch has rows of several posteriors.
 
     Parameters
     ----------

@@ -14,6 +14,8 @@ LEAST_TEMPERATURE = 1e-6
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Samples = Annotated[int, Field(ge=0)]
+Numbers = Annotated[list[int], Field(min_length=1)]
+"""Numbers of draws."""
 Text = Annotated[str, Field(min_length=1)]
 
 

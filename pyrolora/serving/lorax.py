@@ -15,7 +15,7 @@ from pyrolora.serving.answers import Continuation, class_rows, continuations, nu
 from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnsupportedError
-from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
+from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
 from pyrolora.serving.service import Answered, Service
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
@@ -40,6 +40,7 @@ class Parameters(Strict):
     adapter_id: str | None = None
     num_samples: Samples | None = None
     seed: Seed | None = None
+    draws: Numbers | None = None
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     do_sample: bool = False
     temperature: Annotated[Temperature, Field(le=100)] | None = None
@@ -114,6 +115,7 @@ class ClassifyParameters(Strict):
     adapter_id: str | None = None
     num_samples: Samples | None = None
     seed: Seed | None = None
+    draws: Numbers | None = None
 
 
 class ClassifyRequest(Strict):
@@ -136,7 +138,7 @@ def routes(service: Service) -> APIRouter:
 
     async def written(request: Request, body: GenerateRequest) -> tuple[Answered, Continuation]:
         asked = body.parameters
-        draws = Draws(asked.num_samples, asked.seed)
+        draws = Draws(asked.num_samples, asked.seed, asked.draws)
         answered = await service.write(
             request, asked.adapter_id, lambda _: [body.inputs], draws, asked.sampling()
         )
@@ -177,7 +179,7 @@ def routes(service: Service) -> APIRouter:
     async def entities(
         request: Request, asked: ClassifyParameters, texts: list[str]
     ) -> list[list[dict[str, Any]]]:
-        draws = Draws(asked.num_samples, asked.seed)
+        draws = Draws(asked.num_samples, asked.seed, asked.draws)
         found = await service.classify(request, asked.adapter_id, texts, draws)
         return [
             class_rows(prediction, found.settings, text)

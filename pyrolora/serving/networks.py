@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -17,6 +18,8 @@ from pyrolora.loading import load
 from pyrolora.posterior import Posterior
 from pyrolora.serving.errors import DamagedPosteriorError, OtherBaseError
 from pyrolora.storage import check_base, load_base, read_folder
+from pyrolora.storage.configuration import NEUTRAL
+from pyrolora.storage.description import Description
 
 PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/'\"(),;]+/)+")
 """The folders of an absolute path, which is no address."""
@@ -47,8 +50,10 @@ class Networks:
         self._networks: dict[str, nn.Module] = {}
         self._lock = threading.Lock()
 
-    def load(self, folder: Path) -> Posterior:
+    def load(self, folder: Path) -> tuple[Posterior, str]:
         """Return the posterior in ``folder``, on the network that it shares with others.
+
+        Its `family` comes second.
 
         Raises
         ------
@@ -72,7 +77,7 @@ class Networks:
             self._networks.setdefault(key, network)
             if self.device is not None:
                 posterior.model.to(self.device)
-            return posterior
+            return posterior, family(description)
 
     def detach(self, posterior: Posterior) -> None:
         """Take a posterior's adapters out of its network.
@@ -96,13 +101,25 @@ class Networks:
         share_tensors(network, self._networks.values())
         return network.to(self.device) if self.device is not None else network
 
-    def _check_base(self, network: nn.Module, folder: Path, description: Any) -> None:
+    def _check_base(self, network: nn.Module, folder: Path, description: Description) -> None:
         try:
             check_base(network, description.heads, description.base)
         except CheckpointError as error:
             raise OtherBaseError(
                 _of_other_base(folder, error, description.base), "model"
             ) from error
+
+
+def family(description: Description) -> str:
+    """Return a digest that is equal for posteriors whose rows can share a pass.
+
+    They have the same network but for its heads, and adapt the same layers.
+    """
+    base = description.base
+    config = {name: value for name, value in base["config"].items() if name not in NEUTRAL}
+    layers = sorted(spec.name for spec in description.specs)
+    parts = [base["class"], config, base["weights"], layers, sorted(description.heads)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def share_tensors(network: nn.Module, others: Iterable[nn.Module]) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 from pyrolora import defaults
 from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.errors import UnsupportedError
-from pyrolora.serving.fields import MOST_STOPS, Samples, Seed, Strict, Temperature, Text
+from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
 
 NEW_TOKENS = 16
 """The length of a completion without ``max_tokens``, as in OpenAI's interface."""
@@ -46,6 +46,7 @@ class Writing(Strict):
     model: str
     num_samples: Samples | None = None
     seed: Seed | None = None
+    numbers: Numbers | None = Field(None, alias="draws")
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[Temperature, Field(le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -64,7 +65,7 @@ class Writing(Strict):
 
     @property
     def draws(self) -> Draws:
-        return Draws(self.num_samples, self.seed)
+        return Draws(self.num_samples, self.seed, self.numbers)
 
     def sampling(self, usual_length: int, alternatives: int | None) -> Sampling:
         """Return the settings of the text, which is sampled unless the temperature is 0."""

@@ -30,9 +30,10 @@ PATIENCE = 30.0
 
 @dataclass(eq=False)
 class _Entry:
-    """A posterior in memory."""
+    """A posterior in memory, and the family of those whose rows may stand beside its rows."""
 
     posterior: Posterior
+    family: str
     size: int
     stamp: tuple[int, ...]
     users: int = 0
@@ -51,6 +52,11 @@ class Lease:
     @property
     def posterior(self) -> Posterior:
         return self._entry.posterior
+
+    @property
+    def family(self) -> str:
+        """Equal for posteriors whose rows may share a pass."""
+        return self._entry.family
 
     def release(self) -> None:
         """Give the posterior back; a second call does nothing."""
@@ -209,12 +215,12 @@ class Registry:
         expected = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         self._make_room(name, expected)
         try:
-            posterior = self.networks.load(folder)
+            posterior, family = self.networks.load(folder)
         except BaseException:
             self._account(-expected)
             raise
         size = _own_bytes(posterior)
-        entry = _Entry(posterior, size, stamp, users=1)
+        entry = _Entry(posterior, family, size, stamp, users=1)
         with self._changed:
             self._bytes += size - expected
             self._entries[name] = entry

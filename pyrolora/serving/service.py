@@ -8,20 +8,22 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 
 from pyrolora import defaults
+from pyrolora.data.media import tokenizer_of
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import ClassPrediction
 from pyrolora.serving.asking import Asking, Draws, Row, Sampling
 from pyrolora.serving.batching import Batcher, Job
+from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, UnsupportedError
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
-from pyrolora.serving.verbs import Classify, Write, Written
+from pyrolora.serving.verbs import Classes, Classify, Write, Written, classified
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
@@ -32,7 +34,7 @@ class Classified:
     """Predictions of the texts of a request, and the settings that they were made with."""
 
     settings: Classify
-    predictions: list[ClassPrediction]
+    predictions: list[Classes]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Service:
         self._entering = 0
         self._loaders = ThreadPoolExecutor(LOADERS, "pyrolora-loading")
         self.batcher = Batcher(
-            _run,
+            partial(_run, Drawn()),
             window=self.limits.window,
             budget=self.limits.batch_tokens,
             most=self.limits.queue,
@@ -132,7 +134,7 @@ class Service:
             [row.settings for row in rows if isinstance(row.settings, Write)],
             [row.columns["input_ids"] for row in rows],
             results,
-            posterior.tokenizer,
+            tokenizer_of(posterior.tokenizer),
             _ends(posterior),
         )
 
@@ -237,10 +239,19 @@ def _release_all(entered: Future[list[Row]]) -> None:
             row.lease.release()
 
 
-def _run(rows: Sequence[Row]) -> list[Any]:
-    """Run the rows of one batch, which have the same posterior and settings."""
+def _run(drawn: Drawn, rows: Sequence[Row]) -> list[Any]:
+    """Run the rows of one batch, which have equal keys."""
     first = rows[0]
-    return first.settings.run(first.lease.posterior, [row.columns for row in rows])
+    if isinstance(first.settings, Write):
+        return first.settings.run(first.lease.posterior, [row.columns for row in rows])
+    return classified(
+        [
+            (row.lease.posterior, settings, row.columns)
+            for row in rows
+            if isinstance(settings := row.settings, Classify)
+        ],
+        drawn,
+    )
 
 
 def _ends(posterior: Posterior) -> frozenset[int]:

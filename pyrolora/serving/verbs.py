@@ -15,10 +15,18 @@ from torch.utils.data import Dataset
 
 from pyrolora import defaults
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import ClassPrediction, Generation
+from pyrolora.predictive import (
+    ClassPrediction,
+    Generation,
+    MultiLabelPrediction,
+    Question,
+    predict_mixed,
+)
+from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.text import TokenScores, token_scores
 
 Columns = dict[str, list[int]]
+Classes = ClassPrediction | MultiLabelPrediction
 
 
 class Rows(Dataset[Columns]):
@@ -39,10 +47,11 @@ class Rows(Dataset[Columns]):
 
 @dataclass(frozen=True)
 class Classify:
-    """Class probabilities under ``num_samples`` draws of ``seed``."""
+    """Class probabilities under ``num_samples`` draws of ``seed``, or those with numbers."""
 
     num_samples: int
-    seed: int
+    seed: int | None
+    draws: tuple[int, ...] | None = None
 
     shares: ClassVar[bool] = True
     length: ClassVar[int] = 0
@@ -52,12 +61,30 @@ class Classify:
         """How often a row goes through the network."""
         return max(self.num_samples, 1)
 
-    def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[ClassPrediction]:
-        prediction = posterior.predict(
-            Rows(rows), self.num_samples, batch_size=len(rows), seed=self.seed
-        )
-        assert isinstance(prediction, ClassPrediction)
-        return [prediction.select(torch.tensor([i])) for i in range(len(rows))]
+    def question(self, posterior: Posterior, rows: Sequence[Columns], drawn: Drawn) -> Question:
+        """Return what these draws of the posterior are asked."""
+        predictor = posterior.predictor
+        factors = drawn.factors(posterior, self.num_samples, self.seed, self.draws)
+        return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
+
+
+def classified(asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn) -> list[Classes]:
+    """Return the classes of every row, which posteriors of one family are asked for."""
+    places: dict[tuple[int, Classify], list[int]] = {}
+    for place, (posterior, settings, _) in enumerate(asked):
+        places.setdefault((id(posterior), settings), []).append(place)
+    groups = [*places.values()]
+    questions = [
+        settings.question(posterior, [asked[place][2] for place in group], drawn)
+        for group in groups
+        for posterior, settings, _ in [asked[group[0]]]
+    ]
+    answers: dict[int, Classes] = {}
+    for group, prediction in zip(groups, predict_mixed(questions), strict=True):
+        assert isinstance(prediction, ClassPrediction | MultiLabelPrediction)
+        for i, place in enumerate(group):
+            answers[place] = prediction.select(torch.tensor([i]))
+    return [answers[place] for place in range(len(asked))]
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,8 @@ class Write:
 
     Attributes
     ----------
+    draws
+        The numbers of the draws; None: they have none.
     max_new_tokens
         The most tokens of a continuation.
     several
@@ -82,7 +111,8 @@ class Write:
     """
 
     num_samples: int
-    seed: int
+    seed: int | None
+    draws: tuple[int, ...] | None = None
     max_new_tokens: int = defaults.MAX_NEW_TOKENS
     several: int = 1
     options: tuple[tuple[str, Any], ...] = ()
@@ -107,7 +137,8 @@ class Write:
         prompts = [row["input_ids"] for row in rows]
         generation = posterior.generate(
             {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]},
-            self.num_samples,
+            self.num_samples if self.draws is None else None,
+            draws=self.draws,
             seed=self.seed,
             do_sample=self.sampled,
             max_new_tokens=self.max_new_tokens,
@@ -128,6 +159,7 @@ class Write:
                 [one.sequences[0, k][one.mask[0, k]] for k in order],
                 num_samples=self.num_samples,
                 seed=self.seed,
+                draws=self.draws,
                 alternatives=self.alternatives,
             )
         return Written(one, order, scores)

@@ -39,6 +39,7 @@ def describe(
         "prior": None if previous is None else _options(previous.options),
         "task": joint.task.name,
         "classes": None if names is None else list(names),
+        "texts": None if joint.task.texts is None else dataclasses.asdict(joint.task.texts),
         "adapter": dataclasses.asdict(bank.config),
         "layers": [dataclasses.asdict(spec) for spec in bank.specs.values()],
         "heads": list(joint.attachment.heads),

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from pyrolora import defaults
 from pyrolora.adapters import LayerSpec
 from pyrolora.adapters.config import AdapterConfig
+from pyrolora.data import TextOptions
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.files import shown
 from pyrolora.guides import Guide, from_options, full_name, unregistered
@@ -68,6 +69,8 @@ class Description:
         The entries by which the network is recognised (`check_description`).
     classes
         The names of the data's classes, if they have names.
+    texts
+        How texts are read, where the fit was told; none in folders of earlier versions.
     temperature
         The temperature of every prediction; 1 where the file has none, as in earlier versions.
     """
@@ -80,6 +83,7 @@ class Description:
     heads: list[str]
     base: dict[str, Any]
     classes: list[str] | None
+    texts: TextOptions | None
     num_examples: int
     settings: dict[str, Any]
     history: list[dict[str, Any]]
@@ -122,6 +126,7 @@ def described(meta: Mapping[str, Any]) -> Description:
         guide=guide,
         prior=prior,
         config=_options("adapter", AdapterConfig, meta["adapter"]),
+        texts=None if meta["texts"] is None else _options("texts", TextOptions, meta["texts"]),
         specs=specs,
         history=[_logged(entry) for entry in meta["history"]],
         tokenizer_files=meta["tokenizer_files"] or {},
@@ -199,7 +204,7 @@ AS_THEY_ARE = (
     *("task", "heads", "base", "classes", "num_examples", "settings"),
     *("state_file", "sha256", "tokenizer", "temperature"),
 )
-EARLIER = {"temperature": 1.0}
+EARLIER = {"temperature": 1.0, "texts": None}
 """Entries that folders of earlier versions do not have, and what they stand for."""
 ENTRIES: dict[str, Check] = {
     "format": choice(FORMAT),
@@ -218,6 +223,7 @@ ENTRIES: dict[str, Check] = {
     "heads": items(text()),
     "base": mapping(anything),
     "classes": optional(items(text())),
+    "texts": optional(mapping(anything)),
     "num_examples": count(1),
     "settings": mapping(scalar),
     "history": items(_history_entry),

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from pyrolora.adapters import FlatFactors, is_dense, unwrap
 from pyrolora.adapters.kinds import oriented
+from pyrolora.adapters.parameter_layer import ParameterSlot
+from pyrolora.adapters.parameters import places
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 
@@ -35,16 +37,25 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
     bank = joint.program.bank
     matrices: Mapping[str, tuple[Tensor, Tensor]] = bank.matrices(factors)
     for name, wrapper in joint.attachment.layers.items():
-        _check_weight(name, wrapper.base_layer)
+        if not isinstance(wrapper, ParameterSlot):
+            _check_weight(name, wrapper.base_layer)
     network = _copy(joint.base)
+    standing = places(network, list(bank.specs))
+    apart: set[tuple[str, str]] = set()
     for name, spec in bank.specs.items():
-        layer = copy.copy(network.get_submodule(name))
-        layer._parameters = dict(layer._parameters)
-        A, B = matrices[name]
-        update = oriented(layer, spec.scaling * (B @ A))
-        weight = layer.get_parameter("weight")
-        layer.weight = nn.Parameter((weight.float() + update).to(weight.dtype))
-        network.set_submodule(name, layer)
+        place, (A, B) = standing[name], matrices[name]
+        if (place.module, place.parameter) not in apart:
+            _set_apart(network, place.module, place.parameter)
+            apart.add((place.module, place.parameter))
+        layer = network.get_submodule(place.module)
+        whole = layer.get_parameter(place.parameter)
+        weight: Tensor = whole if place.expert is None else whole[place.expert]
+        update = spec.scaling * (B @ A)
+        if place.stack is None:
+            update = oriented(layer, update)
+        elif place.stack.transposed:
+            update = update.mT
+        weight.copy_((weight.float() + update).to(weight.dtype))
     for name, (head,) in joint.named_heads(factors).items():
         dtype = next(network.get_submodule(name).parameters()).dtype
         network.set_submodule(name, copy.deepcopy(head).to(dtype))
@@ -57,6 +68,14 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
         _check_tied(network)
         network.config._name_or_path = network.name_or_path = ""
     return network.requires_grad_(True).eval()
+
+
+def _set_apart(network: nn.Module, module: str, parameter: str) -> None:
+    """Give the module under this name alone a copy of a parameter that others may share."""
+    layer = copy.copy(network.get_submodule(module))
+    layer._parameters = dict(layer._parameters)
+    setattr(layer, parameter, nn.Parameter(layer.get_parameter(parameter).clone()))
+    network.set_submodule(module, layer)
 
 
 def _copy(base: nn.Module) -> nn.Module:

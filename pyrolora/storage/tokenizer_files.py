@@ -1,4 +1,4 @@
-"""Files of the tokenizer in a posterior's folder: named one by one, each with its digest."""
+"""Files of a posterior's tokenizer or processor: named one by one, each with its digest."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from pyrolora.errors import CheckpointError
 from pyrolora.files import read_bytes, read_strict_json, shown
+from pyrolora.storage.processor_files import PART, PROCESSOR, auto_class
 from pyrolora.storage.tensor_file import other_file
 
 MOST_BYTES = 2**29
@@ -27,12 +28,14 @@ GENERAL = {
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    PROCESSOR,
+    PART,
 }
 TEMPLATES = "additional_chat_templates"
 
 
 def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
-    """Write the tokenizer to a folder in ``path`` that is named by its content.
+    """Write the tokenizer or processor to a folder in ``path`` that is named by its content.
 
     Returns
     -------
@@ -42,7 +45,9 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     scratch = Path(tempfile.mkdtemp(prefix=".tokenizer.", suffix=".part", dir=path))
     scratch.chmod(0o777 & ~_umask(path))
     tokenizer.save_pretrained(scratch)
-    _forget_origins(scratch / CONFIG, own_code=not _is_transformers(tokenizer))
+    for config in (CONFIG, PROCESSOR, PART):
+        if (scratch / config).exists():
+            _forget_origins(scratch / config, own_code=not _is_transformers(tokenizer))
     digests = {name: digest(scratch / name) for name in _files(scratch)}
     whole = hashlib.sha256("".join(f"{n}\0{d}\n" for n, d in digests.items()).encode())
     folder = path / f"tokenizer-{whole.hexdigest()[:12]}"
@@ -57,7 +62,9 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
 def read_tokenizer(
     folder: Path, digests: Mapping[str, str], *, trust_remote_code: bool = False
 ) -> Any:
-    """Load the tokenizer whose files have these digests, with a class of transformers' own.
+    """Load the tokenizer or processor whose files have these digests.
+
+    Its class is one of transformers' own.
 
     Raises
     ------
@@ -74,18 +81,19 @@ def read_tokenizer(
     for name, expected in digests.items():
         if digest(folder / name) != expected:
             raise CheckpointError(other_file(folder / name))
-    kind = _kind(folder, trust_remote_code)
-    read = {*GENERAL, *kind.vocab_files_names.values()}
+    auto = auto_class(folder, trust_remote_code=trust_remote_code)
+    kind = _kind(folder, trust_remote_code) if auto is None or CONFIG in digests else None
+    read = {*GENERAL, *(() if kind is None else kind.vocab_files_names.values())}
     for name in digests:
         place = Path(name)
         template = place.parent.name == TEMPLATES and place.suffix == ".jinja"
         code = trust_remote_code and place.suffix == ".py"
         if name not in read and not template and not code:
             raise CheckpointError(
-                f"{folder / name} is no file of a {kind.__name__}'s; restore the folder from a copy"
+                f"{folder / name} is no file of a {_title(kind)}'s; restore the folder from a copy"
             )
     try:
-        return AutoTokenizer.from_pretrained(
+        return (auto or AutoTokenizer).from_pretrained(
             folder.resolve(), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except BaseException as error:
@@ -137,6 +145,10 @@ def _kind(folder: Path, trust_remote_code: bool) -> type[PreTrainedTokenizerBase
     raise CheckpointError(
         f"{folder / CONFIG} names the class {shown(name)}, which is no tokenizer of transformers'"
     )
+
+
+def _title(kind: type | None) -> str:
+    return "processor" if kind is None else kind.__name__
 
 
 def _origins(config: Mapping[str, Any]) -> list[str]:

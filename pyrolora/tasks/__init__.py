@@ -1,37 +1,54 @@
 """Tasks, one per file: the law of the targets, their data, their predictions."""
 
 from pyrolora.tasks.base import Task
+from pyrolora.tasks.causal_choice import LetterChoice, TextChoice, TokenMeanChoice
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.choosing import BY_CAUSAL_LM, choice_task
 from pyrolora.tasks.classification import Classification, ClassPrediction
 from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.masked_lm import MaskedLM
+from pyrolora.tasks.multi_label import MultiLabel, MultiLabelPrediction
 from pyrolora.tasks.multiple_choice import MultipleChoice
-from pyrolora.tasks.network import load_language_model, load_network
+from pyrolora.tasks.network import load_for_task, load_language_model, load_network
 from pyrolora.tasks.prediction import Prediction
 from pyrolora.tasks.registry import available, register, task_class, task_for
 from pyrolora.tasks.regression import Regression, RegressionPrediction
+from pyrolora.tasks.reward import RewardModelling, RewardPrediction, Rewards
+from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
 from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
 
 __all__ = [
+    "BY_CAUSAL_LM",
     "CausalLM",
     "Checkpoint",
     "ClassPrediction",
     "Classification",
     "LanguageModel",
+    "LetterChoice",
     "MaskedLM",
+    "MultiLabel",
+    "MultiLabelPrediction",
     "MultipleChoice",
     "Prediction",
     "Regression",
     "RegressionPrediction",
+    "RewardModelling",
+    "RewardPrediction",
+    "Rewards",
+    "Seq2Seq",
     "TagPrediction",
     "Task",
+    "TextChoice",
     "TokenClassification",
+    "TokenMeanChoice",
     "TokenPrediction",
     "TokenScores",
     "TokenTask",
     "available",
+    "choice_task",
+    "load_for_task",
     "load_head",
     "load_language_model",
     "load_network",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import pyro
 import pyro.distributions as dist
@@ -15,13 +15,13 @@ from pyro import poutine
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import Batch
-from pyrolora.data import Collator
+from pyrolora.columns import LABELS, PLACES, Batch
+from pyrolora.data import Collator, TextOptions
 from pyrolora.errors import ConfigError
 from pyrolora.parameters import ParamModule
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.prediction import Prediction
-from pyrolora.tasks.unsupported import check_supported
+from pyrolora.tasks.unsupported import check_problem_type, check_supported
 
 
 class Task(ParamModule, ABC):
@@ -45,6 +45,8 @@ class Task(ParamModule, ABC):
 
     # Data ---------------------------------------------------------------------------------------
 
+    reads: ClassVar[str] = "this task"
+    """What the task makes of data, in a few words, where several tasks may be meant."""
     collator: ClassVar[type[Collator]] = Collator
     """Makes batches of examples, with the labels of this kind."""
     extras: ClassVar[tuple[str, ...]] = ()
@@ -57,6 +59,8 @@ class Task(ParamModule, ABC):
     """Whether data without labels of their own still need them: they say which tokens count."""
     class_names: Sequence[str] | None = None
     """The names of the classes in the data of a fit, if its network has none."""
+    texts: TextOptions | None = None
+    """How a fit read its texts, where the user has said it."""
 
     # The network --------------------------------------------------------------------------------
 
@@ -64,8 +68,13 @@ class Task(ParamModule, ABC):
     """transformers' classes of networks that call for the task."""
     auto: ClassVar[str] = ""
     """transformers' Auto class that loads a network by its name."""
-    causal: ClassVar[bool] = False
-    """Whether the network must not read a token before it predicts it."""
+    problem_type: ClassVar[str | None] = None
+    """The ``problem_type`` of transformers' configurations that the task is."""
+
+    writes: ClassVar[Literal["on", "apart"] | None] = None
+    """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
+    serves: ClassVar[Literal["classes", "text"] | None] = None
+    """What a server answers for a single text: its classes, or what follows it."""
 
     # The law ------------------------------------------------------------------------------------
 
@@ -84,9 +93,22 @@ class Task(ParamModule, ABC):
         return type(network).__name__ in cls.classes
 
     @classmethod
-    def implied(cls, checkpoint: Checkpoint) -> bool:
-        """Return whether data and checkpoint call for this task, which nobody named."""
+    def claims(cls, network: nn.Module, row: Mapping[str, Any]) -> bool:
+        """Return whether data with such an example call for this task, whatever `matches`."""
         return False
+
+    @classmethod
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        """Return whether data and checkpoint may be meant for this task, which nobody named.
+
+        Where several tasks may be meant, the user is asked.
+        """
+        return False
+
+    @classmethod
+    def call(cls) -> str:
+        """Return the keyword of `pyrolora.fit` that names the task."""
+        return f"task={cls.name!r}"
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
@@ -108,6 +130,7 @@ class Task(ParamModule, ABC):
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network of another task."""
         check_supported(network, self.classes)
+        check_problem_type(network, self.problem_type)
 
     def output(self, raw: Any) -> Tensor:
         """Return the tensor that the law reads, rows first, in at least float32."""
@@ -144,6 +167,28 @@ class Task(ParamModule, ABC):
     def tempered(self, logits: Tensor) -> Tensor:
         """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
+
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        """Return what the network is given of a batch: all but labels, places and `extras`."""
+        own = {LABELS, PLACES, *self.extras}
+        return {name: tensor for name, tensor in batch.items() if name not in own}
+
+    def places(self, batch: Batch) -> Tensor | None:
+        """Return the places whose logits `scores` reads; None: those of all tokens.
+
+        They are (K,) for all rows, or (rows, K). transformers' language models compute no others
+        then.
+        """
+        places = batch.get(PLACES)
+        return None if places is None else places[0]
+
+    def scores(self, output: Tensor, batch: Batch) -> Tensor:
+        """Return the tensor that the law reads, (b, ...), from `output` at the `places`."""
+        return output
+
+    def as_text(self) -> Task | None:
+        """Return the task under which draws write text, and score it; None where they do not."""
+        return self if self.writes is not None else None
 
     @abstractmethod
     def law(self, output: Tensor, batch: Batch) -> dist.TorchDistribution:
@@ -188,11 +233,11 @@ class Task(ParamModule, ABC):
         """Return the number of observations: examples, or tokens."""
         return int(labels.shape[0])
 
-    def forward(self, output: Tensor, batch: Batch, num_examples: int) -> Tensor:
-        """Sample the data part of the model, in which b examples stand for all ``num_examples``."""
+    def forward(self, output: Tensor, batch: Batch, rows: float) -> Tensor:
+        """Sample the data part of the model, in which b rows stand for all ``rows``."""
         law = self.law(output, batch)
         size = law.batch_shape[-1]
-        with pyro.plate("data", size, dim=-1), poutine.scale(scale=num_examples / size):
+        with pyro.plate("data", size, dim=-1), poutine.scale(scale=rows / size):
             return pyro.sample("y", law, obs=self.targets(batch))
 
     def log_prob(self, output: Tensor, batch: Batch) -> Tensor:

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import datasets
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pyrolora.columns import IGNORED, LABELS
-from pyrolora.data import Collator
-from pyrolora.data.columns import CHOICES, TOKEN_MASKS, check_nested, check_one_text, has_choices
+from pyrolora.data import Collator, TextOptions
+from pyrolora.data.columns import (
+    ASSISTANT_MASKS,
+    CHOICES,
+    TOKEN_MASKS,
+    check_nested,
+    check_preferences,
+    has_choices,
+)
+from pyrolora.data.completions import DialogueEncoder
+from pyrolora.data.cutting import cut_rows
+from pyrolora.data.dialogues import dialogue_of
+from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import is_plain
+from pyrolora.data.illustrated import Illustrator
 from pyrolora.data.padding import MASK
-from pyrolora.data.tokenising import no_tokens
+from pyrolora.data.tokenising import encode_texts, no_tokens
 from pyrolora.errors import DataError
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.tokens import LanguageModel, check_own_tokens
@@ -29,26 +44,53 @@ class CausalCollator(Collator):
     makes_labels = True
     beside = (MASK, *TOKEN_MASKS)
     ends_texts = True
+    reads_texts = True
 
     def check_data(self, examples: Any) -> None:
+        if is_plain(examples):
+            check_preferences(examples.column_names)
         if has_choices(examples) and is_plain(examples) and CHOICES in examples.column_names:
             raise DataError(
-                "the data has a column 'choices', and a language model learns, or is scored on, "
-                "whole texts here; join the question and the right choice in one column, 'text'. "
-                "predict() and evaluate() let it choose"
+                "the data has a column 'choices', and a language model learns to choose in two "
+                "ways: choices='letters', by the letter that it writes after a list of options "
+                "(one pass per example), or choices='texts', by the likelihood of each choice's "
+                "text (a pass per choice; 'texts-per-token' takes the mean over tokens). To learn "
+                "whole texts, join the question and the right choice in one column, 'text'"
             )
 
+    @property
+    def encoder(self) -> Encoder:
+        encoder, most = super().encoder, self.reading.max_length
+        if most is None or most >= encoder.limit:
+            return encoder
+        source = "at max_length, which texts=TextOptions(max_length=...) sets"
+        return replace(encoder, limit=most, source=source)
+
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
-        check_nested(data)
-        check_one_text(data)
-        return super().encode(data)
+        """Return the tokens of texts, or the tokens and labels of chats and completions."""
+        if isinstance(self.media, Illustrator):
+            return self.media.encode(data, self.encoder, self.reading)
+        dialogue = dialogue_of(data, self.reading)
+        if dialogue is None:
+            check_nested(data)
+            return data, ()
+        check_nested(data.remove_columns([*dialogue.columns]))
+        encode = DialogueEncoder(dialogue, self.encoder, self.reading)
+        if dialogue.kind == "text":
+            encode.check(data)
+            return encode_texts(data, dialogue.prompt, self.encoder), dialogue.prompt
+        return encode(data), dialogue.columns
+
+    def complete(self, examples: Any, *, need_labels: bool) -> Any:
+        """Cut rows that came as tokens, where the user says how long they may be."""
+        return examples if self.texts is None else cut_rows(examples, self.encoder)
 
     def labels_of(self, row: Mapping[str, Any], mask: list[int] | None) -> Any:
         labels = row.get(LABELS)
         missing = LABELS in row and labels is None
         if missing or "input_ids" not in row or "input_ids" not in self.taken:
             return labels
-        return token_labels(row, labels, mask)
+        return token_labels(row, labels, mask, self.reading)
 
     def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         labels = batch.get(LABELS)
@@ -59,7 +101,8 @@ class CausalCollator(Collator):
 
     def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
         """Raise `DataError` for texts without a token to predict, and labels of other texts."""
-        if labels is not None and not explicit:
+        labelled = is_plain(examples) and LABELS in examples.column_names  # of dialogues, which
+        if labels is not None and not explicit and not labelled:  # warn themselves
             short = labels[:, 1:].ne(IGNORED).sum(1).eq(0).nonzero().flatten().tolist()
             if short:
                 need = "no token to predict (a text's first has none before it)"
@@ -76,30 +119,49 @@ class CausalLM(LanguageModel):
     """
 
     name = "text-generation"
-    aliases = ("causal-lm",)
+    reads = "the text alone"
+    aliases = ("causal-lm", "image-text-to-text")
     collator = CausalCollator
-    classes = classes_of("CAUSAL_LM")
+    classes = classes_of("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     auto = "AutoModelForCausalLM"
-    causal = True
+    writes = "on"
+    serves = "text"
     shift = 1
     title = "a causal language model"
 
     @classmethod
+    def matches(cls, network: nn.Module) -> bool:
+        config: Any = getattr(network, "config", None)
+        return super().matches(network) and not getattr(config, "is_encoder_decoder", False)
+
+    @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        return checkpoint.is_a("CAUSAL_LM") and checkpoint.layout in (None, "tokens")
+        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
+        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
+        return writes and checkpoint.layout in layouts
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        if not checkpoint.writes_of_pictures:
+            return super().load(checkpoint, like)
+        loader = transformers.AutoModelForImageTextToText
+        return loader.from_pretrained(checkpoint.name, dtype="auto")
 
 
-def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) -> Any:
+def token_labels(
+    row: Mapping[str, Any], labels: Any, made: list[int] | None, texts: TextOptions
+) -> Any:
     """Return the labels of an example: its tokens, or ``labels`` checked against them.
 
-    Padding does not count, nor what a padding would predict, nor what a mask of the completion
-    leaves out. ``made`` is the attention mask of a row that came without one: there a label that is
-    padding does not count.
+    Padding does not count, nor what a padding would predict, nor what a mask of the completion or
+    of the assistant leaves out. ``made`` is the attention mask of a row that came without one:
+    there a label that is padding does not count. ``texts`` says what is learnt of tokens without
+    labels.
     """
     ids = torch.as_tensor(row["input_ids"])
     mask = row.get(MASK, made)
     seen = torch.ones_like(ids).bool() if mask is None else torch.as_tensor(mask) != 0
-    counted = _counted(row, len(ids))
+    counted = _counted(row, len(ids), texts if labels is None else TextOptions())
     if labels is None:
         seen[1:] &= seen[:-1].clone()
         if is_packed(row):  # what begins a text is not predicted by the one before
@@ -124,19 +186,31 @@ def token_labels(row: Mapping[str, Any], labels: Any, made: list[int] | None) ->
     return kept.masked_fill(unread, IGNORED).tolist()
 
 
-def _counted(row: Mapping[str, Any], size: int) -> Tensor | None:
-    """Return which tokens count, where a mask says so."""
+def _counted(row: Mapping[str, Any], size: int, texts: TextOptions) -> Tensor | None:
+    """Return which tokens count, where masks say so: those of the completion, of the assistant."""
     masks = {n: torch.as_tensor(row[n]) != 0 for n in TOKEN_MASKS if row.get(n) is not None}
-    if not masks:
-        return None
-    first, *others = masks.values()
     if any(mask.shape != (size,) for mask in masks.values()):
         raise DataError(f"{sorted(masks)} must have a number per token, {size} of them")
-    if not all(torch.equal(first, other) for other in others):
+    said = [masks[name] for name in ASSISTANT_MASKS if name in masks]
+    if len(said) > 1 and not torch.equal(*said):
         raise DataError(
-            f"{sorted(masks)} say different things about which tokens count; keep one of them"
+            f"{list(ASSISTANT_MASKS)} say different things about which tokens count; keep one of "
+            "them"
         )
-    return first
+    if texts.assistant_only_loss and not said:
+        raise DataError(
+            "assistant_only_loss=True, and an example of tokens has no 'assistant_masks'; add "
+            "them (tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)), or pass "
+            "the chats as 'messages'"
+        )
+    if texts.completion_only_loss and "completion_mask" not in masks:
+        raise DataError(
+            "completion_only_loss=True, and an example of tokens has no 'completion_mask'; add it, "
+            "or pass 'prompt' and 'completion' as texts"
+        )
+    if texts.completion_only_loss is False:
+        masks.pop("completion_mask", None)
+    return torch.stack([*masks.values()]).all(0) if masks else None
 
 
 def is_packed(row: Mapping[str, Any]) -> bool:

@@ -9,12 +9,15 @@ from typing import Any, Literal
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import has_choices, tags_column
+from pyrolora.data.columns import TARGETS, has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
+from pyrolora.data.media import KINDS, Media
+from pyrolora.data.multi_hot import has_label_lists
 
-Layout = Literal["choices", "words", "example", "tokens"]
-"""Several choices per example; words with a tag each; one label per example; one per token."""
+Layout = Literal["choices", "preferences", "words", "example", "labels", "tokens"]
+"""Choices; a preference between two texts; words with a tag each; one label per example; several of
+them; one per token."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +39,75 @@ class Checkpoint:
         names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
         return self.architecture in names
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the saved network reads a text with its encoder and writes another."""
+        decodes = bool(getattr(self.config, "is_encoder_decoder", False))
+        return decodes and self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
+
     @cached_property
     def row(self) -> dict[str, Any]:
         """The first example."""
         return as_dict(self.examples[0], INPUTS) if len(self.examples) else {}
 
     @cached_property
+    def media(self) -> type[Media] | None:
+        """The pictures or sounds in the data, if the network reads such; None for texts."""
+        for kind in KINDS:
+            if any(name in self.row for name in kind.inputs) and "input_ids" not in self.row:
+                return kind
+        return next((k for k in KINDS if self.is_for(k) and k.raw_in(self.examples)), None)
+
+    @property
+    def processes(self) -> bool:
+        """Whether the data are pictures or sounds themselves, not tensors of them."""
+        inputs = () if self.media is None else self.media.inputs
+        return self.media is not None and not any(name in self.row for name in inputs)
+
+    @property
+    def writes_of_pictures(self) -> bool:
+        """Whether the network reads texts with pictures, and writes text with one decoder."""
+        both = getattr(self.config, "is_encoder_decoder", False)
+        return self.is_a("IMAGE_TEXT_TO_TEXT") and not both
+
+    def is_for(self, media: type[Media]) -> bool:
+        """Return whether transformers has a classifier of such media for the architecture."""
+        return self.has_class(media.heads)
+
+    def has_class(self, kind: str) -> bool:
+        """Return whether transformers has a class of that kind for the saved architecture."""
+        names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES")
+        return getattr(self.config, "model_type", None) in names
+
+    @cached_property
     def layout(self) -> Layout | None:
         """The form of the labels; None without labels, and without choices."""
         if has_choices(self.examples):
             return "choices"
+        if has_preferences(self.row):
+            return "preferences"
         if tags_column(self.examples) is not None:
             return "words"
         if has_class_labels(self.examples):
             return "example"
-        return None if self.row.get(LABELS) is None else "tokens"
+        if self.row.get(LABELS) is None:
+            return None
+        return "labels" if has_label_lists(self.examples) else "tokens"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the checkpoint has a head for classes of examples."""
+        return self.is_a("SEQUENCE_CLASSIFICATION") or self.is_a("IMAGE_CLASSIFICATION")
 
     @cached_property
     def names(self) -> list[str] | None:
         """The names of the classes in the data, where there is one label per example."""
         return class_names(self.examples)
+
+    @property
+    def has_text_labels(self) -> bool:
+        """Whether the label of an example is a text: the name of a class, or a text to write."""
+        return any(isinstance(self.row.get(name), str) for name in TARGETS)
 
     @property
     def has_real_labels(self) -> bool:

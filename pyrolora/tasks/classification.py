@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,43 @@ from pyrolora.tasks.unsupported import classes_of
 
 
 @dataclass(frozen=True)
-class ClassPrediction(Prediction):
+class ClassProbabilities(Prediction):
+    """Probabilities of classes: ``draws`` is (S, n, C).
+
+    ``classes`` are the names of the classes, where the network or the data of the fit have any;
+    tables show them in place of numbers.
+    """
+
+    draws: Tensor
+    classes: tuple[str, ...] | None = None
+
+    def named(self, names: Mapping[int, str]) -> Self:
+        """Return the prediction with these names of its classes, unless two share a name."""
+        classes = tuple(names.get(i, str(i)) for i in range(self.draws.shape[-1]))
+        return replace(self, classes=classes if len({*classes}) == len(classes) else None)
+
+    @property
+    def probs(self) -> Tensor:
+        """p̄ = mean_s p_s, (n, C)."""
+        return self.draws.mean(0)
+
+    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+        """Return bounds (n, C) of the central interval of each class probability over draws."""
+        tail = tail_of(mass)
+        return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
+
+    def decided(self, probs: Tensor) -> Tensor:
+        """Return the class that probabilities (..., C) choose, (...)."""
+        return probs.argmax(-1)
+
+    def prob_columns(self) -> dict[str, Tensor]:
+        """Return the probability of each class, (n,), by the name of its column in a table."""
+        names = self.classes or tuple(str(i) for i in range(self.draws.shape[-1]))
+        return {f"prob_{name}": self.probs[:, i] for i, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class ClassPrediction(ClassProbabilities):
     """Class probabilities: ``draws`` is (S, n, C).
 
     In multiple choice, C is the largest number of choices, and an example with fewer has
@@ -33,9 +69,6 @@ class ClassPrediction(Prediction):
     The uncertainty of an example splits as H[p̄] = mean_s H[p_s] + mutual information. ``entropy``
     is the total, ``aleatoric`` the part that every draw has, ``epistemic`` the part on which draws
     disagree; in nats.
-
-    ``classes`` are the names of the classes, where the network or the data of the fit have any;
-    tables show them in place of numbers.
     """
 
     higher_is_better: ClassVar[Mapping[str, bool | None]] = {
@@ -46,9 +79,6 @@ class ClassPrediction(Prediction):
         "error_auroc": True,
         "aurc": False,
     }
-
-    draws: Tensor
-    classes: tuple[str, ...] | None = None
 
     @staticmethod
     def reduce(task: Classification, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -72,20 +102,10 @@ class ClassPrediction(Prediction):
             log_likelihood=joined(records, "log_likelihood", 1),
         )
 
-    def named(self, names: Mapping[int, str]) -> Self:
-        """Return the prediction with these names of its classes, unless two share a name."""
-        classes = tuple(names.get(i, str(i)) for i in range(self.draws.shape[-1]))
-        return replace(self, classes=classes if len({*classes}) == len(classes) else None)
-
-    @property
-    def probs(self) -> Tensor:
-        """p̄ = mean_s p_s, (n, C)."""
-        return self.draws.mean(0)
-
     @property
     def predicted(self) -> Tensor:
         """The most probable class, (n,)."""
-        return self.probs.argmax(-1)
+        return self.decided(self.probs)
 
     @property
     def entropy(self) -> Tensor:
@@ -112,21 +132,13 @@ class ClassPrediction(Prediction):
         """1 where the prediction is wrong, else 0, (n,)."""
         return None if self.targets is None else (self.predicted != self.targets).float()
 
-    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Return bounds (n, C) of the central interval of each class probability over draws."""
-        tail = tail_of(mass)
-        return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
-
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         labels = torch.distributions.Categorical(probs=self.draws).sample()
         return {"y": (labels, (self.row,)), "probs": (self.draws, (self.row, "class"))}
 
     def to_pandas(self) -> pd.DataFrame:
-        names = self.classes or tuple(str(i) for i in range(self.probs.shape[1]))
-        columns: dict[str, Tensor] = {
-            f"prob_{name}": self.probs[:, i] for i, name in enumerate(names)
-        }
-        columns |= {
+        columns = {
+            **self.prob_columns(),
             "predicted": self.predicted,
             "entropy": self.entropy,
             "aleatoric": self.aleatoric,
@@ -198,6 +210,8 @@ class Classification(Task):
     """Classes: y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
+    serves: ClassVar[Literal["classes", "text"] | None] = "classes"
+    reads = "a class per example"
     aliases: ClassVar[tuple[str, ...]] = (
         "text-classification",
         "sentiment-analysis",
@@ -207,8 +221,9 @@ class Classification(Task):
     )
     discrete = True
     names_classes = True
-    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
-    prediction = ClassPrediction
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+    prediction: ClassVar[type[Prediction]] = ClassPrediction
+    problem_type: ClassVar[str | None] = "single_label_classification"
     linearisable = True
     tempers = True
 
@@ -286,9 +301,9 @@ def check_one_label(labels: Tensor, need: str) -> None:
     """Raise `DataError` for several labels per example."""
     if labels.dim() > 1 and labels.numel() != labels.shape[0]:
         raise DataError(
-            f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}: several "
-            "labels per example (multi-label classification, or several targets) are not supported "
-            "yet; for a label per token use task='token-classification'"
+            f"{need}, got labels of dtype {labels.dtype} and shape {tuple(labels.shape)}; for "
+            "several labels per example use task='multi-label-classification', for a label per "
+            "token task='token-classification'; several real targets are not supported"
         )
 
 

@@ -8,31 +8,50 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
+from pyrolora.columns import INPUTS
 from pyrolora.data.labels import has_class_numbers, plain_name, raw_labels
+from pyrolora.data.media import KINDS
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.checkpoint import Checkpoint
 
-_HEADS = ("ForSequenceClassification", "ForImageClassification")
+_HEADS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification")
 
 
 def auto_classifier(checkpoint: Checkpoint) -> str:
-    """Return transformers' Auto class of a classifier of texts or of images.
+    """Return transformers' Auto class of a classifier of texts, of pictures or of sounds.
 
     Raises
     ------
     ConfigError
-        For sound.
+        For tensors of pictures or sounds, and a network that reads none by transformers' lists.
     """
-    if "pixel_values" in checkpoint.row and "input_ids" not in checkpoint.row:
-        return "AutoModelForImageClassification"
-    if any(part in checkpoint.row for part in ("input_values", "input_features")):
+    media = checkpoint.media
+    if media is None:
+        return "AutoModelForSequenceClassification"
+    if not checkpoint.is_for(media):
         raise ConfigError(
-            f"{checkpoint.name!r} is given by its name, and the data are sound, which is not "
-            "loaded by name; pass the network itself "
-            "(AutoModelForAudioClassification.from_pretrained(...)), with task="
+            f"{checkpoint.name!r} is given by its name, the data are {media.column}s, and none of "
+            f"transformers' classifiers of {media.column}s is a {checkpoint.config.model_type!r}; "
+            "pass the network itself, with task="
         )
-    return "AutoModelForSequenceClassification"
+    return media.auto_model
+
+
+def main_input(config: Any) -> str:
+    """Return the main input of the classifiers of an architecture, by its configuration."""
+    kind = getattr(config, "model_type", None)
+    for media in KINDS:
+        names = getattr(modeling_auto, f"MODEL_FOR_{media.heads}_MAPPING_NAMES")
+        if (
+            kind in names
+            and kind not in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        ):
+            name = names[kind]
+            loaded = getattr(transformers, name if isinstance(name, str) else name[0])
+            return str(loaded.main_input_name)
+    return INPUTS
 
 
 def load_head(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -95,9 +95,11 @@ class MultipleChoice(Classification):
     """
 
     name = "multiple-choice"
+    serves = None
+    reads = "a score per choice, by a new head where transformers has one"
     aliases = ()
-    collator = ChoiceCollator
-    extras = (CHOICE_MASK,)
+    collator: ClassVar[type[Collator]] = ChoiceCollator
+    extras: ClassVar[tuple[str, ...]] = (CHOICE_MASK,)
     names_classes = False
     classes = classes_of("MULTIPLE_CHOICE")
     auto = "AutoModelForMultipleChoice"
@@ -108,7 +110,8 @@ class MultipleChoice(Classification):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        return checkpoint.layout == "choices"
+        writes = checkpoint.is_a("CAUSAL_LM") and not checkpoint.has_class("MULTIPLE_CHOICE")
+        return checkpoint.layout == "choices" and not writes
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

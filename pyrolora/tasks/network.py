@@ -7,20 +7,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import check_task
 from pyrolora.data.examples import as_examples
-from pyrolora.data.labels import no_labels
-from pyrolora.errors import ConfigError, DataError, PyroLoraError
+from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
-from pyrolora.tasks.heads import auto_classifier
-from pyrolora.tasks.registry import kinds, task_class
+from pyrolora.tasks.heads import main_input
+from pyrolora.tasks.implied import implied
+from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
 
 
@@ -41,13 +45,31 @@ def load_network(
     ConfigError
         When it cannot be loaded, or misses its padding token.
     """
+    network, tokenizer, _ = load_for_task(model, data, tokenizer, task, like)
+    return network, tokenizer
+
+
+def load_for_task(
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    task: str | Task | None = None,
+    like: nn.Module | None = None,
+) -> tuple[nn.Module, Any, str | Task | None]:
+    """Return what `load_network` does, and the task, where the network's class does not imply it.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or misses its padding token.
+    """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise ConfigError(
             f"a {type(model).__name__} has adapters of its own; pass the network before PEFT "
             "wrapped it, and PEFT's configuration as adapter=LoraConfig(...)"
         )
     if isinstance(model, nn.Module):
-        return _checked_padding(model), tokenizer
+        return _checked_padding(model), tokenizer, task
     if not isinstance(model, str | Path):
         raise ConfigError(
             "model must be a transformers model, a hub id, a folder, or an nn.Module, got "
@@ -55,14 +77,16 @@ def load_network(
         )
     name = str(model)
     with _explained(name):
-        network, tokenizer = _loaded(name, data, tokenizer, task, like)
-    return _checked_padding(network), tokenizer
+        network, tokenizer, kind = _loaded(name, data, tokenizer, task, like)
+    if task is None and not kind.matches(network):
+        task = kind.name
+    return _checked_padding(network), tokenizer, task
 
 
 def load_language_model(
     name: str, tokenizer: Any = None, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Any]:
-    """Return a causal language model and its tokenizer.
+    """Return a network that writes texts, on from its input or apart, and its tokenizer.
 
     Other networks have a head whose size their folder does not say. Code that lies in the folder is
     run only with ``trust_remote_code``.
@@ -74,15 +98,20 @@ def load_language_model(
     """
     with _explained(name):
         trust = {"trust_remote_code": trust_remote_code}  # None would ask at the terminal
-        architecture = (AutoConfig.from_pretrained(name, **trust).architectures or [""])[0]
-        if architecture not in classes_of("CAUSAL_LM") and not trust_remote_code:
+        config = AutoConfig.from_pretrained(name, **trust)
+        architecture = (config.architectures or [""])[0]
+        apart = getattr(config, "is_encoder_decoder", False)
+        kind = "SEQ_TO_SEQ_CAUSAL_LM" if apart else "CAUSAL_LM"
+        if architecture not in classes_of(kind) and not trust_remote_code:
             raise ConfigError(
                 f"{name!r} is a {architecture or 'network without a class'}, not a causal "
-                "language model; load it with the task head that is needed, and pass that network"
+                "language model, nor one for sequence to sequence; load it with the task head that "
+                "is needed, and pass that network"
             )
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **trust)
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", **trust), tokenizer
+        loader = AutoModelForSeq2SeqLM if apart else AutoModelForCausalLM
+        return loader.from_pretrained(name, dtype="auto", **trust), tokenizer
 
 
 @contextmanager
@@ -100,68 +129,31 @@ def _explained(name: str) -> Iterator[None]:
 
 def _loaded(
     name: str, data: Any, tokenizer: Any, task: str | Task | None, like: nn.Module | None
-) -> tuple[PreTrainedModel, Any]:
-    """Return the network of the task that is named, or that data and checkpoint imply."""
-    examples = as_examples(data, INPUTS, ("train",))
-    checkpoint = Checkpoint(name, AutoConfig.from_pretrained(name), examples, tokenizer)
-    if tokenizer is None and auto_classifier(checkpoint) != "AutoModelForImageClassification":
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        checkpoint = Checkpoint(name, checkpoint.config, examples, tokenizer)
-    kind = _implied(checkpoint) if task is None else task_class(task)
-    return kind.load(checkpoint, like), tokenizer
+) -> tuple[PreTrainedModel, Any, type[Task]]:
+    """Return the network for the task that is named, or that data and checkpoint imply."""
+    config = AutoConfig.from_pretrained(name)
+    examples = as_examples(data, main_input(config), ("train",))
+    checkpoint = Checkpoint(name, config, examples, tokenizer)
+    if tokenizer is None:
+        tokenizer = _processor(checkpoint)
+        checkpoint = Checkpoint(name, config, examples, tokenizer)
+    kind = implied(checkpoint) if task is None else task_class(task)
+    return kind.load(checkpoint, like), tokenizer, kind
 
 
-def _implied(checkpoint: Checkpoint) -> type[Task]:
-    """Return the task that data and checkpoint call for.
+def _processor(checkpoint: Checkpoint) -> Any:
+    """Load the processor for the raw data of a checkpoint; None for tensors of pictures or sounds.
 
-    Raises
-    ------
-    ConfigError, DataError
-        Where they call for none, or for several.
+    It is the image processor, the feature extractor, the processor of texts with pictures, or the
+    tokenizer.
     """
-    name, architecture = checkpoint.name, checkpoint.architecture
-    check_task([*checkpoint.row])
-    if checkpoint.layout == "example" and checkpoint.is_a("CAUSAL_LM"):
-        raise ConfigError(
-            f"{name!r} is a language model and the data has labels; say which is meant: "
-            "task='classification' (or 'regression'), or 'text-generation' for the text alone"
-        )
-    if checkpoint.layout in (None, "tokens"):
-        _check_tokens(checkpoint)
-    for kind in kinds():
-        if kind.implied(checkpoint):
-            return kind
-    if checkpoint.layout is None:
-        raise DataError(no_labels([*checkpoint.row]))
-    raise ConfigError(
-        f"no task reads the data for {name!r}, a {architecture or 'network without a class'}: "
-        f"its columns are {sorted(checkpoint.row)}; name the task, task=, or pass the network "
-        "itself"
-    )
-
-
-def _check_tokens(checkpoint: Checkpoint) -> None:
-    """Raise for labels that are neither an example's class nor plainly tokens or tags."""
-    name, architecture = checkpoint.name, checkpoint.architecture
-    if getattr(checkpoint.config, "is_encoder_decoder", False) and len(checkpoint.examples):
-        raise ConfigError(
-            f"{name!r} ({architecture}) reads one text and writes another; such tasks are not "
-            "supported yet, and the data has no label per example to classify by"
-        )
-    labels = checkpoint.row.get(LABELS)
-    if labels is None or checkpoint.is_a("CAUSAL_LM"):
-        return
-    if torch.as_tensor(labels).is_floating_point():
-        raise DataError(
-            f"the data has {len(labels)} numbers as the labels of an example: several labels per "
-            "example (multi-label classification) are not supported yet"
-        )
-    if checkpoint.is_a("MASKED_LM"):
-        raise DataError(
-            f"the data has a label per token, and {name!r} is a {architecture}: the labels are "
-            "tags, or tokens of the vocabulary; say which: task='token-classification', or "
-            "task='fill-mask'"
-        )
+    if checkpoint.writes_of_pictures:
+        return transformers.AutoProcessor.from_pretrained(checkpoint.name)
+    media = checkpoint.media
+    if media is not None and not checkpoint.processes:
+        return None
+    auto = "AutoTokenizer" if media is None else media.auto
+    return getattr(transformers, auto).from_pretrained(checkpoint.name)
 
 
 def _checked_padding(network: nn.Module) -> nn.Module:

@@ -41,6 +41,9 @@ class Prediction(ABC):
     A fit goes by those with a direction (``metric_for_best_model``).
     """
 
+    by_draw: ClassVar[tuple[str, ...]] = BY_DRAW
+    """Fields of shape (S, n, ...); in all other tensors n comes first."""
+
     targets: Tensor | None
     log_likelihood: Tensor | None
 
@@ -119,7 +122,7 @@ class Prediction(ABC):
     def select(self, rows: Tensor) -> Self:
         """Return the prediction of the rows with these numbers, (m,), in their order."""
         chosen = {
-            part.name: value.index_select(1 if part.name in BY_DRAW else 0, rows)
+            part.name: value.index_select(1 if part.name in self.by_draw else 0, rows)
             for part in fields(self)
             if isinstance(value := getattr(self, part.name), Tensor)
         }
@@ -154,6 +157,20 @@ class Prediction(ABC):
     def probs(self) -> Tensor | None:
         """Class probabilities, (n, C), where the targets are classes; else None."""
         return None
+
+    def decisions(self) -> Prediction | None:
+        """Return a prediction with one row per choice of a class; None where none is chosen."""
+        return None if self.probs is None else self
+
+    def class_counts(self) -> dict[str, Tensor]:
+        """Return how often each class is the ``target`` and how often ``predicted``, (C,)."""
+        if self.probs is None:
+            return {}
+        size = self.probs.shape[-1]
+        counts = {"predicted": self.probs.argmax(-1).bincount(minlength=size)}
+        if self.targets is not None:
+            counts = {"target": self.targets.bincount(minlength=size), **counts}
+        return counts
 
     @property
     def token_entropy(self) -> Tensor | None:

@@ -22,7 +22,7 @@ from pyrolora.tasks.classification import check_one_label
 from pyrolora.tasks.evidence import Baseline, Promise
 from pyrolora.tasks.heads import load_head, outputs_like
 from pyrolora.tasks.prediction import Prediction, joined, table_of, tail_of
-from pyrolora.tasks.unsupported import classes_of
+from pyrolora.tasks.unsupported import MULTI_LABEL, classes_of
 
 FAR = 5
 """The most standard deviations of the labels between their mean and the network's first output."""
@@ -208,7 +208,9 @@ class Regression(Task):
     """
 
     name = "regression"
+    reads = "a number per example"
     classes = classes_of("SEQUENCE_CLASSIFICATION")
+    problem_type = "regression"
     prediction = RegressionPrediction
     linearisable = True
     tempers = True
@@ -221,7 +223,8 @@ class Regression(Task):
     def matches(cls, network: nn.Module) -> bool:
         config: Any = getattr(network, "config", None)
         return super().matches(network) and (
-            config.problem_type == "regression" or config.num_labels == 1
+            config.problem_type == "regression"
+            or (config.num_labels == 1 and config.problem_type != MULTI_LABEL)
         )
 
     @classmethod

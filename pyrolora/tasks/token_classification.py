@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from pyrolora.data.encoding import WORD_IDS, Encoder
 from pyrolora.data.examples import is_plain
 from pyrolora.data.inputs import encoder_for
 from pyrolora.data.labels import class_names, known_names, numbered, with_column
+from pyrolora.data.multi_hot import flat_labels
 from pyrolora.data.padding import MASK
 from pyrolora.data.target import Target
 from pyrolora.data.tokenising import warn_cut
@@ -236,6 +236,7 @@ class TokenClassification(TokenTask):
     """
 
     name = "token-classification"
+    reads = "a tag per word or token"
     aliases = ("token-cls", "ner")
     collator = TagCollator
     extras = (COUNTED,)
@@ -249,8 +250,8 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        lm = checkpoint.is_a("CAUSAL_LM") or checkpoint.is_a("MASKED_LM")
-        return checkpoint.layout == "words" or (checkpoint.layout == "tokens" and not lm)
+        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.decodes
+        return checkpoint.layout == "words" or (checkpoint.layout == "tokens" and not writes)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
@@ -339,14 +340,7 @@ def label_column(examples: Any) -> str | None:
 def tags_of(examples: Any) -> datasets.Dataset | None:
     """Return the tags of all words, one per row; None where no column has lists of tags."""
     column = label_column(examples)
-    feature = None if column is None else getattr(examples.features[column], "feature", None)
-    if not isinstance(feature, datasets.ClassLabel | datasets.Value):
-        return None
-    lists = examples.with_format("arrow", columns=[column])[:][column].combine_chunks()
-    flat = lists.flatten()
-    table = pa.table({LABELS: flat, "place": pa.array(range(len(flat)))})
-    features = datasets.Features({LABELS: feature, "place": datasets.Value("int64")})
-    return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    return None if column is None else flat_labels(examples, column)
 
 
 def _number(tag: Any, number: int | None) -> int:

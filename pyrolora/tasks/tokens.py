@@ -262,7 +262,7 @@ class LanguageModel(TokenTask):
     prediction = TokenPrediction
 
     def check_labels(self, labels: Tensor, network: nn.Module) -> None:
-        vocabulary = getattr(getattr(network, "config", None), "vocab_size", None)
+        vocabulary = vocabulary_of(network)
         if labels.is_floating_point():
             check_one_label(labels, f"{self.title} needs token ids as 'labels'")
         if labels.dim() != 2 or labels.is_floating_point():
@@ -294,16 +294,15 @@ class LanguageModel(TokenTask):
     def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
         """Raise `ConfigError` unless there are logits of the vocabulary for each token."""
         labels, (places, width) = batch[LABELS], output.shape[-2:]
-        config = getattr(network, "config", None)
-        vocabulary = getattr(getattr(config, "text_config", config), "vocab_size", None)
+        vocabulary = vocabulary_of(network)
         few = isinstance(vocabulary, int) and width < vocabulary
         if places != labels.shape[-1] or few or int(labels.max()) >= width:
             raise ConfigError(
                 f"{self.title} gives logits of its vocabulary for each of its input's "
                 f"{labels.shape[-1]} tokens, and this {type(network).__name__} gives {width} for "
                 f"{places} (the vocabulary has {vocabulary}, the labels go up to "
-                f"{int(labels.max())}); for a tag per token use task='token-classification'; texts "
-                "that differ from the input are not supported yet"
+                f"{int(labels.max())}); for a tag per token use task='token-classification', for "
+                "texts that differ from the input 'text2text-generation' with a network for it"
             )
 
 
@@ -312,6 +311,14 @@ def _pieces(logits: Tensor) -> Iterator[slice]:
     size, classes = logits.shape[-2:]
     step = max(1, rows_at_once(logits) * size * classes // logits.numel())
     return (slice(first, first + step) for first in range(0, size, step))
+
+
+def vocabulary_of(network: nn.Module) -> int | None:
+    """Return the number of tokens in the vocabulary; of two, the one that is written."""
+    config = getattr(network, "config", None)
+    parts = (*(getattr(config, name, None) for name in ("text_config", "decoder")), config)
+    sizes = (getattr(part, "vocab_size", None) for part in parts)
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def check_own_tokens(examples: Any, collate: Collator, *, causal: bool) -> None:

@@ -10,6 +10,9 @@ from transformers.models.auto import modeling_auto
 
 from pyrolora.errors import ConfigError
 
+MULTI_LABEL = "multi_label_classification"
+"""The ``problem_type`` in transformers' configurations of several labels per example."""
+
 # In the order in which a class of several lists is named.
 _LISTS = {
     "token classification (a tag per token)": "TOKEN_CLASSIFICATION",
@@ -38,7 +41,9 @@ def classes_of(*kinds: str) -> frozenset[str]:
 
 
 # Some of the classes above are also in these lists, which tasks read.
-_READ = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "MULTIPLE_CHOICE")
+_READ = classes_of(
+    "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "MULTIPLE_CHOICE"
+)
 
 
 def other_task(architecture: str, classes: Collection[str] = ()) -> str | None:
@@ -48,29 +53,45 @@ def other_task(architecture: str, classes: Collection[str] = ()) -> str | None:
     return next((title for title, kind in _LISTS.items() if architecture in classes_of(kind)), None)
 
 
+def check_problem_type(network: nn.Module, wanted: str | None) -> None:
+    """Refuse a network whose ``problem_type`` has several labels per example, or has not.
+
+    Raises
+    ------
+    ConfigError
+        Where its configuration and the task, whose problem type is ``wanted``, disagree on that.
+    """
+    known = getattr(getattr(network, "config", None), "problem_type", None)
+    if known is None or (known == MULTI_LABEL) == (wanted == MULTI_LABEL):
+        return
+    several = "several labels" if known == MULTI_LABEL else "one label"
+    name = "leave task= out, or name 'multi-label-classification'"
+    if known != MULTI_LABEL:
+        name = "name the task of one label, 'classification' or 'regression'"
+    raise ConfigError(
+        f"the config of this {type(network).__name__} says problem_type={known!r}, {several} per "
+        f"example, and the task says otherwise; {name}, or load the network with problem_type="
+        f"{wanted or 'single_label_classification'!r}"
+    )
+
+
 def check_supported(network: nn.Module, classes: Collection[str] = ()) -> None:
     """Refuse a network that no task reads, or a task other than that of these ``classes``.
 
     Raises
     ------
     ConfigError
-        For a network whose decoder writes another text than its input, several labels per example,
-        and outputs that are neither classes of an example nor tokens.
+        For a network whose decoder writes another text than its input, and outputs that are neither
+        classes of an example nor tokens.
     """
     config: Any = getattr(network, "config", None)
     name = type(network).__name__
     writes = getattr(network, "can_generate", None)
     if getattr(config, "is_encoder_decoder", False) and callable(writes) and writes():
         raise ConfigError(
-            f"{name} reads one text with its encoder and writes another with its decoder; such "
-            "tasks (translation, summaries, transcription) are not supported yet: their labels "
-            "would not reach the decoder. Fit a causal language model, or a classifier"
-        )
-    if getattr(config, "problem_type", None) == "multi_label_classification":
-        raise ConfigError(
-            f"the config of this {name} says problem_type='multi_label_classification', and "
-            "several labels per example are not supported yet; with one label per example, load "
-            "it with problem_type='single_label_classification'"
+            f"{name} reads one text with its encoder and writes another with its decoder, which "
+            "the labels of another task would not reach; name task='text2text-generation', with "
+            "the texts to write, or fit a classifier or a causal language model"
         )
     title = other_task(name, classes)
     if title is not None and title.startswith("token classification"):

@@ -546,9 +546,10 @@ def test_draws_are_named_by_their_numbers(fitted: Path, place: Path, tmp_path: P
         ("predict", ("--draws", "0", "--num-samples", 2), "--num-samples would take others"),
         ("evaluate", ("--draws", "0", "--seed", 2), "--seed would take others"),
         ("generate", ("--draws", "0", "--num-samples", 2), "--num-samples would take others"),
-        ("export", ("--draws", "0"), "use --draw"),
+        ("export", ("--draws", "0"), "--draws would do nothing with --to transformers, which"),
         ("export", ("--draws", "0", "--draw", 1, "--to", "peft"), "--draw would take others"),
-        ("export", ("--uniform",), "--uniform is about ranks"),
+        ("calibrate", ("--draws", "0", "--seed", 2), "--seed would take others"),
+        ("report", ("--draws", "0", "--seed", 2), "--seed would take others"),
     ],
 )
 def test_what_names_no_draws_is_refused(
@@ -556,6 +557,30 @@ def test_what_names_no_draws_is_refused(
 ) -> None:
     where = tmp_path / "out" if command == "export" else place / "test.jsonl"
     refused(pyrolora_(command, fitted, where, *options), message)
+
+
+USELESS = [
+    *(("transformers", option) for option in ("--num-samples 2", "--seed 0", "--uniform")),
+    *(("peft", option) for option in ("--num-samples 2", "--seed 0")),
+    *(("arviz", option) for option in ("--draw 0", "--uniform")),
+]
+
+
+@pytest.mark.parametrize(("to", "option"), USELESS)
+def test_an_option_that_would_do_nothing_is_refused(
+    to: str, option: str, fitted: Path, tmp_path: Path
+) -> None:
+    command = ("export", fitted, tmp_path / "out", "--to", to, *option.split())
+    refused(pyrolora_(*command), f"{option.split()[0]} would do nothing with --to {to}, which")
+
+
+def test_options_that_would_have_nothing_to_act_on_are_refused(
+    fitted: Path, place: Path, tmp_path: Path
+) -> None:
+    command = fit_command(place, tmp_path / "run", "--eval-split", "test")
+    refused(pyrolora_(*command), "--eval-split test is a split of --eval-data, and there are none")
+    command = ("predict", fitted, place / "test.jsonl", "--json", "--output", tmp_path / "a.csv")
+    refused(pyrolora_(*command), "give one of them")
 
 
 # Help ---------------------------------------------------------------------------------------------

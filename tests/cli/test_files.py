@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from problems import reviews
 
-from pyrolora.cli.columns import labelled, numbers_as_numbers, with_columns
+from pyrolora.cli.columns import label_names, labelled, numbers_as_numbers, with_columns
 from pyrolora.cli.fingerprint import fingerprint
 from pyrolora.cli.reading import read_data
 from pyrolora.cli.tables import print_table, writer
@@ -284,6 +284,52 @@ def test_one_called_labels_is_dropped_when_another_is_the_target() -> None:
         "number": 7,
     }
     assert with_columns(data, ["title"], None, "data")[0] == {"text": "t", "labels": 0}
+
+
+def test_a_chat_and_a_part_of_an_object_can_be_chosen() -> None:
+    talk = [{"role": "user", "content": "hello"}]
+    data = datasets.Dataset.from_dict(
+        {"talk": [talk], "t": [{"en": "a", "de": "b"}], "note": ["n"], "label": [["x", "y"]]}
+    )
+    assert with_columns(data, ["talk"], None, "data")[0] == {"messages": talk, "label": ["x", "y"]}
+    assert with_columns(data, ["t.en"], "t.de", "data")[0] == {"text": "a", "label": "b"}
+    assert label_names(data) == set()
+
+
+NESTED = [
+    {
+        "choices": ["a", "b, c"],
+        "label": [0, 1],
+        "answers": {"text": ["é"], "answer_start": [3]},
+        "messages": [{"role": "user", "content": "[hello]"}],
+        "text": "[1] is no list",
+        "number": 2.0,
+    }
+] * 2
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_table_may_hold_lists_and_objects_as_json(delimiter: str, tmp_path: Path) -> None:
+    out = io.StringIO()
+    table = csv.writer(out, delimiter=delimiter)
+    table.writerow(NESTED[0])
+    for row in NESTED:
+        table.writerow(v if isinstance(v, str) else json.dumps(v) for v in row.values())
+    source = written(tmp_path, "data.csv" if delimiter == "," else "data.tsv", out.getvalue())
+    assert list(with_columns(read(source), [], None, source)) == NESTED
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_lists_that_are_written_are_read_again(suffix: str, tmp_path: Path) -> None:
+    table = pd.DataFrame(NESTED)
+    writer(tmp_path / f"out.{suffix}")(table)
+    source = str(tmp_path / f"out.{suffix}")
+    assert list(with_columns(read(source), [], None, source)) == NESTED
+
+
+def test_lists_as_python_prints_them_are_refused(tmp_path: Path) -> None:
+    source = written(tmp_path, "data.csv", "text,choices\na,\"['b', 'c']\"\n")
+    unreadable(source, "the column 'choices' holds lists or objects that are no JSON", "json.dumps")
 
 
 @pytest.mark.parametrize(("text", "label"), [(["headline"], None), ([], "headline")])

@@ -194,7 +194,8 @@ def changed(**values: Any) -> list[dict[str, Any]]:
             [{"a": "good", "b": "bad", "choices": ["film", "book"], "label": 0}],
             r"one of context.*question.*got \['a', 'b'\].*rename",
         ),
-        ([{**RAGGED[0], "label": "A"}], "labels must be numbers, got 'A'"),
+        ([{**RAGGED[0], "label": "D"}], r"label 'D' is none of.*called \['A', 'B'\].*number"),
+        ([{**RAGGED[0], "choices": ["B", "A"], "label": "A"}], r"label 'A' is several, \[0, 1\]"),
         (
             [{**RAGGED[0], "choices": {"text": ["a", "the"], "label": ["A", "B"]}, "label": "C"}],
             r"label 'C' is none.*\['A', 'B'\]",

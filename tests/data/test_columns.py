@@ -175,19 +175,23 @@ def test_text_beside_what_stands_before_choices_is_refused() -> None:
 @pytest.mark.parametrize(
     "columns",
     [
-        {"prompt": "the", "completion": "film"},
-        {"question": "the", "answer": "film"},
-        {"instruction": "the", "output": "film"},
         {"premise": "the", "hypothesis": "film"},
-        {"messages": [{"role": "user", "content": "good"}]},
-        {"conversations": [{"from": "human", "value": "good"}]},
+        {"prompt": "the", "text": "film"},
+        {"question": "the", "answer": "film", "context": "a book"},
+        {"instruction": "the", "output": "film", "text": "the film"},
+        {"prompt": "the", "completion": "film", "response": "book"},
+        {"question": "the", "answers": ["film"]},
         {"prompt": "the", "chosen": "good", "rejected": "bad"},
+        {
+            "chosen": [{"role": "user", "content": "a"}],
+            "rejected": [{"role": "user", "content": "b"}],
+        },
         {"text": "good", "messages": [{"role": "user", "content": "good"}]},
     ],
     ids="+".join,
 )
-def test_a_language_model_learns_from_one_text(columns: Any) -> None:
-    with pytest.raises(DataError, match=r"'text'|not read") as caught:
+def test_a_language_model_learns_from_one_text_or_chat(columns: Any) -> None:
+    with pytest.raises(DataError, match=r"'text'|preferences") as caught:
         modelled(rows(**columns))
     assert any(repr(name) in str(caught.value) for name in columns)
 
@@ -206,7 +210,7 @@ def test_spans_are_another_task(form: Any) -> None:
 
 @pytest.mark.parametrize("labels", [[1.0, 0.0], [1, 0]])
 def test_several_labels_per_example_are_told(labels: Any) -> None:
-    with pytest.raises(DataError, match=r"several labels per example \(multi-label"):
+    with pytest.raises(DataError, match="task='multi-label-classification'"):
         classified(rows(input_ids=[4, 5, 6], labels=labels))
 
 

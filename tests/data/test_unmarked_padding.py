@@ -153,7 +153,10 @@ def test_masks_and_labels_have_to_agree() -> None:
     for wrong, words in (
         ({"labels": [-100, 6, 7]}, "'labels' and the mask"),
         ({"labels": [-100, -100, -100]}, "'labels' and the mask"),
-        ({"assistant_masks": [0, 1, 1]}, "different things"),
+        (
+            {"assistant_masks": [0, 1, 1], "assistant_tokens_mask": [0, 0, 1]},
+            "different things",
+        ),
         ({"assistant_masks": [0, 1]}, "a number per token, 3"),
     ):
         with pytest.raises(DataError, match=words):

@@ -67,6 +67,18 @@ def test_what_contradicts_itself_is_refused_before_anything_is_loaded(
             {"given": source, "guide": "laplace", "callbacks": TrainerCallback()},
             "trains nothing.*callbacks",
         ),
+        (
+            {"given": source, "guide": "tfb", "training_options": {"max_steps": 3}},
+            r"trains nothing.*training\.max_steps",
+        ),
+        (
+            {
+                "given": source,
+                "guide": "laplace",
+                "training": TrainingArguments("out", num_train_epochs=7, report_to="none"),
+            },
+            r"trains nothing.*training=num_train_epochs=7",
+        ),
         ({"guide": "full", "adapter": AdapterConfig()}, "has no adapters"),
     ]:
         with pytest.raises(ConfigError, match=words):

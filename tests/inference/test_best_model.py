@@ -153,4 +153,4 @@ def test_every_metric_has_its_direction():
         found = posterior.predictor.predict(data, 0, 4, None, need_labels=True)
         assert type(found) is kind
         assert [*evaluate(found)] == [*kind.higher_is_better]
-    assert len(available()) == 6  # a new task may bring a kind of prediction
+    assert len(available()) == 12  # a new task may bring a kind of prediction

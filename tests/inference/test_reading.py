@@ -123,17 +123,6 @@ def test_tags_are_no_tokens() -> None:
 
 TASKS: dict[str, tuple[Any, str]] = {
     "spans": (lambda: BertForQuestionAnswering(BertConfig(**SIZES)), "extractive question"),
-    "T5": (
-        lambda: T5ForConditionalGeneration(
-            T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        ),
-        "translation, summaries",
-    ),
-    "BART": (lambda: BartForConditionalGeneration(BartConfig(**BART)), "translation, summaries"),
-    "several labels": (
-        lambda: bert(num_labels=3, problem_type="multi_label_classification"),
-        "several labels per example",
-    ),
 }
 
 
@@ -152,6 +141,22 @@ def test_a_network_for_tags_is_refused_by_other_tasks(law: str) -> None:
     network = BertForTokenClassification(BertConfig(**SIZES))
     with pytest.raises(ConfigError, match=r"network for token classification.*another task"):
         task_for(network, law)
+
+
+WRITERS = {
+    "T5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=16, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ),
+    "BART": lambda: BartForConditionalGeneration(BartConfig(**BART)),
+}
+
+
+@pytest.mark.parametrize("law", [n for n in available() if n != "text2text-generation"])
+@pytest.mark.parametrize("network", WRITERS)
+def test_labels_of_another_task_would_not_reach_a_decoder(network: str, law: str) -> None:
+    """BART is among transformers' masked language models, too."""
+    with pytest.raises(ConfigError, match=r"would not reach.*'text2text-generation'"):
+        task_for(WRITERS[network](), law)
 
 
 def test_an_encoder_decoder_may_classify() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyrolora
 from pyrolora import AdapterConfig, Posterior
 from pyrolora.arviz import as_chains
 from pyrolora.errors import ConfigError
-from pyrolora.guides import NUTS, Ensemble, Flat, Guide, Laplace, MonteCLoRA
+from pyrolora.guides import MAP, NUTS, TFB, Ensemble, Flat, Guide, Laplace, MonteCLoRA
 from pyrolora.predictive.predict import passes
 from pyrolora.seeding import seed_of_draw
 
@@ -115,6 +116,60 @@ def test_numbered_draws_have_the_law_of_the_guide() -> None:
     assert abs(float(z.var()) - 1) < 4 * (2 / count) ** 0.5
     neighbours = (z[1:] * z[:-1]).mean()  # of consecutive seeds
     assert abs(float(neighbours)) < 4 / count**0.5
+
+
+@pytest.fixture(scope="module")
+def spread_out() -> Posterior:
+    return fitted(MonteCLoRA(sample_scale=0.5))
+
+
+def test_scores_of_all_kinds_are_of_the_draws_of_these_numbers(
+    spread_out: Posterior, tmp_path: Path
+) -> None:
+    numbers = [4, 1]
+    scores = spread_out.evaluate((X, Y), draws=numbers)
+    table = pyrolora.compare({"a": spread_out, "b": spread_out}, (X, Y), draws=iter(numbers))
+    assert table.loc["b", "nll"] == pytest.approx(scores["nll"], rel=1e-6)
+    assert table.loc["b", "nll_difference"] == pytest.approx(0.0, abs=1e-7)
+    page = spread_out.report(tmp_path / "page.html", (X, Y), draws=numbers).read_text()
+    assert "the draws 4, 1;" in page
+    assert f"{scores['nll']:.3f}" in page
+    summary = spread_out.summary(draws=numbers)
+    group = spread_out.to_arviz(draws=numbers)["posterior"]["adapter_norm"]
+    expected = float(group.mean(("chain", "draw"))[0])
+    assert float(summary["mean"].iloc[0]) == pytest.approx(expected, abs=1e-2)
+    found = spread_out.calibrate((X, Y), draws=numbers)
+    spread_out.temperature = 1.0
+    assert found.nll_before == pytest.approx(scores["nll"], rel=1e-5)
+    assert found.nll_before != pytest.approx(spread_out.evaluate((X, Y), draws=[0])["nll"])
+
+
+def test_a_copy_in_another_process_has_the_same_draws(spread_out: Posterior) -> None:
+    torch.rand(5)
+    copy = pickle.loads(pickle.dumps(spread_out))
+    expected = spread_out.predict(TEST, draws=[7, 2]).draws
+    assert torch.equal(copy.predict(TEST, draws=[7, 2]).draws, expected)
+
+
+@pytest.mark.parametrize(
+    "guide", [Laplace(curvature="kronecker", linearised=False, prior_scale=0.5), TFB()]
+)
+@pytest.mark.filterwarnings("ignore:the noise of 'tfb'")
+def test_draws_around_an_adapter_of_peft_have_numbers(guide: Guide, tmp_path: Path) -> None:
+    fitted(MAP()).to_peft(tmp_path / "map")
+    read = pyrolora.from_peft(tmp_path / "map", mlp(), task="classification")
+    assert torch.equal(read.predict(TEST, draws=[3]).draws[0], read.predict(TEST, 0).draws[0])
+    posterior = pyrolora.fit(read, (X, Y), guide=guide, seed=5)
+    drawn = posterior.predict(TEST, draws=[2, 0]).draws
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-4
+    posterior.save(tmp_path / "run")
+    loaded = pyrolora.load(tmp_path / "run", mlp())
+    assert torch.equal(loaded.predict(TEST, draws=[2, 0]).draws, drawn)
+    loaded.to_peft(tmp_path / "draws", draw=[2, 0], uniform=True)
+    for k, expected in zip((2, 0), drawn, strict=True):
+        with torch.no_grad():
+            model = PeftModel.from_pretrained(mlp(), tmp_path / "draws" / f"draw-{k}").eval()
+            close(model(TEST[0]).softmax(-1), expected)
 
 
 # Texts --------------------------------------------------------------------------------------------
@@ -228,6 +283,10 @@ CALLS: dict[str, Callable[..., Any]] = {
     "predict_choices": lambda p, **o: p.predict_choices([{"choices": ["a"]}], **o),
     "sample": lambda p, **o: p.sample(**o),
     "to_arviz": lambda p, **o: p.to_arviz(**o),
+    "summary": lambda p, **o: p.summary(**o),
+    "calibrate": lambda p, **o: p.calibrate((X, Y), **o),
+    "compare": lambda p, **o: pyrolora.compare({"it": p}, (X, Y), **o),
+    "report": lambda p, **o: p.report("unwritten.html", (X, Y), **o),
 }
 
 

@@ -10,17 +10,24 @@ import datasets
 import pytest
 import torch
 from problems import (
+    LETTERED,
     bert,
     bert_choice,
     bert_mlm,
     bert_tags,
+    letter_tokenizer,
     llama,
+    llama_reward,
     mask_tokenizer,
+    preferences,
     questions,
+    summaries,
+    t5,
     tagged,
     texts,
     tokenizer,
     tokens,
+    writer_tokenizer,
 )
 from scipy.optimize import minimize_scalar
 from torch import nn
@@ -123,7 +130,13 @@ CASES = {
     "text-generation": (llama, texts, tokenizer),
     "multiple-choice": (bert_choice, questions, tokenizer),
     "fill-mask": (bert_mlm, texts, mask_tokenizer),
+    "text2text-generation": (t5, summaries, writer_tokenizer),
     "token-classification": (bert_tags, tagged, tokenizer),
+    "reward-modelling": (llama_reward, preferences, letter_tokenizer),
+    **dict.fromkeys(
+        [kind.name for kind in tasks.BY_CAUSAL_LM.values()],
+        (lambda: llama(vocab_size=len(LETTERED)), questions, letter_tokenizer),
+    ),
 }
 
 
@@ -133,7 +146,9 @@ CASES = {
 )
 def test_every_likelihood_has_its_lowest_nll_there(name):
     network, data, words = CASES[name]
-    posterior = pyrolora.fit(network(), data(8), "montec", tokenizer=words and words(), **OPTIONS)
+    posterior = pyrolora.fit(
+        network(), data(8), "montec", task=name, tokenizer=words and words(), **OPTIONS
+    )
     held_out = data(12, seed=5)
     found = posterior.calibrate(held_out, 3, seed=2)
     assert posterior.evaluate(held_out, 3, seed=2)["nll"] == pytest.approx(

@@ -49,11 +49,11 @@ class Gate:
         self.rows: list[int] = []
         original = service_module._run
 
-        def held(rows: Any) -> Any:
+        def held(drawn: Any, rows: Any) -> Any:
             self.rows.append(len(rows))
             self.reached.release()
             assert self.opened.wait(SOON)
-            return original(rows)
+            return original(drawn, rows)
 
         monkeypatch.setattr(service_module, "_run", held)
 
@@ -242,6 +242,24 @@ def test_requests_at_once_share_a_batch(classifiers: Any, gate: Gate) -> None:
         assert first.result(SOON).status_code == 200
         assert {one.result(SOON).status_code for one in others} == {200}
     assert gate.rows == [1, 5]
+
+
+def test_requests_for_several_posteriors_share_a_batch(classifiers: Any, gate: Gate) -> None:
+    names = ["other", "third", "reviews", "other"]
+    with server(classifiers) as live, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(classify, live.url)
+        assert gate.reached.acquire(timeout=SOON)
+        others = [pool.submit(classify, live.url, name) for name in names]
+        until(lambda: len(live.service.batcher) == 4)
+        gate.opened.set()
+        got = {name: one.result(SOON).json() for name, one in zip(names, others, strict=True)}
+        first.result(SOON)
+    assert gate.rows == [1, 4]
+    for name, rows in got.items():
+        posterior = pyrolora.load(classifiers.directory / name, classifiers.base)
+        alone = posterior.predict([TEXT], seed=42).probs[0]
+        scores = [row["score"] for row in sorted(rows, key=lambda row: row["index"])]
+        torch.testing.assert_close(torch.tensor(scores), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_back(classifiers: Any, gate: Gate) -> None:

@@ -171,6 +171,52 @@ def test_a_posterior_is_named_where_there_are_several(writing: Any) -> None:
         Client(writing.url).generate(TEXT)
 
 
+def test_draws_are_named_by_their_numbers(classifying: Any, writing: Any) -> None:
+    parameters: dict[str, Any] = {"adapter_id": "reviews", "draws": [5, 2]}
+    body = {"inputs": TEXT, "parameters": parameters}
+    rows = post(f"{classifying.url}/classify", json=body).json()
+    alone = classifying.alone("reviews").predict([TEXT], draws=[5, 2])
+    assert rows[0]["score"] == pytest.approx(float(alone.probs.max()), rel=1e-4)
+    about = rows[0]["uncertainty"]
+    assert (about["draws"], about["num_samples"], about["seed"]) == ([5, 2], 2, None)
+    parameters = {"adapter_id": "plain", "draws": [4, 1], "max_new_tokens": 6, "details": True}
+    body = {"inputs": TEXT, "parameters": parameters}
+    answer = post(f"{writing.url}/generate", json=body).json()
+    written = writing.alone("plain").generate([TEXT], draws=[4, 1], max_new_tokens=6)
+    best = int((written.log_predictive / written.num_tokens)[0].argmax())
+    assert answer["generated_text"] == written.texts[0][best]
+    chosen = sum(token["logprob"] for token in answer["details"]["tokens"])
+    assert chosen == pytest.approx(float(written.log_predictive[0, best]), abs=1e-2)
+    others = answer["uncertainty"]["continuations"]
+    assert {draw for other in others for draw in other["draws"]} <= {4, 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"draws": []}, "parameters.draws"),
+        ({"draws": [0, True]}, "parameters.draws"),
+        ({"draws": [0, 0]}, "more than once"),
+        ({"draws": [-1]}, "must be a whole number >= 0"),
+        ({"draws": [2**32]}, "must be at most"),
+        ({"draws": list(range(65))}, "65 draws were asked for, and the server allows 64"),
+        ({"draws": [0], "num_samples": 2}, "num_samples=2 would take others"),
+        ({"draws": [0], "seed": 2}, "seed=2 would take others"),
+    ],
+)
+def test_numbers_that_name_no_draws_are_refused(
+    writing: Any, classifying: Any, fields: dict[str, Any], words: str
+) -> None:
+    for url, name in (
+        (f"{writing.url}/generate", "plain"),
+        (f"{classifying.url}/classify", "reviews"),
+    ):
+        body = {"inputs": TEXT, "parameters": {"adapter_id": name, **fields}}
+        response = post(url, json=body)
+        assert response.status_code == 422
+        assert words in response.json()["error"]
+
+
 def test_an_unknown_posterior_is_an_error_with_the_names(writing: Any) -> None:
     with pytest.raises(NotFoundError, match="there are: 'chat', 'plain'"):
         Client(writing.url).generate(TEXT, adapter_id="nobody")

@@ -133,6 +133,19 @@ def test_a_stream_makes_the_same_completion(client: openai.OpenAI) -> None:
     assert events[-1].usage == whole.usage
 
 
+def test_sampled_choices_are_of_the_draws_of_these_numbers(
+    client: openai.OpenAI, writing: Any
+) -> None:
+    got = client.completions.create(
+        model="plain", prompt=PROMPT, n=2, max_tokens=5, seed=5, extra_body={"draws": [6, 3]}
+    )
+    alone = writing.alone("plain").generate(
+        [PROMPT], draws=[6, 3], seed=5, max_new_tokens=5, do_sample=True, top_k=0
+    )
+    assert [choice.text for choice in got.choices] == alone.texts[0]
+    assert got.choices[0].uncertainty["draws"] == [6, 3]
+
+
 def test_a_stop_string_ends_a_completion(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {
         "model": "plain",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
 
 import pyrolora
+from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.serving.text import encoded, first_stop, pieces, token_scores
-from pyrolora.serving.verbs import Classify, Write, chosen
+from pyrolora.serving.verbs import Classify, Write, chosen, classified
 
 TEXTS = ["the film was good", "bad", "a very very dull book is not fine"]
 
@@ -30,7 +32,8 @@ def test_classes_of_a_batch_are_those_of_its_rows(
     classifier: pyrolora.Posterior, num_samples: int
 ) -> None:
     rows = [encoded(classifier, text) for text in TEXTS]
-    got = Classify(num_samples, seed=7).run(classifier, rows)
+    settings = Classify(num_samples, seed=7)
+    got = classified([(classifier, settings, row) for row in rows], Drawn())
     for text, one in zip(TEXTS, got, strict=True):
         alone = classifier.predict([text], num_samples, seed=7)
         torch.testing.assert_close(one.draws, alone.draws, atol=1e-5, rtol=1e-5)
@@ -165,3 +168,26 @@ def test_a_character_of_several_tokens_stands_at_its_last() -> None:
 )
 def test_the_first_stop_counts(stops: list[str], place: int | None) -> None:
     assert first_stop("abcabc", stops) == place
+
+
+def test_draws_are_kept_within_their_budget(
+    classifier: pyrolora.Posterior, classifiers: Any
+) -> None:
+    drawn = Drawn()
+    first = drawn.factors(classifier, 3, 0)
+    assert drawn.bytes >= 3 * 4 * classifier.model.program.bank.A_loc.numel()
+    drawn.budget = 2 * drawn.bytes
+    assert drawn.factors(classifier, 3, 0) is first
+    assert torch.equal(first.A, classifier.predictor.factors(3, 0, None).A)
+    for seed in (1, 2, 3):
+        drawn.factors(classifier, 3, seed)
+    assert drawn.bytes <= drawn.budget
+    assert drawn.factors(classifier, 3, 0) is not first
+    assert drawn.factors(classifier, 10**4, 0).A.shape[0] == 10**4  # too large to be kept
+    other = pyrolora.load(classifiers.directory / "other", classifiers.base)
+    before = drawn.bytes
+    drawn.factors(other, 1, 0)
+    assert drawn.bytes != before
+    del other
+    gc.collect()
+    assert all(ref() is classifier for ref, *_ in drawn._kept)

@@ -90,7 +90,7 @@ def test_the_canonical_name_is_what_a_posterior_has() -> None:
     assert posterior.to_arviz(2)["posterior"].attrs["task"] == "classification"
 
 
-@pytest.mark.parametrize("name", ["poisson", "", "summarization", "masked_lm"])
+@pytest.mark.parametrize("name", ["poisson", "", "depth-estimation", "masked_lm"])
 def test_a_name_that_does_not_exist_lists_those_that_do(name: str) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown task.*regression.*token-classification"):
         task_for(mlp(), name)

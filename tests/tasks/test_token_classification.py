@@ -292,7 +292,7 @@ def test_the_command_line_says_of_each_row_what_it_is(tmp_path: Path) -> None:
     table = [*csv.DictReader(io.StringIO(done("predict", run, data).out))]
     assert len(table) == sum(len(row["tokens"]) for row in rows)
     for row in table:
-        assert row["tokens"] == str(rows[int(row["example"])]["tokens"])
+        assert json.loads(row["tokens"]) == rows[int(row["example"])]["tokens"]
         assert row["target"] == rows[int(row["example"])]["tags"][int(row["position"]) - 1]
     scores = done("evaluate", run, data, "--json").json
     right = [row["predicted"] == row["target"] for row in table]

@@ -1,0 +1,68 @@
+"""Draws that requests keep asking for, kept in memory within a budget."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor
+
+from pyrolora.adapters import FlatFactors
+from pyrolora.posterior import Posterior
+
+BUDGET = 2**28
+"""Bytes of all draws that are kept, 256 MiB."""
+
+
+class Drawn:
+    """The factors of draws by posterior, number and seed; the least recently used leave first.
+
+    A posterior that is let go takes its draws with it. One thread may use it.
+
+    Parameters
+    ----------
+    budget
+        The most bytes. Draws that are larger are made anew for every batch.
+    """
+
+    def __init__(self, budget: int = BUDGET) -> None:
+        self.budget = budget
+        self.bytes = 0
+        self._kept: OrderedDict[tuple[Any, bool, Any], FlatFactors] = OrderedDict()
+
+    def factors(
+        self,
+        posterior: Posterior,
+        num_samples: int,
+        seed: int | None,
+        draws: tuple[int, ...] | None = None,
+    ) -> FlatFactors:
+        """Return the factors of the numbered ``draws``, or of ``num_samples`` of ``seed``.
+
+        Those of 0 draws are the mean adapter's.
+        """
+        asked = draws if draws is not None else (num_samples, seed)
+        key = (weakref.ref(posterior, self._forget), draws is not None, asked)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        factors = posterior.predictor.factors(num_samples, seed, draws)
+        size = _bytes(factors)
+        repeatable = draws is not None or (num_samples and seed is not None)
+        if repeatable and size <= self.budget:
+            self._kept[key] = factors
+            self.bytes += size
+            while self.bytes > self.budget:
+                self.bytes -= _bytes(self._kept.popitem(last=False)[1])
+        return factors
+
+    def _forget(self, gone: Any) -> None:
+        for key in [key for key in self._kept if key[0] is gone]:
+            self.bytes -= _bytes(self._kept.pop(key))
+
+
+def _bytes(factors: FlatFactors) -> int:
+    """Return the bytes of a draw's tensors, those of views that repeat one row included once."""
+    tensors = (factors.A, factors.B, factors.members, factors.seeds)
+    return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.dim())
