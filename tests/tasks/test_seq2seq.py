@@ -17,11 +17,12 @@ from transformers import (
     MBartForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
     TrainerCallback,
 )
 
 import pyrolora
-from pyrolora import AdapterConfig
+from pyrolora import AdapterConfig, tasks
 from pyrolora.columns import IGNORED
 from pyrolora.data import prepare
 from pyrolora.errors import ConfigError, DataError
@@ -179,6 +180,8 @@ def test_a_posterior_comes_back_by_the_networks_path(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     found = pyrolora.fit(base, summaries(), "map", epochs=1, learning_rate=1e-2)
     assert found.task.name == "text2text-generation"
+    implied = tasks.load_network(base, tokenised(summaries()))
+    assert isinstance(implied[0], T5ForConditionalGeneration)
     expected = found.log_likelihood(summaries(), 0)
     found.save(tmp_path / "run")
     torch.testing.assert_close(
