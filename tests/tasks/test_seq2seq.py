@@ -27,6 +27,7 @@ from pyrolora.columns import IGNORED
 from pyrolora.data import prepare
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import MonteCLoRA
+from pyrolora.inference.arguments import check_arguments
 from pyrolora.inference.curvature import kfac
 from pyrolora.predictive import TokenPrediction
 from pyrolora.tasks import Seq2Seq, task_for
@@ -305,3 +306,10 @@ def test_a_batch_is_that_of_transformers(posterior: pyrolora.Posterior) -> None:
     read = {**ours, **posterior.task.inputs(ours, posterior.base)}
     for name in theirs:
         assert torch.equal(read[name], theirs[name])
+
+
+def test_the_trainers_arguments_for_sequences_ask_for_nothing_by_default(tmp_path: Path) -> None:
+    check_arguments(Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none"))
+    generating = Seq2SeqTrainingArguments(tmp_path, use_cpu=True, predict_with_generate=True)
+    with pytest.raises(ConfigError, match=r"no effect here.*predict_with_generate"):
+        check_arguments(generating)
