@@ -17,7 +17,7 @@ from pyrolora.tasks.regression import Regression, RegressionPrediction
 from pyrolora.tasks.reward import RewardModelling, RewardPrediction, Rewards
 from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.token_classification import TagPrediction, TokenClassification
-from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
+from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenTask
 
 __all__ = [
     "BY_CAUSAL_LM",
@@ -44,7 +44,6 @@ __all__ = [
     "TokenClassification",
     "TokenMeanChoice",
     "TokenPrediction",
-    "TokenScores",
     "TokenTask",
     "available",
     "choice_task",
