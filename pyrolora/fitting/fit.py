@@ -74,11 +74,11 @@ def fit(
         ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
         ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
         labels); pictures (of PIL, paths, bytes, arrays) in a column ``image``, beside texts in
-        ``images``, too, and sounds in a column ``audio``. Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
-        and ``label``, the number, the letter or the text of the right one; a causal language model
-        is told how to choose, by ``choices``. In texts without
-        labels for a masked language model some tokens are hidden, always the same. Labels that are
-        names are matched with the network's, up to case, spaces, '-' and '_'; a network without
+        ``images``, too, and sounds in a column ``audio``. Multiple choice has a column ``choices``
+        (a list of texts) beside ``question``, and ``label``, the number, the letter or the text of
+        the right one; a causal language model is told how to choose, by ``choices``. In texts
+        without labels for a masked language model some tokens are hidden, always the same. Labels
+        that are names are matched with the network's, up to case, spaces, '-' and '_'; a network without
         names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
         language model learns; scores are those of the text alone. A warning names columns that are
         not read, and data that can be read in two ways raise a `DataError`.

@@ -252,7 +252,7 @@ class MultiLabel(Task):
     collator = LabelsCollator
     discrete = True
     names_classes = True
-    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION")
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     problem_type = MULTI_LABEL
     prediction = MultiLabelPrediction
     linearisable = True

@@ -208,7 +208,7 @@ class Regression(Task):
     """
 
     name = "regression"
-    classes = classes_of("SEQUENCE_CLASSIFICATION")
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     problem_type = "regression"
     prediction = RegressionPrediction
     linearisable = True
