@@ -377,7 +377,9 @@ class Posterior:
         """Have ``num_samples`` draws continue prompts (0: the mean adapter alone).
 
         Each draw writes its own continuations, with the same weights from the first token to the
-        last. Then all draws read all continuations, for the uncertainty of every token.
+        last. Then all draws read all continuations, for the uncertainty of every token. A
+        sequence-to-sequence network writes its texts apart: its encoder reads the prompts as in a
+        fit.
 
         Parameters
         ----------
@@ -403,7 +405,7 @@ class Posterior:
         Raises
         ------
         ConfigError
-            When the network is no causal language model, or for a decoding that would mix rows of
+            When the network does not write texts, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
         predictor = self.predictor

@@ -67,7 +67,8 @@ class AdapterBank(RankedLayouts):
             # The distribution of a row depends on the layer's rank, not on its number of slots.
             rank = self.specs[block.layer].rank
             times = -(-block.rank // rank)
-            rows = [initial_factor(kind, rank, block.columns) for _ in range(times)]
+            fan_in = 1 if block.lookup else block.columns
+            rows = [initial_factor(kind, rank, block.columns, fan_in) for _ in range(times)]
             parts.append(torch.cat(rows)[: block.rank].flatten())
         A = torch.cat(parts)
         if self.active is not None:

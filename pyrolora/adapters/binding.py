@@ -19,6 +19,7 @@ from pyrolora.adapters.adapted_linear import (
     product,
     sum_with_product,
 )
+from pyrolora.adapters.other_kinds import folded, is_other, looked_up, rows_of
 from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
 from pyrolora.errors import BindingError
 
@@ -40,6 +41,9 @@ class Factors:
         """Return the output of ``layer`` with the adapter for x (..., in)."""
         dropout = self.dropout if training else 0.0
         frozen: Frozen | None = None
+        if self.noise is None and is_other(layer):
+            out: Tensor = layer(x)
+            return out + self.update(layer, x, dropout, out)
         if self.noise is not None:
             frozen = self.noise.frozen(layer, x, self.A, self.sB)
         if frozen is not None:
@@ -49,6 +53,16 @@ class Factors:
         if frozen is not None:
             return adapted_linear(frozen, x, self.A, self.sB, dropout)
         return self.add_to(layer(x), F.dropout(x, dropout) if dropout else x)
+
+    def update(self, layer: nn.Module, x: Tensor, dropout: float, like: Tensor) -> Tensor:
+        """Return s B A x of a convolution or an embedding, in the shape and dtype of its output."""
+        if isinstance(layer, nn.Embedding):
+            hidden = looked_up(layer, x, self.A)
+        else:
+            rows = rows_of(layer, F.dropout(x, dropout) if dropout else x).to(self.A.dtype)
+            hidden = product(rows.flatten(0, -2), self.A.mT).unflatten(0, rows.shape[:-1])
+        update = product(hidden.flatten(0, -2), self.sB).unflatten(0, hidden.shape[:-1])
+        return folded(layer, update, like).to(like.dtype)
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Return ``out + s B A x`` for x (..., in), and leave out (..., out) as it is."""

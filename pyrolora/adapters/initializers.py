@@ -25,12 +25,13 @@ STABLE_GAMMA = 16
 """γ of LoRA-GA, as in its paper and in PEFT."""
 
 
-def kaiming(rank: int, columns: int) -> Tensor:
-    """Draw A as PEFT does by default: uniform on ±1/sqrt(in)."""
-    return nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
+def kaiming(rank: int, columns: int, fan_in: int) -> Tensor:
+    """Draw A as PEFT does by default: uniform on ±1/sqrt(in); for a lookup on ±1."""
+    A = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
+    return A if fan_in == columns else A * (columns / fan_in) ** 0.5
 
 
-def gaussian(rank: int, columns: int) -> Tensor:
+def gaussian(rank: int, columns: int, fan_in: int) -> Tensor:
     """Draw A as PEFT's ``"gaussian"`` does: with standard deviation 1/r."""
     return torch.randn(rank, columns) / rank
 
@@ -96,16 +97,19 @@ def olora(layer: nn.Module, weight: Tensor, spec: LayerSpec) -> tuple[Tensor, Te
     return R[: spec.rank], Q[:, : spec.rank]
 
 
-_RANDOM: dict[str, Callable[[int, int], Tensor]] = {"kaiming": kaiming, "gaussian": gaussian}
+_RANDOM: dict[str, Callable[[int, int, int], Tensor]] = {"kaiming": kaiming, "gaussian": gaussian}
 _FROM_GRADIENT = {"lora-ga": lora_ga}
 _FROM_WEIGHT = {"pissa": pissa, "olora": olora}
 assert tuple(_RANDOM) == RANDOM_STARTS
 assert (*_RANDOM, *_FROM_GRADIENT, *_FROM_WEIGHT) == INITIALIZERS
 
 
-def initial_factor(name: str, rank: int, columns: int) -> Tensor:
-    """Draw one A, (rank, columns), by a name in `RANDOM_STARTS`."""
-    return _RANDOM[name](rank, columns)
+def initial_factor(name: str, rank: int, columns: int, fan_in: int | None = None) -> Tensor:
+    """Draw one A, (rank, columns), by a name in `RANDOM_STARTS`.
+
+    Each product sums ``fan_in`` of the columns; None: all.
+    """
+    return _RANDOM[name](rank, columns, columns if fan_in is None else fan_in)
 
 
 def start_of(

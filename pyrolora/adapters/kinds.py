@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pyrolora.adapters.other_kinds import is_other, size_of, turned
 from pyrolora.adapters.wrapper import unwrapped
 
 
@@ -56,8 +57,10 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """Return the sizes (in, out) of a linear layer, wrapped or not."""
+    """Return the sizes (in, out) of a layer that has adapters, wrapped or not."""
     module = unwrapped(module)
+    if is_other(module):
+        return size_of(module)
     kind = _kind_of(module) or _QUANTISED
     return int(getattr(module, kind.inputs)), int(getattr(module, kind.outputs))
 
@@ -69,6 +72,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 def oriented(layer: nn.Module, matrix: Tensor) -> Tensor:
     """Turn a matrix from the way in which ``layer`` stores its weight to (out, in), or back."""
+    if is_other(layer):
+        return turned(layer, matrix)
     return matrix.T if is_transposed(layer) else matrix
 
 

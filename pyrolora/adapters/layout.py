@@ -26,6 +26,8 @@ class Block:
     factor: str
     rank: int
     columns: int
+    lookup: bool = False
+    """Whether each product takes one of the columns, rather than the sum over all of them."""
 
     @property
     def name(self) -> str:
@@ -95,7 +97,8 @@ class Layout:
 
         The blocks hold A and Bᵀ; the matrices are A and B.
         """
-        return torch.tensor([float(b.columns if b.factor == "A" else b.rank) for b in self.blocks])
+        sums = [1 if b.lookup else b.columns if b.factor == "A" else b.rank for b in self.blocks]
+        return torch.tensor([float(count) for count in sums])
 
     def rank_mask(self) -> Tensor:
         """Return which of ``rank`` rows each block has, (L, rank) booleans."""

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.kernels import read_by_kernels
 from pyrolora.adapters.kinds import features, is_linear
-from pyrolora.adapters.modules import has_weights, linear_layers, walk
+from pyrolora.adapters.modules import adaptable_layers, has_weights, linear_layers, walk
 from pyrolora.adapters.names import collapsed, ends_with, matches
+from pyrolora.adapters.other_kinds import CONVOLUTIONS, refusal
 from pyrolora.adapters.wrapper import Wrapper, unwrapped
 from pyrolora.errors import ConfigError, TargetError, listed
 
@@ -69,14 +70,14 @@ def check_names(
 
 
 def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collection[str]) -> None:
-    """Warn of modules with weights that the targets name, and that are no linear layers."""
+    """Warn of modules with weights that the targets name, and that have no adapter."""
     wanted = config.target_modules
     assert wanted is not None
-    linear = linear_layers(network)
+    layers = adaptable_layers(network)
     others = [
         f"{name} ({type(unwrapped(module)).__name__})"
         for name, module in walk(network)
-        if name and name not in linear and has_weights(module) and matches(name, wanted)
+        if name and name not in layers and has_weights(module) and matches(name, wanted)
     ]
     if others:
         _warn(
@@ -147,6 +148,8 @@ def _what_is(
     if all(_is_within(name, heads) for name in named):
         return "belongs to a task head, which is trained in full (see modules_to_save)"
     classes = dict.fromkeys(type(modules[name]).__name__ for name in named)
+    if isinstance(modules[named[0]], (*CONVOLUTIONS, nn.Embedding)):
+        return f"is of the class {'/'.join(classes)}, and {refusal(modules[named[0]])}"
     if all(_of_attention(network, name) for name in named):
         return f"is of the class {'/'.join(classes)}, whose weights are read without calling it"
     inside = [
@@ -177,11 +180,12 @@ def _is_within(name: str, outer: Iterable[str]) -> bool:
 
 def _advice(network: nn.Module, left: Iterable[str], adapted: Collection[str]) -> str:
     """Return what to do about modules without an adapter."""
+    modules = {place: unwrapped(network.get_submodule(place)) for place in left}
     names = [
         f"{place}.{name}".rpartition(".layers.")[2].partition(".")[2] or f"{place}.{name}"
-        for place in left
-        for name in _matrices(unwrapped(network.get_submodule(place)))
-        if f"{place}.{name}" not in adapted
+        for place, module in modules.items()
+        for name in _matrices(module)
+        if f"{place}.{name}" not in adapted and "Attention" not in type(module).__name__
     ]
     if not names:
         return "pyrolora has none for projections that torch or a kernel reads without calling them"

@@ -12,7 +12,8 @@ _NAMES = {True: "kaiming", "lora_ga": "lora-ga"}
 """PEFT's names of initialisers to ours, where they differ."""
 _WHY = {
     "bias": "biases stay as they are; train a module in full with modules_to_save",
-    "trainable_token_indices": "adapters are those of linear layers, and embeddings have none",
+    "trainable_token_indices": "rows of an embedding that are trained in full would be points; "
+    "name the embedding in target_modules, where all of its rows have a posterior",
     "use_dora": "the posterior is one of W + s B A, and DoRA scales that by a norm of its own",
     "lora_bias": "the update is s B A x alone",
 }

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pyrolora.adapters.kinds import is_linear
+from pyrolora.adapters.other_kinds import is_other
 from pyrolora.adapters.wrapper import unwrapped
 
 
@@ -42,6 +43,16 @@ def linear_layers(network: nn.Module) -> dict[str, nn.Module]:
         if name
         and is_linear(unwrapped(module))
         and not any(name.startswith(f"{prefix}." if prefix else "") for prefix in opaque)
+    }
+
+
+def adaptable_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Return name -> linear layer, convolution or embedding, in the network's order."""
+    linear = linear_layers(network)
+    return {
+        name: module
+        for name, module in walk(network)
+        if name in linear or (name and is_other(unwrapped(module)))
     }
 
 

@@ -43,7 +43,9 @@ class RankedLayouts(ParamModule):
         self.config = config
         slots = {spec.name: _slots(spec, config) for spec in specs}
         self.layouts: Mapping[str, Layout] = {
-            "A": Layout([Block(s.name, "A", slots[s.name], s.in_features) for s in specs]),
+            "A": Layout(
+                [Block(s.name, "A", slots[s.name], s.in_features, s.lookup) for s in specs]
+            ),
             "B": Layout([Block(s.name, "B", slots[s.name], s.out_features) for s in specs]),
         }
         active = None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pyrolora.adapters.config import EVERY_LAYER, AdapterConfig
 from pyrolora.adapters.depth import in_blocks
 from pyrolora.adapters.kernels import read_by_kernels
-from pyrolora.adapters.kinds import features
+from pyrolora.adapters.kinds import features, is_linear
 from pyrolora.adapters.left_out import (
     check_names,
     names_layers,
@@ -21,8 +21,9 @@ from pyrolora.adapters.left_out import (
     warn_of_left_out,
     warn_of_matches,
 )
-from pyrolora.adapters.modules import linear_layers, model_type, walk
+from pyrolora.adapters.modules import adaptable_layers, model_type, walk
 from pyrolora.adapters.names import PYTHON, collapsed, ends_with, matches, value_of
+from pyrolora.adapters.other_kinds import is_embedding
 from pyrolora.adapters.parameters import named_parameters
 from pyrolora.adapters.projections import projections
 from pyrolora.adapters.wrapper import unwrapped
@@ -32,13 +33,18 @@ from pyrolora.errors import BindingError, ConfigError, TargetError, listed
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One adapted layer: its place in the network and the shape of its adapter."""
+    """One adapted layer: its place in the network and the shape of its adapter.
+
+    ``lookup`` says that its input is the number of a column of A, as an embedding's is: an output
+    then sums one number of A, not ``in_features``.
+    """
 
     name: str
     in_features: int
     out_features: int
     rank: int
     scaling: float
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         for size in ("in_features", "out_features", "rank"):
@@ -65,11 +71,11 @@ def find_targets(
     heads = list(heads)
     layers = {
         name: module
-        for name, module in linear_layers(network).items()
+        for name, module in adaptable_layers(network).items()
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
     }
     stacks, weights = named_parameters(network, config, heads)
-    selected = _select(network, config, list(layers))
+    selected = _select(network, config, layers)
     selected += [name for name in layers if name in weights and name not in selected]
     chosen = _without_excluded(network, config, in_blocks([*selected, *stacks], config))
     names = [name for name in chosen if name not in stacks]
@@ -79,18 +85,20 @@ def find_targets(
             f"target_modules={config.target_modules!r}"
             + (f" without {config.exclude_modules!r}" if config.exclude_modules else "")
             + f" matches no linear layer of {type(network).__name__}; "
-            f"it has {listed(collapsed(layers), most=None)} ('#' stands for a number). Name some "
+            f"it has {listed(collapsed(_linear(layers)), most=None)} ('#' stands for a number). "
+            "Name some "
             "of these, or use 'all-linear'"
         )
     if names_layers(config):
         check_names(network, config, selected, names, heads)
     elif config.target_modules not in EVERY_LAYER:
         warn_of_matches(network, config, names)
-    elif selected == _every_layer(network, list(layers)):
+    elif selected == _every_layer(network, _linear(layers)):
         warn_of_left_out(network, names, list(stacks), heads, config)
     _warn_of_idle_keys(config, chosen)
     specs = [
-        _spec(name, features(layers[name]), config) for name in _wide_enough(names, layers, config)
+        _spec(name, features(layers[name]), config, is_embedding(unwrapped(layers[name])))
+        for name in _wide_enough(names, layers, config)
     ]
     for stack in stacks.values():
         spec = _spec(stack.name, stack.size, config)
@@ -125,9 +133,16 @@ def check_uncalled(config: AdapterConfig, uncalled: Sequence[str], adapted: Sequ
     )
 
 
-def _select(network: nn.Module, config: AdapterConfig, names: list[str]) -> list[str]:
-    """Return those of ``names`` that ``target_modules`` selects."""
-    wanted = config.target_modules
+def _linear(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return the linear layers: rules take these alone, and names others, too."""
+    return [name for name, layer in layers.items() if is_linear(unwrapped(layer))]
+
+
+def _select(
+    network: nn.Module, config: AdapterConfig, layers: Mapping[str, nn.Module]
+) -> list[str]:
+    """Return those of ``layers`` that ``target_modules`` selects."""
+    wanted, names = config.target_modules, _linear(layers)
     if wanted == "auto" and model_type(network) is not None:
         projecting = projections(network)
         if projecting:
@@ -142,7 +157,7 @@ def _select(network: nn.Module, config: AdapterConfig, names: list[str]) -> list
     if wanted in EVERY_LAYER:
         return _every_layer(network, names)
     assert wanted is not None
-    return [name for name in names if matches(name, wanted)]
+    return [name for name in layers if matches(name, wanted)]
 
 
 def _every_layer(network: nn.Module, names: list[str]) -> list[str]:
@@ -244,7 +259,9 @@ def _wide_enough(
     return [name for name in names if name not in small]
 
 
-def _spec(name: str, size: tuple[int, int], config: AdapterConfig) -> LayerSpec:
+def _spec(
+    name: str, size: tuple[int, int], config: AdapterConfig, lookup: bool = False
+) -> LayerSpec:
     in_features, out_features = size
     rank = value_of(name, config.rank_pattern, config.r)
     alpha = value_of(name, config.alpha_pattern, config.lora_alpha)
@@ -254,4 +271,4 @@ def _spec(name: str, size: tuple[int, int], config: AdapterConfig) -> LayerSpec:
             f"{out_features}); choose r <= {min(in_features, out_features)}, or give this layer "
             "its own rank with rank_pattern"
         )
-    return LayerSpec(name, in_features, out_features, rank, config.scaling(rank, alpha))
+    return LayerSpec(name, in_features, out_features, rank, config.scaling(rank, alpha), lookup)

@@ -74,7 +74,7 @@ def encode_lettered(data: datasets.Dataset, encoder: Encoder) -> datasets.Datase
             **_labels(rows),
         }
 
-    return _mapped(data, encode, limit)
+    return _mapped(data, encode, replace(encoder, limit=limit))
 
 
 def letter_tokens(encoder: Encoder, count: int) -> tuple[str, list[int]]:
@@ -141,7 +141,7 @@ def encode_continuations(data: datasets.Dataset, encoder: Encoder) -> datasets.D
         made = {name: _nested(values, choices) for name, values in flat.items()}
         return {**made, "cut": [*map(any, made["cut"])], **_labels(rows)}
 
-    return _mapped(data, encode, limit)
+    return _mapped(data, encode, replace(encoder, limit=limit))
 
 
 def _shared(alone: list[int], both: list[int], context: str, choice: str) -> int:
@@ -197,10 +197,10 @@ def _last(tokens: list[int], limit: float) -> list[int]:
     return tokens[int(max(0, len(tokens) - limit)) :]
 
 
-def _mapped(data: datasets.Dataset, encode: Any, limit: float) -> datasets.Dataset:
+def _mapped(data: datasets.Dataset, encode: Any, like: Encoder) -> datasets.Dataset:
     """Return the encoded data, with a warning of texts that were cut."""
     made = data.with_format(None).map(
         encode, batched=True, remove_columns=data.column_names, desc="tokenising"
     )
-    warn_cut(sum(made["cut"]), len(made), limit)
+    warn_cut(sum(made["cut"]), len(made), like.limit, like.source)
     return made.remove_columns("cut")

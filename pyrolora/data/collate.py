@@ -184,6 +184,10 @@ class Collator:
         """Return the tokenised examples with what the task adds to them, such as labels."""
         return examples
 
+    def finish(self, prediction: Any, examples: Any) -> Any:
+        """Return a prediction with what only the data know of it, such as texts."""
+        return prediction
+
     def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
         """Raise `DataError` for labels that do not fit their examples.
 
@@ -303,10 +307,17 @@ class Collator:
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
+        return self.with_places(batch)
+
+    def with_places(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch with the places that the law reads in one row at least.
+
+        A network takes the same places for all rows.
+        """
         read = self.places_read(batch) if self.chooses_places else None
-        if read is not None and read.any():  # by one row at least: a network takes the same for all
-            batch[PLACES] = read.any(0).nonzero().flatten().repeat(len(read), 1)
-        return batch
+        if read is None or not read.any():
+            return batch
+        return {**batch, PLACES: read.any(0).nonzero().flatten().repeat(len(read), 1)}
 
     def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return the places of each text whose logits the law reads, (b, T); None: all of them.
@@ -371,12 +382,13 @@ def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
 
     That is ``rows``, or so few that their tokens are as many as the device is at its best with.
     """
-    ids = batch.get("input_ids")
-    if ids is None:
+    columns = [batch[name] for name in ("input_ids", LABELS) if name in batch]
+    sizes = [column[0].numel() for column in columns if column.dim() > 1]
+    if not sizes:
         return rows
-    on_cpu = ids.device.type == "cpu"
+    on_cpu = columns[0].device.type == "cpu"
     tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
-    return max(1, min(rows, tokens // max(1, ids[0].numel())))
+    return max(1, min(rows, tokens // max(1, *sizes)))
 
 
 def is_real(value: Any) -> bool:

@@ -9,21 +9,24 @@ from typing import Any, Literal
 import datasets
 
 from pyrolora.columns import LABELS
-from pyrolora.data.columns import DIALOGUES, WEIGHTS, free_text, is_list, is_row_name
+from pyrolora.data.columns import (
+    DIALOGUES,
+    WEIGHTS,
+    WRITTEN_PAIRS,
+    free_text,
+    is_list,
+    is_origin,
+    is_row_name,
+)
 from pyrolora.data.text_options import TextOptions
 from pyrolora.errors import DataError
 
 RAW = ("prompt", "completion")
 """The columns whose texts are joined as they are; those of `PAIRS` are two sides of a talk."""
-PAIRS = (
-    *(("prompt", "response"), ("query", "response"), ("question", "response")),
-    *(("question", "answer"), ("query", "answer"), ("input", "output"), ("problem", "solution")),
-    *(("instruction", "output"), ("instruction", "response")),
-    *(("instruction", "input", "output"), ("instruction", "context", "response")),
-)
-"""The parts of a prompt, then the answer."""
+ASKED = ("prompt", "instruction", "question", "query", "problem", "input")
+"""Columns with what somebody asks for."""
+PAIRS = tuple(pair for pair in WRITTEN_PAIRS if pair[0][0] in ASKED)
 CHATS = ("messages", "conversations", "conversation")
-PREFERENCES = ("chosen", "rejected")
 TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
 """Columns with more of what a chat template is given, as in TRL."""
 
@@ -78,10 +81,10 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
     ------
     DataError
         For columns that look like data and would not be read: a second text or chat, a prompt
-        beside a text, preferences.
+        beside a text, a mask.
     """
-    texts, chats = free_text(data), chat_columns(data)
-    _check_preferences([*texts, *chats])
+    texts, chats = _texts_and_chats(data)
+    _check_named(data, options)
     found = _pair(texts, chats) or _alone(texts, chats, options)
     if found is None:
         return None
@@ -98,10 +101,10 @@ def prompt_of(data: datasets.Dataset) -> Dialogue:
     DataError
         For data without prompts, and for columns that look like prompts, too.
     """
-    texts, chats = free_text(data), chat_columns(data)
+    texts, chats = _texts_and_chats(data)
     found = _pair(texts, chats)
     if found is None:
-        asked = [tuple(p) for *p, _ in PAIRS if all(n in texts for n in p)]
+        asked = [prompt for prompt, _ in PAIRS if {*prompt} <= {*texts}]
         if asked:
             found = Dialogue("pair", max(asked, key=len))
         else:
@@ -121,22 +124,34 @@ def chat_columns(data: datasets.Dataset) -> list[str]:
     return [name for name, feature in data.features.items() if _is_chat(feature)]
 
 
+def _texts_and_chats(data: datasets.Dataset) -> tuple[list[str], list[str]]:
+    """Return the columns of texts, without those with the origins of chats, and those of chats."""
+    texts, chats = free_text(data), chat_columns(data)
+    if chats:
+        texts = [name for name in texts if not is_origin(data, name)]
+    unread = [name for name in texts if name in CHATS]
+    if unread:
+        raise DataError(
+            f"the column {unread[0]!r} holds texts, and a chat is a list of messages; read JSON "
+            f"with data.map(lambda row: {{{unread[0]!r}: json.loads(row[{unread[0]!r}])}}), or "
+            "name texts 'text'"
+        )
+    return texts, chats
+
+
+def _check_named(data: datasets.Dataset, options: TextOptions) -> None:
+    """Raise `DataError` where the data lack the column that the options name."""
+    named = options.dataset_text_field
+    if named not in data.column_names and named != TextOptions.dataset_text_field:
+        raise DataError(
+            f"dataset_text_field={named!r}, and the data has {data.column_names}; name one of them"
+        )
+
+
 def _is_chat(feature: Any) -> bool:
     part = getattr(feature, "feature", None) if is_list(feature) else None
     part = feature[0] if isinstance(feature, list) and len(feature) == 1 else part
     return isinstance(part, Mapping) and ("role" in part or {"from", "value"} <= {*part})
-
-
-def _check_preferences(names: Sequence[str]) -> None:
-    """Raise `DataError` for a preferred answer beside a rejected one."""
-    both = [name for name in PREFERENCES if name in names]
-    if "rejected" in both:
-        raise DataError(
-            f"the data has {both}, preferences, which a reward model learns; a language model "
-            "learns the preferred answers alone as completions: drop the others with "
-            "data.remove_columns('rejected'), and data.rename_column('chosen', 'completion') (or "
-            "'messages', if they begin with the prompt)"
-        )
 
 
 def _pair(texts: Sequence[str], chats: Sequence[str]) -> Dialogue | None:
@@ -144,11 +159,11 @@ def _pair(texts: Sequence[str], chats: Sequence[str]) -> Dialogue | None:
     for names, chatty in ((chats, True), (texts, False)):
         if all(name in names for name in RAW):
             return Dialogue("pair", RAW[:1], RAW[1], chatty)
-    known = [pair for pair in PAIRS if all(name in texts for name in pair)]
+    known = [pair for pair in PAIRS if {*pair[0], pair[1]} <= {*texts}]
     if not known:
         return None
-    *prompt, completion = max(known, key=len)
-    return Dialogue("pair", tuple(prompt), completion)
+    prompt, completion = max(known, key=lambda pair: len(pair[0]))
+    return Dialogue("pair", prompt, completion)
 
 
 def _alone(texts: Sequence[str], chats: Sequence[str], options: TextOptions) -> Dialogue | None:

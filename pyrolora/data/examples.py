@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pyrolora.columns import LABELS, TAGS
+from pyrolora.columns import INPUTS, LABELS, TAGS
 from pyrolora.data.pictures import is_picture, stored
 from pyrolora.errors import DataError
 
@@ -40,8 +40,9 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
         )
     if isinstance(data, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise DataError(
-            "the size of a streamed data set is unknown, and the posterior depends on it; "
-            "make it a datasets.Dataset, for example with data.take(n)"
+            "a streamed data set is read in a fit alone (with num_examples= and max_steps), whose "
+            "steps take what they need; make it a datasets.Dataset, for example with "
+            "datasets.Dataset.from_list(list(data.take(n)))"
         )
     data = _texts_as_list(data)
     if isinstance(data, TensorDataset):
@@ -85,7 +86,12 @@ def _from_list(rows: list[Any], input_name: str) -> datasets.Dataset:
     if not all(isinstance(row, Mapping) for row in rows):
         kinds = sorted({type(row).__name__ for row in rows})
         raise DataError(f"a list must hold dicts or texts, or pictures, got {' and '.join(kinds)}")
-    return _stored({name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())})
+    names = dict.fromkeys(name for row in rows for name in row)  # later rows may have more
+    return _stored({name: [row.get(name) for row in rows] for name in names})
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
 
 
 # The columns of texts that are paths, for networks with these inputs.
@@ -100,6 +106,8 @@ def _column_of(rows: Sequence[Any], input_name: str) -> str | None:
         return _OF_PATHS.get(input_name, "text")
     if all(map(is_picture, rows)) or (input_name == "pixel_values" and all(map(_is_pixels, rows))):
         return "image"
+    if all(isinstance(row, list) and row and _is_message(row[0]) for row in rows):
+        return "messages"
     sounds = all(isinstance(row, Mapping) and {*row} == {"array", "sampling_rate"} for row in rows)
     return "audio" if sounds else None
 
@@ -228,6 +236,15 @@ def as_dict(example: Any, input_name: str) -> dict[str, Any]:
     raise DataError(
         f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
     )
+
+
+def first_row(data: Any, network: Any) -> dict[str, Any]:
+    """Return the first example of training data; an empty dict where it is not stored by names."""
+    if not isinstance(data, list | datasets.Dataset | datasets.DatasetDict):
+        return {}
+    name = getattr(network, "main_input_name", INPUTS)
+    rows = as_examples(data, name, ("train",))
+    return as_dict(rows[0], name) if is_plain(rows) and len(rows) else {}
 
 
 def is_plain(examples: Any) -> bool:

@@ -38,7 +38,8 @@ class Prepared:
     """Data ready for a loader: indexable examples, their collator, and all labels.
 
     ``names`` are those of the classes, where neither the network nor an earlier fit has names.
-    ``texts`` is the number of texts in rows that have several; None: a row is an example.
+    ``texts`` is the number of texts in rows that have several; None: a row is an example. ``whole``
+    is the number of examples of which these are a part; None: they are all.
     """
 
     examples: Any
@@ -46,14 +47,21 @@ class Prepared:
     labels: Tensor | None
     names: list[str] | None = None
     texts: int | None = None
+    whole: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @property
     def num_examples(self) -> int:
-        """The number of examples, however many of them share a row."""
-        return len(self) if self.texts is None else self.texts
+        """n, the number of examples that these are, or stand for, however many share a row."""
+        own = len(self) if self.texts is None else self.texts
+        return own if self.whole is None else self.whole
+
+    @property
+    def rows(self) -> float:
+        """The number of rows that n examples fill."""
+        return self.num_examples * len(self) / (self.texts or len(self))
 
     def loader(self, batch_size: int, order: list[int] | None = None) -> DataLoader[Any]:
         """Return a loader of batches in order, or in the ``order`` of these numbers.
@@ -103,8 +111,9 @@ def prepare(
         multiple choice, a column ``choices`` with the texts of each example beside its
         ``question``, or tokens (choices, T) per example. For token classification, a column
         ``tokens`` with the words of each example beside its ``ner_tags``, or tokens with a label
-        per token. A masked language model is given texts without labels with some tokens hidden,
-        always the same.
+        per token. For sequence to sequence, a column that is read and one that is written
+        (`columns.WRITTEN_PAIRS`), or tokens with ``labels`` of any length. A masked language model
+        is given texts without labels with some tokens hidden, always the same.
     network, task
         The network and the task that the batches are for.
     tokenizer
@@ -142,7 +151,7 @@ def prepare(
     if is_plain(examples):
         examples, left = _tokenised(examples, collate)
     else:
-        check_task(columns)
+        check_task({*columns} - {*collate.beside})
         left = unread(columns, collate.read, tokens=collate.per_token)
     examples = collate.complete(examples, need_labels=need_labels)
     labels = _labels(examples, collate, task, need_labels=need_labels, columns=columns)
@@ -182,7 +191,7 @@ def _names(examples: Any, columns: list[str]) -> list[str]:
 def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Dataset, list[str]]:
     """Return the tokens and other inputs of the data, and the names of the columns left out."""
     data = collate.with_labels(data)
-    check_task(data.column_names)
+    check_task({*data.column_names} - {*collate.beside})
     names = data.column_names
     read: tuple[str, ...] = ()
     texts = INPUTS in names and is_text(data.features[INPUTS])

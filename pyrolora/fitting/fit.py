@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
 from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
+from pyrolora.fitting.streams import read_stream
 from pyrolora.fitting.training import (
     check_evaluation,
     choose_best,
@@ -44,6 +46,7 @@ def fit(
     guide: str | Guide | None = None,
     *,
     eval_data: Any = None,
+    num_examples: int | None = None,
     tokenizer: Any = None,
     task: str | Task | None = None,
     choices: str | None = None,
@@ -76,12 +79,14 @@ def fit(
         labels); pictures (of PIL, paths, bytes, arrays) in a column ``image``, beside texts in
         ``images``, too, and sounds in a column ``audio``. Multiple choice has a column ``choices``
         (a list of texts) beside ``question``, and ``label``, the number, the letter or the text of
-        the right one; a causal language model is told how to choose, by ``choices``. In texts
-        without labels for a masked language model some tokens are hidden, always the same. Labels
-        that are names are matched with the network's, up to case, spaces, '-' and '_'; a network without
-        names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
-        language model learns; scores are those of the text alone. A warning names columns that are
-        not read, and data that can be read in two ways raise a `DataError`.
+        the right one; a causal language model is told how to choose, by ``choices``. For sequence
+        to sequence one column is read and another is written: ``document`` and ``summary``,
+        ``source`` and ``target``, and others (``docs/tasks.md``), or ``input_ids`` and ``labels``.
+        In texts without labels for a masked language model some tokens are hidden, always the same.
+        Labels that are names are matched with the network's, up to case, spaces, '-' and '_'; a
+        network without names takes those of the data (`Posterior.classes`). EOS ends every text
+        that a causal language model learns; scores are those of the text alone. A warning names
+        columns that are not read, and data that can be read in two ways raise a `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options. None: ``"montec"``, or the guide of ``prior``.
@@ -89,6 +94,9 @@ def fit(
         Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
         draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``). ``"laplace"`` sets the scale of
         its prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
+    num_examples
+        n, the number of all examples of a stream (``datasets.IterableDataset``), of which the fit
+        reads as many as the ``max_steps`` of ``training`` take.
     tokenizer
         The tokenizer, for raw text and padding; or transformers' image processor, feature
         extractor, or processor of texts and pictures, for raw pictures and sounds, of which it
@@ -156,6 +164,7 @@ def fit(
         data=data,
         guide=guide,
         eval_data=eval_data,
+        num_examples=num_examples,
         tokenizer=tokenizer,
         task=choice_task(choices, task),
         adapter=adapter,
@@ -179,7 +188,7 @@ def fit_request(request: Request) -> Posterior:
     if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
     request.check()
-    request = request.loaded()
+    request = read_stream(request).loaded()
     _warn_of_temperature(request)
     with opened_arguments(request) as args:
         set_seed(args.seed)
@@ -188,7 +197,7 @@ def fit_request(request: Request) -> Posterior:
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
-            build = partial(_in_rows, origin.builder(attachment, data, args), len(data))
+            build = partial(_in_rows, origin.builder(attachment, data, args), data.rows)
             joint = build(request.options)
             if request.options.reads_inputs:
                 check_recordable(joint)
@@ -221,6 +230,7 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
     request.options.check(task)
     _set_texts(task, request)
     data, held_out = prepare(request.data, network, task, tokenizer, to_pack=True), None
+    data = dataclasses.replace(data, whole=request.num_examples)
     task.class_names = data.names or task.class_names
     if request.held_out is not None:
         splits = defaults.FIT_SPLITS

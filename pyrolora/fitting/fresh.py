@@ -24,6 +24,7 @@ from pyrolora.adapters import (
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, to_device
+from pyrolora.data.examples import first_row
 from pyrolora.errors import ConfigError
 from pyrolora.fitting.first_pass import check_first_pass, weight_gradients_of
 from pyrolora.fitting.origin import Builder, Origin, check_network
@@ -33,7 +34,7 @@ from pyrolora.inference import check_allocation
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, build
 from pyrolora.seeding import seeded
-from pyrolora.tasks import load_network, task_for
+from pyrolora.tasks import load_for_task, task_for
 
 
 class Fresh(Origin):
@@ -42,7 +43,7 @@ class Fresh(Origin):
     @classmethod
     def of(cls, request: Request) -> Self:
         check_network(request.model)
-        network, tokenizer = load_network(
+        network, tokenizer, named = load_for_task(
             request.model, request.data, request.tokenizer, request.task
         )
         config = AdapterConfig()
@@ -50,7 +51,8 @@ class Fresh(Origin):
             config = as_adapter_config(request.adapter)
         else:
             network = _trained_copy(network)
-        task = task_for(network, request.task)
+        row = first_row(request.data, network) if named is None else None
+        task = task_for(network, named, row)
         return cls(request.options, network, tokenizer, config, task)
 
     def attach(self, data: Prepared, args: TrainingArguments) -> Attachment:

@@ -60,6 +60,7 @@ class Request:
     task: str | Task | None = None
     adapter: AdapterConfig | Any = None
     texts: TextOptions | None = None
+    num_examples: int | None = None
     given: Posterior | StoredPosterior | None = None
     prior: Posterior | StoredPosterior | None = None
     epochs: float | None = None
@@ -138,6 +139,7 @@ class Request:
         return {
             "model": _name(self.model),
             "data": _name(self.data),
+            "num_examples": self.num_examples,
             "eval_data": _name(self.held_out),
             "guide": {"name": full_name(self.options), **dataclasses.asdict(self.options)},
             "task": _name(self.task),

@@ -155,6 +155,7 @@ class Laplace(Guide):
             linearised=self.full or self.linearised is not False,
             independent_layers=not self.full,
             distinct_prior=True,
+            all_examples=True,
         )
 
     def build(self, bank: AdapterBank) -> Program:

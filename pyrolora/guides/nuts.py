@@ -110,6 +110,7 @@ class NUTS(Guide):
             stored_draws=True,
             independent_layers=self.inner.supports.independent_layers,
             distinct_prior=True,
+            all_examples=True,
         )
 
     def build(self, bank: AdapterBank) -> NUTSProgram:

@@ -15,6 +15,7 @@ Capability = Literal[
     "linearised",
     "independent_layers",
     "distinct_prior",
+    "all_examples",
 ]
 
 METHODS: dict[Capability, tuple[str, ...]] = {
@@ -50,6 +51,9 @@ class Supports:
         Under the guide the draws of different layers are independent.
     distinct_prior
         The latent sites have another law in the model than in the guide.
+    all_examples
+        Inference sums over all examples at once, so that a part of them, as of a stream, does not
+        do.
     """
 
     rank_allocation: bool = False
@@ -60,6 +64,7 @@ class Supports:
     linearised: bool = False
     independent_layers: bool = False
     distinct_prior: bool = False
+    all_examples: bool = False
 
 
 assert {field.name for field in fields(Supports)} == {*get_args(Capability)}

@@ -146,7 +146,7 @@ def _accumulate(
     layers: dict[str, Recording],
     sums: dict[str, _Sums],
 ) -> None:
-    counting = masks(batch)
+    counting = masks(joint, batch)
     names = [name for name, layer in layers.items() for _ in layer.updates]
     for name, layer in layers.items():
         for x in layer.inputs:

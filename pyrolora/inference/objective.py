@@ -22,14 +22,15 @@ class Objective(nn.Module):
     joint
         The joint model.
     observations
-        The number of observations of the whole data: examples, or labelled tokens.
+        The number of observations of the whole data, as far as it is known: examples, or labelled
+        tokens.
     """
 
     # The Trainer must not divide the loss by the accumulation steps: `compute_loss` weighs each
     # micro-batch by its share of the examples, which is exact when they differ in size.
     accepts_loss_kwargs = True
 
-    def __init__(self, joint: JointModel, observations: int) -> None:
+    def __init__(self, joint: JointModel, observations: float) -> None:
         super().__init__()
         self.observations = observations
         self.estimator = NamedELBO()

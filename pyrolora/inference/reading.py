@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pyrolora.columns import DECODER_IDS, IGNORED, LABELS
+from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
+from pyrolora.data.inputs import written_length
 from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.model import JointModel, evaluating
@@ -44,7 +46,8 @@ def check_reading(joint: JointModel, batch: Mapping[str, Tensor], output: Tensor
     joint.task.check_reading(output, batch, joint.base)
     text = joint.task.as_text()
     if text is not None:
-        check_causal(joint.under(text), batch if text is joint.task else joint.task.inputs(batch))
+        own = text is joint.task
+        check_causal(joint.under(text), batch if own else joint.task.inputs(batch, joint.base))
 
 
 @torch.no_grad()
@@ -61,13 +64,13 @@ def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
         other.
     """
     name = DECODER_IDS if joint.task.writes == "apart" else "input_ids"
-    ids = batch.get(name)
+    ids = joint.task.inputs(batch, joint.base).get(name)
     if ids is None or ids.dim() != 2:
         return
     last = _last(batch)
     if last < 1:
         return
-    example = {name: t[:1] if isinstance(t, Tensor) else t for name, t in batch.items()}
+    example = {n: t[:1] if isinstance(t, Tensor) else t for n, t in {**batch, name: ids}.items()}
     with evaluating(joint):
         before = joint.network(example, joint.program.mean())
         after = joint.network(_changed(joint, example, last, name), joint.program.mean())
@@ -79,6 +82,15 @@ def check_causal(joint: JointModel, batch: Mapping[str, Tensor]) -> None:
                 "has that, or label (other than -100) only tokens after the part that it reads as "
                 "a whole"
             )
+        room = ids.shape[1] < written_length(joint.base) and DECODER_MASK not in example
+        if name == DECODER_IDS and room:
+            after = joint.network({**example, name: F.pad(ids[:1], (0, 1))}, joint.program.mean())
+            if _differ(joint, before[0], after[0, : ids.shape[1]]):
+                raise ConfigError(
+                    f"what this {type(joint.base).__name__} gives for a token changes with padding "
+                    "after it, so that scores of a batch would not be those of its examples; fit "
+                    "another network"
+                )
         starts = _starts(example)
         if starts and starts[0] <= last:
             after = joint.network(_changed(joint, example, 0, name), joint.program.mean())

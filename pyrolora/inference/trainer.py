@@ -77,7 +77,7 @@ class SVITrainer(ResumingTrainer):
         self._resumed = None
         self._averages: dict[str, Any] = {}
         super().__init__(
-            model=Objective(joint, joint.task.count(data.labels)),
+            model=Objective(joint, joint.task.count(data.labels) * data.rows / len(data)),
             args=args,
             train_dataset=data.examples,
             eval_dataset=None if evaluate is None else data.examples[:1],

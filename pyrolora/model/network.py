@@ -161,7 +161,7 @@ class AdaptedNetwork(nn.Module):
         several_heads |= self.program.members > 1
         if not self.attachment.layers and not several_heads:
             return True
-        known, kind = self._sharing(several_heads), kind_of(self.task.inputs(batch))
+        known, kind = self._sharing(several_heads), kind_of(self.task.inputs(batch, self.base))
         if known.possible and kind not in known.checked:
             plain = self.binding(self.program.mean())
             with evaluating(self):
@@ -273,7 +273,7 @@ class AdaptedNetwork(nn.Module):
 
     def _raw(self, batch: Batch) -> Any:
         """Return what the network returns on a batch, with few logits where few are read."""
-        inputs = for_network(self.task.inputs(batch))
+        inputs = for_network(self.task.inputs(batch, self.base))
         if set(inputs) == {INPUTS}:
             return self.base(inputs[INPUTS])
         places = self.task.places(batch)

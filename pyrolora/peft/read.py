@@ -8,19 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyrolora.adapters import (
     AdapterConfig,
     LayerSpec,
     features,
-    linear_layers,
     refuse_foreign,
     unwrapped,
     walk,
 )
 from pyrolora.adapters.kinds import TITLES
+from pyrolora.adapters.modules import adaptable_layers
 from pyrolora.adapters.names import is_saved, selects, value_of
+from pyrolora.adapters.other_kinds import OTHER_TITLES, is_embedding
 from pyrolora.adapters.parameters import Stack, stacks
 from pyrolora.errors import CheckpointError, ConfigError, PyroLoraError, TargetError, listed
 from pyrolora.files import shown
@@ -34,6 +37,7 @@ from pyrolora.peft.config import (
 )
 from pyrolora.peft.patterns import Patterns
 from pyrolora.peft.rules import WEIGHT, is_within_saved
+from pyrolora.peft.shapes import shape, tensor_name
 from pyrolora.peft.stacked import keys, split
 from pyrolora.storage.tensor_file import TensorFile, tensor_file
 
@@ -134,14 +138,18 @@ def _checked(
     parameters = _parameters(options, network)
     stacked = {stack.name: factors.pop(key, {}) for key, stack in parameters}
     layers = _layers(factors, heads, network, bool(parameters))
+    _drop_frozen(rest, network)
     _refuse_rest(rest, saved, network, patterns)
     _check_selection(options, list(layers), network, patterns)
     config = adapter_config(options, list(layers), list(stacked), list(heads))
-    specs = [_spec(n, features(layer), factors[n], config, patterns) for n, layer in layers.items()]
-    matrices = {s.name: (factors[s.name]["A"].float(), factors[s.name]["B"].float()) for s in specs}
+    specs = [_spec(n, layer, factors[n], config, patterns) for n, layer in layers.items()]
+    matrices = {
+        s.name: (factors[s.name]["A"].float().flatten(1), factors[s.name]["B"].float().flatten(1))
+        for s in specs
+    }
     for _, stack in parameters:
         own = stacked[stack.name]
-        spec = _spec(stack.name, stack.size, own, config, patterns, experts=len(stack.names))
+        spec = _spec(stack.name, stack, own, config, patterns)
         specs += [replace(spec, name=name) for name in stack.names]
         matrices |= split(stack, own["A"].float(), own["B"].float())
     return Adapter(config, specs, matrices, heads)
@@ -166,13 +174,13 @@ def _split(
     factors: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))", key)
         if match is not None:
-            factors.setdefault(match[1], {})[match[2]] = tensor
+            factors.setdefault(match[1], {})[match[2] or match[3]] = tensor
         elif ".lora_" in key:
             raise ConfigError(
-                f"the file has the tensor {key!r}, of a variant of LoRA or of an adapted "
-                "embedding; pyrolora takes the lora_A and lora_B of linear layers"
+                f"the file has the tensor {key!r}, of a variant of LoRA; pyrolora takes the lora_A "
+                "and lora_B of linear layers, convolutions and embeddings"
             )
         else:
             rest[key] = tensor
@@ -211,17 +219,17 @@ def _layers(
     has_parameters: bool,
 ) -> dict[str, nn.Module]:
     """Return the adapted layers in the network's order; none are needed beside parameters."""
-    modules, linear = dict(walk(network)), linear_layers(network)
+    modules, layers = dict(walk(network)), adaptable_layers(network)
     for name in factors:
         if name not in modules:
             raise CheckpointError(
                 f"the adapter has the layer {name!r}, which this {type(network).__name__} has "
                 "not; pass the network that it was trained on"
             )
-        if name not in linear:
+        if name not in layers:
             raise ConfigError(
                 f"the adapter has the layer {name!r}, a {type(unwrapped(modules[name])).__name__}; "
-                f"pyrolora adapts {TITLES}"
+                f"pyrolora adapts {TITLES}, and plain {OTHER_TITLES}"
             )
         for head in heads:
             if name == head or name.startswith(f"{head}."):
@@ -231,7 +239,35 @@ def _layers(
                 )
     if not factors and not has_parameters:
         raise CheckpointError("the file has no lora_A and lora_B: it holds no LoRA adapter")
-    return {name: layer for name, layer in linear.items() if name in factors}
+    return {name: layer for name, layer in layers.items() if name in factors}
+
+
+def _drop_frozen(rest: dict[str, Tensor], network: nn.Module) -> None:
+    """Take the frozen weights of embeddings and output layers out of ``rest``: PEFT saves them too.
+
+    It does so where ``target_modules`` names an embedding.
+    """
+    for name, module in walk(network):
+        weight = unwrapped(module)._parameters.get("weight")
+        for key in (f"{name}.base_layer.weight", f"{name}.weight"):
+            if weight is None or key not in rest or not _is_of_tokens(network, module):
+                continue
+            tensor = rest.pop(key)
+            _check_shape(key, tensor, weight.shape)
+            if not tensor.is_meta and not torch.equal(tensor.to(weight), weight):
+                raise ConfigError(
+                    f"the file has the tensor {key!r}, and this network has another one there: it "
+                    "was trained or resized, and pyrolora trains adapters and task heads; train "
+                    "the adapter without it"
+                )
+
+
+def _is_of_tokens(network: nn.Module, module: nn.Module) -> bool:
+    """Return whether a module is an embedding, or the network's output layer for tokens."""
+    output = network.get_output_embeddings() if isinstance(network, PreTrainedModel) else None
+    return is_embedding(unwrapped(module)) or (
+        output is not None and unwrapped(module) is unwrapped(output)
+    )
 
 
 def _refuse_rest(
@@ -247,8 +283,7 @@ def _refuse_rest(
             )
         raise ConfigError(
             f"the file has the tensor {key!r}, which belongs to no adapted layer and to none of "
-            "modules_to_save; if these are embeddings that the training left as they were, save "
-            "the adapter with save_pretrained(..., save_embedding_layers=False)"
+            "modules_to_save; train the adapter without it"
         )
 
 
@@ -260,7 +295,8 @@ def _check_selection(
     if wanted in (None, "all-linear") or options.get("layers_to_transform") is not None:
         return
     saved, parameters = options.get("modules_to_save") or [], options.get("target_parameters") or []
-    first_names = {id(unwrapped(m)): name for name, m in reversed(linear_layers(network).items())}
+    layers_of = adaptable_layers(network)
+    first_names = {id(unwrapped(m)): name for name, m in reversed(layers_of.items())}
     selected = {
         name
         for name in first_names.values()
@@ -284,28 +320,31 @@ def _check_selection(
 
 def _spec(
     name: str,
-    size: tuple[int, int],
+    place: nn.Module | Stack,
     factors: Mapping[str, Tensor],
     config: AdapterConfig,
     patterns: Patterns,
-    experts: int = 1,
 ) -> LayerSpec:
     """Return the layer's adapter, whose matrices have the shapes that the configuration gives.
 
-    Those of ``experts`` are in one.
+    Those of all experts of a stack are in one.
     """
+    layer = nn.Identity() if isinstance(place, Stack) else unwrapped(place)
     for factor in "AB":
         if factor not in factors:
             raise CheckpointError(
-                f"the file has no tensor {name}.lora_{factor}.weight; it is incomplete: restore "
-                "it from a copy"
+                f"the file has no tensor {tensor_name(layer, name, factor)}; it is incomplete: "
+                "restore it from a copy"
             )
     rank = value_of(name, config.rank_pattern, config.r, patterns)
     alpha = value_of(name, config.alpha_pattern, config.lora_alpha, patterns)
-    in_features, out_features = size
-    _check_shape(f"{name}.lora_A.weight", factors["A"], (rank * experts, in_features))
-    _check_shape(f"{name}.lora_B.weight", factors["B"], (out_features, rank * experts))
-    return LayerSpec(name, in_features, out_features, rank, config.scaling(rank, alpha))
+    size = place.size if isinstance(place, Stack) else features(layer)
+    ranks = rank * (len(place.names) if isinstance(place, Stack) else 1)
+    sizes = {"A": (ranks, size[0]), "B": (size[1], ranks)}
+    for factor in "AB":
+        expected = shape(layer, factor, *sizes[factor])
+        _check_shape(tensor_name(layer, name, factor), factors[factor], expected)
+    return LayerSpec(name, *size, rank, config.scaling(rank, alpha), is_embedding(layer))
 
 
 def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:

@@ -18,12 +18,14 @@ from pyrolora.adapters import LayerSpec, unwrapped, walk
 from pyrolora.adapters.kernels import refused_by_peft
 from pyrolora.adapters.kinds import is_transposed
 from pyrolora.adapters.names import is_saved, selects
+from pyrolora.adapters.other_kinds import is_other
 from pyrolora.adapters.parameters import places
 from pyrolora.errors import ConfigError, listed
 from pyrolora.files import replacing, write_whole
 from pyrolora.peft.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from pyrolora.peft.patterns import Patterns
 from pyrolora.peft.rules import WEIGHT, exact_key, fused_targets, is_within_saved, task_type
+from pyrolora.peft.shapes import as_kept, tensor_name
 from pyrolora.peft.stacked import joined, keys
 from pyrolora.storage import as_json
 
@@ -78,9 +80,12 @@ def write_adapter(
         pairs[name] = joined(stack, matrices)
     config = as_json(_describe(ranks, scalings, list(heads), base, stacks)).encode()
     tensors: dict[str, Tensor] = {}
-    for name, (A, B) in pairs.items():
-        own = files[name]
-        tensors |= {f"{own}.lora_A.weight": A.float(), f"{own}.lora_B.weight": B.float()}
+    layers = dict(walk(base))
+    for name, pair in pairs.items():
+        layer = unwrapped(layers.get(name, base))  # a stack is kept as a linear layer is
+        for factor, matrix in zip("AB", pair, strict=True):
+            kept = as_kept(layer, factor, matrix.float())
+            tensors[tensor_name(layer, files[name], factor)] = kept
     for name, head in heads.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in head.state_dict().items()}
     content = save({f"{PREFIX}{key}": _copy(t) for key, t in tensors.items()}, {"format": "pt"})
@@ -121,6 +126,7 @@ def _describe(
     """Return the content of ``adapter_config.json``; ``stacks`` are parameters, the rest layers."""
     modules = {name: module for name, module in walk(base) if name}
     layers = [name for name in ranks if name not in stacks]
+    linear = [name for name in layers if not is_other(unwrapped(modules[name]))]
     _check_heads(heads, list(ranks), list(modules))
     alphas = {name: _alpha(scalings[name], rank) for name, rank in ranks.items()}
     r, lora_alpha = mode((ranks[name], alphas[name]) for name in ranks)
@@ -147,7 +153,7 @@ def _describe(
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
-        "fan_in_fan_out": not stacks and all(is_transposed(unwrapped(modules[n])) for n in layers),
+        "fan_in_fan_out": not stacks and all(is_transposed(unwrapped(modules[n])) for n in linear),
         "target_modules": names,
         "target_parameters": targets or None,
         "rank_pattern": {exact_key(n, parameters): v for n, v in ranks.items() if v != r},

@@ -17,7 +17,7 @@ from pyrolora.tasks import BY_CAUSAL_LM, ClassPrediction, TextChoice, choice_tas
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
     """Return the data as rows with a column ``choices``, if a model of texts is to choose."""
-    if joint.task.as_text() is not joint.task:
+    if joint.task.writes != "on":
         return None
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
     return rows if is_plain(rows) and CHOICES in rows.column_names else None
@@ -67,18 +67,19 @@ def choose(
     ClassPrediction
         Its probability is 0 at the choices that an example with fewer does not have.
     """
-    own = joint.task
+    own, text = joint.task, joint.task.as_text()
     rows = as_examples(data, "input_ids", defaults.SCORE_SPLITS)
-    if own.as_text() is None or (is_plain(rows) and CHOICES not in rows.column_names):
+    writes = text is not None and text.writes == "on"
+    if not writes or (is_plain(rows) and CHOICES not in rows.column_names):
         raise ConfigError(
             "choosing by likelihood needs a causal language model, and data with a column 'choices'"
             f" beside the question; the task is {own.name!r}"
         )
     task = _task(joint, choices, per_token)
     task.check_network(joint.base)
-    if own.as_text() is own and isinstance(task, TextChoice):
+    if text is own and isinstance(task, TextChoice):
         task.token_temperature, temperature = temperature, 1.0
-    elif own.as_text() is not own and type(task) is not type(own):
+    elif text is not own and type(task) is not type(own):
         temperature = 1.0
     view = joint.under(task)
     prepared = prepare(

@@ -124,7 +124,8 @@ class Writer:
         """Return (prompts, draws x continuations, T) of one pass, and its binding."""
         base: Any = self.joint.base
         draws = factors.draws or 1
-        size, length = batch["input_ids"].shape
+        size, before = batch["input_ids"].shape
+        before = before if self.start is None else 1
         binding = self.joint.binding(factors, draws * size if draws > 1 else 1)
         with self.joint.bound(binding):
             try:
@@ -133,13 +134,12 @@ class Writer:
                         {n: t.repeat(draws, *[1] * (t.dim() - 1)) for n, t in batch.items()}
                     ),
                     generation_config=self.settings,
-                    stopping_criteria=self._criteria(length),
+                    stopping_criteria=self._criteria(before),
                     streamer=self.streamer,
                 )
             except ValueError as error:  # settings that contradict one another
                 raise ConfigError(f"transformers' generate(): {error}") from error
-        written = rows[:, length if self.start is None else 1 :]
-        new = written.cpu().unflatten(0, (draws, size, self.several))
+        new = rows[:, before:].cpu().unflatten(0, (draws, size, self.several))
         return new.transpose(0, 1).flatten(1, 2), binding
 
     def _criteria(self, length: int) -> StoppingCriteriaList:

@@ -9,10 +9,10 @@ from difflib import SequenceMatcher
 from itertools import combinations
 from typing import Any, Literal
 
-from pyrolora.predictive import ClassPrediction, Generation
+from pyrolora.predictive import Generation
 from pyrolora.serving.service import Answered
 from pyrolora.serving.text import TokenScores, first_stop, pieces
-from pyrolora.serving.verbs import Classify, Write
+from pyrolora.serving.verbs import Classes, Classify, Write
 
 MASS = 0.9
 """The probability that an interval of a class probability holds."""
@@ -35,7 +35,7 @@ def draws_of(settings: Classify | Write) -> dict[str, Any]:
 # Classes ----------------------------------------------------------------------------------------
 
 
-def class_rows(prediction: ClassPrediction, settings: Classify, text: str) -> list[dict[str, Any]]:
+def class_rows(prediction: Classes, settings: Classify, text: str) -> list[dict[str, Any]]:
     """Return the classes of one text as LoRAX's entities, the likeliest first.
 
     Each has the interval of its probability over draws in its ``uncertainty``, beside the numbers
@@ -59,16 +59,16 @@ def class_rows(prediction: ClassPrediction, settings: Classify, text: str) -> li
     ]
 
 
-def class_uncertainty(prediction: ClassPrediction, settings: Classify) -> dict[str, Any]:
-    """Return entropies in nats, and the share of draws that choose the predicted class."""
-    votes = prediction.draws[:, 0].argmax(-1)
-    several = len(votes) > 1
+def class_uncertainty(prediction: Classes, settings: Classify) -> dict[str, Any]:
+    """Return entropies in nats, and the share of draws that choose the predicted classes."""
+    draws = prediction.draws[:, 0]
+    same = (prediction.decided(draws) == prediction.predicted[0]).reshape(len(draws), -1).all(-1)
     return {
         **draws_of(settings),
         "entropy": number(prediction.entropy[0]),
         "aleatoric": number(prediction.aleatoric[0]),
         "epistemic": number(prediction.epistemic[0]),
-        "agreement": number((votes == prediction.predicted[0]).float().mean()) if several else None,
+        "agreement": number(same.float().mean()) if len(draws) > 1 else None,
     }
 
 

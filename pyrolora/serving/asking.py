@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyrolora import defaults
+from pyrolora.data.media import tokenizer_of
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.posterior import Posterior
 from pyrolora.serving.errors import UnsupportedError
@@ -15,7 +16,6 @@ from pyrolora.serving.limits import Limits
 from pyrolora.serving.registry import Lease
 from pyrolora.serving.text import encoded, room_after
 from pyrolora.serving.verbs import Classify, Columns, Write
-from pyrolora.tasks import CausalLM, Classification, MultipleChoice
 
 SEEDS = 2**32
 
@@ -108,10 +108,11 @@ class Asking:
     def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
         """Return the rows of texts whose classes are asked for."""
         posterior, task = lease.posterior, lease.posterior.task
-        if not isinstance(task, Classification) or isinstance(task, MultipleChoice):
+        if task.serves != "classes":
             raise UnsupportedError(
                 f"the posterior {lease.name!r} is of the task {task.name!r}, and classes are "
-                "those of a classification; of a causal language model ask for text",
+                "those of a classification; of a causal language model ask for text, other tasks "
+                "are not served",
                 "model",
             )
         self._check("inputs", len(texts), self.limits.texts, "texts")
@@ -127,10 +128,11 @@ class Asking:
     ) -> list[Row]:
         """Return the rows of prompts, which may depend on the posterior's tokenizer."""
         posterior = lease.posterior
-        if not isinstance(posterior.task, CausalLM):
+        if posterior.task.serves != "text":
             raise UnsupportedError(
-                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only a "
-                "causal language model writes text; ask for classes at /classify",
+                f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only "
+                "posteriors of a causal language model are served to write text; of a "
+                "classification ask for classes, at /classify",
                 "model",
             )
         length = sampling.max_new_tokens
@@ -205,7 +207,7 @@ class Asking:
 
 def chat_prompt(posterior: Posterior, messages: Sequence[dict[str, str]]) -> str:
     """Return the text of a conversation, by the tokenizer's template."""
-    tokenizer = posterior.tokenizer
+    tokenizer = tokenizer_of(posterior.tokenizer)
     if getattr(tokenizer, "chat_template", None) is None:
         raise UnsupportedError(
             "the tokenizer of this posterior has no chat template; use /v1/completions", "model"

@@ -15,7 +15,7 @@ from pyrolora.serving.errors import UnknownPosteriorError
 from pyrolora.serving.openai_answers import Chat, Completion
 from pyrolora.serving.openai_fields import NEW_TOKENS, ChatRequest, CompletionRequest
 from pyrolora.serving.service import Service
-from pyrolora.tasks import CausalLM
+from pyrolora.tasks.registry import find
 
 OWNER = "pyrolora"
 
@@ -27,13 +27,14 @@ def routes(service: Service) -> APIRouter:
 
     def model(name: str) -> dict[str, Any]:
         task = service.registry.task(name)
+        kind = None if task is None else find(task)
         return {
             "id": name,
             "object": "model",
             "created": started,
             "owned_by": OWNER,
             "task": task,
-            "writes": task == CausalLM.name,
+            "writes": kind is not None and kind.serves == "text",
         }
 
     @router.get("/models")

@@ -14,8 +14,8 @@ from typing import Any
 from starlette.requests import Request
 
 from pyrolora import defaults
+from pyrolora.data.media import tokenizer_of
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import ClassPrediction
 from pyrolora.serving.asking import Asking, Draws, Row, Sampling
 from pyrolora.serving.batching import Batcher, Job
 from pyrolora.serving.drawn import Drawn
@@ -23,7 +23,7 @@ from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, Unsup
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
-from pyrolora.serving.verbs import Classify, Write, Written, classified
+from pyrolora.serving.verbs import Classes, Classify, Write, Written, classified
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
@@ -34,7 +34,7 @@ class Classified:
     """Predictions of the texts of a request, and the settings that they were made with."""
 
     settings: Classify
-    predictions: list[ClassPrediction]
+    predictions: list[Classes]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Service:
             [row.settings for row in rows if isinstance(row.settings, Write)],
             [row.columns["input_ids"] for row in rows],
             results,
-            posterior.tokenizer,
+            tokenizer_of(posterior.tokenizer),
             _ends(posterior),
         )
 

@@ -12,12 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.inputs import context_length
+from pyrolora.data.media import tokenizer_of
 from pyrolora.model import evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.seeding import DRAWING
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.tasks import TokenTask
 
+IDS = "input_ids"
 UNFINISHED = "\ufffd"
 """The character that a decoder writes for bytes that do not make a whole character yet."""
 MOST_LOGITS = 2**25
@@ -26,7 +28,7 @@ MOST_LOGITS = 2**25
 
 def context_of(posterior: Posterior) -> float:
     """Return the most tokens that the network and its tokenizer take."""
-    length = getattr(posterior.tokenizer, "model_max_length", float("inf"))
+    length = getattr(tokenizer_of(posterior.tokenizer), "model_max_length", float("inf"))
     return min(length, context_length(posterior.base))
 
 
@@ -45,9 +47,13 @@ def encoded(posterior: Posterior, text: str, *, reserved: int = 0) -> dict[str, 
     UnsupportedError
         When the posterior has no tokenizer, or the text no token.
     """
-    if posterior.tokenizer is None:
+    main = getattr(posterior.base, "main_input_name", IDS)
+    if main != IDS:
+        raise UnsupportedError(f"the network of this posterior reads {main!r}, not texts", "model")
+    tokenizer = tokenizer_of(posterior.tokenizer)
+    if tokenizer is None:
         raise UnsupportedError("this posterior has no tokenizer, and texts need one", "model")
-    columns = Encoder(posterior.tokenizer, float("inf"), open=reserved > 0)([text])
+    columns = Encoder(tokenizer, float("inf"), open=reserved > 0)([text])
     row = {name: list(values[0]) for name, values in columns.items() if name != "cut"}
     size, limit = len(row["input_ids"]), context_of(posterior)
     if not size:

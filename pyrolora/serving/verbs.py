@@ -15,11 +15,18 @@ from torch.utils.data import Dataset
 
 from pyrolora import defaults
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import ClassPrediction, Generation, Question, predict_mixed
+from pyrolora.predictive import (
+    ClassPrediction,
+    Generation,
+    MultiLabelPrediction,
+    Question,
+    predict_mixed,
+)
 from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.text import TokenScores, token_scores
 
 Columns = dict[str, list[int]]
+Classes = ClassPrediction | MultiLabelPrediction
 
 
 class Rows(Dataset[Columns]):
@@ -61,9 +68,7 @@ class Classify:
         return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
 
 
-def classified(
-    asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn
-) -> list[ClassPrediction]:
+def classified(asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn) -> list[Classes]:
     """Return the classes of every row, which posteriors of one family are asked for."""
     places: dict[tuple[int, Classify], list[int]] = {}
     for place, (posterior, settings, _) in enumerate(asked):
@@ -74,9 +79,9 @@ def classified(
         for group in groups
         for posterior, settings, _ in [asked[group[0]]]
     ]
-    answers: dict[int, ClassPrediction] = {}
+    answers: dict[int, Classes] = {}
     for group, prediction in zip(groups, predict_mixed(questions), strict=True):
-        assert isinstance(prediction, ClassPrediction)
+        assert isinstance(prediction, ClassPrediction | MultiLabelPrediction)
         for i, place in enumerate(group):
             answers[place] = prediction.select(torch.tensor([i]))
     return [answers[place] for place in range(len(asked))]

@@ -45,6 +45,8 @@ class Task(ParamModule, ABC):
 
     # Data ---------------------------------------------------------------------------------------
 
+    reads: ClassVar[str] = "this task"
+    """What the task makes of data, in a few words, where several tasks may be meant."""
     collator: ClassVar[type[Collator]] = Collator
     """Makes batches of examples, with the labels of this kind."""
     extras: ClassVar[tuple[str, ...]] = ()
@@ -68,11 +70,11 @@ class Task(ParamModule, ABC):
     """transformers' Auto class that loads a network by its name."""
     problem_type: ClassVar[str | None] = None
     """The ``problem_type`` of transformers' configurations that the task is."""
-    causal: ClassVar[bool] = False
-    """Whether the network must not read a token before it predicts it."""
 
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
+    serves: ClassVar[Literal["classes", "text"] | None] = None
+    """What a server answers for a single text: its classes, or what follows it."""
 
     # The law ------------------------------------------------------------------------------------
 
@@ -91,9 +93,22 @@ class Task(ParamModule, ABC):
         return type(network).__name__ in cls.classes
 
     @classmethod
-    def implied(cls, checkpoint: Checkpoint) -> bool:
-        """Return whether data and checkpoint call for this task, which nobody named."""
+    def claims(cls, network: nn.Module, row: Mapping[str, Any]) -> bool:
+        """Return whether data with such an example call for this task, whatever `matches`."""
         return False
+
+    @classmethod
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        """Return whether data and checkpoint may be meant for this task, which nobody named.
+
+        Where several tasks may be meant, the user is asked.
+        """
+        return False
+
+    @classmethod
+    def call(cls) -> str:
+        """Return the keyword of `pyrolora.fit` that names the task."""
+        return f"task={cls.name!r}"
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
@@ -153,7 +168,7 @@ class Task(ParamModule, ABC):
         """Return the logits of the law at this temperature."""
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
         """Return what the network is given of a batch: all but labels, places and `extras`."""
         own = {LABELS, PLACES, *self.extras}
         return {name: tensor for name, tensor in batch.items() if name not in own}

@@ -18,6 +18,7 @@ from pyrolora.distributions import LogitsCategorical
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
+from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.multiple_choice import IMPOSSIBLE, ChoiceCollator, MultipleChoice
 from pyrolora.tasks.unsupported import classes_of
 
@@ -113,14 +114,20 @@ class CausalChoice(MultipleChoice):
 
     classes = classes_of("CAUSAL_LM")
     auto = "AutoModelForCausalLM"
+    short: ClassVar[str]
+    """The value of ``choices`` in `pyrolora.fit`."""
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:  # it is always named
         return False
 
     @classmethod
-    def implied(cls, checkpoint: Any) -> bool:
-        return False
+    def implied(cls, checkpoint: Checkpoint) -> bool:
+        return checkpoint.layout == "choices" and checkpoint.is_a("CAUSAL_LM")
+
+    @classmethod
+    def call(cls) -> str:
+        return f"choices={cls.short!r}"
 
     def check_network(self, network: nn.Module) -> None:
         super().check_network(network)
@@ -154,6 +161,7 @@ class LetterChoice(CausalChoice):
     """
 
     name = "letter-choice"
+    reads = "the letter that it writes after lettered options, in one pass"
     short: ClassVar[str] = "letters"
     collator = LetterCollator
     extras = (CHOICE_TOKENS,)
@@ -182,17 +190,18 @@ class TextChoice(CausalChoice):
     """
 
     name = "text-choice"
+    reads = "the likelihood of each choice's text, in a pass per choice"
     short: ClassVar[str] = "texts"
     collator = ContinuationCollator
     extras = (*MultipleChoice.extras, CHOICE_PLACES)
-    causal = True
     per_token: ClassVar[bool] = False
     """Whether the mean over a choice's tokens takes the place of their sum."""
     token_temperature: float = 1.0
     """T of the law of each token, of a language model that was not fitted to choose."""
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.flatten(0, 1) for name, tensor in super().inputs(batch).items()}
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        rows = super().inputs(batch, network)
+        return {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
 
     def places(self, batch: Batch) -> Tensor:
         """Return the places before the tokens of each choice, (b choices, K)."""
@@ -214,5 +223,6 @@ class TokenMeanChoice(TextChoice):
     """Choices by their texts, long ones at no disadvantage: f_c is the mean over their tokens."""
 
     name = "text-choice-per-token"
+    reads = "its mean over tokens"
     short: ClassVar[str] = "texts-per-token"
     per_token = True

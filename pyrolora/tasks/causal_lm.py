@@ -120,12 +120,13 @@ class CausalLM(LanguageModel):
     """
 
     name = "text-generation"
+    reads = "the text alone"
     aliases = ("causal-lm", "image-text-to-text")
     collator = CausalCollator
     classes = classes_of("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
     auto = "AutoModelForCausalLM"
-    causal = True
     writes = "on"
+    serves = "text"
     shift = 1
     title = "a causal language model"
 
@@ -136,8 +137,8 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
-        return writes and checkpoint.layout in (None, "tokens")
+        layouts = (None, "tokens", "example", "labels", "spans")  # the text alone may be meant
+        return checkpoint.continues and checkpoint.layout in layouts
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -48,6 +48,10 @@ class ClassProbabilities(Prediction):
         """Return bounds (n, C) of the central interval of each class probability over draws."""
         tail = tail_of(mass)
         return self.draws.quantile(tail, dim=0), self.draws.quantile(1 - tail, dim=0)
+
+    def decided(self, probs: Tensor) -> Tensor:
+        """Return the class that probabilities (..., C) choose, (...)."""
+        return probs.argmax(-1)
 
     def prob_columns(self) -> dict[str, Tensor]:
         """Return the probability of each class, (n,), by the name of its column in a table."""
@@ -101,7 +105,7 @@ class ClassPrediction(ClassProbabilities):
     @property
     def predicted(self) -> Tensor:
         """The most probable class, (n,)."""
-        return self.probs.argmax(-1)
+        return self.decided(self.probs)
 
     @property
     def entropy(self) -> Tensor:
@@ -206,6 +210,8 @@ class Classification(Task):
     """Classes: y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
+    serves: ClassVar[Literal["classes", "text"] | None] = "classes"
+    reads = "a class per example"
     aliases: ClassVar[tuple[str, ...]] = (
         "text-classification",
         "sentiment-analysis",
@@ -217,7 +223,7 @@ class Classification(Task):
     names_classes = True
     classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     prediction: ClassVar[type[Prediction]] = ClassPrediction
-    problem_type = "single_label_classification"
+    problem_type: ClassVar[str | None] = "single_label_classification"
     linearisable = True
     tempers = True
 

@@ -63,6 +63,7 @@ class MaskedLM(LanguageModel):
     """
 
     name = "fill-mask"
+    reads = "tokens that are hidden in the text"
     collator = MaskedCollator
     classes = classes_of("MASKED_LM")
     auto = "AutoModelForMaskedLM"
@@ -71,7 +72,8 @@ class MaskedLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        return checkpoint.is_a("MASKED_LM") and checkpoint.layout is None
+        encoder = checkpoint.is_a("MASKED_LM") and not checkpoint.decodes
+        return encoder and checkpoint.layout in (None, "tokens")
 
 
 def hidden(

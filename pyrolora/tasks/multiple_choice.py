@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pyrolora.columns import CHOICE_MASK, LABELS, Batch
 from pyrolora.data import Collator
+from pyrolora.data.collate import whole_as_long
 from pyrolora.data.columns import CHOICES, context_columns
 from pyrolora.data.examples import is_nested
 from pyrolora.data.tokenising import encode_choices
@@ -83,7 +84,7 @@ class ChoiceCollator(Collator):
         )
         labels = [self.example(example).get(LABELS) for example in examples]
         if labels[0] is not None:
-            batch[LABELS] = torch.as_tensor(np.asarray(labels))
+            batch[LABELS] = whole_as_long(torch.as_tensor(np.asarray(labels)))
         return batch
 
 
@@ -95,6 +96,8 @@ class MultipleChoice(Classification):
     """
 
     name = "multiple-choice"
+    serves = None
+    reads = "a score per choice, by a new head where transformers has one"
     aliases = ()
     collator: ClassVar[type[Collator]] = ChoiceCollator
     extras: ClassVar[tuple[str, ...]] = (CHOICE_MASK,)
@@ -108,7 +111,8 @@ class MultipleChoice(Classification):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        return checkpoint.layout == "choices"
+        writes = checkpoint.is_a("CAUSAL_LM") and not checkpoint.has_class("MULTIPLE_CHOICE")
+        return checkpoint.layout == "choices" and not writes
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

@@ -18,16 +18,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pyrolora.columns import LABELS
-from pyrolora.data.columns import check_task
 from pyrolora.data.examples import as_examples
-from pyrolora.data.labels import no_labels
-from pyrolora.data.multi_hot import indicator_columns
-from pyrolora.errors import ConfigError, DataError, PyroLoraError
+from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.heads import main_input
-from pyrolora.tasks.registry import kinds, task_class
+from pyrolora.tasks.implied import implied
+from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
 
 
@@ -48,13 +45,31 @@ def load_network(
     ConfigError
         When it cannot be loaded, or misses its padding token.
     """
+    network, tokenizer, _ = load_for_task(model, data, tokenizer, task, like)
+    return network, tokenizer
+
+
+def load_for_task(
+    model: Any,
+    data: Any,
+    tokenizer: Any = None,
+    task: str | Task | None = None,
+    like: nn.Module | None = None,
+) -> tuple[nn.Module, Any, str | Task | None]:
+    """Return what `load_network` does, and the task, where the network's class does not imply it.
+
+    Raises
+    ------
+    ConfigError
+        When it cannot be loaded, or misses its padding token.
+    """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise ConfigError(
             f"a {type(model).__name__} has adapters of its own; pass the network before PEFT "
             "wrapped it, and PEFT's configuration as adapter=LoraConfig(...)"
         )
     if isinstance(model, nn.Module):
-        return _checked_padding(model), tokenizer
+        return _checked_padding(model), tokenizer, task
     if not isinstance(model, str | Path):
         raise ConfigError(
             "model must be a transformers model, a hub id, a folder, or an nn.Module, got "
@@ -62,8 +77,10 @@ def load_network(
         )
     name = str(model)
     with _explained(name):
-        network, tokenizer = _loaded(name, data, tokenizer, task, like)
-    return _checked_padding(network), tokenizer
+        network, tokenizer, kind = _loaded(name, data, tokenizer, task, like)
+    if task is None and not kind.matches(network):
+        task = kind.name
+    return _checked_padding(network), tokenizer, task
 
 
 def load_language_model(
@@ -112,16 +129,16 @@ def _explained(name: str) -> Iterator[None]:
 
 def _loaded(
     name: str, data: Any, tokenizer: Any, task: str | Task | None, like: nn.Module | None
-) -> tuple[PreTrainedModel, Any]:
-    """Return the network of the task that is named, or that data and checkpoint imply."""
+) -> tuple[PreTrainedModel, Any, type[Task]]:
+    """Return the network for the task that is named, or that data and checkpoint imply."""
     config = AutoConfig.from_pretrained(name)
     examples = as_examples(data, main_input(config), ("train",))
     checkpoint = Checkpoint(name, config, examples, tokenizer)
     if tokenizer is None:
         tokenizer = _processor(checkpoint)
         checkpoint = Checkpoint(name, config, examples, tokenizer)
-    kind = _implied(checkpoint) if task is None else task_class(task)
-    return kind.load(checkpoint, like), tokenizer
+    kind = implied(checkpoint) if task is None else task_class(task)
+    return kind.load(checkpoint, like), tokenizer, kind
 
 
 def _processor(checkpoint: Checkpoint) -> Any:
@@ -137,72 +154,6 @@ def _processor(checkpoint: Checkpoint) -> Any:
         return None
     auto = "AutoTokenizer" if media is None else media.auto
     return getattr(transformers, auto).from_pretrained(checkpoint.name)
-
-
-def _implied(checkpoint: Checkpoint) -> type[Task]:
-    """Return the task that data and checkpoint call for.
-
-    Raises
-    ------
-    ConfigError, DataError
-        Where they call for none, or for several.
-    """
-    name, architecture = checkpoint.name, checkpoint.architecture
-    check_task([*checkpoint.row])
-    if checkpoint.layout in ("example", "labels") and checkpoint.is_a("CAUSAL_LM"):
-        raise ConfigError(
-            f"{name!r} is a language model and the data has labels; say which is meant: "
-            "task='classification' (or 'regression'), or 'text-generation' for the text alone"
-        )
-    if checkpoint.layout == "choices" and checkpoint.is_a("CAUSAL_LM"):
-        raise ConfigError(
-            f"{name!r} is a causal language model and the data has choices; say how it chooses: "
-            "choices='letters' (by the letter that it writes after lettered options, one pass per "
-            "example) or 'texts' (by the likelihood of each choice's text), or with a new head "
-            "that scores choices, task='multiple-choice', where transformers has one"
-        )
-    if checkpoint.layout is None:
-        _check_indicators(checkpoint)
-    if checkpoint.layout in (None, "tokens"):
-        _check_tokens(checkpoint)
-    for kind in kinds():
-        if kind.implied(checkpoint):
-            return kind
-    if checkpoint.layout is None:
-        raise DataError(no_labels([*checkpoint.row]))
-    raise ConfigError(
-        f"no task reads the data for {name!r}, a {architecture or 'network without a class'}: "
-        f"its columns are {sorted(checkpoint.row)}; name the task, task=, or pass the network "
-        "itself"
-    )
-
-
-def _check_indicators(checkpoint: Checkpoint) -> None:
-    """Raise `DataError` for columns of 0 and 1 that may be labels, one per class."""
-    found = indicator_columns(checkpoint.examples)
-    if len(found) > 1:
-        raise DataError(
-            f"the data has no column 'labels', and its columns {found} hold 0 and 1: they may be "
-            "the labels of each example, data.map(lambda row: {'labels': [name for name in "
-            f"{found} if row[name]]}}, remove_columns={found}), or one of them its label, "
-            f"data.rename_column({found[0]!r}, 'label'); drop those that are no label"
-        )
-
-
-def _check_tokens(checkpoint: Checkpoint) -> None:
-    """Raise for labels that are neither an example's class nor plainly tokens or tags."""
-    name, architecture = checkpoint.name, checkpoint.architecture
-    if checkpoint.is_a("SEQ_TO_SEQ_CAUSAL_LM"):
-        return
-    labels = checkpoint.row.get(LABELS)
-    if labels is None or checkpoint.is_a("CAUSAL_LM"):
-        return
-    if checkpoint.is_a("MASKED_LM"):
-        raise DataError(
-            f"the data has a label per token, and {name!r} is a {architecture}: the labels are "
-            "tags, or tokens of the vocabulary; say which: task='token-classification', or "
-            "task='fill-mask'"
-        )
 
 
 def _checked_padding(network: nn.Module) -> nn.Module:

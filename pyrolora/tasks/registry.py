@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
+from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.regression import Regression
 from pyrolora.tasks.reward import RewardModelling
 from pyrolora.tasks.seq2seq import Seq2Seq
@@ -37,6 +39,7 @@ _REGISTRY: dict[str, type[Task]] = {
         MaskedLM,
         TokenClassification,
         MultiLabel,
+        QuestionAnswering,
         LetterChoice,
         TextChoice,
         TokenMeanChoice,
@@ -147,10 +150,13 @@ def task_class(task: str | Task) -> type[Task]:
     return kind
 
 
-def task_for(network: nn.Module, task: str | Task | None = None) -> Task:
+def task_for(
+    network: nn.Module, task: str | Task | None = None, row: Mapping[str, Any] | None = None
+) -> Task:
     """Return the task that is named or given, or the one that the class of ``network`` calls for.
 
-    An object is copied: a fit sets its parameters.
+    An object is copied: a fit sets its parameters. ``row`` is an example of the data, if they are
+    known, which may call for another task than the class alone.
 
     Raises
     ------
@@ -160,16 +166,17 @@ def task_for(network: nn.Module, task: str | Task | None = None) -> Task:
         For a network of another task; without a name, when the class of ``network`` says nothing.
     """
     if task is None:
-        return _implied_by(network)
+        return _implied_by(network, row or {})
     kind = task_class(task)
     made = copy.deepcopy(task) if isinstance(task, Task) else kind()
     made.check_network(network)
     return made
 
 
-def _implied_by(network: nn.Module) -> Task:
-    for kind in kinds():
-        if kind.matches(network):
+def _implied_by(network: nn.Module, row: Mapping[str, Any]) -> Task:
+    claiming = [kind for kind in kinds() if kind.claims(network, row)]
+    for kind in claiming or kinds():
+        if claiming or kind.matches(network):
             made = kind()
             made.check_network(network)
             return made

@@ -208,6 +208,7 @@ class Regression(Task):
     """
 
     name = "regression"
+    reads = "a number per example"
     classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     problem_type = "regression"
     prediction = RegressionPrediction

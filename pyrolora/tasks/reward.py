@@ -213,15 +213,23 @@ class RewardModelling(Classification):
     """
 
     name = "reward-modelling"
+    serves = None
+    reads = "which of two texts is preferred"
     aliases = ("reward-modeling", "reward")
     collator = RewardCollator
     extras = (CHOICE_MASK, MARGIN)
     names_classes = False
+    problem_type = None
     prediction = RewardPrediction
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:  # one output is a regression's, too
         return False
+
+    @classmethod
+    def claims(cls, network: nn.Module, row: Mapping[str, Any]) -> bool:
+        outputs = getattr(getattr(network, "config", None), "num_labels", None)
+        return type(network).__name__ in cls.classes and outputs == 1 and has_preferences(row)
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
@@ -231,8 +239,9 @@ class RewardModelling(Classification):
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
         return load_head(checkpoint, {"num_labels": 1})
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
-        return {name: tensor.flatten(0, 1) for name, tensor in super().inputs(batch).items()}
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        rows = super().inputs(batch, network)
+        return {name: tensor.flatten(0, 1) for name, tensor in rows.items()}
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
         pairs = batch[CHOICE_MASK].shape

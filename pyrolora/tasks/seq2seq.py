@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS, Batch
 from pyrolora.data import Collator
-from pyrolora.data.columns import is_list
+from pyrolora.data.columns import TOKEN_MASKS, check_text, is_list
 from pyrolora.data.encoding import Encoder, added
 from pyrolora.data.examples import as_dict, as_numbers
 from pyrolora.data.inputs import encoder_for, shift_of, table_of_positions, taken_by, written_length
@@ -29,8 +29,7 @@ OF_TARGET = (LABELS, DECODER_IDS, DECODER_MASK)
 class PairCollator(Collator):
     """Texts to read and texts to write, to a batch whose labels have a length of their own.
 
-    The decoder reads the labels one place on, as the network itself moves them. Both are padded on
-    the right, where a decoder does not look.
+    Both are padded on the right, where a decoder does not look.
     """
 
     targets = "texts to write (such as 'target' beside 'source'), or their tokens as 'labels'"
@@ -41,7 +40,6 @@ class PairCollator(Collator):
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         super().__init__(network, tokenizer)
-        self.shift = shift_of(network)
         self.most = min(table_of_positions(network) or torch.inf, written_length(network))
         config = getattr(network, "config", None)
         self.fill = getattr(config, "pad_token_id", None) or 0
@@ -52,8 +50,18 @@ class PairCollator(Collator):
         ends = not added(Encoder(self.tokenizer, torch.inf, target=True).tokens)[1]
         return encoder_for(self.tokenizer, self.most, ends=ends, target=True)
 
+    def check_data(self, examples: Any) -> None:
+        super().check_data(examples)
+        masks = [name for name in TOKEN_MASKS if name in as_dict(examples[0], self.input_name)]
+        if masks:
+            raise DataError(
+                f"the columns {masks} say which tokens of one text count, and here the labels are "
+                "a text of their own; give tokens that do not count the label -100, and drop them"
+            )
+
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         pair = pair_of(data)
+        check_text(data, (pair[0][0], pair[1]), self.tokenizer)
         return encode_pairs(data, pair, self.encoder, self.writer), (*pair[0], pair[1])
 
     def with_labels(self, data: datasets.Dataset) -> datasets.Dataset:
@@ -96,8 +104,6 @@ class PairCollator(Collator):
         fills = {LABELS: IGNORED, DECODER_IDS: self.fill, DECODER_MASK: 0}
         for name in (name for name in OF_TARGET if name in rows[0]):
             batch[name] = pad_sequence([as_numbers(r[name]) for r in rows], True, fills[name])
-        if LABELS in batch and DECODER_IDS not in batch and self.shift is not None:
-            batch[DECODER_IDS] = self.shift(batch[LABELS].long())
         return batch
 
     def _check_padding(self, labels: Tensor) -> None:
@@ -122,6 +128,7 @@ class Seq2Seq(LanguageModel):
     """
 
     name = "text2text-generation"
+    reads = "a text that is written for another"
     aliases = ("seq-2-seq-lm", "seq2seq-lm", "seq2seq", "summarization", "translation")
     collator = PairCollator
     classes = classes_of("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ") | {"VisionEncoderDecoderModel"}
@@ -136,9 +143,8 @@ class Seq2Seq(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        decodes = bool(getattr(checkpoint.config, "is_encoder_decoder", False))
-        listed = checkpoint.is_a("SEQ_TO_SEQ_CAUSAL_LM")
-        return decodes and listed and checkpoint.layout in (None, "tokens")
+        texts = checkpoint.layout == "example" and checkpoint.has_text_labels
+        return checkpoint.decodes and (texts or checkpoint.layout in (None, "tokens"))
 
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network that cannot turn labels to the inputs of a decoder."""
@@ -159,6 +165,13 @@ class Seq2Seq(LanguageModel):
                 f"{name} cannot tell its decoder's inputs from labels ({error}); set "
                 "network.config.decoder_start_token_id and network.config.pad_token_id"
             ) from error
+
+    def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
+        """Return the columns that the network takes, with the labels one place on."""
+        made, shift = super().inputs(batch, network), shift_of(network)
+        if DECODER_IDS not in made and LABELS in batch and shift is not None:
+            made[DECODER_IDS] = shift(batch[LABELS].long().clone())  # FSMT's writes into it
+        return made
 
     def check_reading(self, output: Tensor, batch: Batch, network: nn.Module) -> None:
         labels, (places, width) = batch[LABELS], output.shape[-2:]

@@ -18,11 +18,7 @@ from pyrolora.errors import ConfigError
             {"bias": "all"},
             r"bias='all'\): biases stay as they are; .*modules_to_save; leave it out",
         ),
-        ({"trainable_token_indices": [1]}, r"\[1\]\): .*embeddings have none; leave it out"),
-        (
-            {"target_parameters": ["experts.gate_up_proj"]},
-            r"\['experts.gate_up_proj'\]\): parameters that are fused, .*target_modules; leave it",
-        ),
+        ({"trainable_token_indices": [1]}, r"\[1\]\): rows of .*; leave it out"),
         ({"use_dora": True}, r"use_dora=True\): the posterior is one of W"),
         ({"lora_bias": True}, r"lora_bias=True\): the update is s B A x alone"),
         ({"layer_replication": [(0, 1)]}, r"layer_replication=\[\(0, 1\)\]\); leave it out"),
@@ -41,3 +37,9 @@ def test_the_blocks_of_a_lora_config_are_taken() -> None:
     )
     found = as_adapter_config(given)
     assert (found.layers_to_transform, found.layers_pattern) == ([3], "encoder.layer")
+
+
+def test_the_parameters_of_a_lora_config_are_taken() -> None:
+    given = peft.LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
+    found = as_adapter_config(given)
+    assert (found.target_modules, found.target_parameters) == ([], ["experts.gate_up_proj"])

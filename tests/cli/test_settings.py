@@ -13,7 +13,7 @@ from pyrolora.guides import MonteCLoRA
 
 
 def test_nothing_set_is_nothing_for_every_part() -> None:
-    assert parse([]) == {"guide": {}, "adapter": {}, "training": {}}
+    assert parse([]) == {"guide": {}, "adapter": {}, "texts": {}, "training": {}}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,7 @@ def test_settings_are_sorted_by_part() -> None:
     assert parsed == {
         "guide": {"kl_weight": 1, "sparse": True},
         "adapter": {"r": 2},
+        "texts": {},
         "training": {"optim": "sgd"},
     }
 
@@ -58,7 +59,9 @@ def test_settings_are_sorted_by_part() -> None:
     "setting", ["", "r=4", "adapter.r", "adapter=4", "adapter.=4", ".r=4", "model.r=4", "Guide.a=1"]
 )
 def test_what_is_no_setting_is_shown_how_to_write_one(setting: str) -> None:
-    with pytest.raises(ConfigError, match=r"PART\.OPTION=VALUE.*guide, adapter, training") as error:
+    with pytest.raises(
+        ConfigError, match=r"PART\.OPTION=VALUE.*guide, adapter, texts, training"
+    ) as error:
         parse([setting])
     assert repr(setting) in str(error.value)
 

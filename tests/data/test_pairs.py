@@ -8,7 +8,7 @@ import datasets
 import pytest
 from problems import bart, t5, writer_tokenizer
 
-from pyrolora.columns import DECODER_IDS, LABELS
+from pyrolora.columns import LABELS
 from pyrolora.data import prepare
 from pyrolora.data.columns import WRITTEN_PAIRS
 from pyrolora.data.pairs import joined_texts, pair_of, source_of
@@ -104,7 +104,7 @@ def test_what_is_cut_is_counted_and_ends_as_the_tokenizer_ends_it() -> None:
     assert any("texts have more than 24 tokens" in text for text in texts)
     assert any("targets have more than 24 tokens" in text for text in texts)
     batch = prepared.collate([prepared.examples[0]])
-    assert batch["input_ids"].shape == batch[LABELS].shape == batch[DECODER_IDS].shape == (1, 24)
+    assert batch["input_ids"].shape == batch[LABELS].shape == (1, 24)
     assert batch[LABELS][0, -1] == batch["input_ids"][0, -1] == 3
 
 

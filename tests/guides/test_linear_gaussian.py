@@ -168,7 +168,7 @@ def test_lowrank_with_enough_directions_converges_to_the_exact_posterior(factor)
     problem = layer(LowRank(kl_weight=1.0, prior_scale=PRIOR_SCALE, latent=factor, rank=8))
     other = "B" if factor == "A" else "A"
     problem.joint.program.bank.get_parameter(f"{other}_loc").requires_grad_(False)
-    svi(problem, steps=1500, rate=0.1)
+    svi(problem, steps=900, rate=0.2)
     exact = problem.posterior(factor, problem.prior(factor, PRIOR_SCALE))
     found = problem.joint.program.law(factor).covariance_matrix.detach().double()
     scale = exact.covariance.diagonal().sqrt()

@@ -24,6 +24,7 @@ from pyrolora.adapters import attach
 from pyrolora.distributions import WishartCholesky
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, MonteCLoRA
+from pyrolora.guides.plates import averaged
 from pyrolora.inference import NamedELBO
 from pyrolora.model import JointModel, build
 from pyrolora.tasks import Regression
@@ -158,14 +159,21 @@ def test_bound_against_the_uncollapsed_pair(hierarchical):
     scale = program.param("scale_diag")[0].detach()
     reference = Uncollapsed(
         layer.weight, B.detach(), A.detach(), 3.0 / R, 0.5, program.df, NOISE, hierarchical,
-        torch.ones(3),
+        torch.ones(3), draws=1200,
     )  # fmt: skip
     x, y = batch["inputs"], batch["labels"]
-    repeats = 1500
+    repeats = 25
+
+    def model(batch):
+        with averaged("draws", reference.draws):
+            joint(batch)
+
+    def guide(_):
+        with averaged("draws", reference.draws):
+            program.guide()
+
     with torch.no_grad():
-        ours, error = _mean_loss(
-            TraceMeanField_ELBO(), joint, lambda b: program.guide(), batch, repeats=repeats
-        )
+        ours, error = _mean_loss(TraceMeanField_ELBO(), model, guide, batch, repeats=repeats)
         theirs, error_ = _mean_loss(
             TraceMeanField_ELBO(),
             lambda *_: reference.model(x, y),

@@ -8,9 +8,6 @@ import dataclasses
 import itertools
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -448,54 +445,3 @@ def test_the_steps_of_the_rounds():
     assert RankAllocation(rounds=5).steps(100) == [10, 20, 30, 40, 50]
     assert RankAllocation(rounds=1, start=0.2).steps(100) == [20]
     assert RankAllocation(rounds=8, start=0.0).steps(4) == [1, 2]
-
-
-# Several processes -------------------------------------------------------------------------------
-
-SCRIPT = """
-import os, sys, torch, pyrolora
-sys.path.insert(0, {tests!r})
-from problems import mlp
-from pyrolora import AdapterConfig, RankAllocation
-from pyrolora.guides import MAP
-from transformers import TrainingArguments
-torch.set_num_threads(1)
-torch.manual_seed(0)
-data = (torch.randn(12, 4), torch.arange(12) % 3)
-allocation = RankAllocation(schedule="move", rounds=1, share=0.3, start=0.5)
-posterior = pyrolora.fit(
-    mlp(), data, guide=MAP(prior_scale=0.3), task="classification", eval_data=data,
-    adapter=AdapterConfig(r=2, rank_allocation=allocation),
-    training=TrainingArguments(
-        output_dir={out!r}, max_steps=6, learning_rate=0.05, per_device_train_batch_size={batch},
-        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, seed=3, ddp_find_unused_parameters=False,
-    ),
-)
-posterior.save({out!r} + "/posterior-" + os.environ.get("RANK", "0"))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # else its threads may abort the exit
-"""
-
-
-def test_every_process_has_the_same_ranks(tmp_path):
-    """Two processes with six examples each, against one with twelve."""
-    found = {}
-    for processes in (1, 2):
-        out, script = tmp_path / str(processes), tmp_path / f"{processes}.py"
-        tests = str(Path(__file__).parents[1])
-        script.write_text(SCRIPT.format(tests=tests, out=str(out), batch=12 // processes))
-        command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        for number in range(processes):
-            state = pyrolora.load(out / f"posterior-{number}", mlp()).model.own_state()
-            found[processes, number] = state
-    one = found[1, 0]
-    assert one["program.bank.active"].sum() == 4
-    assert one["program.bank.active"].sum(-1).tolist() != [2, 2]
-    for state in (found[2, 0], found[2, 1]):
-        for name, value in one.items():
-            torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
-import textwrap
 
 import peft
 import pytest
@@ -154,119 +151,6 @@ def test_objective_does_not_depend_on_accumulation_or_micro_batch_sizes(
     cut = one_step(tmp_path, guide, batch_size, accumulation, data)
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, atol=1e-6, rtol=1e-5)
-
-
-SCRIPT = """
-import sys, torch, pyrolora
-sys.path.insert(0, {tests!r})
-from problems import mlp
-from pyrolora import AdapterConfig
-from pyrolora.guides import MAP
-from transformers import TrainingArguments
-torch.set_num_threads(1)
-torch.manual_seed(0)
-data = (torch.randn(12, 4), torch.arange(12) % 3)
-posterior = pyrolora.fit(
-    mlp(), data, guide=MAP(prior_scale=0.3), task="classification",
-    adapter=AdapterConfig(r=2),
-    training=TrainingArguments(
-        output_dir={out!r}, optim="sgd", max_steps=2, max_grad_norm=0.0, learning_rate=1.0,
-        per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation},
-        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, seed=3, ddp_find_unused_parameters=False,
-    ),
-)
-import os
-if os.environ.get("RANK", "0") == "0":
-    posterior.save({out!r} + "/posterior")
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()  # else its threads may abort the exit
-"""
-
-
-def run_script(tmp_path, name, processes, batch, accumulation):
-    out = tmp_path / name
-    run_python(tmp_path, name, processes, SCRIPT, batch=batch, accumulation=accumulation)
-    return pyrolora.load(out / "posterior", mlp()).model.own_state()
-
-
-def run_python(tmp_path, name, processes, code, **values):
-    script = tmp_path / f"{name}.py"
-    tests = str(__import__("pathlib").Path(__file__).parents[1])
-    script.write_text(textwrap.dedent(code).format(tests=tests, out=str(tmp_path / name), **values))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_objective_does_not_depend_on_the_number_of_devices(tmp_path):
-    """Two processes with 3 examples each and accumulation 2, against one with 6 and 2."""
-    one = run_script(tmp_path, "one", 1, 6, 2)
-    two = run_script(tmp_path, "two", 2, 3, 2)
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-5)
-
-
-NOISE = """
-import json, os, sys, torch, pyrolora
-sys.path.insert(0, {tests!r})
-from problems import arguments, mlp
-from pyrolora.model import JointModel
-torch.set_num_threads(1)
-torch.manual_seed(0)
-data = (torch.randn(12, 4), torch.arange(12) % 3)
-drawn, original = [], JointModel.binding
-
-def binding(self, factors):
-    if self.training:
-        drawn.append([float(factors.A.sum()), int(factors.seeds)])
-    return original(self, factors)
-
-def fitted():
-    args = arguments({out!r}, max_steps=4, per_device_train_batch_size=3, logging_steps=2)
-    drawn.clear()
-    found = pyrolora.fit(
-        mlp(), data, "flat+montec", task="classification", training=args,
-        adapter=pyrolora.AdapterConfig(r=2),
-    )
-    state = {{name: value.tolist() for name, value in found.model.own_state().items()}}
-    return {{"drawn": [*drawn], "state": state, "elbo": found.history[0]["elbo"]}}
-
-class PartlyUnused(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner, self.unused = mlp(), torch.nn.Linear(2, 2)
-
-    def forward(self, inputs):
-        return self.inner(inputs)
-
-JointModel.binding = binding
-found = [fitted(), fitted()]
-JointModel.binding = original
-full = pyrolora.fit(
-    PartlyUnused(), data, "full", task="classification", epochs=1, batch_size=3
-)
-found.append({{name: value.tolist() for name, value in full.model.own_state().items()}})
-with open({out!r} + os.environ["RANK"] + ".json", "w") as file:
-    json.dump(found, file)
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_every_device_draws_its_own_noise_and_the_same_again(tmp_path):
-    """Factors and the seed of Flat-LoRA differ at every step; parameters and the log, a mean over
-    the devices, do not; and a network with weights that it does not use is trained in full."""
-    run_python(tmp_path, "noise", 2, NOISE)
-    files = [tmp_path / f"noise{rank}.json" for rank in "01"]
-    (first, again, full), (second, once_more, other) = [json.loads(f.read_text()) for f in files]
-    drawn = [*zip(first["drawn"], second["drawn"], strict=True)]
-    assert len(drawn) == 4
-    assert all(own[0] != other[0] and own[1] != other[1] for own, other in drawn)
-    assert (first["state"], first["elbo"]) == (second["state"], second["elbo"])
-    assert (again, once_more) == (first, second)
-    assert full == other
 
 
 def test_same_seed_same_result_other_seed_another():

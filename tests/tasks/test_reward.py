@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 from console import done
-from problems import LETTERED, SIZES, arguments, letter_tokenizer, llama
+from problems import LETTERED, arguments, letter_tokenizer, llama, llama_reward
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -34,17 +34,10 @@ MARGINS = [{**row, "margin": 0.3 * i} for i, row in enumerate(ROWS)]
 CHAT = "{% for m in messages %}{{ m['role'][0] ~ ' ' ~ m['content'] }} {% endfor %}"
 
 
-def network(outputs: int = 1, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": len(LETTERED), "num_key_value_heads": 1, "pad_token_id": 0}
-    config = LlamaConfig(**sizes, num_labels=outputs, initializer_range=0.3, **changes)
-    return LlamaForSequenceClassification(config).eval()
-
-
 def fit(data: Any = ROWS, guide: Any = "montec", **options: Any) -> Posterior:
     usual = {"epochs": 3, "seed": 0, "learning_rate": 1e-2, "adapter": AdapterConfig(r=2)}
     chosen = {**usual, "tokenizer": letter_tokenizer(), "task": "reward-modelling", **options}
-    return pyrolora.fit(network(), data, guide, **chosen)
+    return pyrolora.fit(llama_reward(), data, guide, **chosen)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +113,7 @@ class ByHand(Trainer):
 
 @pytest.mark.parametrize("data", [ROWS, MARGINS], ids=["plain", "margin"])
 def test_map_equals_peft_and_trainer(data: list[dict[str, Any]], tmp_path: Path) -> None:
-    start, plain, targets = Start(), network(), ["q_proj", "v_proj"]
+    start, plain, targets = Start(), llama_reward(), ["q_proj", "v_proj"]
     changes = {"max_steps": 4, "remove_unused_columns": False}
     posterior = pyrolora.fit(
         copy.deepcopy(plain), data, "map", task="reward", tokenizer=letter_tokenizer(),
@@ -148,7 +141,7 @@ def test_map_equals_peft_and_trainer(data: list[dict[str, Any]], tmp_path: Path)
     head = model.base_model.model.score.modules_to_save["default"].weight
     own = posterior.model.named_heads()["score"][0].weight
     torch.testing.assert_close(own, head, atol=1e-5, rtol=1e-4)
-    assert (own - network().score.weight).abs().max() > 1e-3, "nothing was trained"
+    assert (own - llama_reward().score.weight).abs().max() > 1e-3, "nothing was trained"
 
 
 def test_chats_are_written_by_the_template() -> None:
@@ -159,7 +152,9 @@ def test_chats_are_written_by_the_template() -> None:
     chosen, rejected = ([{"role": "is", "content": c}] for c in ("good", "very bad"))
     explicit = {"prompt": ask, "chosen": chosen, "rejected": rejected}
     implicit = {"chosen": ask + chosen, "rejected": ask + rejected}
-    found = [prepare([row], network(), RewardModelling(), words) for row in (explicit, implicit)]
+    found = [
+        prepare([row], llama_reward(), RewardModelling(), words) for row in (explicit, implicit)
+    ]
     expected = words.apply_chat_template(ask + chosen, tokenize=True, return_dict=True)["input_ids"]
     for made in found:
         assert made.examples[0]["input_ids"][0][: len(expected)] == expected
@@ -167,7 +162,7 @@ def test_chats_are_written_by_the_template() -> None:
         assert made.labels.tolist() == [0]
     assert found[0].examples[0] == found[1].examples[0]
     ids = [{"chosen_ids": [4, 5, 3], "rejected_ids": [6, 3]}]
-    (batch,) = prepare(ids, network(), RewardModelling(), words).loader(1)
+    (batch,) = prepare(ids, llama_reward(), RewardModelling(), words).loader(1)
     assert batch["input_ids"].tolist() == [[[4, 5, 3], [6, 3, 0]]]
 
 
@@ -175,11 +170,11 @@ def test_the_posterior_goes_everywhere(posterior: Posterior, tmp_path: Path) -> 
     rows = MARGINS * 2
     expected = posterior.predict(rows, draws=[1])
     posterior.save(tmp_path / "saved")
-    loaded = pyrolora.load(tmp_path / "saved", network())
+    loaded = pyrolora.load(tmp_path / "saved", llama_reward())
     torch.testing.assert_close(loaded.predict(rows, draws=[1]).draws, expected.draws)
     posterior.to_peft(tmp_path / "adapter", 1)
     again = pyrolora.from_peft(
-        tmp_path / "adapter", network(), task="reward", tokenizer=letter_tokenizer()
+        tmp_path / "adapter", llama_reward(), task="reward", tokenizer=letter_tokenizer()
     )
     torch.testing.assert_close(again.predict(rows, 0).draws, expected.draws)
     idata = posterior.to_arviz(8, data=rows, log_likelihood=True)
@@ -215,12 +210,14 @@ def test_what_cannot_be_is_refused() -> None:
         ([{**row, "margin": None}, {**row, "margin": 1.0}], "margin of example 0 is None"),
         ([{"text": "good"}], r"expected columns 'chosen' and 'rejected', got \['text'\]"),
         ([{"question": "good"}], r"reads 'chosen' and 'rejected'.*got the columns \['question'\]"),
-        ([{"input_ids": [[4], [5], [6]]}], "has 3 texts, and a preference is one of two"),
     ):
         with pytest.raises(DataError, match=words):
             fit(data)
-    for other in (network(), llama(vocab_size=len(LETTERED))):
+    for other in (llama_reward(2), llama(vocab_size=len(LETTERED))):
         with pytest.raises(DataError, match=r"num_labels=1.*task='reward-modelling'"):
             pyrolora.fit(other, ROWS, "map", tokenizer=letter_tokenizer())
+    assert fit(task=None, epochs=1).task.name == RewardModelling.name
+    with pytest.raises(DataError, match="has 3 texts, and a preference is one of two"):
+        fit(epochs=1).predict([{"input_ids": [[4], [5], [6]]}])
     with pytest.raises(ConfigError, match=r"one number per text.*num_labels=1"):
-        pyrolora.fit(network(2), ROWS, "map", task="reward", tokenizer=letter_tokenizer())
+        pyrolora.fit(llama_reward(2), ROWS, "map", task="reward", tokenizer=letter_tokenizer())

@@ -20,7 +20,9 @@ from pyrolora.tasks import (
     CausalLM,
     Classification,
     MaskedLM,
+    MultiLabel,
     MultipleChoice,
+    QuestionAnswering,
     Regression,
     RegressionPrediction,
     Task,
@@ -74,6 +76,8 @@ class Half(CountPrediction):
         ("text-generation Text_Generation CAUSAL_LM causal-lm", CausalLM),
         ("fill-mask fill_mask", MaskedLM),
         ("multiple-choice multiple_choice", MultipleChoice),
+        ("multi-label-classification multi_label multilabel", MultiLabel),
+        ("question-answering QUESTION_ANS qa", QuestionAnswering),
         ("token-classification TOKEN_CLS ner token_classification", TokenClassification),
     ],
 )
@@ -90,7 +94,7 @@ def test_the_canonical_name_is_what_a_posterior_has() -> None:
     assert posterior.to_arviz(2)["posterior"].attrs["task"] == "classification"
 
 
-@pytest.mark.parametrize("name", ["poisson", "", "summarization", "masked_lm"])
+@pytest.mark.parametrize("name", ["poisson", "", "depth-estimation", "masked_lm"])
 def test_a_name_that_does_not_exist_lists_those_that_do(name: str) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown task.*regression.*token-classification"):
         task_for(mlp(), name)
