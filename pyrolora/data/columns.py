@@ -140,10 +140,10 @@ def free_text(data: datasets.Dataset) -> list[str]:
         for name, feature in data.features.items()
         if is_text(feature) and name not in TARGETS and not is_row_name(name)
     ]
-    return [name for name in text if not _is_origin(data, name)] or text
+    return [name for name in text if not is_origin(data, name)] or text
 
 
-def _is_origin(data: datasets.Dataset, name: str) -> bool:
+def is_origin(data: datasets.Dataset, name: str) -> bool:
     """Return whether a column has the origins of texts.
 
     Its name says so. A ``source`` may be a text as well; single words, such as CoLA's "gj04", are

@@ -196,6 +196,7 @@ def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Data
     read: tuple[str, ...] = ()
     texts = INPUTS in names and is_text(data.features[INPUTS])
     if not any(name in names for name in (*MODEL_INPUTS, *([] if texts else [INPUTS]))):
+        collate.check_pictures(data)
         data, read = collate.encode(data)
     kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
     if not set(kept) - {LABELS}:

@@ -76,7 +76,8 @@ def fit(
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
         ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
-        labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
+        labels); pictures (of PIL, paths, bytes, arrays) in a column ``image``, beside texts in
+        ``images``, too, and sounds in a column ``audio``. Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
         and ``label``, the number, the letter or the text of the right one; a causal language model
         is told how to choose, by ``choices``. For sequence to sequence one column is read and
         another is written: ``document`` and ``summary``, ``source`` and ``target``, and others
@@ -97,7 +98,10 @@ def fit(
         n, the number of all examples of a stream (``datasets.IterableDataset``), of which the fit
         reads as many as the ``max_steps`` of ``training`` take.
     tokenizer
-        The tokenizer, for raw text and padding; with the hub id or folder of a model it is loaded.
+        The tokenizer, for raw text and padding; or transformers' image processor, feature
+        extractor, or processor of texts and pictures, for raw pictures and sounds, of which it
+        makes each batch (the Trainer's ``processing_class``). With the hub id or folder of a model
+        it is loaded.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
     choices
