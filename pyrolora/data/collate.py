@@ -307,10 +307,17 @@ class Collator:
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
+        return self.with_places(batch)
+
+    def with_places(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch with the places that the law reads in one row at least.
+
+        A network takes the same places for all rows.
+        """
         read = self.places_read(batch) if self.chooses_places else None
-        if read is not None and read.any():  # by one row at least: a network takes the same for all
-            batch[PLACES] = read.any(0).nonzero().flatten().repeat(len(read), 1)
-        return batch
+        if read is None or not read.any():
+            return batch
+        return {**batch, PLACES: read.any(0).nonzero().flatten().repeat(len(read), 1)}
 
     def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return the places of each text whose logits the law reads, (b, T); None: all of them.

@@ -169,7 +169,7 @@ class QuestionAnswering(Task):
     """
 
     name = "question-answering"
-    reads = "the place of the answer in its context"
+    reads = "the places of answers in a context"
     aliases = ("extractive-question-answering", "question-ans", "qa")
     collator = SpanCollator
     extras = OF_WINDOWS
