@@ -17,9 +17,11 @@ from pyrolora.adapters import (
     features,
     plain_copy,
     refuse_foreign,
+    unwrapped,
 )
 from pyrolora.adapters.modules import adaptable_layers
 from pyrolora.adapters.new_weights import own_new_weights
+from pyrolora.adapters.other_kinds import is_embedding
 from pyrolora.adapters.parameters import Place, places
 from pyrolora.attaching import attached
 from pyrolora.checks import true_or_false
@@ -191,12 +193,25 @@ def _places(specs: Iterable[LayerSpec], network: nn.Module) -> Mapping[str, Plac
 def _check_layers(specs: Sequence[LayerSpec], network: nn.Module) -> None:
     layers = adaptable_layers(network)
     standing = _places(specs, network)
+    shapes: dict[str, tuple[int, float]] = {}
     for spec in specs:
         stack = standing[spec.name].stack
+        shape = (spec.rank, spec.scaling)
+        if stack is not None and shapes.setdefault(stack.name, shape) != shape:
+            raise CheckpointError(
+                f"the experts of {stack.name!r} have adapters of one rank and scaling, and that of "
+                f"{spec.name!r} has others; the posterior was edited: restore it from a copy"
+            )
         if stack is None and spec.name not in layers:
             raise CheckpointError(
                 f"this {type(network).__name__} has no linear layer {spec.name!r}, which the "
                 "posterior adapts; load the model that it was fitted on"
+            )
+        lookup = stack is None and is_embedding(unwrapped(layers[spec.name]))
+        if spec.lookup is not lookup:
+            raise CheckpointError(
+                f"the layer {spec.name!r} has lookup={lookup}, and in the posterior {spec.lookup}; "
+                "it was edited: restore it from a copy"
             )
         size = features(layers[spec.name]) if stack is None else stack.size
         if size != (spec.in_features, spec.out_features):

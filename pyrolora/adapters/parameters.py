@@ -136,21 +136,23 @@ def places(network: nn.Module, names: Sequence[str]) -> dict[str, Place]:
     Raises
     ------
     TargetError
-        For a name that the network does not have.
+        For a name that the network does not have, and a stack without some of its experts.
     """
     modules = {name for name, _ in walk(network)}
     others = [name for name in names if name not in modules]
-    inside = stacks(network, {_parameter(n) for n in others} | {*others}) if others else {}
+    parameters = {name for name, _ in plain_parameters(network)} if others else set()
+    inside = stacks(network, {n if n in parameters else _parameter(n) for n in others})
     matrices = {
         name: Place(stack.module, stack, None if stack.experts is None else expert)
         for stack in inside.values()
         for expert, name in enumerate(stack.names)
     }
     missing = [name for name in others if name not in matrices]
+    missing += [*(matrices.keys() - {*others})]
     if missing:
         raise TargetError(
-            f"{type(network).__name__} has no linear layer and no parameter {listed(missing)}; "
-            "pass the network that the adapter was made for"
+            f"{type(network).__name__} has no linear layer and no parameter {listed(missing)}, or "
+            "the adapter has not; pass the network that it was made for"
         )
     return {name: matrices.get(name) or Place(name) for name in names}
 

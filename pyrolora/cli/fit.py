@@ -56,7 +56,8 @@ def fit(
     task: Annotated[
         str | None,
         typer.Option(
-            help="What is predicted: {tasks}.", show_default="what model and data call for"
+            help="What is predicted: one of the tasks above.",
+            show_default="what model and data call for",
         ),
     ] = None,
     choices: Annotated[
@@ -144,6 +145,8 @@ def fit(
     messages; prompt, completion   chats and completions of a language model
     image or audio, label          a class of a picture or a sound, by its file
     In a CSV or TSV file lists and objects are cells of JSON.
+
+    Tasks: {tasks}.
 
     Labels may be numbers (classes from 0 on, or real values for a regression) or
     names of classes. The run's folder then holds run.json (the command, every

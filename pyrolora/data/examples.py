@@ -84,7 +84,12 @@ def _from_list(rows: list[Any], input_name: str) -> datasets.Dataset:
     if not all(isinstance(row, Mapping) for row in rows):
         kinds = sorted({type(row).__name__ for row in rows})
         raise DataError(f"a list must hold dicts or texts, or pictures, got {' and '.join(kinds)}")
-    return _stored({name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())})
+    names = dict.fromkeys(name for row in rows for name in row)  # later rows may have more
+    return _stored({name: [row.get(name) for row in rows] for name in names})
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
 
 
 # The columns of texts that are paths, for networks with these inputs.
@@ -99,6 +104,8 @@ def _column_of(rows: Sequence[Any], input_name: str) -> str | None:
         return _OF_PATHS.get(input_name, "text")
     if all(map(is_picture, rows)):
         return "image"
+    if all(isinstance(row, list) and row and _is_message(row[0]) for row in rows):
+        return "messages"
     sounds = all(isinstance(row, Mapping) and {*row} == {"array", "sampling_rate"} for row in rows)
     return "audio" if sounds else None
 

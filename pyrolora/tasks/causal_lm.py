@@ -44,6 +44,7 @@ class CausalCollator(Collator):
     makes_labels = True
     beside = (MASK, *TOKEN_MASKS)
     ends_texts = True
+    reads_pictures = True
     reads_texts = True
 
     def check_data(self, examples: Any) -> None:
@@ -136,9 +137,8 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
-        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
-        return writes and checkpoint.layout in layouts
+        layouts = (None, "tokens", "example", "labels", "spans")  # the text alone may be meant
+        return checkpoint.continues and checkpoint.layout in layouts
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import TARGETS, has_choices, has_preferences, tags_column
+from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
+from pyrolora.data.spans import is_squad
 
-Layout = Literal["choices", "preferences", "words", "example", "labels", "tokens"]
-"""Choices; a preference between two texts; words with a tag each; one label per example; several of
-them; one per token."""
+Layout = Literal["spans", "choices", "preferences", "words", "example", "labels", "tokens"]
+"""Places of answers; choices; a preference between two texts; words with a tag each; one label per
+example; several of them; one per token."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Checkpoint:
         """Return whether transformers' list of that kind ("CAUSAL_LM") has the architecture."""
         names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
         return self.architecture in names
+
+    @property
+    def continues(self) -> bool:
+        """Whether the saved network writes text on from its input."""
+        return self.is_a("CAUSAL_LM") or self.writes_of_pictures
 
     @property
     def decodes(self) -> bool:
@@ -82,6 +89,8 @@ class Checkpoint:
     @cached_property
     def layout(self) -> Layout | None:
         """The form of the labels; None without labels, and without choices."""
+        if is_squad(self.examples) or {*SPANS} <= {*self.row}:
+            return "spans"
         if has_choices(self.examples):
             return "choices"
         if has_preferences(self.row):
@@ -92,12 +101,21 @@ class Checkpoint:
             return "example"
         if self.row.get(LABELS) is None:
             return None
-        return "labels" if has_label_lists(self.examples) else "tokens"
+        numbers = np.asarray(self.row[LABELS]).dtype.kind in "iu"
+        written = numbers and getattr(self.config, "is_encoder_decoder", False) and self.writes
+        return "labels" if not written and has_label_lists(self.examples) else "tokens"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the checkpoint is a network that writes text."""
+        kinds = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+        return any(map(self.is_a, kinds))
 
     @property
     def has_head(self) -> bool:
         """Whether the checkpoint has a head for classes of examples."""
-        return self.is_a("SEQUENCE_CLASSIFICATION") or self.is_a("IMAGE_CLASSIFICATION")
+        kinds = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+        return any(map(self.is_a, kinds))
 
     @cached_property
     def names(self) -> list[str] | None:

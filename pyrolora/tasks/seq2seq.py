@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS, Batch
 from pyrolora.data import Collator
-from pyrolora.data.columns import is_list
+from pyrolora.data.columns import TOKEN_MASKS, check_text, is_list
 from pyrolora.data.encoding import Encoder, added
 from pyrolora.data.examples import as_dict, as_numbers
 from pyrolora.data.inputs import encoder_for, shift_of, table_of_positions, taken_by, written_length
@@ -50,8 +50,18 @@ class PairCollator(Collator):
         ends = not added(Encoder(self.tokenizer, torch.inf, target=True).tokens)[1]
         return encoder_for(self.tokenizer, self.most, ends=ends, target=True)
 
+    def check_data(self, examples: Any) -> None:
+        super().check_data(examples)
+        masks = [name for name in TOKEN_MASKS if name in as_dict(examples[0], self.input_name)]
+        if masks:
+            raise DataError(
+                f"the columns {masks} say which tokens of one text count, and here the labels are "
+                "a text of their own; give tokens that do not count the label -100, and drop them"
+            )
+
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         pair = pair_of(data)
+        check_text(data, (pair[0][0], pair[1]), self.tokenizer)
         return encode_pairs(data, pair, self.encoder, self.writer), (*pair[0], pair[1])
 
     def with_labels(self, data: datasets.Dataset) -> datasets.Dataset:

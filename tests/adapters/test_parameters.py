@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 import pyrolora
-from pyrolora import AdapterConfig
+from pyrolora import AdapterConfig, loading
 from pyrolora.adapters import attach
 from pyrolora.errors import CheckpointError, ConfigError, TargetError
 from pyrolora.guides import Flat, Laplace, MeanField, MonteCLoRA
@@ -139,6 +140,25 @@ def test_mean_and_draws_are_those_of_networks_with_the_updates_in_their_weights(
     posterior.save(tmp_path)
     again = pyrolora.load(tmp_path, copy.deepcopy(network))
     assert torch.equal(again.log_likelihood(ROWS, 3, seed=3), found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"scaling": 7.0}, "have adapters of one rank and scaling, and that of"),
+        ({"lookup": True}, "has lookup=False, and in the posterior True"),
+        ({"name": "model.layers.7.mlp.experts.down_proj.2"}, "has no linear layer and no param"),
+        ({"out_features": 3}, "maps 12 to 16 features, and in the posterior 12 to 3"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_network_is_refused(
+    fitted: Any, change: dict[str, Any], said: str
+) -> None:
+    specs = list(fitted[1].bank.specs.values())
+    own = next(i for i, s in enumerate(specs) if s.name.endswith("1.mlp.experts.down_proj.2"))
+    specs[own] = replace(specs[own], **change)
+    with pytest.raises(CheckpointError, match=said):
+        loading._check_layers(specs, fitted[0])
 
 
 def other_sizes(network: nn.Module) -> nn.Module:

@@ -242,6 +242,7 @@ def test_decoder_inputs_are_the_labels_one_place_on_or_refused() -> None:
     [
         ({"labels": [7, 3, 0, 0]}, r"example 0 end with 2 times the token 0.*-100"),
         ({"labels": []}, "at least one"),
+        ({"completion_mask": [0, 1, 1]}, r"\['completion_mask'\].*label -100"),
         ({"labels": [7] * 30}, "30 labels.*24 positions"),
         ({"labels": [7, 99]}, r"0\.\.15 or -100"),
         ({"labels": [0.5, 1.5]}, "token ids as 'labels'"),
@@ -251,6 +252,11 @@ def test_decoder_inputs_are_the_labels_one_place_on_or_refused() -> None:
 def test_labels_that_no_decoder_writes(row: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError, match=words):
         pyrolora.fit(bart(), [{**LABELLED, **row}] * 2, tokenizer=writer_tokenizer())
+
+
+def test_texts_need_a_tokenizer() -> None:
+    with pytest.raises(DataError, match="there is no tokenizer"):
+        pyrolora.fit(t5(), summaries(2))
 
 
 def test_without_texts_to_write_there_is_nothing_to_score(posterior: pyrolora.Posterior) -> None:
