@@ -35,6 +35,21 @@ def illustrator_of(network: nn.Module, processor: Any, taken: set[str]) -> Illus
     return Illustrator(network, processor, taken) if reads else None
 
 
+def check_pictures(data: datasets.Dataset, reader: str, media: Any, *, texts_alone: bool) -> None:
+    """Raise `DataError` for pictures that a network takes beside texts and nobody reads."""
+    column = Illustrator.column_of(data)
+    if column is None or (isinstance(media, Illustrator) and not texts_alone):
+        return
+    why, remedy = "this task reads texts alone", ""
+    if not texts_alone:
+        why = "there is no processor of texts and pictures"
+        remedy = "pass tokenizer=AutoProcessor.from_pretrained(...), or "
+    raise DataError(
+        f"the data has pictures, {column!r}, which {reader} takes, and {why}; {remedy}drop them "
+        f"with data.remove_columns({column!r})"
+    )
+
+
 class Illustrator(Pictures):
     """Texts with pictures, of which the processor of a network with both inputs makes its batches.
 
