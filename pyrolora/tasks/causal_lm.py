@@ -44,6 +44,7 @@ class CausalCollator(Collator):
     makes_labels = True
     beside = (MASK, *TOKEN_MASKS)
     ends_texts = True
+    reads_pictures = True
     reads_texts = True
 
     def check_data(self, examples: Any) -> None:
