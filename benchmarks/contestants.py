@@ -115,8 +115,8 @@ def pyrolora_guide(guide: Guide) -> Maker:
         task, config = task_for(model), case.adapter
         joint = build(model, attach(model, config), config, guide, task, NUM_EXAMPLES)
         objective = Objective(joint.to(model.device), NUM_EXAMPLES)
-        beta = guide.beta(NUM_EXAMPLES)
-        return _contestant(objective, lambda batch: objective(batch, beta))
+        beta, collate = guide.beta(NUM_EXAMPLES), task.collator(model, None)
+        return _contestant(objective, lambda batch: objective(collate.with_places(batch), beta))
 
     return make
 

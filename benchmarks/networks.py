@@ -125,6 +125,14 @@ SHAPES: dict[str, Shape] = {
     ),
     "llama-12": Shape(LlamaConfig, _llama(512, 12, 8, 1408, 4096), 8, 64, PROJECTIONS, True),
     "llama-24": Shape(LlamaConfig, _llama(512, 24, 8, 1408, 4096), 8, 64, PROJECTIONS, True),
+    "smollm2": Shape(  # SmolLM2-135M
+        LlamaConfig,
+        _llama(576, 30, 9, 1536, 49152, num_key_value_heads=3, tie_word_embeddings=True),
+        4,
+        128,
+        PROJECTIONS,
+        True,
+    ),
     "llama-1b": Shape(
         LlamaConfig,
         _llama(2048, 16, 32, 8192, 128256, num_key_value_heads=8, tie_word_embeddings=True),

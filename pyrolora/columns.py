@@ -42,5 +42,14 @@ COUNTED = "completion_mask"
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
 """The names that data sets give to the tags of words."""
 
+PICTURES = ("image", "img", "picture")
+SOUNDS = ("audio", "sound", "speech")
+"""The names of columns with pictures and sounds, whatever their feature."""
+
+PATHS = ("file_name", "filename", "file", "file_path", "filepath", "path")
+PICTURE_PATHS = ("image_path", "image_file", "image_file_path", *PATHS)
+SOUND_PATHS = ("audio_path", "audio_file", "audio_file_path", *PATHS)
+"""The names of columns with paths; `PATHS` are those of datasets' folders of files, and usual."""
+
 IGNORED = -100
 """The label of a token that does not count, as in transformers."""

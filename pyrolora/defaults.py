@@ -106,6 +106,13 @@ FIT_SPLITS = ("validation", "test")
 SCORE_SPLITS = ("test", "validation")
 OUTSIDE_SPLITS = (*SCORE_SPLITS, "train")
 
+# Questions on contexts that are longer than the network reads: windows share 128 tokens, and an
+# answer has at most 30, as in transformers' own script. Answers of several windows are joined from
+# the 20 likeliest of each.
+WINDOW_STRIDE = 128
+MAX_ANSWER = 30
+ANSWERS_PER_WINDOW = 20
+
 # Prediction: the Monte Carlo error of a probability is below 0.5 / sqrt(32) = 0.09 at worst.
 NUM_SAMPLES = 32
 # The bounds of a calibration: beyond them, the data tell nothing about probabilities.

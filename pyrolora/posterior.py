@@ -60,7 +60,7 @@ class Posterior:
         The log of the fit, one dict per entry: ``loss``, ``elbo``, ``log_likelihood``,
         ``kl/<site>``, evaluation metrics, ``ranks_lost``, by ``step`` and ``epoch``.
     tokenizer
-        The tokenizer for raw text, or None.
+        The tokenizer for raw text, or the processor for pictures and sounds, or None.
     settings
         How the fit was run: epochs, learning rate, batch size, seed.
     identity

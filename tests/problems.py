@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
@@ -33,6 +35,7 @@ WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
     *("very", "not", "the", "a", "was", "is", "fine", "dull"),
 ]
+LABELS = ["good", "bad", "not"]
 LETTERED = [*WORDS, *"ABCD", "Answer", ":", "."]
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -153,6 +156,21 @@ def bert_tags(seed: int = 0, **changes: Any) -> BertForTokenClassification:
     return BertForTokenClassification(BertConfig(**sizes)).eval()
 
 
+def bert_labels(
+    classes: int = 3, *, named: bool = True, **changes: Any
+) -> BertForSequenceClassification:
+    """A tiny BERT whose configuration has several labels per example, named by `LABELS`."""
+    names = dict(enumerate(LABELS[:classes]))
+    known = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if named else {}
+    return bert(classes, **{"problem_type": "multi_label_classification", **known, **changes})
+
+
+def bert_spans(seed: int = 0, **changes: Any) -> BertForQuestionAnswering:
+    """A tiny BERT with logits for the first and the last token of an answer."""
+    torch.manual_seed(seed)
+    return BertForQuestionAnswering(BertConfig(**{**SIZES, **NO_DROPOUT, **changes})).eval()
+
+
 def bert_mlm(seed: int = 0, **changes: Any) -> BertForMaskedLM:
     """A tiny masked language model for `mask_tokenizer`."""
     torch.manual_seed(seed)
@@ -270,6 +288,39 @@ def preferences(n: int = 24, seed: int = 0) -> datasets.Dataset:
     for text in reviews(n, seed)["text"]:
         start = text.rpartition(" ")[0]
         rows.append({"chosen": f"{start} good", "rejected": f"the {start} bad"})
+    return datasets.Dataset.from_list(rows)
+
+
+def several(n: int = 12, form: str = "names", seed: int = 0) -> datasets.Dataset:
+    """Texts whose labels are the words of `LABELS` that they have, in one of several forms."""
+    generator, rows = random.Random(seed), []
+    for _ in range(n):
+        words = generator.choices([*LABELS, "film", "the", "very"], k=generator.randrange(2, 7))
+        hot = [name in words for name in LABELS]
+        forms = {
+            "names": {"labels": [name for name in LABELS if name in words]},
+            "numbers": {"label": [c for c, has in enumerate(hot) if has]},
+            "integers": {"labels": [*map(int, hot)]},
+            "floats": {"labels": [*map(float, hot)]},
+            "booleans": {"labels": hot},
+            "columns": dict(zip(LABELS, map(int, hot), strict=True)),
+        }
+        rows.append({"text": " ".join(words), **forms[form]})
+    return datasets.Dataset.from_list(rows)
+
+
+def squad(n: int = 8, words: int = 6, seed: int = 0, **changes: Any) -> datasets.Dataset:
+    """Questions for a word of the context, in SQuAD's columns; the last has no answer."""
+    generator, rows = random.Random(seed), []
+    for i in range(n):
+        context = generator.choices(("film", "book", "very", "the", "a", "was", "is"), k=words)
+        answer, found = generator.choice(["good", "bad"]), i < n - 1
+        if found:
+            context[generator.randrange(words)] = answer
+        text = " ".join(context)
+        answers = {"text": [answer], "answer_start": [text.index(answer)]} if found else None
+        row = {"id": str(i), "title": "t", "question": f"is the film {answer}", "context": text}
+        rows.append({**row, "answers": answers or {"text": [], "answer_start": []}, **changes})
     return datasets.Dataset.from_list(rows)
 
 

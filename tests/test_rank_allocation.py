@@ -55,9 +55,15 @@ GUIDES: dict[str, Guide] = {
     ),
 }  # fmt: skip
 POINTS = {"map", "laplace", "swag", "dropout", "nuts", "nuts on both"}
+IN_BRIEF = {"map", "montec", "low rank on both", "nuts on both"}
+"""Guides on the language model; `make verify` has the rest of them on it."""
 CASES = [
-    *((network, guide, "alora") for network in NETWORKS for guide in GUIDES),
+    *(("encoder", guide, "alora") for guide in GUIDES),
     *(("encoder", guide, "snr") for guide in GUIDES if guide not in POINTS),
+    *(
+        pytest.param("llama", guide, "alora", marks=() if guide in IN_BRIEF else pytest.mark.slow)
+        for guide in GUIDES
+    ),
 ]
 # Encoder and language model have the same data, and the latter reads no label.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the columns \['label'\] are not read")

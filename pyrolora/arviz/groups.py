@@ -61,7 +61,7 @@ def inference_data(
         "block": program.block_names(),
         "draw": range(num_samples // chains),
     }
-    pieces, kept = [], []
+    pieces, kept, num_examples = [], [], joint.num_examples
     with seeded(seed):
         joint.align()
         for sites in _pieces(numbered, numbers, num_samples):
@@ -84,6 +84,7 @@ def inference_data(
             all_drawn = FlatFactors.cat(kept)
             prediction = read(all_drawn, temperature)
             groups |= _data_groups(prediction, shape)
+            num_examples = prediction.examples_of(num_examples)
             if prediction.row != "example":
                 coords[prediction.row] = prediction.examples.tolist()
             if log_likelihood:  # the log-likelihood of the model has no temperature
@@ -105,7 +106,7 @@ def inference_data(
         "task": joint.task.name,
         "base": type(joint.base).__name__,
         "inference_library": "pyrolora",
-        "num_examples": joint.num_examples,
+        "num_examples": num_examples,
         "temperature": temperature,
         "draws": "counted" if numbers is None else "numbered",
         # NUTS samples the tempered model of its inner guide, which has the weight.
@@ -184,8 +185,7 @@ def _data_groups(prediction: Prediction, shape: Callable[[Tensor], np.ndarray]) 
         }
     }
     if prediction.targets is not None:
-        usual = (prediction.row, "token")[: prediction.targets.dim()]
-        dims = drawn["y"][1] if "y" in drawn else usual
+        dims = (prediction.row, *prediction.target_dims)[: prediction.targets.dim()]
         groups["observed_data"] = {"y": (prediction.targets.numpy(), dims)}
     if places := prediction.places():
         groups["constant_data"] = {

@@ -56,7 +56,8 @@ def fit(
     task: Annotated[
         str | None,
         typer.Option(
-            help="What is predicted: {tasks}.", show_default="what model and data call for"
+            help="What is predicted: one of the tasks above.",
+            show_default="what model and data call for",
         ),
     ] = None,
     choices: Annotated[
@@ -139,11 +140,14 @@ def fit(
     text, labels                   several classes: a list
     tokens, ner_tags               a tag per word
     question, choices, label       the right one (a language model: --choices)
+    question, context, answers     the place of the answer in the context
     chosen, rejected               which text is preferred
     source, target                 a text that is written for another
     messages; prompt, completion   chats and completions of a language model
     image or audio, label          a class of a picture or a sound, by its file
     In a CSV or TSV file lists and objects are cells of JSON.
+
+    Tasks: {tasks}.
 
     Labels may be numbers (classes from 0 on, or real values for a regression) or
     names of classes. The run's folder then holds run.json (the command, every

@@ -8,7 +8,7 @@ from typer.core import TyperCommand
 
 
 class RegisteredHelp(TyperCommand):
-    """A command whose options say ``{tasks}``, ``{guides}``, ``{post_hoc}`` and ``{priors}``.
+    """A command whose help says ``{tasks}``, ``{guides}``, ``{post_hoc}`` and ``{priors}``.
 
     The registries import torch, for which the list of commands does not wait.
     """
@@ -28,4 +28,5 @@ class RegisteredHelp(TyperCommand):
             text = getattr(parameter, "help", None)
             if text:
                 parameter.help = text.format(**listed)  # type: ignore[attr-defined]
+        self.help = self.help and self.help.format(**listed)
         super().format_help(ctx, formatter)

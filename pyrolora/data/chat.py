@@ -117,16 +117,19 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            opened = self._ids(self.text(messages[:i], add_generation_prompt=True, **more))
-            start = shared(opened, ids)
+            start = -1
+            if i:  # a template need not open a chat of no message
+                opened = self._ids(self.text(messages[:i], add_generation_prompt=True, **more))
+                start = shared(opened, ids)
             stop = len(ids)
             if i + 1 < len(messages):
                 stop = self._end(ids, start, self._ids(self.text(messages[: i + 1], **more)))
             before = turns[-1][1] if turns else 0
             if not before <= start < stop <= len(ids):
                 raise DataError(
-                    "the chat template writes earlier messages in another way than later ones, and "
-                    "does not mark what the assistant says; put {% generation %} and "
+                    "the chat template does not mark what the assistant says, and that cannot be "
+                    "told otherwise: the chat begins with it, or earlier messages are written in "
+                    "another way than later ones; put {% generation %} and "
                     "{% endgeneration %} around it (trl.chat_template_utils."
                     "get_training_chat_template has such templates)"
                 )

@@ -26,7 +26,7 @@ from pyrolora.data.columns import (
 )
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_dict, as_numbers, is_nested
-from pyrolora.data.illustrated import illustrator_of
+from pyrolora.data.illustrated import Illustrator, illustrator_of
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -43,7 +43,7 @@ from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import encode_texts
 from pyrolora.errors import DataError
 
-MEDIUM = "medium"
+MEDIUM = "media"
 """The picture or sound of an example, on its way to a batch."""
 
 
@@ -74,6 +74,8 @@ class Collator:
     """Columns that the collator makes for itself, which errors do not list."""
     ends_texts: bool = False
     """Whether EOS ends every text."""
+    reads_pictures: ClassVar[bool] = False
+    """Whether the pictures of a text are read, if the network takes both."""
     reads_texts: ClassVar[bool] = False
     """Whether `TextOptions` say how texts are read."""
     texts: TextOptions | None = None
@@ -127,6 +129,24 @@ class Collator:
                 "data.remove_columns('choices')"
             )
 
+    def check_pictures(self, data: datasets.Dataset) -> None:
+        """Raise `DataError` for pictures beside texts that the network takes and nobody reads."""
+        both = {"input_ids", "pixel_values"} <= self.taken
+        column = Illustrator.column_of(data) if both else None
+        if column is None or (self.reads_pictures and isinstance(self.media, Illustrator)):
+            return
+        drop = f"drop them with data.remove_columns({column!r})"
+        if not self.reads_pictures:
+            raise DataError(
+                f"the data has pictures, {column!r}, which {self.network_name} takes, and this "
+                f"task reads texts alone; {drop}"
+            )
+        raise DataError(
+            f"the data has pictures, {column!r}, which {self.network_name} takes, and there is no "
+            "processor of texts and pictures; pass tokenizer=AutoProcessor.from_pretrained(...), "
+            f"or {drop}"
+        )
+
     def number(
         self, examples: Any, network: nn.Module, task: Target
     ) -> tuple[Any, list[str] | None]:
@@ -163,6 +183,10 @@ class Collator:
     def complete(self, examples: Any, *, need_labels: bool) -> Any:
         """Return the tokenised examples with what the task adds to them, such as labels."""
         return examples
+
+    def finish(self, prediction: Any, examples: Any) -> Any:
+        """Return a prediction with what only the data know of it, such as texts."""
+        return prediction
 
     def check(self, examples: Any, labels: Tensor | None, explicit: set[str]) -> None:
         """Raise `DataError` for labels that do not fit their examples.
@@ -283,10 +307,17 @@ class Collator:
         batch = self.converted(batch)
         if LABELS in batch:
             batch[LABELS] = whole_as_long(batch[LABELS])
+        return self.with_places(batch)
+
+    def with_places(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch with the places that the law reads in one row at least.
+
+        A network takes the same places for all rows.
+        """
         read = self.places_read(batch) if self.chooses_places else None
-        if read is not None and read.any():  # by one row at least: a network takes the same for all
-            batch[PLACES] = read.any(0).nonzero().flatten().repeat(len(read), 1)
-        return batch
+        if read is None or not read.any():
+            return batch
+        return {**batch, PLACES: read.any(0).nonzero().flatten().repeat(len(read), 1)}
 
     def places_read(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """Return the places of each text whose logits the law reads, (b, T); None: all of them.
@@ -351,12 +382,13 @@ def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
 
     That is ``rows``, or so few that their tokens are as many as the device is at its best with.
     """
-    ids = batch.get("input_ids")
-    if ids is None:
+    columns = [batch[name] for name in ("input_ids", LABELS) if name in batch]
+    sizes = [column[0].numel() for column in columns if column.dim() > 1]
+    if not sizes:
         return rows
-    on_cpu = ids.device.type == "cpu"
+    on_cpu = columns[0].device.type == "cpu"
     tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
-    return max(1, min(rows, tokens // max(1, ids[0].numel())))
+    return max(1, min(rows, tokens // max(1, *sizes)))
 
 
 def is_real(value: Any) -> bool:

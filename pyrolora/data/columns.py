@@ -98,7 +98,7 @@ DIALOGUES = (
 )
 # A text in several languages, a dict from each to the text.
 TRANSLATION = "translation"
-# Columns of a task that is not supported.
+# The first and the last token of an answer, as transformers' networks take them.
 SPANS = ("start_positions", "end_positions")
 
 
@@ -140,10 +140,10 @@ def free_text(data: datasets.Dataset) -> list[str]:
         for name, feature in data.features.items()
         if is_text(feature) and name not in TARGETS and not is_row_name(name)
     ]
-    return [name for name in text if not _is_origin(data, name)] or text
+    return [name for name in text if not is_origin(data, name)] or text
 
 
-def _is_origin(data: datasets.Dataset, name: str) -> bool:
+def is_origin(data: datasets.Dataset, name: str) -> bool:
     """Return whether a column has the origins of texts.
 
     Its name says so. A ``source`` may be a text as well; single words, such as CoLA's "gj04", are
@@ -162,19 +162,22 @@ def check_nested(data: datasets.Dataset) -> None:
         if name != CHOICES and isinstance(getattr(feature, "feature", feature), dict)
     ]
     if nested:
+        spans = "answers" in nested and "context" in data.features
+        answers = " (answers in a context are read by task='question-answering')" if spans else ""
         raise DataError(
-            f"the columns {nested} hold dicts, and their parts are not read; make columns of them "
-            f"with data.flatten(), or drop them with data.remove_columns({nested})"
+            f"the columns {nested} hold dicts, and their parts are not read{answers}; make columns "
+            f"of them with data.flatten(), or drop them with data.remove_columns({nested})"
         )
 
 
 def check_task(names: Collection[str]) -> None:
-    """Raise `DataError` for columns of a task that is not supported."""
+    """Raise `DataError` for columns of extractive question answering, where another task reads."""
     spans = [name for name in SPANS if name in names]
     if spans:
         raise DataError(
-            f"the data has {spans}: extractive question answering (a start and an end in the text) "
-            "is not supported yet; remove these columns if the task is another"
+            f"the data has {spans}, the answers of extractive question answering, and another task "
+            "reads it: load the network with AutoModelForQuestionAnswering "
+            "(task='question-answering'), or remove these columns"
         )
 
 

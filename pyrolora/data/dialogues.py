@@ -15,6 +15,7 @@ from pyrolora.data.columns import (
     WRITTEN_PAIRS,
     free_text,
     is_list,
+    is_origin,
     is_row_name,
 )
 from pyrolora.data.text_options import TextOptions
@@ -82,7 +83,8 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
         For columns that look like data and would not be read: a second text or chat, a prompt
         beside a text, a mask.
     """
-    texts, chats = free_text(data), chat_columns(data)
+    texts, chats = _texts_and_chats(data)
+    _check_named(data, options)
     found = _pair(texts, chats) or _alone(texts, chats, options)
     if found is None:
         return None
@@ -99,7 +101,7 @@ def prompt_of(data: datasets.Dataset) -> Dialogue:
     DataError
         For data without prompts, and for columns that look like prompts, too.
     """
-    texts, chats = free_text(data), chat_columns(data)
+    texts, chats = _texts_and_chats(data)
     found = _pair(texts, chats)
     if found is None:
         asked = [prompt for prompt, _ in PAIRS if {*prompt} <= {*texts}]
@@ -120,6 +122,30 @@ def prompt_of(data: datasets.Dataset) -> Dialogue:
 def chat_columns(data: datasets.Dataset) -> list[str]:
     """Return the columns that hold lists of messages."""
     return [name for name, feature in data.features.items() if _is_chat(feature)]
+
+
+def _texts_and_chats(data: datasets.Dataset) -> tuple[list[str], list[str]]:
+    """Return the columns of texts, without those with the origins of chats, and those of chats."""
+    texts, chats = free_text(data), chat_columns(data)
+    if chats:
+        texts = [name for name in texts if not is_origin(data, name)]
+    unread = [name for name in texts if name in CHATS]
+    if unread:
+        raise DataError(
+            f"the column {unread[0]!r} holds texts, and a chat is a list of messages; read JSON "
+            f"with data.map(lambda row: {{{unread[0]!r}: json.loads(row[{unread[0]!r}])}}), or "
+            "name texts 'text'"
+        )
+    return texts, chats
+
+
+def _check_named(data: datasets.Dataset, options: TextOptions) -> None:
+    """Raise `DataError` where the data lack the column that the options name."""
+    named = options.dataset_text_field
+    if named not in data.column_names and named != TextOptions.dataset_text_field:
+        raise DataError(
+            f"dataset_text_field={named!r}, and the data has {data.column_names}; name one of them"
+        )
 
 
 def _is_chat(feature: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from pyrolora.columns import IGNORED, LABELS
+from pyrolora.columns import IGNORED, LABELS, PICTURES
 from pyrolora.data.columns import is_list
 from pyrolora.data.completions import DialogueEncoder
 from pyrolora.data.dialogues import Dialogue, dialogue_of, prompt_of
@@ -43,7 +43,7 @@ class Illustrator(Pictures):
     pixels are made batch by batch.
     """
 
-    names = ("images", "image", "img", "picture")
+    names = ("images", *PICTURES)
 
     def __init__(self, network: nn.Module, processor: Any, taken: set[str]) -> None:
         super().__init__(network, processor, taken)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import IGNORED, INPUTS, LABELS
-from pyrolora.data.columns import check_task
 from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, is_plain, is_text
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
@@ -30,7 +29,6 @@ def raw_labels(examples: Any) -> Tensor:
 
 def no_labels(columns: Collection[str], expected: str = "a column 'labels' or 'label'") -> str:
     """Return the message for examples without labels, whose parts have these names."""
-    check_task(columns)
     return (
         f"the data has no labels: expected {expected}, got {sorted(columns)}; "
         "rename the target column, for example data.rename_column('target', 'label') "

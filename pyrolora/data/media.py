@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import FeatureExtractionMixin, ImageProcessingMixin
 
+from pyrolora.columns import PICTURE_PATHS, PICTURES, SOUND_PATHS, SOUNDS
 from pyrolora.data.examples import is_plain
 from pyrolora.data.pictures import as_picture, checked_array
 from pyrolora.data.sounds import Sound, as_sound, length_matters, warn_cut, warn_padded
 from pyrolora.errors import DataError
-
-PATHS = ("file_name", "filename", "file", "file_path", "filepath", "path")
-"""Columns with the path of a picture or a sound, as datasets' folders of pictures name them."""
 
 
 def tokenizer_of(processor: Any) -> Any:
@@ -184,8 +182,8 @@ class Pictures(Media):
     """Pictures: of PIL, in files, in bytes, or as arrays."""
 
     column = "image"
-    names: ClassVar[tuple[str, ...]] = ("image", "img", "picture")
-    paths = ("image_path", "image_file", "image_file_path", *PATHS)
+    names: ClassVar[tuple[str, ...]] = PICTURES
+    paths = PICTURE_PATHS
     inputs = ("pixel_values",)
     feature = datasets.Image
     part = "image_processor"
@@ -218,8 +216,8 @@ class Sounds(Media):
     """
 
     column = "audio"
-    names = ("audio", "sound", "speech")
-    paths = ("audio_path", "audio_file", "audio_file_path", *PATHS)
+    names = SOUNDS
+    paths = SOUND_PATHS
     inputs = ("input_values", "input_features")
     feature = datasets.Audio
     part = "feature_extractor"

@@ -12,7 +12,6 @@ from pyrolora.data.columns import (
     TRANSLATION,
     WRITTEN_PAIRS,
     check_nested,
-    check_text,
     free_text,
     is_row_name,
 )
@@ -104,7 +103,6 @@ def encode_pairs(
 ) -> datasets.Dataset:
     """Return the tokens of what is read, and as ``labels`` those of what is written."""
     source, target = pair
-    check_text(data, (source[0], target), reader.tokenizer)
 
     def encoded(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         made, written = reader(joined_texts(rows, source)), writer(rows[target])

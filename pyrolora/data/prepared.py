@@ -151,7 +151,7 @@ def prepare(
     if is_plain(examples):
         examples, left = _tokenised(examples, collate)
     else:
-        check_task(columns)
+        check_task({*columns} - {*collate.beside})
         left = unread(columns, collate.read, tokens=collate.per_token)
     examples = collate.complete(examples, need_labels=need_labels)
     labels = _labels(examples, collate, task, need_labels=need_labels, columns=columns)
@@ -191,11 +191,12 @@ def _names(examples: Any, columns: list[str]) -> list[str]:
 def _tokenised(data: datasets.Dataset, collate: Collator) -> tuple[datasets.Dataset, list[str]]:
     """Return the tokens and other inputs of the data, and the names of the columns left out."""
     data = collate.with_labels(data)
-    check_task(data.column_names)
+    check_task({*data.column_names} - {*collate.beside})
     names = data.column_names
     read: tuple[str, ...] = ()
     texts = INPUTS in names and is_text(data.features[INPUTS])
     if not any(name in names for name in (*MODEL_INPUTS, *([] if texts else [INPUTS]))):
+        collate.check_pictures(data)
         data, read = collate.encode(data)
     kept = [name for name in data.column_names if name in {*collate.read, LABELS}]
     if not set(kept) - {LABELS}:

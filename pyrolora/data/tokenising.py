@@ -84,7 +84,7 @@ def choice_number(label: Any, choices: Any) -> Any:
     """Return the number of the right choice, from its number, its name, its letter or its text.
 
     ARC names its choices ("A" to "E", or "1" to "5"); elsewhere a label that is a text is the
-    letter of a choice, "A" the first, or its text.
+    letter of a choice, "A" the first, its number, "0" the first, or its text.
 
     Raises
     ------
@@ -99,6 +99,8 @@ def choice_number(label: Any, choices: Any) -> Any:
     found = {i for i, letter in enumerate(letters) if letter == label}
     if names is None or not found:
         found |= {i for i, text in enumerate(texts) if text == label}
+    if names is None:
+        found |= {i for i in range(len(texts)) if str(i) == label}
     if len(found) != 1:
         raise DataError(
             f"the label {label!r} is {'none' if not found else f'several, {sorted(found)},'} of "

@@ -74,18 +74,18 @@ def fit(
         ``"nuts"`` is conditioned on them).
     data
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
-        ``validation`` becomes ``eval_data``), raw text with a tokenizer or tokenised; a torch
-        ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple (inputs,
-        labels). Multiple choice has a column ``choices`` (a list of texts) beside ``question``,
-        and ``label``, the number, the letter or the text of the right one; a causal language model
-        is told how to choose, by ``choices``. For sequence to sequence one column is read and
-        another is written: ``document`` and ``summary``, ``source`` and ``target``, and others
-        (``docs/tasks.md``), or ``input_ids`` and ``labels``. In texts without labels for a masked
-        language model some tokens are hidden, always the same. Labels that are
-        names are matched with the network's, up to case, spaces, '-' and '_'; a network without
-        names takes those of the data (`Posterior.classes`). EOS ends every text that a causal
-        language model learns; scores are those of the text alone. A warning names columns that are
-        not read, and data that can be read in two ways raise a `DataError`.
+        ``validation`` becomes ``eval_data``), raw with a tokenizer or processor, or tokenised; a
+        torch ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple
+        (inputs, labels). Each task has its columns, which ``docs/tasks.md`` lists: texts with
+        ``label``, words with tags, ``choices`` beside a ``question``, ``messages``, ``prompt`` and
+        ``completion``, ``document`` and ``summary``, ``chosen`` and ``rejected``, those of SQuAD,
+        ``image``, ``audio``. Labels that are names are matched with the network's, up to case,
+        spaces, '-' and '_'; a network without names takes those of the data
+        (`Posterior.classes`). EOS ends every
+        text that a causal language model learns; scores are those of the text alone. In texts
+        without labels for a masked language model some tokens are hidden, always the same. A
+        warning names columns that are not read, and data that can be read in two ways raise a
+        `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options. None: ``"montec"``, or the guide of ``prior``.
@@ -97,7 +97,10 @@ def fit(
         n, the number of all examples of a stream (``datasets.IterableDataset``), of which the fit
         reads as many as the ``max_steps`` of ``training`` take.
     tokenizer
-        The tokenizer, for raw text and padding; with the hub id or folder of a model it is loaded.
+        The tokenizer, for raw text and padding; or transformers' image processor, feature
+        extractor, or processor of texts and pictures, for raw pictures and sounds, of which it
+        makes each batch (the Trainer's ``processing_class``). With the hub id or folder of a model
+        it is loaded.
     task
         A name from ``pyrolora.tasks.available()``, or a `Task`; None: from the model's class.
     choices

@@ -22,6 +22,7 @@ from pyrolora.tasks import (
     MultiLabelPrediction,
     Prediction,
     RegressionPrediction,
+    SpanPrediction,
     TagPrediction,
     TokenPrediction,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Predictor",
     "Question",
     "RegressionPrediction",
+    "SpanPrediction",
     "TagPrediction",
     "TokenPrediction",
     "alone",

@@ -82,8 +82,8 @@ def calibrate(
     if choice_rows(data, joint) is not None:
         raise ConfigError(
             "a language model's temperature is that of each token, and the data have 'choices' "
-            "between texts, whose best temperature is another; calibrate on texts, or fit a "
-            "network that scores choices (AutoModelForMultipleChoice)"
+            "between texts, whose best temperature is another; calibrate on texts, or a fit with "
+            "choices='letters' or 'texts'"
         )
     prepared = predictor.prepare(data, need_labels=True, splits=defaults.FIT_SPLITS)
     factors = predictor.factors(num_samples, seed, numbers)

@@ -77,7 +77,9 @@ def predict(
     reduce = partial(kind.reduce, task)
     records = reduced(joint, data, factors, reduce, order, batch_size=batch_size, rows=rows)
     prediction = named(kind.collect(records, task), joint)
-    return prediction if order is None else prediction.in_order(order)
+    prediction = prediction if order is None else prediction.in_order(order)
+    finished: Prediction = data.collate.finish(prediction, data.examples)
+    return finished
 
 
 def reduced(

@@ -46,6 +46,10 @@ MEANINGS: dict[str, tuple[str, str]] = {
         "AUROC of the labels",
         "How well the probability of a label tells who has it: 0.5 is chance, 1 perfect.",
     ),
+    "entity_f1": (
+        "F1 of the entities",
+        "Of whole entities, from the first to the last token. Higher is better.",
+    ),
     "rmse": ("root mean squared error", "In units of the target. Lower is better."),
     "crps": (
         "CRPS",

@@ -136,9 +136,8 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        layouts = (None, "tokens", "example", "labels")  # with labels the text alone may be meant
-        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.writes_of_pictures
-        return writes and checkpoint.layout in layouts
+        layouts = (None, "tokens", "example", "labels", "spans")  # the text alone may be meant
+        return checkpoint.continues and checkpoint.layout in layouts
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

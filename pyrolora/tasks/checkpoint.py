@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import TARGETS, has_choices, has_preferences, tags_column
+from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
+from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
+from pyrolora.data.spans import is_squad
 
-Layout = Literal["choices", "preferences", "words", "example", "labels", "tokens"]
-"""Choices; a preference between two texts; words with a tag each; one label per example; several of
-them; one per token."""
+Layout = Literal["spans", "choices", "preferences", "words", "example", "labels", "tokens"]
+"""Places of answers; choices; a preference between two texts; words with a tag each; one label per
+example; several of them; one per token."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,15 @@ class Checkpoint:
         return self.architecture in names
 
     @property
+    def continues(self) -> bool:
+        """Whether the saved network writes text on from its input."""
+        return self.is_a("CAUSAL_LM") or self.writes_of_pictures
+
+    @property
     def decodes(self) -> bool:
-        """Whether the saved network reads a text with its encoder and writes another."""
+        """Whether the saved network reads with its encoder and writes a text with its decoder."""
         decodes = bool(getattr(self.config, "is_encoder_decoder", False))
-        return decodes and self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
+        return decodes and any(map(self.is_a, ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")))
 
     @cached_property
     def row(self) -> dict[str, Any]:
@@ -82,6 +90,8 @@ class Checkpoint:
     @cached_property
     def layout(self) -> Layout | None:
         """The form of the labels; None without labels, and without choices."""
+        if is_squad(self.examples) or {*SPANS} <= {*self.row}:
+            return "spans"
         if has_choices(self.examples):
             return "choices"
         if has_preferences(self.row):
@@ -92,12 +102,17 @@ class Checkpoint:
             return "example"
         if self.row.get(LABELS) is None:
             return None
+        if self.decodes and any(name in self.row for name in MODEL_INPUTS):
+            labels = np.asarray(self.row[LABELS])
+            if labels.dtype.kind in "iu" and not {*labels.flat} <= {0, 1}:
+                return "tokens"  # of the text to write, of any length
         return "labels" if has_label_lists(self.examples) else "tokens"
 
     @property
     def has_head(self) -> bool:
         """Whether the checkpoint has a head for classes of examples."""
-        return self.is_a("SEQUENCE_CLASSIFICATION") or self.is_a("IMAGE_CLASSIFICATION")
+        kinds = ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+        return any(map(self.is_a, kinds))
 
     @cached_property
     def names(self) -> list[str] | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pyrolora.data.columns import check_task
 from pyrolora.data.labels import no_labels
 from pyrolora.data.multi_hot import indicator_columns
-from pyrolora.errors import ConfigError, DataError
+from pyrolora.errors import ConfigError, DataError, listed
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.registry import kinds
+from pyrolora.tasks.unsupported import other_task
 
 
 def implied(checkpoint: Checkpoint) -> type[Task]:
@@ -21,7 +21,6 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
     ConfigError, DataError
         Where none reads the data.
     """
-    check_task([*checkpoint.row])
     if checkpoint.layout is None:
         _check_indicators(checkpoint)
     meant = [kind for kind in kinds() if kind.implied(checkpoint)]
@@ -36,11 +35,23 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
             "the value)"
         )
     if checkpoint.layout is None:
-        raise DataError(no_labels([*checkpoint.row]))
+        raise DataError(
+            f"{no_labels([*checkpoint.row])}. {name}{_purpose(checkpoint)}; texts without labels "
+            "are learnt by a language model"
+        )
     raise ConfigError(
-        f"{name}, and no task reads the data for it, whose columns are {sorted(checkpoint.row)}; "
-        "name the task, task=, or pass the network itself"
+        f"{name}{_purpose(checkpoint)}, and no task reads the data for it, whose columns are "
+        f"{sorted(checkpoint.row)}; name the task, task=, or pass the network itself"
     )
+
+
+def _purpose(checkpoint: Checkpoint) -> str:
+    """Return the tasks that the class of a checkpoint is for, in words."""
+    able = [kind.name for kind in kinds() if checkpoint.architecture in kind.classes]
+    other = other_task(checkpoint.architecture)
+    if other is not None and not able:
+        return f", a network for {other}, which is not supported"
+    return f", whose class is for {listed(able)}" if able else ""
 
 
 def _check_indicators(checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pyrolora.columns import CHOICE_MASK, LABELS, Batch
 from pyrolora.data import Collator
+from pyrolora.data.collate import whole_as_long
 from pyrolora.data.columns import CHOICES, context_columns
 from pyrolora.data.examples import is_nested
 from pyrolora.data.tokenising import encode_choices
@@ -83,7 +84,7 @@ class ChoiceCollator(Collator):
         )
         labels = [self.example(example).get(LABELS) for example in examples]
         if labels[0] is not None:
-            batch[LABELS] = torch.as_tensor(np.asarray(labels))
+            batch[LABELS] = whole_as_long(torch.as_tensor(np.asarray(labels)))
         return batch
 
 

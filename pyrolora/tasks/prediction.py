@@ -35,6 +35,8 @@ class Prediction(ABC):
 
     row: ClassVar[str] = "example"
     """The name of a row, and of its dimension in ArviZ."""
+    target_dims: ClassVar[tuple[str, ...]] = ("token",)
+    """The names of the dimensions of `targets` after the first, in ArviZ."""
     higher_is_better: ClassVar[Mapping[str, bool | None]] = {"nll": False, "aurc": False}
     """The metrics of `evaluate`; None where neither direction is better.
 
@@ -92,6 +94,10 @@ class Prediction(ABC):
     def examples(self) -> Tensor:
         """The number of each row's example in the data, (n,)."""
         return torch.arange(len(self.uncertainty))
+
+    def examples_of(self, terms: int) -> int:
+        """Return how many examples of these data ``terms`` of the fit's likelihood are."""
+        return terms
 
     def places(self) -> dict[str, Tensor]:
         """Return numbers of each row that tell where it is in its example, each (n,)."""

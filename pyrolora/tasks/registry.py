@@ -19,6 +19,7 @@ from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multi_label import MultiLabel
 from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.prediction import Prediction
+from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.regression import Regression
 from pyrolora.tasks.reward import RewardModelling
 from pyrolora.tasks.seq2seq import Seq2Seq
@@ -38,6 +39,7 @@ _REGISTRY: dict[str, type[Task]] = {
         MaskedLM,
         TokenClassification,
         MultiLabel,
+        QuestionAnswering,
         LetterChoice,
         TextChoice,
         TokenMeanChoice,

@@ -9,10 +9,11 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSpeechSeq2Seq, PreTrainedModel
 
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS, Batch
 from pyrolora.data import Collator
-from pyrolora.data.columns import is_list
+from pyrolora.data.columns import TOKEN_MASKS, check_text, is_list
 from pyrolora.data.encoding import Encoder, added
 from pyrolora.data.examples import as_dict, as_numbers
 from pyrolora.data.inputs import encoder_for, shift_of, table_of_positions, taken_by, written_length
@@ -50,8 +51,18 @@ class PairCollator(Collator):
         ends = not added(Encoder(self.tokenizer, torch.inf, target=True).tokens)[1]
         return encoder_for(self.tokenizer, self.most, ends=ends, target=True)
 
+    def check_data(self, examples: Any) -> None:
+        super().check_data(examples)
+        masks = [name for name in TOKEN_MASKS if name in as_dict(examples[0], self.input_name)]
+        if masks:
+            raise DataError(
+                f"the columns {masks} say which tokens of one text count, and here the labels are "
+                "a text of their own; give tokens that do not count the label -100, and drop them"
+            )
+
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         pair = pair_of(data)
+        check_text(data, (pair[0][0], pair[1]), self.tokenizer)
         return encode_pairs(data, pair, self.encoder, self.writer), (*pair[0], pair[1])
 
     def with_labels(self, data: datasets.Dataset) -> datasets.Dataset:
@@ -135,6 +146,12 @@ class Seq2Seq(LanguageModel):
     def implied(cls, checkpoint: Checkpoint) -> bool:
         texts = checkpoint.layout == "example" and checkpoint.has_text_labels
         return checkpoint.decodes and (texts or checkpoint.layout in (None, "tokens"))
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        if checkpoint.is_a("SPEECH_SEQ_2_SEQ"):
+            return AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint.name, dtype="auto")
+        return super().load(checkpoint, like)
 
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network that cannot turn labels to the inputs of a decoder."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
@@ -37,9 +35,8 @@ from pyrolora.data.tokenising import warn_cut
 from pyrolora.data.words import check_tokenizer, check_words, first_tokens, lost_words, warn_lost
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.checkpoint import Checkpoint
-from pyrolora.tasks.classification import ClassPrediction
 from pyrolora.tasks.heads import load_head, outputs_like, outputs_of
-from pyrolora.tasks.prediction import joined
+from pyrolora.tasks.tag_prediction import TagPrediction
 from pyrolora.tasks.tokens import TokenTask
 from pyrolora.tasks.unsupported import classes_of
 
@@ -159,74 +156,6 @@ class TagCollator(Collator):
         return [int(bool(a) and not b) for a, b in zip(seen, special, strict=True)]
 
 
-@dataclass(frozen=True)
-class TagPrediction(ClassPrediction):
-    """Class probabilities with one row per counted token: ``draws`` is (S, m, C).
-
-    ``example`` and ``position`` are (m,): the number of the token's example in the data, and its
-    place among the tokens of that example, without padding.
-    """
-
-    row = "token"
-
-    example: Tensor = field(kw_only=True)
-    position: Tensor = field(kw_only=True)
-
-    @staticmethod
-    def reduce(task: Any, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
-        mask = task.token_mask(batch)
-        seen = batch.get(MASK, torch.ones_like(mask))
-        record = {
-            "example": mask.nonzero()[:, 0].cpu(),
-            "position": (seen.long().cumsum(-1) - 1)[mask].cpu(),
-            "size": torch.tensor(len(mask)),
-        }
-        labels = task.targets(batch)
-        probs, scores = [], []
-        for output in outputs:
-            probs.append(task.token_logits(output, batch)[..., mask, :].softmax(-1).cpu())
-            if labels is not None:
-                scores.append(task.row_log_prob(output, batch).cpu())
-        record["draws"] = torch.cat(probs)
-        if labels is not None:
-            record |= {"log_likelihood": torch.cat(scores), "targets": labels[mask].cpu()}
-        return record
-
-    @classmethod
-    def collect(cls, records: Sequence[dict[str, Tensor]], task: Any) -> TagPrediction:
-        before = [0]
-        for record in records:
-            before.append(before[-1] + int(record["size"]))
-        examples = [r["example"] + n for r, n in zip(records, before, strict=False)]
-        return cls(
-            draws=torch.cat([record["draws"] for record in records], dim=1),
-            targets=joined(records, "targets", 0),
-            log_likelihood=joined(records, "log_likelihood", 1),
-            example=torch.cat(examples),
-            position=torch.cat([record["position"] for record in records]),
-        )
-
-    @property
-    def examples(self) -> Tensor:
-        """The number of each token's example in the data, (m,)."""
-        return self.example
-
-    def places(self) -> dict[str, Tensor]:
-        return {"position": self.position}
-
-    def in_order(self, order: Sequence[int]) -> Self:
-        """Return the tokens in the order of the data; the prediction was made in another order."""
-        numbers = torch.as_tensor(order)[self.example]
-        return replace(self, example=numbers).select(numbers.argsort(stable=True))
-
-    def to_pandas(self) -> pd.DataFrame:
-        places = {"example": self.example.numpy(), "position": self.position.numpy()}
-        return pd.concat([pd.DataFrame(places), super().to_pandas()], axis=1)
-
-    def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:
-        return {"position": self.position.tolist(), **super().columns(class_name)}
-
-
 class TokenClassification(TokenTask):
     """Token classification: the tag of each word.
 
@@ -250,7 +179,7 @@ class TokenClassification(TokenTask):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
-        writes = checkpoint.is_a("CAUSAL_LM") or checkpoint.decodes
+        writes = checkpoint.continues or checkpoint.decodes
         return checkpoint.layout == "words" or (checkpoint.layout == "tokens" and not writes)
 
     @classmethod

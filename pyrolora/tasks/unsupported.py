@@ -31,6 +31,13 @@ _LISTS = {
 }
 
 
+# Those of them that a task reads, which is named in its place.
+_SUPPORTED = {
+    "token classification (a tag per token)": "token-classification",
+    "extractive question answering": "question-answering",
+}
+
+
 def classes_of(*kinds: str) -> frozenset[str]:
     """Return the names of transformers' classes for these kinds of heads ("CAUSAL_LM")."""
     lists = (getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES", {}) for kind in kinds)
@@ -94,10 +101,10 @@ def check_supported(network: nn.Module, classes: Collection[str] = ()) -> None:
             "the texts to write, or fit a classifier or a causal language model"
         )
     title = other_task(name, classes)
-    if title is not None and title.startswith("token classification"):
+    if title in _SUPPORTED:
         raise ConfigError(
             f"{name} is a network for {title}, and another task is named; leave task= out, or name "
-            "'token-classification'"
+            f"{_SUPPORTED[title]!r}"
         )
     if title is not None:
         raise ConfigError(

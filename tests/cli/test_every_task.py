@@ -19,6 +19,7 @@ from problems import (
     mask_tokenizer,
     questions,
     reviews,
+    squad,
     summaries,
     t5,
     tagged,
@@ -113,6 +114,14 @@ CASES = {
         {"prob_0", "predicted", "epistemic"},
         "accuracy",
         ("--choices", "letters"),
+    ),
+    "answers": Case(
+        "question-answering",
+        encoder,
+        tokenizer,
+        list(squad(8)),
+        {"predicted", "probability", "start", "end", "epistemic"},
+        "f1",
     ),
     "preferences": Case(
         "reward-modelling",

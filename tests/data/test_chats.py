@@ -177,6 +177,19 @@ def test_two_sides_of_a_talk_are_a_chat_or_joined() -> None:
         assert learnt([row], plain) == [f"{answer}</s>"]
 
 
+def test_chats_alone_and_their_origins_are_read() -> None:
+    tokenizer = chat_tokenizer()
+    expected = by_us([{"messages": CHAT}], tokenizer)
+    assert by_us([CHAT], tokenizer) == expected
+    assert by_us([{"chat": CHAT, "id": 3}], tokenizer) == expected
+    with pytest.warns(UserWarning, match=r"\['source'\] are not read"):
+        assert by_us([{"messages": CHAT, "source": "web"}], tokenizer) == expected
+
+
+def test_a_named_column_of_texts_is_read() -> None:
+    assert learnt([{"body": "a b"}], chat_tokenizer(), dataset_text_field="body") == ["a b</s>"]
+
+
 def test_sharegpt_has_its_own_names_of_roles() -> None:
     rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
     assert learnt(rows, chat_tokenizer(), assistant_only_loss=True) == ["b<|im_end|>\n"]
@@ -261,6 +274,10 @@ LAST = "{% for m in messages %}{{ messages[-1].content }}{{ m.content }}{% endfo
         ([{"messages": CHAT, "tools": "[{"}], BARE, {}, "the tools of an example are no JSON"),
         ([{"messages": CHAT[:1]}], BARE, {"assistant_only_loss": True}, "assistant says nothing"),
         ([{"messages": CHAT}], LAST, {"assistant_only_loss": True}, "{% generation %} and"),
+        ([{"messages": CHAT[1:]}], BARE, {"assistant_only_loss": True}, "the chat begins with it"),
+        ([{"messages": "[]"}], BARE, {}, "'messages' holds texts, and a chat is a list"),
+        ([{"text": "a"}, {"text": "b", "answer": "c"}], BARE, {}, r"\['answer'\], too"),
+        ([{"content": "a"}], BARE, {"dataset_text_field": "body"}, "dataset_text_field='body'"),
         ([{"text": "a"}], BARE, {"assistant_only_loss": True}, "'text' hold no chats"),
         ([{"prompt": "a", "completion": "b"}], BARE, {"assistant_only_loss": True}, "no chats"),
         ([{"text": "a"}], BARE, {"completion_only_loss": True}, "has no completion, only 'text'"),

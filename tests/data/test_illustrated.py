@@ -344,7 +344,15 @@ def test_pictures_without_a_place(case: str) -> None:
         batch_of([row], llava())
 
 
-def test_a_picture_is_not_cut(tmp_path: Path) -> None:
+def test_pictures_that_nobody_reads_are_no_silence(fitted: Posterior) -> None:
+    with pytest.raises(DataError, match=r"tokenizer=AutoProcessor\.from_pretrained"):
+        prepare(chats(), llava(), task_for(llava()), processor().tokenizer)
+    row = {"image": picture("red"), "question": "what", "choices": ["red", "blue"]}
+    with pytest.raises(DataError, match="this task reads texts alone"):
+        fitted.predict([row])
+
+
+def test_a_picture_is_not_cut() -> None:
     with pytest.raises(DataError, match="those of its pictures included"):
         pyrolora.fit(
             llava(), chats(), "map", tokenizer=processor(), texts=TextOptions(max_length=6)

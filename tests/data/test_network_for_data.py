@@ -13,7 +13,7 @@ from problems import Rows, bert_choice, bert_mlm, llama, mask_tokenizer, questio
 from transformers import ViTConfig, ViTForImageClassification
 
 import pyrolora
-from pyrolora.errors import ConfigError, DataError
+from pyrolora.errors import ConfigError
 from pyrolora.tasks import load_network
 
 
@@ -109,15 +109,15 @@ def test_sound_for_a_network_of_texts_is_told_to_pass_another(folders: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"),
+    ("labels", "head"),
     [
-        ({"start_positions": 1, "end_positions": 2}, "extractive question answering"),
+        ({"labels": [1.0, 0.0, 1.0]}, "SequenceClassification"),
+        ({"start_positions": 1, "end_positions": 2}, "QuestionAnswering"),
     ],
 )
-def test_tasks_without_a_likelihood_by_name(
-    folders: dict[str, Path], labels: Any, words: str
+def test_several_labels_and_places_of_answers_have_their_heads(
+    folders: dict[str, Path], labels: Any, head: str
 ) -> None:
     rows = [{"input_ids": [4, 5, 6, 7], **labels}] * 4
     for data in (rows, Rows(rows)):
-        with pytest.raises(DataError, match=words):
-            load_network(folders["masked"], data)
+        assert type(load_network(folders["masked"], data)[0]).__name__ == f"BertFor{head}"

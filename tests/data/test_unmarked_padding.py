@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 import pyrolora
 from pyrolora import AdapterConfig
+from pyrolora.columns import PLACES
 from pyrolora.data import prepare
 from pyrolora.data.padding import Padding
 from pyrolora.errors import DataError
@@ -149,7 +150,7 @@ def test_masks_and_labels_have_to_agree() -> None:
     good = {**row, "labels": [-100, -100, 7], "assistant_masks": [0, 0, 1]}
     (batch,) = prepare([good], llama(), CausalLM()).loader(1)
     assert batch["labels"].tolist() == [[-100, -100, 7]]
-    assert set(batch) == {"input_ids", "labels"}
+    assert {"input_ids", "labels"} <= set(batch) <= {"input_ids", "labels", PLACES}
     for wrong, words in (
         ({"labels": [-100, 6, 7]}, "'labels' and the mask"),
         ({"labels": [-100, -100, -100]}, "'labels' and the mask"),

@@ -110,7 +110,7 @@ def test_choices_do_without_labels_that_are_not_all_there() -> None:
     posterior = language_model()
     rows = [{"question": "the film is", "choices": ["good", "dull"], "label": n} for n in (None, 1)]
     assert posterior.predict(rows, 0).targets is None
-    with pytest.raises(DataError, match="the label of example 0 is None"):
+    with pytest.raises(DataError, match="1 examples have no label, the first is example 0"):
         posterior.evaluate(rows, 0)
 
 

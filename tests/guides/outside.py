@@ -53,13 +53,20 @@ class CopiedProgram(FactorProgram):
         return dist.Normal(self.loc(site), scale).to_event(1)
 
 
-if __name__ == "__main__":  # a process that loads: FOLDER PREDICTIONS [register]
-    folder, file, *registered = sys.argv[1:]
-    if registered:
-        register(Copied)
+def tell(folder: str, file: str) -> None:
+    """Load the folder and write its predictions, or print why that is refused."""
     try:
         loaded = pyrolora.load(folder, mlp())
     except pyrolora.PyroLoraError as error:
         print(error)
     else:
         torch.save(loaded.predict((torch.eye(4),), 3, seed=0).draws, file)
+
+
+if __name__ == "__main__":  # a process that loads, and registers in between: FOLDER FILE ...
+    pairs = [*zip(sys.argv[1::2], sys.argv[2::2], strict=True)]
+    for _ in range(2):
+        for folder, file in pairs:
+            tell(folder, file)
+        print("registered")
+        register(Copied)

@@ -42,18 +42,6 @@ def fitted(guide: Any, **options: Any) -> pyrolora.Posterior:
     )  # fmt: skip
 
 
-def loaded_elsewhere(folder: Path, predictions: Path, *registered: str) -> str:
-    """Load the folder in a fresh process that writes its predictions; return what it prints."""
-    here = Path(outside.__file__).parent
-    path = os.pathsep.join([str(here.parent), *sys.path])
-    done = subprocess.run(
-        [sys.executable, outside.__file__, str(folder), str(predictions), *registered],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
-        check=True,
-    )  # fmt: skip
-    return done.stdout
-
-
 def test_register_returns_the_class_and_its_name_is_known() -> None:
     assert guides.register(Copied) is Copied
     assert "copied" in guides.available()
@@ -71,20 +59,29 @@ def test_a_name_that_is_not_registered_says_how_to_register_it() -> None:
         pyrolora.fit(mlp(), (X, Y), guide="copied", task="classification")
 
 
-@pytest.mark.parametrize("guide", [Copied(latent="AB"), Flat(inner=Copied(), rho=0.2)])
-def test_a_folder_of_a_guide_from_outside_loads_where_it_is_registered(
-    guide: Guide, tmp_path: Path
-) -> None:
-    posterior = fitted(guide)
-    posterior.save(tmp_path / "saved")
-    said = loaded_elsewhere(tmp_path / "saved", tmp_path / "draws.pt")
-    assert "was saved with the guide 'copied'" in said
-    assert "pyrolora.guides.register" in said
-    assert "edited" not in said
-    assert "incomplete" not in said
-    assert loaded_elsewhere(tmp_path / "saved", tmp_path / "draws.pt", "register") == ""
-    expected = posterior.predict((torch.eye(4),), 3, seed=0).draws
-    assert torch.equal(torch.load(tmp_path / "draws.pt"), expected)
+def test_a_folder_of_a_guide_from_outside_loads_where_it_is_registered(tmp_path: Path) -> None:
+    """In a fresh process, which refuses the folders before it has registered the guide."""
+    kinds = {"alone": Copied(latent="AB"), "wrapped": Flat(inner=Copied(), rho=0.2)}
+    posteriors = {name: fitted(guide) for name, guide in kinds.items()}
+    words = []
+    for name, posterior in posteriors.items():
+        posterior.save(tmp_path / name)
+        words += [str(tmp_path / name), str(tmp_path / f"{name}.pt")]
+    path = os.pathsep.join([str(Path(outside.__file__).parents[1]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, outside.__file__, *words],
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
+    before, after, _ = done.stdout.split("registered\n")
+    assert before.count("was saved with the guide 'copied'") == 2
+    assert before.count("pyrolora.guides.register") == 2
+    assert "edited" not in before
+    assert "incomplete" not in before
+    assert after == ""
+    for name, posterior in posteriors.items():
+        expected = posterior.predict((torch.eye(4),), 3, seed=0).draws
+        assert torch.equal(torch.load(tmp_path / f"{name}.pt"), expected)
 
 
 def test_a_folder_of_a_task_from_outside_names_it(tmp_path: Path) -> None:

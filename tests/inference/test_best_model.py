@@ -145,7 +145,11 @@ def test_every_metric_has_its_direction():
     posteriors = {
         ClassPrediction: (mlp(), CLASSES, {"task": "classification", **OPTIONS}),
         RegressionPrediction: (mlp(outputs=1), NUMBERS, {"task": "regression", **OPTIONS}),
-        TagPrediction: (bert_tags(), tagged(4), {"tokenizer": tokenizer(), **OPTIONS}),
+        TagPrediction: (
+            bert_tags(id2label={0: "O", 1: "B-X", 2: "I-X"}),
+            tagged(4),
+            {"tokenizer": tokenizer(), **OPTIONS},
+        ),
         TokenPrediction: (llama(), tokens(4).remove_columns("labels"), OPTIONS),
     }
     for kind, (network, data, options) in posteriors.items():
@@ -153,4 +157,4 @@ def test_every_metric_has_its_direction():
         found = posterior.predictor.predict(data, 0, 4, None, need_labels=True)
         assert type(found) is kind
         assert [*evaluate(found)] == [*kind.higher_is_better]
-    assert len(available()) == 12  # a new task may bring a kind of prediction
+    assert len(available()) == 13  # a new task may bring a kind of prediction

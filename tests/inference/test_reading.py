@@ -13,11 +13,12 @@ from transformers import (
     BartForConditionalGeneration,
     BartForSequenceClassification,
     BertConfig,
-    BertForQuestionAnswering,
     BertForTokenClassification,
     BertLMHeadModel,
     RobertaConfig,
     RobertaForCausalLM,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     T5Config,
     T5ForConditionalGeneration,
     XLNetConfig,
@@ -122,7 +123,10 @@ def test_tags_are_no_tokens() -> None:
 
 
 TASKS: dict[str, tuple[Any, str]] = {
-    "spans": (lambda: BertForQuestionAnswering(BertConfig(**SIZES)), "extractive question"),
+    "pictures": (
+        lambda: SegformerForSemanticSegmentation(SegformerConfig(num_labels=2)),
+        "semantic segmentation",
+    ),
 }
 
 

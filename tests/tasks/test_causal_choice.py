@@ -281,8 +281,9 @@ def test_labels_are_numbers_letters_or_texts() -> None:
     assert prepare(rows, network(), law, words).labels.tolist() == [1, 1]
     numbered = [{"question": "the film", "choices": named, "label": "1"}]
     assert prepare(numbered, network(), law, words).labels.tolist() == [0]
-    texts = [{"question": "the", "choices": ["good", "dull"], "label": x} for x in ("dull", "A")]
-    assert prepare(texts, network(), law, words).labels.tolist() == [1, 0]
+    labels = ("dull", "A", "1")
+    texts = [{"question": "the", "choices": ["good", "dull"], "label": x} for x in labels]
+    assert prepare(texts, network(), law, words).labels.tolist() == [1, 0, 1]
 
 
 def test_from_a_shell(tmp_path: Path) -> None:
@@ -306,7 +307,7 @@ def test_what_cannot_be_is_refused(posteriors: dict[str, Posterior], tmp_path: P
         pyrolora.fit(network(), ROWS, "map", tokenizer=letter_tokenizer())
     network().save_pretrained(tmp_path)
     letter_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"choices='letters'.*'texts'.*task='multiple-choice'"):
+    with pytest.raises(ConfigError, match=r"choices='letters'.*choices='texts'"):
         pyrolora.fit(tmp_path, ROWS, "map")
     assert (
         pyrolora.fit(tmp_path, ROWS, "map", choices="texts", epochs=1).task.name == TextChoice.name

@@ -6,20 +6,24 @@ import re
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+from PIL import Image
 from transformers import AutoConfig, PretrainedConfig
 
 import pyrolora.tasks
-from pyrolora.columns import INPUTS
 from pyrolora.data.examples import as_examples
 from pyrolora.errors import ConfigError, PyroLoraError
 from pyrolora.tasks.checkpoint import Checkpoint
+from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.implied import implied
 
 # Data -------------------------------------------------------------------------------------------
 
 TEXT = {"text": ["good", "bad", "dull"]}
 PIXELS = [[[0.0] * 4] * 4] * 3
+PICTURE = Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8))
+SOUND = {"array": [0.0] * 8, "sampling_rate": 16_000}
 LAYOUTS: dict[str, Any] = {
     "text": TEXT,
     "class": {**TEXT, "label": [0, 1, 2]},
@@ -30,11 +34,22 @@ LAYOUTS: dict[str, Any] = {
     "tags": {"tokens": [["a", "b"], ["c"], ["d"]], "ner_tags": [[0, 1], [1], [0]]},
     "token labels": {"input_ids": [[4, 5, 6]] * 3, "labels": [[-100, 5, 6]] * 3},
     "choices": {"question": TEXT["text"], "choices": [["a", "b"]] * 3, "label": [0, 1, 0]},
+    "spans": {
+        "question": TEXT["text"],
+        "context": ["it is good"] * 3,
+        "answers": [{"text": ["good"], "answer_start": [6]}] * 3,
+    },
     "pair": {"document": TEXT["text"], "summary": ["a", "b", "c"]},
     "completion": {"prompt": TEXT["text"], "completion": ["a", "b", "c"]},
     "chat": {"messages": [[{"role": "user", "content": "a"}]] * 3},
     "preference": {"chosen": TEXT["text"], "rejected": ["a", "b", "c"]},
     "pixels": {"pixel_values": [PIXELS] * 3, "labels": [0, 1, 1]},
+    "pictures": {"image": [PICTURE] * 3, "label": [0, 1, 1]},
+    "pictures with chats": {
+        "image": [PICTURE] * 3,
+        "messages": [[{"role": "user", "content": "a"}]] * 3,
+    },
+    "sounds": {"audio": [SOUND] * 3, "label": [0, 1, 1]},
 }
 
 # Checkpoints ------------------------------------------------------------------------------------
@@ -49,15 +64,21 @@ ENCODER = {
     "tags": "token-classification",
     "token labels": "token-classification",
     "choices": "multiple-choice",
+    "spans": "question-answering",
     "pair": "",
     "completion": "",
     "chat": "",
     "preference": "reward-modelling",
     "pixels": "classification",
+    "pictures": "classification",
+    "pictures with chats": "",
+    "sounds": "classification",
 }
 MASKED = {
     **ENCODER,
-    **dict.fromkeys(("text", "pair", "completion", "chat"), "fill-mask"),  # which reads one text
+    **dict.fromkeys(
+        ("text", "pair", "completion", "chat", "pictures with chats"), "fill-mask"
+    ),  # which reads one text
     "token labels": "fill-mask | token-classification",
 }
 LETTERS = "letter-choice | text-choice | text-choice-per-token"
@@ -70,21 +91,28 @@ DECODER = {
     "classes": "multi-label-classification | text-generation",
     "multi-hot": "multi-label-classification | text-generation",
     "token labels": "text-generation",
-    "pixels": "classification | text-generation",
+    **dict.fromkeys(("pixels", "pictures", "sounds"), "classification | text-generation"),
+    "pictures with chats": "text-generation",
     "choices": LETTERS,
+    "spans": "question-answering | text-generation",
     "pair": "text-generation",
     "completion": "text-generation",
     "chat": "text-generation",
 }
 WRITER = {
     **ENCODER,
-    **dict.fromkeys(("text", "token labels", "pair", "completion", "chat"), "text2text-generation"),
+    **dict.fromkeys(
+        ("text", "token labels", "pair", "completion", "chat", "pictures with chats"),
+        "text2text-generation",
+    ),
     "name": "classification | text2text-generation",
 }
 TABLE = {
     **dict.fromkeys(("bert:BertModel", "llama:LlamaModel", "t5:T5EncoderModel"), ENCODER),
     **dict.fromkeys(("bert:BertForSequenceClassification", "t5:T5ForTokenClassification"), ENCODER),
     **dict.fromkeys(("vit:ViTModel", "vit:ViTForImageClassification", "bert:"), ENCODER),
+    **dict.fromkeys(("clip:CLIPModel", "wav2vec2:Wav2Vec2Model"), ENCODER),
+    "llava:LlavaForConditionalGeneration": {**DECODER, "choices": "multiple-choice"},
     **dict.fromkeys(("bert:BertForMaskedLM", "roberta:RobertaForMaskedLM"), MASKED),
     **dict.fromkeys(("llama:LlamaForCausalLM", "gpt2:GPT2LMHeadModel"), DECODER),
     **dict.fromkeys(("t5:T5ForConditionalGeneration", "bart:BartForConditionalGeneration"), WRITER),
@@ -102,7 +130,9 @@ def config_of(name: str) -> PretrainedConfig:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_and_data_are_one_task_or_a_question(checkpoint: str, layout: str) -> None:
     data = datasets.Dataset.from_dict(LAYOUTS[layout])
-    read = Checkpoint("folder", config_of(checkpoint), as_examples(data, INPUTS, ("train",)))
+    config = config_of(checkpoint)
+    examples = as_examples(data, main_input(config), ("train",))
+    read = Checkpoint("folder", config, examples)
     expected = [name for name in TABLE[checkpoint][layout].split(" | ") if name]
     if len(expected) == 1:
         assert implied(read).name == expected[0]

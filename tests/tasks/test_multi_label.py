@@ -12,7 +12,7 @@ import pytest
 import torch
 from console import done, saved
 from peft_trainer import check_map
-from problems import Rows, arguments, bert, bert_mlm, tokenizer
+from problems import LABELS, Rows, arguments, bert, bert_labels, bert_mlm, several, tokenizer
 from transformers import BertForSequenceClassification
 
 import pyrolora
@@ -23,55 +23,26 @@ from pyrolora.predictive import Conformal, evaluate, reliability_table
 from pyrolora.report import report_on
 from pyrolora.tasks import MultiLabel, MultiLabelPrediction, load_network, task_for
 
-NAMES = ["good", "bad", "not"]
 MULTI = "multi_label_classification"
 
 
-def network(
-    classes: int = 3, *, named: bool = True, **changes: Any
-) -> BertForSequenceClassification:
-    """A tiny BERT whose configuration has several labels per example."""
-    names = dict(enumerate(NAMES[:classes])) if named else {}
-    known = {"id2label": names, "label2id": {name: i for i, name in names.items()}} if named else {}
-    return bert(classes, **{"problem_type": MULTI, **known, **changes})
-
-
-def labelled(n: int = 12, form: str = "names", seed: int = 0) -> datasets.Dataset:
-    """Texts whose labels are the words in them."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for _ in range(n):
-        text = [*generator.choice([*NAMES, "film", "the", "very"], generator.integers(2, 7))]
-        hot = [name in text for name in NAMES]
-        forms = {
-            "names": {"labels": [name for name in NAMES if name in text]},
-            "numbers": {"label": [c for c, name in enumerate(NAMES) if name in text]},
-            "integers": {"labels": [*map(int, hot)]},
-            "floats": {"labels": [*map(float, hot)]},
-            "booleans": {"labels": hot},
-            "columns": dict(zip(NAMES, map(int, hot), strict=True)),
-        }
-        rows.append({"text": " ".join(text), **forms[form]})
-    return datasets.Dataset.from_list(rows)
-
-
 def prepared(data: Any, net: Any = None, **options: Any) -> Any:
-    net = network() if net is None else net
+    net = bert_labels() if net is None else net
     return prepare(data, net, MultiLabel(), tokenizer(), **options)
 
 
 @pytest.fixture(scope="module")
 def posterior() -> Posterior:
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=2), "seed": 0}
-    return pyrolora.fit(network(), labelled(16), "meanfield", epochs=2, **options)
+    return pyrolora.fit(bert_labels(), several(16), "meanfield", epochs=2, **options)
 
 
 # The law -----------------------------------------------------------------------------------------
 
 
 def test_the_likelihood_is_transformers_own_loss_summed_over_labels() -> None:
-    net, task = network(), MultiLabel()
-    ready = prepared(labelled(5), net)
+    net, task = bert_labels(), MultiLabel()
+    ready = prepared(several(5), net)
     batch = ready.collate([ready.examples[i] for i in range(5)])
     output = task.output(net(**{n: t for n, t in batch.items() if n != "labels"}))
     expected = net(**batch).loss * 5 * 3  # a mean over examples and classes
@@ -81,11 +52,11 @@ def test_the_likelihood_is_transformers_own_loss_summed_over_labels() -> None:
 def test_a_map_fit_is_that_of_peft_and_the_trainer(tmp_path: Path) -> None:
     """transformers' loss is a mean over classes: it takes steps that are as many times longer."""
     plain = {"optim": "sgd", "max_grad_norm": 0.0}
-    net = network(initializer_range=0.3)
-    ready = prepared(labelled(12), net)
+    net = bert_labels(initializer_range=0.3)
+    ready = prepared(several(12), net)
     check_map(
         net,
-        labelled(12),
+        several(12),
         ready.examples,
         ready.collate,
         kind="SEQ_CLS",
@@ -115,7 +86,7 @@ def test_the_temperature_divides_the_logits() -> None:
 
 
 def test_a_draw_is_the_network_with_its_update_in_the_weights(posterior: Posterior) -> None:
-    data, net = labelled(6, seed=1), network()
+    data, net = several(6, seed=1), bert_labels()
     drawn = posterior.predict(data, draws=[1])
     factors = {
         n: (A[0], B[0]) for n, (A, B) in posterior.factors(posterior.sample(draws=[1])).items()
@@ -137,8 +108,8 @@ def test_a_draw_is_the_network_with_its_update_in_the_weights(posterior: Posteri
 
 @pytest.mark.parametrize("form", ["numbers", "integers", "floats", "booleans", "columns"])
 def test_every_form_of_labels_is_the_same(form: str) -> None:
-    expected = prepared(labelled(12)).labels
-    torch.testing.assert_close(prepared(labelled(12, form)).labels, expected)
+    expected = prepared(several(12)).labels
+    torch.testing.assert_close(prepared(several(12, form)).labels, expected)
 
 
 def test_numbers_with_names_are_matched_by_name() -> None:
@@ -147,7 +118,7 @@ def test_numbers_with_names_are_matched_by_name() -> None:
         [{"text": "film", "labels": [0, 1]}, {"text": "film", "labels": []}]
     ).cast_column("labels", other)
     assert prepared(data).labels.tolist() == [[1, 0, 1], [0, 0, 0]]
-    ready = prepared(data, network(named=False))  # a network without names takes the data's
+    ready = prepared(data, bert_labels(named=False))  # a network without names takes the data's
     assert ready.labels.tolist() == [[1, 1, 0], [0, 0, 0]]
     assert ready.names == ["NOT", "Good", "bad"]
 
@@ -176,14 +147,14 @@ def test_tensors_and_rows_have_a_place_per_class() -> None:
 def test_labels_that_cannot_be_read_are_told(labels: Any, words: str) -> None:
     data = [{"text": "film", "labels": row} for row in labels]
     with pytest.raises(DataError, match=words):
-        prepared(data, network(2))
+        prepared(data, bert_labels(2))
 
 
 def test_lists_of_two_places_are_told_apart_where_they_can_be() -> None:
     hot = [{"text": "film", "labels": row} for row in ([0, 1], [1, 1])]
-    assert prepared(hot, network(2)).labels.tolist() == [[0, 1], [1, 1]]
+    assert prepared(hot, bert_labels(2)).labels.tolist() == [[0, 1], [1, 1]]
     numbers = [{"text": "film", "labels": row} for row in ([0, 1], [1])]
-    assert prepared(numbers, network(2)).labels.tolist() == [[1, 1], [0, 1]]
+    assert prepared(numbers, bert_labels(2)).labels.tolist() == [[1, 1], [0, 1]]
 
 
 def test_rows_without_places_for_all_classes_are_told() -> None:
@@ -196,18 +167,18 @@ def test_rows_without_places_for_all_classes_are_told() -> None:
 
 def test_a_column_per_class_has_to_be_whole() -> None:
     with pytest.raises(DataError, match=r"none for \['not'\]"):
-        prepared(labelled(3, "columns").remove_columns("not"))
+        prepared(several(3, "columns").remove_columns("not"))
 
 
 # The network -------------------------------------------------------------------------------------
 
 
 def test_the_network_says_the_task() -> None:
-    assert task_for(network()).name == "multi-label-classification"
-    assert task_for(network(1)).name == "multi-label-classification"
+    assert task_for(bert_labels()).name == "multi-label-classification"
+    assert task_for(bert_labels(1)).name == "multi-label-classification"
     assert task_for(bert(3), "multilabel").name == "multi-label-classification"
     with pytest.raises(ConfigError, match="several labels per example, and the task says"):
-        task_for(network(), "classification")
+        task_for(bert_labels(), "classification")
     with pytest.raises(ConfigError, match="one label per example, and the task says"):
         task_for(bert(3, problem_type="single_label_classification"), "multi-label-classification")
 
@@ -219,17 +190,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("form", ["names", "integers", "numbers"])
 def test_data_load_the_network_that_they_need(encoder: Path, form: str) -> None:
-    net, _ = load_network(encoder, labelled(12, form))
+    net, _ = load_network(encoder, several(12, form))
     assert isinstance(net, BertForSequenceClassification)
     assert net.config.problem_type == MULTI
     assert net.config.num_labels == 3
-    assert (sorted(net.config.label2id) == sorted(NAMES)) == (form == "names")
+    assert (sorted(net.config.label2id) == sorted(LABELS)) == (form == "names")
 
 
 def test_columns_of_0_and_1_by_name_are_asked_about(encoder: Path) -> None:
     for task in (None, "multi-label-classification"):
         with pytest.raises(DataError, match=r"\['good', 'bad', 'not'\].*remove_columns"):
-            load_network(encoder, labelled(3, "columns"), task=task)
+            load_network(encoder, several(3, "columns"), task=task)
 
 
 # The prediction ----------------------------------------------------------------------------------
@@ -266,32 +237,32 @@ def test_metrics_by_hand() -> None:
 
 
 def test_it_works_end_to_end(posterior: Posterior, tmp_path: Path) -> None:
-    data = labelled(8, seed=2)
+    data = several(8, seed=2)
     prediction = posterior.predict(data, 4, seed=0)
     table = prediction.to_pandas()
     assert [*table][:4] == ["prob_good", "prob_bad", "prob_not", "predicted"]
     assert [{*row} for row in table["target"]] == [{*row} for row in data["labels"]]
     idata = posterior.to_arviz(8, data=data, log_likelihood=True, seed=0)
     assert idata["observed_data"]["y"].dims == ("example", "class")
-    assert [*idata["posterior_predictive"]["probs"].coords["class"].values] == NAMES
+    assert [*idata["posterior_predictive"]["probs"].coords["class"].values] == LABELS
     assert idata["log_likelihood"]["y"].shape == (1, 8, 8)
     report = report_on(posterior, data, num_samples=3, seed=0)
     assert "<h3>Reliability</h3>" in report.html
     assert "least sure label" in report.html
     assert not report_on(posterior, data.remove_columns("labels"), num_samples=2).metrics
     posterior.save(tmp_path / "saved")
-    loaded = pyrolora.load(tmp_path / "saved", network())
+    loaded = pyrolora.load(tmp_path / "saved", bert_labels())
     again = loaded.predict(data, 4, seed=0)
     torch.testing.assert_close(again.draws, prediction.draws)
     posterior.to_peft(tmp_path / "adapter")
-    back = pyrolora.from_peft(tmp_path / "adapter", network(), tokenizer=tokenizer())
+    back = pyrolora.from_peft(tmp_path / "adapter", bert_labels(), tokenizer=tokenizer())
     torch.testing.assert_close(back.predict(data, 0).draws, posterior.predict(data, 0).draws)
     with pytest.raises(ConfigError, match="one class per row"):
         Conformal(prediction)
 
 
 def test_padding_changes_nothing(posterior: Posterior) -> None:
-    data = labelled(6, seed=3)
+    data = several(6, seed=3)
     whole = posterior.predict(data, 3, seed=0, batch_size=6)
     single = posterior.predict(data, 3, seed=0, batch_size=1)
     torch.testing.assert_close(whole.draws, single.draws, atol=1e-6, rtol=1e-5)
@@ -299,14 +270,14 @@ def test_padding_changes_nothing(posterior: Posterior) -> None:
 
 def test_the_curvature_of_a_laplace_fit_is_used(tmp_path: Path) -> None:
     options = {"tokenizer": tokenizer(), "adapter": AdapterConfig(r=1), "epochs": 1, "seed": 0}
-    fitted = pyrolora.fit(network(), labelled(8), "laplace", eval_data=labelled(4), **options)
-    assert fitted.predict(labelled(4), 3).epistemic.shape == (4,)
+    fitted = pyrolora.fit(bert_labels(), several(8), "laplace", eval_data=several(4), **options)
+    assert fitted.predict(several(4), 3).epistemic.shape == (4,)
 
 
 def test_from_a_shell(tmp_path: Path) -> None:
-    model = saved(network(), tmp_path / "model")
+    model = saved(bert_labels(), tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in labelled(8).to_list()))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in several(8).to_list()))
     run, table = tmp_path / "run", tmp_path / "table.jsonl"
     fit = ("--model", model, "--guide", "map", "--epochs", 1, "--output-dir", run)
     done("fit", rows, *fit, "--eval-data", rows)

@@ -20,7 +20,9 @@ from pyrolora.tasks import (
     CausalLM,
     Classification,
     MaskedLM,
+    MultiLabel,
     MultipleChoice,
+    QuestionAnswering,
     Regression,
     RegressionPrediction,
     Task,
@@ -74,6 +76,8 @@ class Half(CountPrediction):
         ("text-generation Text_Generation CAUSAL_LM causal-lm", CausalLM),
         ("fill-mask fill_mask", MaskedLM),
         ("multiple-choice multiple_choice", MultipleChoice),
+        ("multi-label-classification multi_label multilabel", MultiLabel),
+        ("question-answering QUESTION_ANS qa", QuestionAnswering),
         ("token-classification TOKEN_CLS ner token_classification", TokenClassification),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyrolora
 from pyrolora import AdapterConfig, Posterior
 from pyrolora.data import prepare
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.predictive import TagPrediction
+from pyrolora.predictive import ClassPrediction, TagPrediction
 from pyrolora.tasks import TokenClassification, load_network, task_for
 from pyrolora.tasks.token_classification import COUNTED
 
@@ -84,6 +85,25 @@ def test_the_network_says_the_task() -> None:
     assert task_for(bert_tags()).name == "token-classification"
     assert task_for(bert_tags(), "TOKEN_CLS").name == "token-classification"
     assert task_for(bert(), "sentiment-analysis").name == "classification"
+
+
+def test_whole_entities_are_scored_where_tags_are_named_by_iob() -> None:
+    """Two entities, of which one is found and one cut; and one found that is none."""
+    truth, said = [0, 1, 2, 1, 2, 0], [0, 1, 2, 1, 0, 1]
+    made = TagPrediction(
+        targets=torch.tensor(truth),
+        log_likelihood=torch.zeros(1, 6),
+        draws=torch.eye(3)[said][None] * 0.8 + 0.1,
+        classes=("O", "B-PER", "I-PER"),
+        example=torch.tensor([0, 0, 0, 0, 1, 1]),
+        position=torch.arange(6),
+    )
+    # The example ends between the fourth and the fifth token, and with it the entity.
+    assert made.metrics() == pytest.approx(
+        {"entity_precision": 2 / 3, "entity_recall": 2 / 3, "entity_f1": 2 / 3}
+    )
+    assert replace(made, classes=None).metrics() == {}
+    assert replace(made, classes=("O", "NOUN", "VERB")).metrics() == {}
 
 
 # Words and tokens --------------------------------------------------------------------------------
@@ -228,7 +248,7 @@ def test_the_metrics_are_per_token(posterior: Posterior) -> None:
     assert scores["accuracy"] == pytest.approx(float(right))
     picked = prediction.draws[:, torch.arange(len(tags)), tags].mean(0)
     assert scores["nll"] == pytest.approx(float(-picked.log().mean()), rel=1e-5)
-    assert {*scores} == {*TagPrediction.higher_is_better}
+    assert {*scores} == {*ClassPrediction.higher_is_better}
 
 
 @pytest.mark.filterwarnings("ignore:the temperature 20")  # of a network that learnt little
