@@ -126,13 +126,16 @@ def generate(
 
 
 def _prompts(inputs: Any, source: str, *, apart: bool) -> Any:
-    """Return the texts to continue, or the rows that have chats or prompts of several parts.
+    """Return the texts to continue, or the rows that have chats, pictures, or prompts in parts.
 
     ``apart`` says that the answers are texts of their own, which a decoder writes.
     """
     from pyrolora.data.dialogues import prompt_of
+    from pyrolora.data.illustrated import Illustrator
     from pyrolora.data.pairs import joined_texts, source_of
 
+    if Illustrator.column_of(inputs) is not None:
+        return inputs
     if apart:
         names = source_of(inputs)
         texts, read = joined_texts(inputs, names), " and ".join(map(repr, names))
