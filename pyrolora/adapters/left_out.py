@@ -125,6 +125,21 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
     return f" (like it: {listed(similar)})" if similar else ""
 
 
+def refused_by_name(network: nn.Module, config: AdapterConfig) -> str:
+    """Return what is said of convolutions and embeddings that the targets match in vain, or ''."""
+    wanted = config.target_modules
+    modules = {name: unwrapped(module) for name, module in walk(network) if name}
+    found = [
+        f"; {name!r} is of the class {type(module).__name__}, and {refusal(module)}"
+        for name, module in modules.items()
+        if isinstance(module, (*CONVOLUTIONS, nn.Embedding))
+        and refusal(module)
+        and wanted is not None
+        and matches(name, wanted)
+    ]
+    return found[0] if found else ""
+
+
 def _what_is(
     network: nn.Module,
     entry: str,

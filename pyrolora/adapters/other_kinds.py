@@ -27,7 +27,7 @@ def is_embedding(module: nn.Module) -> bool:
 def refusal(module: nn.Module) -> str | None:
     """Return why a convolution or an embedding has no adapter, or None."""
     kinds = (*CONVOLUTIONS, nn.Embedding)
-    if type(module).forward not in [kind.forward for kind in kinds]:
+    if type(module).forward not in [kind.forward for kind in kinds] and not _is_scaled(module):
         return "computes its output in a way of its own"
     if "weight" not in module._parameters:
         return "has a weight that is made anew for each call"
@@ -41,6 +41,15 @@ def refusal(module: nn.Module) -> str | None:
     if max(module.dilation) > 1:
         return "has a dilation, which PEFT's adapter has not"
     return None
+
+
+def _is_scaled(module: nn.Module) -> bool:
+    """Return whether a module is an embedding of transformers' times its ``embed_scale``.
+
+    One with other parameters replaces some of its rows.
+    """
+    named = type(module).__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale")
+    return named and isinstance(module, nn.Embedding) and set(module._parameters) == {"weight"}
 
 
 def size_of(layer: nn.Module) -> tuple[int, int]:
@@ -72,9 +81,12 @@ def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def folded(layer: nn.Module, update: Tensor, like: Tensor) -> Tensor:
-    """Return the update of each position, (b, positions, out), in the shape of the output."""
+    """Return the update of each position, (b, positions, out), in the shape of the output.
+
+    An embedding that is scaled has its update scaled, too: W + s B A are its rows.
+    """
     if not isinstance(layer, nn.modules.conv._ConvNd):
-        return update
+        return update * getattr(layer, "embed_scale", 1.0)
     return update.mT.reshape(like.shape)
 
 

@@ -29,7 +29,11 @@ _ROLES: Mapping[str, tuple[str, ...]] = {
     "wqkv": (QUERY, KEY, VALUE),
 }
 _BESIDE = {"proj", "projection", "project", "lin", "linear", "to", "attn", "self", "head"}
-"""Words in the name of a projection that do not tell to what it projects."""
+_BESIDE |= {"current", "delayed"}
+"""Words in the name of a projection that do not tell to what it projects.
+
+The last two are those of the halves of Zaya's values.
+"""
 _LOW_RANK = {"a", "b", "with", "mqa"}
 """Words for the two factors that DeepSeek's attention has in place of one matrix."""
 _SHELL = ".linear"

@@ -18,6 +18,7 @@ from pyrolora.adapters.left_out import (
     check_names,
     names_layers,
     nearest,
+    refused_by_name,
     warn_of_left_out,
     warn_of_matches,
 )
@@ -84,10 +85,10 @@ def find_targets(
         raise TargetError(
             f"target_modules={config.target_modules!r}"
             + (f" without {config.exclude_modules!r}" if config.exclude_modules else "")
-            + f" matches no linear layer of {type(network).__name__}; "
-            f"it has {listed(collapsed(_linear(layers)), most=None)} ('#' stands for a number). "
-            "Name some "
-            "of these, or use 'all-linear'"
+            + f" matches no linear layer of {type(network).__name__}"
+            + refused_by_name(network, config)
+            + f"; it has {listed(collapsed(_linear(layers)), most=None)} ('#' stands for a "
+            "number). Name some of these, or use 'all-linear'"
         )
     if names_layers(config):
         check_names(network, config, selected, names, heads)

@@ -13,6 +13,7 @@ import torch
 from problems import SIZES, arguments, bert, llama, tokens
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -207,6 +208,25 @@ def test_an_embedding_of_draws_gives_each_block_its_own_and_padding_no_gradient(
     assert A.grad.view(2, 2, 9)[..., [1, 2, 3, 8]].all()
 
 
+def test_a_scaled_embedding_scales_its_update() -> None:
+    """As with s B A in its weight."""
+    torch.manual_seed(0)
+    network = nn.Sequential(BartScaledWordEmbedding(9, 4, 0, embed_scale=3.0), nn.Linear(4, 2))
+    config = AdapterConfig(r=2, target_modules=["0"])
+    joint = build(
+        network, attach(network, config), config, MAP(), task_for(network, "classification"), 1
+    )
+    bank = joint.program.bank
+    with torch.no_grad():
+        bank.get_parameter("B_loc").normal_()
+    A, B = bank.matrices(bank.means())["0"]
+    plain, x = copy.deepcopy(network[0].base_layer), torch.tensor([[1, 2, 0]])
+    with torch.no_grad(), bind(joint.binding(bank.means())):
+        found = network[0](x)
+        plain.weight.add_((bank.specs["0"].scaling * B @ A).T)
+    torch.testing.assert_close(found, plain(x))
+
+
 def test_the_first_a_of_an_embedding_does_not_shrink_with_the_vocabulary() -> None:
     """A product takes one column: its size is that of a layer with one input."""
     torch.manual_seed(0)
@@ -240,6 +260,12 @@ def test_layers_that_compute_something_else_are_refused_by_name(layer: Any, said
     network = nn.ModuleDict({"a": layer(), "b": nn.Linear(4, 4)})
     with pytest.raises(TargetError, match=f"'a' is of the class {said}"):
         attach(network, AdapterConfig(r=2, target_modules=["a", "b"]))
+
+
+def test_one_that_is_named_alone_is_said_to_be_refused() -> None:
+    network = nn.ModuleDict({"a": nn.Embedding(4, 4, max_norm=1.0), "b": nn.Linear(4, 4)})
+    with pytest.raises(TargetError, match="no linear layer of ModuleDict; 'a' is of the class Emb"):
+        attach(network, AdapterConfig(r=2, target_modules=["a"]))
 
 
 def test_rules_do_not_take_them() -> None:
