@@ -386,9 +386,9 @@ class Posterior:
         inputs
             A list of texts; a chat, as a list of messages, or a list of chats, in which it is the
             assistant's turn; rows as in a fit (``messages``, ``prompt``, ``question``, ...), whose
-            prompts are written as there; token ids, (n, T) or lists; or a mapping with
-            ``input_ids``, ``attention_mask``, and other inputs of the network, one row per prompt,
-            such as ``pixel_values``.
+            prompts are written as there, with their pictures; token ids, (n, T) or lists; or a
+            mapping with ``input_ids``, ``attention_mask``, and other inputs of the network, such as
+            ``pixel_values``, as its processor makes them.
         num_samples
             S. None: 8; with an ensemble every member once.
         draws

@@ -131,9 +131,9 @@ class AdapterConfig:
         ``"auto"``, or None (the query, key and value projections of attention in a transformers
         network, of its language model where it reads more than text; every linear layer of
         another network), ``"all-linear"``, names or name suffixes, or one string: a regular
-        expression for the whole name, or a suffix. Each name of a list has to select a layer. A
-        pattern may select layers that are smaller than their rank or that the network does not
-        call; these are left out, with a warning.
+        expression for the whole name, or a suffix. Each name of a list has to select a layer, which
+        may be a convolution or an embedding, too. A pattern may select layers that are smaller than
+        their rank or that the network does not call; these are left out, with a warning.
     exclude_modules
         Modules that are taken out of the targets, by the same rules. Each has to be in the network.
     target_parameters

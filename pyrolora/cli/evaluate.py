@@ -33,10 +33,11 @@ def evaluate(
     pyrolora evaluate run test.jsonl --num-samples 0 --json
 
     Classes, choices and preferences: accuracy, NLL (nats), ECE, Brier score, AUROC of
-    the errors by entropy, area under the risk-coverage curve; tags: these per token;
-    several labels: F1, exact match, average precision; regression: RMSE, NLL, CRPS,
-    coverage of the 90 % interval; language models, also from text to text: NLL per
-    token and perplexity, or, for data with a column 'choices', the metrics of classes.
+    the errors by entropy, area under the risk-coverage curve; tags: these per token,
+    and F1 of entities; several labels: F1, exact match, average precision; answers in
+    contexts: F1, exact match; regression: RMSE, NLL, CRPS, coverage of the 90 %
+    interval; language models, also from text to text: NLL per token and perplexity,
+    or, for data with a column 'choices', the metrics of classes.
     """
     drawn = posteriors.drawn(draws, num_samples, seed)
     examples = posteriors.labelled(run, data, split, text, label)

@@ -140,6 +140,7 @@ def fit(
     text, labels                   several classes: a list
     tokens, ner_tags               a tag per word
     question, choices, label       the right one (a language model: --choices)
+    question, context, answers     the place of the answer in the context
     chosen, rejected               which text is preferred
     source, target                 a text that is written for another
     messages; prompt, completion   chats and completions of a language model

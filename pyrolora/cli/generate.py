@@ -95,6 +95,11 @@ def generate(
     if clash:
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
     posterior = posteriors.load(run, model)
+    if posterior.task.as_text() is None:
+        raise ConfigError(
+            f"the posterior in {run} is of the task {posterior.task.name!r}, which writes no text; "
+            "'pyrolora predict' has its answers"
+        )
     texts = _prompts(inputs, prompts, apart=posterior.task.writes == "apart")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

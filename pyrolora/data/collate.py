@@ -26,7 +26,7 @@ from pyrolora.data.columns import (
 )
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_dict, as_numbers, is_nested
-from pyrolora.data.illustrated import Illustrator, illustrator_of
+from pyrolora.data.illustrated import check_pictures, illustrator_of
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -40,6 +40,7 @@ from pyrolora.data.padding import MASK, padded, padding_of
 from pyrolora.data.pieces import counts_of, take_pieces
 from pyrolora.data.target import Target
 from pyrolora.data.text_options import TextOptions
+from pyrolora.data.token_rows import check_tokens, is_real
 from pyrolora.data.tokenising import encode_texts
 from pyrolora.errors import DataError
 
@@ -96,9 +97,8 @@ class Collator:
         taken = taken_by(network)
         self.taken = taken - {PLACES}
         self.chooses_places = PLACES in taken
-        self.media = illustrator_of(network, tokenizer, self.taken) or media_of(
-            network, tokenizer, self.taken
-        )
+        of_network = (network, tokenizer, self.taken)
+        self.media = illustrator_of(*of_network) or media_of(*of_network)
         self.takes_labels = True
 
     @property
@@ -131,21 +131,8 @@ class Collator:
 
     def check_pictures(self, data: datasets.Dataset) -> None:
         """Raise `DataError` for pictures beside texts that the network takes and nobody reads."""
-        both = {"input_ids", "pixel_values"} <= self.taken
-        column = Illustrator.column_of(data) if both else None
-        if column is None or (self.reads_pictures and isinstance(self.media, Illustrator)):
-            return
-        drop = f"drop them with data.remove_columns({column!r})"
-        if not self.reads_pictures:
-            raise DataError(
-                f"the data has pictures, {column!r}, which {self.network_name} takes, and this "
-                f"task reads texts alone; {drop}"
-            )
-        raise DataError(
-            f"the data has pictures, {column!r}, which {self.network_name} takes, and there is no "
-            "processor of texts and pictures; pass tokenizer=AutoProcessor.from_pretrained(...), "
-            f"or {drop}"
-        )
+        if {"input_ids", "pixel_values"} <= self.taken:
+            check_pictures(data, self.network_name, self.media, texts_alone=not self.reads_pictures)
 
     def number(
         self, examples: Any, network: nn.Module, task: Target
@@ -202,7 +189,7 @@ class Collator:
             raise DataError(TWO_LABELS)
         row = as_dict(example, self.input_name)
         inputs = {name: value for name, value in row.items() if name != LABELS}
-        self._check_tokens(inputs)
+        check_tokens(inputs, self.network_name, self.longest, nested=self.several_rows)
         kept = {n: v for n, v in inputs.items() if n in {*self.taken, *counts_of(self.taken)}}
         medium = None if self.media is None else self.media.of_row(inputs)
         if any(isinstance(value, str) for value in kept.values()) or not (
@@ -241,50 +228,6 @@ class Collator:
         if ids is None or MASK in row or MASK not in self.read or is_nested(ids):
             return None
         return self.padding.mask(ids)
-
-    def _check_tokens(self, row: Mapping[str, Any]) -> None:
-        ids = row.get("input_ids")
-        if ids is None:
-            return
-        self._check_rows(ids)
-        size = max(map(len, ids)) if is_nested(ids) else len(ids)
-        if size == 0:
-            raise DataError("an example has no token: its input_ids are empty; leave it out")
-        if self.longest is not None and size > self.longest:
-            raise DataError(
-                f"an example has {size} tokens, and {self.network_name} has {self.longest} "
-                "positions; tokenise with truncation=True, "
-                f"max_length={self.longest}, or pass the raw text"
-            )
-        if not is_nested(ids) and is_real(ids[0].item() if hasattr(ids, "dtype") else ids[0]):
-            raise DataError(
-                f"input_ids are whole numbers, and here real ones, {ids[0]!r}; convert them, or "
-                "pass embeddings under the name 'inputs_embeds'"
-            )
-        if MASK in row and not is_nested(ids):
-            _check_mask(row[MASK], size)
-
-    def _check_rows(self, ids: Any) -> None:
-        """Raise `DataError` for tokens that are a text, one number, or several rows."""
-        if isinstance(ids, str):
-            raise DataError(
-                f"the input of an example is a text, {ids[:40]!r}, and {self.network_name} takes "
-                "tokens; raw text is read from a datasets.Dataset, a list of dicts, or a tuple "
-                "(texts, labels), with a tokenizer"
-            )
-        if not hasattr(ids, "__len__") or getattr(ids, "ndim", 1) == 0:
-            raise DataError(
-                f"the input_ids of an example are the number {ids!r}, and {self.network_name} "
-                "takes a row of tokens, (T,): of one text make a batch of one, ids[None]"
-            )
-        if is_nested(ids) and not self.several_rows:
-            sizes = [len(part) for part in ids]
-            shape = f"({len(sizes)}, {sizes[0]})" if len({*sizes}) == 1 else f"lists of {sizes}"
-            raise DataError(
-                f"the input_ids of an example are {shape}, and {self.network_name} takes one row "
-                "of tokens, (T,): tokenizer(..., return_tensors='pt') adds a dimension of 1; leave "
-                "return_tensors out, or take ids.squeeze(0), of the attention_mask too"
-            )
 
     # A batch -----------------------------------------------------------------------------------
 
@@ -389,29 +332,6 @@ def pass_rows(batch: Mapping[str, Tensor], rows: int) -> int:
     on_cpu = columns[0].device.type == "cpu"
     tokens = defaults.PREDICT_TOKENS_CPU if on_cpu else defaults.PREDICT_TOKENS
     return max(1, min(rows, tokens // max(1, *sizes)))
-
-
-def is_real(value: Any) -> bool:
-    """Return whether the first number of nested lists is a real one."""
-    while isinstance(value, list | tuple) and len(value):
-        value = value[0]
-    return isinstance(value, float)
-
-
-def _check_mask(mask: Any, size: int) -> None:
-    """Raise `DataError` for an attention mask of another length, or of zeros alone."""
-    if mask is None:
-        return
-    if np.shape(mask)[-1:] != (size,):
-        raise DataError(
-            f"an example has {size} tokens, and its attention_mask is {np.shape(mask)}; it "
-            "says of each token whether it counts, (T,)"
-        )
-    if not np.any(np.asarray(mask)):
-        raise DataError(
-            "an example has an attention_mask of zeros alone: none of its tokens counts; leave "
-            "it out"
-        )
 
 
 def _exact(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,9 +162,11 @@ def check_nested(data: datasets.Dataset) -> None:
         if name != CHOICES and isinstance(getattr(feature, "feature", feature), dict)
     ]
     if nested:
+        spans = "answers" in nested and "context" in data.features
+        answers = " (answers in a context are read by task='question-answering')" if spans else ""
         raise DataError(
-            f"the columns {nested} hold dicts, and their parts are not read; make columns of them "
-            f"with data.flatten(), or drop them with data.remove_columns({nested})"
+            f"the columns {nested} hold dicts, and their parts are not read{answers}; make columns "
+            f"of them with data.flatten(), or drop them with data.remove_columns({nested})"
         )
 
 

@@ -14,22 +14,24 @@ from pyrolora.errors import DataError
 IDS = "input_ids"
 
 
-def cut_rows(examples: Any, encoder: Encoder) -> Any:
+def cut_rows(examples: Any, encoder: Encoder, most: int | None) -> Any:
     """Return the examples with their first tokens, as many as the encoder's limit.
 
     Raises
     ------
     DataError
-        For examples that are made on the fly.
+        For examples that are made on the fly, if there is a limit of the user's, ``most``.
     """
     if encoder.limit >= TOO_LONG:
         return examples
     limit = int(encoder.limit)
     if isinstance(examples, TensorExamples):
         return _cut_tensors(examples, limit, encoder.source)
+    if not is_plain(examples) and most is None:
+        return examples
     if not is_plain(examples):
         raise DataError(
-            f"max_length={limit} cuts the rows of a datasets.Dataset, a list of dicts or a tensor, "
+            f"max_length={most} cuts the rows of a datasets.Dataset, a list of dicts or a tensor, "
             f"and {type(examples).__name__} makes its rows on the fly; cut them there, and pass "
             "TextOptions(max_length=None, ...)"
         )

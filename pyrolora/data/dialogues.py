@@ -208,8 +208,8 @@ def _check_left(
     if left:
         raise DataError(
             f"a language model would {verb} {found} here, and the data has {left}, too; keep "
-            f"what it is to read: drop the others with data.remove_columns({left}); or join them "
-            "to one text, 'text', or to 'prompt' and 'completion' (a system prompt is the first of "
-            "the 'messages'); or tokenise them yourself, with 'labels' of -100 at what does not "
-            "count"
+            f"what it is to read: drop the others with data.remove_columns({left}) (on the command "
+            "line --text names the columns to read); or join them to one text, 'text', or to "
+            "'prompt' and 'completion' (a system prompt is the first of the 'messages'); or "
+            "tokenise them yourself, with 'labels' of -100 at what does not count"
         )

@@ -60,6 +60,8 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
             f"one text is no data set; write it as a list: [{data[:40]!r}]. A file is read with "
             "datasets.Dataset.from_json or from_csv"
         )
+    if is_picture(data):
+        raise DataError("one picture is no data set; write it as a list: [picture]")
     indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
     if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
         return data
@@ -102,12 +104,17 @@ def _column_of(rows: Sequence[Any], input_name: str) -> str | None:
         return None
     if isinstance(rows[0], str) and all(isinstance(row, str | None) for row in rows):
         return _OF_PATHS.get(input_name, "text")
-    if all(map(is_picture, rows)):
+    if all(map(is_picture, rows)) or (input_name == "pixel_values" and all(map(_is_pixels, rows))):
         return "image"
     if all(isinstance(row, list) and row and _is_message(row[0]) for row in rows):
         return "messages"
     sounds = all(isinstance(row, Mapping) and {*row} == {"array", "sampling_rate"} for row in rows)
     return "audio" if sounds else None
+
+
+def _is_pixels(value: Any) -> bool:
+    """Return whether a value is an array of pixels of eight bits, which no network takes as is."""
+    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3)
 
 
 def _stored(columns: Mapping[str, list[Any]]) -> datasets.Dataset:

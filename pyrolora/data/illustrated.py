@@ -21,6 +21,7 @@ from pyrolora.data.media import Pictures
 from pyrolora.data.padding import MASK
 from pyrolora.data.pictures import as_picture, is_picture
 from pyrolora.data.pieces import COUNT, PER_TOKEN, joined
+from pyrolora.data.row_tokenizer import RowTokenizer, place_of, processed
 from pyrolora.data.text_options import TextOptions
 from pyrolora.errors import DataError
 
@@ -33,6 +34,21 @@ def illustrator_of(network: nn.Module, processor: Any, taken: set[str]) -> Illus
     both = isinstance(processor, ProcessorMixin) and hasattr(processor, "image_processor")
     reads = both and "pixel_values" in taken and "input_ids" in taken
     return Illustrator(network, processor, taken) if reads else None
+
+
+def check_pictures(data: datasets.Dataset, reader: str, media: Any, *, texts_alone: bool) -> None:
+    """Raise `DataError` for pictures that a network takes beside texts and nobody reads."""
+    column = Illustrator.column_of(data)
+    if column is None or (isinstance(media, Illustrator) and not texts_alone):
+        return
+    why, remedy = "this task reads texts alone", ""
+    if not texts_alone:
+        why = "there is no processor of texts and pictures"
+        remedy = "pass tokenizer=AutoProcessor.from_pretrained(...), or "
+    raise DataError(
+        f"the data has pictures, {column!r}, which {reader} takes, and {why}; {remedy}drop them "
+        f"with data.remove_columns({column!r})"
+    )
 
 
 class Illustrator(Pictures):
@@ -108,6 +124,14 @@ class Illustrator(Pictures):
         read = (*dialogue.columns, *(() if source is None else (source,)))
         return made, read
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Raise `DataError` for texts with places for pictures, which come without any."""
+        if any(place_of(self.whole) in text for text in texts):
+            raise DataError(
+                f"a prompt has a place for a picture, {place_of(self.whole)!r}, and no picture; "
+                "give rows, [{'image': picture, 'text': prompt}]"
+            )
+
     def prompts(self, data: datasets.Dataset) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         """Return the tokens of the prompts in rows, and the other inputs of each."""
         source = self.column_of(data)
@@ -180,6 +204,11 @@ class Illustrator(Pictures):
     ) -> list[Any]:
         columns = (*dialogue.prompt, dialogue.completion) if dialogue.chats else ()
         inside = [p for name in columns for p in pictures_in(row.get(name))]
+        if source is not None and row[source] is None:
+            raise DataError(
+                f"its {source!r} is missing; leave it out, or, of a text without pictures, give an "
+                "empty list in 'images'"
+            )
         beside = [] if source is None else pictures_in(row[source])
         if inside and beside:
             raise DataError(
@@ -201,7 +230,7 @@ class Illustrator(Pictures):
         """Return what the processor makes of the pictures of one row beside its tokens."""
         opened = [as_picture(value, 3) for value in pictures]
         text = place_of(self.whole) * len(opened)
-        made = self.whole(text=[text], images=[opened], return_tensors="pt")
+        made = processed(self.whole, text, opened, return_tensors="pt")
         kept = {n: v for n, v in made.items() if n not in ("input_ids", MASK, *PER_TOKEN)}
         return {n: v for n, v in self._kept(kept).items() if not n.endswith(COUNT)}
 
@@ -212,11 +241,6 @@ _ENDLESS = Encoder(None, math.inf)
 def _item(feature: Any) -> Any:
     """Return the feature of a column's values, or of the items of its lists."""
     return feature.feature if is_list(feature) else feature
-
-
-def place_of(processor: Any) -> str:
-    """Return the token that stands for a picture in a text, before the processor reads it."""
-    return str(processor.image_token)
 
 
 def pictures_in(value: Any) -> list[Any]:
@@ -248,85 +272,3 @@ def _pictures_in(value: Any) -> Iterator[Any]:
             yield from [None] if part is None else _pictures_in(part)
     elif value is not None:
         yield value
-
-
-class RowTokenizer:
-    """The tokenizer of one text and its pictures, by the processor of both."""
-
-    def __init__(self, processor: Any, pictures: Sequence[Any]) -> None:
-        self.processor, self.pictures = processor, pictures
-        self.places = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.processor.tokenizer, name)
-
-    def __call__(self, text: str | list[str], **options: Any) -> dict[str, Any]:
-        special = {name: v for name, v in options.items() if name == "add_special_tokens"}
-        texts = [text] if isinstance(text, str) else text
-        rows = [self._encoded(one, special) for one in texts]
-        columns = {name: [row[name] for row in rows] for name in ("input_ids", MASK)}
-        return {n: v[0] for n, v in columns.items()} if isinstance(text, str) else columns
-
-    def check(self) -> None:
-        """Raise `DataError` for pictures that have no place in the text."""
-        if self.places != len(self.pictures):
-            raise DataError(
-                f"it has {len(self.pictures)} pictures, and its text has places for {self.places}; "
-                f"put {place_of(self.processor)!r} where each stands, or, in messages, an entry "
-                "{'type': 'image'}"
-            )
-
-    @property
-    def chat_template(self) -> Any:
-        """The template of the processor, or else of its tokenizer."""
-        own = getattr(self.processor, "chat_template", None)
-        return own or self.processor.tokenizer.chat_template
-
-    def get_chat_template(self, **_: Any) -> str:
-        """Return the template as text."""
-        template = self.chat_template
-        return str(template["default"] if isinstance(template, Mapping) else template)
-
-    def apply_chat_template(self, messages: Any, *, tokenize: bool, **options: Any) -> Any:
-        """Return what the template makes of messages, each with a list of contents."""
-        laid_out = self._laid_out(messages)
-        if not tokenize:
-            return self.processor.apply_chat_template(laid_out, tokenize=False, **options)
-        made = self.processor.apply_chat_template([laid_out], tokenize=True, **options)
-        return {name: column[0] for name, column in made.items() if name == "assistant_masks"}
-
-    def _encoded(self, text: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        count = text.count(place_of(self.processor))
-        if count > len(self.pictures):
-            raise DataError(
-                f"its text has places for {count} pictures ({place_of(self.processor)!r}), and it "
-                f"has {len(self.pictures)}"
-            )
-        self.places = max(self.places, count)
-        images = [[*self.pictures[:count]]] if count else None
-        made = self.processor(text=[text], images=images, **options)
-        return {name: [int(number) for number in made[name][0]] for name in ("input_ids", MASK)}
-
-    def _laid_out(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages with the pictures in their places; those of a column stand first."""
-        pictures = iter(self.pictures)
-        marked = any(part.get("type") == "image" for m in messages for part in _parts(m))
-        asked = next((m for m in messages if m.get("role") == "user"), None)
-        made = []
-        for message in messages:
-            parts = [
-                {"type": "image", "image": next(pictures, None)} if p["type"] == "image" else p
-                for p in _parts(message)
-            ]
-            if message is asked and not marked:
-                parts = [*({"type": "image", "image": picture} for picture in pictures), *parts]
-            made.append({**message, "content": parts})
-        return made
-
-
-def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the contents of a message as a list."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [dict(part) for part in content or ()]

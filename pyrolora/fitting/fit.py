@@ -78,9 +78,10 @@ def fit(
         torch ``Dataset`` or ``DataLoader`` (whose data set is taken); a list of dicts; a tuple
         (inputs, labels). Each task has its columns, which ``docs/tasks.md`` lists: texts with
         ``label``, words with tags, ``choices`` beside a ``question``, ``messages``, ``prompt`` and
-        ``completion``, ``document`` and ``summary``, ``chosen`` and ``rejected``, SQuAD's, ``image``,
-        ``audio``. Labels that are names are matched with the network's, up to case, spaces, '-' and
-        '_'; a network without names takes those of the data (`Posterior.classes`). EOS ends every
+        ``completion``, ``document`` and ``summary``, ``chosen`` and ``rejected``, those of SQuAD,
+        ``image``, ``audio``. Labels that are names are matched with the network's, up to case,
+        spaces, '-' and '_'; a network without names takes those of the data
+        (`Posterior.classes`). EOS ends every
         text that a causal language model learns; scores are those of the text alone. In texts
         without labels for a masked language model some tokens are hidden, always the same. A
         warning names columns that are not read, and data that can be read in two ways raise a

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from pyrolora import defaults
@@ -116,7 +116,8 @@ def check_arguments(training: Any, read: Collection[str] = ()) -> None:
         for field in added
         if getattr(training, field.name) != _default(field)
     ]
-    if changed or (added and not read):
+    by_default = bool(read) or isinstance(training, Seq2SeqTrainingArguments)  # ask for nothing
+    if changed or (added and not by_default):
         raise ConfigError(
             f"training is a {type(training).__name__}, whose own options would have no effect here "
             f"({', '.join(changed or [field.name for field in added])}); pass a plain "

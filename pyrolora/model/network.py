@@ -287,11 +287,7 @@ class AdaptedNetwork(nn.Module):
         """Return the tensor that the law reads, from what the network returns on a batch."""
         output, places = self.task.output(raw), self.task.places(batch)
         if places is not None and output.dim() == 3 and not self._keeps(places):
-            output = (
-                output[:, places]
-                if places.dim() == 1
-                else output.take_along_dim(places[..., None], 1)
-            )
+            output = output.take_along_dim(places.expand(len(output), -1)[..., None], 1)
         return self.task.scores(output, batch)
 
     def _keeps(self, places: Tensor) -> bool:

@@ -44,6 +44,8 @@ def read_prompts(
     if illustrator is not None and rows is not None:
         prompts, others = illustrator.prompts(rows)
         return _checked(prompts, joint), others
+    if illustrator is not None and _are_texts(inputs):
+        illustrator.check_texts(inputs)
     prompts = prompt_ids(inputs, tokenizer_of(processor), joint)
     return prompts, other_inputs(inputs, joint, prompts)
 

@@ -109,7 +109,10 @@ def described(meta: Mapping[str, Any]) -> Description:
     guide, prior = _guide("guide", meta["guide"]), None
     if meta["prior"] is not None:
         prior = _guide("prior", meta["prior"])
-    specs = [_options(f"layers[{i}]", LayerSpec, one) for i, one in enumerate(meta["layers"])]
+    specs = [
+        _options(f"layers[{i}]", LayerSpec, {**EARLIER_LAYER, **one})
+        for i, one in enumerate(meta["layers"])
+    ]
     for name, names in {"layers": [s.name for s in specs], "heads": meta["heads"]}.items():
         if len(set(names)) < len(names):
             raise CheckpointError(f"{name} has a module twice")
@@ -125,7 +128,7 @@ def described(meta: Mapping[str, Any]) -> Description:
     return Description(
         guide=guide,
         prior=prior,
-        config=_options("adapter", AdapterConfig, meta["adapter"]),
+        config=_options("adapter", AdapterConfig, {**EARLIER_ADAPTER, **meta["adapter"]}),
         texts=None if meta["texts"] is None else _options("texts", TextOptions, meta["texts"]),
         specs=specs,
         history=[_logged(entry) for entry in meta["history"]],
@@ -206,6 +209,8 @@ AS_THEY_ARE = (
 )
 EARLIER = {"temperature": 1.0, "texts": None}
 """Entries that folders of earlier versions do not have, and what they stand for."""
+EARLIER_ADAPTER, EARLIER_LAYER = {"target_parameters": None}, {"lookup": False}
+"""The same of the entries of ``adapter``, and of each of ``layers``."""
 ENTRIES: dict[str, Check] = {
     "format": choice(FORMAT),
     "format_version": choice(FORMAT_VERSION),

@@ -21,7 +21,7 @@ from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.span_prediction import SpanPrediction
 from pyrolora.tasks.tag_prediction import TagPrediction
 from pyrolora.tasks.token_classification import TokenClassification
-from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenScores, TokenTask
+from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenTask
 
 __all__ = [
     "BY_CAUSAL_LM",
@@ -50,7 +50,6 @@ __all__ = [
     "TokenClassification",
     "TokenMeanChoice",
     "TokenPrediction",
-    "TokenScores",
     "TokenTask",
     "available",
     "choice_task",

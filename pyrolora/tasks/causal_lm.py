@@ -84,7 +84,11 @@ class CausalCollator(Collator):
 
     def complete(self, examples: Any, *, need_labels: bool) -> Any:
         """Cut rows that came as tokens, where the user says how long they may be."""
-        return examples if self.texts is None else cut_rows(examples, self.encoder)
+        return (
+            examples
+            if self.texts is None
+            else cut_rows(examples, self.encoder, self.texts.max_length)
+        )
 
     def labels_of(self, row: Mapping[str, Any], mask: list[int] | None) -> Any:
         labels = row.get(LABELS)

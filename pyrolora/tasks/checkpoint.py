@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
 from pyrolora.data.examples import as_dict
+from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
@@ -48,9 +49,9 @@ class Checkpoint:
 
     @property
     def decodes(self) -> bool:
-        """Whether the saved network reads a text with its encoder and writes another."""
+        """Whether the saved network reads with its encoder and writes a text with its decoder."""
         decodes = bool(getattr(self.config, "is_encoder_decoder", False))
-        return decodes and self.is_a("SEQ_TO_SEQ_CAUSAL_LM")
+        return decodes and any(map(self.is_a, ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")))
 
     @cached_property
     def row(self) -> dict[str, Any]:
@@ -101,15 +102,11 @@ class Checkpoint:
             return "example"
         if self.row.get(LABELS) is None:
             return None
-        numbers = np.asarray(self.row[LABELS]).dtype.kind in "iu"
-        written = numbers and getattr(self.config, "is_encoder_decoder", False) and self.writes
-        return "labels" if not written and has_label_lists(self.examples) else "tokens"
-
-    @property
-    def writes(self) -> bool:
-        """Whether the checkpoint is a network that writes text."""
-        kinds = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
-        return any(map(self.is_a, kinds))
+        if self.decodes and any(name in self.row for name in MODEL_INPUTS):
+            labels = np.asarray(self.row[LABELS])
+            if labels.dtype.kind in "iu" and not {*labels.flat} <= {0, 1}:
+                return "tokens"  # of the text to write, of any length
+        return "labels" if has_label_lists(self.examples) else "tokens"
 
     @property
     def has_head(self) -> bool:

@@ -209,7 +209,7 @@ class Regression(Task):
 
     name = "regression"
     reads = "a number per example"
-    classes = classes_of("SEQUENCE_CLASSIFICATION")
+    classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     problem_type = "regression"
     prediction = RegressionPrediction
     linearisable = True

@@ -9,6 +9,7 @@ import datasets
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSpeechSeq2Seq, PreTrainedModel
 
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS, Batch
 from pyrolora.data import Collator
@@ -145,6 +146,12 @@ class Seq2Seq(LanguageModel):
     def implied(cls, checkpoint: Checkpoint) -> bool:
         texts = checkpoint.layout == "example" and checkpoint.has_text_labels
         return checkpoint.decodes and (texts or checkpoint.layout in (None, "tokens"))
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:
+        if checkpoint.is_a("SPEECH_SEQ_2_SEQ"):
+            return AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint.name, dtype="auto")
+        return super().load(checkpoint, like)
 
     def check_network(self, network: nn.Module) -> None:
         """Raise `ConfigError` for a network that cannot turn labels to the inputs of a decoder."""

@@ -19,8 +19,6 @@ from pyrolora.tasks.prediction import Prediction, entropy_of, table_of, tail_of
 
 BY_DRAW = ("none", "total", "candidates", "scores")
 """The parts of a record of shape (S, windows, ...)."""
-PAIRS = 2**24
-"""Pairs of a start and an end that live at a time."""
 
 
 @dataclass(frozen=True)

@@ -233,28 +233,6 @@ class TokenPrediction(Prediction):
         }
 
 
-@dataclass(frozen=True)
-class TokenScores(TokenPrediction):
-    """The log-likelihoods of known texts alone.
-
-    Their entropies, which take a softmax over the vocabulary at every token, are NaN.
-    """
-
-    @staticmethod
-    def reduce(task: TokenTask, outputs: Iterable[Tensor], batch: Batch) -> dict[str, Tensor]:
-        mask, labels = task.token_mask(batch), task.targets(batch)
-        assert labels is not None
-        targets = task.spread(labels.masked_fill(~mask, IGNORED), batch, IGNORED).cpu()
-        unknown = torch.full(targets.shape, torch.nan)
-        return {
-            "entropy": unknown,
-            "aleatoric": unknown,
-            "num_tokens": mask.sum(-1).cpu(),
-            "log_likelihood": torch.cat([task.log_prob(o, batch).cpu() for o in outputs]),
-            "targets": targets,
-        }
-
-
 class LanguageModel(TokenTask):
     """A `TokenTask` whose labels are tokens of the vocabulary."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from console import done
+from console import done, pyrolora_, refused
 from problems import (
     bert,
     bert_mlm,
@@ -19,6 +19,7 @@ from problems import (
     mask_tokenizer,
     questions,
     reviews,
+    squad,
     summaries,
     t5,
     tagged,
@@ -114,6 +115,14 @@ CASES = {
         "accuracy",
         ("--choices", "letters"),
     ),
+    "answers": Case(
+        "question-answering",
+        encoder,
+        tokenizer,
+        list(squad(8)),
+        {"predicted", "probability", "start", "end", "epistemic"},
+        "f1",
+    ),
     "preferences": Case(
         "reward-modelling",
         encoder,
@@ -136,6 +145,8 @@ def test_a_folder_and_a_file_are_enough(case: str, tmp_path: Path) -> None:
          "--set", "adapter.r=1", "--eval-data", data, *one.more)  # fmt: skip
     posterior = pyrolora.load(run)
     assert posterior.task.name == one.task
+    if posterior.task.as_text() is None:
+        refused(pyrolora_("generate", run, data), "which writes no text")
     scores = done("evaluate", run, data, "--draws", "0,1", "--json").json
     expected = posterior.evaluate(one.rows, draws=[0, 1])[one.metric]
     assert scores[one.metric] == pytest.approx(expected, rel=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 import trl
-from problems import chat_tokenizer, llama
+from problems import Rows, chat_tokenizer, llama
 from tokenizers import processors
 from trl import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
@@ -226,6 +226,9 @@ def test_rows_of_tokens_are_cut_where_a_length_is_given() -> None:
     row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
     assert by_us([row], None) == [(row["input_ids"], row["labels"])]
     assert by_us([row], None, max_length=3) == [([5, 6, 7], [-100, 6, 7])]
+    with pytest.raises(DataError, match=r"max_length=3 cuts the rows of .*, and Rows makes"):
+        by_us(Rows([row]), None, max_length=3)
+    assert by_us(Rows([row]), None, max_length=None) == [(row["input_ids"], row["labels"])]
 
 
 # Warnings and errors --------------------------------------------------------------------------

@@ -333,6 +333,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         },
         "names the address of a picture",
     ),
+    "missing": ({"image": None, "text": "what"}, "its 'image' is missing"),
     "two columns": ({"image": RED, "mask": RED, "text": "<image>"}, "which of the columns"),
 }
 
@@ -350,6 +351,8 @@ def test_pictures_that_nobody_reads_are_no_silence(fitted: Posterior) -> None:
     row = {"image": picture("red"), "question": "what", "choices": ["red", "blue"]}
     with pytest.raises(DataError, match="this task reads texts alone"):
         fitted.predict([row])
+    with pytest.raises(DataError, match="a place for a picture, '<image>', and no picture"):
+        fitted.generate(["<image> what"], 0)
 
 
 def test_a_picture_is_not_cut() -> None:

@@ -111,6 +111,7 @@ FORMS: dict[str, Callable[[list[Any], Path], Any]] = {
     "undecoded": lambda some, folder: datasets.Dataset.from_dict(
         {"image": files(folder, some)}
     ).cast_column("image", datasets.Image(decode=False)),
+    "a list of arrays": lambda some, _: [np.asarray(p.convert("RGB")) for p in some],
     "arrays": lambda some, _: [{"image": np.asarray(p.convert("RGB"))} for p in some],
     "channels first": lambda some, _: [
         {"image": np.asarray(p.convert("RGB")).transpose(2, 0, 1)} for p in some
@@ -269,6 +270,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "up to one": ([{"image": np.full((9, 9, 3), 0.5)}], "the processor divides by 255"),
     "a batch": ([{"image": np.zeros((2, 9, 9, 3))}], r"got \(2, 9, 9, 3\)"),
     "numbers": ([{"image": 3}], "holds int64, and must hold images"),
+    "one": (ONE, r"write it as a list: \[picture\]"),
     "two columns": ([{"image": ONE, "mask": ONE}], r"which of the columns \['image', 'mask'\]"),
 }
 

@@ -189,13 +189,17 @@ def test_later_predictions_read_texts_as_the_fit_did(posterior: Any, tmp_path: P
     assert later.texts == posterior.texts
 
 
-def test_earlier_folders_have_no_options_of_texts(posterior: Any, tmp_path: Path) -> None:
-    from pyrolora.storage.description import EARLIER
+def test_folders_of_earlier_versions_lack_entries_and_load(tmp_path: Path) -> None:
+    from pyrolora.storage.description import described
 
-    assert EARLIER["texts"] is None
-    plain = fitted(CHATS, "map")
-    plain.save(tmp_path / "plain")
-    assert json.loads((tmp_path / "plain" / "posterior.json").read_text())["texts"] is None
+    fitted(CHATS, "map").save(tmp_path / "now")
+    meta = json.loads((tmp_path / "now" / "posterior.json").read_text())
+    now = described(meta)
+    assert meta.pop("texts") is None
+    assert meta.pop("temperature") == 1
+    assert meta["adapter"].pop("target_parameters") is None
+    assert not any(layer.pop("lookup") for layer in meta["layers"])
+    assert described(meta) == now
 
 
 def test_options_of_texts_are_for_language_models_alone() -> None:

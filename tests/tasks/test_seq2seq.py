@@ -17,15 +17,17 @@ from transformers import (
     MBartForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    T5ForConditionalGeneration,
     TrainerCallback,
 )
 
 import pyrolora
-from pyrolora import AdapterConfig
+from pyrolora import AdapterConfig, tasks
 from pyrolora.columns import IGNORED
 from pyrolora.data import prepare
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import MonteCLoRA
+from pyrolora.inference.arguments import check_arguments
 from pyrolora.inference.curvature import kfac
 from pyrolora.predictive import TokenPrediction
 from pyrolora.tasks import Seq2Seq, task_for
@@ -179,6 +181,8 @@ def test_a_posterior_comes_back_by_the_networks_path(tmp_path: Path) -> None:
     base = str(tmp_path / "base")
     found = pyrolora.fit(base, summaries(), "map", epochs=1, learning_rate=1e-2)
     assert found.task.name == "text2text-generation"
+    implied = tasks.load_network(base, tokenised(summaries()))
+    assert isinstance(implied[0], T5ForConditionalGeneration)
     expected = found.log_likelihood(summaries(), 0)
     found.save(tmp_path / "run")
     torch.testing.assert_close(
@@ -302,3 +306,10 @@ def test_a_batch_is_that_of_transformers(posterior: pyrolora.Posterior) -> None:
     read = {**ours, **posterior.task.inputs(ours, posterior.base)}
     for name in theirs:
         assert torch.equal(read[name], theirs[name])
+
+
+def test_the_trainers_arguments_for_sequences_ask_for_nothing_by_default(tmp_path: Path) -> None:
+    check_arguments(Seq2SeqTrainingArguments(tmp_path, use_cpu=True, report_to="none"))
+    generating = Seq2SeqTrainingArguments(tmp_path, use_cpu=True, predict_with_generate=True)
+    with pytest.raises(ConfigError, match=r"no effect here.*predict_with_generate"):
+        check_arguments(generating)
