@@ -130,8 +130,8 @@ def _prompts(inputs: Any, source: str, *, apart: bool) -> Any:
 
     ``apart`` says that the answers are texts of their own, which a decoder writes.
     """
-    from pyrolora.data.dialogues import prompt_of
-    from pyrolora.data.illustrated import Illustrator
+    from pyrolora.data.chats.dialogues import prompt_of
+    from pyrolora.data.media.illustrated import Illustrator
     from pyrolora.data.pairs import joined_texts, source_of
 
     if Illustrator.column_of(inputs) is not None:

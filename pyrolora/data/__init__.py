@@ -1,8 +1,8 @@
 """From what a user passes as data to batches of tensors."""
 
+from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.collate import Collator, pass_rows, to_device
 from pyrolora.data.prepared import Prepared, check_finite, prepare
-from pyrolora.data.text_options import TextOptions
 
 __all__ = [
     "Collator",

@@ -14,6 +14,7 @@ from transformers import default_data_collator
 from pyrolora import defaults
 from pyrolora.adapters import is_quantised
 from pyrolora.columns import INPUTS, LABELS, PLACES
+from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import (
     CHOICES,
     TWO_LABELS,
@@ -26,7 +27,6 @@ from pyrolora.data.columns import (
 )
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_dict, as_numbers, is_nested
-from pyrolora.data.illustrated import check_pictures, illustrator_of
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -35,11 +35,11 @@ from pyrolora.data.inputs import (
     taken_by,
 )
 from pyrolora.data.labels import known_names, numbered
-from pyrolora.data.media import media_of, tokenizer_of
+from pyrolora.data.media.illustrated import check_pictures, illustrator_of
+from pyrolora.data.media.media import media_of, tokenizer_of
+from pyrolora.data.media.pieces import counts_of, take_pieces
 from pyrolora.data.padding import MASK, padded, padding_of
-from pyrolora.data.pieces import counts_of, take_pieces
 from pyrolora.data.target import Target
-from pyrolora.data.text_options import TextOptions
 from pyrolora.data.token_rows import check_tokens, is_real
 from pyrolora.data.tokenising import encode_texts
 from pyrolora.errors import DataError

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from pyrolora.columns import INPUTS, LABELS, TAGS
-from pyrolora.data.pictures import is_picture, stored
+from pyrolora.data.media.pictures import is_picture, stored
 from pyrolora.errors import DataError
 
 TABLES = ("pandas", "polars", "arrow")

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from pyrolora.columns import MARGIN
-from pyrolora.data.chat import ChatTemplate, messages_of, template_options
+from pyrolora.data.chats.chat import ChatTemplate, messages_of, template_options
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import warn_cut

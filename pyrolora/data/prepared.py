@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyrolora.columns import INPUTS, LABELS
+from pyrolora.data.chats.packing import POSITIONS, packed_rows
 from pyrolora.data.collate import Collator, whole_as_long
 from pyrolora.data.columns import TOKEN_MASKS, check_columns, check_task, unread, warn_unread
 from pyrolora.data.encoding import TOO_LONG
@@ -28,7 +29,6 @@ from pyrolora.data.examples import (
 )
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import all_labels, no_labels
-from pyrolora.data.packing import POSITIONS, packed_rows
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from pyrolora.data.text_options import TextOptions
+    from pyrolora.data.chats.text_options import TextOptions
 
 
 class Target(Protocol):

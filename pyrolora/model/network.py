@@ -29,7 +29,7 @@ from pyrolora.adapters import (
     sharing_of,
 )
 from pyrolora.columns import INPUTS, PLACES, Batch
-from pyrolora.data.pieces import for_network
+from pyrolora.data.media.pieces import for_network
 from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from pyrolora.adapters import Binding, FlatFactors, SharedPassError
 from pyrolora.columns import DECODER_IDS
-from pyrolora.data.pieces import PER_TOKEN, for_network, joined
+from pyrolora.data.media.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 from pyrolora.predictive.decoding import StopStrings

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
-from pyrolora.data.media import tokenizer_of
+from pyrolora.data.media.media import tokenizer_of
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.continuations import Writer, tempered_network
 from pyrolora.predictive.decoding import (

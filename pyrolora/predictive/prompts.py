@@ -13,17 +13,17 @@ from torch import Tensor
 from pyrolora import defaults
 from pyrolora.columns import INPUTS
 from pyrolora.data import TextOptions
-from pyrolora.data.chat import ChatTemplate, messages_of
-from pyrolora.data.completions import DialogueEncoder
-from pyrolora.data.dialogues import prompt_of
+from pyrolora.data.chats.chat import ChatTemplate, messages_of
+from pyrolora.data.chats.completions import DialogueEncoder
+from pyrolora.data.chats.dialogues import prompt_of
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import as_examples
-from pyrolora.data.illustrated import illustrator_of
 from pyrolora.data.inputs import KNOWN_INPUTS, embedded, table_of_positions, taken_by
-from pyrolora.data.media import tokenizer_of
+from pyrolora.data.media.illustrated import illustrator_of
+from pyrolora.data.media.media import tokenizer_of
+from pyrolora.data.media.pieces import PER_TOKEN, per_prompt, picture_token
 from pyrolora.data.padding import MASK, padding_of
 from pyrolora.data.pairs import joined_texts, source_of
-from pyrolora.data.pieces import PER_TOKEN, per_prompt, picture_token
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 from pyrolora.model import JointModel

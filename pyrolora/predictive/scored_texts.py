@@ -14,8 +14,8 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
 from pyrolora.data import prepare
 from pyrolora.data.examples import TensorExamples
+from pyrolora.data.media.pieces import PER_TOKEN, joined
 from pyrolora.data.padding import MASK
-from pyrolora.data.pieces import PER_TOKEN, joined
 from pyrolora.model import JointModel
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.predict import predict

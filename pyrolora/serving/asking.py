@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyrolora import defaults
-from pyrolora.data.media import tokenizer_of
+from pyrolora.data.media.media import tokenizer_of
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.posterior import Posterior
 from pyrolora.serving.errors import UnsupportedError

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.requests import Request
 
 from pyrolora import defaults
-from pyrolora.data.media import tokenizer_of
+from pyrolora.data.media.media import tokenizer_of
 from pyrolora.posterior import Posterior
 from pyrolora.serving.asking import Asking, Draws, Row, Sampling
 from pyrolora.serving.batching import Batcher, Job

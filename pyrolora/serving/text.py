@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.inputs import context_length
-from pyrolora.data.media import tokenizer_of
+from pyrolora.data.media.media import tokenizer_of
 from pyrolora.model import evaluating
 from pyrolora.posterior import Posterior
 from pyrolora.seeding import DRAWING

@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from pyrolora.columns import IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
+from pyrolora.data.chats.completions import DialogueEncoder
+from pyrolora.data.chats.cutting import cut_rows
+from pyrolora.data.chats.dialogues import dialogue_of
 from pyrolora.data.columns import (
     ASSISTANT_MASKS,
     CHOICES,
@@ -23,12 +26,9 @@ from pyrolora.data.columns import (
     check_preferences,
     has_choices,
 )
-from pyrolora.data.completions import DialogueEncoder
-from pyrolora.data.cutting import cut_rows
-from pyrolora.data.dialogues import dialogue_of
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.examples import is_plain
-from pyrolora.data.illustrated import Illustrator
+from pyrolora.data.media.illustrated import Illustrator
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import encode_texts, no_tokens
 from pyrolora.errors import DataError

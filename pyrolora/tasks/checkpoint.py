@@ -14,7 +14,7 @@ from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, 
 from pyrolora.data.examples import as_dict
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
-from pyrolora.data.media import KINDS, Media
+from pyrolora.data.media.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
 from pyrolora.data.spans import is_squad
 

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS
 from pyrolora.data.labels import has_class_numbers, plain_name, raw_labels
-from pyrolora.data.media import KINDS
+from pyrolora.data.media.media import KINDS
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.checkpoint import Checkpoint
 

@@ -18,8 +18,8 @@ from transformers import FeatureExtractionMixin, ImageProcessingMixin
 
 from pyrolora.columns import PICTURE_PATHS, PICTURES, SOUND_PATHS, SOUNDS
 from pyrolora.data.examples import is_plain
-from pyrolora.data.pictures import as_picture, checked_array
-from pyrolora.data.sounds import Sound, as_sound, length_matters, warn_cut, warn_padded
+from pyrolora.data.media.pictures import as_picture, checked_array
+from pyrolora.data.media.sounds import Sound, as_sound, length_matters, warn_cut, warn_padded
 from pyrolora.errors import DataError
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import datasets
 
 from pyrolora.columns import IGNORED, LABELS
-from pyrolora.data.chat import ChatTemplate, Messages, messages_of, shared, template_options
+from pyrolora.data.chats.chat import ChatTemplate, Messages, messages_of, shared, template_options
+from pyrolora.data.chats.dialogues import Dialogue
+from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import check_text
-from pyrolora.data.dialogues import Dialogue
 from pyrolora.data.encoding import TOO_LONG, Encoder
 from pyrolora.data.padding import MASK
-from pyrolora.data.text_options import TextOptions
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 

@@ -21,7 +21,7 @@ class TextOptions:
         only where these options are passed.
     completion_only_loss
         Whether log p(y) has the tokens of the completion alone. None: where the data have prompts
-        and completions (`pyrolora.data.dialogues`), or a ``completion_mask``.
+        and completions (`pyrolora.data.chats.dialogues`), or a ``completion_mask``.
     assistant_only_loss
         Whether log p(y) has the tokens of the assistant's messages alone, those of all turns. With
         a completion, it has those of the assistant in it.

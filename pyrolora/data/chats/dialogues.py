@@ -9,6 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from pyrolora.columns import LABELS
+from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import (
     DIALOGUES,
     WEIGHTS,
@@ -18,7 +19,6 @@ from pyrolora.data.columns import (
     is_origin,
     is_row_name,
 )
-from pyrolora.data.text_options import TextOptions
 from pyrolora.errors import DataError
 
 RAW = ("prompt", "completion")

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from pyrolora.columns import IGNORED, LABELS, PICTURES
+from pyrolora.data.chats.completions import DialogueEncoder
+from pyrolora.data.chats.dialogues import Dialogue, dialogue_of, prompt_of
+from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import is_list
-from pyrolora.data.completions import DialogueEncoder
-from pyrolora.data.dialogues import Dialogue, dialogue_of, prompt_of
 from pyrolora.data.encoding import Encoder
-from pyrolora.data.media import Pictures
+from pyrolora.data.media.media import Pictures
+from pyrolora.data.media.pictures import as_picture, is_picture
+from pyrolora.data.media.pieces import COUNT, PER_TOKEN, joined
+from pyrolora.data.media.row_tokenizer import RowTokenizer, place_of, processed
 from pyrolora.data.padding import MASK
-from pyrolora.data.pictures import as_picture, is_picture
-from pyrolora.data.pieces import COUNT, PER_TOKEN, joined
-from pyrolora.data.row_tokenizer import RowTokenizer, place_of, processed
-from pyrolora.data.text_options import TextOptions
 from pyrolora.errors import DataError
 
 ILLUSTRATED = "illustrated"
@@ -76,7 +76,7 @@ class Illustrator(Pictures):
         return pictures_in(row[ILLUSTRATED]) if ILLUSTRATED in row else None
 
     def batch(self, values: Sequence[Any]) -> dict[str, Tensor]:
-        """Return the inputs of the pictures of each row, in pieces (`pyrolora.data.pieces`)."""
+        """Return the inputs of the pictures of each row, as `pieces`."""
         made = [self._pixels(pictures) if len(pictures) else {} for pictures in values]
         names = dict.fromkeys(name for row in made for name in row)
         result: dict[str, Tensor] = {}

@@ -1,0 +1,1 @@
+"""Texts, chats, and prompts with completions: columns, templates, labels, packing."""

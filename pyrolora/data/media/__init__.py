@@ -1,0 +1,1 @@
+"""Pictures and sounds as people have them, alone and beside texts."""
