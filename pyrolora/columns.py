@@ -36,8 +36,8 @@ CHOICE_PLACES = "choice_places"
 MARGIN = "margin"
 """(b,), by how much the reward of the preferred text has to be larger."""
 
-COUNTED = "completion_mask"
-"""The name of a mask, in the shape of the tokens, that is 1 at those of the answer."""
+COMPLETION_MASK = "completion_mask"
+"""A mask of the shape of the tokens, 1 at those of the completion, or of a choice."""
 
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
 """The names that data sets give to the tags of words."""

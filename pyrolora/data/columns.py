@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pyrolora.columns import INPUTS, LABELS, TAGS
+from pyrolora.columns import COMPLETION_MASK, INPUTS, LABELS, TAGS
 from pyrolora.data.examples import as_dict, is_nested, is_plain, is_text
 from pyrolora.errors import DataError
 
@@ -82,7 +82,7 @@ ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__in
 ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
 # Masks of the tokens that count; 0 at those that do not. A token counts if all of them say so.
 ASSISTANT_MASKS = ("assistant_masks", "assistant_tokens_mask")
-TOKEN_MASKS = ("completion_mask", *ASSISTANT_MASKS)
+TOKEN_MASKS = (COMPLETION_MASK, *ASSISTANT_MASKS)
 # Weights of tokens or examples, which are not supported.
 WEIGHTS = re.compile(
     r"weights|(sample|example|token|loss)_weights?"

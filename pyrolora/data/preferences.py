@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 
 from pyrolora.columns import MARGIN
-from pyrolora.data.chats.chat import ChatTemplate, messages_of, template_options
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.chats.chat import OF_TEMPLATE, ChatTemplate, messages_of, template_options
+from pyrolora.data.encoding import Encoder, last_tokens
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
@@ -21,7 +21,6 @@ IDS = {name: f"{name}_ids" for name in (CHOSEN, REJECTED)}
 """The columns of tokens, by TRL's names."""
 SINGLES = ("text", "messages")
 """The columns with one text per example, whose reward is asked for."""
-OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 def encode_preferences(
@@ -50,7 +49,7 @@ def encode_preferences(
             whole = [_tokens(row, name, encoder) for name in texts]
         except DataError as error:
             raise DataError(f"example {number}: {error}") from error
-        ids = [tokens[int(max(0, len(tokens) - limit)) :] for tokens in whole]
+        ids = [last_tokens(tokens, limit) for tokens in whole]
         made = {
             "input_ids": ids,
             MASK: [[1] * len(tokens) for tokens in ids],

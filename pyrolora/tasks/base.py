@@ -140,8 +140,7 @@ class Task(ParamModule, ABC):
                 f"a network must give a tensor, or an output with 'logits', for {self.name}; this "
                 f"one gives {fields}: such a task is not supported yet"
             )
-        tensor: Tensor = raw if isinstance(raw, Tensor) else raw.logits
-        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        return in_float32(raw if isinstance(raw, Tensor) else raw.logits)
 
     def at(self, temperature: float) -> Self:
         """Return this task with every law p(y | output) replaced by its power 1/T, normalised.
@@ -247,3 +246,8 @@ class Task(ParamModule, ABC):
     def row_log_prob(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the log-likelihood of each row of the prediction, (n,) or (S, n), in nats."""
         return self.log_prob(output, batch)
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor of 16 bits in float32, any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -232,7 +232,7 @@ class Classification(Task):
         config: Any = getattr(network, "config", None)
         return (
             super().matches(network)
-            and config.problem_type in (None, "single_label_classification")
+            and config.problem_type in (None, cls.problem_type)
             and config.num_labels > 1
         )
 
