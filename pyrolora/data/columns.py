@@ -96,6 +96,8 @@ DIALOGUES = (
     *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
+# A preferred text and another one, or the tokens of both, as in TRL.
+PREFERENCES = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
 # A text in several languages, a dict from each to the text.
 TRANSLATION = "translation"
 # The first and the last token of an answer, as transformers' networks take them.
@@ -286,8 +288,7 @@ def has_choices(examples: Any) -> bool:
 
 def has_preferences(names: Collection[str]) -> bool:
     """Return whether columns of these names hold a preferred text and another one."""
-    pairs = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
-    return any(all(name in names for name in pair) for pair in pairs)
+    return any({*pair} <= {*names} for pair in PREFERENCES)
 
 
 def check_preferences(names: Collection[str]) -> None:
