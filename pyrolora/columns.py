@@ -22,7 +22,7 @@ The name is that of transformers' argument. Without the column a network gives a
 """
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
-"""What the decoder of an encoder-decoder reads: the tokens before those that it is to write."""
+"""The input of the decoder of an encoder-decoder: the tokens before those that it is to write."""
 
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""

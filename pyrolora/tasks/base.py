@@ -46,7 +46,7 @@ class Task(ParamModule, ABC):
     # Data ---------------------------------------------------------------------------------------
 
     reads: ClassVar[str] = "this task"
-    """What the task makes of data, in a few words, where several tasks may be meant."""
+    """The data as the task reads them, in a few words, for the error that lists several tasks."""
     collator: ClassVar[type[Collator]] = Collator
     """Makes batches of examples, with the labels of this kind."""
     extras: ClassVar[tuple[str, ...]] = ()
@@ -74,7 +74,7 @@ class Task(ParamModule, ABC):
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
     serves: ClassVar[Literal["classes", "text"] | None] = None
-    """What a server answers for a single text: its classes, or what follows it."""
+    """The answer of a server to a single text: its classes, or what follows it."""
 
     # The law ------------------------------------------------------------------------------------
 

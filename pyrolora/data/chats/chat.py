@@ -14,7 +14,7 @@ from pyrolora.errors import DataError
 Messages = list[dict[str, Any]]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What marks in a template what the assistant says, as transformers looks for it."""
+"""The mark in a template of what the assistant says, as transformers looks for it."""
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """ShareGPT's names of roles."""
 LISTENED = ("assistant", "tool", "function")
