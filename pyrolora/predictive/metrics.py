@@ -106,7 +106,9 @@ def _(prediction: ClassPrediction) -> dict[str, float]:
     classes = probs.shape[-1]
     one_hot = torch.nn.functional.one_hot(targets, classes)
     return {
-        "accuracy": float(multiclass_accuracy(probs, targets, classes, average="micro")),
+        "accuracy": float(
+            multiclass_accuracy(prediction.predicted, targets, classes, average="micro")
+        ),
         "nll": _nll(prediction),
         "ece": calibration_error(probs, targets),
         "brier": float((probs - one_hot).square().sum(-1).mean()),

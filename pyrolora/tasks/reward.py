@@ -171,6 +171,10 @@ class RewardPrediction(ClassPrediction):
         """Δ of each draw, (S, n), in which what is common to both rewards is no more."""
         return self.rewards[..., 0] - self.rewards[..., 1]
 
+    def decided(self, probs: Tensor) -> Tensor:
+        """Return 0 where the chosen text wins, and 1 elsewhere, at a tie, too, as in TRL, (...)."""
+        return (probs[..., 0] <= probs[..., 1]).long()
+
     def predictive_draws(self) -> dict[str, tuple[Tensor, tuple[str, ...]]]:
         return {**super().predictive_draws(), "reward": (self.rewards, (self.row, "class"))}
 
