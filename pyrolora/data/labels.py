@@ -27,13 +27,18 @@ def raw_labels(examples: Any) -> Tensor:
     return labels
 
 
-def no_labels(columns: Collection[str], expected: str = "a column 'labels' or 'label'") -> str:
+LABEL = "a column 'labels' or 'label'"
+
+
+def no_labels(columns: Collection[str], expected: str = LABEL) -> str:
     """Return the message for examples without labels, whose parts have these names."""
-    return (
-        f"the data has no labels: expected {expected}, got {sorted(columns)}; "
+    remedy = (
         "rename the target column, for example data.rename_column('target', 'label') "
         "(--label target on the command line)"
+        if expected == LABEL
+        else "add what is missing, or rename the columns that have it"
     )
+    return f"the data has no labels: expected {expected}, got {sorted(columns)}; {remedy}"
 
 
 def class_names(examples: Any) -> list[str] | None:

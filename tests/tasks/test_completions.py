@@ -287,6 +287,9 @@ def test_chats_and_rows_are_prompts_that_open_the_assistants_turn(posterior: Any
     for inputs in (chat, [chat], [{"messages": chat}], [{"question": "a"}], [{"prompt": chat}]):
         found = posterior.generate(inputs, **options)
         assert found.sequences.tolist() == expected.sequences.tolist(), inputs
+    for inputs in ([{"prompt": "ab"}], [{"prompt": "ab", "completion": "c"}]):  # as in a fit
+        found = posterior.generate(inputs, **options)
+        assert found.sequences.tolist() == posterior.generate(["ab"], **options).sequences.tolist()
     two = posterior.generate([chat, [{"from": "human", "value": "bc"}]], **options)
     assert two.sequences[0].tolist() == expected.sequences[0].tolist()
     assert len(two.texts) == 2
@@ -310,6 +313,7 @@ def test_each_row_ends_with_the_first_stop_string_that_it_completes(posterior: A
             assert found.sequences[i, k][found.mask[i, k]].tolist() == ids[:size]
             shorter += size < len(ids)
     assert shorter >= 2
+    assert posterior.generate(prompts, stop_strings=[], **options).texts == whole.texts
     beams = posterior.generate(prompts, num_samples=0, num_beams=2, stop_strings=stops,
                                max_new_tokens=6)  # fmt: skip
     assert len(beams.texts) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,14 @@ def test_from_a_shell_by_the_name_of_a_language_model(tmp_path: Path) -> None:
     assert "accuracy" in json.dumps(done("evaluate", run, data, "--json").json)
 
 
+def test_a_tie_is_no_win_of_the_chosen_text(posterior: Posterior) -> None:
+    ties = [{"chosen": "good", "rejected": "good"}] * 2
+    found = posterior.predict(ties)
+    assert evaluate(found)["accuracy"] == 0
+    assert evaluate(found)["nll"] == pytest.approx(math.log(2))
+    assert found.loss.tolist() == [1, 1]
+
+
 def test_what_cannot_be_is_refused() -> None:
     row, chat = ROWS[0], [{"role": "user", "content": "good"}]
     for data, words in (
@@ -219,7 +228,7 @@ def test_what_cannot_be_is_refused() -> None:
             [{"system": "a", "question": "the", "chosen": "good", "rejected": "bad"}],
             r"\['system', 'question'\] beside 'chosen'.*rename_column\('question', 'prompt'\)",
         ),
-        ([{"text": "good"}], r"expected columns 'chosen' and 'rejected', got \['text'\]"),
+        ([{"text": "good"}], r"expected columns 'chosen' and 'rejected', got \['text'\]; add what"),
         ([{"question": "good"}], r"reads 'chosen' and 'rejected'.*got the columns \['question'\]"),
     ):
         with pytest.raises(DataError, match=words):

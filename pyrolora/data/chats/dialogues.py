@@ -64,8 +64,12 @@ class Dialogue:
 
     @property
     def raw(self) -> bool:
-        """Whether prompt and completion are texts that are joined as they are."""
-        return self.kind == "pair" and not self.chats and self.columns[:2] == RAW
+        """Whether prompt and completion are texts that are joined as they are.
+
+        A prompt of this name alone is that of such a completion.
+        """
+        texts = self.kind == "pair" and not self.chats
+        return texts and self.prompt == RAW[:1] and self.completion in ("", RAW[1])
 
     def __str__(self) -> str:
         if self.kind != "pair":
