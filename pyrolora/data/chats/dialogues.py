@@ -9,6 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from pyrolora.columns import LABELS
+from pyrolora.data.chats.chat import OF_TEMPLATE
 from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import (
     DIALOGUES,
@@ -29,8 +30,6 @@ NO_TEXT = ("prompt", "instruction")
 """Those of them that are no text to learn by themselves."""
 PAIRS = tuple(pair for pair in WRITTEN_PAIRS if pair[0][0] in ASKED)
 CHATS = ("messages", "conversations", "conversation")
-TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
-"""Columns with more of what a chat template is given, as in TRL."""
 
 Kind = Literal["text", "chat", "pair"]
 
@@ -195,7 +194,7 @@ def _with_more(data: datasets.Dataset, found: Dialogue) -> Dialogue:
     """Return the columns with those that a chat template is given, too."""
     if not found.chats and (found.kind == "text" or found.raw):
         return found
-    beside = tuple(name for name in (TOOLS, TEMPLATE_OPTIONS) if name in data.column_names)
+    beside = tuple(name for name in OF_TEMPLATE if name in data.column_names)
     return replace(found, beside=beside)
 
 
