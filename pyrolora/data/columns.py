@@ -236,14 +236,16 @@ def same_labels(example: Any) -> bool:
 
 def check_columns(data: datasets.Dataset) -> None:
     """Raise `DataError` for columns with the name of a text that hold none."""
-    for name in dict.fromkeys((*chain.from_iterable(TEXT_COLUMNS), "text", "sentence", "content")):
+    texts = (*chain.from_iterable(TEXT_COLUMNS), "text", "sentence", "content", *WORD_COLUMNS)
+    for name in dict.fromkeys(texts):
         feature = data.features.get(name)
         if isinstance(feature, datasets.Value) and feature.dtype == "null":
             raise DataError(f"the text column {name!r} has missing values alone")
         if isinstance(feature, datasets.List | datasets.LargeList | datasets.Sequence):
             raise DataError(
                 f"the column {name!r} holds lists; join them to texts, or tokenise them yourself, "
-                "with is_split_into_words=True"
+                "with is_split_into_words=True; words with a tag each are the columns 'tokens' and "
+                "'tags', data.rename_column"
             )
 
 

@@ -32,12 +32,12 @@ LABEL = "a column 'labels' or 'label'"
 
 def no_labels(columns: Collection[str], expected: str = LABEL) -> str:
     """Return the message for examples without labels, whose parts have these names."""
-    remedy = (
-        "rename the target column, for example data.rename_column('target', 'label') "
-        "(--label target on the command line)"
-        if expected == LABEL
-        else "add what is missing, or rename the columns that have it"
-    )
+    remedy = "add what is missing, or rename the columns that have it (data.rename_column)"
+    if "'label'" in expected:
+        remedy = (
+            "rename the target column, for example data.rename_column('target', 'label') "
+            "(--label target on the command line)"
+        )
     return f"the data has no labels: expected {expected}, got {sorted(columns)}; {remedy}"
 
 
@@ -319,7 +319,8 @@ def all_labels(
         tensors = [as_numbers(row) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 first"
+            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 (a regression has "
+            "real numbers; several classes per example are task='multi-label-classification')"
         ) from error
     if tensors[0].dim() == 1:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)

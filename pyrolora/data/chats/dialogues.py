@@ -26,6 +26,8 @@ RAW = ("prompt", "completion")
 """The columns whose texts are joined as they are; those of `PAIRS` are two sides of a talk."""
 ASKED = ("prompt", "instruction", "question", "query", "problem", "input")
 """Columns with what somebody asks for."""
+NO_TEXT = ("prompt", "instruction")
+"""Those of them that are no text to learn by themselves."""
 PAIRS = tuple(pair for pair in WRITTEN_PAIRS if pair[0][0] in ASKED)
 CHATS = ("messages", "conversations", "conversation")
 
@@ -183,12 +185,12 @@ def _alone(texts: Sequence[str], chats: Sequence[str], options: TextOptions) -> 
 def _check_answered(data: datasets.Dataset, found: Dialogue, options: TextOptions) -> None:
     """Raise `DataError` for prompts alone, which would be learnt and scored as texts."""
     name = found.prompt[0]
-    if found.kind != "pair" and name in ASKED and name != options.dataset_text_field:
+    if found.kind != "pair" and name in NO_TEXT and name != options.dataset_text_field:
         raise DataError(
             f"the data has {name!r} without what is written for it, got the columns "
-            f"{data.column_names}; add it (a 'completion' beside 'prompt', an 'answer' beside "
-            f"'question', ...), or, where {name!r} is the whole text, data.rename_column({name!r}, "
-            f"{'messages' if found.chats else 'text'!r}); generate() continues prompts"
+            f"{data.column_names}; add it (a 'completion' beside 'prompt', an 'output' "
+            f"beside 'instruction'), or, where {name!r} is the whole text, data.rename_column("
+            f"{name!r}, {'messages' if found.chats else 'text'!r}); generate() continues prompts"
         )
 
 
