@@ -54,6 +54,15 @@ class Checkpoint:
         decodes = bool(getattr(self.config, "is_encoder_decoder", False))
         return decodes and any(map(self.is_a, ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")))
 
+    @property
+    def may_decode(self) -> bool:
+        """Whether the saved network writes a text with its decoder, or is the base of one that does.
+
+        BART is saved as such a base: the head is made of the embeddings.
+        """
+        base = self.architecture == modeling_auto.MODEL_MAPPING_NAMES.get(self.config.model_type)
+        return self.decodes or (base and self.has_class("SEQ_TO_SEQ_CAUSAL_LM"))
+
     @cached_property
     def row(self) -> dict[str, Any]:
         """The first example."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.implied import implied
 from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
+
+_NO_CLASS = re.compile(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)")
+"""The error of transformers' Auto classes for an architecture that has no such class."""
 
 
 def load_network(
@@ -121,6 +125,12 @@ def _explained(name: str) -> Iterator[None]:
     except PyroLoraError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        auto = _NO_CLASS.search(str(error))
+        if auto is not None:
+            raise ConfigError(
+                f"transformers has no class for the network {name!r} in {auto[1]}, which the data "
+                "or task= call for; use another network, or data and task= of another kind"
+            ) from error
         raise ConfigError(
             f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
             f"hub id within reach ({str(error).splitlines()[0]})"
