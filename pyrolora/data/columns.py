@@ -166,9 +166,12 @@ def check_nested(data: datasets.Dataset) -> None:
     if nested:
         spans = "answers" in nested and "context" in data.features
         answers = " (answers in a context are read by task='question-answering')" if spans else ""
+        apart = "make columns of them with data.flatten()"
+        if any(is_list(data.features[name]) for name in nested):  # which flatten() leaves
+            apart = "make texts of them with data.map(...)"
         raise DataError(
-            f"the columns {nested} hold dicts, and their parts are not read{answers}; make columns "
-            f"of them with data.flatten(), or drop them with data.remove_columns({nested})"
+            f"the columns {nested} hold dicts, and their parts are not read{answers}; {apart}, or "
+            f"drop them with data.remove_columns({nested})"
         )
 
 

@@ -41,10 +41,15 @@ def no_labels(columns: Collection[str], expected: str = LABEL) -> str:
     return f"the data has no labels: expected {expected}, got {sorted(columns)}; {remedy}"
 
 
-def class_names(examples: Any) -> list[str] | None:
+def class_names(examples: Any, least: int = 2) -> list[str] | None:
     """Return the names of the classes of training examples; None where labels are numbers.
 
     They are those of a ``ClassLabel``, or the labels themselves, sorted, if they are strings.
+
+    Raises
+    ------
+    DataError
+        For fewer classes than ``least``.
     """
     column = _label_column(examples)
     if column is None:
@@ -58,7 +63,7 @@ def class_names(examples: Any) -> list[str] | None:
         names = sorted(unique, key=int if all(map(str.isdecimal, unique)) else None)
     else:
         return None
-    if len(names) < 2:
+    if len(names) < least:
         raise DataError(f"a classification needs two classes, and all labels are {names}")
     return names
 

@@ -52,7 +52,7 @@ def multi_hot(examples: Any, network: nn.Module, task: Target) -> tuple[Any, lis
         return examples, None
     examples = _gathered(examples, network, task)
     column = target_column(examples)
-    if column is None:
+    if column is None or getattr(examples.features[column], "dtype", None) == "null":
         return examples, None
     check_lists(examples, column)
     flat = flat_labels(examples, column)

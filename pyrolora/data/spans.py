@@ -22,7 +22,7 @@ BESIDE = ("title", "is_impossible", "plausible_answers")
 EXAMPLE = "example_number"
 """The number of a window's example in the data."""
 FIRST, PAST = "first_character", "past_character"
-"""The beginning and the end of each token in the context; −1 for tokens that are not in it."""
+"""Where each token begins and ends in the context, without white space; −1 outside of it."""
 NONE = "none_token"
 """The place of the token that stands for no answer."""
 NOWHERE = (-1, -1)
@@ -33,7 +33,8 @@ NOWHERE = (-1, -1)
 class Answer:
     """The first answer of an example, [start, end) in characters, and the texts of all.
 
-    Both are -1 where the question has no answer in the context.
+    White space around it does not count. Both are -1 where the question has no answer in the
+    context.
     """
 
     start: int
@@ -84,12 +85,20 @@ def answer_of(row: Mapping[str, Any], number: int) -> Answer | None:
         return Answer(*NOWHERE, ())
     start, text, context = starts[0], texts[0], row[CONTEXT]
     found = context[start : start + len(text)] if isinstance(start, int) and start >= 0 else None
-    if not text or found != text:
+    if not text.strip() or found != text:
         raise DataError(
             f"the answer of example {number} is {text!r}, and at character {start} of its context "
             f"stands {found!r}; 'answer_start' counts characters, from 0, to the first of 'text'"
         )
-    return Answer(start, start + len(text), tuple(texts))
+    return Answer(*_trimmed(context, start, start + len(text)), tuple(texts))
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return [start, end) without white space around it; (start, start) where there is no more."""
+    inside = text[start:end]
+    if inside.strip():
+        start += len(inside) - len(inside.lstrip())
+    return start, start + len(inside.strip())
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,10 @@ class Windows:
         for i, origin in enumerate(origins):
             parts = encoded.sequence_ids(i)
             inside = [part == int(right) for part in parts]
-            first = [o[0] if own else -1 for o, own in zip(offsets[i], inside, strict=True)]
-            past = [o[1] if own else -1 for o, own in zip(offsets[i], inside, strict=True)]
+            context = rows[CONTEXT][origin]
+            places = zip(offsets[i], inside, strict=True)
+            bounds = [_trimmed(context, *o) if own else NOWHERE for o, own in places]
+            first, past = ([bound[end] for bound in bounds] for end in (0, 1))
             made[FIRST].append(first)
             made[PAST].append(past)
             none = none_token(self.tokenizer, encoded["input_ids"][i])

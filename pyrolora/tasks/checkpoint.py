@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from pyrolora.data.examples import first_of
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media.media import KINDS, Media
-from pyrolora.data.multi_hot import has_label_lists
+from pyrolora.data.multi_hot import LOOKED_AT, has_label_lists
 from pyrolora.data.spans import is_squad
 from pyrolora.tasks.unsupported import classes_of
 
@@ -52,6 +53,15 @@ class Checkpoint:
         """Whether the saved network reads with its encoder and writes a text with its decoder."""
         decodes = bool(getattr(self.config, "is_encoder_decoder", False))
         return decodes and any(map(self.is_a, ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")))
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether the saved network writes a text with its decoder, or is the base of one that does.
+
+        BART is saved as such a base: the head is made of the embeddings.
+        """
+        base = self.architecture == modeling_auto.MODEL_MAPPING_NAMES.get(self.config.model_type)
+        return self.decodes or (base and self.has_class("SEQ_TO_SEQ_CAUSAL_LM"))
 
     @cached_property
     def row(self) -> dict[str, Any]:
@@ -96,13 +106,17 @@ class Checkpoint:
             return "words"
         if has_class_labels(self.examples):
             return "example"
-        if self.row.get(LABELS) is None:
+        if all(as_dict(row, INPUTS).get(LABELS) is None for row in self._first()):
             return None
         if self.decodes and any(name in self.row for name in MODEL_INPUTS):
             labels = np.asarray(self.row[LABELS])
             if labels.dtype.kind in "iu" and not {*labels.flat} <= {0, 1}:
                 return "tokens"  # of the text to write, of any length
         return "labels" if has_label_lists(self.examples) else "tokens"
+
+    def _first(self) -> Iterator[Any]:
+        """Yield the first examples, as many as show what the data are."""
+        yield from (self.examples[i] for i in range(min(len(self.examples), LOOKED_AT)))
 
     @property
     def has_head(self) -> bool:

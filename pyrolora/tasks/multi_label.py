@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pyrolora.columns import IGNORED, Batch
+from pyrolora.columns import IGNORED, LABELS, Batch
 from pyrolora.data import Collator
 from pyrolora.data.examples import is_plain
 from pyrolora.data.labels import class_names, no_labels, raw_labels
@@ -154,14 +154,18 @@ def _outputs(checkpoint: Checkpoint) -> dict[str, Any]:
     flat = flat_labels(examples, column)
     if flat is None:
         raise DataError(f"the labels of an example are a list, got a column {column!r} of others")
-    names = class_names(flat)
+    if not any(entry is not None for entry in flat[LABELS]):
+        raise DataError(
+            f"no example has a class in the column {column!r}, so that there is none to learn; "
+            "leave out columns without labels, or pass a network that knows its classes"
+        )
+    names = class_names(flat, least=1)
     if names is None:
         rows = list(examples.with_format(None)[column])
         known = checkpoint.config.num_labels if checkpoint.has_head else None
-        if reading(rows, flat.features["labels"], known) == "multi-hot":
+        if reading(rows, flat.features[LABELS], known) == "multi-hot":
             return {"num_labels": max(len(row or ()) for row in rows)}
-        if known is not None:
-            return {}
+        return {"num_labels": int(raw_labels(flat).max()) + 1} if known is None else {}
     return outputs_of(checkpoint, names, flat)
 
 

@@ -29,6 +29,9 @@ from pyrolora.tasks.implied import implied
 from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
 
+_NO_CLASS = re.compile(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)")
+"""The error of transformers' Auto classes for an architecture that has no such class."""
+
 
 def load_network(
     model: Any,
@@ -123,11 +126,11 @@ def _explained(name: str) -> Iterator[None]:
     except PyroLoraError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        auto = re.search(r"^Unrecognized configuration .* AutoModel: (\w+)", str(error))
+        auto = _NO_CLASS.search(str(error))
         if auto is not None:
             raise ConfigError(
-                f"the task needs an {auto[1]}, and transformers has none for the checkpoint "
-                f"{name!r}; name another task, or take a checkpoint of that kind (a causal "
+                f"transformers has no class for the network {name!r} in {auto[1]}, which the data "
+                "or task= call for; name another task, or take a checkpoint of that kind (a causal "
                 "language model learns to choose with choices=)"
             ) from error
         raise ConfigError(

@@ -61,6 +61,7 @@ class SpanCollator(Collator):
     def __init__(self, network: Any, tokenizer: Any) -> None:
         super().__init__(network, tokenizer)
         self.taken = (self.taken - {*SPANS}) | {*OF_WINDOWS}
+        self.pads_right = True  # the places of answers count from the left
         self.contexts: Sequence[str] | None = None
         self.references: list[tuple[str, ...] | None] = []
 

@@ -144,8 +144,10 @@ class Seq2Seq(LanguageModel):
 
     @classmethod
     def implied(cls, checkpoint: Checkpoint) -> bool:
+        if checkpoint.layout is None:
+            return checkpoint.may_decode
         texts = checkpoint.layout == "example" and checkpoint.has_text_labels
-        return checkpoint.decodes and (texts or checkpoint.layout in (None, "tokens"))
+        return checkpoint.decodes and (texts or checkpoint.layout == "tokens")
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, like: nn.Module | None = None) -> PreTrainedModel:

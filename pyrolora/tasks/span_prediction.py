@@ -76,16 +76,15 @@ class SpanPrediction(Prediction):
         none = batch[NONE].expand(len(start), -1)[..., None]
         nothing = (start.gather(-1, none) + end.gather(-1, none)).squeeze(-1)
         inside = batch[PAST] > batch[FIRST]
-        total, first, last = _likeliest(start, end, inside, nothing)
+        total, first, last, found = _likeliest(start, end, inside, nothing)
         pairs = [
             part.gather(-1, place.expand(len(start), -1, -1))
             for part, place in ((start, first), (end, last))
         ]
-        allowed = inside.gather(-1, first) & inside.gather(-1, last)
         record = {
             "none": nothing,
             "total": total,
-            "candidates": (pairs[0] + pairs[1]).masked_fill(~allowed, -torch.inf),
+            "candidates": (pairs[0] + pairs[1]).masked_fill(~found, -torch.inf),
             "spans": torch.stack(
                 [batch[FIRST].gather(-1, first), batch[PAST].gather(-1, last)], -1
             ),
@@ -259,10 +258,11 @@ class SpanPrediction(Prediction):
 
 def _likeliest(
     start: Tensor, end: Tensor, inside: Tensor, nothing: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return log Σ_a p(a) of each draw, (S, b), and the likeliest spans: first, last, (b, K).
 
-    ``start`` and ``end`` are (S, b, T); a span lies ``inside``, (b, T), at both ends.
+    ``start`` and ``end`` are (S, b, T); a span lies ``inside``, (b, T), at both ends. The last part
+    says which of the K are spans: a window of few tokens has fewer.
     """
     longest = min(defaults.MAX_ANSWER, start.shape[-1])
     ends = F.pad(inside, (0, longest - 1)).unfold(-1, longest, 1)
@@ -279,7 +279,7 @@ def _likeliest(
     places = mean.flatten(1).topk(count).indices
     first = places // longest
     last_token = (first + places % longest).clamp(max=start.shape[-1] - 1)
-    return torch.stack(totals), first, last_token
+    return torch.stack(totals), first, last_token, allowed.flatten(1).gather(-1, places)
 
 
 def _windows_of(examples: Tensor) -> Iterator[Tensor]:

@@ -79,7 +79,7 @@ def test_a_causal_model_and_classes_are_ambiguous(folders: dict[str, Path], data
 def test_a_model_without_such_a_class_is_refused(
     folders: dict[str, Path], data: Any, task: str
 ) -> None:
-    with pytest.raises(ConfigError, match=r"task needs an AutoModelFor.*has none.*choices="):
+    with pytest.raises(ConfigError, match=r"no class for the network.*AutoModelFor.*choices="):
         load_network(folders["causal"], data, None, task)
 
 

@@ -107,6 +107,12 @@ WRITER = {
     ),
     "name": "classification | text2text-generation",
 }
+BASE_OF_WRITER = {
+    **ENCODER,
+    **dict.fromkeys(
+        ("text", "pair", "completion", "chat", "pictures with chats"), "text2text-generation"
+    ),
+}
 TABLE = {
     **dict.fromkeys(("bert:BertModel", "llama:LlamaModel", "t5:T5EncoderModel"), ENCODER),
     **dict.fromkeys(("bert:BertForSequenceClassification", "t5:T5ForTokenClassification"), ENCODER),
@@ -116,6 +122,7 @@ TABLE = {
     **dict.fromkeys(("bert:BertForMaskedLM", "roberta:RobertaForMaskedLM"), MASKED),
     **dict.fromkeys(("llama:LlamaForCausalLM", "gpt2:GPT2LMHeadModel"), DECODER),
     **dict.fromkeys(("t5:T5ForConditionalGeneration", "bart:BartForConditionalGeneration"), WRITER),
+    **dict.fromkeys(("t5:T5Model", "bart:BartModel"), BASE_OF_WRITER),
 }
 
 

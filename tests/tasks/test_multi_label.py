@@ -197,6 +197,26 @@ def test_data_load_the_network_that_they_need(encoder: Path, form: str) -> None:
     assert (sorted(net.config.label2id) == sorted(LABELS)) == (form == "names")
 
 
+@pytest.mark.parametrize("labels", [[["good"], []], [[0], []], [[1.0], [0.0]]])
+def test_one_class_is_enough(encoder: Path, labels: list[Any]) -> None:
+    rows = [{"text": "film", "labels": row} for row in labels]
+    net, tokens = load_network(encoder, rows)
+    assert net.config.num_labels == 1
+    assert prepare(rows, net, MultiLabel(), tokens).labels.tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("task", [None, "multi-label-classification"])
+def test_missing_labels_are_told_and_need_no_prediction(encoder: Path, task: str | None) -> None:
+    rows = [{"text": "film", "labels": row} for row in (None, ["good"], ["bad"])]
+    net, _ = load_network(encoder, rows, task=task)
+    with pytest.raises(DataError, match="1 examples have no label, the first is example 0"):
+        prepared(rows, net)
+    with pytest.raises(DataError, match="no example has a class"):
+        load_network(encoder, [{**row, "labels": []} for row in rows], task=task)
+    missing = [{**row, "labels": None} for row in rows]
+    assert prepared(missing, net, need_labels=False).labels is None
+
+
 def test_columns_of_0_and_1_by_name_are_asked_about(encoder: Path) -> None:
     for task in (None, "multi-label-classification"):
         with pytest.raises(DataError, match=r"\['good', 'bad', 'not'\].*remove_columns"):

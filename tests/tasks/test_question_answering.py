@@ -13,8 +13,24 @@ import pytest
 import torch
 from console import done, saved
 from peft_trainer import check_map
-from problems import Rows, arguments, bert, bert_mlm, bert_spans, squad, tokenizer
-from transformers import BertForQuestionAnswering
+from problems import (
+    WORDS,
+    Rows,
+    arguments,
+    bert,
+    bert_mlm,
+    bert_spans,
+    chat_tokenizer,
+    squad,
+    tokenizer,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertForQuestionAnswering,
+    PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetForQuestionAnsweringSimple,
+)
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -162,6 +178,56 @@ def test_the_context_comes_first_where_padding_is_left() -> None:
     assert row[FIRST][-2] == -1  # the question, and the last special token
 
 
+def test_padding_on_the_left_moves_no_answer() -> None:
+    """XLNet's tokenizer pads on the left, and ends a text with the token for no answer."""
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="$A [SEP] [CLS]",
+        pair="$A [SEP] $B:1 [SEP]:1 [CLS]:2",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]"}
+    tokens = PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **special)
+    sizes = {"vocab_size": len(WORDS), "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    net = XLNetForQuestionAnsweringSimple(XLNetConfig(**sizes, dropout=0.0)).eval()
+    data = datasets.concatenate_datasets([squad(3, 5), squad(3, 11)])
+    batch = batch_of(prepared(data, net, tokens))
+    starts = [row["text"][:1] or ["[CLS]"] for row in data["answers"]]
+    found = batch["input_ids"].gather(1, batch["labels"])
+    assert found.tolist() == [[WORDS.index(word)] * 2 for (word,) in starts]
+    task = QuestionAnswering()
+    with torch.no_grad():
+        single = [batch_of(prepared(data.select([i]), net, tokens)) for i in range(len(data))]
+        apart = [task.log_prob(task.output(net(**inputs_of(b))), b) for b in single]
+        together = task.log_prob(task.output(net(**inputs_of(batch))), batch)
+    torch.testing.assert_close(together, torch.cat(apart))
+
+
+def test_white_space_around_an_answer_does_not_count() -> None:
+    context = "  good film is bad "
+    answers = [("  good", 0), ("good ", 2), (" bad ", 14), (" is ", 11), (context, 0)]
+    rows = [
+        {"question": "the", "context": context, "answers": {"text": [t], "answer_start": [s]}}
+        for t, s in answers
+    ]
+    ready = prepared(datasets.Dataset.from_list(rows))
+    for row, (text, _) in zip(ready.examples, answers, strict=True):
+        first, last = row["labels"]
+        assert context[row[FIRST][first] : row[PAST][last]] == text.strip()
+
+
+def test_answers_have_no_white_space_around_them() -> None:
+    """The tokens of GPT-2 begin with the space before their word."""
+    tokens = chat_tokenizer()
+    tokens.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    net = bert_spans(vocab_size=len(tokens), max_position_embeddings=128)
+    rows = prepared(squad(3), net, tokens).examples
+    for row, context in zip(rows, squad(3)["context"], strict=True):
+        pieces = [context[a:b] for a, b in zip(row[FIRST], row[PAST], strict=True) if a >= 0]
+        assert pieces == [letter.strip() for letter in context]
+
+
 def test_an_answer_longer_than_the_overlap_is_told() -> None:
     context = " ".join(["film", "book"] * 30)
     answers = {"text": [context[5:-5]], "answer_start": [5]}
@@ -253,12 +319,18 @@ def record_of(scores: torch.Tensor, offsets: list[int]) -> dict[str, torch.Tenso
     return SpanPrediction.reduce(QuestionAnswering(), [scores[:, None]], batch)
 
 
-def test_the_answer_is_the_likeliest_over_all_windows() -> None:
-    """Against the definition, span by span; the windows share the characters 2 and 3."""
+@pytest.mark.parametrize("likely", [0, 2, 4])
+def test_the_answer_is_the_likeliest_over_all_windows(likely: int) -> None:
+    """Against the definition, span by span; the windows share the characters 2 and 3.
+
+    They have fewer spans than are kept, and the last token ends no text but the context.
+    """
     outputs, offsets = (
         [torch.randn(3, 5, 2), torch.randn(3, 5, 2)],
         [[-1, 0, 1, 2, 3], [-1, 2, 3, 4, 5]],
     )
+    for output in outputs:
+        output[:, likely] += 4
     made = SpanPrediction.collect(
         [record_of(output, own) for output, own in zip(outputs, offsets, strict=True)],
         QuestionAnswering(),
