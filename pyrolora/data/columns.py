@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pyrolora.columns import INPUTS, LABELS, TAGS
+from pyrolora.columns import COMPLETION_MASK, INPUTS, LABELS, TAGS
 from pyrolora.data.examples import first_of, is_nested, is_plain, is_text
 from pyrolora.errors import DataError
 
@@ -82,7 +82,7 @@ ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__in
 ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
 # Masks of the tokens that count; 0 at those that do not. A token counts if all of them say so.
 ASSISTANT_MASKS = ("assistant_masks", "assistant_tokens_mask")
-TOKEN_MASKS = ("completion_mask", *ASSISTANT_MASKS)
+TOKEN_MASKS = (COMPLETION_MASK, *ASSISTANT_MASKS)
 # Weights of tokens or examples, which are not supported.
 WEIGHTS = re.compile(
     r"weights|(sample|example|token|loss)_weights?"
@@ -96,6 +96,8 @@ DIALOGUES = (
     *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
+# A preferred text and another one, or the tokens of both, as in TRL.
+PREFERENCES = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
 # A text in several languages, a dict from each to the text.
 TRANSLATION = "translation"
 # The first and the last token of an answer, as transformers' networks take them.
@@ -286,8 +288,7 @@ def has_choices(examples: Any) -> bool:
 
 def has_preferences(names: Collection[str]) -> bool:
     """Return whether columns of these names hold a preferred text and another one."""
-    pairs = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
-    return any(all(name in names for name in pair) for pair in pairs)
+    return any({*pair} <= {*names} for pair in PREFERENCES)
 
 
 def check_preferences(names: Collection[str]) -> None:

@@ -83,6 +83,11 @@ def _each(made: Mapping[str, Any], i: int, size: int, change: Any) -> None:
             column[i] = change(column[i])
 
 
+def last_tokens(ids: list[int], limit: float) -> list[int]:
+    """Return the last tokens of a text, as many as ``limit``."""
+    return ids[int(max(0, len(ids) - limit)) :]
+
+
 def added(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens that a tokenizer puts before and after every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -136,7 +136,7 @@ def _stored(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
 
 
 def _alike(rows: list[Any]) -> list[Any]:
-    """Return chats with lists of contents in all messages, if any message has one; others as are.
+    """Return chats with lists of contents in all messages, where a message has one.
 
     A column holds texts or lists, and people write the message with a picture as a list alone.
     """

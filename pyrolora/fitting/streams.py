@@ -13,8 +13,6 @@ from pyrolora.errors import ConfigError, DataError
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.training import arguments_of
 
-STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
-
 
 def read_stream(request: Request) -> Request:
     """Return the request with the first examples of its stream in memory, if it has one.

@@ -17,6 +17,7 @@ from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media.media import KINDS, Media
 from pyrolora.data.multi_hot import has_label_lists
 from pyrolora.data.spans import is_squad
+from pyrolora.tasks.unsupported import classes_of
 
 Layout = Literal["spans", "choices", "preferences", "words", "example", "labels", "tokens"]
 """Places of answers; choices; a preference between two texts; words with a tag each; one label per
@@ -39,8 +40,7 @@ class Checkpoint:
 
     def is_a(self, kind: str) -> bool:
         """Return whether transformers' list of that kind ("CAUSAL_LM") has the architecture."""
-        names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
-        return self.architecture in names
+        return self.architecture in classes_of(kind)
 
     @property
     def continues(self) -> bool:
@@ -64,7 +64,7 @@ class Checkpoint:
         for kind in KINDS:
             if any(name in self.row for name in kind.inputs) and "input_ids" not in self.row:
                 return kind
-        return next((k for k in KINDS if self.is_for(k) and k.raw_in(self.examples)), None)
+        return next((k for k in KINDS if self.has_class(k.heads) and k.raw_in(self.examples)), None)
 
     @property
     def processes(self) -> bool:
@@ -77,10 +77,6 @@ class Checkpoint:
         """Whether the network reads texts with pictures, and writes text with one decoder."""
         both = getattr(self.config, "is_encoder_decoder", False)
         return self.is_a("IMAGE_TEXT_TO_TEXT") and not both
-
-    def is_for(self, media: type[Media]) -> bool:
-        """Return whether transformers has a classifier of such media for the architecture."""
-        return self.has_class(media.heads)
 
     def has_class(self, kind: str) -> bool:
         """Return whether transformers has a class of that kind for the saved architecture."""

@@ -156,6 +156,10 @@ class RewardPrediction(ClassPrediction):
             rewards=torch.cat([record["rewards"] for record in records], dim=1),
         )
 
+    def decided(self, probs: Tensor) -> Tensor:
+        """Return the preferred text (...); of equal ones the rejected, as TRL counts them."""
+        return (probs[..., 0] <= probs[..., 1]).long()
+
     @property
     def mean(self) -> Tensor:
         """The mean rewards over draws, (n, 2)."""

@@ -14,11 +14,13 @@ from pyrolora.errors import DataError
 Messages = list[dict[str, Any]]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What marks in a template what the assistant says, as transformers looks for it."""
+"""The mark in a template of what the assistant says, as transformers looks for it."""
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """ShareGPT's names of roles."""
 LISTENED = ("assistant", "tool", "function")
 """Roles whose messages a template may rewrite: it drops thoughts, and quotes results."""
+OF_TEMPLATE = TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
+"""Columns with more of what a chat template is given, as in TRL."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +233,11 @@ def _filled(value: Any) -> Any:
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a row has for the template beside its messages: tools, and other options."""
-    tools = row.get("tools")
+    tools = row.get(TOOLS)
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(f"the tools of an example are no JSON: {error}") from error
-    more = _filled(row.get("chat_template_kwargs") or {})
+    more = _filled(row.get(TEMPLATE_OPTIONS) or {})
     return {**({"tools": _filled(tools)} if tools else {}), **more}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from pyrolora.columns import LABELS
+from pyrolora.data.chats.chat import OF_TEMPLATE
 from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import (
     DIALOGUES,
@@ -27,8 +28,6 @@ ASKED = ("prompt", "instruction", "question", "query", "problem", "input")
 """Columns with what somebody asks for."""
 PAIRS = tuple(pair for pair in WRITTEN_PAIRS if pair[0][0] in ASKED)
 CHATS = ("messages", "conversations", "conversation")
-TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
-"""Columns with more of what a chat template is given, as in TRL."""
 
 Kind = Literal["text", "chat", "pair"]
 
@@ -81,7 +80,7 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
     ------
     DataError
         For columns that look like data and would not be read: a second text or chat, a prompt
-        beside a text, a mask.
+        beside a text, a mask; for prompts without their completions.
     """
     texts, chats = _texts_and_chats(data)
     _check_named(data, options)
@@ -90,6 +89,7 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
         return None
     found = _with_more(data, found)
     _check_left(data, found, texts, chats)
+    _check_answered(data, found, options)
     return found
 
 
@@ -176,11 +176,23 @@ def _alone(texts: Sequence[str], chats: Sequence[str], options: TextOptions) -> 
     return Dialogue("text", (texts[0],)) if texts else None
 
 
+def _check_answered(data: datasets.Dataset, found: Dialogue, options: TextOptions) -> None:
+    """Raise `DataError` for prompts alone, which would be learnt and scored as texts."""
+    name = found.prompt[0]
+    if found.kind != "pair" and name in ASKED and name != options.dataset_text_field:
+        raise DataError(
+            f"the data has {name!r} without what is written for it, got the columns "
+            f"{data.column_names}; add it (a 'completion' beside 'prompt', an 'answer' beside "
+            f"'question', ...), or, where {name!r} is the whole text, data.rename_column({name!r}, "
+            f"{'messages' if found.chats else 'text'!r}); generate() continues prompts"
+        )
+
+
 def _with_more(data: datasets.Dataset, found: Dialogue) -> Dialogue:
     """Return the columns with those that a chat template is given, too."""
     if not found.chats and (found.kind == "text" or found.raw):
         return found
-    beside = tuple(name for name in (TOOLS, TEMPLATE_OPTIONS) if name in data.column_names)
+    beside = tuple(name for name in OF_TEMPLATE if name in data.column_names)
     return replace(found, beside=beside)
 
 
