@@ -172,6 +172,27 @@ def test_a_batch_of_chats_is_the_processors_own(place: str) -> None:
         assert torch.equal(batch[name], expected[name]), name
 
 
+ARRAYS: dict[str, Any] = {
+    "a list": lambda array, _: [array],
+    "alone": lambda array, _: array,
+    "channels first": lambda array, _: [array.transpose(2, 0, 1)],
+    "a tensor": lambda array, _: [torch.tensor(array)],
+    "real numbers": lambda array, _: [array.astype(float)],
+    "a path": lambda _, path: [path],
+    "a path alone": lambda _, path: path,
+}
+
+
+@pytest.mark.parametrize("form", ARRAYS)
+def test_pictures_may_be_arrays_and_files(form: str, tmp_path: Path) -> None:
+    data = chats(2)
+    for i, row in enumerate(data):
+        row["images"][0].save(tmp_path / f"{i}.png")
+        array = np.asarray(row["images"][0])
+        row["images"] = ARRAYS[form](array, tmp_path / f"{i}.png")
+    assert torch.equal(pixels(batch_of(data, llava())), own(chats(2))["pixel_values"])
+
+
 def pairs(kind: str) -> list[dict[str, Any]]:
     made = []
     for row in chats():
@@ -320,6 +341,14 @@ RED = picture("red")
 WRONG: dict[str, tuple[Any, str]] = {
     "no place": ({"image": RED, "text": "what"}, "example 0: it has 1 pictures, .* places for 0"),
     "two places": ({"image": RED, "text": "<image> <image>"}, "places for 2 pictures"),
+    "up to one": (
+        inside({**chats(1)[0], "images": [np.asarray(RED) / 255.0]}),
+        "the processor divides by 255",
+    ),
+    "several or one": (
+        {"image": np.zeros((3, 9, 9), np.uint8), "text": "<image>"},
+        r"\(3, 9, 9\) may be one picture with its channels first, or 3 grey ones",
+    ),
     "both": (
         {**inside(chats(1)[0]), "images": [RED]},
         "in its messages and in the column 'images'",

@@ -104,6 +104,7 @@ FORMS: dict[str, Callable[[list[Any], Path], Any]] = {
     ),
     "a torch data set": lambda some, _: Rows([{"image": picture} for picture in some]),
     "a list of paths": lambda some, folder: files(folder, some),
+    "paths of pathlib": lambda some, folder: [{"image": Path(p)} for p in files(folder, some)],
     "a column of paths": lambda some, folder: [{"file_name": p} for p in files(folder, some)],
     "bytes": lambda some, folder: [
         {"image": Path(path).read_bytes()} for path in files(folder, some)

@@ -19,7 +19,7 @@ from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import is_list
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.media.media import Pictures
-from pyrolora.data.media.pictures import as_picture, is_picture
+from pyrolora.data.media.pictures import as_picture, checked_array, is_picture
 from pyrolora.data.media.pieces import COUNT, PER_TOKEN, joined
 from pyrolora.data.media.row_tokenizer import RowTokenizer, place_of, processed
 from pyrolora.data.padding import MASK
@@ -216,7 +216,15 @@ class Illustrator(Pictures):
             )
         if any(part is None for part in (*inside, *beside)):
             raise DataError("one of its pictures is missing; fill it or leave the example out")
-        return [as_picture(value, 3) for value in (*inside, *beside)]
+        return self._opened([*inside, *beside])
+
+    def _opened(self, values: Sequence[Any]) -> list[Any]:
+        """Return pictures as the processor takes them."""
+        pictures = [as_picture(value, 3) for value in values]
+        rescales = bool(getattr(self.processor, "do_rescale", False))
+        for picture in pictures:
+            checked_array(picture, 3, rescales=rescales)
+        return pictures
 
     def _dialogue_encoder(
         self, dialogue: Dialogue, pictures: list[Any], encoder: Encoder, options: TextOptions
@@ -228,7 +236,7 @@ class Illustrator(Pictures):
 
     def _pixels(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the processor makes of the pictures of one row beside its tokens."""
-        opened = [as_picture(value, 3) for value in pictures]
+        opened = self._opened(pictures)
         text = place_of(self.whole) * len(opened)
         made = processed(self.whole, text, opened, return_tensors="pt")
         kept = {n: v for n, v in made.items() if n not in ("input_ids", MASK, *PER_TOKEN)}
@@ -251,6 +259,31 @@ def pictures_in(value: Any) -> list[Any]:
     return [*_pictures_in(value)]
 
 
+def _sizes(value: Any) -> list[int]:
+    """Return the sizes of an array that is lists of numbers; [] for other values."""
+    sizes = []
+    while isinstance(value, list | tuple) and value:
+        sizes.append(len(value))
+        value = value[0]
+    return sizes if isinstance(value, int | float) else []
+
+
+def _is_array(sizes: Sequence[int]) -> bool:
+    """Return whether an array of these sizes is one picture: (H, W), (H, W, C) or (1, H, W).
+
+    Raises
+    ------
+    DataError
+        For what may be one of several channels, or several grey ones.
+    """
+    if len(sizes) == 3 and sizes[2] > 4 and 1 < sizes[0] <= 4:
+        raise DataError(
+            f"an array {tuple(sizes)} may be one picture with its channels first, or {sizes[0]} "
+            "grey ones; make a list of it, or of these in the form (height, width, 1)"
+        )
+    return len(sizes) == 2 or (len(sizes) == 3 and (sizes[2] <= 4 or sizes[0] == 1))
+
+
 def _pictures_in(value: Any) -> Iterator[Any]:
     if is_picture(value) or isinstance(value, str | bytes):
         yield value
@@ -259,6 +292,13 @@ def _pictures_in(value: Any) -> Iterator[Any]:
     elif isinstance(value, Mapping):
         yield value if {"bytes", "path"} & {*value} else None
     elif isinstance(value, list | tuple):
+        sizes = _sizes(value)
+        if len(sizes) == 4:
+            yield from value
+            return
+        if _is_array(sizes):
+            yield value
+            return
         for part in value:
             yield from [None] if part is None else _pictures_in(part)
     elif value is not None:

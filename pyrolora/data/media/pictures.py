@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,6 +68,8 @@ def stored(value: Any) -> Any:
         stream, picture = io.BytesIO(), _common(value)
         picture.save(stream, "PNG" if picture.mode in _PNG else "TIFF")
         return {"bytes": stream.getvalue(), "path": None}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
         return {name: stored(part) for name, part in value.items()}
     if isinstance(value, list | tuple) and value and not isinstance(value[0], int | float | str):
@@ -102,6 +105,7 @@ def _opened(value: Any, decoder: datasets.Image) -> Any:
     """Return the picture of PIL, or the array, that a value is or names."""
     if isinstance(value, Tensor):
         return value.numpy()
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str | bytes) or (isinstance(value, Mapping) and "bytes" in value):
         entry = value if isinstance(value, Mapping) else {"path": None, "bytes": None}
         if isinstance(value, str):
