@@ -91,6 +91,15 @@ class TokenTask(Task):
     def count(self, labels: Tensor) -> int:
         return int(labels[..., self.shift :].ne(IGNORED).sum())
 
+    def check_counted(self, labels: Tensor) -> None:
+        """Raise `DataError` unless a token counts."""
+        if self.count(labels) == 0:
+            first = " or a text's first, which nothing predicts" if self.shift else ""
+            raise DataError(
+                f"every token is labelled -100 (ignored){first}; there is nothing to learn from, "
+                "or to score"
+            )
+
 
 @dataclass(frozen=True)
 class TokenPrediction(Prediction):
@@ -246,12 +255,7 @@ class LanguageModel(TokenTask):
                 f"{labels.dtype} and shape {tuple(labels.shape)}; leave 'labels' out to learn from "
                 "the text alone"
             )
-        if self.count(labels) == 0:
-            first = " or a text's first, which nothing predicts" if self.shift else ""
-            raise DataError(
-                f"every token is labelled -100 (ignored){first}; there is nothing to learn from, "
-                "or to score"
-            )
+        self.check_counted(labels)
         counted = labels[labels.ne(IGNORED)]
         if counted.min() < 0 or (vocabulary is not None and counted.max() >= vocabulary):
             raise DataError(
