@@ -75,6 +75,13 @@ def test_draws_are_by_hand_from_networks_with_their_weights(posterior: Posterior
     assert torch.equal(picked.rewards, found.rewards[:, [2, 0]])
 
 
+def test_equal_rewards_count_as_wrong_as_they_do_for_trl(posterior: Posterior) -> None:
+    pair = {"prompt": "the ", "chosen": "good", "rejected": "good"}
+    found = posterior.predict([pair], num_samples=3)
+    assert found.probs.tolist() == [[0.5, 0.5]]
+    assert evaluate(found)["accuracy"] == 0
+
+
 def test_single_texts_have_rewards_and_their_spread(posterior: Posterior) -> None:
     texts = [row["prompt"] + row["chosen"] for row in ROWS]
     found = posterior.predict(texts, draws=[0, 2])
@@ -208,6 +215,10 @@ def test_what_cannot_be_is_refused() -> None:
         ([{**row, "chosen": chat, "rejected": chat}], r"'prompt' is a text and 'chosen' is mess"),
         ([{"chosen": chat, "rejected": chat}], "example 0: .* has no chat template"),
         ([{**row, "margin": None}, {**row, "margin": 1.0}], "margin of example 0 is None"),
+        (
+            [{"system": "a", "question": "the", "chosen": "good", "rejected": "bad"}],
+            r"\['system', 'question'\] beside 'chosen'.*rename_column\('question', 'prompt'\)",
+        ),
         ([{"text": "good"}], r"expected columns 'chosen' and 'rejected', got \['text'\]"),
         ([{"question": "good"}], r"reads 'chosen' and 'rejected'.*got the columns \['question'\]"),
     ):
