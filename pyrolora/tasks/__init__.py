@@ -21,7 +21,8 @@ from pyrolora.tasks.seq2seq import Seq2Seq
 from pyrolora.tasks.span_prediction import SpanPrediction
 from pyrolora.tasks.tag_prediction import TagPrediction
 from pyrolora.tasks.token_classification import TokenClassification
-from pyrolora.tasks.tokens import LanguageModel, TokenPrediction, TokenTask
+from pyrolora.tasks.token_prediction import TokenPrediction
+from pyrolora.tasks.tokens import LanguageModel, TokenTask
 
 __all__ = [
     "BY_CAUSAL_LM",

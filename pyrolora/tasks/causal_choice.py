@@ -19,7 +19,12 @@ from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.causal_lm import CausalLM
 from pyrolora.tasks.checkpoint import Checkpoint
-from pyrolora.tasks.multiple_choice import IMPOSSIBLE, ChoiceCollator, MultipleChoice
+from pyrolora.tasks.multiple_choice import (
+    IMPOSSIBLE,
+    ChoiceCollator,
+    MultipleChoice,
+    check_choice,
+)
 from pyrolora.tasks.unsupported import classes_of
 
 # Networks without logits of the tokens that come next.
@@ -45,11 +50,8 @@ class LetterCollator(Collator):
         """Raise `DataError` for examples without letters, and labels that are none of them."""
         for i in range(len(examples)):
             size = len(self._row(examples[i])[1])
-            if labels is not None and not 0 <= int(labels[i]) < size:
-                raise DataError(
-                    f"the label of example {i} is {int(labels[i])}, and its choices are "
-                    f"{[*range(size)]}; count the choices from 0"
-                )
+            if labels is not None:
+                check_choice(i, int(labels[i]), [*range(size)])
 
     def _row(self, example: Any) -> tuple[dict[str, Any], Tensor]:
         """Return the inputs of an example, and the tokens of its letters."""

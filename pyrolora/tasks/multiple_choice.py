@@ -50,11 +50,8 @@ class ChoiceCollator(Collator):
         """Raise `DataError` for examples without choices, and labels that are none of them."""
         for i in range(len(examples)):
             _, mask = self.choices(examples[i])
-            if labels is not None and not any(mask[int(labels[i]) :][:1]):
-                raise DataError(
-                    f"the label of example {i} is {int(labels[i])}, and its choices are "
-                    f"{[j for j, real in enumerate(mask) if real]}; count the choices from 0"
-                )
+            if labels is not None:
+                check_choice(i, int(labels[i]), [j for j, real in enumerate(mask) if real])
 
     def choices(self, example: Any) -> tuple[list[dict[str, Any]], list[bool]]:
         """Return the inputs of each choice, and which of them can be chosen."""
@@ -86,6 +83,15 @@ class ChoiceCollator(Collator):
         if labels[0] is not None:
             batch[LABELS] = whole_as_long(torch.as_tensor(np.asarray(labels)))
         return batch
+
+
+def check_choice(example: int, label: int, choices: list[int]) -> None:
+    """Raise `DataError` for a label that is none of an example's choices."""
+    if label not in choices:
+        raise DataError(
+            f"the label of example {example} is {label}, and its choices are {choices}; count the "
+            "choices from 0"
+        )
 
 
 class MultipleChoice(Classification):

@@ -216,11 +216,7 @@ class TokenClassification(TokenTask):
                 f"{labels.dtype} and shape {tuple(labels.shape)}; pass words with their tags, or "
                 "input_ids with as many labels, -100 where a token does not count"
             )
-        if self.count(labels) == 0:
-            raise DataError(
-                "every token is labelled -100 (ignored); there is nothing to learn from, or to "
-                "score"
-            )
+        self.check_counted(labels)
         classes = getattr(getattr(network, "config", None), "num_labels", None)
         _check_classes(classes, labels)
 
