@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
-from pyrolora.data.examples import first_of
+from pyrolora.data.examples import as_dict, first_of
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media.media import KINDS, Media
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def may_decode(self) -> bool:
-        """Whether the saved network writes a text with its decoder, or is the base of one that does.
+        """Whether the saved network writes with its decoder, or is the base of one that does.
 
         BART is saved as such a base: the head is made of the embeddings.
         """

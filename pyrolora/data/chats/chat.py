@@ -191,7 +191,8 @@ class ChatTemplate:
                     continue
             raise DataError(
                 f"the chat template leaves out a message of the role {role!r}, "
-                f"{content[:40]!r}; drop such messages, or give them a role that it knows"
+                f"{content[:40]!r}; drop such messages, or their content, or give "
+                "them a role that it knows"
             )
         for tool in more.get("tools") or ():
             self._check_name(_function(tool), "a tool", text)
