@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def may_decode(self) -> bool:
-        """Whether the saved network writes a text with its decoder, or is the base of one that does.
+        """Whether the saved network writes a text with its decoder, or is the base of one.
 
         BART is saved as such a base: the head is made of the embeddings.
         """
