@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from pyrolora.columns import COMPLETION_MASK, INPUTS, LABELS, TAGS
-from pyrolora.data.examples import as_dict, is_nested, is_plain, is_text
+from pyrolora.data.examples import first_of, is_nested, is_plain, is_text
 from pyrolora.errors import DataError
 
 CHOICES = "choices"
@@ -281,7 +281,7 @@ def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
 
 def has_choices(examples: Any) -> bool:
     """Return whether examples have several choices each, in raw text or in tokens."""
-    row = as_dict(examples[0], INPUTS) if len(examples) else {}
+    row = first_of(examples, INPUTS) if len(examples) else {}
     ids: Any = row.get("input_ids")
     return CHOICES in row or (is_nested(ids) and len(ids) > 1)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import IGNORED, INPUTS, LABELS
-from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, is_plain, is_text
+from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, first_of, is_plain, is_text
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
@@ -23,7 +23,7 @@ def raw_labels(examples: Any) -> Tensor:
         raise DataError("the data is empty: it has 0 examples")
     labels = all_labels(examples, lambda example: as_dict(example, INPUTS))
     if labels is None:
-        raise DataError(no_labels([*as_dict(examples[0], INPUTS)]))
+        raise DataError(no_labels([*first_of(examples, INPUTS)]))
     return labels
 
 
@@ -100,7 +100,7 @@ def has_class_labels(examples: Any) -> bool:
         return column is not None and not isinstance(
             examples.features[column], datasets.Sequence | datasets.List | datasets.LargeList
         )
-    label = as_dict(examples[0], INPUTS).get(LABELS) if len(examples) else None
+    label = first_of(examples, INPUTS).get(LABELS) if len(examples) else None
     return label is not None and np.ndim(label) == 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import datasets
 
 from pyrolora.columns import MARGIN
 from pyrolora.data.chats.chat import OF_TEMPLATE, ChatTemplate, messages_of, template_options
+from pyrolora.data.chats.dialogues import ASKED
 from pyrolora.data.columns import PREFERENCES
 from pyrolora.data.encoding import Encoder, last_tokens
 from pyrolora.data.padding import MASK
@@ -42,6 +43,7 @@ def encode_preferences(
     names, texts = data.column_names, _columns(data)
     beside = [name for name in (PROMPT, *OF_TEMPLATE) if name in names and texts[0] == CHOSEN]
     margin = [MARGIN] if MARGIN in names and texts[0] != SINGLES[0] else []
+    _check_prompt(data, (*texts, *beside))
     limit, encoder = encoder.limit, replace(encoder, limit=math.inf)
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -62,6 +64,17 @@ def encode_preferences(
     )
     warn_cut(sum(made["cut"]), len(made), limit, encoder.source)
     return made.remove_columns("cut"), (*texts, *beside, *margin)
+
+
+def _check_prompt(data: datasets.Dataset, read: Collection[str]) -> None:
+    """Raise `DataError` for prompts of the chosen and the rejected texts under other names."""
+    left = [name for name in data.column_names if name in ("system", *ASKED) and name not in read]
+    if left and CHOSEN in read and PROMPT not in read:
+        raise DataError(
+            f"the data has {left} beside 'chosen' and 'rejected', and they may stand before both; "
+            f"rename one, data.rename_column({left[-1]!r}, 'prompt'), join several to one column "
+            f"'prompt', or drop them, data.remove_columns({left})"
+        )
 
 
 def _columns(data: datasets.Dataset) -> tuple[str, ...]:

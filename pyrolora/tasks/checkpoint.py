@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
-from pyrolora.data.examples import as_dict
+from pyrolora.data.examples import first_of
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media.media import KINDS, Media
@@ -56,7 +56,7 @@ class Checkpoint:
     @cached_property
     def row(self) -> dict[str, Any]:
         """The first example."""
-        return as_dict(self.examples[0], INPUTS) if len(self.examples) else {}
+        return first_of(self.examples, INPUTS) if len(self.examples) else {}
 
     @cached_property
     def media(self) -> type[Media] | None:

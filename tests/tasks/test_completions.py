@@ -189,6 +189,22 @@ def test_later_predictions_read_texts_as_the_fit_did(posterior: Any, tmp_path: P
     assert later.texts == posterior.texts
 
 
+def test_prompts_without_their_completions_are_no_texts() -> None:
+    posterior = fitted(epochs=1)
+    chat = [{"prompt": CHATS[0]["messages"][:1]}]
+    for rows, name in (([{"prompt": "qqq"}], "text"), (chat, "messages")):
+        told = rf"'prompt' without what is written for it.*rename_column\('prompt', '{name}'\)"
+        for verb in (posterior.evaluate, posterior.predict, fitted):
+            with pytest.raises(DataError, match=told):
+                verb(rows)
+    assert posterior.evaluate([{"text": "qqq"}], 0)["nll"] > 0
+    named = TextOptions(dataset_text_field="prompt")
+    assert (
+        fitted([{"prompt": "qqq"}], texts=named, epochs=1).evaluate([{"prompt": "qqq"}], 0)["nll"]
+        > 0
+    )
+
+
 def test_folders_of_earlier_versions_lack_entries_and_load(tmp_path: Path) -> None:
     from pyrolora.storage.description import described
 

@@ -84,7 +84,7 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
     ------
     DataError
         For columns that look like data and would not be read: a second text or chat, a prompt
-        beside a text, a mask.
+        beside a text, a mask; for prompts without their completions.
     """
     texts, chats = _texts_and_chats(data)
     _check_named(data, options)
@@ -93,6 +93,7 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
         return None
     found = _with_more(data, found)
     _check_left(data, found, texts, chats)
+    _check_answered(data, found, options)
     return found
 
 
@@ -177,6 +178,18 @@ def _alone(texts: Sequence[str], chats: Sequence[str], options: TextOptions) -> 
     if chats:
         return Dialogue("chat", (next((n for n in CHATS if n in chats), chats[0]),), chats=True)
     return Dialogue("text", (texts[0],)) if texts else None
+
+
+def _check_answered(data: datasets.Dataset, found: Dialogue, options: TextOptions) -> None:
+    """Raise `DataError` for prompts alone, which would be learnt and scored as texts."""
+    name = found.prompt[0]
+    if found.kind != "pair" and name in ASKED and name != options.dataset_text_field:
+        raise DataError(
+            f"the data has {name!r} without what is written for it, got the columns "
+            f"{data.column_names}; add it (a 'completion' beside 'prompt', an 'answer' beside "
+            f"'question', ...), or, where {name!r} is the whole text, data.rename_column({name!r}, "
+            f"{'messages' if found.chats else 'text'!r}); generate() continues prompts"
+        )
 
 
 def _with_more(data: datasets.Dataset, found: Dialogue) -> Dialogue:
