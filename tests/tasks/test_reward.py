@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +202,6 @@ def test_from_a_shell_by_the_name_of_a_language_model(tmp_path: Path) -> None:
     assert pyrolora.load(run).task.name == RewardModelling.name
     assert "reward_chosen_sd" in done("predict", run, data).out
     assert "accuracy" in json.dumps(done("evaluate", run, data, "--json").json)
-
-
-def test_a_tie_is_no_win_of_the_chosen_text(posterior: Posterior) -> None:
-    ties = [{"chosen": "good", "rejected": "good"}] * 2
-    found = posterior.predict(ties)
-    assert evaluate(found)["accuracy"] == 0
-    assert evaluate(found)["nll"] == pytest.approx(math.log(2))
-    assert found.loss.tolist() == [1, 1]
 
 
 def test_what_cannot_be_is_refused() -> None:
