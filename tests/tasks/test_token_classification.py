@@ -190,7 +190,7 @@ def test_labels_per_token_of_a_language_model_are_ambiguous(tmp_path: Path) -> N
     folder = saved(bert_mlm(), tmp_path)
     mask_tokenizer().save_pretrained(folder)
     data = [{"input_ids": [2, 5, 3], "labels": [-100, 1, -100]}] * 2
-    with pytest.raises(DataError, match="task='token-classification'"):
+    with pytest.raises(ConfigError, match="task='token-classification'"):
         load_network(folder, data)
     network, _ = load_network(folder, data, task="token-classification")
     assert isinstance(network, BertForTokenClassification)
