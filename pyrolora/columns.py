@@ -22,7 +22,7 @@ The name is that of transformers' argument. Without the column a network gives a
 """
 
 DECODER_IDS, DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
-"""What the decoder of an encoder-decoder reads: the tokens before those that it is to write."""
+"""The input of the decoder of an encoder-decoder: the tokens before those that it is to write."""
 
 CHOICE_MASK = "choice_mask"
 """(b, choices), true at an example's own choices."""
@@ -36,8 +36,8 @@ CHOICE_PLACES = "choice_places"
 MARGIN = "margin"
 """(b,), by how much the reward of the preferred text has to be larger."""
 
-COUNTED = "completion_mask"
-"""The name of a mask, in the shape of the tokens, that is 1 at those of the answer."""
+COMPLETION_MASK = "completion_mask"
+"""A mask of the shape of the tokens, 1 at those of the completion, or of a choice."""
 
 TAGS = ("ner_tags", "pos_tags", "chunk_tags", "tags")
 """The names that data sets give to the tags of words."""

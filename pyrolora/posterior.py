@@ -15,6 +15,7 @@ from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import true_or_false, whole_number
 from pyrolora.data import TextOptions, prepare
+from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
@@ -130,12 +131,12 @@ class Posterior:
 
     @property
     def classes(self) -> list[str] | None:
-        """The names of the classes in the data of the fit, if the network has none.
+        """The names of the classes by number: the network's, or those of the data of the fit.
 
         Predictions and tables show them, and later labels that are names are numbered by them.
         """
-        names = self.task.class_names
-        return None if names is None else list(names)
+        names = class_names_of(self.base, self.task) if self.task.names_classes else {}
+        return [names[number] for number in sorted(names)] or None
 
     @property
     def texts(self) -> TextOptions | None:

@@ -1,7 +1,7 @@
 """Kinds of linear layers: where each keeps its sizes, and which way round its weight lies.
 
-To adapt another class of layers, add an entry to `KINDS`; nothing else in the package asks for a
-layer's class. The class has to compute ``W x + b`` over the last dimension of its only input.
+To adapt another class of linear layers, add an entry to `KINDS`; nothing else in the package asks
+for the class of one. It has to compute ``W x + b`` over the last dimension of its only input.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ def check_names(
             f"target_modules names what gets no adapter: {'; '.join(reasons)}. Leave out what is "
             "no linear layer, and write the others as the network has them"
         )
-    warn_of_matches(network, config, adapted)
+    warn_of_matches(network, config)
 
 
-def warn_of_matches(network: nn.Module, config: AdapterConfig, adapted: Collection[str]) -> None:
+def warn_of_matches(network: nn.Module, config: AdapterConfig) -> None:
     """Warn of modules with weights that the targets name, and that have no adapter."""
     wanted = config.target_modules
     assert wanted is not None

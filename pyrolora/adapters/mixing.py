@@ -33,7 +33,7 @@ class Portion:
 
     @property
     def rows(self) -> int:
-        """Return S b."""
+        """Return the number of rows, S b."""
         return self.draws * self.examples
 
     def per_row(self, matrix: Tensor, rank: int) -> Tensor:

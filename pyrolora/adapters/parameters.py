@@ -65,7 +65,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an adapter stands: a layer, or a matrix in a parameter of a module."""
+    """The place of an adapter: a layer, or a matrix in a parameter of a module."""
 
     module: str
     stack: Stack | None = None

@@ -93,7 +93,7 @@ def find_targets(
     if names_layers(config):
         check_names(network, config, selected, names, heads)
     elif config.target_modules not in EVERY_LAYER:
-        warn_of_matches(network, config, names)
+        warn_of_matches(network, config)
     elif selected == _every_layer(network, _linear(layers)):
         warn_of_left_out(network, names, list(stacks), heads, config)
     _warn_of_idle_keys(config, chosen)

@@ -20,9 +20,10 @@ from typing import Any
 
 import datasets
 
-from pyrolora.columns import CHOICE_TOKENS, COUNTED, LABELS
+from pyrolora.columns import CHOICE_TOKENS, COMPLETION_MASK, LABELS
+from pyrolora.data.chats.chat import shared
 from pyrolora.data.columns import CHOICES, check_text, context_columns
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.encoding import Encoder, last_tokens
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import choice_number, choice_texts, warn_cut
 from pyrolora.errors import ConfigError, DataError
@@ -65,7 +66,7 @@ def encode_lettered(data: datasets.Dataset, encoder: Encoder) -> datasets.Datase
         choices, contexts = _read(rows, context)
         prompts = [prompt_of(c, t, ending) for c, t in zip(contexts, choices, strict=True)]
         whole = encoder(prompts)["input_ids"]
-        ids = [_last(tokens, limit) for tokens in whole]
+        ids = [last_tokens(tokens, limit) for tokens in whole]
         return {
             "input_ids": ids,
             MASK: [[1] * len(row) for row in ids],
@@ -126,16 +127,18 @@ def encode_continuations(data: datasets.Dataset, encoder: Encoder) -> datasets.D
         alone = dict(zip(contexts, encoder(contexts)["input_ids"], strict=True))
         both = encoder([f"{c} {text}" for c, text in pairs])["input_ids"]
         counted = [
-            [int(i >= shared) for i in range(len(ids))]
+            [int(i >= start) for i in range(len(ids))]
             for ids, pair in zip(both, pairs, strict=True)
-            for shared in [_shared(alone[pair[0]], ids, *pair)]
+            for start in [_start(alone[pair[0]], ids, *pair)]
         ]
-        ids = [_last(row, limit) for row in both]
-        counted = [[0, *_last(row, limit)[1:]] for row in counted]  # nothing predicts the first
+        ids = [last_tokens(row, limit) for row in both]
+        counted = [
+            [0, *last_tokens(row, limit)[1:]] for row in counted
+        ]  # nothing predicts the first
         flat: dict[str, list[Any]] = {
             "input_ids": ids,
             MASK: [[1] * len(row) for row in ids],
-            COUNTED: counted,
+            COMPLETION_MASK: counted,
             "cut": [len(row) < len(whole) for row, whole in zip(ids, both, strict=True)],
         }
         made = {name: _nested(values, choices) for name, values in flat.items()}
@@ -144,21 +147,20 @@ def encode_continuations(data: datasets.Dataset, encoder: Encoder) -> datasets.D
     return _mapped(data, encode, replace(encoder, limit=limit))
 
 
-def _shared(alone: list[int], both: list[int], context: str, choice: str) -> int:
-    """Return how many tokens a context and its choice share with the context alone."""
-    pairs = zip(alone, both, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(alone), len(both)))
-    if shared == len(both):
+def _start(alone: list[int], both: list[int], context: str, choice: str) -> int:
+    """Return the place of a choice's first token: those before are the context's, too."""
+    count = shared(alone, both)
+    if count == len(both):
         raise DataError(
             f"a choice of {context[:40]!r} adds no token to it: {choice!r}; give it a text, or "
             "leave the example out"
         )
-    if not shared:
+    if not count:
         raise DataError(
             f"nothing stands before the choice {choice[:40]!r} that could predict its first token; "
             "give it a context, or a tokenizer that puts a token before every text"
         )
-    return shared
+    return count
 
 
 def _context(data: datasets.Dataset, encoder: Encoder) -> tuple[str, ...]:
@@ -191,10 +193,6 @@ def _labels(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
 def _nested(values: list[Any], like: list[list[str]]) -> list[list[Any]]:
     flat = iter(values)
     return [[next(flat) for _ in texts] for texts in like]
-
-
-def _last(tokens: list[int], limit: float) -> list[int]:
-    return tokens[int(max(0, len(tokens) - limit)) :]
 
 
 def _mapped(data: datasets.Dataset, encode: Any, like: Encoder) -> datasets.Dataset:

@@ -26,7 +26,7 @@ from pyrolora.data.columns import (
     text_columns,
 )
 from pyrolora.data.encoding import Encoder
-from pyrolora.data.examples import as_dict, as_numbers, is_nested
+from pyrolora.data.examples import as_dict, as_numbers, first_of, is_nested
 from pyrolora.data.inputs import (
     context_length,
     embedded,
@@ -121,8 +121,8 @@ class Collator:
 
     def check_data(self, examples: Any) -> None:
         """Raise `DataError` for data of another task."""
-        check_preferences([*as_dict(examples[0], self.input_name)])
-        if has_choices(examples) and CHOICES in as_dict(examples[0], INPUTS):
+        check_preferences([*first_of(examples, self.input_name)])
+        if has_choices(examples) and CHOICES in first_of(examples, INPUTS):
             raise DataError(
                 f"the data has a column 'choices' and {self.network_name} takes none; load the "
                 "model with AutoModelForMultipleChoice, or drop the column with "

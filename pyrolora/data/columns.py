@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from pyrolora.columns import INPUTS, LABELS, TAGS
-from pyrolora.data.examples import as_dict, is_nested, is_plain, is_text
+from pyrolora.columns import COMPLETION_MASK, INPUTS, LABELS, TAGS
+from pyrolora.data.examples import first_of, is_nested, is_plain, is_text
 from pyrolora.errors import DataError
 
 CHOICES = "choices"
@@ -82,7 +82,7 @@ ROW_NUMBERS = re.compile(r"(?i:.*_(id|idx))|.*[a-z]I[Dd]|id\d+|Unnamed: \d+|__in
 ORIGINS = re.compile(r"url|timestamp|date|genre|.*_label")
 # Masks of the tokens that count; 0 at those that do not. A token counts if all of them say so.
 ASSISTANT_MASKS = ("assistant_masks", "assistant_tokens_mask")
-TOKEN_MASKS = ("completion_mask", *ASSISTANT_MASKS)
+TOKEN_MASKS = (COMPLETION_MASK, *ASSISTANT_MASKS)
 # Weights of tokens or examples, which are not supported.
 WEIGHTS = re.compile(
     r"weights|(sample|example|token|loss)_weights?"
@@ -96,6 +96,8 @@ DIALOGUES = (
     *("completions", "responses", "outputs", "answers"),
     *("messages", "conversations", "chosen", "rejected"),
 )
+# A preferred text and another one, or the tokens of both, as in TRL.
+PREFERENCES = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
 # A text in several languages, a dict from each to the text.
 TRANSLATION = "translation"
 # The first and the last token of an answer, as transformers' networks take them.
@@ -237,14 +239,16 @@ def same_labels(example: Any) -> bool:
 
 def check_columns(data: datasets.Dataset) -> None:
     """Raise `DataError` for columns with the name of a text that hold none."""
-    for name in dict.fromkeys((*chain.from_iterable(TEXT_COLUMNS), "text", "sentence", "content")):
+    texts = (*chain.from_iterable(TEXT_COLUMNS), "text", "sentence", "content", *WORD_COLUMNS)
+    for name in dict.fromkeys(texts):
         feature = data.features.get(name)
         if isinstance(feature, datasets.Value) and feature.dtype == "null":
             raise DataError(f"the text column {name!r} has missing values alone")
         if isinstance(feature, datasets.List | datasets.LargeList | datasets.Sequence):
             raise DataError(
                 f"the column {name!r} holds lists; join them to texts, or tokenise them yourself, "
-                "with is_split_into_words=True"
+                "with is_split_into_words=True; words with a tag each are the columns 'tokens' and "
+                "'tags', data.rename_column"
             )
 
 
@@ -282,15 +286,14 @@ def context_columns(data: datasets.Dataset) -> tuple[str, ...]:
 
 def has_choices(examples: Any) -> bool:
     """Return whether examples have several choices each, in raw text or in tokens."""
-    row = as_dict(examples[0], INPUTS) if len(examples) else {}
+    row = first_of(examples, INPUTS) if len(examples) else {}
     ids: Any = row.get("input_ids")
     return CHOICES in row or (is_nested(ids) and len(ids) > 1)
 
 
 def has_preferences(names: Collection[str]) -> bool:
     """Return whether columns of these names hold a preferred text and another one."""
-    pairs = (("chosen", "rejected"), ("chosen_ids", "rejected_ids"))
-    return any(all(name in names for name in pair) for pair in pairs)
+    return any({*pair} <= {*names} for pair in PREFERENCES)
 
 
 def check_preferences(names: Collection[str]) -> None:

@@ -37,7 +37,9 @@ class Encoder:
         """Return columns of tokens, cut at ``limit``, and ``cut``: which texts were."""
         limit = int(self.limit) if self.limit < TOO_LONG else None
         options = {"is_split_into_words": True} if texts and isinstance(texts[0][0], list) else {}
-        encoded = self.tokens(*texts, truncation=limit is not None, max_length=limit, **options)
+        encoded = self.tokens(
+            *texts, truncation=limit is not None, max_length=limit, verbose=False, **options
+        )
         made = dict(encoded)
         if self.words:
             made[WORD_IDS] = [encoded.word_ids(i) for i in range(len(made["input_ids"]))]
@@ -81,6 +83,11 @@ def _each(made: Mapping[str, Any], i: int, size: int, change: Any) -> None:
     for column in made.values():
         if isinstance(column[i], list) and len(column[i]) == size:
             column[i] = change(column[i])
+
+
+def last_tokens(ids: list[int], limit: float) -> list[int]:
+    """Return the last tokens of a text, as many as ``limit``."""
+    return ids[int(max(0, len(ids) - limit)) :]
 
 
 def added(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -114,7 +115,8 @@ def _column_of(rows: Sequence[Any], input_name: str) -> str | None:
 
 def _is_pixels(value: Any) -> bool:
     """Return whether a value is an array of pixels of eight bits, which no network takes as is."""
-    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim in (2, 3)
+    eight = isinstance(value, np.ndarray | Tensor) and value.dtype in (np.uint8, torch.uint8)
+    return eight and value.ndim in (2, 3)
 
 
 def _stored(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
@@ -134,7 +136,7 @@ def _stored(columns: Mapping[str, list[Any]]) -> datasets.Dataset:
 
 
 def _alike(rows: list[Any]) -> list[Any]:
-    """Return chats with lists of contents in all messages, if any message has one; others as are.
+    """Return chats with lists of contents in all messages, where a message has one.
 
     A column holds texts or lists, and people write the message with a picture as a list alone.
     """
@@ -162,7 +164,8 @@ def _from_tuple(parts: tuple[Any, ...], input_name: str) -> Any:
             "for more inputs pass a list of dicts or a datasets.Dataset"
         )
     parts = tuple(map(_texts_as_list, parts))
-    raw = _column_of(parts[0], input_name) if isinstance(parts[0], list | tuple) else None
+    batch = isinstance(parts[0], np.ndarray | Tensor) and parts[0].ndim > 2
+    raw = _column_of(parts[0], input_name) if batch or isinstance(parts[0], list | tuple) else None
     names = (raw or input_name, LABELS)
     if any(isinstance(part, Tensor) and (part.is_nested or part.dim() == 0) for part in parts):
         raise DataError(
@@ -225,17 +228,33 @@ def _is_target(features: Mapping[str, Any], name: str) -> bool:
 
 
 def as_dict(example: Any, input_name: str) -> dict[str, Any]:
-    """Return one example as a dict with ``labels``; x of a pair (x, y) is the main input."""
+    """Return one example as a dict with ``labels``; x of a pair (x, y) is the main input.
+
+    Or it is the picture or sound of which a processor makes that.
+    """
     if isinstance(example, Mapping):
         example = dict(example)
         if "label" in example and LABELS not in example:
             example[LABELS] = example.pop("label")
         return example
     if isinstance(example, tuple | list) and 1 <= len(example) <= 2:
-        return dict(zip((input_name, LABELS), example, strict=False))
+        raw = _column_of(example[:1], input_name)
+        name = input_name if raw in (None, "text", "messages") else raw
+        return dict(zip((name, LABELS), example, strict=False))
     raise DataError(
         f"an example must be a dict or an (input, label) pair, got {type(example).__name__}"
     )
+
+
+def first_of(examples: Any, input_name: str) -> dict[str, Any]:
+    """Return the first example as a dict; pictures and sounds of a data set are not decoded."""
+    if is_plain(examples):
+        kinds = datasets.Image | datasets.Audio
+        examples = examples.select([0])
+        for name, feature in examples.features.items():
+            if isinstance(feature, kinds):
+                examples = examples.cast_column(name, replace(feature, decode=False))
+    return as_dict(examples[0], input_name)
 
 
 def first_row(data: Any, network: Any) -> dict[str, Any]:
@@ -244,7 +263,7 @@ def first_row(data: Any, network: Any) -> dict[str, Any]:
         return {}
     name = getattr(network, "main_input_name", INPUTS)
     rows = as_examples(data, name, ("train",))
-    return as_dict(rows[0], name) if is_plain(rows) and len(rows) else {}
+    return first_of(rows, name) if is_plain(rows) and len(rows) else {}
 
 
 def is_plain(examples: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import IGNORED, INPUTS, LABELS
-from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, is_plain, is_text
+from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, first_of, is_plain, is_text
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
@@ -23,17 +23,22 @@ def raw_labels(examples: Any) -> Tensor:
         raise DataError("the data is empty: it has 0 examples")
     labels = all_labels(examples, lambda example: as_dict(example, INPUTS))
     if labels is None:
-        raise DataError(no_labels([*as_dict(examples[0], INPUTS)]))
+        raise DataError(no_labels([*first_of(examples, INPUTS)]))
     return labels
 
 
-def no_labels(columns: Collection[str], expected: str = "a column 'labels' or 'label'") -> str:
+LABEL = "a column 'labels' or 'label'"
+
+
+def no_labels(columns: Collection[str], expected: str = LABEL) -> str:
     """Return the message for examples without labels, whose parts have these names."""
-    return (
-        f"the data has no labels: expected {expected}, got {sorted(columns)}; "
-        "rename the target column, for example data.rename_column('target', 'label') "
-        "(--label target on the command line)"
-    )
+    remedy = "add what is missing, or rename the columns that have it (data.rename_column)"
+    if "'label'" in expected:
+        remedy = (
+            "rename the target column, for example data.rename_column('target', 'label') "
+            "(--label target on the command line)"
+        )
+    return f"the data has no labels: expected {expected}, got {sorted(columns)}; {remedy}"
 
 
 def class_names(examples: Any, least: int = 2) -> list[str] | None:
@@ -100,7 +105,7 @@ def has_class_labels(examples: Any) -> bool:
         return column is not None and not isinstance(
             examples.features[column], datasets.Sequence | datasets.List | datasets.LargeList
         )
-    label = as_dict(examples[0], INPUTS).get(LABELS) if len(examples) else None
+    label = first_of(examples, INPUTS).get(LABELS) if len(examples) else None
     return label is not None and np.ndim(label) == 0
 
 
@@ -319,7 +324,8 @@ def all_labels(
         tensors = [as_numbers(row) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 first"
+            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 (a regression has "
+            "real numbers; several classes per example are task='multi-label-classification')"
         ) from error
     if tensors[0].dim() == 1:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)

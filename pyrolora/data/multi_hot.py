@@ -177,7 +177,7 @@ def _hot(example: int, row: Sequence[Any], width: int | None) -> list[float]:
 
 
 def _gathered(data: datasets.Dataset, network: nn.Module, task: Target) -> datasets.Dataset:
-    """Return data with a column of 0 and 1 per class of the network with one column of lists."""
+    """Return data with one column of lists in place of a column of 0 and 1 per class."""
     names = list(class_names_of(network, task).values())
     there = [name for name in names if _is_number(data.features.get(name))]
     if target_column(data) is not None or not there:

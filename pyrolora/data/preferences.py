@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import datasets
 
 from pyrolora.columns import MARGIN
-from pyrolora.data.chats.chat import ChatTemplate, messages_of, template_options
-from pyrolora.data.encoding import Encoder
+from pyrolora.data.chats.chat import OF_TEMPLATE, ChatTemplate, messages_of, template_options
+from pyrolora.data.chats.dialogues import ASKED
+from pyrolora.data.columns import PREFERENCES
+from pyrolora.data.encoding import Encoder, last_tokens
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 
-CHOSEN, REJECTED, PROMPT = "chosen", "rejected", "prompt"
-IDS = {name: f"{name}_ids" for name in (CHOSEN, REJECTED)}
-"""The columns of tokens, by TRL's names."""
+(CHOSEN, REJECTED), IDS = PREFERENCES
+PROMPT = "prompt"
 SINGLES = ("text", "messages")
 """The columns with one text per example, whose reward is asked for."""
-OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 def encode_preferences(
@@ -43,6 +43,7 @@ def encode_preferences(
     names, texts = data.column_names, _columns(data)
     beside = [name for name in (PROMPT, *OF_TEMPLATE) if name in names and texts[0] == CHOSEN]
     margin = [MARGIN] if MARGIN in names and texts[0] != SINGLES[0] else []
+    _check_prompt(data, (*texts, *beside))
     limit, encoder = encoder.limit, replace(encoder, limit=math.inf)
 
     def encode(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def encode_preferences(
             whole = [_tokens(row, name, encoder) for name in texts]
         except DataError as error:
             raise DataError(f"example {number}: {error}") from error
-        ids = [tokens[int(max(0, len(tokens) - limit)) :] for tokens in whole]
+        ids = [last_tokens(tokens, limit) for tokens in whole]
         made = {
             "input_ids": ids,
             MASK: [[1] * len(tokens) for tokens in ids],
@@ -65,10 +66,21 @@ def encode_preferences(
     return made.remove_columns("cut"), (*texts, *beside, *margin)
 
 
+def _check_prompt(data: datasets.Dataset, read: Collection[str]) -> None:
+    """Raise `DataError` for prompts of the chosen and the rejected texts under other names."""
+    left = [name for name in data.column_names if name in ("system", *ASKED) and name not in read]
+    if left and CHOSEN in read and PROMPT not in read:
+        raise DataError(
+            f"the data has {left} beside 'chosen' and 'rejected', and they may stand before both; "
+            f"rename one, data.rename_column({left[-1]!r}, 'prompt'), join several to one column "
+            f"'prompt', or drop them, data.remove_columns({left})"
+        )
+
+
 def _columns(data: datasets.Dataset) -> tuple[str, ...]:
     """Return the columns with the texts of an example, one or two."""
     names = data.column_names
-    for pair in (tuple(IDS), tuple(IDS.values())):
+    for pair in PREFERENCES:
         if all(name in names for name in pair):
             return pair
     single = [name for name in SINGLES if name in names]
@@ -83,10 +95,10 @@ def _columns(data: datasets.Dataset) -> tuple[str, ...]:
 
 def _tokens(row: Mapping[str, Any], name: str, encoder: Encoder) -> list[int]:
     """Return the tokens of one text of an example, however many."""
-    value, prompt = row[name], row.get(PROMPT) if name in IDS else None
+    value, prompt = row[name], row.get(PROMPT) if name in (CHOSEN, REJECTED) else None
     if value is None:
         raise DataError(f"{name!r} has no value; fill it, or leave the example out")
-    if name in IDS.values():
+    if name in IDS:
         return [int(token) for token in value]
     if prompt is not None and isinstance(prompt, str) != isinstance(value, str):
         kinds = [("messages", "a text")[isinstance(v, str)] for v in (prompt, value)]

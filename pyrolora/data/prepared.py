@@ -21,8 +21,8 @@ from pyrolora.data.columns import TOKEN_MASKS, check_columns, check_task, unread
 from pyrolora.data.encoding import TOO_LONG
 from pyrolora.data.examples import (
     TensorExamples,
-    as_dict,
     as_examples,
+    first_of,
     is_nested,
     is_plain,
     is_text,
@@ -143,7 +143,7 @@ def prepare(
     collate.ends_texts &= to_learn
     collate.texts = task.texts
     collate.check_data(examples)
-    names, columns = None, [*as_dict(examples[0], collate.input_name)]
+    names, columns = None, [*first_of(examples, collate.input_name)]
     if task.names_classes:
         examples, names = collate.number(examples, network, task)
     columns = _names(examples, columns)

@@ -22,7 +22,7 @@ BESIDE = ("title", "is_impossible", "plausible_answers")
 EXAMPLE = "example_number"
 """The number of a window's example in the data."""
 FIRST, PAST = "first_character", "past_character"
-"""Where each token begins and ends in the context, without white space; −1 outside of it."""
+"""The beginning and the end of each token in the context, without white space; −1 elsewhere."""
 NONE = "none_token"
 """The place of the token that stands for no answer."""
 NOWHERE = (-1, -1)

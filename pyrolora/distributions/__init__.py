@@ -9,7 +9,11 @@ from pyrolora.distributions.column_normal import (
     split_blocks,
 )
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
-from pyrolora.distributions.logits_categorical import LogitsCategorical, rows_at_once
+from pyrolora.distributions.logits_categorical import (
+    LogitsCategorical,
+    drawn_residual,
+    rows_at_once,
+)
 from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "StandardColumns",
     "VectorToLowerFactor",
     "WishartCholesky",
+    "drawn_residual",
     "map_blocks",
     "rows_at_once",
     "split_blocks",

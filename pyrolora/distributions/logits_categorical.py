@@ -19,6 +19,16 @@ def rows_at_once(logits: Tensor) -> int:
     return max(1, most // logits.shape[-1])
 
 
+def drawn_residual(logits: Tensor) -> Tensor:
+    """Return e_y − p with y drawn from p, the softmax of the logits (..., classes).
+
+    E[v vᵀ] of such a v is diag(p) − p pᵀ, the Hessian of −log p(y) in the logits.
+    """
+    drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
+    residual = -logits.softmax(-1)
+    return residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
+
+
 class LogitsCategorical(Categorical):
     """``Categorical(logits=...)`` that normalises where it is asked for a density, and not before.
 

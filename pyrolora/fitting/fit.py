@@ -22,7 +22,7 @@ from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
 from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
-from pyrolora.fitting.streams import read_stream
+from pyrolora.fitting.streams import fill_rows, read_stream
 from pyrolora.fitting.training import (
     check_evaluation,
     choose_best,
@@ -228,7 +228,8 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
     network, task, tokenizer = origin.network, origin.task, origin.tokenizer
     request.options.check(task)
     _set_texts(task, request)
-    data, held_out = prepare(request.data, network, task, tokenizer, to_pack=True), None
+    learnt = partial(prepare, network=network, task=task, tokenizer=tokenizer, to_pack=True)
+    data, held_out = fill_rows(request, learnt(request.data), learnt), None
     data = dataclasses.replace(data, whole=request.num_examples)
     task.class_names = data.names or task.class_names
     if request.held_out is not None:

@@ -46,6 +46,8 @@ class Request:
         The posterior whose means stay, in a post-hoc fit, or its folder.
     prior
         The posterior of earlier data, or its folder.
+    stream
+        The stream of which ``data`` are the first examples, if they are.
     training_options
         Arguments of the Trainer that complete the shortcuts, by their names there.
     saves
@@ -61,6 +63,7 @@ class Request:
     adapter: AdapterConfig | Any = None
     texts: TextOptions | None = None
     num_examples: int | None = None
+    stream: Any = None
     given: Posterior | StoredPosterior | None = None
     prior: Posterior | StoredPosterior | None = None
     epochs: float | None = None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 from transformers import TrainingArguments
 
 from pyrolora.checks import whole_number
+from pyrolora.data import Prepared
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.training import arguments_of
-
-STREAMS = (datasets.IterableDataset, datasets.IterableDatasetDict)
 
 
 def read_stream(request: Request) -> Request:
@@ -42,17 +43,33 @@ def read_stream(request: Request) -> Request:
             )
         return request
     count = _needed(request, arguments_of(request), data)
-    rows = list(data.take(count))
+    held_out, table = request.held_out, _first(data, count, int(request.num_examples or 0))
+    return dataclasses.replace(request, data=table, eval_data=held_out, stream=data)
+
+
+def fill_rows(request: Request, data: Prepared, prepared: Callable[[Any], Prepared]) -> Prepared:
+    """Return packed data of a stream with a row for each that the steps read, if it has so many.
+
+    Examples share rows, so that more of them are read than of data in a row each.
+    """
+    needed = read = len(request.data) if request.stream is not None else 0
     total = int(request.num_examples or 0)
+    while data.texts is not None and len(data) < needed and read < total:
+        read = min(total, math.ceil(1.1 * read * needed / len(data)))
+        data = prepared(_first(request.stream, read, total))
+    return data
+
+
+def _first(stream: Any, count: int, total: int) -> datasets.Dataset:
+    """Return the first examples of a stream, which has ``total``."""
+    rows = list(stream.take(count))
     if not rows or total < len(rows) or (len(rows) < count and total != len(rows)):
         raise DataError(
             f"num_examples={total}, and the stream "
             f"{'has' if len(rows) < count else 'goes on after'} {len(rows)} examples; give the "
             "number of all its examples"
         )
-    held_out = request.held_out
-    table = datasets.Dataset.from_list(rows, features=data.features)
-    return dataclasses.replace(request, data=table, eval_data=held_out)
+    return datasets.Dataset.from_list(rows, features=stream.features)
 
 
 def _needed(request: Request, args: TrainingArguments, data: Any) -> int:

@@ -12,7 +12,7 @@ from pyrolora.data.examples import as_examples, is_plain
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
 from pyrolora.predictive.predict import predict
-from pyrolora.tasks import BY_CAUSAL_LM, ClassPrediction, TextChoice, choice_task, task_class
+from pyrolora.tasks import BY_CAUSAL_LM, ClassPrediction, choice_task, task_class
 
 
 def choice_rows(data: Any, joint: JointModel) -> Any:
@@ -77,9 +77,9 @@ def choose(
         )
     task = _task(joint, choices, per_token)
     task.check_network(joint.base)
-    if text is own and isinstance(task, TextChoice):
+    if text is own:
         task.token_temperature, temperature = temperature, 1.0
-    elif text is not own and type(task) is not type(own):
+    elif type(task) is not type(own):
         temperature = 1.0
     view = joint.under(task)
     prepared = prepare(

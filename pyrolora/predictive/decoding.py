@@ -156,7 +156,8 @@ def stop_strings(settings: GenerationConfig, tokenizer: Any) -> StopStrings | No
         For what is no text, and without a tokenizer to read texts.
     """
     given: Any = settings.stop_strings
-    if not given:
+    settings.stop_strings = None  # transformers' own criterion cannot read every tokenizer
+    if given is None or given in ([], ()):
         return None
     texts = (given,) if isinstance(given, str) else tuple(given)
     if not all(isinstance(text, str) and text for text in texts):
@@ -166,7 +167,6 @@ def stop_strings(settings: GenerationConfig, tokenizer: Any) -> StopStrings | No
             "stop_strings are looked for in text, and there is no tokenizer; pass tokenizer= to "
             "fit() or load(), or eos_token_id="
         )
-    settings.stop_strings = None  # transformers' own criterion cannot read every tokenizer
     return StopStrings(texts, tokenizer)
 
 

@@ -97,23 +97,18 @@ def _metrics(prediction: Prediction) -> dict[str, float]:
 
 @_metrics.register
 def _(prediction: ClassPrediction) -> dict[str, float]:
-    from torchmetrics.functional.classification import multiclass_accuracy
-
     probs, targets = prediction.probs, prediction.targets
     assert targets is not None
+    wrong = prediction.predicted != targets
     if probs.shape[-1] == 1:  # examples with a single choice
         probs = torch.nn.functional.pad(probs, (0, 1))
-    classes = probs.shape[-1]
-    one_hot = torch.nn.functional.one_hot(targets, classes)
+    one_hot = torch.nn.functional.one_hot(targets, probs.shape[-1])
     return {
-        "accuracy": float(multiclass_accuracy(probs, targets, classes, average="micro")),
+        "accuracy": float((~wrong).float().mean()),
         "nll": _nll(prediction),
         "ece": calibration_error(probs, targets),
         "brier": float((probs - one_hot).square().sum(-1).mean()),
-        "error_auroc": auroc(
-            prediction.entropy[prediction.predicted == targets],
-            prediction.entropy[prediction.predicted != targets],
-        ),
+        "error_auroc": auroc(prediction.entropy[~wrong], prediction.entropy[wrong]),
         "aurc": aurc(prediction),
     }
 

@@ -46,7 +46,7 @@ class Task(ParamModule, ABC):
     # Data ---------------------------------------------------------------------------------------
 
     reads: ClassVar[str] = "this task"
-    """What the task makes of data, in a few words, where several tasks may be meant."""
+    """The data as the task reads them, in a few words, for the error that lists several tasks."""
     collator: ClassVar[type[Collator]] = Collator
     """Makes batches of examples, with the labels of this kind."""
     extras: ClassVar[tuple[str, ...]] = ()
@@ -74,7 +74,7 @@ class Task(ParamModule, ABC):
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
     serves: ClassVar[Literal["classes", "text"] | None] = None
-    """What a server answers for a single text: its classes, or what follows it."""
+    """The answer of a server to a single text: its classes, or what follows it."""
 
     # The law ------------------------------------------------------------------------------------
 
@@ -140,8 +140,7 @@ class Task(ParamModule, ABC):
                 f"a network must give a tensor, or an output with 'logits', for {self.name}; this "
                 f"one gives {fields}: such a task is not supported yet"
             )
-        tensor: Tensor = raw if isinstance(raw, Tensor) else raw.logits
-        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        return in_float32(raw if isinstance(raw, Tensor) else raw.logits)
 
     def at(self, temperature: float) -> Self:
         """Return this task with every law p(y | output) replaced by its power 1/T, normalised.
@@ -247,3 +246,8 @@ class Task(ParamModule, ABC):
     def row_log_prob(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the log-likelihood of each row of the prediction, (n,) or (S, n), in nats."""
         return self.log_prob(output, batch)
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor of 16 bits in float32, any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

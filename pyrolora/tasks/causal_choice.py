@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pyrolora.columns import CHOICE_PLACES, CHOICE_TOKENS, COUNTED, IGNORED, Batch
+from pyrolora.columns import CHOICE_PLACES, CHOICE_TOKENS, COMPLETION_MASK, IGNORED, Batch
 from pyrolora.data import Collator
 from pyrolora.data.choice_prompts import encode_continuations, encode_lettered
 from pyrolora.data.columns import CHOICES, context_columns
@@ -73,11 +73,11 @@ class LetterCollator(Collator):
 class ContinuationCollator(ChoiceCollator):
     """Contexts with each choice to a batch (b, choices, T), and ``choice_places``."""
 
-    internal = frozenset((COUNTED,))
+    internal = frozenset((COMPLETION_MASK,))
 
     def __init__(self, network: nn.Module, tokenizer: Any) -> None:
         super().__init__(network, tokenizer)
-        self.taken.add(COUNTED)
+        self.taken.add(COMPLETION_MASK)
 
     def encode(self, data: datasets.Dataset) -> tuple[datasets.Dataset, tuple[str, ...]]:
         return encode_continuations(data, self.encoder), (CHOICES, *context_columns(data))
@@ -85,21 +85,22 @@ class ContinuationCollator(ChoiceCollator):
     def choices(self, example: Any) -> tuple[list[dict[str, Any]], list[bool]]:
         rows, mask = super().choices(example)
         for row in rows:
-            if COUNTED not in row:
+            if COMPLETION_MASK not in row:
                 raise DataError(
-                    f"choices in tokens need {COUNTED!r} beside 'input_ids', 1 at the tokens of "
-                    "the choice and 0 before them; or give texts, a question and its 'choices'"
+                    f"choices in tokens need {COMPLETION_MASK!r} beside 'input_ids', 1 at the "
+                    "tokens of the choice and 0 before them; or give texts, a question and its "
+                    "'choices'"
                 )
-            if not any(row[COUNTED][1:]):
+            if not any(row[COMPLETION_MASK][1:]):
                 raise DataError(
-                    f"a choice has no token that counts: {COUNTED!r} is 0 after its first token, "
-                    "which nothing predicts; leave the example out"
+                    f"a choice has no token that counts: {COMPLETION_MASK!r} is 0 after its first "
+                    "token, which nothing predicts; leave the example out"
                 )
         return rows, mask
 
     def __call__(self, examples: list[Any]) -> dict[str, Tensor]:
         batch = super().__call__(examples)
-        counted = batch.pop(COUNTED)[..., 1:].ne(0)
+        counted = batch.pop(COMPLETION_MASK)[..., 1:].ne(0)
         places = counted.int().argsort(dim=-1, descending=True, stable=True)
         own = places.masked_fill(~counted.gather(-1, places), -1)
         batch[CHOICE_PLACES] = own[..., : int(counted.sum(-1).amax())]
@@ -116,6 +117,8 @@ class CausalChoice(MultipleChoice):
     auto = "AutoModelForCausalLM"
     short: ClassVar[str]
     """The value of ``choices`` in `pyrolora.fit`."""
+    token_temperature: float = 1.0
+    """T of the law of each token, of a language model that was not fitted to choose."""
 
     @classmethod
     def matches(cls, network: nn.Module) -> bool:  # it is always named
@@ -142,14 +145,21 @@ class CausalChoice(MultipleChoice):
     def as_text(self) -> Task:
         return CausalLM()
 
-    def check_width(self, output: Tensor, ids: Tensor) -> None:
-        """Raise `ConfigError` unless these are logits of a vocabulary with the tokens ``ids``."""
+    def token_logits(self, output: Tensor, ids: Tensor) -> Tensor:
+        """Return the logits of tokens at `token_temperature`.
+
+        Raises
+        ------
+        ConfigError
+            Unless they are those of a vocabulary with the tokens ``ids``.
+        """
         if output.dim() != 3 or int(ids.max()) >= output.shape[-1]:
             raise ConfigError(
                 f"{self.name!r} reads logits (rows, T, vocabulary) with the token {int(ids.max())} "
                 f"among them, and the network gives shape {tuple(output.shape)}; pass a causal "
                 "language model, with its own tokenizer"
             )
+        return output if self.token_temperature == 1 else output / self.token_temperature
 
 
 class LetterChoice(CausalChoice):
@@ -175,8 +185,7 @@ class LetterChoice(CausalChoice):
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
         letters = batch[CHOICE_TOKENS]
-        self.check_width(output, letters)
-        return output[:, 0].gather(-1, letters.clamp(min=0))
+        return self.token_logits(output, letters)[:, 0].gather(-1, letters.clamp(min=0))
 
     def logits(self, output: Tensor, batch: Batch) -> Tensor:
         return self.tempered(output).masked_fill(batch[CHOICE_TOKENS] < 0, IMPOSSIBLE)
@@ -196,8 +205,6 @@ class TextChoice(CausalChoice):
     extras = (*MultipleChoice.extras, CHOICE_PLACES)
     per_token: ClassVar[bool] = False
     """Whether the mean over a choice's tokens takes the place of their sum."""
-    token_temperature: float = 1.0
-    """T of the law of each token, of a language model that was not fitted to choose."""
 
     def inputs(self, batch: Batch, network: nn.Module) -> dict[str, Tensor]:
         rows = super().inputs(batch, network)
@@ -209,8 +216,7 @@ class TextChoice(CausalChoice):
 
     def scores(self, output: Tensor, batch: Batch) -> Tensor:
         ids = batch["input_ids"]
-        self.check_width(output, ids)
-        logits = output if self.token_temperature == 1 else output / self.token_temperature
+        logits = self.token_logits(output, ids)
         counted = batch[CHOICE_PLACES].flatten(0, 1) >= 0
         tokens = ids.flatten(0, 1).gather(-1, self.places(batch) + 1)
         picked = LogitsCategorical(logits, validate_args=False).log_prob(tokens)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pyrolora.columns import IGNORED, LABELS
+from pyrolora.columns import COMPLETION_MASK, IGNORED, LABELS
 from pyrolora.data import Collator, TextOptions
 from pyrolora.data.chats.completions import DialogueEncoder
 from pyrolora.data.chats.cutting import cut_rows
@@ -207,13 +207,13 @@ def _counted(row: Mapping[str, Any], size: int, texts: TextOptions) -> Tensor | 
             "them (tokenizer.apply_chat_template(..., return_assistant_tokens_mask=True)), or pass "
             "the chats as 'messages'"
         )
-    if texts.completion_only_loss and "completion_mask" not in masks:
+    if texts.completion_only_loss and COMPLETION_MASK not in masks:
         raise DataError(
             "completion_only_loss=True, and an example of tokens has no 'completion_mask'; add it, "
             "or pass 'prompt' and 'completion' as texts"
         )
     if texts.completion_only_loss is False:
-        masks.pop("completion_mask", None)
+        masks.pop(COMPLETION_MASK, None)
     return torch.stack([*masks.values()]).all(0) if masks else None
 
 

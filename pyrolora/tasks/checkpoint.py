@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -11,13 +10,21 @@ import numpy as np
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
-from pyrolora.data.examples import as_dict
+from pyrolora.data.columns import (
+    SPANS,
+    TARGETS,
+    has_choices,
+    has_preferences,
+    is_list,
+    tags_column,
+)
+from pyrolora.data.examples import first_of
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media.media import KINDS, Media
-from pyrolora.data.multi_hot import LOOKED_AT, has_label_lists
+from pyrolora.data.multi_hot import has_label_lists, target_column
 from pyrolora.data.spans import is_squad
+from pyrolora.tasks.unsupported import classes_of
 
 Layout = Literal["spans", "choices", "preferences", "words", "example", "labels", "tokens"]
 """Places of answers; choices; a preference between two texts; words with a tag each; one label per
@@ -40,8 +47,7 @@ class Checkpoint:
 
     def is_a(self, kind: str) -> bool:
         """Return whether transformers' list of that kind ("CAUSAL_LM") has the architecture."""
-        names = getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
-        return self.architecture in names
+        return self.architecture in classes_of(kind)
 
     @property
     def continues(self) -> bool:
@@ -66,7 +72,7 @@ class Checkpoint:
     @cached_property
     def row(self) -> dict[str, Any]:
         """The first example."""
-        return as_dict(self.examples[0], INPUTS) if len(self.examples) else {}
+        return first_of(self.examples, INPUTS) if len(self.examples) else {}
 
     @cached_property
     def media(self) -> type[Media] | None:
@@ -74,7 +80,7 @@ class Checkpoint:
         for kind in KINDS:
             if any(name in self.row for name in kind.inputs) and "input_ids" not in self.row:
                 return kind
-        return next((k for k in KINDS if self.is_for(k) and k.raw_in(self.examples)), None)
+        return next((k for k in KINDS if self.has_class(k.heads) and k.raw_in(self.examples)), None)
 
     @property
     def processes(self) -> bool:
@@ -87,10 +93,6 @@ class Checkpoint:
         """Whether the network reads texts with pictures, and writes text with one decoder."""
         both = getattr(self.config, "is_encoder_decoder", False)
         return self.is_a("IMAGE_TEXT_TO_TEXT") and not both
-
-    def is_for(self, media: type[Media]) -> bool:
-        """Return whether transformers has a classifier of such media for the architecture."""
-        return self.has_class(media.heads)
 
     def has_class(self, kind: str) -> bool:
         """Return whether transformers has a class of that kind for the saved architecture."""
@@ -110,17 +112,15 @@ class Checkpoint:
             return "words"
         if has_class_labels(self.examples):
             return "example"
-        if all(as_dict(row, INPUTS).get(LABELS) is None for row in self._first()):
+        column = target_column(self.examples)
+        listed = column is not None and is_list(self.examples.features[column])
+        if self.row.get(LABELS) is None and not listed:  # the first of a list may be missing
             return None
         if self.decodes and any(name in self.row for name in MODEL_INPUTS):
             labels = np.asarray(self.row[LABELS])
             if labels.dtype.kind in "iu" and not {*labels.flat} <= {0, 1}:
                 return "tokens"  # of the text to write, of any length
         return "labels" if has_label_lists(self.examples) else "tokens"
-
-    def _first(self) -> Iterator[Any]:
-        """Yield the first examples, as many as show what the data are."""
-        yield from (self.examples[i] for i in range(min(len(self.examples), LOOKED_AT)))
 
     @property
     def has_head(self) -> bool:

@@ -163,21 +163,12 @@ class ClassPrediction(ClassProbabilities):
         return self.probs.amax(-1).masked_fill(self.loss == 0, torch.nan)
 
     def promise(self) -> Promise | None:
-        """Return the confidences, and which answers are right.
-
-        The variance is the one that was seen, or that of calibrated predictions where that is
-        larger: a few wrong answers of the same confidence have none.
-        """
-        if self.loss is None or len(self.loss) < 2:
-            return None
-        confidence, right = self.probs.amax(-1).double(), 1 - self.loss.double()
-        calibrated = (confidence * (1 - confidence)).mean()
-        return Promise(
-            confidence,
-            right,
+        """Return the confidences, and which answers are right."""
+        return Promise.of_confidence(
+            self.probs.amax(-1),
+            self.loss,
             "The mean confidence is {promised:.3f}, and {kept:.3f} of the answers are right: the "
             "confidence is {gap:.3f} too high, with a standard error of {error:.3f}.",
-            variance=float(torch.maximum((confidence - right).var(), calibrated)),
         )
 
     def baseline(self, without_adapters: Callable[[], Prediction | None]) -> Baseline | None:
@@ -232,7 +223,7 @@ class Classification(Task):
         config: Any = getattr(network, "config", None)
         return (
             super().matches(network)
-            and config.problem_type in (None, "single_label_classification")
+            and config.problem_type in (None, cls.problem_type)
             and config.num_labels > 1
         )
 

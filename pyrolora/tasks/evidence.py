@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +33,21 @@ class Promise:
     statement: str
     counts: Tensor | None = None
     variance: float | None = None
+
+    @classmethod
+    def of_confidence(cls, confidence: Tensor, loss: Tensor | None, statement: str) -> Self | None:
+        """Return the confidences (n,) of answers, and which are right, those of a ``loss`` of 0.
+
+        The variance is the one that was seen, or that of calibrated predictions where that is
+        larger: a few wrong answers of the same confidence have none. None without labels, and for
+        a single row.
+        """
+        if loss is None or len(loss) < 2:
+            return None
+        confidence, right = confidence.double(), 1 - loss.double()
+        calibrated = (confidence * (1 - confidence)).mean()
+        variance = float(torch.maximum((confidence - right).var(), calibrated))
+        return cls(confidence, right, statement, variance=variance)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def auto_classifier(checkpoint: Checkpoint) -> str:
     media = checkpoint.media
     if media is None:
         return "AutoModelForSequenceClassification"
-    if not checkpoint.is_for(media):
+    if not checkpoint.has_class(media.heads):
         raise ConfigError(
             f"{checkpoint.name!r} is given by its name, the data are {media.column}s, and none of "
             f"transformers' classifiers of {media.column}s is a {checkpoint.config.model_type!r}; "

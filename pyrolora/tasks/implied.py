@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+
+from pyrolora.data.columns import is_row_name
 from pyrolora.data.labels import no_labels
 from pyrolora.data.multi_hot import indicator_columns
 from pyrolora.errors import ConfigError, DataError, listed
@@ -25,6 +28,8 @@ def implied(checkpoint: Checkpoint) -> type[Task]:
         _check_indicators(checkpoint)
     meant = [kind for kind in kinds() if kind.implied(checkpoint)]
     if len(meant) == 1:
+        if checkpoint.layout is None:
+            _warn_of_labels(checkpoint, meant[0])
         return meant[0]
     name = f"{checkpoint.name!r} is a {checkpoint.architecture or 'network without a class'}"
     if meant:
@@ -52,6 +57,22 @@ def _purpose(checkpoint: Checkpoint) -> str:
     if other is not None and not able:
         return f", a network for {other}, which is not supported"
     return f", whose class is for {listed(able)}" if able else ""
+
+
+def _warn_of_labels(checkpoint: Checkpoint, kind: type[Task]) -> None:
+    """Warn of numbers beside texts that are learnt alone: one may be meant as the label."""
+    numbers = [
+        name
+        for name, value in checkpoint.row.items()
+        if isinstance(value, bool | int | float) and not is_row_name(name)
+    ]
+    if numbers:
+        warnings.warn(
+            f"the texts are learnt alone (task={kind.name!r}), without {numbers}; if one of them "
+            f"is the label, data.rename_column({numbers[0]!r}, 'label') (--label on the command "
+            "line)",
+            stacklevel=2,
+        )
 
 
 def _check_indicators(checkpoint: Checkpoint) -> None:

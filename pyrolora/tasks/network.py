@@ -19,17 +19,15 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pyrolora.columns import INPUTS
 from pyrolora.data.examples import as_examples
-from pyrolora.errors import ConfigError, PyroLoraError
+from pyrolora.errors import ConfigError, DataError, PyroLoraError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.implied import implied
 from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
-
-_NO_CLASS = re.compile(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)")
-"""The error of transformers' Auto classes for an architecture that has no such class."""
 
 
 def load_network(
@@ -125,11 +123,12 @@ def _explained(name: str) -> Iterator[None]:
     except PyroLoraError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        auto = _NO_CLASS.search(str(error))
+        auto = re.search(r"^Unrecognized configuration .* AutoModel: (\w+)", str(error))
         if auto is not None:
             raise ConfigError(
-                f"transformers has no class for the network {name!r} in {auto[1]}, which the data "
-                "or task= call for; use another network, or data and task= of another kind"
+                f"the task needs an {auto[1]}, and transformers has none for the checkpoint "
+                f"{name!r}; name another task, or take a checkpoint of that kind (a causal "
+                "language model learns to choose with choices=)"
             ) from error
         raise ConfigError(
             f"cannot load the model {name!r}: it must be a folder with a transformers model or a "
@@ -162,6 +161,13 @@ def _processor(checkpoint: Checkpoint) -> Any:
     media = checkpoint.media
     if media is not None and not checkpoint.processes:
         return None
+    reads = main_input(checkpoint.config)
+    if media is None and reads != INPUTS:
+        raise DataError(
+            f"{checkpoint.name!r} reads {reads}, and the data have the columns "
+            f"{sorted(checkpoint.row)}; pictures stand in a column 'image', sounds in 'audio' "
+            "(their files, too), texts need a network of texts"
+        )
     auto = "AutoTokenizer" if media is None else media.auto
     return getattr(transformers, auto).from_pretrained(checkpoint.name)
 

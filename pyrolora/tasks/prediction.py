@@ -17,9 +17,6 @@ from pyrolora.columns import Batch
 from pyrolora.errors import NonFiniteError
 from pyrolora.tasks.evidence import Baseline, Promise
 
-BY_DRAW = ("draws", "log_likelihood")
-"""Fields of shape (S, n, ...); in all other tensors n comes first."""
-
 
 @dataclass(frozen=True)
 class Prediction(ABC):
@@ -43,7 +40,7 @@ class Prediction(ABC):
     A fit goes by those with a direction (``metric_for_best_model``).
     """
 
-    by_draw: ClassVar[tuple[str, ...]] = BY_DRAW
+    by_draw: ClassVar[tuple[str, ...]] = ("draws", "log_likelihood")
     """Fields of shape (S, n, ...); in all other tensors n comes first."""
 
     targets: Tensor | None

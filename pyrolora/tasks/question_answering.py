@@ -33,8 +33,9 @@ from pyrolora.data.spans import (
     encode_spans,
     none_token,
 )
+from pyrolora.distributions import drawn_residual
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.tasks.base import Task
+from pyrolora.tasks.base import Task, in_float32
 from pyrolora.tasks.checkpoint import Checkpoint
 from pyrolora.tasks.multiple_choice import IMPOSSIBLE
 from pyrolora.tasks.span_prediction import SpanPrediction
@@ -193,8 +194,7 @@ class QuestionAnswering(Task):
                 f"'end_logits', this one gives {fields}; load it with "
                 "AutoModelForQuestionAnswering"
             )
-        output = torch.stack(parts, -1)  # type: ignore[arg-type]
-        return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        return in_float32(torch.stack(parts, -1))  # type: ignore[arg-type]
 
     def logits(self, output: Tensor, batch: Batch) -> Tensor:
         """Return the logits of the first and of the last token, (..., b, 2, T)."""
@@ -217,11 +217,7 @@ class QuestionAnswering(Task):
 
         E[v vᵀ] is the Hessian, with a block diag(p) − p pᵀ for each of them.
         """
-        logits = self.logits(output.detach(), batch)
-        drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
-        residual = -logits.softmax(-1)
-        residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
-        yield residual.transpose(-1, -2)
+        yield drawn_residual(self.logits(output.detach(), batch)).transpose(-1, -2)
 
     def check_labels(self, labels: Tensor, network: Any) -> None:
         if labels.dim() != 2 or labels.shape[-1] != 2 or labels.is_floating_point():

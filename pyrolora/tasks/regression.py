@@ -223,7 +223,7 @@ class Regression(Task):
     def matches(cls, network: nn.Module) -> bool:
         config: Any = getattr(network, "config", None)
         return super().matches(network) and (
-            config.problem_type == "regression"
+            config.problem_type == cls.problem_type
             or (config.num_labels == 1 and config.problem_type != MULTI_LABEL)
         )
 

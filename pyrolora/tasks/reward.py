@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pyrolora.columns import CHOICE_MASK, LABELS, MARGIN, Batch
 from pyrolora.data.columns import has_preferences
-from pyrolora.data.examples import as_dict, is_nested
+from pyrolora.data.examples import first_of, is_nested
 from pyrolora.data.preferences import encode_preferences
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
@@ -39,7 +39,7 @@ class RewardCollator(ChoiceCollator):
         self.taken.add(MARGIN)
 
     def check_data(self, examples: Any) -> None:
-        row = as_dict(examples[0], self.input_name)
+        row = first_of(examples, self.input_name)
         if has_preferences(row) and LABELS in row:
             raise DataError(
                 "the data has a label, and of two texts 'chosen' is the preferred one by its name; "
@@ -155,6 +155,10 @@ class RewardPrediction(ClassPrediction):
             classes=NAMES,
             rewards=torch.cat([record["rewards"] for record in records], dim=1),
         )
+
+    def decided(self, probs: Tensor) -> Tensor:
+        """Return the preferred text (...); of equal ones the rejected, as TRL counts them."""
+        return (probs[..., 0] <= probs[..., 1]).long()
 
     @property
     def mean(self) -> Tensor:

@@ -15,7 +15,7 @@ from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS, Batch
 from pyrolora.data import Collator
 from pyrolora.data.columns import TOKEN_MASKS, check_text, is_list
 from pyrolora.data.encoding import Encoder, added
-from pyrolora.data.examples import as_dict, as_numbers
+from pyrolora.data.examples import as_numbers, first_of
 from pyrolora.data.inputs import encoder_for, shift_of, table_of_positions, taken_by, written_length
 from pyrolora.data.pairs import encode_pairs, pair_of
 from pyrolora.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ class PairCollator(Collator):
 
     def check_data(self, examples: Any) -> None:
         super().check_data(examples)
-        masks = [name for name in TOKEN_MASKS if name in as_dict(examples[0], self.input_name)]
+        masks = [name for name in TOKEN_MASKS if name in first_of(examples, self.input_name)]
         if masks:
             raise DataError(
                 f"the columns {masks} say which tokens of one text count, and here the labels are "
@@ -77,7 +77,7 @@ class PairCollator(Collator):
                 "there is nothing to score: a sequence-to-sequence network predicts the tokens of "
                 f"known texts; give {self.targets}, or have generate() write texts"
             )
-        if DECODER_MASK not in as_dict(examples[0], self.input_name):
+        if DECODER_MASK not in first_of(examples, self.input_name):
             self._check_padding(labels)
 
     def labels_of(self, row: Mapping[str, Any], mask: list[int] | None) -> Any:

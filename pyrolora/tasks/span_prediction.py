@@ -17,7 +17,7 @@ from pyrolora.data.spans import EXAMPLE, FIRST, NONE, NOWHERE, PAST
 from pyrolora.tasks.evidence import Promise
 from pyrolora.tasks.prediction import Prediction, entropy_of, table_of, tail_of
 
-BY_DRAW = ("none", "total", "candidates", "scores")
+RECORDED_BY_DRAW = ("none", "total", "candidates", "scores")
 """The parts of a record of shape (S, windows, ...)."""
 
 
@@ -106,7 +106,7 @@ class SpanPrediction(Prediction):
     def collect(cls, records: Sequence[dict[str, Tensor]], task: Any) -> SpanPrediction:
         names = [name for name in records[0] if all(name in record for record in records)]
         parts = {
-            name: torch.cat([record[name] for record in records], int(name in BY_DRAW))
+            name: torch.cat([record[name] for record in records], int(name in RECORDED_BY_DRAW))
             for name in names
         }
         count = parts["none"].shape[1]
@@ -235,17 +235,11 @@ class SpanPrediction(Prediction):
 
     def promise(self) -> Promise | None:
         """Return the probabilities of the answers, and which of them are right."""
-        loss = self.loss
-        if loss is None or len(loss) < 2:
-            return None
-        confidence, right = self.probability.double(), 1 - loss.double()
-        calibrated = (confidence * (1 - confidence)).mean()
-        return Promise(
-            confidence,
-            right,
+        return Promise.of_confidence(
+            self.probability,
+            self.loss,
             "The mean probability of the answers is {promised:.3f}, and {kept:.3f} of them are "
             "right: it is {gap:.3f} too high, with a standard error of {error:.3f}.",
-            variance=float(torch.maximum((confidence - right).var(), calibrated)),
         )
 
     def columns(self, class_name: Callable[[int, int], str]) -> dict[str, Sequence[Any]]:

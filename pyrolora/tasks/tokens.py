@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pyrolora.columns import IGNORED, LABELS, PLACES, Batch
 from pyrolora.data import Collator
-from pyrolora.distributions import LogitsCategorical, rows_at_once
+from pyrolora.distributions import LogitsCategorical, drawn_residual, rows_at_once
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks.base import Task
 from pyrolora.tasks.classification import check_one_label
@@ -85,10 +85,7 @@ class TokenTask(Task):
         E[v vᵀ] is the Hessian, with one block diag(p) − p pᵀ per token.
         """
         logits = self.token_logits(output.detach(), batch)
-        drawn = torch.distributions.Categorical(logits=logits, validate_args=False).sample()
-        residual = -logits.softmax(-1)
-        residual.scatter_add_(-1, drawn[..., None], torch.ones_like(residual[..., :1]))
-        residual = residual * self.token_mask(batch)[..., None]
+        residual = drawn_residual(logits) * self.token_mask(batch)[..., None]
         yield F.pad(residual, (0, 0, 0, output.shape[-2] - residual.shape[-2]))
 
     def count(self, labels: Tensor) -> int:

@@ -258,6 +258,9 @@ def test_a_prompt_that_melts_into_its_completion_is_named() -> None:
 
 
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+NO_TOOLS = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "search"}}]}
+RESULT = {"role": "tool", "content": "It rains"}
 LAST = "{% for m in messages %}{{ messages[-1].content }}{{ m.content }}{% endfor %}"
 
 
@@ -275,6 +278,9 @@ LAST = "{% for m in messages %}{{ messages[-1].content }}{{ m.content }}{% endfo
         ([{"messages": CHAT}], "{{ raise_exception('no') }}", {}, "cannot write .*: no"),
         ([{"messages": CHAT}], "a", {}, "leaves out a message of the role 'user', 'Hi you'"),
         ([{"messages": CHAT, "tools": "[{"}], BARE, {}, "the tools of an example are no JSON"),
+        ([{"messages": CHAT, "tools": [{"name": "search"}]}], BARE, {}, "leaves out a tool, 'sea"),
+        ([{"messages": [CHAT[0], CALL, RESULT, CHAT[3]]}], BARE, {}, "leaves out a tool call"),
+        ([{"messages": [CHAT[0], RESULT, CHAT[3]]}], NO_TOOLS, {}, "the role 'tool', 'It rains'"),
         ([{"messages": CHAT[:1]}], BARE, {"assistant_only_loss": True}, "assistant says nothing"),
         ([{"messages": CHAT}], LAST, {"assistant_only_loss": True}, "{% generation %} and"),
         ([{"messages": CHAT[1:]}], BARE, {"assistant_only_loss": True}, "the chat begins with it"),

@@ -64,6 +64,7 @@ def same(one: Posterior, other: Posterior) -> bool:
 
 def test_the_sorted_names_are_the_networks_classes(posterior: Posterior) -> None:
     assert posterior.base.config.id2label == {0: "bad", 1: "good"}
+    assert posterior.classes == ["bad", "good"]
     assert posterior.base.config.label2id == {"bad": 0, "good": 1}
     assert posterior.base.config.num_labels == 2
 

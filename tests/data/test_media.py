@@ -113,6 +113,14 @@ FORMS: dict[str, Callable[[list[Any], Path], Any]] = {
     ).cast_column("image", datasets.Image(decode=False)),
     "a list of arrays": lambda some, _: [np.asarray(p.convert("RGB")) for p in some],
     "arrays": lambda some, _: [{"image": np.asarray(p.convert("RGB"))} for p in some],
+    "pairs": lambda some, _: Rows([(picture, 0) for picture in some]),
+    "pairs of tensors": lambda some, _: Rows(
+        [(torch.tensor(np.asarray(p.convert("RGB")).transpose(2, 0, 1)), 0) for p in some]
+    ),
+    "a list of tensors": lambda some, _: [torch.tensor(np.asarray(p.convert("RGB"))) for p in some],
+    "transparency, channels first": lambda some, _: [
+        {"image": np.asarray(p.convert("RGBA")).transpose(2, 0, 1)} for p in some
+    ],
     "channels first": lambda some, _: [
         {"image": np.asarray(p.convert("RGB")).transpose(2, 0, 1)} for p in some
     ],
@@ -124,6 +132,23 @@ def test_pictures_become_the_processors_own_tensors(form: str, tmp_path: Path) -
     some = pictures()
     batch = batch_of(FORMS[form](some, tmp_path), vit(), processor())
     assert torch.equal(batch["pixel_values"], wanted(some))
+
+
+@pytest.mark.parametrize("form", ["(1, H, W)", "(H, W)", "true or false", "HSV", "RGBa", "a batch"])
+def test_other_forms_of_pictures_become_rgb(form: str) -> None:
+    grey = [picture.convert("L") for picture in pictures(3)]
+    black = [picture.convert("1") for picture in pictures(3)]
+    colours = [picture.convert("RGBA") for picture in pictures(3)]
+    alike = [np.asarray(picture.convert("RGB").resize((9, 7))) for picture in pictures(3)]
+    data, some = {
+        "(1, H, W)": ([{"image": np.asarray(p)[None]} for p in grey], grey),
+        "(H, W)": ([{"image": np.asarray(p)} for p in grey], grey),
+        "true or false": ([{"image": np.asarray(p)} for p in black], black),
+        "HSV": ([p.convert("HSV") for p in grey], [p.convert("HSV") for p in grey]),
+        "RGBa": ([p.convert("RGBa") for p in colours], [p.convert("RGBa") for p in colours]),
+        "a batch": ((np.stack(alike), [0, 1, 2]), [Image.fromarray(array) for array in alike]),
+    }[form]
+    assert torch.equal(batch_of(data, vit(), processor())["pixel_values"], wanted(some))
 
 
 def test_a_picture_of_jpeg_is_not_compressed_again(tmp_path: Path) -> None:
@@ -269,6 +294,19 @@ WRONG: dict[str, tuple[Any, str]] = {
     "sixteen bits": ([ONE.convert("I;16")], "mode 'I;16', more than eight bits"),
     "up to one": ([{"image": np.full((9, 9, 3), 0.5)}], "the processor divides by 255"),
     "a batch": ([{"image": np.zeros((2, 9, 9, 3))}], r"got \(2, 9, 9, 3\)"),
+    "one channel of real numbers": (
+        [{"image": np.full((9, 9), 80.5)}],
+        r"shape \(9, 9\), and the network reads 3 channels",
+    ),
+    "large numbers": ([{"image": np.full((9, 9, 3), 999)}], r"whole numbers in 999\.\.999"),
+    "NaN": ([{"image": np.full((9, 9, 3), np.nan)}], "not finite"),
+    "missing in a torch data set": (Rows([{"image": None}]), "an example has no 'image'"),
+    "a data set that does not decode": (
+        datasets.Dataset.from_dict({"image": [{"bytes": b"text", "path": None}]}).cast_column(
+            "image", datasets.Image()
+        ),
+        "cannot be read, got UnidentifiedImageError",
+    ),
     "numbers": ([{"image": 3}], "holds int64, and must hold images"),
     "one": (ONE, r"write it as a list: \[picture\]"),
     "two columns": ([{"image": ONE, "mask": ONE}], r"which of the columns \['image', 'mask'\]"),
@@ -285,6 +323,10 @@ def test_pictures_that_cannot_be_read(case: str) -> None:
 def test_pictures_without_a_processor_ask_for_it() -> None:
     with pytest.raises(DataError, match=r"tokenizer=AutoImageProcessor\.from_pretrained"):
         batch_of(pictures(2), vit(), None)
+    with pytest.raises(DataError, match="makes pixel_values of it, got Wav2Vec2FeatureExtractor"):
+        batch_of(pictures(2), vit(), extractor())
+    with pytest.raises(DataError, match="makes input_values of it, got ViTImageProcessor"):
+        batch_of(sounds(2), wav2vec2(), processor())
 
 
 # Sounds ------------------------------------------------------------------------------------------
@@ -343,6 +385,13 @@ def test_a_sound_is_scored_the_same_alone_and_in_a_batch(tmp_path: Path) -> None
 def test_sounds_whose_padding_counts_are_warned_of() -> None:
     with pytest.warns(UserWarning, match="depends on its neighbours"):
         batch_of(sounds(), wav2vec2(), extractor(return_attention_mask=False))
+
+
+def test_pairs_of_a_sound_and_its_label() -> None:
+    data = sounds()
+    pairs = Rows([(row["audio"], row["label"]) for row in data])
+    for name, tensor in batch_of(data, wav2vec2(), extractor()).items():
+        assert torch.equal(batch_of(pairs, wav2vec2(), extractor())[name], tensor)
 
 
 def test_an_extractor_of_one_length_says_what_it_cuts() -> None:

@@ -13,7 +13,7 @@ from problems import Rows, bert_choice, bert_mlm, llama, mask_tokenizer, questio
 from transformers import ViTConfig, ViTForImageClassification
 
 import pyrolora
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, DataError
 from pyrolora.tasks import load_network
 
 
@@ -79,7 +79,7 @@ def test_a_causal_model_and_classes_are_ambiguous(folders: dict[str, Path], data
 def test_a_model_without_such_a_class_is_refused(
     folders: dict[str, Path], data: Any, task: str
 ) -> None:
-    with pytest.raises(ConfigError, match=r"no class for the network.*AutoModelFor"):
+    with pytest.raises(ConfigError, match=r"task needs an AutoModelFor.*has none.*choices="):
         load_network(folders["causal"], data, None, task)
 
 
@@ -121,3 +121,18 @@ def test_several_labels_and_places_of_answers_have_their_heads(
     rows = [{"input_ids": [4, 5, 6, 7], **labels}] * 4
     for data in (rows, Rows(rows)):
         assert type(load_network(folders["masked"], data)[0]).__name__ == f"BertFor{head}"
+
+
+def test_numbers_beside_texts_that_are_learnt_alone_may_be_labels(folders: dict[str, Path]) -> None:
+    rows = [{"text": "the film is good", "sentiment": 1, "idx": 3}] * 4
+    with pytest.warns(
+        UserWarning, match=r"task='fill-mask'\), without \['sentiment'\]; .*rename_c"
+    ):
+        assert type(load_network(folders["masked"], rows)[0]).__name__ == "BertForMaskedLM"
+
+
+def test_texts_for_a_network_of_pictures_are_told(tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, image_size=8)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=r"reads pixel_values.*\['labels', 'text'\].*'image'"):
+        load_network(tmp_path, reviews(4))

@@ -56,9 +56,25 @@ def test_examples_of_a_stream_stand_for_all_of_it(tmp_path: Path) -> None:
 
 def test_the_texts_of_a_stream_are_packed(tmp_path: Path) -> None:
     packed = TextOptions(packing=True, max_length=30)
-    made = fitted(stream(), tmp_path, "map", num_examples=240, max_steps=2, texts=packed)
+    made = fitted(stream(), tmp_path, "map", num_examples=24, max_steps=2, texts=packed)
+    assert made.model.num_examples == 24
+    assert made.model.rows == 24
+
+
+def test_packed_rows_of_a_stream_are_as_many_as_the_steps_read(tmp_path: Path) -> None:
+    packed = TextOptions(packing=True, max_length=200)
+    read: list[int] = []
+
+    def examples() -> Any:
+        for number in range(240):
+            read.append(number)
+            yield TEXTS[number % len(TEXTS)]
+
+    data = datasets.IterableDataset.from_generator(examples)
+    made = fitted(data, tmp_path, "map", num_examples=240, max_steps=1, texts=packed)
     assert made.model.num_examples == 240
-    assert made.model.rows == 240
+    assert max(read) > 8  # four rows hold more than four texts each
+    assert made.history[-1]["epoch"] <= 1
 
 
 @pytest.mark.parametrize(

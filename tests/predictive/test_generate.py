@@ -248,6 +248,7 @@ def test_other_guides_write_too(guide):
         ({"streamer": "any"}, "streamer prints one text .* 6 are written"),
         ({"attention_mask": torch.ones(1, 2)}, "as a mapping with input_ids and attention_mask"),
         ({"stop_strings": ["good", 3]}, "stop_strings must be texts"),
+        ({"stop_strings": ""}, "stop_strings must be texts, got ''"),
         ({"tokenizer": "any"}, "tokenizer itself"),
         ({"max_tokens": 3}, r"no options \['max_tokens'\]"),
         ({"num_return_sequences": 2}, "num_return_sequences"),

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
-from pyrolora.columns import CHOICE_TOKENS, COUNTED
+from pyrolora.columns import CHOICE_TOKENS, COMPLETION_MASK
 from pyrolora.data import prepare
 from pyrolora.data.choice_prompts import letter_tokens, prompt_of
 from pyrolora.data.encoding import Encoder
@@ -330,7 +330,7 @@ def test_what_cannot_be_is_refused(posteriors: dict[str, Posterior], tmp_path: P
     ids = [{"input_ids": [4, 5], "label": 0}]
     with pytest.raises(DataError, match=f"needs '{CHOICE_TOKENS}'"):
         fit("letters", data=ids)
-    with pytest.raises(DataError, match=f"need '{COUNTED}'"):
+    with pytest.raises(DataError, match=f"need '{COMPLETION_MASK}'"):
         fit("texts", data=[{"input_ids": [[4, 5], [6, 7]], "label": 0}])
     with pytest.warns(UserWarning, match="1 of 1 texts have more than 64 tokens and are cut"):
         fit("letters", data=[{**ROWS[0], "question": "the " * 80}])

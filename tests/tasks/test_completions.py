@@ -189,6 +189,22 @@ def test_later_predictions_read_texts_as_the_fit_did(posterior: Any, tmp_path: P
     assert later.texts == posterior.texts
 
 
+def test_prompts_without_their_completions_are_no_texts() -> None:
+    posterior = fitted(epochs=1)
+    chat = [{"prompt": CHATS[0]["messages"][:1]}]
+    for rows, name in (([{"prompt": "qqq"}], "text"), (chat, "messages")):
+        told = rf"'prompt' without what is written for it.*rename_column\('prompt', '{name}'\)"
+        for verb in (posterior.evaluate, posterior.predict, fitted):
+            with pytest.raises(DataError, match=told):
+                verb(rows)
+    assert posterior.evaluate([{"text": "qqq"}], 0)["nll"] > 0
+    named = TextOptions(dataset_text_field="prompt")
+    assert (
+        fitted([{"prompt": "qqq"}], texts=named, epochs=1).evaluate([{"prompt": "qqq"}], 0)["nll"]
+        > 0
+    )
+
+
 def test_folders_of_earlier_versions_lack_entries_and_load(tmp_path: Path) -> None:
     from pyrolora.storage.description import described
 
@@ -271,6 +287,9 @@ def test_chats_and_rows_are_prompts_that_open_the_assistants_turn(posterior: Any
     for inputs in (chat, [chat], [{"messages": chat}], [{"question": "a"}], [{"prompt": chat}]):
         found = posterior.generate(inputs, **options)
         assert found.sequences.tolist() == expected.sequences.tolist(), inputs
+    for inputs in ([{"prompt": "ab"}], [{"prompt": "ab", "completion": "c"}]):  # as in a fit
+        found = posterior.generate(inputs, **options)
+        assert found.sequences.tolist() == posterior.generate(["ab"], **options).sequences.tolist()
     two = posterior.generate([chat, [{"from": "human", "value": "bc"}]], **options)
     assert two.sequences[0].tolist() == expected.sequences[0].tolist()
     assert len(two.texts) == 2
@@ -294,6 +313,7 @@ def test_each_row_ends_with_the_first_stop_string_that_it_completes(posterior: A
             assert found.sequences[i, k][found.mask[i, k]].tolist() == ids[:size]
             shorter += size < len(ids)
     assert shorter >= 2
+    assert posterior.generate(prompts, stop_strings=[], **options).texts == whole.texts
     beams = posterior.generate(prompts, num_samples=0, num_beams=2, stop_strings=stops,
                                max_new_tokens=6)  # fmt: skip
     assert len(beams.texts) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def test_draws_are_by_hand_from_networks_with_their_weights(posterior: Posterior
     assert scores["nll"] == pytest.approx(-float(found.log_predictive.mean()))
     picked = found.select(torch.tensor([2, 0]))
     assert torch.equal(picked.rewards, found.rewards[:, [2, 0]])
+
+
+def test_equal_rewards_count_as_wrong_as_they_do_for_trl(posterior: Posterior) -> None:
+    pair = {"prompt": "the ", "chosen": "good", "rejected": "good"}
+    found = posterior.predict([pair], num_samples=3)
+    assert found.probs.tolist() == [[0.5, 0.5]]
+    assert evaluate(found)["accuracy"] == 0
 
 
 def test_single_texts_have_rewards_and_their_spread(posterior: Posterior) -> None:
@@ -197,6 +205,14 @@ def test_from_a_shell_by_the_name_of_a_language_model(tmp_path: Path) -> None:
     assert "accuracy" in json.dumps(done("evaluate", run, data, "--json").json)
 
 
+def test_a_tie_is_no_win_of_the_chosen_text(posterior: Posterior) -> None:
+    ties = [{"chosen": "good", "rejected": "good"}] * 2
+    found = posterior.predict(ties)
+    assert evaluate(found)["accuracy"] == 0
+    assert evaluate(found)["nll"] == pytest.approx(math.log(2))
+    assert found.loss.tolist() == [1, 1]
+
+
 def test_what_cannot_be_is_refused() -> None:
     row, chat = ROWS[0], [{"role": "user", "content": "good"}]
     for data, words in (
@@ -208,7 +224,11 @@ def test_what_cannot_be_is_refused() -> None:
         ([{**row, "chosen": chat, "rejected": chat}], r"'prompt' is a text and 'chosen' is mess"),
         ([{"chosen": chat, "rejected": chat}], "example 0: .* has no chat template"),
         ([{**row, "margin": None}, {**row, "margin": 1.0}], "margin of example 0 is None"),
-        ([{"text": "good"}], r"expected columns 'chosen' and 'rejected', got \['text'\]"),
+        (
+            [{"system": "a", "question": "the", "chosen": "good", "rejected": "bad"}],
+            r"\['system', 'question'\] beside 'chosen'.*rename_column\('question', 'prompt'\)",
+        ),
+        ([{"text": "good"}], r"expected columns 'chosen' and 'rejected', got \['text'\]; add what"),
         ([{"question": "good"}], r"reads 'chosen' and 'rejected'.*got the columns \['question'\]"),
     ):
         with pytest.raises(DataError, match=words):

@@ -14,11 +14,15 @@ from pyrolora.errors import DataError
 Messages = list[dict[str, Any]]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What marks in a template what the assistant says, as transformers looks for it."""
+"""The mark in a template of what the assistant says, as transformers looks for it."""
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 """ShareGPT's names of roles."""
 LISTENED = ("assistant", "tool", "function")
 """Roles whose messages a template may rewrite: it drops thoughts, and quotes results."""
+UNLIKELY = "\u2620 0"
+"""A content that no message has."""
+OF_TEMPLATE = TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
+"""Columns with more of what a chat template is given, as in TRL."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,17 @@ class ChatTemplate:
         if messages and messages[-1].get("role") == "assistant":
             raise DataError(
                 "a chat ends with a message of the assistant, and nothing is left to be written; "
-                "leave that message out (its score is that of predict or evaluate)"
+                "leave that message out (its score is that of predict or evaluate), or, where a "
+                "completion follows, join it to that"
             )
         text = self.text(messages, add_generation_prompt=True, **more)
-        self._check_whole(messages, text)
+        self._check_whole(messages, text, more)
         return self._ids(text)
 
     def closed(self, messages: Messages, **more: Any) -> list[int]:
         """Return the tokens of a whole chat."""
         text = self.text(messages, **more)
-        self._check_whole(messages, text)
+        self._check_whole(messages, text, more)
         return self._ended(self._ids(text), messages)
 
     def said(self, messages: Messages, **more: Any) -> tuple[list[int], list[bool]]:
@@ -172,16 +177,38 @@ class ChatTemplate:
         marks = self._special - {getattr(self.tokenizer, "bos_token_id", None)}
         return ids if marks.intersection(ids) else [*ids, eos]
 
-    def _check_whole(self, messages: Messages, text: str) -> None:
-        """Raise `DataError` for a message that the template leaves out."""
-        for message in messages:
+    def _check_whole(self, messages: Messages, text: str, more: Mapping[str, Any]) -> None:
+        """Raise `DataError` for a message, a call or a tool that the template leaves out."""
+        for i, message in enumerate(messages):
             content, role = message.get("content"), message.get("role")
-            if not isinstance(content, str) or role in LISTENED or content.strip() in text:
+            for call in message.get("tool_calls") or ():
+                self._check_name(_function(call), f"a tool call of the role {role!r}", text)
+            if not isinstance(content, str) or content.strip() in text:
                 continue
+            if role in LISTENED:  # it may be rewritten, and is left out if another writes the same
+                other = {**message, "content": UNLIKELY}
+                if self.text([*messages[:i], other, *messages[i + 1 :]], **more) != text:
+                    continue
             raise DataError(
                 f"the chat template leaves out a message of the role {role!r}, "
                 f"{content[:40]!r}; drop such messages, or give them a role that it knows"
             )
+        for tool in more.get("tools") or ():
+            self._check_name(_function(tool), "a tool", text)
+
+    @staticmethod
+    def _check_name(function: Any, what: str, text: str) -> None:
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            raise DataError(
+                f"the chat template leaves out {what}, {name[:40]!r}; leave tools out of the data, "
+                "write them into the messages, or set tokenizer.chat_template to one that has tools"
+            )
+
+
+def _function(call: Any) -> Any:
+    """Return the function of a tool, or of a call of one, with its name."""
+    return call.get("function", call) if isinstance(call, Mapping) else None
 
 
 def shared(some: Sequence[int], others: Sequence[int]) -> int:
@@ -231,11 +258,11 @@ def _filled(value: Any) -> Any:
 
 def template_options(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a row has for the template beside its messages: tools, and other options."""
-    tools = row.get("tools")
+    tools = row.get(TOOLS)
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(f"the tools of an example are no JSON: {error}") from error
-    more = _filled(row.get("chat_template_kwargs") or {})
+    more = _filled(row.get(TEMPLATE_OPTIONS) or {})
     return {**({"tools": _filled(tools)} if tools else {}), **more}

@@ -22,7 +22,7 @@ from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 
 JOINT, ASKED = "\n\n", "\n"
-"""What stands between the parts of a prompt; and before the answer, without a chat template."""
+"""The separator of the parts of a prompt; without a chat template also of prompt and answer."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from pyrolora.columns import LABELS
+from pyrolora.data.chats.chat import OF_TEMPLATE
 from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import (
     DIALOGUES,
@@ -25,10 +26,10 @@ RAW = ("prompt", "completion")
 """The columns whose texts are joined as they are; those of `PAIRS` are two sides of a talk."""
 ASKED = ("prompt", "instruction", "question", "query", "problem", "input")
 """Columns with what somebody asks for."""
+NO_TEXT = ("prompt", "instruction")
+"""Those of them that are no text to learn by themselves."""
 PAIRS = tuple(pair for pair in WRITTEN_PAIRS if pair[0][0] in ASKED)
 CHATS = ("messages", "conversations", "conversation")
-TOOLS, TEMPLATE_OPTIONS = "tools", "chat_template_kwargs"
-"""Columns with more of what a chat template is given, as in TRL."""
 
 Kind = Literal["text", "chat", "pair"]
 
@@ -65,8 +66,12 @@ class Dialogue:
 
     @property
     def raw(self) -> bool:
-        """Whether prompt and completion are texts that are joined as they are."""
-        return self.kind == "pair" and not self.chats and self.columns[:2] == RAW
+        """Whether prompt and completion are texts that are joined as they are.
+
+        A prompt of this name alone is that of such a completion.
+        """
+        texts = self.kind == "pair" and not self.chats
+        return texts and self.prompt == RAW[:1] and self.completion in ("", RAW[1])
 
     def __str__(self) -> str:
         if self.kind != "pair":
@@ -81,7 +86,7 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
     ------
     DataError
         For columns that look like data and would not be read: a second text or chat, a prompt
-        beside a text, a mask.
+        beside a text, a mask; for prompts without their completions.
     """
     texts, chats = _texts_and_chats(data)
     _check_named(data, options)
@@ -90,6 +95,7 @@ def dialogue_of(data: datasets.Dataset, options: TextOptions) -> Dialogue | None
         return None
     found = _with_more(data, found)
     _check_left(data, found, texts, chats)
+    _check_answered(data, found, options)
     return found
 
 
@@ -176,11 +182,23 @@ def _alone(texts: Sequence[str], chats: Sequence[str], options: TextOptions) -> 
     return Dialogue("text", (texts[0],)) if texts else None
 
 
+def _check_answered(data: datasets.Dataset, found: Dialogue, options: TextOptions) -> None:
+    """Raise `DataError` for prompts alone, which would be learnt and scored as texts."""
+    name = found.prompt[0]
+    if found.kind != "pair" and name in NO_TEXT and name != options.dataset_text_field:
+        raise DataError(
+            f"the data has {name!r} without what is written for it, got the columns "
+            f"{data.column_names}; add it (a 'completion' beside 'prompt', an 'output' "
+            f"beside 'instruction'), or, where {name!r} is the whole text, data.rename_column("
+            f"{name!r}, {'messages' if found.chats else 'text'!r}); generate() continues prompts"
+        )
+
+
 def _with_more(data: datasets.Dataset, found: Dialogue) -> Dialogue:
     """Return the columns with those that a chat template is given, too."""
     if not found.chats and (found.kind == "text" or found.raw):
         return found
-    beside = tuple(name for name in (TOOLS, TEMPLATE_OPTIONS) if name in data.column_names)
+    beside = tuple(name for name in OF_TEMPLATE if name in data.column_names)
     return replace(found, beside=beside)
 
 

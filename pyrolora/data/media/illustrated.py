@@ -255,16 +255,7 @@ def _pictures_in(value: Any) -> Iterator[Any]:
     if is_picture(value) or isinstance(value, str | bytes):
         yield value
     elif isinstance(value, Mapping) and "role" in value:
-        content = value.get("content")
-        for part in content if isinstance(content, list) else ():
-            own = [part[name] for name in ("image", "path") if part.get(name) is not None]
-            if part.get("type") == "image" and own:
-                yield own[0]
-            elif "url" in str(part.get("type")) or part.get("url") is not None:
-                raise DataError(
-                    "a message names the address of a picture, and none is fetched; give the "
-                    "picture itself, {'type': 'image', 'image': ...}"
-                )
+        yield from _pictures_of(value.get("content"))
     elif isinstance(value, Mapping):
         yield value if {"bytes", "path"} & {*value} else None
     elif isinstance(value, list | tuple):
@@ -272,3 +263,16 @@ def _pictures_in(value: Any) -> Iterator[Any]:
             yield from [None] if part is None else _pictures_in(part)
     elif value is not None:
         yield value
+
+
+def _pictures_of(content: Any) -> Iterator[Any]:
+    """Yield the pictures among the parts of a message."""
+    for part in content if isinstance(content, list) else ():
+        own = [part[name] for name in ("image", "path") if part.get(name) is not None]
+        if part.get("type") == "image" and own:
+            yield own[0]
+        elif "url" in str(part.get("type")) or part.get("url") is not None:
+            raise DataError(
+                "a message names the address of a picture, and none is fetched; give the picture "
+                "itself, {'type': 'image', 'image': ...}"
+            )

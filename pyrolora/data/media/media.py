@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import FeatureExtractionMixin, ImageProcessingMixin
 
 from pyrolora.columns import PICTURE_PATHS, PICTURES, SOUND_PATHS, SOUNDS
-from pyrolora.data.examples import is_plain
+from pyrolora.data.examples import as_dict, is_plain
 from pyrolora.data.media.pictures import as_picture, checked_array
 from pyrolora.data.media.sounds import Sound, as_sound, length_matters, warn_cut, warn_padded
 from pyrolora.errors import DataError
@@ -55,6 +55,8 @@ class Media(ABC):
     """Their feature in a ``datasets.Dataset``."""
     part: ClassVar[str]
     """The name of their part in a processor of several inputs."""
+    reads: ClassVar[type]
+    """The class of their processors."""
     auto: ClassVar[str]
     """transformers' Auto class that loads their processor."""
     heads: ClassVar[str]
@@ -65,9 +67,10 @@ class Media(ABC):
     def __init__(self, network: nn.Module, processor: Any, taken: set[str]) -> None:
         self.config = getattr(network, "config", None)
         self.reader, self.taken = type(network).__name__, taken
-        whole = isinstance(processor, ImageProcessingMixin | FeatureExtractionMixin)
+        whole = isinstance(processor, self.reads)
         self.decoder: Any = self.feature()
         self.processor: Any = processor if whole else getattr(processor, self.part, None)
+        self.passed = None if processor is None else type(processor).__name__
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -80,8 +83,10 @@ class Media(ABC):
         if is_plain(examples):
             return cls.column_of(examples) is not None
         row = examples[0] if len(examples) else {}
+        if not isinstance(row, Mapping | tuple):
+            return False
         names = (cls.column, *cls.names, *cls.paths)
-        return isinstance(row, Mapping) and any(name in row for name in names)
+        return any(name in as_dict(row, cls.inputs[0]) for name in names)
 
     @classmethod
     def column_of(cls, data: datasets.Dataset) -> str | None:
@@ -147,10 +152,20 @@ class Media(ABC):
         return data.cast_column(name, self.feature(decode=False))
 
     def of_row(self, row: Mapping[str, Any]) -> Any:
-        """Return the picture or sound of an example; None where it has another input."""
-        if any(name in row for name in self.inputs):
+        """Return the picture or sound of an example; None where it has another input.
+
+        Raises
+        ------
+        DataError
+            For one that is missing.
+        """
+        named = [name for name in self.columns if name in row]
+        if not named or any(name in row for name in self.inputs):
             return None
-        return next((row[name] for name in self.columns if row.get(name) is not None), None)
+        value = next((row[name] for name in named if row[name] is not None), None)
+        if value is None:
+            raise DataError(f"an example has no {named[0]!r}; leave it out")
+        return value
 
     @abstractmethod
     def batch(self, values: Sequence[Any]) -> dict[str, Tensor]:
@@ -159,9 +174,10 @@ class Media(ABC):
     def _check_processor(self, name: str) -> None:
         if self.processor is None:
             raise DataError(
-                f"the column {name!r} holds {self.column}s, and there is no processor that makes "
-                f"{' or '.join(sorted({*self.inputs} & self.taken))} of them; pass "
-                f"tokenizer={self.auto}.from_pretrained(...), or the tensors themselves"
+                f"the column {name!r} needs a processor that makes "
+                f"{' or '.join(sorted({*self.inputs} & self.taken))} of it, got "
+                f"{self.passed}; pass tokenizer={self.auto}.from_pretrained(...), or the tensors "
+                "themselves"
             )
 
     def _kept(self, made: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -187,6 +203,7 @@ class Pictures(Media):
     inputs = ("pixel_values",)
     feature = datasets.Image
     part = "image_processor"
+    reads = ImageProcessingMixin
     auto = "AutoImageProcessor"
     heads = "IMAGE_CLASSIFICATION"
     auto_model = "AutoModelForImageClassification"
@@ -197,7 +214,7 @@ class Pictures(Media):
         rescales = getattr(self.processor, "do_rescale", False)
         pictures = [as_picture(value, channels, self.decoder) for value in values]
         for picture in pictures:
-            checked_array(picture, rescales=bool(rescales))
+            checked_array(picture, channels, rescales=bool(rescales))
         try:
             made = self.processor(images=pictures, return_tensors="pt")
         except (ValueError, TypeError, RuntimeError) as error:
@@ -221,6 +238,7 @@ class Sounds(Media):
     inputs = ("input_values", "input_features")
     feature = datasets.Audio
     part = "feature_extractor"
+    reads = FeatureExtractionMixin
     auto = "AutoFeatureExtractor"
     heads = "AUDIO_CLASSIFICATION"
     auto_model = "AutoModelForAudioClassification"

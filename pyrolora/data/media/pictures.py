@@ -21,9 +21,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def as_picture(value: Any, channels: int, decoder: datasets.Image = _DECODER) -> Any:
     """Return a picture of PIL with so many channels, or an array as it is.
 
-    Pictures of PIL, files, bytes, and arrays (H, W), (H, W, 1 to 4) of eight bits are converted by
-    PIL: grey ones and palettes to RGB, where the network reads three channels. Other arrays are
-    left to the processor.
+    Pictures of PIL, files, bytes, and arrays (H, W), (H, W, C) or (C, H, W) of eight bits with one
+    to four channels are converted by PIL: grey ones and palettes to RGB, where the network reads
+    three channels. Other arrays are left to the processor.
 
     Raises
     ------
@@ -33,20 +33,22 @@ def as_picture(value: Any, channels: int, decoder: datasets.Image = _DECODER) ->
     picture = _opened(value, decoder)
     if not is_picture(picture):
         array = np.asarray(picture)
-        if array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
+        if array.dtype == bool:
+            array = array.astype(np.uint8) * 255
+        elif array.dtype.kind in "iu" and array.size and 0 <= array.min() <= array.max() <= 255:
             array = array.astype(np.uint8)
-        plain = array.dtype == np.uint8 and (array.ndim == 2 or _channels_last(array))
-        if not plain:
+        plain = _channels_last(array)
+        if array.dtype != np.uint8 or plain is None:
             return array
         from PIL import Image
 
-        picture = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+        picture = Image.fromarray(plain)
     if picture.mode in DEEP:
         raise DataError(
             f"a picture has mode {picture.mode!r}, more than eight bits per channel, which PIL "
             "would cut; scale it to eight bits yourself, or give the processor's pixel_values"
         )
-    mode = MODES.get(channels)
+    mode, picture = MODES.get(channels), _common(picture)
     return picture if mode is None or picture.mode == mode else picture.convert(mode)
 
 
@@ -62,8 +64,8 @@ def stored(value: Any) -> Any:
     since, and one that came from JPEG as JPEG once more.
     """
     if is_picture(value):
-        stream = io.BytesIO()
-        value.save(stream, "PNG" if value.mode in _PNG else "TIFF")
+        stream, picture = io.BytesIO(), _common(value)
+        picture.save(stream, "PNG" if picture.mode in _PNG else "TIFF")
         return {"bytes": stream.getvalue(), "path": None}
     if isinstance(value, Mapping):
         return {name: stored(part) for name, part in value.items()}
@@ -73,11 +75,27 @@ def stored(value: Any) -> Any:
 
 
 _PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+_RARE = {"HSV": "RGB", "RGBa": "RGBA", "La": "LA"}
+"""Modes of PIL that no file holds, and those that PIL converts them to."""
 
 
-def _channels_last(array: np.ndarray) -> bool:
-    """Return whether an array is (H, W, 1 to 4) and cannot be (1 to 4, H, W)."""
-    return array.ndim == 3 and array.shape[2] in (1, 2, 3, 4) and array.shape[0] > 4
+def _common(picture: Any) -> Any:
+    """Return a picture of PIL in a mode that files hold."""
+    return picture.convert(_RARE[picture.mode]) if picture.mode in _RARE else picture
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray | None:
+    """Return an array (H, W) or (H, W, 2 to 4) of pixels; None where its form is another.
+
+    An array that may be (H, W, C) and (C, H, W) is left to the processor.
+    """
+    if array.ndim == 3:
+        first, last = array.shape[0] <= 4, array.shape[2] <= 4
+        if first == last:
+            return None
+        array = array.transpose(1, 2, 0) if first else array
+        array = array[..., 0] if array.shape[2] == 1 else array
+    return np.ascontiguousarray(array) if array.ndim in (2, 3) and array.size else None
 
 
 def _opened(value: Any, decoder: datasets.Image) -> Any:
@@ -105,16 +123,29 @@ def _opened(value: Any, decoder: datasets.Image) -> Any:
     )
 
 
-def checked_array(picture: Any, *, rescales: bool) -> None:
+def checked_array(picture: Any, channels: int, *, rescales: bool) -> None:
     """Raise `DataError` for an array that the processor would read in two ways, or not at all."""
     if not isinstance(picture, np.ndarray):
         return
-    if picture.ndim not in (2, 3) or picture.dtype == object:
+    if picture.ndim not in (2, 3) or picture.dtype == object or not picture.size:
         raise DataError(
             f"a picture as an array is (H, W, channels) or (channels, H, W), got {picture.shape} "
             f"of {picture.dtype}; give one picture per example, all rows of the same length"
         )
-    if picture.dtype.kind == "f" and rescales and picture.size and picture.max() <= 1:
+    if channels not in (picture.shape[0], picture.shape[-1]) and picture.dtype.kind == "f":
+        raise DataError(
+            f"a picture is an array of {picture.dtype} with the shape {picture.shape}, and the "
+            f"network reads {channels} channels; give it so many, or eight bits (uint8), which "
+            "are converted"
+        )
+    if picture.dtype.kind in "iu" and (picture.min() < 0 or picture.max() > 255):
+        raise DataError(
+            f"a picture is an array of whole numbers in {picture.min()}..{picture.max()}; scale "
+            "them to eight bits, 0..255"
+        )
+    if not np.isfinite(picture).all():
+        raise DataError("a picture has pixels that are not finite (NaN or infinity); fill them")
+    if picture.dtype.kind == "f" and rescales and 0 < picture.max() <= 1:
         raise DataError(
             "a picture is an array of real numbers up to "
             f"{float(picture.max()):.3g}, and the processor divides by 255 (do_rescale): give "
