@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -11,12 +10,19 @@ import numpy as np
 from transformers.models.auto import modeling_auto
 
 from pyrolora.columns import INPUTS, LABELS
-from pyrolora.data.columns import SPANS, TARGETS, has_choices, has_preferences, tags_column
-from pyrolora.data.examples import as_dict, first_of
+from pyrolora.data.columns import (
+    SPANS,
+    TARGETS,
+    has_choices,
+    has_preferences,
+    is_list,
+    tags_column,
+)
+from pyrolora.data.examples import first_of
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import class_names, has_class_labels, raw_labels
 from pyrolora.data.media.media import KINDS, Media
-from pyrolora.data.multi_hot import LOOKED_AT, has_label_lists
+from pyrolora.data.multi_hot import has_label_lists, target_column
 from pyrolora.data.spans import is_squad
 from pyrolora.tasks.unsupported import classes_of
 
@@ -106,17 +112,15 @@ class Checkpoint:
             return "words"
         if has_class_labels(self.examples):
             return "example"
-        if all(as_dict(row, INPUTS).get(LABELS) is None for row in self._first()):
+        column = target_column(self.examples)
+        listed = column is not None and is_list(self.examples.features[column])
+        if self.row.get(LABELS) is None and not listed:  # the first of a list may be missing
             return None
         if self.decodes and any(name in self.row for name in MODEL_INPUTS):
             labels = np.asarray(self.row[LABELS])
             if labels.dtype.kind in "iu" and not {*labels.flat} <= {0, 1}:
                 return "tokens"  # of the text to write, of any length
         return "labels" if has_label_lists(self.examples) else "tokens"
-
-    def _first(self) -> Iterator[Any]:
-        """Yield the first examples, as many as show what the data are."""
-        yield from (self.examples[i] for i in range(min(len(self.examples), LOOKED_AT)))
 
     @property
     def has_head(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +27,6 @@ from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.implied import implied
 from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
-
-_NO_CLASS = re.compile(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)")
-"""The error of transformers' Auto classes for an architecture that has no such class."""
 
 
 def load_network(
