@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pyrolora.cli.numerals import is_not_finite, is_number
 from pyrolora.cli.readers import TEXT_TABLES
 from pyrolora.cli.reading import read_data
+from pyrolora.columns import PICTURE_PATHS, PICTURES, SOUND_PATHS, SOUNDS
 from pyrolora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 LABELS = ("label", "labels")
 CHOICES = "choices"
 PAIR = ("text", "text_pair")
+MEDIA = (*PICTURES, *SOUNDS, *PICTURE_PATHS, *SOUND_PATHS)
+"""Names that say that a column has pictures or sounds; it keeps them."""
 
 
 def labelled(
@@ -50,7 +53,10 @@ def with_columns(
     for name in wanted:
         if name not in data.column_names:
             raise DataError(f"{source} has no column {name!r}; it has {data.column_names}")
-    names = ("messages",) if len(text) == 1 and _is_chat(data.features[text[0]]) else PAIR
+    names: Sequence[str] = PAIR
+    if len(text) == 1:
+        chat = _is_chat(data.features[text[0]])
+        names = ("messages",) if chat else text if text[0] in MEDIA else PAIR
     new = dict(zip(text, names, strict=False))
     if label in new:
         raise ConfigError(f"--text and --label are the same column, {label!r}")

@@ -296,6 +296,12 @@ def test_a_chat_and_a_part_of_an_object_can_be_chosen() -> None:
     assert label_names(data) == set()
 
 
+def test_a_column_of_pictures_keeps_its_name() -> None:
+    data = datasets.Dataset.from_dict({"picture": ["a.png"], "kind": ["cat"], "note": ["x"]})
+    row = {"picture": "a.png", "label": "cat"}
+    assert with_columns(data, ["picture"], "kind", "data")[0] == row
+
+
 NESTED = [
     {
         "choices": ["a", "b, c"],
