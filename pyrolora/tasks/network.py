@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ from pyrolora.tasks.heads import main_input
 from pyrolora.tasks.implied import implied
 from pyrolora.tasks.registry import task_class
 from pyrolora.tasks.unsupported import classes_of
+
+_NO_CLASS = re.compile(r"Unrecognized configuration class .* for this kind of AutoModel: (\w+)")
 
 
 def load_network(
