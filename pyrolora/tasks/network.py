@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +123,7 @@ def _explained(name: str) -> Iterator[None]:
     except PyroLoraError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        auto = _NO_CLASS.search(str(error))
+        auto = re.search(r"^Unrecognized configuration .* AutoModel: (\w+)", str(error))
         if auto is not None:
             raise ConfigError(
                 f"transformers has no class for the network {name!r} in {auto[1]}, which the data "
