@@ -125,7 +125,7 @@ def _explained(name: str) -> Iterator[None]:
     except PyroLoraError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        auto = _NO_CLASS.search(str(error))
+        auto = re.search(r"^Unrecognized configuration .* AutoModel: (\w+)", str(error))
         if auto is not None:
             raise ConfigError(
                 f"transformers has no class for the network {name!r} in {auto[1]}, which the data "
