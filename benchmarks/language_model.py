@@ -197,7 +197,8 @@ def afterwards(trained: Any, method: str, splits: Splits, training: Any) -> Any:
     laplace = METHODS[method].guide == "laplace"
     few = splits.train if laplace else first(splits.train, ANCHORS)
     extra = {"eval_data": first(splits.held_out, TUNED_ON)} if laplace else {}
-    return pyrolora.fit(trained, few, guide(method), training=training, **extra)
+    settings = {"batch_size": training.per_device_train_batch_size, "seed": training.seed}
+    return pyrolora.fit(trained, few, guide(method), **settings, **extra)
 
 
 def first(data: datasets.Dataset, most: int) -> datasets.Dataset:
