@@ -122,7 +122,7 @@ def test_the_threshold_of_tags_is_that_of_classes():
 
 def test_a_prediction_of_another_kind_is_not_called_a_text():
     counts = CountPrediction(torch.ones(30), None, torch.ones(2, 30))
-    with pytest.raises(ConfigError, match="got a CountPrediction; for .* make it a subclass"):
+    with pytest.raises(ConfigError, match=r"got a CountPrediction; for .* make it a subclass"):
         Conformal(counts)
 
 
