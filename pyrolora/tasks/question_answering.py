@@ -210,6 +210,9 @@ class QuestionAnswering(Task):
         return dist.Categorical(logits=logits, validate_args=False).to_event(1)
 
     def targets(self, batch: Batch) -> Tensor | None:
+        """Return the first and the last token, (b, 2): the labels, or transformers' two columns."""
+        if LABELS not in batch and {*SPANS} <= {*batch}:
+            return torch.stack([batch[name] for name in SPANS], -1)
         return batch.get(LABELS)
 
     def curvature(self, output: Tensor, batch: Batch) -> Iterator[Tensor]:

@@ -75,6 +75,17 @@ def test_the_likelihood_is_transformers_own_loss_summed_over_both_ends() -> None
     torch.testing.assert_close(-task.log_prob(output, batch).sum(), 2 * 5 * loss)
 
 
+def test_a_batch_may_have_the_columns_of_transformers(posterior: Posterior) -> None:
+    batch = batch_of(prepared(squad(4)))
+    first, last = batch["labels"].unbind(-1)
+    columns = {**inputs_of(batch), "start_positions": first, "end_positions": last}
+    task, joint = posterior.task, posterior.model
+    with torch.no_grad():
+        output = joint.network(batch, joint.program.mean())
+        again = joint.network(columns, joint.program.mean())
+    torch.testing.assert_close(task.log_prob(again, columns), task.log_prob(output, batch))
+
+
 def test_a_map_fit_is_that_of_peft_and_the_trainer(tmp_path: Path) -> None:
     """transformers' loss is the mean of both ends: it takes steps that are twice as long."""
     plain = {"optim": "sgd", "max_grad_norm": 0.0}
