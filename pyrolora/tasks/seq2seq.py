@@ -98,6 +98,8 @@ class PairCollator(Collator):
             )
         if DECODER_IDS in row:
             _check_shifted(torch.as_tensor(row[DECODER_IDS]), torch.as_tensor(labels))
+        else:
+            _check_whole(torch.as_tensor(labels))
         return labels
 
     def _stacked(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -190,6 +192,18 @@ class Seq2Seq(LanguageModel):
                 f"labels, which go up to {int(labels.max())}, and this {type(network).__name__} "
                 f"gives {width} for {places} places"
             )
+
+
+def _check_whole(labels: Tensor) -> None:
+    """Raise `DataError` for labels that do not count before one that does, as of a masked model."""
+    places = labels.ne(IGNORED).nonzero().flatten()
+    if len(places) and int(places[-1]) >= len(places):
+        raise DataError(
+            "an example has labels of -100 before the last token to write, "
+            f"{labels.tolist()!r:.60}, where the decoder would read padding; give the text to "
+            "write whole, with -100 after it alone, or decoder_input_ids beside it (tokens that "
+            "are hidden in a text are learnt by a masked language model, task='fill-mask')"
+        )
 
 
 def _check_shifted(ids: Tensor, labels: Tensor) -> None:

@@ -244,6 +244,8 @@ def test_decoder_inputs_are_the_labels_one_place_on_or_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
+        ({"labels": [7, -100, 3]}, r"-100 before the last token to write.*fill-mask"),
+        ({"labels": [-100, -100, 3]}, r"-100 before the last token to write.*decoder_input_ids"),
         ({"labels": [7, 3, 0, 0]}, r"example 0 end with 2 times the token 0.*-100"),
         ({"labels": []}, "at least one"),
         ({"completion_mask": [0, 1, 1]}, r"\['completion_mask'\].*label -100"),
