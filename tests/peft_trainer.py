@@ -30,6 +30,21 @@ class Start(TrainerCallback):
         }
 
 
+def lora_layers(model: nn.Module, factors: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return PEFT's layers by their names in the network, set to these A and B if there are any."""
+    layers: dict[str, Any] = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    if factors is not None:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.lora_A["default"].weight.copy_(factors[name][0])
+                layer.lora_B["default"].weight.copy_(factors[name][1])
+    return layers
+
+
 def check_map(
     network: nn.Module,
     data: Any,
@@ -61,15 +76,7 @@ def check_map(
         r=2, lora_alpha=4, target_modules=TARGETS, task_type=kind, modules_to_save=[head]
     )
     model = peft.get_peft_model(other, config)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A["default"].weight.copy_(start.factors[name][0])
-            layer.lora_B["default"].weight.copy_(start.factors[name][1])
+    layers = lora_layers(model, start.factors)
     Trainer(model=model, args=theirs, train_dataset=examples, data_collator=collate).train()
     moved = 0.0
     for name, (A, B) in posterior.factors().items():

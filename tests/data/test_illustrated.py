@@ -9,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft_trainer import Start, lora_layers
 from PIL import Image
 from problems import Rows, arguments
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -24,7 +25,6 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Trainer,
-    TrainerCallback,
 )
 
 import pyrolora
@@ -218,15 +218,6 @@ def test_of_prompts_and_completions_these_are_learnt(kind: str) -> None:
     assert torch.equal(pixels(batch), own(chats())["pixel_values"])
 
 
-class Start(TrainerCallback):
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any):  # type: ignore[no-untyped-def]
-        bank = model.joint.program.bank
-        matrices = bank.matrices(bank.means())
-        self.factors = {
-            n: (A.detach().clone(), B.detach().clone()) for n, (A, B) in matrices.items()
-        }
-
-
 def test_map_equals_peft_and_the_trainer(tmp_path: Path) -> None:
     """On examples with as many labels each: the Trainer's loss is a mean over tokens."""
     data = chats()[::2]
@@ -244,15 +235,7 @@ def test_map_equals_peft_and_the_trainer(tmp_path: Path) -> None:
     assert all("language_model" in name for name in start.factors)
     options = {"r": 2, "lora_alpha": 4, "target_modules": list(start.factors)}
     model = peft.get_peft_model(llava(), peft.LoraConfig(**options))
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, module in layers.items():
-            module.lora_A["default"].weight.copy_(start.factors[name][0])
-            module.lora_B["default"].weight.copy_(start.factors[name][1])
+    layers = lora_layers(model, start.factors)
     batch = own(data)
     rows = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)]
     Trainer(model=model, args=args, train_dataset=Rows(rows)).train()  # type: ignore[arg-type]

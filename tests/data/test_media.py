@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft_trainer import Start, lora_layers
 from PIL import Image
 from problems import Rows, arguments
 from torch import Tensor
@@ -20,7 +21,6 @@ from transformers import (
     ASTFeatureExtractor,
     ASTForAudioClassification,
     Trainer,
-    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -170,15 +170,6 @@ def test_grey_pictures_stay_grey_for_a_network_of_one_channel() -> None:
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
-class Start(TrainerCallback):
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any):  # type: ignore[no-untyped-def]
-        bank = model.joint.program.bank
-        matrices = bank.matrices(bank.means())
-        self.factors = {
-            n: (A.detach().clone(), B.detach().clone()) for n, (A, B) in matrices.items()
-        }
-
-
 def test_map_equals_peft_and_the_trainer_with_the_processors_tensors(tmp_path: Path) -> None:
     some, labels = pictures(), [i % 3 for i in range(8)]
     start, args = Start(), arguments(tmp_path)
@@ -195,15 +186,7 @@ def test_map_equals_peft_and_the_trainer_with_the_processors_tensors(tmp_path: P
         r=2, lora_alpha=4, target_modules=list(start.factors), modules_to_save=["classifier"]
     )
     model = peft.get_peft_model(vit(), config)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, module in layers.items():
-            module.lora_A["default"].weight.copy_(start.factors[name][0])
-            module.lora_B["default"].weight.copy_(start.factors[name][1])
+    layers = lora_layers(model, start.factors)
     rows = [{"pixel_values": x, "labels": y} for x, y in zip(wanted(some), labels, strict=True)]
     Trainer(model=model, args=args, train_dataset=Rows(rows)).train()  # type: ignore[arg-type]
     matrices = posterior.bank.matrices(posterior.bank.means())

@@ -8,6 +8,7 @@ import json
 import peft
 import pytest
 import torch
+from peft_trainer import lora_layers
 from problems import arguments, bert, llama, mlp, reviews, tokenizer, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -23,15 +24,7 @@ def peft_run(network, data, args, start=None, r=4, init=True):
     head."""
     options = {"target_modules": TARGETS, "task_type": "SEQ_CLS", "init_lora_weights": init}
     model = peft.get_peft_model(network, peft.LoraConfig(r=r, lora_alpha=8, **options))
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, module in layers.items() if start is not None else ():
-            module.lora_A["default"].weight.copy_(start[name][0])
-            module.lora_B["default"].weight.copy_(start[name][1])
+    layers = lora_layers(model, start)
     trainer = Trainer(model=model, args=args, train_dataset=data)
     # BERT's loss is a mean over the micro-batch: the Trainer has to divide by the accumulation
     # steps, which it leaves out for every forward() with **kwargs.

@@ -11,11 +11,12 @@ import peft
 import pytest
 import torch
 from console import done
+from peft_trainer import Start, lora_layers
 from problems import LETTERED, arguments, bert_choice, letter_tokenizer, llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -99,15 +100,6 @@ def test_draws_are_by_hand_from_networks_with_their_weights(
     )
 
 
-class Start(TrainerCallback):
-    """Notes the factors before the first step."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        bank = kwargs["model"].joint.program.bank
-        pairs = bank.matrices(bank.means()).items()
-        self.factors = {n: (A.detach().clone(), B.detach().clone()) for n, (A, B) in pairs}
-
-
 class ByHand(Trainer):
     """transformers' Trainer with a loss of the choices that is written out, example by example."""
 
@@ -132,15 +124,7 @@ def test_map_equals_peft_and_trainer(how: str, tmp_path: Path) -> None:
     )  # fmt: skip
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     model = peft.get_peft_model(plain, config)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, module in layers.items():
-            module.lora_A["default"].weight.copy_(start.factors[name][0])
-            module.lora_B["default"].weight.copy_(start.factors[name][1])
+    layers = lora_layers(model, start.factors)
     trainer = ByHand(
         model=model, args=arguments(tmp_path / "peft", **changes), train_dataset=ROWS,
         data_collator=lambda rows: {"rows": rows},

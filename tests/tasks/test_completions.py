@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from console import done, pyrolora_, refused
+from peft_trainer import lora_layers
 from problems import arguments, bert, chat_tokenizer, llama, tokens
 from transformers import Trainer
 from trl import SFTConfig
@@ -80,15 +81,7 @@ def test_completions_are_learnt_as_peft_and_the_trainer_learn_labels_by_hand(
     ).factors()
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, task_type="CAUSAL_LM")
     model = peft.get_peft_model(decoder(), config)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.lora_A["default"].weight.copy_(start[name][0])
-            layer.lora_B["default"].weight.zero_()
+    layers = lora_layers(model, {n: (A, torch.zeros_like(B)) for n, (A, B) in start.items()})
     padded = Padded(by_hand())
     Trainer(
         model=model,

@@ -11,10 +11,11 @@ import peft
 import pytest
 import torch
 from console import done
+from peft_trainer import Start, lora_layers
 from problems import LETTERED, arguments, letter_tokenizer, llama, llama_reward
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -96,15 +97,6 @@ def test_single_texts_have_rewards_and_their_spread(posterior: Posterior) -> Non
         posterior.evaluate(texts)
 
 
-class Start(TrainerCallback):
-    """Notes the factors and the head before the first step."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        joint = kwargs["model"].joint
-        pairs = joint.program.bank.matrices(joint.program.bank.means()).items()
-        self.factors = {n: (A.detach().clone(), B.detach().clone()) for n, (A, B) in pairs}
-
-
 class ByHand(Trainer):
     """transformers' Trainer with the loss of TRL's ``RewardTrainer``."""
 
@@ -129,15 +121,7 @@ def test_map_equals_peft_and_trainer(data: list[dict[str, Any]], tmp_path: Path)
     )  # fmt: skip
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="SEQ_CLS")
     model = peft.get_peft_model(plain, config)
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    with torch.no_grad():
-        for name, module in layers.items():
-            module.lora_A["default"].weight.copy_(start.factors[name][0])
-            module.lora_B["default"].weight.copy_(start.factors[name][1])
+    layers = lora_layers(model, start.factors)
     ByHand(
         model=model, args=arguments(tmp_path / "peft", **changes), train_dataset=data,
         data_collator=lambda rows: {"rows": rows},

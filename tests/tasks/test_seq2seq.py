@@ -10,6 +10,7 @@ import datasets
 import peft
 import pytest
 import torch
+from peft_trainer import Start
 from problems import arguments, bart, bert, summaries, t5, writer_tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -18,7 +19,6 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5ForConditionalGeneration,
-    TrainerCallback,
 )
 
 import pyrolora
@@ -35,15 +35,6 @@ from pyrolora.tasks import Seq2Seq, task_for
 NETWORKS = {"T5": t5, "BART": bart}
 ADAPTER = AdapterConfig(r=2, target_modules="all-linear")
 WIDE = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
-
-
-class Start(TrainerCallback):
-    """Notes the factors before the first step."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any):
-        bank = model.joint.program.bank
-        pairs = bank.matrices(bank.means()).items()
-        self.factors = {name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in pairs}
 
 
 def tokenised(data: datasets.Dataset) -> datasets.Dataset:
