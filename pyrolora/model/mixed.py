@@ -39,8 +39,8 @@ class Share:
         Draws with noise on the weights cannot, nor those that are linearised, or whose posterior
         owns the network.
         """
-        linearised = self.joint.program.supports.linearised and self.joint.task.linearisable
-        return bool(self.joint.attachment.layers) and self.factors.seeds is None and not linearised
+        joint = self.joint
+        return bool(joint.attachment.layers) and self.factors.seeds is None and not joint.linearises
 
     def portion(self) -> Portion:
         """Return the factors and heads by name."""

@@ -114,6 +114,11 @@ class AdaptedNetwork(nn.Module):
 
     # Draws ---------------------------------------------------------------------------------------
 
+    @property
+    def linearises(self) -> bool:
+        """Whether draws predict by the network linearised at the mean adapter."""
+        return self.program.supports.linearised and self.task.linearisable
+
     def network(self, batch: Batch, factors: FlatFactors) -> Tensor:
         """Return the network's output under ``factors``, as the task reads it.
 

@@ -114,7 +114,7 @@ class NumberedDraws:
         if isinstance(draw, str):
             raise ConfigError(f"draw must be 'mean' or the number of a draw, got {draw!r}")
         self.check_one(draw)
-        if program.supports.linearised and self.joint.task.linearisable:
+        if self.joint.linearises:
             raise ConfigError(
                 "the predictions of this posterior are linear in its draws, and the network with a "
                 "draw in it gives others; use draw='mean', or fit with "

@@ -131,7 +131,7 @@ def passes(
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return
-    if joint.program.supports.linearised and joint.task.linearisable:
+    if joint.linearises:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
     settings, counts = factors.distinct()
