@@ -78,7 +78,7 @@ class Trial:
 def rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Texts of a few words, with a label."""
     generator = random.Random(seed)
-    words = "a good film was not dull bad book very".split()
+    words = ["a", "good", "film", "was", "not", "dull", "bad", "book", "very"]
     return [
         {"text": " ".join(generator.choices(words, k=5)), "label": generator.randrange(2)}
         for _ in range(count)

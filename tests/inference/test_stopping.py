@@ -80,10 +80,9 @@ def test_without_checkpoints_control_and_c_acts_at_once(tmp_path: Path) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             seen.append(state.global_step)
 
+    callbacks = [Note(), Signal(signal.SIGINT, 2)]
     with pytest.raises(KeyboardInterrupt):
-        callbacks = [Note(), Signal(signal.SIGINT, 2)]
-        args = arguments(tmp_path)
-        pyrolora.fit(bert(), tokens(16), "map", training=args, callbacks=callbacks)
+        pyrolora.fit(bert(), tokens(16), training=arguments(tmp_path), callbacks=callbacks)
     assert seen == [1]
 
 
