@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,18 @@ def test_saving_waits_for_each_tensor_at_most_twice(tmp_path: Path) -> None:
         posterior.save(tmp_path / "saved")
     kept = len(posterior.model.own_state())
     assert sum(events.of("wait").values()) <= 2 * kept, events.of("wait")
+
+
+def test_the_script_for_a_gpu_finds_no_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    monkeypatch.setattr("accelerate.accelerator.is_bf16_available", lambda *_: True)
+    monkeypatch.setattr(gpu, "GUIDES", {n: gpu.GUIDES[n] for n in ("montec", "ensemble", "flat")})
+    parts = ["conformance", "agreement"]
+    assert gpu.main(["--device", "mock", "--parts", *parts, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "gpu-agreement-mock.json").read_text())["rows"]
+    assert {row["outcome"] for row in rows} == {"ok"}
+    assert len(rows) == 4
