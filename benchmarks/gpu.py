@@ -202,7 +202,7 @@ def on(device: torch.device, factors: Any) -> Any:
 
 def loss_after_a_fit(device: torch.device) -> float:
     """The NLL of a fit without noise, whose steps are the same on every device."""
-    return fitted(GUIDES["map"], device).evaluate(examples(12), seed=0)["nll"]
+    return fitted(guides.as_guide("map"), device).evaluate(examples(12), seed=0)["nll"]
 
 
 # Networks of known shapes: time and memory ------------------------------------------------------

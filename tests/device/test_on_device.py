@@ -181,6 +181,14 @@ def test_the_script_for_a_gpu_finds_no_difference(
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     monkeypatch.setattr("accelerate.accelerator.is_bf16_available", lambda *_: True)
     monkeypatch.setattr(gpu, "GUIDES", {n: gpu.GUIDES[n] for n in ("montec", "ensemble", "flat")})
+    original = gpu.fitted
+
+    def fitted_there(guide: guides.Guide, device: torch.device, **options: Any) -> Any:
+        chosen = "mock:0" if device.type == "mock" else "cpu"  # it goes before ``use_cpu``
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", chosen)
+        return original(guide, device, **options)
+
+    monkeypatch.setattr(gpu, "fitted", fitted_there)
     parts = ["conformance", "agreement"]
     assert gpu.main(["--device", "mock", "--parts", *parts, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "gpu-agreement-mock.json").read_text())["rows"]
