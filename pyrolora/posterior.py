@@ -794,7 +794,7 @@ class Posterior:
             create_pr=create_pr,
         )
 
-    def merge(self, draw: str | int = "mean") -> nn.Module:
+    def merge(self, draw: str | int = "mean", *, dequantize: bool = False) -> nn.Module:
         """Return a plain model with an adapter added to its weights, and the posterior's head.
 
         This posterior and its network stay as they are.
@@ -804,15 +804,18 @@ class Posterior:
         draw
             ``"mean"``: the mean adapter (for an ensemble: the mean of the updates, and of the
             heads); or the number k of a draw, as in `to_peft`.
+        dequantize
+            Make every quantised layer a plain one first, with the weights that it computes with.
 
         Raises
         ------
         ConfigError
-            When a layer's weight is quantised, parametrised or offloaded, or the draw is no
-            adapter.
+            When a layer's weight is quantised, without ``dequantize``, parametrised or offloaded,
+            or the draw is no adapter.
         """
         warn_untempered("a merged model", self.temperature)
-        return merged(self.model, self.predictor.numbered.exportable(draw))
+        factors = self.predictor.numbered.exportable(draw)
+        return merged(self.model, factors, dequantize=dequantize)
 
     def to_peft(
         self,
