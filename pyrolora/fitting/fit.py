@@ -272,9 +272,10 @@ def _inferred(run: Run, request: Request) -> Posterior:
     try:
         run.guide.infer(run)
         run.conclude()
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError) as error:
         if error.posterior is not None:
             error.posterior.history = run.history
+        if error.posterior is not None and isinstance(error, NonFiniteError):
             try:
                 _save(error.posterior, request, run.args)
             except SaveError as unsaved:
