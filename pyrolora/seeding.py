@@ -154,13 +154,17 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Let this thread alone draw and run networks for the block, except at `give_way`."""
+    """Let this thread alone draw and run networks for the block, except at `give_way`.
+
+    The process's random numbers, which the fit draws from a seed of its own, then go on where they
+    were before.
+    """
     with _FITTING, DRAWING:
         _outside.append(_generators())
         try:
             yield
         finally:
-            _outside.pop()
+            _restore(_outside.pop())
 
 
 def give_way(trained: nn.Module | None = None) -> None:
@@ -211,5 +215,7 @@ def _restore(states: Generators) -> None:
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
+    if not gpus and torch.cuda.is_initialized():  # since then: GPUs start from the CPU's seed
+        torch.cuda.manual_seed_all(torch.initial_seed())
     for number, state in enumerate(gpus):
         torch.cuda.set_rng_state(state, number)
