@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import Counter, deque
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 
 from pyrolora.checks import whole_number
@@ -109,10 +111,28 @@ class Turns(ContextDecorator):
         finally:
             torch.set_default_dtype(torch.float32)
 
+    def forked(self) -> None:
+        """Let go, in a forked process, of what threads hold that it does not have.
+
+        Only the thread that forked lives on there; what the others were doing with a network stays
+        as it was at that moment, and nobody ends it.
+        """
+        me = threading.get_ident()
+        self._changed = threading.Condition()
+        self._queue.clear()
+        self._sharing = Counter({me: self._sharing[me]}) + Counter()
+        if self._owner not in (None, me):
+            self._depth = 0
+            _PYRO_STACK.clear()
+            self._free_unlocked()
+
     def _free(self) -> None:
+        self._free_unlocked()
+        self._changed.notify_all()
+
+    def _free_unlocked(self) -> None:
         self._owner = None
         torch.set_default_dtype(self._callers_dtype)
-        self._changed.notify_all()
 
     def _await(self, free: Any) -> None:
         """Wait, with `_changed` held, until all who came before had their turn and it is free."""
@@ -134,6 +154,21 @@ shares it, so that posteriors can serve several threads, also beside a fit.
 
 _FITTING = threading.RLock()
 _outside: list[Generators] = []  # generators of the process before each running fit
+
+
+def _forked() -> None:
+    """Make the locks usable in a forked process, whichever thread held them in its parent."""
+    global _FITTING
+    if not DRAWING.mine():
+        _FITTING = threading.RLock()
+        if _outside:  # a fit in another thread: the random numbers go on where they were before it
+            _restore((*_outside[0][:3], []))
+            _outside.clear()
+    DRAWING.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from pyrolora.fitting.training import (
     opened_arguments,
     settings_of,
 )
+from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
 from pyrolora.inference.recording import check_recordable
@@ -154,7 +155,8 @@ def fit(
         Before any training step, for a request that cannot be fitted.
     NonFiniteError
         When the objective stops being finite; its ``posterior`` has the last good state. It is
-        None where the objective was not finite from the start.
+        None where the objective was not finite from the start, or where training went well and
+        the posterior that follows from it does not predict finite numbers.
     SaveError
         When the posterior cannot be written to ``output_dir``; the error's ``posterior`` has it.
     """
@@ -268,6 +270,7 @@ def _inferred(run: Run, request: Request) -> Posterior:
     posterior.history = run.history
     try:
         run.guide.infer(run)
+        check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
     except NonFiniteError as error:
         if error.posterior is not None:
