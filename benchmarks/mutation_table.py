@@ -30,7 +30,7 @@ FAULTS = (
     _fault("the KL is that of the prior to the guide", "inference/elbo", 'kl_divergence(guide_site["fn"], site["fn"])', 'kl_divergence(site["fn"], guide_site["fn"])', "inference/test_elbo.py"),
     _fault("the guide is sampled under autocast", "model/joint", "            torch.autocast(device_of(self).type, enabled=False),\n", "", "guides/test_objective.py"),
     _fault("the prior is sampled under autocast", "model/joint", "with torch.autocast(device_of(self).type, enabled=False):", "if True:", "guides/test_objective.py"),
-    _fault("the draws of a batch are summed, not averaged", "guides/plates", "poutine.scale(scale=1 / count)", "poutine.scale(scale=1.0)", "inference/test_gradients.py"),
+    _fault("the draws of a batch are summed, not averaged", "guides/plates", "poutine.scale(scale=1 / count)", "poutine.scale(scale=1.0)", "guides/test_objective.py::test_draws_of_a_batch_are_averaged"),
     _fault("beta against the mean is beta", "guides/options", 'factor = num_examples if self.kl_weight_against == "mean" else 1', "factor = 1", "guides/test_montec.py::test_weight_rises_during_warmup_and_can_be_against_the_mean"),
     _fault("the warm-up lasts for the whole training", "guides/options", "min(1.0, progress / self.kl_warmup)", "min(1.0, progress)", "guides/test_montec.py::test_weight_rises_during_warmup_and_can_be_against_the_mean"),
     _fault("the likelihood of a batch is not scaled to all rows", "tasks/base", "poutine.scale(scale=rows / size)", "poutine.scale(scale=1.0)", "inference/test_training.py::test_loss_is_minus_the_tempered_elbo_an_observation", "inference/test_training.py::test_objective_does_not_depend_on_accumulation_or_micro_batch_sizes"),
