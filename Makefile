@@ -30,6 +30,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 PYROLORA_DEVICE=mock $(BIN)/pytest -n $(WORKERS) tests/device
 
 notebooks: install
 	PYTHONWARNINGS=ignore TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/jupyter execute --inplace notebooks/*.ipynb
