@@ -37,6 +37,7 @@ notebooks: install
 
 verify: install build/quantisers/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py --workers $(WORKERS)
 	OMP_NUM_THREADS=1 PYTHONPATH=build/quantisers $(BIN)/pytest tests/storage/test_quantised.py
 
 # Beside the environment: with these libraries in it every import takes longer.
