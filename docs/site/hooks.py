@@ -1,7 +1,8 @@
 """What the site adds to mkdocs: the repository's own paths, the commands, and links elsewhere.
 
 Pages lie where the repository has them (`README.md`, `docs/tasks.md`, `notebooks/...`), and mkdocs
-looks links up by these paths: one link holds in the repository and on the site, and mkdocs checks it.
+looks links up by these paths: one link holds in the repository and on the site, where mkdocs
+checks it.
 """
 
 from __future__ import annotations
