@@ -24,6 +24,7 @@ from typer.main import get_command
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("*.md", "docs/**/*.md", "notebooks/*.ipynb", "benchmarks/**/*.md", "models/*/README.md")
+COMMANDS = "docs/api/commands.md"
 ASSETS = ("docs/*.png", "docs/site/*.css")
 OBJECT = re.compile(r"^::: (\S+)", re.MULTILINE)
 CODE = re.compile(r"<(a|pre|h\d)\b.*?</\1>|<code>([A-Za-z_][\w.]*)(\(\))?</code>", re.DOTALL)
@@ -37,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     paths = {path for pattern in (*PAGES, *ASSETS) for path in ROOT.glob(pattern)}
     linked = {found for page in paths if page.suffix == ".md" for found in links(page)}
     placed = [place(path, config) for path in sorted(paths | linked)]
-    generated = File.generated(config, "docs/api/commands.md", content=commands())
+    generated = File.generated(config, COMMANDS, content=commands())
     generated.dest_uri = "api/commands.html"
     theme = [file for file in files if file.src_dir != config.docs_dir]
     return Files([*theme, *placed, generated])
@@ -68,7 +69,10 @@ def commands() -> str:
 
     group = get_command(app)
     context = typer.Context(group, info_name="pyrolora")
-    return str(get_docs_for_click(obj=group, ctx=context, name="pyrolora"))
+    text = str(get_docs_for_click(obj=group, ctx=context, name="pyrolora"))
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # the list of contents has them
+    # After "\b" the help keeps its lines.
+    return re.sub(r"\x08\n(.*?)\n\n", "```text\n\\1\n```\n\n", text, flags=re.DOTALL)
 
 
 @cache
@@ -96,6 +100,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Make references of names in code: `Posterior.predict`, `torch.nn.Module`."""
     if page.file.src_uri.endswith(".ipynb"):
         return re.sub(r'href="\.\./docs/(\w+)\.md', r'href="../\1.html', html)
+    if page.file.src_uri == COMMANDS:
+        return html
     source = OBJECT.findall(page.markdown or "")
     alone = source[0] if len(source) == 1 else None  # the page of one class: its methods' names
 

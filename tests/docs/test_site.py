@@ -23,6 +23,8 @@ from pyrolora import arviz, diagnostics, distributions, errors, guides, plots, p
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 REFERENCES = yaml.safe_load((ROOT / "docs/site/references.yml").read_text(encoding="utf-8"))
 GENERATED = "docs/api/commands.md"
+NOWHERE = "http://127.0.0.1:9"
+LIBRARIES = "arviz|datasets|matplotlib|numpy|pandas|peft|pyro|torch|transformers"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -106,7 +108,8 @@ def test_a_name_of_another_library_exists_and_has_a_page(name: str) -> None:
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "https_proxy": "http://127.0.0.1:9"}
+    offline = {"NO_MKDOCS_2_WARNING": "1", "https_proxy": NOWHERE, "http_proxy": NOWHERE}
+    environment = {**os.environ, **offline}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
@@ -117,14 +120,23 @@ def test_the_site_builds_without_a_warning_and_needs_nothing_from_elsewhere(tmp_
         loaded = re.findall(r'<(?:script|img|iframe)\b[^>]*\bsrc="(https?:[^"]*)"', html)
         loaded += re.findall(r'<link\b[^>]*rel="stylesheet"[^>]*href="(https?:[^"]*)"', html)
         assert not loaded, (path, loaded)
-        local = re.findall(r'(?:href|src)="((?!https?:|data:|mailto:|#|javascript:)[^"#]+)', html)
-        for link in local:
-            assert (path.parent / link).exists(), (path, link)
-        left = re.findall(
-            r'title="((?:torch|pyro|transformers|arviz|datasets|peft)\.[\w.]*)"', html
-        )
+        left = re.findall(rf'<span title="((?:{LIBRARIES})\.[\w.]*)"', html)
         assert not left, f"{path.name}: give these a page in docs/site/references.yml: {left}"
-    head, _, packed = (tmp_path / "objects.inv").read_bytes().partition(b"compressed using zlib.\n")
+        local = re.findall(r'(?:href|src)="((?!https?:|data:|mailto:|#|javascript:)[^"#]+)', html)
+        for link in local if path.name != "404.html" else []:  # whose links are the root's
+            assert (path.parent / link).exists(), (path, link)
+    assert 'docs.pytorch.org/docs/stable/tensors.html#torch.Tensor"' in html_of(pages, "api/guides")
+    assert set(public_names()) <= documented(tmp_path / "objects.inv")
+
+
+def html_of(pages: dict[Path, str], name: str) -> str:
+    """The page of that name."""
+    (found,) = [html for path, html in pages.items() if path.as_posix().endswith(f"{name}.html")]
+    return found
+
+
+def documented(inventory: Path) -> set[str]:
+    """The names in an inventory of Sphinx, which other sites take to link to this one."""
+    head, _, packed = inventory.read_bytes().partition(b"compressed using zlib.\n")
     assert head.startswith(b"# Sphinx inventory")
-    inventory = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
-    assert {name for name in public_names() if name.startswith("pyrolora.guides.")} <= inventory
+    return {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
