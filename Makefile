@@ -31,6 +31,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 PYROLORA_DEVICE=mock $(BIN)/pytest -n $(WORKERS) tests/device
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyrolora.checks import whole_number
 
@@ -140,16 +140,21 @@ _outside: list[Generators] = []  # generators of the process before each running
 def seeded(seed: int | None) -> Iterator[None]:
     """Draw random numbers in this thread alone for the block; with a seed, from that seed alone.
 
-    Torch's generators, of the CPU and of all GPUs, are then set back to what they were before.
+    Torch's generators, of the CPU and of all accelerators, are then set back to what they were.
     """
     if seed is None:
         with DRAWING:
             yield
         return
     whole_number("seed", seed, at_least=0, at_most=2**64 - 1)
-    with DRAWING, torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(int(seed))
-        yield
+    with DRAWING:
+        before = torch.get_rng_state(), _of_devices()
+        try:
+            torch.manual_seed(int(seed))
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            _restore_devices(before[1])
 
 
 @contextmanager
@@ -201,15 +206,43 @@ def seed_of_draw(seed: int, number: int) -> int:
 
 
 def _generators() -> Generators:
-    """Return the states of all generators: of Python, NumPy, and torch on the CPU and all GPUs."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
+    """Return the states of all generators: of Python, NumPy, and torch on all devices in use."""
+    module = _device_module()
+    used = module is not None and getattr(module, "is_initialized", lambda: True)()
+    return (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+        _of_devices() if used else [],
+    )
 
 
 def _restore(states: Generators) -> None:
-    python, numpy, cpu, gpus = states
+    python, numpy, cpu, devices = states
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
-    for number, state in enumerate(gpus):
-        torch.cuda.set_rng_state(state, number)
+    _restore_devices(devices)
+
+
+def _device_module() -> Any:
+    """Return torch's module of the accelerator, such as ``torch.cuda``, or None without one."""
+    if not torch.accelerator.is_available():
+        return None
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
+def _of_devices() -> list[Tensor]:
+    """Return the states of the generators of all accelerators."""
+    module = _device_module()
+    if module is None:
+        return []
+    if module is torch.mps:  # there is one, and it has no number
+        return [module.get_rng_state()]
+    return [module.get_rng_state(number) for number in range(torch.accelerator.device_count())]
+
+
+def _restore_devices(states: list[Tensor]) -> None:
+    module = _device_module()
+    for number, state in enumerate(states):
+        module.set_rng_state(state, *(() if module is torch.mps else (number,)))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -17,6 +18,7 @@ from pyrolora import defaults
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
+from pyrolora.data.examples import TensorExamples
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
@@ -31,6 +33,7 @@ from pyrolora.fitting.training import (
 )
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
@@ -213,6 +216,7 @@ def fit_request(request: Request) -> Posterior:
                 joint, request.options, build, data, args, listeners, score, held_out, posterior_of
             )
             posterior = _inferred(run, request)
+        _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
 
@@ -279,6 +283,15 @@ def _inferred(run: Run, request: Request) -> Posterior:
     finally:
         run.joint.rows = run.joint.num_examples  # from now on an example is a row
     return posterior
+
+
+def _keep_digest(posterior: Posterior, data: Prepared) -> None:
+    """Keep a digest of the training data; a data set of a user's own class has none.
+
+    Such a class may make its examples at random, and reading them would move its generators.
+    """
+    if isinstance(data.examples, TensorExamples | datasets.Dataset):
+        posterior.settings["data_digest"] = digest_of_data(data)
 
 
 def _score(
