@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,10 @@ def commands() -> str:
 
     group = get_command(app)
     context = typer.Context(group, info_name="pyrolora")
+    with redirect_stdout(StringIO()):  # asked for, the help names what the registries hold
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            command.get_help(typer.Context(command, info_name=name, parent=context))
     text = str(get_docs_for_click(obj=group, ctx=context, name="pyrolora"))
     text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # the list of contents has them
     # After "\b" the help keeps its lines.

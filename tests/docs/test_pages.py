@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pages import PAGES, README, START, blocks, furnish, run, yours
 
+import pyrolora
 from pyrolora.cli import main
 
 ELSEWHERE = {"serving.md"}  # tests/serving/test_serving_docs.py has a server for its Python
@@ -42,12 +43,19 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         yield names
 
 
+def is_posterior(known: Any) -> bool:
+    return isinstance(known, pyrolora.Posterior)
+
+
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(
     page: Path, reader: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {} if page == README else {**reader, **yours().get(page.name, {})}
+    kept = {name: known.temperature for name, known in reader.items() if is_posterior(known)}
     run(page, names)
+    for name, temperature in kept.items():  # whatever the page has calibrated
+        reader[name].temperature = temperature
     printed = capsys.readouterr().out
     for words in PRINTED.get(page.name, []):
         assert words in printed
@@ -88,3 +96,12 @@ def test_the_readme_is_short_and_names_commands_that_exist() -> None:
     assert "docs/demo.png" in text
     assert len(text.splitlines()) <= 130
     assert len([line for line in blocks(README)[0].splitlines() if line.strip()]) <= 20
+
+
+def test_the_excerpts_in_contributing_are_those_of_the_code() -> None:
+    sources = [*(README.parent / "pyrolora").rglob("*.py"), README.parent / "tests/counting.py"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    for block in blocks(README.parent / "CONTRIBUTING.md"):
+        for kind, name, rest in re.findall(r"^ *(class|def) (\w+)\(([\w.]*)", block, re.MULTILINE):
+            base = re.escape(rest.removeprefix("pyrolora.tasks.")) if kind == "class" else ""
+            assert re.search(rf"{kind} {name}\((?:\w+\.)*{base}", code), name
