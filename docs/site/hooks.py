@@ -29,7 +29,9 @@ PAGES = ("*.md", "docs/**/*.md", "notebooks/*.ipynb", "benchmarks/**/*.md", "mod
 COMMANDS = "docs/api/commands.md"
 ASSETS = ("docs/*.png", "docs/site/*.css")
 OBJECT = re.compile(r"^::: (\S+)", re.MULTILINE)
-CODE = re.compile(r"<(a|pre|h\d)\b.*?</\1>|<code>([A-Za-z_][\w.]*)(\(\))?</code>", re.DOTALL)
+CODE = re.compile(
+    r"<(a|autoref|pre|h\d)\b.*?</\1>|<code>([A-Za-z_][\w.]*)(\(\))?</code>", re.DOTALL
+)
 SHORT = {"az": "arviz", "nn": "torch.nn"}  # as the texts write them
 LINK = re.compile(r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
 
@@ -108,24 +110,22 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         return re.sub(r'href="\.\./docs/(\w+)\.md', r'href="../\1.html', html)
     if page.file.src_uri == COMMANDS:
         return html
-    source = OBJECT.findall(page.markdown or "")
-    alone = source[0] if len(source) == 1 else None  # the page of one class: its methods' names
 
     def link(match: re.Match[str]) -> str:
         code, name = match.group(0), match.group(2)
-        target = name and identifier(name, alone, "docs/api" in page.file.src_uri)
+        target = name and identifier(name)
         return f'<autoref identifier="{target}" optional>{code}</autoref>' if target else code
 
     return CODE.sub(link, html)
 
 
-def identifier(name: str, alone: str | None, in_api: bool) -> str | None:
+def identifier(name: str) -> str | None:
     """Return what a name in a text may refer to: ours, or another library's."""
     first, _, rest = name.partition(".")
     if first in SHORT:
         return f"{SHORT[first]}.{rest}"
     if name.startswith("pyrolora.") or name in references():
         return name
-    if first in documented() and (in_api or first[0].isupper()):
+    if first in documented() and first[0].isupper():
         return f"{documented()[first]}.{rest}".rstrip(".")
-    return f"{alone}.{name}" if alone else None
+    return None
