@@ -22,16 +22,19 @@ from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.peft import export_factors
 from pyrolora.predictive import (
+    By,
     Calibration,
     ClassPrediction,
     Generation,
     Prediction,
     Predictor,
+    acquire,
     calibrate,
     check_temperature,
     choose,
     evaluate,
     generate,
+    one_split,
     warn_untempered,
 )
 from pyrolora.report import page_file, report_on
@@ -454,6 +457,46 @@ class Posterior:
             self.inputs_of(outside), num_samples, draws=numbers, batch_size=batch_size, seed=seed
         )
         return evaluate(inside, other)
+
+    def acquire(
+        self,
+        pool: Any,
+        k: int,
+        by: By = "epistemic",
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> list[int]:
+        """Return the numbers of the ``k`` examples of a pool to label next, the best first.
+
+        ``pool.select(posterior.acquire(pool, 20))`` are these examples.
+
+        Parameters
+        ----------
+        pool
+            One data set, as in `predict`; labels are not read.
+        k
+            How many.
+        by
+            ``"epistemic"``: the highest mutual information of label and draw; ``"entropy"``: the
+            highest entropy; ``"batchbald"``: the batch whose labels tell most together, for one
+            class per example. `pyrolora.predictive.acquire` defines each.
+        num_samples, draws, batch_size, seed
+            As in `predict`. S draws tell at most log S nats, which a batch of ``"batchbald"`` soon
+            needs: take 100 or more.
+
+        Raises
+        ------
+        ConfigError
+            For a task that does not have the criterion, and draws that are all the same.
+        DataError
+            For a pool of fewer than ``k`` examples, or of several splits.
+        """
+        options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
+        prediction = self.predict(self.inputs_of(one_split(pool)), num_samples, **options)
+        return acquire(prediction, k, by, seed=seed)
 
     def log_likelihood(
         self,

@@ -1,5 +1,6 @@
 """Predictions, generated texts and their scores, from draws of the posterior."""
 
+from pyrolora.predictive.acquisition import By, acquire, one_split
 from pyrolora.predictive.calibration import (
     Calibration,
     calibrate,
@@ -17,6 +18,7 @@ from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
 from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
+from pyrolora.predictive.standard_errors import standard_errors
 from pyrolora.tasks import (
     ClassPrediction,
     MultiLabelPrediction,
@@ -28,6 +30,7 @@ from pyrolora.tasks import (
 )
 
 __all__ = [
+    "By",
     "Calibration",
     "ClassPrediction",
     "Conformal",
@@ -41,6 +44,7 @@ __all__ = [
     "SpanPrediction",
     "TagPrediction",
     "TokenPrediction",
+    "acquire",
     "alone",
     "aurc",
     "auroc",
@@ -51,9 +55,11 @@ __all__ = [
     "draw_factors",
     "evaluate",
     "generate",
+    "one_split",
     "predict",
     "predict_mixed",
     "reliability_table",
     "risk_coverage",
+    "standard_errors",
     "warn_untempered",
 ]
