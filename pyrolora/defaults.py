@@ -122,6 +122,8 @@ MAX_LENGTH = 1024
 # Texts: each draw writes a continuation, and all draws score all of them.
 GENERATE_SAMPLES = 8
 MAX_NEW_TOKENS = 40
+# The most answers that a model reads before it is asked whether one of them is true.
+IDEAS = 5
 # Draws for ArviZ: enough for the intervals of a summary.
 ARVIZ_DRAWS = 200
 # For k̂, where every draw runs over all training examples: a tail of 42 weights.

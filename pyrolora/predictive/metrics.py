@@ -130,6 +130,14 @@ def calibration_error(probs: torch.Tensor, targets: torch.Tensor) -> float:
     return float(multiclass_calibration_error(inside, targets, probs.shape[-1], ECE_BINS, "l1"))
 
 
+def binary_calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the calibration error of the probabilities (n,) that answers are right, in 15 bins."""
+    from torchmetrics.functional.classification import binary_calibration_error as error
+
+    inside = confidence.clamp(0, 1 - torch.finfo(confidence.dtype).eps)
+    return float(error(inside, right.long(), ECE_BINS, "l1", validate_args=False))
+
+
 Metric = Callable[[Any], Value]
 
 
