@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from pyrolora.errors import CheckpointError
+from pyrolora.progress import progress
 from pyrolora.storage.configuration import differences, kept, quantisation
 from pyrolora.storage.digest import FLOATS, digests, layer_of, matches, quantised_layers
 from pyrolora.storage.schema import check_plain
@@ -150,7 +150,7 @@ def _check_weights(
     kind = type(network).__name__
     present: dict[str, dict[str, Any]] = {}
     problems: dict[str, str] = {}
-    read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
+    read = progress(tensors(network, heads), title="recognising the network")
     for name, tensor in read:  # one by one: offloaded ones are fetched
         present[name] = {
             "dtype": str(tensor.dtype).removeprefix("torch."),

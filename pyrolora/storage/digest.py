@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyrolora.adapters import is_quantised
+from pyrolora.progress import progress
 from pyrolora.storage.tensors import tensors
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,7 @@ def digests(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, Any
     entries: dict[str, dict[str, Any]] = {}
     known: dict[int, str] = {}
     alive = {id(parameter): parameter for parameter in network.parameters()}
-    read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
+    read = progress(tensors(network, heads), title="recognising the network")
     for name, tensor in read:
         tied = known.get(id(tensor))
         entries[name] = _entry(tensor) if tied is None else entries[tied]
