@@ -16,7 +16,7 @@ from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
-from pyrolora.serving.service import Answered, Service
+from pyrolora.serving.service import Answered, Answering
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
 _IGNORED: dict[str, tuple[Any, ...]] = {
@@ -132,7 +132,7 @@ class ClassifyBatchRequest(ClassifyRequest):
     inputs: Annotated[list[Text], Field(min_length=1)]  # type: ignore[assignment]
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Answering) -> APIRouter:
     """Return the routes of the interface."""
     router = APIRouter(tags=["LoRAX"], route_class=StrictRoute)
 

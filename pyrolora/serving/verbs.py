@@ -177,11 +177,14 @@ class Written:
         The places of the continuations that are answered with.
     scores
         Of each of these, if they were asked for.
+    notes
+        Per continuation of the generation, what its uncertainty says beside the numbers.
     """
 
     generation: Generation
     order: list[int]
     scores: list[TokenScores] | None
+    notes: Sequence[dict[str, Any]] | None = None
 
 
 def alone(generation: Generation, i: int) -> Generation:
