@@ -108,11 +108,11 @@ class Asking:
     def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
         """Return the rows of texts whose classes are asked for."""
         posterior, task = lease.posterior, lease.posterior.task
-        if task.serves != "classes":
+        if task.serves in (None, "text"):
             raise UnsupportedError(
-                f"the posterior {lease.name!r} is of the task {task.name!r}, and classes are "
-                "those of a classification; of a causal language model ask for text, other tasks "
-                "are not served",
+                f"the posterior {lease.name!r} is of the task {task.name!r}, which does not label "
+                "a text: classifications, token classifications and regressions do; of a causal "
+                "language model ask for text, other tasks are not served",
                 "model",
             )
         self.check("inputs", len(texts), self.limits.texts, "texts")
@@ -131,8 +131,8 @@ class Asking:
         if posterior.task.serves != "text":
             raise UnsupportedError(
                 f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only "
-                "posteriors of a causal language model are served to write text; of a "
-                "classification ask for classes, at /classify",
+                "posteriors of a causal language model are served to write text; ask for "
+                "classes, tags and numbers at /classify",
                 "model",
             )
         length = sampling.max_new_tokens

@@ -11,9 +11,10 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pyrolora.serving.answers import Continuation, class_rows, continuations, number
+from pyrolora.serving.answers import Continuation, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.bodies import StrictRoute
+from pyrolora.serving.entities import entities as entities_of
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
 from pyrolora.serving.service import Answered, Answering
@@ -182,7 +183,7 @@ def routes(service: Answering) -> APIRouter:
         draws = Draws(asked.num_samples, asked.seed, asked.draws)
         found = await service.classify(request, asked.adapter_id, texts, draws)
         return [
-            class_rows(prediction, found.settings, text)
+            entities_of(prediction, found.settings, text, found.tokenizer)
             for prediction, text in zip(found.predictions, texts, strict=True)
         ]
 

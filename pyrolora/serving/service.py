@@ -24,7 +24,7 @@ from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, Unsup
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
-from pyrolora.serving.verbs import Classes, Classify, Write, Written, classified
+from pyrolora.serving.verbs import Classify, Labels, Write, Written, classified
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
@@ -32,10 +32,11 @@ LOADERS = 32
 
 @dataclass(frozen=True)
 class Classified:
-    """Predictions of the texts of a request, and the settings that they were made with."""
+    """Predictions of the texts of a request, their settings, and the posterior's tokenizer."""
 
     settings: Classify
-    predictions: list[Classes]
+    predictions: list[Labels]
+    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Service:
         )
         settings = rows[0].settings
         assert isinstance(settings, Classify)
-        return Classified(settings, results)
+        return Classified(settings, results, tokenizer_of(rows[0].lease.posterior.tokenizer))
 
     async def write(
         self,
