@@ -191,7 +191,7 @@ def test_few_log_probabilities_bound_the_entropies_from_below(
     body = {"model": "plain", "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     (exact,) = post(f"{gateway}/v1/completions", json=body).json()["choices"]
     with running(app_of(stub_of(network, max_logprobs=20))) as url:
-        with pytest.raises(ConfigError, match=r"greater than max allowed.*--max-logprobs 21"):
+        with pytest.raises(ConfigError, match=r"greater than max.*--max-logprobs 21"):
             gateway_to(url, adapters / "plain", top=21)
         with running(create_app(gateway_to(url, adapters / "plain", top=5))) as there:
             (choice,) = post(f"{there}/v1/completions", json=body).json()["choices"]
@@ -298,6 +298,7 @@ def test_an_engine_that_lets_nobody_load_is_told_how_to_start(adapters: Path, ne
             gateway_to(url, adapters / "plain")
         line = serve_line("base", [posterior], ALL)
         assert line in str(raised.value)
+        assert "--lora-target-modules k_proj q_proj v_proj " in line
         for words in ("--enable-lora", "--max-lora-rank 8", "--max-loras 3", "--max-logprobs -1"):
             assert words in line
         for module in line.split("--lora-modules ")[1].split():  # as vllm serve reads them

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrolora.errors import ConfigError, listed
-from pyrolora.serving.vllm.engine import ALL, Engine, EngineRefusalError, Model
+from pyrolora.serving.vllm.engine import ALL, Engine, EngineRefusalError, Model, together
 from pyrolora.serving.vllm.exported import FILE, Adapter, Exported
 
 SAME = 1e-6
@@ -61,7 +61,13 @@ async def ready(
             if adapter.name not in models:
                 await _load(engine, base, posteriors, posterior, adapter, top, adapters_at)
     for posterior in posteriors:
-        await _check(engine, base, posterior, top)
+        await _check(
+            engine,
+            base,
+            posterior,
+            top,
+            serve_line(base.root or base.name, posteriors, top, adapters_at),
+        )
     return base
 
 
@@ -71,12 +77,15 @@ def serve_line(
     """Return the line that starts an engine with all draws."""
     adapters = [(p, adapter) for p in posteriors for adapter in p.adapters]
     rank = max(p.rank for p in posteriors)
+    targets = sorted({target for p in posteriors for target in p.targets})
     parts = [
         *("vllm", "serve", base, "--enable-lora"),
         *("--max-lora-rank", str(next((r for r in RANKS if r >= rank), rank))),
         *("--max-loras", str(max(len(p.adapters) for p in posteriors))),
         *("--max-cpu-loras", str(len(adapters))),
-        *("--max-logprobs", str(top), "--lora-modules"),
+        *("--max-logprobs", str(top)),
+        # Otherwise vLLM 0.32 also wraps the head, and fails where scores of texts share a batch.
+        *("--lora-target-modules", *targets, "--lora-modules"),
         *(f"{adapter.name}={_place(p, adapter, adapters_at)}" for p, adapter in adapters),
     ]
     return shlex.join(parts)
@@ -120,7 +129,7 @@ async def _load(
         ) from error
 
 
-async def _check(engine: Engine, base: Model, posterior: Exported, top: int) -> None:
+async def _check(engine: Engine, base: Model, posterior: Exported, top: int, line: str) -> None:
     """Compare what the engine's models give with what was exported.
 
     Differences are means over the tokens of the probe of |log p - log p'|.
@@ -128,11 +137,12 @@ async def _check(engine: Engine, base: Model, posterior: Exported, top: int) -> 
     expected = [posterior.probe_scores, *(a.probe_scores for a in posterior.adapters)]
     names = [base.name, *(adapter.name for adapter in posterior.adapters)]
     try:
-        scores = [await _scored(engine, name, posterior.probe, top) for name in names]
+        # At once, as requests will ask.
+        scores = await together([_scored(engine, name, posterior.probe, top) for name in names])
     except EngineRefusalError as error:
         raise ConfigError(
-            f"{error} -- the gateway asks for prompt_logprobs={top}; start the engine with "
-            f"--max-logprobs {top}, or the gateway with fewer --top-logprobs"
+            f"{error} -- the gateway asks for prompt_logprobs={top}, of several models at once; an "
+            f"engine that is started as follows answers: {line}"
         ) from error
     found, due = torch.stack(scores), torch.tensor(expected, dtype=torch.float64)
     if (off := _distance(found[:1], due[:1]).item()) > OTHER_BASE:

@@ -144,6 +144,7 @@ def _write(posterior: Posterior, folder: Path, numbers: Sequence[int], prefix: s
         "ends": sorted(end_ids(base.generation_config)),
         "temperature": float(posterior.temperature),
         "rank": rank,
+        "targets": sorted({spec.rpartition(".")[2] for spec in posterior.bank.specs}),
         "tokenizer": files,
         "tokenizer_files": digests,
         "probe": probe,

@@ -50,6 +50,7 @@ _CHECK = record(
         "ends": items(count(0)),
         "temperature": number(1e-6, 1e6),
         "rank": count(1),
+        "targets": items(text(r"[A-Za-z0-9_]{1,200}")),
         "tokenizer": text(TOKENIZER_NAME),
         "tokenizer_files": mapping(text(SHA), 1),
         "probe": items(count(0)),
@@ -104,6 +105,8 @@ class Exported:
         T of the posterior.
     rank
         The rank of every layer of every adapter.
+    targets
+        The last parts of the names of adapted layers.
     probe, probe_scores
         Token ids, and log p of those after the first under the network without an adapter.
     tokenizer
@@ -118,6 +121,7 @@ class Exported:
     ends: frozenset[int]
     temperature: float
     rank: int
+    targets: list[str]
     probe: list[int]
     probe_scores: list[float]
     tokenizer: Any
@@ -169,7 +173,7 @@ def read_exported(path: Path) -> Exported:
             name: meta[name]
             for name in (
                 *("base", "vocabulary", "context", "temperature", "rank"),
-                *("probe", "probe_scores"),
+                *("targets", "probe", "probe_scores"),
             )
         },
     )

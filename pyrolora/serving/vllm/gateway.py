@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -27,7 +27,7 @@ from pyrolora.serving.service import Answered, hung_up, named
 from pyrolora.serving.text import tokenized
 from pyrolora.serving.verbs import Write, Written, chosen
 from pyrolora.serving.vllm.asked import Asked, numbers_of, vllm_options
-from pyrolora.serving.vllm.engine import ALL, Engine, EngineError, Model, TokenLogs
+from pyrolora.serving.vllm.engine import ALL, Engine, EngineError, Model, TokenLogs, together
 from pyrolora.serving.vllm.exported import Adapter, Exported
 from pyrolora.serving.vllm.scores import coarse, generation, token_scores, whole
 from pyrolora.tasks import CausalLM
@@ -139,9 +139,7 @@ class Gateway:
             )
         self._texts += len(asked)
         try:
-            work = asyncio.ensure_future(
-                _together([self._written(posterior, one) for one in asked])
-            )
+            work = asyncio.ensure_future(together([self._written(posterior, one) for one in asked]))
             written = await self._in_time(request, work)
         finally:
             self._texts -= len(asked)
@@ -205,7 +203,7 @@ class Gateway:
         texts = await self._texts_of(posterior, adapters, asked)
         distinct = sorted({tuple(text) for text in texts})
         whole_texts = [[*asked.ids, *text] for text in distinct]
-        answers = await _together(
+        answers = await together(
             [self.engine.score(adapter.name, whole_texts, self.top) for adapter in adapters]
         )
         return await asyncio.to_thread(
@@ -230,7 +228,7 @@ class Gateway:
         ends = {*posterior.ends}
         texts = [
             until_end(torch.tensor(text.ids, dtype=torch.long), ends).tolist()
-            for written in await _together(requests)
+            for written in await together(requests)
             for text in written
         ]
         if not all(0 < len(text) <= settings.max_new_tokens for text in texts):
@@ -300,13 +298,3 @@ def _logs_of(
     ):
         raise EngineError("the engine's prompt_logprobs do not have the tokens of the text")
     return logs
-
-
-async def _together(requests: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Await requests together; where one fails, the others are ended."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
