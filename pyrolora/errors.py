@@ -55,7 +55,7 @@ class NonFiniteError(PyroLoraError, ArithmeticError):
     """Training that met a NaN or an infinity, or a network that predicts nothing else.
 
     Training stops before the parameters are touched; ``posterior`` is then the usable posterior of
-    the last good step.
+    the last good step, or None where there was none.
     """
 
     def __init__(self, message: str) -> None:

@@ -129,6 +129,7 @@ def settings_of(args: TrainingArguments) -> dict[str, Any]:
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "weight_decay": args.weight_decay,
         "seed": args.seed,
+        **({"load_best_model_at_end": True} if args.load_best_model_at_end else {}),
     }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from pyrolora.seeding import seed_of_process
@@ -25,15 +28,40 @@ class Progress(ProgressCallback):
     training_bar: Any
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, desc=self.title, dynamic_ncols=True)
+        self.current_step = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         shown = {name: f"{logs[name]:.3f}" for name in self.SHOWN if name in (logs or {})}
         self.numbers |= shown
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.numbers)
+
+
+class LogLines(TrainerCallback):
+    """The log of a fit as lines on standard error, rounded and aligned, where no bar is drawn."""
+
+    WIDTH = 10
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            print(log_line(logs, state.global_step, state.max_steps), file=sys.stderr, flush=True)
+
+
+def log_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
+    """Return an entry of the log on one line: numbers of four digits, in columns."""
+    digits = len(str(steps))
+    parts = [f"step {step:>{digits}}/{steps}", f"epoch {float(logs.get('epoch', 0)):>6.2f}"]
+    named = {name: value for name, value in logs.items() if name not in ("epoch", "step")}
+    return "  ".join([*parts, *(f"{name} {_rounded(value)}" for name, value in named.items())])
+
+
+def _rounded(value: Any) -> str:
+    try:
+        return f"{float(value):>{LogLines.WIDTH}.4g}"
+    except (TypeError, ValueError):
+        return str(value)
 
 
 class CheckStep(TrainerCallback):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
@@ -34,6 +32,7 @@ from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel, evaluating
+from pyrolora.progress import progress, shows_bars, silenced
 from pyrolora.seeding import give_way
 
 Score = Callable[[JointModel, int | None], dict[str, float]]
@@ -177,7 +176,7 @@ class Run:
         whole = self.data.collate([self.data.examples[i] for i in range(len(self.data))])
         set_seed(self.args.seed)
         # Pyro passes ``disable=False`` to its bar, which would overrule a user's TQDM_DISABLE.
-        shown = not (self.args.disable_tqdm or os.environ.get("TQDM_DISABLE"))
+        shown = shows_bars() and not (self.args.disable_tqdm or silenced())
         return nuts(self.joint, self._placed(whole), beta, progress=shown, **options)
 
     def log(self, **numbers: float) -> None:
@@ -193,9 +192,7 @@ class Run:
         data = self.data if data is None else data
         order = data.by_length()  # sums over batches do not depend on the order
         loader = data.loader(self.args.per_device_train_batch_size, order)
-        # Never ``disable=False``, which would overrule a user's TQDM_DISABLE.
-        hidden = {"disable": True} if self.args.disable_tqdm else {}
-        for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):
+        for batch in progress(loader, title=title, hidden=self.args.disable_tqdm):
             give_way()
             yield self._placed(batch)
 

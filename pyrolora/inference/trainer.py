@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide
-from pyrolora.inference.callbacks import CheckStep, Progress
+from pyrolora.inference.callbacks import CheckStep, LogLines, Progress
 from pyrolora.inference.last_good import LastGood
 from pyrolora.inference.objective import Objective
 from pyrolora.inference.resuming import ResumingTrainer
 from pyrolora.inference.stopping import Stop
 from pyrolora.model import JointModel
+from pyrolora.progress import shows_bars, silenced
 from pyrolora.seeding import give_way
 
 
@@ -90,11 +91,18 @@ class SVITrainer(ResumingTrainer):
         self._batch: tuple[dict[str, Tensor], float] | None = None
         self._trained = [(n, p) for n, p in joint.named_parameters() if p.requires_grad]
         self.add_callback(CheckStep(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(Progress(f"fitting {guide.name}"))
+        self._add_progress(f"fitting {guide.name}")
 
     control: Any
     stop = Stop(saves=False)
+
+    def _add_progress(self, title: str) -> None:
+        """Show a bar on a terminal, or lines of the log in its place; nothing if that was asked."""
+        wanted, lines = (self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback))
+        if wanted is not None and (shows_bars() or silenced()):
+            self.add_callback(Progress(title))
+        elif wanted is not None or lines is not None:
+            self.add_callback(LogLines())
 
     def close_progress(self) -> None:
         """End the line of the progress bar, also after a fit that failed."""

@@ -39,6 +39,10 @@ from pyrolora.storage.tokenizer_files import read_tokenizer, remove, write_token
 META_FILE = "posterior.json"
 # Names that a save writes beside the JSON, whole or left over from a save that died.
 OWN_NAME = re.compile(rf"{STATE_NAME}|{TOKENIZER_NAME}|\.tokenizer\.\w+\.part|{SCRATCH}")
+MEAN_FOLDER = "peft"
+"""The folder with the mean as an adapter of PEFT's, beside the JSON."""
+OWN_FILES = (META_FILE, "adapters-*.safetensors", "tokenizer-*/*", f"{MEAN_FOLDER}/*")
+"""Patterns of the files of a posterior in a repository."""
 
 
 @dataclass(frozen=True)
