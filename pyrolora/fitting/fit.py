@@ -139,8 +139,11 @@ def fit(
         uses it.
     training
         ``transformers.TrainingArguments`` for everything that the Trainer can do (accumulation,
-        precision, schedules, gradient checkpointing, ``resume_from_checkpoint``), instead of the
-        shortcuts: its own defaults then hold (a learning rate of 5e-5), and saving is up to you.
+        precision, schedules, gradient checkpointing), instead of the shortcuts: its own defaults
+        then hold (a learning rate of 5e-5), and saving is up to you. ``resume_from_checkpoint`` is
+        a checkpoint, True for the newest whole one of its ``output_dir``, or ``"auto"`` for that
+        one if there is one: the same call then begins or goes on. A fit that saves checkpoints,
+        and gets SIGTERM or control and C, ends after the step, which is saved.
         ``metric_for_best_model`` can be any metric of `Posterior.evaluate`, or ``"loss"``, which is
         the ``nll``; whether it is better high or low is known. Arguments that would do nothing here
         are refused. A ``trl.SFTConfig`` has `TextOptions`, too.
@@ -161,7 +164,8 @@ def fit(
         None where the objective was not finite from the start, or where training went well and
         the posterior that follows from it does not predict finite numbers.
     SaveError
-        When the posterior cannot be written to ``output_dir``; the error's ``posterior`` has it.
+        When the posterior, or a checkpoint, cannot be written to ``output_dir``; the error's
+        ``posterior`` has it, or that of the step.
     """
     given = model if isinstance(model, Posterior) else None
     request = Request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,20 @@ def test_the_very_first_step_can_break(tmp_path: Path) -> None:
         run(BreaksForward(0), tmp_path, GUIDES["map"], 8)
     for _, B in caught.value.posterior.factors().values():
         assert torch.equal(B, torch.zeros_like(B))
+
+
+@pytest.mark.parametrize("steps", [8, GOOD_STEPS])
+@pytest.mark.parametrize("log_scale", [60.0, 200.0, torch.nan])
+def test_parameters_at_which_nothing_is_finite_are_not_good(
+    log_scale: float, steps: int, tmp_path: Path
+) -> None:
+    """The posterior is that before the step which broke them, also if it was the last one."""
+    options = {"guide": guides.MonteCLoRA(learn_sample_scale=True)}
+    expected = run(mlp(), tmp_path, steps=GOOD_STEPS - 1, **options).model.own_state()
+    with pytest.raises(NonFiniteError) as caught:
+        run(mlp(), tmp_path, steps=steps, callbacks=[Spoil(log_scale)], **options)
+    words = f"the last good step, {GOOD_STEPS - 1} .*; those of step {GOOD_STEPS} give no finite"
+    assert re.search(words, str(caught.value))
+    got = caught.value.posterior.model.own_state()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert torch.isfinite(caught.value.posterior.predict(data(), num_samples=4, seed=0).draws).all()
