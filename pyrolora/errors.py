@@ -40,9 +40,10 @@ class CheckpointError(PyroLoraError, ValueError):
 
 
 class SaveError(PyroLoraError, OSError):
-    """A fit that is done, and whose posterior could not be written.
+    """A file that could not be written.
 
-    ``posterior`` is that posterior; save it elsewhere.
+    Where a fit wanted it, ``posterior`` is the posterior, of the step at which that happened or of
+    the finished fit; save it elsewhere. Otherwise it is None.
     """
 
     def __init__(self, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
-from torch import nn
+from torch import Tensor, nn
 
 from pyrolora.checks import whole_number
 
@@ -175,16 +175,21 @@ if hasattr(os, "register_at_fork"):
 def seeded(seed: int | None) -> Iterator[None]:
     """Draw random numbers in this thread alone for the block; with a seed, from that seed alone.
 
-    Torch's generators, of the CPU and of all GPUs, are then set back to what they were before.
+    Torch's generators, of the CPU and of all accelerators, are then set back to what they were.
     """
     if seed is None:
         with DRAWING:
             yield
         return
     whole_number("seed", seed, at_least=0, at_most=2**64 - 1)
-    with DRAWING, torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(int(seed))
-        yield
+    with DRAWING:
+        before = torch.get_rng_state(), _of_devices()
+        try:
+            torch.manual_seed(int(seed))
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            _restore_devices(before[1])
 
 
 @contextmanager
@@ -240,17 +245,45 @@ def seed_of_draw(seed: int, number: int) -> int:
 
 
 def _generators() -> Generators:
-    """Return the states of all generators: of Python, NumPy, and torch on the CPU and all GPUs."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
+    """Return the states of all generators: of Python, NumPy, and torch on all devices in use."""
+    devices = _of_devices() if _devices_in_use() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
 
 def _restore(states: Generators) -> None:
-    python, numpy, cpu, gpus = states
+    python, numpy, cpu, devices = states
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
-    if not gpus and torch.cuda.is_initialized():  # since then: GPUs start from the CPU's seed
-        torch.cuda.manual_seed_all(torch.initial_seed())
-    for number, state in enumerate(gpus):
-        torch.cuda.set_rng_state(state, number)
+    module = _device_module()
+    if not devices and _devices_in_use() and hasattr(module, "manual_seed_all"):
+        module.manual_seed_all(torch.initial_seed())  # in use since then: from the CPU's seed
+    _restore_devices(devices)
+
+
+def _device_module() -> Any:
+    """Return torch's module of the accelerator, such as ``torch.cuda``, or None without one."""
+    if not torch.accelerator.is_available():
+        return None
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
+def _devices_in_use() -> bool:
+    module = _device_module()
+    return module is not None and getattr(module, "is_initialized", lambda: True)()
+
+
+def _of_devices() -> list[Tensor]:
+    """Return the states of the generators of all accelerators."""
+    module = _device_module()
+    if module is None:
+        return []
+    if module is torch.mps:  # there is one, and it has no number
+        return [module.get_rng_state()]
+    return [module.get_rng_state(number) for number in range(torch.accelerator.device_count())]
+
+
+def _restore_devices(states: list[Tensor]) -> None:
+    module = _device_module()
+    for number, state in enumerate(states):
+        module.set_rng_state(state, *(() if module is torch.mps else (number,)))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -17,6 +18,7 @@ from pyrolora import defaults
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
+from pyrolora.data.examples import TensorExamples
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
@@ -32,6 +34,7 @@ from pyrolora.fitting.training import (
 from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
@@ -216,6 +219,7 @@ def fit_request(request: Request) -> Posterior:
                 joint, request.options, build, data, args, listeners, score, held_out, posterior_of
             )
             posterior = _inferred(run, request)
+        _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
 
@@ -272,9 +276,10 @@ def _inferred(run: Run, request: Request) -> Posterior:
         run.guide.infer(run)
         check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError) as error:
         if error.posterior is not None:
             error.posterior.history = run.history
+        if error.posterior is not None and isinstance(error, NonFiniteError):
             try:
                 _save(error.posterior, request, run.args)
             except SaveError as unsaved:
@@ -283,6 +288,15 @@ def _inferred(run: Run, request: Request) -> Posterior:
     finally:
         run.joint.rows = run.joint.num_examples  # from now on an example is a row
     return posterior
+
+
+def _keep_digest(posterior: Posterior, data: Prepared) -> None:
+    """Keep a digest of the training data; a data set of a user's own class has none.
+
+    Such a class may make its examples at random, and reading them would move its generators.
+    """
+    if isinstance(data.examples, TensorExamples | datasets.Dataset):
+        posterior.settings["data_digest"] = digest_of_data(data)
 
 
 def _score(

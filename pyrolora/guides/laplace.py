@@ -36,7 +36,7 @@ class _Orthonormal(constraints.Constraint):
     event_dim = 2
 
     def check(self, value: Tensor) -> Tensor:
-        eye = torch.eye(value.shape[-1]).to(value)
+        eye = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
         return ((value.mT @ value - eye).abs() < 1e-2).all(-1).all(-1)
 
 
