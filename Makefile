@@ -43,8 +43,15 @@ $(VENV)/.docs: $(VENV)/.installed
 notebooks: install
 	PYTHONWARNINGS=ignore TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
-verify: install $(VENV)/.docs
+verify: install $(VENV)/.docs build/quantisers/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py --workers $(WORKERS)
+	OMP_NUM_THREADS=1 PYTHONPATH=build/quantisers $(BIN)/pytest tests/storage/test_quantised.py
+
+# Beside the environment: with these libraries in it every import takes longer.
+build/quantisers/.installed: tests/quantisers.txt
+	$(PIP) install --no-deps --target $(@D) --requirement tests/quantisers.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
