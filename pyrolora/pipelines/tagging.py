@@ -59,8 +59,8 @@ class TokenClassification(AtTokens, TokenClassificationPipeline):
         return {**self.at_tokens(model_inputs), **beside, **model_inputs}
 
     def postprocess(self, all_outputs: Any, **options: Any) -> list[dict[str, Any]]:
+        spans = [*_token_spans(all_outputs)]  # first: transformers shifts the offsets in place
         entities = super().postprocess(all_outputs, **options)
-        spans = [*_token_spans(all_outputs)]
         for entity in entities:
             chunk, tokens = _tokens_of(entity, spans)
             for name in ABOUT if tokens else ():
