@@ -22,6 +22,7 @@ from pyrolora.predictive import (
     RegressionPrediction,
     predict_mixed,
 )
+from pyrolora.predictive.ranking import chosen
 from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.text import TokenScores, token_scores
 
@@ -210,22 +211,3 @@ def alone(generation: Generation, i: int) -> Generation:
         texts=own(generation.texts),
         tokens=own(generation.tokens),
     )
-
-
-def chosen(generation: Generation, count: int, *, sampled: bool) -> list[int]:
-    """Return the places of ``count`` continuations.
-
-    Of sampled ones the first of every draw, then the second, which is a sample of the posterior
-    predictive. Of greedy ones those that the mixture over draws finds likeliest per token.
-    """
-    places = range(generation.sequences.shape[1])
-    if sampled:
-        seen: dict[int, int] = {}
-        turns = []
-        for place in places:
-            draw = int(generation.draw[place])
-            turns.append(seen.setdefault(draw, 0))
-            seen[draw] += 1
-        return sorted(places, key=lambda place: (turns[place], place))[:count]
-    score = generation.log_predictive[0] / generation.num_tokens[0].clamp(min=1)
-    return score.argsort(descending=True, stable=True)[:count].tolist()
