@@ -39,6 +39,7 @@ FLOORS = {
     "peft": 8,
     "arviz": 8,
     "plots": 8,
+    "pipelines": 8,
     "diagnostics": 9,
     "report": 10,
     "posterior": 11,

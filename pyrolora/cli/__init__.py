@@ -24,7 +24,7 @@ from pyrolora.cli.predict import predict
 from pyrolora.cli.registered import RegisteredHelp
 from pyrolora.cli.report import report
 from pyrolora.cli.serve import serve
-from pyrolora.errors import NonFiniteError, PyroLoraError
+from pyrolora.errors import NonFiniteError, PyroLoraError, SaveError
 from pyrolora.visible import visible
 
 FAILED, MISUSED, NOT_FINITE, INTERRUPTED = 1, 2, 3, 130
@@ -68,9 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _report(error.format_message(), MISUSED)
     except NonFiniteError as error:
         code = _report(error, NOT_FINITE)
+    except SaveError as error:  # a full disk, a missing permission
+        code = _report(error, FAILED)
     except PyroLoraError as error:
         code = _report(error, MISUSED)
-    except OSError as error:  # a full disk, a missing permission
+    except OSError as error:
         code = _report(error, FAILED)
     except Exception as error:
         if DEBUG in os.environ:

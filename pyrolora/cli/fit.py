@@ -212,9 +212,10 @@ def fit(
                 return
             if held_out is not None:
                 result["metrics"] = posterior.evaluate(held_out, seed=seed)
-            posterior.save(output_dir)
-            run.finish(result)
+            run.save(posterior, result)
         else:
+            if writes:
+                run.tidy()  # the process may have ended between the result and this
             say(f"{output_dir} holds this fit already, finished; another --output-dir fits it anew")
     if json:
         print_json({"output_dir": str(output_dir), **result})

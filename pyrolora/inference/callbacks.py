@@ -72,7 +72,7 @@ class CheckStep(TrainerCallback):
         self.save_with_epoch = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.remember_statistics()
+        self.trainer.last_good.keep(state.global_step)
         self.trainer.recall_averages()
         if args.process_index > 0:  # otherwise all devices would draw the same noise
             set_seed(seed_of_process(args.seed, args.process_index))
@@ -82,6 +82,7 @@ class CheckStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.joint.program.after_step(state.global_step, state.max_steps)
+        control.should_save = control.should_save or self.trainer.stop.is_asked
         # An epoch is logged and scored after its last step: a fit resumed from a checkpoint before
         # that would lack these entries.
         last = control.should_training_stop or float(state.epoch).is_integer()
@@ -91,3 +92,6 @@ class CheckStep(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = control.should_save or self.save_with_epoch
         self.save_with_epoch = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.stop.obey(f"step {state.global_step} is saved in {args.output_dir}")
