@@ -31,7 +31,6 @@ from pyrolora.predictive import (
     check_temperature,
     choose,
     evaluate,
-    generate,
     warn_untempered,
 )
 from pyrolora.report import page_file, report_on
@@ -409,20 +408,8 @@ class Posterior:
             When the network does not write texts, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
-        predictor = self.predictor
-        numbers = predictor.numbers(draws, num_samples=num_samples)
-        if num_samples is None:
-            num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
-        with seeded(seed):
-            return generate(
-                self.model,
-                inputs,
-                predictor.factors(num_samples, None, numbers),
-                self.tokenizer,
-                numbers=numbers,
-                options=generate_options,
-                temperature=self.temperature if self.task.as_text() is self.task else 1.0,
-            )
+        numbers = self.predictor.numbers(draws, num_samples=num_samples)
+        return self.predictor.generate(inputs, num_samples, numbers, seed, generate_options)
 
     def evaluate(
         self,

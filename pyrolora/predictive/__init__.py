@@ -1,5 +1,6 @@
 """Predictions, generated texts and their scores, from draws of the posterior."""
 
+from pyrolora.predictive.asks import Ask
 from pyrolora.predictive.calibration import (
     Calibration,
     calibrate,
@@ -8,10 +9,12 @@ from pyrolora.predictive.calibration import (
 )
 from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
+from pyrolora.predictive.following import Follower, NewToken
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.mixed import Question, predict_mixed
+from pyrolora.predictive.mixed_writing import generate_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
@@ -28,11 +31,14 @@ from pyrolora.tasks import (
 )
 
 __all__ = [
+    "Ask",
     "Calibration",
     "ClassPrediction",
     "Conformal",
+    "Follower",
     "Generation",
     "MultiLabelPrediction",
+    "NewToken",
     "NumberedDraws",
     "Prediction",
     "Predictor",
@@ -51,6 +57,7 @@ __all__ = [
     "draw_factors",
     "evaluate",
     "generate",
+    "generate_mixed",
     "predict",
     "predict_mixed",
     "reliability_table",
