@@ -174,6 +174,13 @@ class Stream:
             item = await self._queue.get()
 
 
+async def at_once(answered: Any, choices: int) -> Stream:
+    """Return a whole answer as a stream."""
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    queue.put_nowait(answered)
+    return await Stream(answered.tokenizer, choices, queue).begin()
+
+
 def steady(tokenizer: Any) -> bool:
     """Return whether later tokens leave the text of earlier ones as it is.
 
