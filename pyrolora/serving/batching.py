@@ -81,7 +81,6 @@ class Batcher:
         self._most = most
         self._observe = observe
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="pyrolora-network", daemon=True)
@@ -89,11 +88,6 @@ class Batcher:
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    @property
-    def running(self) -> list[Any]:
-        """The payloads of the batch that runs."""
-        return [job.payload for job in self._running]
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of the jobs.
@@ -139,9 +133,7 @@ class Batcher:
             live = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if live:
                 self._observe(len(live))
-                self._running = live
                 self._answer(live)
-            self._running = []
             del batch, live  # or the last jobs, with their posteriors, stay until the next
 
     def _next(self) -> list[Job] | None:
