@@ -31,36 +31,43 @@ from pyrolora.model import JointModel, build
 from pyrolora.parameters import ParamModule
 from pyrolora.peft import Adapter, read_adapter
 from pyrolora.posterior import Posterior
-from pyrolora.seeding import DRAWING, seeded
+from pyrolora.seeding import seeded
 from pyrolora.storage import (
     Description,
     Saved,
     check_base,
     load_base,
+    located,
     read_folder,
 )
 from pyrolora.tasks import Task, load_language_model, task_for
 
 
 @torch.inference_mode(False)
-@DRAWING
+@seeded(0)  # what is made before it is read leaves the process's random numbers alone
 def load(
     path: str | Path,
     model: str | Path | nn.Module | None = None,
     *,
+    revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
 ) -> Posterior:
-    """Load a posterior that `Posterior.save` wrote.
+    """Load a posterior that `Posterior.save` or `Posterior.push_to_hub` wrote.
 
     The folder is data: nothing in it is run, whoever wrote it (SECURITY.md says what it can do).
 
     Parameters
     ----------
     path
-        The folder.
+        The folder; or the hub's repository, ``"owner/name"``, of which the posterior's files are
+        fetched into the hub's cache. A folder of that name wins.
     model
         The network that it was fitted on, or the hub id or folder to load it from. None: it is
         loaded from where it came from at the fit, from safetensors alone.
+    revision, token
+        Of a repository: its branch, tag or commit, and the access token for a private one. They
+        are the posterior's, and not the network's.
     trust_remote_code
         Let network and tokenizer be of classes whose code lies beside their files, and run it. Only
         this argument allows it, nothing in a file.
@@ -70,12 +77,14 @@ def load(
     CheckpointError
         When the folder is damaged, or the network is another one. A network that was passed is
         then left as it was.
+    ConfigError
+        For a ``revision`` or ``token`` of what is a folder.
     """
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
         check_eager(model)
         refuse_foreign(model)
-    saved = read_folder(Path(path))
+    saved = read_folder(located(path, revision=revision, token=token))
     description = saved.description
     try:
         _check_sizes(description, saved.tensors.declared)
@@ -251,7 +260,7 @@ def _check_values(joint: JointModel) -> None:
 
 
 @torch.inference_mode(False)
-@DRAWING
+@seeded(0)  # what is made before it is read leaves the process's random numbers alone
 def from_peft(
     path: str | Path,
     model: str | Path | nn.Module,

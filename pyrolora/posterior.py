@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from pyrolora import defaults
@@ -20,23 +21,34 @@ from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointGuide, JointModel
-from pyrolora.peft import export_factors
+from pyrolora.peft import export_factors, why_no_mean
 from pyrolora.predictive import (
+    By,
     Calibration,
     ClassPrediction,
+    Correct,
     Generation,
+    GenerationScores,
     Prediction,
     Predictor,
+    Same,
+    acquire,
+    asked_of,
     calibrate,
     check_temperature,
     choose,
     evaluate,
     generate,
+    judge,
+    one_split,
+    rows_to_answer,
+    scored_answers,
+    truth_rows,
     warn_untempered,
 )
-from pyrolora.report import page_file, report_on
+from pyrolora.report import card_of, page_file, push, report_on, save
 from pyrolora.seeding import seeded
-from pyrolora.storage import describe, describe_base, merged, write_folder
+from pyrolora.storage import describe_base, merged
 from pyrolora.tasks import Task
 
 
@@ -424,6 +436,103 @@ class Posterior:
                 temperature=self.temperature if self.task.as_text() is self.task else 1.0,
             )
 
+    def p_true(
+        self,
+        generation: Generation,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        ideas: int = defaults.IDEAS,
+        choices: str = "letters",
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Return the probability that each continuation is true, as the model itself answers.
+
+        It is asked "Is the possible answer: A. True, B. False?" about each, after it has read some
+        of them (Kadavath et al. 2022), and P(True | draw s) is that of the letter among the two.
+
+        Parameters
+        ----------
+        generation
+            Of `generate`; a model of texts.
+        num_samples, draws, batch_size, seed
+            As in `predict`.
+        ideas
+            The most continuations of a prompt that the model reads before each question; 0: none.
+        choices
+            ``"letters"``, or ``"texts"``: the words True and False instead.
+
+        Returns
+        -------
+        Tensor
+            (S, n, K).
+
+        Raises
+        ------
+        ConfigError
+            For a model that does not continue texts.
+        """
+        whole_number("ideas", ideas, at_least=0)
+        options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
+        rows = truth_rows(generation, ideas=ideas)
+        prediction = self.predict_choices(rows, num_samples, choices=choices, **options)
+        return prediction.draws[..., 0].unflatten(1, tuple(generation.sequences.shape[:2]))
+
+    def evaluate_generation(
+        self,
+        data: Any,
+        correct: Correct | str,
+        num_samples: int | None = None,
+        *,
+        prompts: Any = None,
+        same: Same | None = None,
+        p_true: bool = False,
+        draws: Iterable[int] | None = None,
+        seed: int | None = None,
+        **generate_options: Any,
+    ) -> GenerationScores:
+        """Return how often generated answers are right, and what their uncertainties are worth.
+
+        Parameters
+        ----------
+        data
+            Rows with prompts, as in `generate`; of a ``DatasetDict`` ``test``, or ``validation``.
+        correct
+            A function ``correct(row, text)``, true for a right answer; or the name of the column
+            with the right answer, or with a list of them, which is no part of the prompt.
+        prompts
+            The prompts of the rows, where `generate` cannot read these as they are.
+        same
+            Adds semantic entropy: as in `Generation.semantic_entropy`.
+        p_true
+            Add `p_true`, which takes a pass over all continuations.
+        num_samples, draws, seed, generate_options
+            As in `generate`.
+
+        Returns
+        -------
+        GenerationScores
+            ``metrics`` has AUROC, AURC and calibration error of every uncertainty, with their
+            standard errors; ``answers`` the answers.
+
+        Raises
+        ------
+        DataError
+            For a column that the data lack.
+        """
+        true_or_false("p_true", p_true)
+        rows = rows_to_answer(data)
+        judge(correct, rows)  # before the texts are written, which takes longer
+        if num_samples is None and draws is None:
+            num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
+        options: dict[str, Any] = {"draws": draws, "seed": seed}
+        asked = asked_of(rows, correct) if prompts is None else prompts
+        generation = self.generate(asked, num_samples, **options, **generate_options)
+        truth = self.p_true(generation, num_samples, **options) if p_true else None
+        semantic = None if same is None else generation.semantic_entropy(same)
+        return scored_answers(generation, rows, correct, semantic=semantic, p_true=truth)
+
     def evaluate(
         self,
         data: Any,
@@ -454,6 +563,46 @@ class Posterior:
             self.inputs_of(outside), num_samples, draws=numbers, batch_size=batch_size, seed=seed
         )
         return evaluate(inside, other)
+
+    def acquire(
+        self,
+        pool: Any,
+        k: int,
+        by: By = "epistemic",
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> list[int]:
+        """Return the numbers of the ``k`` examples of a pool to label next, the best first.
+
+        ``pool.select(posterior.acquire(pool, 20))`` are these examples.
+
+        Parameters
+        ----------
+        pool
+            One data set, as in `predict`; labels are not read.
+        k
+            How many.
+        by
+            ``"epistemic"``: the highest mutual information of label and draw; ``"entropy"``: the
+            highest entropy; ``"batchbald"``: the batch whose labels tell most together, for one
+            class per example. `pyrolora.predictive.acquire` defines each.
+        num_samples, draws, batch_size, seed
+            As in `predict`. S draws tell at most log S nats, which a batch of ``"batchbald"`` soon
+            needs: take 100 or more.
+
+        Raises
+        ------
+        ConfigError
+            For a task that does not have the criterion, and draws that are all the same.
+        DataError
+            For a pool of fewer than ``k`` examples, or of several splits.
+        """
+        options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
+        prediction = self.predict(self.inputs_of(one_split(pool)), num_samples, **options)
+        return acquire(prediction, k, by, seed=seed)
 
     def log_likelihood(
         self,
@@ -681,25 +830,119 @@ class Posterior:
 
     # Storage ------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, peft: bool = False) -> None:
         """Write the posterior to a folder that `pyrolora.load` reads.
 
-        Tensors are stored as safetensors, the rest as JSON, the tokenizer beside them. The network
+        Tensors are stored as safetensors, the rest as JSON, the tokenizer beside them, and a model
+        card, ``README.md`` (`card`); one that you edited stays. The network
         is not copied: its name, its configuration and digests of its weights are kept, as they
         were at the fit. A network without a name, since it was built, merged or changed in memory,
         has to be saved by itself and passed to `pyrolora.load`; a log says so.
-        """
-        description = describe(
-            self.model,
-            self.options,
-            identity=self.identity,
-            settings=self.settings,
-            history=self.history,
-            temperature=self.temperature,
-        )
-        write_folder(Path(path), description, self.model.own_state(), self.tokenizer)
 
-    def merge(self, draw: str | int = "mean") -> nn.Module:
+        Parameters
+        ----------
+        path
+            The folder. An older posterior in it is replaced.
+        peft
+            Also write the mean adapter, as `to_peft` does, to ``path/peft``, for readers who have
+            PEFT alone: as many numbers again as a point has, which is why it is not the default.
+
+        Raises
+        ------
+        ConfigError
+            When ``path`` is a file, or PEFT cannot hold the mean.
+        """
+        save(self, Path(path), peft=peft)
+
+    def card(
+        self,
+        data: Any = None,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+        repo_id: str | None = None,
+        **metadata: Any,
+    ) -> ModelCard:
+        """Return the model card, a ``huggingface_hub.ModelCard``, made from the facts of the fit.
+
+        It has the network, the digest of the training data, settings and options, scores, the
+        warnings of `report`, and how to load the posterior with and without pyrolora.
+
+        Parameters
+        ----------
+        data
+            Labelled data: scores and warnings are those of `report` on them. None: the scores are
+            those of the fit's last evaluation, and the warnings those that need no data.
+        num_samples, draws, batch_size, seed
+            As in `report`.
+        repo_id
+            The repository that the card's code loads; None: a folder.
+        **metadata
+            Entries of the card's header, such as ``license="apache-2.0"``, ``language="en"``,
+            ``datasets=["glue"]``: those of ``huggingface_hub.ModelCardData``. ``tags`` are added.
+        """
+        report = None
+        if data is not None:
+            options: dict[str, Any] = {"num_samples": num_samples, "draws": draws, "seed": seed}
+            report = report_on(self, data, batch_size=batch_size, **options)
+        mean = why_no_mean(self.model, self.options)
+        return card_of(self, report, repo_id=repo_id, mean=mean, metadata=metadata)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: ModelCard | None = None,
+        peft: bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save` writes to a repository of the hub, in one commit.
+
+        ``pyrolora.load(repo_id)`` reads it. Files of an older posterior there are removed.
+
+        Parameters
+        ----------
+        repo_id
+            ``owner/name``; it is made where it does not exist.
+        card
+            A card in place of that of the fit, such as ``posterior.card(data)``. None: a card there
+            that somebody edited stays, and a log says so.
+        peft
+            Whether the mean adapter goes with it, in ``peft/``. None: where PEFT can hold it; a log
+            says so where it cannot.
+        private, revision, token, commit_message, create_pr
+            As in huggingface_hub: visibility of a new repository, branch, access token (None: that
+            of ``hf auth login``), message, and whether to open a pull request instead.
+
+        Returns
+        -------
+        str
+            The address of the commit, or of the pull request.
+
+        Raises
+        ------
+        SaveError
+            When the hub refuses or cannot be reached.
+        """
+        return push(
+            self,
+            repo_id,
+            card=card,
+            peft=peft,
+            private=private,
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+    def merge(self, draw: str | int = "mean", *, dequantize: bool = False) -> nn.Module:
         """Return a plain model with an adapter added to its weights, and the posterior's head.
 
         This posterior and its network stay as they are.
@@ -709,15 +952,18 @@ class Posterior:
         draw
             ``"mean"``: the mean adapter (for an ensemble: the mean of the updates, and of the
             heads); or the number k of a draw, as in `to_peft`.
+        dequantize
+            Make every quantised layer a plain one first, with the weights that it computes with.
 
         Raises
         ------
         ConfigError
-            When a layer's weight is quantised, parametrised or offloaded, or the draw is no
-            adapter.
+            When a layer's weight is quantised, without ``dequantize``, parametrised or offloaded,
+            or the draw is no adapter.
         """
         warn_untempered("a merged model", self.temperature)
-        return merged(self.model, self.predictor.numbered.exportable(draw))
+        factors = self.predictor.numbered.exportable(draw)
+        return merged(self.model, factors, dequantize=dequantize)
 
     def to_peft(
         self,

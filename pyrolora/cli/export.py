@@ -15,7 +15,7 @@ from pyrolora import defaults
 from pyrolora.cli import posteriors
 from pyrolora.cli.output import print_json, tell
 from pyrolora.errors import ConfigError
-from pyrolora.files import replacing
+from pyrolora.files import replacing_folder, write_whole, writing
 from pyrolora.serving.vllm import TOP_LOGPROBS
 
 if TYPE_CHECKING:
@@ -102,10 +102,12 @@ def export(
     _check(to, draws=draws, uniform=uniform or None, **beside)
     numbers = posteriors.draw_numbers(draws, **beside)
     posterior = posteriors.load(run, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if to is Format.ARVIZ:
-        with replacing(path) as scratch:
-            posterior.to_arviz(num_samples, draws=numbers, seed=seed).to_netcdf(str(scratch))
+        from pyrolora.arviz import netcdf
+
+        write_whole(path, netcdf(posterior.to_arviz(num_samples, draws=numbers, seed=seed)))
         next_step = f"az.summary(az.from_netcdf({str(path)!r}), kind='stats')"
     elif to is Format.PEFT:
         which = numbers or ("mean" if draw is None else draw)
@@ -162,6 +164,7 @@ def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:
         raise ConfigError(
             f"a {type(network).__name__} is no transformers model; use posterior.merge()"
         )
-    network.save_pretrained(path)
-    if posterior.tokenizer is not None:
-        posterior.tokenizer.save_pretrained(path)
+    with replacing_folder(path) as scratch:
+        network.save_pretrained(scratch)
+        if posterior.tokenizer is not None:
+            posterior.tokenizer.save_pretrained(scratch)

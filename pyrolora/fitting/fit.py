@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -17,6 +18,7 @@ from pyrolora import defaults
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
+from pyrolora.data.examples import TensorExamples
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
@@ -29,8 +31,10 @@ from pyrolora.fitting.training import (
     opened_arguments,
     settings_of,
 )
+from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
@@ -128,8 +132,8 @@ def fit(
         ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier fit except for
         the weight of the KL and options of the training alone.
     epochs, learning_rate, batch_size, seed
-        Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. As in the Trainer,
-        the seed sets the process's random generators.
+        Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. The seed sets the
+        process's random generators for the time of the fit; afterwards they are as before it.
     output_dir
         The folder for checkpoints, ten per run, and for the posterior at the end. One fit at a time
         uses it.
@@ -153,7 +157,9 @@ def fit(
     ConfigError, DataError, TargetError, UnknownNameError
         Before any training step, for a request that cannot be fitted.
     NonFiniteError
-        When the objective stops being finite; its ``posterior`` has the last good state.
+        When the objective stops being finite; its ``posterior`` has the last good state. It is
+        None where the objective was not finite from the start, or where training went well and
+        the posterior that follows from it does not predict finite numbers.
     SaveError
         When the posterior cannot be written to ``output_dir``; the error's ``posterior`` has it.
     """
@@ -213,6 +219,7 @@ def fit_request(request: Request) -> Posterior:
                 joint, request.options, build, data, args, listeners, score, held_out, posterior_of
             )
             posterior = _inferred(run, request)
+        _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
 
@@ -267,10 +274,12 @@ def _inferred(run: Run, request: Request) -> Posterior:
     posterior.history = run.history
     try:
         run.guide.infer(run)
+        check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError) as error:
         if error.posterior is not None:
             error.posterior.history = run.history
+        if error.posterior is not None and isinstance(error, NonFiniteError):
             try:
                 _save(error.posterior, request, run.args)
             except SaveError as unsaved:
@@ -279,6 +288,15 @@ def _inferred(run: Run, request: Request) -> Posterior:
     finally:
         run.joint.rows = run.joint.num_examples  # from now on an example is a row
     return posterior
+
+
+def _keep_digest(posterior: Posterior, data: Prepared) -> None:
+    """Keep a digest of the training data; a data set of a user's own class has none.
+
+    Such a class may make its examples at random, and reading them would move its generators.
+    """
+    if isinstance(data.examples, TensorExamples | datasets.Dataset):
+        posterior.settings["data_digest"] = digest_of_data(data)
 
 
 def _score(

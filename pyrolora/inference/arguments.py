@@ -37,7 +37,7 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "deepspeed": (None, SPREAD),
     "fsdp": (None, SPREAD),
     "parallelism_config": (None, SPREAD),
-    "push_to_hub": (False, "upload what posterior.save or posterior.to_peft writes"),
+    "push_to_hub": (False, "upload the fit with posterior.push_to_hub(...)"),
 }
 """Arguments of the Trainer that would have no effect here, or another than they promise: their
 neutral value, and the reason."""

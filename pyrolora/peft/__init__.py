@@ -5,6 +5,7 @@ are named ``base_model.model.<layer>.lora_A.weight`` (r, in), ``.lora_B.weight``
 ``base_model.model.<module>.<tensor>`` for the modules of ``modules_to_save``.
 """
 
+from pyrolora.peft.beside import remove_mean, why_no_mean, write_mean
 from pyrolora.peft.config import CONFIG_FILE
 from pyrolora.peft.export import export_factors
 from pyrolora.peft.read import Adapter, read_adapter
@@ -16,5 +17,8 @@ __all__ = [
     "as_uniform",
     "export_factors",
     "read_adapter",
+    "remove_mean",
+    "why_no_mean",
     "write_adapter",
+    "write_mean",
 ]

@@ -2,9 +2,11 @@
 
 from pyrolora.json_values import as_json, finite
 from pyrolora.storage.base import check_base, check_description, describe_base
+from pyrolora.storage.card_file import write_card
 from pyrolora.storage.describe import describe
 from pyrolora.storage.description import Description, digest_of
 from pyrolora.storage.folder import (
+    MEAN_FOLDER,
     META_FILE,
     Saved,
     read_description,
@@ -12,9 +14,11 @@ from pyrolora.storage.folder import (
     write_folder,
 )
 from pyrolora.storage.from_name import load_base
+from pyrolora.storage.hub import located, upload
 from pyrolora.storage.merge import merged
 
 __all__ = [
+    "MEAN_FOLDER",
     "META_FILE",
     "Description",
     "Saved",
@@ -26,8 +30,11 @@ __all__ = [
     "digest_of",
     "finite",
     "load_base",
+    "located",
     "merged",
     "read_description",
     "read_folder",
+    "upload",
+    "write_card",
     "write_folder",
 ]

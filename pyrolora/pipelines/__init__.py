@@ -1,0 +1,1 @@
+"""Pipelines of transformers' with the uncertainty of a posterior."""
