@@ -37,7 +37,7 @@ class LastGood:
         self.objective = objective
         self.step = 0
         self._kept: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._versions: dict[str, tuple[int, int] | None] = {}
         self._statistics: list[tuple[nn.Module, dict[str, Tensor]]] = []
         self._batch: tuple[Batch, float] | None = None
 
@@ -53,12 +53,14 @@ class LastGood:
         ``batch`` has the batch and the weight of the KL.
         """
         self.step, self._batch = step, batch
+        trained = {p.data_ptr() for p in self.joint.parameters() if p.requires_grad}
         for name, tensor in self.joint.own_tensors():
-            version = tensor.data_ptr(), tensor._version
+            # Fused optimisers do not count as changes of a tensor's version.
+            version = None if tensor.data_ptr() in trained else (tensor.data_ptr(), tensor._version)
             kept = self._kept.get(name)
             if kept is None or kept.shape != tensor.shape or kept.device != tensor.device:
                 self._kept[name] = tensor.detach().clone()
-            elif self._versions[name] != version:
+            elif version is None or self._versions[name] != version:
                 kept.copy_(tensor)
             self._versions[name] = version
         # Unlike parameters, running statistics change as soon as a batch is read.

@@ -254,5 +254,6 @@ def test_parameters_at_which_nothing_is_finite_are_not_good(
     assert re.search(words, str(caught.value))
     got = caught.value.posterior.model.own_state()
     assert expected
-    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
     assert torch.isfinite(caught.value.posterior.predict(data(), num_samples=4, seed=0).draws).all()
