@@ -254,7 +254,10 @@ def difference(found: dict[str, Any], whole: dict[str, Any]) -> str | None:
         return "other values of tensors"
     for name in ("history", "files"):
         if found[name] != whole[name]:
-            return f"other {name}: {found[name]}, in one go {whole[name]}"
+            few, one = (str(of[name])[:200] for of in (found, whole))
+            return (
+                f"other {name}, {len(found[name])} for {len(whole[name])}: {few}, in one go {one}"
+            )
     return None
 
 

@@ -51,8 +51,8 @@ def member_arguments(args: TrainingArguments, number: int) -> TrainingArguments:
 
 def finished_state(
     args: TrainingArguments, identity: Mapping[str, Any]
-) -> Mapping[str, Tensor] | None:
-    """Return the state of a member that is done; None if it is not, or its file is damaged.
+) -> tuple[Mapping[str, Tensor], list[dict[str, Any]]] | None:
+    """Return the state and the log of a member that is done; None if it is not, or is damaged.
 
     Raises
     ------
@@ -68,29 +68,38 @@ def finished_state(
     except CheckpointError as error:
         warnings.warn(f"{folder} is not whole, and the member is made again: {error}", stacklevel=2)
         return None
-    check_same_fit(saved, identity, folder)
-    return state
+    check_same_fit(saved["fit"], identity, folder)
+    return state, saved["history"]
 
 
-def save_finished(joint: JointModel, args: TrainingArguments, identity: Mapping[str, Any]) -> None:
-    """Save the state of a member that is done; a resumed fit then skips it."""
+def save_finished(
+    joint: JointModel,
+    args: TrainingArguments,
+    identity: Mapping[str, Any],
+    history: list[dict[str, Any]],
+) -> None:
+    """Save the state and the log of a member that is done; a resumed fit then skips it."""
     folder = Path(args.output_dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         unseal(folder)
         with replacing(folder / STATE_FILE) as scratch:
-            save_state(joint, scratch, {"fit": json.dumps(identity)})
+            notes = {"fit": json.dumps(identity), "history": json.dumps(history)}
+            save_state(joint, scratch, notes)
         seal(folder, [STATE_FILE])
 
 
 def _notes(file: Path) -> dict[str, Any]:
-    """Return the description of the fit in the header of a member's state."""
+    """Return the description of the fit, and the log, in the header of a member's state."""
     try:
         with safe_open(file, "pt") as stream:
-            saved = json.loads((stream.metadata() or {})["fit"])
+            notes = stream.metadata() or {}
+        saved = {name: json.loads(notes[name]) for name in ("fit", "history")}
     except (SafetensorError, LookupError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} does not say of which fit it is") from error
-    if not isinstance(saved, dict):
+    entries = saved["history"]
+    whole = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not whole or not isinstance(saved["fit"], dict):
         raise CheckpointError(f"{file} does not say of which fit it is")
     return saved
 

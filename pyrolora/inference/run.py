@@ -112,11 +112,14 @@ class Run:
         if number is not None and self.args.resume_from_checkpoint:
             done = finished_state(args, self._identity(joint, guide, args))
         if done is not None:
-            joint.load_own_state(done)
+            joint.load_own_state(done[0])
+            self.history += done[1]
         elif _is_trained(joint):
+            before = len(self.history)
             self._train(joint, guide, args, {} if number is None else {"member": number})
             if number is not None and args.should_save and args.save_strategy != "no":
-                save_finished(joint, args, self._identity(joint, guide, args))
+                identity = self._identity(joint, guide, args)
+                save_finished(joint, args, identity, self.history[before:])
         self.joint.to(args.device)  # where the Trainer has put the network
         return joint
 

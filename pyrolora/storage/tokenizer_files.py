@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
         try:
             return _written(path, scratch, tokenizer)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)  # unless it has got its name
+            with suppress(OSError):  # unless it has got its name
+                remove(scratch)
 
 
 def _written(path: Path, scratch: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:

@@ -358,7 +358,7 @@ def ensemble(tmp_path_factory):
     folder, guide = tmp_path_factory.mktemp("ensemble"), Ensemble(members=2)
     with pytest.raises(Stopped):
         fitted(folder / "run", guide, callbacks=_StopSecond())
-    return folder / "run", fitted(folder / "whole", guide).model.own_state()
+    return folder / "run", fitted(folder / "whole", guide)
 
 
 @pytest.mark.parametrize("spoil", ["pickle", "sealed pickle", "flipped", "no list"])
@@ -385,7 +385,9 @@ def test_a_damaged_state_of_a_finished_member_is_made_again(spoil, ensemble, tmp
         again = fitted(run, Ensemble(members=2), resume=True, callbacks=Note())
     assert begun == [STEPS, 4]
     own = again.model.own_state()
-    assert all(torch.equal(own[name], value) for name, value in ensemble[1].items())
+    assert all(
+        torch.equal(own[name], value) for name, value in ensemble[1].model.own_state().items()
+    )
     assert not marker.exists()
 
 
@@ -515,8 +517,12 @@ def test_the_members_of_another_ensemble_are_refused(ensemble, tmp_path):
         fitted(run, guide, tokens(16, seed=1), resume=True)
     with pytest.raises(ConfigError, match="every member of an ensemble has its own"):
         fitted(run, guide, resume=str(run / "member-1" / "checkpoint-4"))
-    own = fitted(run, guide, resume="auto").model.own_state()
-    assert all(torch.equal(own[name], value) for name, value in ensemble[1].items())
+    again = fitted(run, guide, resume="auto")
+    assert timeless(again.history) == timeless(ensemble[1].history)
+    own = again.model.own_state()
+    assert all(
+        torch.equal(own[name], value) for name, value in ensemble[1].model.own_state().items()
+    )
 
 
 def prepared(data):
