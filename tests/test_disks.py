@@ -268,7 +268,7 @@ def test_a_save_flushes_what_it_renames_and_then_the_folder(
     order.clear()
     posterior.save(tmp_path)
     named = [(i, Path(path)) for i, (what, path) in enumerate(order) if what == "named"]
-    assert len(named) == 3  # tensors, tokenizer, description
+    assert len(named) == 4  # tensors, tokenizer, description, model card
     for i, path in named:
         before = flushed_before(order, i)
         assert str(path) in before
