@@ -76,7 +76,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
 def _texts_as_list(data: Any) -> Any:
     """Return a list for a column of texts, such as ``data["text"]`` of a ``datasets.Dataset``."""
     column = isinstance(data, datasets.Column | np.ndarray | pd.Series)
-    rows = list(data) if column else []
+    rows = list(data) if column and getattr(data, "ndim", 1) > 0 else []
     return rows if rows and all(isinstance(row, str) for row in rows) else data
 
 
