@@ -12,8 +12,11 @@ from typing import Any
 
 from pyrolora.errors import ConfigError
 
+LARGEST = 2**31 - 1
+"""The largest number of anything that there is to be memory for."""
 
-def whole_number(name: str, value: Any, *, at_least: int, at_most: float = math.inf) -> None:
+
+def whole_number(name: str, value: Any, *, at_least: int, at_most: float = LARGEST) -> None:
     """Raise `ConfigError` unless ``value`` is a whole number from ``at_least`` to ``at_most``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < at_least:
         raise ConfigError(f"{name} must be a whole number >= {at_least}, got {value!r}")

@@ -18,7 +18,7 @@ from problems import WORDS, bert, llama, reviews, texts, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig, RankAllocation, TextOptions, guides
-from pyrolora.errors import PyroLoraError
+from pyrolora.errors import ConfigError, PyroLoraError
 
 FEW = settings(
     derandomize=True,
@@ -143,6 +143,18 @@ def check_argument(posterior: Any, use: tuple[str, str], value: Any) -> None:
         accepted(lambda: ARGUMENTS[name][0](posterior, **{argument: value}))
     finally:
         posterior.temperature = 1.0
+
+
+@pytest.mark.parametrize("count", [2**31, 2**63, 10**400])
+def test_more_draws_than_there_is_memory_for_are_refused(posterior: Any, count: int) -> None:
+    for use in (posterior.sample, posterior.summary, lambda n: posterior.predict(DATA, n)):
+        with pytest.raises(ConfigError, match="num_samples must be at most"):
+            use(count)
+
+
+def test_a_rate_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="learning_rate must be a finite number"):
+        pyrolora.fit(bert(), DATA, tokenizer=tokenizer(), learning_rate=10**400)
 
 
 WRITTEN = ("num_samples", "seed", "inputs", "max_new_tokens", "temperature", "top_k", "top_p")

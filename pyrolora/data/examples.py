@@ -64,6 +64,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     if is_picture(data):
         raise DataError("one picture is no data set; write it as a list: [picture]")
     indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    indexable = indexable and getattr(data, "ndim", 1) != 0  # an array of one number looks so, too
     if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
         return data
     raise DataError(
