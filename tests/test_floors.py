@@ -23,6 +23,7 @@ FLOORS = {
     "json_values": 1,
     "options": 1,
     "parameters": 1,
+    "progress": 1,
     "seeding": 1,
     "zoo": 1,
     "distributions": 1,
@@ -47,6 +48,7 @@ FLOORS = {
     "fitting": 13,
     "demo": 14,
     "serving": 14,
+    "harness": 14,
     "cli": 15,
     "__main__": 16,
 }

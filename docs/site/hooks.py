@@ -1,14 +1,17 @@
 """What the site adds to mkdocs: the repository's own paths, the commands, and links elsewhere.
 
 Pages lie where the repository has them (`README.md`, `docs/tasks.md`, `notebooks/...`), and mkdocs
-looks links up by these paths: one link holds in the repository and on the site, and mkdocs checks it.
+looks links up by these paths: one link holds in the repository and on the site, where mkdocs
+checks it.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +21,24 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from navigation import ROOT, expanded
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("*.md", "docs/**/*.md", "notebooks/*.ipynb", "benchmarks/**/*.md", "models/*/README.md")
+COMMANDS = "docs/api/commands.md"
 ASSETS = ("docs/*.png", "docs/site/*.css")
 OBJECT = re.compile(r"^::: (\S+)", re.MULTILINE)
-CODE = re.compile(r"<(a|pre|h\d)\b.*?</\1>|<code>([A-Za-z_][\w.]*)(\(\))?</code>", re.DOTALL)
+CODE = re.compile(
+    r"<(a|autoref|pre|h\d)\b.*?</\1>|<code>([A-Za-z_][\w.]*)(\(\))?</code>", re.DOTALL
+)
 SHORT = {"az": "arviz", "nn": "torch.nn"}  # as the texts write them
 LINK = re.compile(r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Put files in the place of the navigation's patterns."""
+    config.nav = expanded(config.nav)
 
 
 @event_priority(100)  # before notebooks are recognised
@@ -36,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     paths = {path for pattern in (*PAGES, *ASSETS) for path in ROOT.glob(pattern)}
     linked = {found for page in paths if page.suffix == ".md" for found in links(page)}
     placed = [place(path, config) for path in sorted(paths | linked)]
-    generated = File.generated(config, "docs/api/commands.md", content=commands())
+    generated = File.generated(config, COMMANDS, content=commands())
     generated.dest_uri = "api/commands.html"
     theme = [file for file in files if file.src_dir != config.docs_dir]
     return Files([*theme, *placed, generated])
@@ -67,7 +78,14 @@ def commands() -> str:
 
     group = get_command(app)
     context = typer.Context(group, info_name="pyrolora")
-    return str(get_docs_for_click(obj=group, ctx=context, name="pyrolora"))
+    with redirect_stdout(StringIO()):  # asked for, the help names what the registries hold
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            command.get_help(typer.Context(command, info_name=name, parent=context))
+    text = str(get_docs_for_click(obj=group, ctx=context, name="pyrolora"))
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)  # the list of contents has them
+    # After "\b" the help keeps its lines.
+    return re.sub(r"\x08\n(.*?)\n\n", "```text\n\\1\n```\n\n", text, flags=re.DOTALL)
 
 
 @cache
@@ -95,24 +113,24 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     """Make references of names in code: `Posterior.predict`, `torch.nn.Module`."""
     if page.file.src_uri.endswith(".ipynb"):
         return re.sub(r'href="\.\./docs/(\w+)\.md', r'href="../\1.html', html)
-    source = OBJECT.findall(page.markdown or "")
-    alone = source[0] if len(source) == 1 else None  # the page of one class: its methods' names
+    if page.file.src_uri == COMMANDS:
+        return html
 
     def link(match: re.Match[str]) -> str:
         code, name = match.group(0), match.group(2)
-        target = name and identifier(name, alone, "docs/api" in page.file.src_uri)
+        target = name and identifier(name)
         return f'<autoref identifier="{target}" optional>{code}</autoref>' if target else code
 
     return CODE.sub(link, html)
 
 
-def identifier(name: str, alone: str | None, in_api: bool) -> str | None:
+def identifier(name: str) -> str | None:
     """Return what a name in a text may refer to: ours, or another library's."""
     first, _, rest = name.partition(".")
     if first in SHORT:
         return f"{SHORT[first]}.{rest}"
     if name.startswith("pyrolora.") or name in references():
         return name
-    if first in documented() and (in_api or first[0].isupper()):
+    if first in documented() and first[0].isupper():
         return f"{documented()[first]}.{rest}".rstrip(".")
-    return f"{alone}.{name}" if alone else None
+    return None

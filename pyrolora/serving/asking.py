@@ -11,6 +11,7 @@ from pyrolora import defaults
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.posterior import Posterior
+from pyrolora.predictive import Follower
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.registry import Lease
@@ -42,6 +43,8 @@ class Sampling:
         The length; None: ``usual_length``, or what the network's context leaves.
     options
         Of transformers' ``generate``, beside the length.
+    stops
+        The texts that end it.
     sampled
         Whether tokens are sampled; otherwise the likeliest is taken.
     choices, alternatives
@@ -51,6 +54,7 @@ class Sampling:
     max_new_tokens: int | None = None
     usual_length: int = defaults.MAX_NEW_TOKENS
     options: tuple[tuple[str, Any], ...] = ()
+    stops: tuple[str, ...] = ()
     sampled: bool = False
     choices: int = 1
     alternatives: int | None = None
@@ -65,22 +69,31 @@ class Row:
     lease
         The row's own, released when it is answered or cancelled.
     settings
-        Rows of equal settings, if these share, run together.
+        The draws, and what they are asked.
     columns
         The tokens.
+    follower
+        Is told of tokens as they are written, where one draw writes.
+    given_up
+        Whether nobody waits for the answer any more.
     """
 
     lease: Lease
     settings: Classify | Write
     columns: Columns
+    follower: Follower | None = None
+    given_up: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for rows that may share a batch."""
+        """Equal for rows that may share a batch.
+
+        A pass that writes lasts until its longest text is written, so that the lengths of those
+        that share it differ by a factor below two.
+        """
         if isinstance(self.settings, Classify):
             return Classify, self.lease.family
-        apart = None if self.settings.shares else object()
-        return id(self.lease.posterior), self.settings, apart
+        return Write, self.lease.family, self.settings.max_new_tokens.bit_length()
 
     @property
     def tokens(self) -> int:
@@ -108,14 +121,14 @@ class Asking:
     def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
         """Return the rows of texts whose classes are asked for."""
         posterior, task = lease.posterior, lease.posterior.task
-        if task.serves != "classes":
+        if task.serves in (None, "text"):
             raise UnsupportedError(
-                f"the posterior {lease.name!r} is of the task {task.name!r}, and classes are "
-                "those of a classification; of a causal language model ask for text, other tasks "
-                "are not served",
+                f"the posterior {lease.name!r} is of the task {task.name!r}, which does not label "
+                "a text: classifications, token classifications and regressions do; of a causal "
+                "language model ask for text, other tasks are not served",
                 "model",
             )
-        self._check("inputs", len(texts), self.limits.texts, "texts")
+        self.check("inputs", len(texts), self.limits.texts, "texts")
         settings = Classify(*self._draws(posterior, draws, defaults.NUM_SAMPLES, seeded=False))
         return [Row(lease, settings, encoded(posterior, text)) for text in texts]
 
@@ -131,15 +144,15 @@ class Asking:
         if posterior.task.serves != "text":
             raise UnsupportedError(
                 f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only "
-                "posteriors of a causal language model are served to write text; of a "
-                "classification ask for classes, at /classify",
+                "posteriors of a causal language model are served to write text; ask for "
+                "classes, tags and numbers at /classify",
                 "model",
             )
         length = sampling.max_new_tokens
-        self._check("max_tokens", length or 0, self.limits.new_tokens, "new tokens")
+        self.check("max_tokens", length or 0, self.limits.new_tokens, "new tokens")
         settings = self._settings(posterior, draws, sampling)
         texts = prompts(posterior)
-        self._check("prompt", len(texts), self.limits.texts, "texts")
+        self.check("prompt", len(texts), self.limits.texts, "texts")
         rows = []
         for text in texts:
             columns = encoded(posterior, text, reserved=length or 1)
@@ -149,12 +162,19 @@ class Asking:
         return rows
 
     def _settings(self, posterior: Posterior, draws: Draws, sampling: Sampling) -> Write:
-        self._check("n", sampling.choices, self.limits.choices, "choices")
-        if draws.seed is None and sampling.sampled:  # the answer says which one it was
-            draws = replace(draws, seed=secrets.randbelow(SEEDS))
-        num_samples, seed, numbers = self._draws(
-            posterior, draws, defaults.GENERATE_SAMPLES, seeded=sampling.sampled
-        )
+        draws = seeded(draws, sampling)
+        which = self._draws(posterior, draws, defaults.GENERATE_SAMPLES, seeded=sampling.sampled)
+        return self.written(*which, sampling)
+
+    def written(
+        self,
+        num_samples: int,
+        seed: int | None,
+        numbers: tuple[int, ...] | None,
+        sampling: Sampling,
+    ) -> Write:
+        """Return the settings of a text by these draws."""
+        self.check("n", sampling.choices, self.limits.choices, "choices")
         writers = max(num_samples, 1)
         several = -(-sampling.choices // writers)
         if several > 1 and not sampling.sampled:
@@ -169,6 +189,7 @@ class Asking:
             numbers,
             several=several,
             options=sampling.options,
+            stops=sampling.stops,
             sampled=sampling.sampled,
             choices=sampling.choices,
             alternatives=sampling.alternatives,
@@ -190,19 +211,27 @@ class Asking:
             except ConfigError as error:
                 raise UnsupportedError(str(error), "draws") from error
             assert numbers is not None
-            self._check("draws", len(numbers), self.limits.draws, "draws")
+            self.check("draws", len(numbers), self.limits.draws, "draws")
             return len(numbers), draws.seed, tuple(numbers)
         number = self.num_samples if draws.num_samples is None else draws.num_samples
         if number is None:
             number = posterior.model.program.usual_draws(usual)
-        self._check("num_samples", number, self.limits.draws, "draws")
+        self.check("num_samples", number, self.limits.draws, "draws")
         return number, self.seed if draws.seed is None else draws.seed, None
 
-    def _check(self, field: str, count: int, most: int, what: str) -> None:
+    def check(self, field: str, count: int, most: int, what: str) -> None:
+        """Raise `UnsupportedError` for more than the server allows."""
         if count > most:
             raise UnsupportedError(
                 f"{count} {what} were asked for, and the server allows {most}", field
             )
+
+
+def seeded(draws: Draws, sampling: Sampling) -> Draws:
+    """Return draws with a seed for the tokens of a sampled text; the answer says which it was."""
+    if draws.seed is None and sampling.sampled:
+        return replace(draws, seed=secrets.randbelow(SEEDS))
+    return draws
 
 
 def chat_prompt(posterior: Posterior, messages: Sequence[dict[str, str]]) -> str:
