@@ -1,6 +1,7 @@
 # make install   create a virtual environment in .venv with pyrolora and all that its tests need
 # make demo      compare LoRA with its posterior on a small model; no network, three minutes
 # make test      check format, lint and types; run the tests
+# make docs      build the documentation as a site in build/site; what it warns of is an error
 # make notebooks run the notebooks and keep their output
 # make verify    run the slow tests: calibration, faults, several processes
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WORKERS ?= 2
 
-.PHONY: install demo test notebooks verify clean
+.PHONY: install demo test docs notebooks verify clean
 
 install: $(VENV)/.installed
 
@@ -30,12 +31,27 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 PYROLORA_DEVICE=mock $(BIN)/pytest -n $(WORKERS) tests/device
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 notebooks: install
 	PYTHONWARNINGS=ignore TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
-verify: install
+verify: install $(VENV)/.docs build/quantisers/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py --workers $(WORKERS)
+	OMP_NUM_THREADS=1 PYTHONPATH=build/quantisers $(BIN)/pytest tests/storage/test_quantised.py
+
+# Beside the environment: with these libraries in it every import takes longer.
+build/quantisers/.installed: tests/quantisers.txt
+	$(PIP) install --no-deps --target $(@D) --requirement tests/quantisers.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

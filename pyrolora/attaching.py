@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyrolora.adapters import Attachment
-from pyrolora.errors import NonFiniteError
+from pyrolora.errors import NonFiniteError, SaveError
 
 
 @contextmanager
@@ -18,8 +18,8 @@ def attached(network: nn.Module, attach: Callable[[], Attachment]) -> Iterator[A
 
     Then the network is what it was before: its own modules stand where the wrappers stood, every
     module is in its training mode, every parameter takes a gradient if it did, and a network that
-    was on one device is there again. A `NonFiniteError` with a posterior leaves the adapters on,
-    since that posterior uses them.
+    was on one device is there again. A `NonFiniteError` or `SaveError` with a posterior leaves the
+    adapters on, since that posterior uses them.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def attached(network: nn.Module, attach: Callable[[], Attachment]) -> Iterator[A
         attachment = attach()
         yield attachment
     except BaseException as error:
-        if isinstance(error, NonFiniteError) and error.posterior is not None:
+        if isinstance(error, NonFiniteError | SaveError) and error.posterior is not None:
             raise
         if attachment is not None:
             attachment.detach()

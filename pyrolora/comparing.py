@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,9 +13,10 @@ from pyrolora import defaults
 from pyrolora.columns import INPUTS
 from pyrolora.data.examples import as_examples
 from pyrolora.data.labels import class_names_of, has_names, plain_name
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, listed
 from pyrolora.posterior import Posterior
-from pyrolora.predictive import evaluate
+from pyrolora.predictive import TokenPrediction
+from pyrolora.predictive.standard_errors import Scores, scores
 
 
 def compare(
@@ -25,6 +26,7 @@ def compare(
     *,
     draws: Iterable[int] | None = None,
     outside: Any = None,
+    reference: str | None = None,
     batch_size: int = defaults.BATCH_SIZE,
     seed: int | None = None,
 ) -> pd.DataFrame:
@@ -44,6 +46,9 @@ def compare(
         `Posterior.sample`.
     outside
         Data of another distribution, labels not needed: adds ``ood_auroc``.
+    reference
+        The name of the posterior that the others are compared with; None: the one with the lowest
+        ``nll`` on these data.
     batch_size
         Examples per batch.
     seed
@@ -52,18 +57,22 @@ def compare(
     Returns
     -------
     pandas.DataFrame
-        One row per posterior, in the order of the mapping: the metrics of `Posterior.evaluate`,
-        and ``nll_difference``, the mean over examples of how much the loss −log p̄ exceeds that of
-        the posterior with the lowest mean, with its standard error ``difference_se`` (that of
-        paired differences, since most of what makes an example hard is the same for all). For a
-        language model these two are nats per text, not per token. ``pyrolora.report.as_table``
-        makes a table for the terminal of it.
+        One row per posterior, in the order of the mapping. For each metric of `Posterior.evaluate`,
+        such as ``accuracy``, there are ``accuracy`` and ``accuracy_se``, its standard error over
+        examples; and, for two posteriors or more, ``accuracy_difference``, its excess over that of
+        the reference, ``accuracy_difference_se``, and ``accuracy_more_than_chance``: whether the
+        95 % interval of the difference leaves zero out
+        (`pyrolora.predictive.standard_errors.Difference`). Differences are paired: most of what
+        makes an example hard is the same for all posteriors. Standard errors of means are closed
+        forms, those of other metrics come from the bootstrap. Of many differences that are all
+        chance, one in 20 still passes for more. ``pyrolora.report.as_table`` makes a table for the
+        terminal of it.
 
     Raises
     ------
     ConfigError
-        For an empty mapping, values that are no posteriors, tasks that differ, or labels without
-        names for networks that number their classes differently.
+        For an empty mapping, values that are no posteriors, an unknown reference, tasks that
+        differ, or labels without names for networks that number their classes differently.
     """
     if not isinstance(posteriors, Mapping) or not posteriors:
         raise ConfigError(
@@ -80,32 +89,70 @@ def compare(
         raise ConfigError(
             f"the posteriors have different tasks, {sorted(tasks)}; compare those of one task"
         )
+    if reference is not None and reference not in posteriors:
+        raise ConfigError(
+            f"reference must be the name of a posterior, one of {listed([*posteriors], None)}, got "
+            f"{reference!r}"
+        )
     _check_classes(posteriors, data)
     numbers = next(iter(posteriors.values())).predictor.numbers(
         draws, num_samples=num_samples, seed=seed
     )
     options: dict[str, Any] = {"draws": numbers, "batch_size": batch_size, "seed": seed}
-    rows, losses = {}, {}
+    scored: dict[str, Scores] = {}
+    tokens: dict[str, Any] = {}
     for name, posterior in posteriors.items():
         inside = posterior.predict(data, num_samples, **options)
         other = None
         if outside is not None:
             other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
-        rows[name] = evaluate(inside, other)
-        scores = inside.counted().log_predictive
-        assert scores is not None
-        losses[name] = -scores.double()
-    best = losses[min(losses, key=lambda name: float(losses[name].mean()))]
-    for name, loss in losses.items():
-        if len(loss) != len(best):
-            raise ConfigError(
-                f"{name!r} sees {len(loss)} examples in the data, another posterior {len(best)}"
-            )
-        difference = loss - best
-        rows[name]["nll_difference"] = float(difference.mean())
-        deviation = float(difference.std()) if len(loss) > 1 else math.nan
-        rows[name]["difference_se"] = deviation / math.sqrt(len(loss))
+        scored[name] = scores(inside, other)
+        tokens[name] = inside.num_tokens if isinstance(inside, TokenPrediction) else None
+    _check_examples(scored)
+    _warn_of_tokens(tokens)
+    if reference is None:
+        reference = min(scored, key=lambda name: scored[name].metrics["nll"])
+    against = scored[reference] if len(scored) > 1 else None
+    rows = {name: dict(_columns(one, against)) for name, one in scored.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("posterior")
+
+
+def _columns(one: Scores, reference: Scores | None) -> Iterator[tuple[str, float | bool]]:
+    """Yield the columns of each metric of one posterior."""
+    for name, value in one.metrics.items():
+        yield name, value
+        yield f"{name}_se", one.error(name)
+        if reference is None or name not in reference.metrics:
+            continue
+        difference = one.difference(reference, name)
+        yield f"{name}_difference", difference.value
+        yield f"{name}_difference_se", difference.error
+        yield f"{name}_more_than_chance", difference.more_than_chance
+
+
+def _check_examples(scored: Mapping[str, Scores]) -> None:
+    """Raise `ConfigError` where posteriors see different numbers of examples in the data."""
+    (first, one), *others = scored.items()
+    for name, other in others:
+        if other.examples != one.examples:
+            raise ConfigError(
+                f"{name!r} sees {other.examples} examples in the data, {first!r} {one.examples}; "
+                "give examples that all of them can read, none of which is empty or cut away"
+            )
+
+
+def _warn_of_tokens(tokens: Mapping[str, Any]) -> None:
+    """Warn of language models that count other tokens, whose scores per token say nothing."""
+    (first, one), *others = tokens.items()
+    for name, other in others:
+        if one is not None and other is not None and one.tolist() != other.tolist():
+            warnings.warn(
+                f"{name!r} counts {int(other.sum())} tokens in the data, {first!r} "
+                f"{int(one.sum())}: nats per token, and perplexities, of different tokens cannot "
+                "be compared; compare the sums, posterior.log_likelihood(data)",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _check_classes(posteriors: Mapping[str, Posterior], data: Any) -> None:

@@ -122,10 +122,14 @@ MAX_LENGTH = 1024
 # Texts: each draw writes a continuation, and all draws score all of them.
 GENERATE_SAMPLES = 8
 MAX_NEW_TOKENS = 40
+# The most answers that a model reads before it is asked whether one of them is true.
+IDEAS = 5
 # Draws for ArviZ: enough for the intervals of a summary.
 ARVIZ_DRAWS = 200
 # For k̂, where every draw runs over all training examples: a tail of 42 weights.
 KHAT_DRAWS = 200
+# Bootstrap samples for the standard error of a metric that is no mean: it is then known to 5 %.
+RESAMPLES = 200
 # During training, evaluation runs once per epoch and has to stay cheap.
 EVAL_SAMPLES = 4
 # The size of one pass through the network at prediction: rows (draws x examples), and tokens. A

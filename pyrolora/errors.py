@@ -40,9 +40,10 @@ class CheckpointError(PyroLoraError, ValueError):
 
 
 class SaveError(PyroLoraError, OSError):
-    """A fit that is done, and whose posterior could not be written.
+    """A file that could not be written.
 
-    ``posterior`` is that posterior; save it elsewhere.
+    Where a fit wanted it, ``posterior`` is the posterior, of the step at which that happened or of
+    the finished fit; save it elsewhere. Otherwise it is None.
     """
 
     def __init__(self, message: str) -> None:
@@ -54,7 +55,7 @@ class NonFiniteError(PyroLoraError, ArithmeticError):
     """Training that met a NaN or an infinity, or a network that predicts nothing else.
 
     Training stops before the parameters are touched; ``posterior`` is then the usable posterior of
-    the last good step.
+    the last good step, or None where there was none.
     """
 
     def __init__(self, message: str) -> None:

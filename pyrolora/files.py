@@ -1,27 +1,32 @@
 """Safe reading and writing of files that others may have prepared.
 
-They are read only where they are plain files, and written in one move that follows no link.
+They are read only where they are plain files, and written in one move that follows no link. What is
+renamed is on the disk before its name is, and the name before anything older is removed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pyrolora.errors import CheckpointError
+from pyrolora.errors import CheckpointError, PyroLoraError, SaveError
 
 MOST_JSON = 2**26
 """The largest JSON file that is read or written, in bytes: the history of some 400,000 steps."""
 SCRATCH = r"\.[0-9a-f]{16}\.part"
 """Names of the files that a write leaves behind when it dies."""
 
+# Of Rust (tokenizers, safetensors), of torch.save, and of HDF5, which have no class for it.
+_OF_DISK = re.compile(r"\bos error \d+|No space left|file write failed|PytorchStreamWriter failed")
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 
@@ -99,7 +104,7 @@ def strict_json(content: bytes) -> Any:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, even after a crash."""
+    """Write a file that is there whole or not at all, even after a crash, as `replacing` does."""
     with replacing(file) as scratch:
         scratch.write_bytes(content)
 
@@ -109,18 +114,98 @@ def replacing(file: Path) -> Iterator[Path]:
     """Yield a new file in the same folder, which takes the name of ``file`` after the block.
 
     A link of that name is replaced; the file that it points to stays as it is.
+
+    Raises
+    ------
+    SaveError
+        When it cannot be written: a full disk, a folder without permission. The older file of that
+        name stays.
     """
     scratch = file.with_name(f".{secrets.token_hex(8)}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    os.close(os.open(scratch, flags, 0o666))
+    with writing(file):
+        try:
+            os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            yield scratch
+            flush(scratch)
+            scratch.replace(file)
+            flush(file.parent)
+        except BaseException:
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``folder``, which takes its name after the block.
+
+    Raises
+    ------
+    SaveError
+        When it cannot be written, or ``folder`` exists and is not empty.
+    """
+    scratch = folder.with_name(f".{secrets.token_hex(8)}.part")
+    with writing(folder):
+        try:
+            scratch.mkdir()
+            yield scratch
+            flush_tree(scratch)
+            scratch.replace(folder)
+            flush(folder.parent)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise `SaveError`, which names ``path``, where the block cannot write.
+
+    That is an `OSError`, or what libraries in other languages make of one.
+    """
     try:
-        yield scratch
-        with open(scratch, "rb+") as stream:
-            os.fsync(stream.fileno())
-        scratch.replace(file)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+        yield
+    except Exception as error:
+        if isinstance(error, PyroLoraError) or not of_disk(error):
+            raise
+        raise SaveError(
+            f"cannot write {path}: {_reason(error)}; make room, or choose another place"
+        ) from error
+
+
+def of_disk(error: Exception) -> bool:
+    """Return whether an error says that a file cannot be written."""
+    return isinstance(error, OSError) or _OF_DISK.search(str(error)) is not None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `SaveError` unless a file can be made in the folder, and have content."""
+    with replacing(folder / ".writable") as scratch:
+        scratch.write_bytes(b"\0" * 4096)  # an empty file can be made on a full disk
+    with writing(folder):
+        (folder / ".writable").unlink()
+
+
+def flush(path: Path) -> None:
+    """Have the disk keep a file's content, or a folder's list of names."""
+    folder = path.is_dir()
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not folder:  # some file systems cannot do it for folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """Have the disk keep all files below a folder, and their names."""
+    for place, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            if not (file := Path(place) / name).is_symlink():
+                flush(file)
+        flush(Path(place))
 
 
 def _check_regular(file: Path, status: os.stat_result) -> None:

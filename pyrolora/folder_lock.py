@@ -51,7 +51,8 @@ def locked(folder: str | Path) -> Iterator[None]:
             if not count:
                 del _held[place]
         if stream is not None:
-            (place / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: see `_is_there`
+            with suppress(OSError):  # a disk that can no longer be written to
+                (place / LOCK_FILE).unlink(missing_ok=True)  # while it is locked: see `_is_there`
             _streams.discard(stream)
             os.close(stream)
             with suppress(OSError):  # a folder that is not empty stays
@@ -84,7 +85,8 @@ def _locked_file(folder: Path, output_dir: str | Path) -> int:
             continue  # its holder has just removed the folder, which was empty
         except OSError as error:
             raise ConfigError(
-                f"output_dir={str(output_dir)!r} cannot be made a folder: {error}; choose another"
+                f"output_dir={str(output_dir)!r} cannot be made a folder that is written to: "
+                f"{error}; choose another"
             ) from error
         try:
             _lock(stream, folder)
@@ -96,8 +98,9 @@ def _locked_file(folder: Path, output_dir: str | Path) -> int:
         os.close(stream)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-    os.ftruncate(stream, 0)
-    os.pwrite(stream, json.dumps(who).encode(), 0)
+    with suppress(OSError):  # on a full disk it does not say who, and locks all the same
+        os.ftruncate(stream, 0)
+        os.pwrite(stream, json.dumps(who).encode(), 0)
     return stream
 
 

@@ -25,16 +25,27 @@ from pyrolora.model import JointGuide, JointModel
 from pyrolora.peft import export_factors, why_no_mean
 from pyrolora.pipelines import pipeline
 from pyrolora.predictive import (
+    By,
     Calibration,
     ClassPrediction,
+    Correct,
     Generation,
+    GenerationScores,
     Prediction,
     Predictor,
+    Same,
+    acquire,
+    asked_of,
     calibrate,
     check_temperature,
     choose,
     evaluate,
     generate,
+    judge,
+    one_split,
+    rows_to_answer,
+    scored_answers,
+    truth_rows,
     warn_untempered,
 )
 from pyrolora.report import card_of, page_file, push, report_on, save
@@ -427,6 +438,103 @@ class Posterior:
                 temperature=self.temperature if self.task.as_text() is self.task else 1.0,
             )
 
+    def p_true(
+        self,
+        generation: Generation,
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        ideas: int = defaults.IDEAS,
+        choices: str = "letters",
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Return the probability that each continuation is true, as the model itself answers.
+
+        It is asked "Is the possible answer: A. True, B. False?" about each, after it has read some
+        of them (Kadavath et al. 2022), and P(True | draw s) is that of the letter among the two.
+
+        Parameters
+        ----------
+        generation
+            Of `generate`; a model of texts.
+        num_samples, draws, batch_size, seed
+            As in `predict`.
+        ideas
+            The most continuations of a prompt that the model reads before each question; 0: none.
+        choices
+            ``"letters"``, or ``"texts"``: the words True and False instead.
+
+        Returns
+        -------
+        Tensor
+            (S, n, K).
+
+        Raises
+        ------
+        ConfigError
+            For a model that does not continue texts.
+        """
+        whole_number("ideas", ideas, at_least=0)
+        options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
+        rows = truth_rows(generation, ideas=ideas)
+        prediction = self.predict_choices(rows, num_samples, choices=choices, **options)
+        return prediction.draws[..., 0].unflatten(1, tuple(generation.sequences.shape[:2]))
+
+    def evaluate_generation(
+        self,
+        data: Any,
+        correct: Correct | str,
+        num_samples: int | None = None,
+        *,
+        prompts: Any = None,
+        same: Same | None = None,
+        p_true: bool = False,
+        draws: Iterable[int] | None = None,
+        seed: int | None = None,
+        **generate_options: Any,
+    ) -> GenerationScores:
+        """Return how often generated answers are right, and what their uncertainties are worth.
+
+        Parameters
+        ----------
+        data
+            Rows with prompts, as in `generate`; of a ``DatasetDict`` ``test``, or ``validation``.
+        correct
+            A function ``correct(row, text)``, true for a right answer; or the name of the column
+            with the right answer, or with a list of them, which is no part of the prompt.
+        prompts
+            The prompts of the rows, where `generate` cannot read these as they are.
+        same
+            Adds semantic entropy: as in `Generation.semantic_entropy`.
+        p_true
+            Add `p_true`, which takes a pass over all continuations.
+        num_samples, draws, seed, generate_options
+            As in `generate`.
+
+        Returns
+        -------
+        GenerationScores
+            ``metrics`` has AUROC, AURC and calibration error of every uncertainty, with their
+            standard errors; ``answers`` the answers.
+
+        Raises
+        ------
+        DataError
+            For a column that the data lack.
+        """
+        true_or_false("p_true", p_true)
+        rows = rows_to_answer(data)
+        judge(correct, rows)  # before the texts are written, which takes longer
+        if num_samples is None and draws is None:
+            num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
+        options: dict[str, Any] = {"draws": draws, "seed": seed}
+        asked = asked_of(rows, correct) if prompts is None else prompts
+        generation = self.generate(asked, num_samples, **options, **generate_options)
+        truth = self.p_true(generation, num_samples, **options) if p_true else None
+        semantic = None if same is None else generation.semantic_entropy(same)
+        return scored_answers(generation, rows, correct, semantic=semantic, p_true=truth)
+
     def pipeline(
         self,
         task: str | None = None,
@@ -493,6 +601,46 @@ class Posterior:
             self.inputs_of(outside), num_samples, draws=numbers, batch_size=batch_size, seed=seed
         )
         return evaluate(inside, other)
+
+    def acquire(
+        self,
+        pool: Any,
+        k: int,
+        by: By = "epistemic",
+        num_samples: int | None = None,
+        *,
+        draws: Iterable[int] | None = None,
+        batch_size: int = defaults.BATCH_SIZE,
+        seed: int | None = None,
+    ) -> list[int]:
+        """Return the numbers of the ``k`` examples of a pool to label next, the best first.
+
+        ``pool.select(posterior.acquire(pool, 20))`` are these examples.
+
+        Parameters
+        ----------
+        pool
+            One data set, as in `predict`; labels are not read.
+        k
+            How many.
+        by
+            ``"epistemic"``: the highest mutual information of label and draw; ``"entropy"``: the
+            highest entropy; ``"batchbald"``: the batch whose labels tell most together, for one
+            class per example. `pyrolora.predictive.acquire` defines each.
+        num_samples, draws, batch_size, seed
+            As in `predict`. S draws tell at most log S nats, which a batch of ``"batchbald"`` soon
+            needs: take 100 or more.
+
+        Raises
+        ------
+        ConfigError
+            For a task that does not have the criterion, and draws that are all the same.
+        DataError
+            For a pool of fewer than ``k`` examples, or of several splits.
+        """
+        options: dict[str, Any] = {"draws": draws, "batch_size": batch_size, "seed": seed}
+        prediction = self.predict(self.inputs_of(one_split(pool)), num_samples, **options)
+        return acquire(prediction, k, by, seed=seed)
 
     def log_likelihood(
         self,
@@ -832,7 +980,7 @@ class Posterior:
             create_pr=create_pr,
         )
 
-    def merge(self, draw: str | int = "mean") -> nn.Module:
+    def merge(self, draw: str | int = "mean", *, dequantize: bool = False) -> nn.Module:
         """Return a plain model with an adapter added to its weights, and the posterior's head.
 
         This posterior and its network stay as they are.
@@ -842,15 +990,18 @@ class Posterior:
         draw
             ``"mean"``: the mean adapter (for an ensemble: the mean of the updates, and of the
             heads); or the number k of a draw, as in `to_peft`.
+        dequantize
+            Make every quantised layer a plain one first, with the weights that it computes with.
 
         Raises
         ------
         ConfigError
-            When a layer's weight is quantised, parametrised or offloaded, or the draw is no
-            adapter.
+            When a layer's weight is quantised, without ``dequantize``, parametrised or offloaded,
+            or the draw is no adapter.
         """
         warn_untempered("a merged model", self.temperature)
-        return merged(self.model, self.predictor.numbered.exportable(draw))
+        factors = self.predictor.numbered.exportable(draw)
+        return merged(self.model, factors, dequantize=dequantize)
 
     def to_peft(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import Counter, deque
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
 
 from pyrolora.checks import whole_number
 
@@ -109,10 +111,28 @@ class Turns(ContextDecorator):
         finally:
             torch.set_default_dtype(torch.float32)
 
+    def forked(self) -> None:
+        """Let go, in a forked process, of what threads hold that it does not have.
+
+        Only the thread that forked lives on there; what the others were doing with a network stays
+        as it was at that moment, and nobody ends it.
+        """
+        me = threading.get_ident()
+        self._changed = threading.Condition()
+        self._queue.clear()
+        self._sharing = Counter({me: self._sharing[me]}) + Counter()
+        if self._owner not in (None, me):
+            self._depth = 0
+            _PYRO_STACK.clear()
+            self._free_unlocked()
+
     def _free(self) -> None:
+        self._free_unlocked()
+        self._changed.notify_all()
+
+    def _free_unlocked(self) -> None:
         self._owner = None
         torch.set_default_dtype(self._callers_dtype)
-        self._changed.notify_all()
 
     def _await(self, free: Any) -> None:
         """Wait, with `_changed` held, until all who came before had their turn and it is free."""
@@ -136,31 +156,55 @@ _FITTING = threading.RLock()
 _outside: list[Generators] = []  # generators of the process before each running fit
 
 
+def _forked() -> None:
+    """Make the locks usable in a forked process, whichever thread held them in its parent."""
+    global _FITTING
+    if not DRAWING.mine():
+        _FITTING = threading.RLock()
+        if _outside:  # a fit in another thread: the random numbers go on where they were before it
+            _restore((*_outside[0][:3], []))
+            _outside.clear()
+    DRAWING.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Draw random numbers in this thread alone for the block; with a seed, from that seed alone.
 
-    Torch's generators, of the CPU and of all GPUs, are then set back to what they were before.
+    Torch's generators, of the CPU and of all accelerators, are then set back to what they were.
     """
     if seed is None:
         with DRAWING:
             yield
         return
     whole_number("seed", seed, at_least=0, at_most=2**64 - 1)
-    with DRAWING, torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(int(seed))
-        yield
+    with DRAWING:
+        before = torch.get_rng_state(), _of_devices()
+        try:
+            torch.manual_seed(int(seed))
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            _restore_devices(before[1])
 
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Let this thread alone draw and run networks for the block, except at `give_way`."""
+    """Let this thread alone draw and run networks for the block, except at `give_way`.
+
+    The process's random numbers, which the fit draws from a seed of its own, then go on where they
+    were before.
+    """
     with _FITTING, DRAWING:
         _outside.append(_generators())
         try:
             yield
         finally:
-            _outside.pop()
+            _restore(_outside.pop())
 
 
 def give_way(trained: nn.Module | None = None) -> None:
@@ -201,15 +245,45 @@ def seed_of_draw(seed: int, number: int) -> int:
 
 
 def _generators() -> Generators:
-    """Return the states of all generators: of Python, NumPy, and torch on the CPU and all GPUs."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), gpus
+    """Return the states of all generators: of Python, NumPy, and torch on all devices in use."""
+    devices = _of_devices() if _devices_in_use() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
 
 def _restore(states: Generators) -> None:
-    python, numpy, cpu, gpus = states
+    python, numpy, cpu, devices = states
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
-    for number, state in enumerate(gpus):
-        torch.cuda.set_rng_state(state, number)
+    module = _device_module()
+    if not devices and _devices_in_use() and hasattr(module, "manual_seed_all"):
+        module.manual_seed_all(torch.initial_seed())  # in use since then: from the CPU's seed
+    _restore_devices(devices)
+
+
+def _device_module() -> Any:
+    """Return torch's module of the accelerator, such as ``torch.cuda``, or None without one."""
+    if not torch.accelerator.is_available():
+        return None
+    return torch.get_device_module(torch.accelerator.current_accelerator())
+
+
+def _devices_in_use() -> bool:
+    module = _device_module()
+    return module is not None and getattr(module, "is_initialized", lambda: True)()
+
+
+def _of_devices() -> list[Tensor]:
+    """Return the states of the generators of all accelerators."""
+    module = _device_module()
+    if module is None:
+        return []
+    if module is torch.mps:  # there is one, and it has no number
+        return [module.get_rng_state()]
+    return [module.get_rng_state(number) for number in range(torch.accelerator.device_count())]
+
+
+def _restore_devices(states: list[Tensor]) -> None:
+    module = _device_module()
+    for number, state in enumerate(states):
+        module.set_rng_state(state, *(() if module is torch.mps else (number,)))

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,42 @@ def test_commits_are_the_same_if_every_number_is(script: Callable[[str], Any]) -
         (None, found, True),
     ):
         assert same.row_of("map", "regression", old, new).same == agree
+
+
+def test_the_script_for_a_gpu_runs_on_a_cpu(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of its parts, at toy sizes; a part that fails is recorded, and the next one runs."""
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "GUIDES", {n: gpu.GUIDES[n] for n in ("map", "flat", "ensemble")})
+    monkeypatch.setattr(gpu, "SHORTEST", 0.0)
+    monkeypatch.setattr(gpu, "MODES", ("plain", "checkpointing"))
+    command = ["--device", "cpu", "--cases", "minilm", "llama-12", "--rank", "2", "--steps", "2"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # names of transformers
+        assert gpu.main([*command, "--tokens", "2", "--out", str(tmp_path)]) == 0
+    found = {
+        part: json.loads((tmp_path / f"gpu-{part}-cpu.json").read_text()) for part in gpu.PARTS
+    }
+    assert {part: len(result["rows"]) for part, result in found.items()} == {
+        "conformance": 6,
+        "agreement": 4,
+        "steps": 2 * (7 + 6),
+        "predict": 3,
+        "generate": 3,
+    }
+    assert all(row["difference"] == 0 for row in found["agreement"]["rows"])
+
+    def breaks(run: Any) -> Any:
+        yield {"outcome": "ok"}
+        raise ValueError("out of memory")
+
+    monkeypatch.setattr(gpu, "PARTS", {"conformance": breaks, "agreement": gpu.agreement})
+    monkeypatch.setattr(gpu, "GUIDES", {"map": gpu.GUIDES["map"]})
+    command = ["--device", "cpu", "--parts", "conformance", "agreement", "--out", str(tmp_path)]
+    assert gpu.main(command) == 1
+    broken, after = (json.loads((tmp_path / f"gpu-{p}-cpu.json").read_text()) for p in gpu.PARTS)
+    assert "out of memory" in broken["failure"]
+    assert len(broken["rows"]) == 1
+    assert after["failure"] is None
+    assert gpu.main([*command, "--minutes", "0"]) == 1

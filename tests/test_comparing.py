@@ -42,10 +42,10 @@ def test_rows_are_the_evaluations_and_differences_are_paired(posteriors):
         losses[name] = -posterior.predict(data, 4, seed=0).log_predictive.double().numpy()
     best, worst = sorted(losses, key=lambda name: losses[name].mean())
     difference = losses[worst] - losses[best]
-    assert table.loc[best, "nll_difference"] == table.loc[best, "difference_se"] == 0
+    assert table.loc[best, "nll_difference"] == table.loc[best, "nll_difference_se"] == 0
     assert table.loc[worst, "nll_difference"] == pytest.approx(difference.mean())
     expected = difference.std(ddof=1) / np.sqrt(20)
-    assert table.loc[worst, "difference_se"] == pytest.approx(expected)
+    assert table.loc[worst, "nll_difference_se"] == pytest.approx(expected)
 
 
 def test_the_rich_table_has_a_row_a_metric(posteriors):
@@ -116,3 +116,56 @@ def test_names_are_shown_as_they_are() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(as_table(frame))
     assert "[red]a[/red]\\x1b[31m[link=http://x]" in console.export_text()
+
+
+def test_differences_are_those_of_the_metrics_and_say_if_they_are_chance(posteriors):
+    data = tokens(40, seed=3)
+    table = pyrolora.compare({**posteriors, "again": posteriors["plain"]}, data, 4, seed=0)
+    for name in ("accuracy", "nll", "ece", "brier", "aurc"):
+        gap = table.loc["spread", f"{name}_difference"] - table.loc["plain", f"{name}_difference"]
+        assert gap == pytest.approx(table.loc["spread", name] - table.loc["plain", name])
+        columns = [f"{name}{part}" for part in ("", "_se", "_difference", "_more_than_chance")]
+        assert table.loc["again", columns].tolist() == table.loc["plain", columns].tolist()
+    same = {"one": posteriors["plain"], "two": posteriors["plain"]}
+    table = pyrolora.compare(same, data, 4, seed=0)
+    assert not table.filter(regex="difference|chance").to_numpy().any()
+    single = pyrolora.compare({"plain": posteriors["plain"]}, data, 4, seed=0)
+    assert not [name for name in single.columns if "difference" in name]
+    assert single.loc["plain", "accuracy_se"] == pytest.approx(table.loc["one", "accuracy_se"])
+
+
+def test_a_reference_may_be_named(posteriors):
+    table = pyrolora.compare(posteriors, tokens(20, seed=3), 4, seed=0, reference="spread")
+    other = pyrolora.compare(posteriors, tokens(20, seed=3), 4, seed=0, reference="plain")
+    assert table.loc["spread", "brier_difference"] == 0
+    turned = -other.loc["spread", "brier_difference"]
+    assert table.loc["plain", "brier_difference"] == pytest.approx(turned)
+    with pytest.raises(ConfigError, match="one of 'plain', 'spread', got 'montec'"):
+        pyrolora.compare(posteriors, tokens(4), reference="montec")
+
+
+@pytest.mark.filterwarnings("ignore:.* texts have more than 4 tokens")
+def test_nats_of_other_tokens_are_not_compared_silently():
+    def fit(length):
+        texts = pyrolora.TextOptions(max_length=length)
+        return pyrolora.fit(
+            llama(), reviews(8).remove_columns("label"), guide="map", epochs=1, texts=texts,
+            tokenizer=tokenizer(), adapter=AdapterConfig(r=1),
+        )  # fmt: skip
+
+    models = {"long": fit(1024), "short": fit(4)}
+    with pytest.warns(UserWarning, match=r"'short' counts \d+ tokens in the data, 'long' \d+"):
+        pyrolora.compare(models, reviews(6).remove_columns("label"), 0)
+
+
+def test_the_table_marks_errors_and_chance():
+    row = {"nll": 0.5, "nll_se": 0.1, "nll_difference": 0.2, "nll_difference_se": 0.05}
+    rows = {"a": {**row, "nll_more_than_chance": False}, "b": {**row, "nll_more_than_chance": True}}
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(as_table(pd.DataFrame.from_dict(rows, orient="index")))
+    lines = console.export_text().splitlines()
+    (nll,) = [line for line in lines if line.startswith("│ nll ") and "difference" not in line]
+    assert nll.count("0.500 ± 0.100") == 2
+    (gap,) = [line for line in lines if "nll difference" in line]
+    assert [cell.strip() for cell in gap.split("│")[2:4]] == ["0.200 ± 0.050", "0.200 ± 0.050 *"]
+    assert any("more than chance" in line for line in lines)

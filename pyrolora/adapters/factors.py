@@ -91,7 +91,7 @@ def pooled_product(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:
         if ranks > min(inputs, outputs):
             update = b.mT @ a
             wide = inputs > outputs
-            a = update if wide else torch.eye(inputs).to(update)
-            b = torch.eye(outputs).to(update) if wide else update.mT
+            a = update if wide else torch.eye(inputs, dtype=update.dtype, device=update.device)
+            b = torch.eye(outputs, dtype=update.dtype, device=update.device) if wide else update.mT
         left[name], right[name] = a, b
     return left, right

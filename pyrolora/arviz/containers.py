@@ -75,6 +75,23 @@ def summary(idata: Any) -> pd.DataFrame:
         return arviz.summary(idata, var_names=names, kind=kind, round_to="none")
 
 
+def netcdf(idata: Any) -> bytes:
+    """Return a container as the bytes of a NetCDF file.
+
+    They are made in memory: HDF5 that fails to write to a disk crashes its process at the end.
+    """
+    import xarray
+
+    datasets = {f"/{name}": dataset(idata[name]) for name in group_names(idata)}
+    tree = xarray.DataTree.from_dict(datasets)
+    tree.attrs.update(idata.attrs)
+    packed = {
+        group: {name: {"zlib": True} for name, v in one.variables.items() if v.dtype.kind in "fiub"}
+        for group, one in datasets.items()
+    }
+    return bytes(tree.to_netcdf(engine="h5netcdf", encoding=packed))
+
+
 def is_modern(arviz: Any) -> bool:
     """Return whether this is ArviZ 1.x."""
     return int(arviz.__version__.split(".")[0]) >= 1

@@ -23,7 +23,7 @@ from pyrolora.cli.predict import predict
 from pyrolora.cli.registered import RegisteredHelp
 from pyrolora.cli.report import report
 from pyrolora.cli.serve import serve
-from pyrolora.errors import NonFiniteError, PyroLoraError
+from pyrolora.errors import NonFiniteError, PyroLoraError, SaveError
 from pyrolora.visible import visible
 
 FAILED, MISUSED, NOT_FINITE, INTERRUPTED = 1, 2, 3, 130
@@ -34,9 +34,9 @@ HELP = (
 )
 
 app = typer.Typer(
-    add_completion=False,
+    rich_markup_mode=None,  # two columns: the help of a verb fits a screen
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done; 2 a wrong option, file, column or folder; 3 the fit met NaN or "
     "infinity (its last good state is saved); 1 anything else; 130 interrupted.",
@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # read on import
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # a log file has no use for bars
+        for library in ("HF_DATASETS", "HF_HUB"):
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     words = sys.argv[1:] if arguments is None else list(arguments)
     usual = warnings.formatwarning
     warnings.formatwarning = lambda *of, **more: visible(usual(*of, **more))
@@ -62,9 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _report(error.format_message(), MISUSED)
     except NonFiniteError as error:
         code = _report(error, NOT_FINITE)
+    except SaveError as error:  # a full disk, a missing permission
+        code = _report(error, FAILED)
     except PyroLoraError as error:
         code = _report(error, MISUSED)
-    except OSError as error:  # a full disk, a missing permission
+    except OSError as error:
         code = _report(error, FAILED)
     except Exception as error:
         if DEBUG in os.environ:

@@ -11,7 +11,7 @@ import typer
 from pyrolora import defaults
 from pyrolora.cli.output import metrics_table, print_json, program, say, tell
 from pyrolora.errors import ConfigError
-from pyrolora.files import replacing
+from pyrolora.files import replacing, write_whole
 
 ABOUT = """\
 Which of eight libraries does a sentence of documentation come from? {train} sentences to train on,
@@ -73,6 +73,7 @@ def demo(
         raise ConfigError(f"{output_dir} is a file; --output-dir needs a folder")
     output_dir.mkdir(parents=True, exist_ok=True)
     say("reading the documentation of installed libraries")
+    from pyrolora.arviz import netcdf
     from pyrolora.demo import GUIDES, picture, run_guide, sentences
 
     data = sentences(train=train, test=test, unseen=test)
@@ -92,8 +93,8 @@ def demo(
     }
     for guide, one in contestants.items():
         one.posterior.save(output_dir / guide)
-    with replacing(output_dir / "posterior.nc") as scratch:
-        contestants["montec"].posterior.to_arviz(200, seed=seed).to_netcdf(str(scratch))
+    draws = contestants["montec"].posterior.to_arviz(200, seed=seed)
+    write_whole(output_dir / "posterior.nc", netcdf(draws))
     with replacing(output_dir / "picture.png") as scratch:
         picture(contestants, scratch)
     names = data["train"].features["label"].names

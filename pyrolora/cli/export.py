@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,8 @@ from pyrolora import defaults
 from pyrolora.cli import posteriors
 from pyrolora.cli.output import print_json, tell
 from pyrolora.errors import ConfigError
-from pyrolora.files import replacing
+from pyrolora.files import replacing_folder, write_whole, writing
+from pyrolora.serving.vllm import TOP_LOGPROBS
 
 if TYPE_CHECKING:
     from pyrolora.posterior import Posterior
@@ -26,6 +28,7 @@ class Format(StrEnum):
     TRANSFORMERS = "transformers"
     ARVIZ = "arviz"
     PEFT = "peft"
+    VLLM = "vllm"
 
     @property
     def takes(self) -> tuple[str, ...]:
@@ -34,6 +37,7 @@ class Format(StrEnum):
             Format.TRANSFORMERS: ("draw",),
             Format.ARVIZ: ("num_samples", "draws", "seed"),
             Format.PEFT: ("draw", "draws", "uniform"),
+            Format.VLLM: ("draws",),
         }[self]
 
 
@@ -44,7 +48,8 @@ def export(
         Format,
         typer.Option(
             help="transformers: a plain model with the adapter merged into its weights, and the "
-            "tokenizer. peft: a LoRA adapter, for PEFT and servers. arviz: draws as a NetCDF file."
+            "tokenizer. peft: a LoRA adapter, for PEFT and servers. vllm: draws as LoRA adapters "
+            "for vLLM, which 'serve --engine vllm' asks. arviz: draws as a NetCDF file."
         ),
     ] = Format.TRANSFORMERS,
     draw: Annotated[
@@ -59,7 +64,8 @@ def export(
     draws: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of draws, such as 0,1,2 (peft, a folder draw-<k> for each; arviz)."
+            help="Numbers of draws, such as 0,1,2 (peft, a folder draw-<k> for each; arviz; vllm, "
+            "otherwise the first 8, or every member of an ensemble)."
         ),
     ] = None,
     uniform: Annotated[
@@ -87,6 +93,7 @@ def export(
     pyrolora export run merged
     pyrolora export run adapter --to peft
     pyrolora export run adapters --to peft --draws 0,1,2 --uniform
+    pyrolora export run adapters/books --to vllm --draws 0,1,2,3
     pyrolora export run posterior.nc --to arviz --num-samples 500
     """
     if os.path.lexists(path):
@@ -95,23 +102,29 @@ def export(
     _check(to, draws=draws, uniform=uniform or None, **beside)
     numbers = posteriors.draw_numbers(draws, **beside)
     posterior = posteriors.load(run, model)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if to is Format.ARVIZ:
-        with replacing(path) as scratch:
-            posterior.to_arviz(num_samples, draws=numbers, seed=seed).to_netcdf(str(scratch))
+        from pyrolora.arviz import netcdf
+
+        write_whole(path, netcdf(posterior.to_arviz(num_samples, draws=numbers, seed=seed)))
         next_step = f"az.summary(az.from_netcdf({str(path)!r}), kind='stats')"
     elif to is Format.PEFT:
         which = numbers or ("mean" if draw is None else draw)
         posterior.to_peft(path, which, uniform=uniform)
         first = path if numbers is None else path / f"draw-{numbers[0]}"
         next_step = f"peft.PeftModel.from_pretrained(network, {str(first)!r})"
+    elif to is Format.VLLM:
+        next_step = _for_vllm(posterior, path, numbers)
     else:
         _merged(posterior, path, "mean" if draw is None else draw)
         next_step = f"{type(posterior.base).__name__}.from_pretrained({str(path)!r})"
     if json:
         print_json({"run": str(run), "to": to.value, "path": str(path)})
     else:
-        tell(f"Written: {path}. Next, in Python: {next_step}")
+        tell(
+            f"Written: {path}. Next, in {'a shell' if to is Format.VLLM else 'Python'}: {next_step}"
+        )
 
 
 def _check(to: Format, **options: object) -> None:
@@ -128,6 +141,21 @@ def _flags(names: Sequence[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
+def _for_vllm(posterior: Posterior, path: Path, draws: Sequence[int] | None) -> str:
+    """Write draws for vLLM; return the commands that serve them."""
+    from pyrolora.serving.vllm.checks import serve_line
+    from pyrolora.serving.vllm.export import export_vllm
+    from pyrolora.serving.vllm.exported import read_exported
+
+    export_vllm(posterior, path, draws)
+    network = str(posterior.base.name_or_path or "NETWORK")
+    directory = shlex.quote(str(path.parent))
+    return (
+        f"{serve_line(network, [read_exported(path)], TOP_LOGPROBS)} --port 8001; then pyrolora "
+        f"serve {directory} --engine vllm --url http://127.0.0.1:8001"
+    )
+
+
 def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:
     from transformers import PreTrainedModel
 
@@ -136,6 +164,7 @@ def _merged(posterior: Posterior, path: Path, draw: str | int) -> None:
         raise ConfigError(
             f"a {type(network).__name__} is no transformers model; use posterior.merge()"
         )
-    network.save_pretrained(path)
-    if posterior.tokenizer is not None:
-        posterior.tokenizer.save_pretrained(path)
+    with replacing_folder(path) as scratch:
+        network.save_pretrained(scratch)
+        if posterior.tokenizer is not None:
+            posterior.tokenizer.save_pretrained(scratch)

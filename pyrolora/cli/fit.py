@@ -31,8 +31,8 @@ def fit(
     data: Annotated[
         str,
         typer.Argument(
-            help=f"Training data: a file ({KINDS}), a folder written by save_to_disk, or the "
-            "name, or name:config, of a data set on the hub."
+            help=f"Training data: a file ({KINDS}), a folder of save_to_disk, or a "
+            "name, or name:config, on the hub."
         ),
     ],
     model: Annotated[
@@ -42,8 +42,8 @@ def fit(
     guide: Annotated[
         str | None,
         typer.Option(
-            help="How to infer the posterior: {guides} (map is plain LoRA, montec MonteCLoRA; full "
-            "trains every weight, without an adapter); flat around another one: flat+montec.",
+            help="How to infer the posterior: {guides} (map is plain LoRA; full trains every "
+            "weight); flat around another one: flat+montec.",
             show_default="montec, or that of --prior",
         ),
     ] = None,
@@ -63,23 +63,22 @@ def fit(
     choices: Annotated[
         str | None,
         typer.Option(
-            help="How a causal language model learns to choose, from data with a column 'choices': "
-            "letters, texts or texts-per-token."
+            help="How a causal language model chooses from a column 'choices': letters, texts or "
+            "texts-per-token."
         ),
     ] = None,
     given: Annotated[
         Path | None,
         typer.Option(
-            help="An adapter that is trained already: a folder that PEFT saved, or that of a fit. "
-            "Its weights stay, and the guide ({post_hoc}) adds their spread."
+            help="A trained adapter: a folder of PEFT, or of a fit. Its weights stay, and the "
+            "guide ({post_hoc}) adds their spread."
         ),
     ] = None,
     prior: Annotated[
         Path | None,
         typer.Option(
-            help="The folder of an earlier fit of the same model ({priors}): its posterior is the "
-            "prior of this fit, which learns the new data without forgetting the earlier data. "
-            "The guide is that of the earlier fit."
+            help="The folder of an earlier fit ({priors}) of the model: its posterior is the prior "
+            "of this fit, whose guide is the same."
         ),
     ] = None,
     epochs: Annotated[
@@ -106,7 +105,7 @@ def fit(
     ] = None,
     label: Annotated[str | None, typer.Option(help="The column with the target.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split of data that have several; otherwise train.")
+        str | None, typer.Option(help="The split of the data; otherwise train.")
     ] = None,
     eval_split: Annotated[
         str | None,
@@ -118,9 +117,8 @@ def fit(
             "--set",
             metavar="PART.OPTION=VALUE",
             help="Any other option, by its name in Python: guide.kl_weight=0.1, adapter.r=4, "
-            "adapter.rank_allocation=snr, texts.max_length=512, "
-            "texts.assistant_only_loss=true, training.gradient_accumulation_steps=2 "
-            "(an argument of transformers.TrainingArguments). May be repeated.",
+            "texts.max_length=512, training.warmup_steps=10 (of transformers' "
+            "TrainingArguments). May be repeated.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -145,15 +143,14 @@ def fit(
     source, target                 a text that is written for another
     messages; prompt, completion   chats and completions of a language model
     image or audio, label          a class of a picture or a sound, by its file
-    In a CSV or TSV file lists and objects are cells of JSON.
 
-    Tasks: {tasks}.
+    \b
+    Tasks:
+    {tasks}
 
-    Labels may be numbers (classes from 0 on, or real values for a regression) or
-    names of classes. The run's folder then holds run.json (the command, every
-    option, digests of the data, versions) and the posterior, for pyrolora.load,
-    predict, evaluate and export. A run that was killed goes on from its last
-    checkpoint when the same command is given again.
+    In a CSV or TSV file lists and objects are cells of JSON. The run's folder then holds
+    run.json (the command, every option, digests of the data, versions) and the posterior. A
+    run that was killed goes on from its last checkpoint when the same command is given again.
     """
     if eval_split is not None and eval_data is None:
         raise ConfigError(
@@ -215,9 +212,10 @@ def fit(
                 return
             if held_out is not None:
                 result["metrics"] = posterior.evaluate(held_out, seed=seed)
-            posterior.save(output_dir)
-            run.finish(result)
+            run.save(posterior, result)
         else:
+            if writes:
+                run.tidy()  # the process may have ended between the result and this
             say(f"{output_dir} holds this fit already, finished; another --output-dir fits it anew")
     if json:
         print_json({"output_dir": str(output_dir), **result})

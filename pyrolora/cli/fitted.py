@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyrolora.cli.output import say
 from pyrolora.cli.runs import LAST_GOOD, Run
-from pyrolora.errors import NonFiniteError
+from pyrolora.errors import NonFiniteError, SaveError
 
 if TYPE_CHECKING:
     from pyrolora.fitting import Request
@@ -50,10 +50,12 @@ def fitted(
     try:
         posterior = fit_request(request)
     except NonFiniteError as error:
-        error.posterior.save(run.folder / LAST_GOOD)
-        message = str(error).replace("error.posterior", str(run.folder / LAST_GOOD))
-        raise NonFiniteError(message) from error
-    except KeyboardInterrupt:
+        raise NonFiniteError(_kept(run, error)) from error
+    except SaveError as error:
+        if error.posterior is None:
+            raise
+        raise SaveError(f"{_kept(run, error)}. {run.goes_on()}") from error
+    except (KeyboardInterrupt, SystemExit):
         if newest_whole(run.folder)[0] or member_folders(run.folder):
             say(f"the same command goes on from the last checkpoint in {run.folder}")
         else:
@@ -70,6 +72,16 @@ def fitted(
         "seconds": round(time.perf_counter() - started, 1),
         "resumed_from_step": step,
     }
+
+
+def _kept(run: Run, error: NonFiniteError | SaveError) -> str:
+    """Save the posterior of the error, and return the message, which says where it is."""
+    folder = run.folder / LAST_GOOD
+    try:
+        error.posterior.save(folder)
+    except SaveError as unsaved:
+        return f"{str(error).replace('error.posterior', 'the last state')}. {unsaved}"
+    return str(error).replace("error.posterior", str(folder))
 
 
 def _resumed(run: Run) -> tuple[int, str | bool | None]:

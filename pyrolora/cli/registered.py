@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from typer.core import TyperCommand
@@ -28,5 +29,7 @@ class RegisteredHelp(TyperCommand):
             text = getattr(parameter, "help", None)
             if text:
                 parameter.help = text.format(**listed)  # type: ignore[attr-defined]
+        # In a block of its own, since paragraphs are broken at hyphens, as names of tasks have.
+        listed["tasks"] = "\n".join(textwrap.wrap(listed["tasks"], 76, break_on_hyphens=False))
         self.help = self.help and self.help.format(**listed)
         super().format_help(ctx, formatter)

@@ -9,13 +9,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyrolora.cli.hidden import hidden
 from pyrolora.cli.output import say
-from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import read_strict_json, write_whole
+from pyrolora.errors import CheckpointError, ConfigError, SaveError
+from pyrolora.files import read_strict_json, write_whole, writing
 from pyrolora.folder_lock import locked
+
+if TYPE_CHECKING:
+    from pyrolora.posterior import Posterior
 
 RECORD = "run.json"
 LAST_GOOD = "last_good"
@@ -109,7 +112,8 @@ class Run:
         if (self.folder / META_FILE).is_file() or checkpoints(self.folder):
             raise ConfigError(f"{self.folder} holds another fit; choose another --output-dir")
         if write:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             machine = {"system": platform.platform(), "processor": platform.machine()}
             self._write(
                 {"command": command, "directory": str(Path.cwd()), **now, "machine": machine}
@@ -122,11 +126,38 @@ class Run:
         with nullcontext() if self.folder.is_file() else locked(self.folder):  # a file is refused
             yield
 
+    def save(self, posterior: Posterior, result: Mapping[str, Any]) -> None:
+        """Save the posterior of a fit that is done, and its result.
+
+        Raises
+        ------
+        SaveError
+            When they cannot be written. The checkpoints stay, and the same command goes on.
+        """
+        try:
+            posterior.save(self.folder)
+            self.finish(result)
+        except SaveError as error:
+            raise SaveError(f"{error}. {self.goes_on()}") from error
+
+    def goes_on(self) -> str:
+        """Return what the same command does after a fit that could not be written."""
+        from pyrolora.inference import member_folders, newest_whole
+
+        newest = newest_whole(self.folder)[0]
+        if newest is None and not member_folders(self.folder):
+            return "There is no checkpoint yet: the same command begins anew"
+        return f"With room, the same command goes on from {newest or 'the members'}"
+
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Add the result, and remove the checkpoints, which only a resume needs."""
+        """Add the result, and remove the checkpoints."""
+        self._write({**(self.record or {}), "result": result})
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove the checkpoints of a finished fit, which only a resume needs."""
         from pyrolora.inference import checkpoints, member_folders
 
-        self._write({**(self.record or {}), "result": result})
         for checkpoint in (*checkpoints(self.folder), *member_folders(self.folder)):
             shutil.rmtree(checkpoint)
 

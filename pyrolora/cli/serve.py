@@ -5,25 +5,49 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pyrolora import defaults
+from pyrolora.cli.gateway import gateway
 from pyrolora.cli.output import say
 from pyrolora.errors import ConfigError
+from pyrolora.serving.vllm import TOP_LOGPROBS
 
 KEY = "PYROLORA_API_KEY"
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+ENGINE_KEY = "VLLM_API_KEY"
+
+
+class EngineName(StrEnum):
+    """The programs that may run the network."""
+
+    OWN = "own"
+    VLLM = "vllm"
+
+    @property
+    def alone_takes(self) -> tuple[str, ...]:
+        """The options that act on this one alone."""
+        return {
+            EngineName.OWN: ("model", "budget", "seed", "window", "batch_tokens"),
+            EngineName.VLLM: ("url", "engine_key", "adapters_at", "top_logprobs"),
+        }[self]
+
+
 def serve(
+    context: typer.Context,
     directory: Annotated[
         Path, typer.Argument(help="A directory with a folder per posterior; they are its names.")
     ],
-    model: Annotated[str, typer.Option(help="The network of all of them: a hub id, or a folder.")],
+    model: Annotated[
+        str | None, typer.Option(help="The network of all of them: a hub id, or a folder.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Where to listen; the default is reached from this machine alone.")
     ] = "127.0.0.1",
@@ -80,6 +104,35 @@ def serve(
     max_choices: Annotated[
         int, typer.Option(min=1, help="Most continuations of a request (n).")
     ] = 16,
+    engine: Annotated[
+        EngineName,
+        typer.Option(
+            help="own: the network runs here. vllm: it runs in vLLM, and this is its gateway; the "
+            "directory is one of 'export --to vllm'."
+        ),
+    ] = EngineName.OWN,
+    url: Annotated[
+        str | None, typer.Option(help="Where vLLM listens, such as http://127.0.0.1:8001.")
+    ] = None,
+    engine_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=ENGINE_KEY, show_envvar=False, help=f"vLLM's API key; better set {ENGINE_KEY}."
+        ),
+    ] = None,
+    adapters_at: Annotated[
+        str | None,
+        typer.Option(help="The directory as vLLM sees it, if it runs elsewhere (in a container)."),
+    ] = None,
+    top_logprobs: Annotated[
+        int,
+        typer.Option(
+            min=-1,
+            help="Tokens per place that vLLM gives log-probabilities of. -1: all, which gives the "
+            "numbers of the own engine; fewer give lower bounds of the entropies in much "
+            "shorter answers.",
+        ),
+    ] = TOP_LOGPROBS,
 ) -> None:
     """Serve posteriors, each answer with its uncertainty, to LoRAX's and OpenAI's clients.
 
@@ -87,6 +140,10 @@ def serve(
     pyrolora serve posteriors --model sentence-transformers/all-MiniLM-L6-v2
     curl http://127.0.0.1:8000/classify -H 'Content-Type: application/json' \\
       -d '{"inputs": "It works.", "parameters": {"adapter_id": "first"}}'
+
+    \b
+    pyrolora export run adapters/books --to vllm   # it prints the line that starts vLLM
+    pyrolora serve adapters --engine vllm --url http://127.0.0.1:8001
 
     The network is loaded once; a posterior when a request names it. The folders may be
     runs of 'pyrolora fit' or what Posterior.save wrote.
@@ -104,19 +161,17 @@ def serve(
     A field that would be ignored is refused by its name. Control-C ends the server when
     the requests that have begun are answered.
     """
-    _check_installed()
+    _check_engine(context, engine)
+    _check_top(top_logprobs)
+    _check_installed(engine)
     _check_key(api_key)
-    size = None if budget is None else _bytes(budget)
     if api_key is None and KEY in os.environ:  # typer takes an empty variable for none
         _check_key(os.environ[KEY])
+    size = None if budget is None else _bytes(budget)
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of batches would fill the log
     say("loading libraries")
-    import torch
-
     from pyrolora.serving.limits import Limits
-    from pyrolora.serving.registry import Registry
     from pyrolora.serving.run import is_loopback, run
-    from pyrolora.serving.service import Service
 
     limits = Limits(
         body=max_body,
@@ -129,17 +184,59 @@ def serve(
         window=window / 1000,
         batch_tokens=batch_tokens,
     )
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    registry = Registry(directory, model, budget=size, device=device)
-    names = registry.names()
+    options: dict[str, Any] = {"default": default, "num_samples": num_samples}
+    service: Any
+    if engine is EngineName.VLLM:
+        service = gateway(directory, limits, url, engine_key, adapters_at, top_logprobs, **options)
+    else:
+        service = _service(directory, str(model), limits, size, seed=seed, **options)
+    names = service.registry.names()
     if default is not None and default not in names:
         raise ConfigError(f"--default names {default!r}, and the posteriors are {names[:20]}")
-    service = Service(registry, limits, default=default, num_samples=num_samples, seed=seed)
     say(f"posteriors ({len(names)}): {', '.join(names[:20])}")
     if not is_loopback(host) and api_key is None:
         say(f"warning: {host} is reached from other machines, and there is no key; set {KEY}")
     say(f"serving at http://{host}:{port}; Control-C ends it")
     run(service, host=host, port=port, key=api_key)
+
+
+def _service(
+    directory: Path, model: str, limits: Any, budget: int | None, **options: Any
+) -> object:
+    """Return the server of the network that runs here."""
+    import torch
+
+    from pyrolora.serving.registry import Registry
+    from pyrolora.serving.service import Service
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return Service(Registry(directory, model, budget=budget, device=device), limits, **options)
+
+
+def _check_top(top: int) -> None:
+    if top == 0:
+        raise ConfigError("--top-logprobs is -1, for all tokens, or at least 1, got 0")
+
+
+def _check_engine(context: typer.Context, engine: EngineName) -> None:
+    """Refuse options of the other engine, and the absence of what this one needs."""
+    asked = [
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    for other in EngineName:
+        useless = [name for name in asked if other is not engine and name in other.alone_takes]
+        if useless:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in useless)
+            raise ConfigError(
+                f"{flags} would do nothing with --engine {engine.value}; leave it out, or say "
+                f"--engine {other.value}"
+            )
+    needed = "model" if engine is EngineName.OWN else "url"
+    if needed not in asked:
+        what = "the network of all posteriors" if needed == "model" else "where vLLM listens"
+        raise ConfigError(f"--{needed} is missing, {what}; 'pyrolora serve --help' has an example")
 
 
 def _check_key(key: str | None) -> None:
@@ -155,8 +252,9 @@ def _check_key(key: str | None) -> None:
         )
 
 
-def _check_installed() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+def _check_installed(engine: EngineName) -> None:
+    needed = (*NEEDED, "httpx") if engine is EngineName.VLLM else NEEDED
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f"serving needs {', '.join(missing)}, which is not installed: pip install "

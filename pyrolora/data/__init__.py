@@ -2,7 +2,8 @@
 
 from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.collate import Collator, pass_rows, to_device
-from pyrolora.data.prepared import Prepared, check_finite, prepare
+from pyrolora.data.finite import check_finite
+from pyrolora.data.prepared import Prepared, prepare
 
 __all__ = [
     "Collator",

@@ -301,11 +301,13 @@ def all_labels(
     *,
     partly: bool = False,
     changed: bool = False,
+    check: Callable[[Mapping[str, Any], int], None] | None = None,
 ) -> Tensor | None:
     """Return all labels, (n,), or (n, T) for sequences, with ragged ones filled with -100.
 
     None without labels, or, if ``partly`` is allowed, where some examples have none. ``changed``
-    labels are those of the rows, not those of the data.
+    labels are those of the rows, not those of the data. ``check`` is given each row that is made
+    for its labels, with its number.
     """
     if isinstance(examples, TensorExamples) and LABELS in examples.columns and not changed:
         return examples.columns[LABELS]
@@ -314,7 +316,12 @@ def all_labels(
     elif LABELS not in as_row(examples[0]):
         return None
     else:
-        rows = [as_row(examples[i]).get(LABELS) for i in range(len(examples))]
+        rows = []
+        for i in range(len(examples)):
+            row = as_row(examples[i])
+            if check is not None:
+                check(row, i)
+            rows.append(row.get(LABELS))
     missing = [i for i, row in enumerate(rows) if row is None]
     if missing and partly:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -27,6 +28,7 @@ from pyrolora.data.examples import (
     is_plain,
     is_text,
 )
+from pyrolora.data.finite import check_features, check_row
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import all_labels, no_labels
 from pyrolora.data.target import Target
@@ -158,7 +160,7 @@ def prepare(
     if labels is not None:
         task.check_labels(labels, network)
     collate.check(examples, labels, explicit)
-    _check_features(examples, collate)
+    check_features(examples, collate)
     _check_context(examples, collate)
     warn_unread(left, collate.network_name)
     prepared = Prepared(examples, collate, labels, names)
@@ -219,7 +221,13 @@ def _labels(
 ) -> Tensor | None:
     """Return all labels; None where there are none and none are needed."""
     optional = not need_labels and not collate.per_token
-    labels = all_labels(examples, collate.example, partly=optional, changed=collate.makes_labels)
+    labels = all_labels(
+        examples,
+        collate.example,
+        partly=optional,
+        changed=collate.makes_labels,
+        check=partial(check_row, dtype=collate.dtype),
+    )
     if labels is None and need_labels:
         raise DataError(no_labels(columns, collate.targets))
     if optional and task.discrete and _are_secret(labels):
@@ -258,40 +266,3 @@ def token_counts(examples: Any) -> list[int] | None:
     if is_nested(examples.with_format(None)[0]["input_ids"]):
         return [max(map(len, choices)) for choices in tokens.to_pylist()]
     return [*pc.list_value_length(tokens).to_pylist()]
-
-
-def _check_features(examples: Any, collate: Collator) -> None:
-    """Raise `DataError` for features that are not finite.
-
-    All features are checked where they are tensors, else those of the first thousand examples; of
-    pictures and sounds fewer, which are checked as they are read.
-    """
-    if isinstance(examples, TensorExamples):
-        batches: list[Mapping[str, Tensor]] = [collate.converted(examples.columns)]
-        collate([examples[0]])
-    else:
-        step = 100 if collate.media is None else 8
-        last = min(len(examples), 10 * step)
-        batches = [
-            collate([examples[i] for i in range(start, min(start + step, last))])
-            for start in range(0, last, step)
-        ]
-    seen = 0
-    for batch in batches:
-        size = len(next(iter(batch.values())))
-        check_finite(batch, range(seen, seen + size))
-        seen += size
-
-
-def check_finite(batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
-    """Raise `DataError` for features that are not finite, with the number of their example."""
-    for name, tensor in batch.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            continue
-        if not torch.isfinite(tensor).all():
-            bad = (~torch.isfinite(tensor)).flatten(1 if tensor.dim() > 1 else 0)
-            row = int((bad.any(-1) if bad.dim() > 1 else bad).nonzero()[0])
-            raise DataError(
-                f"{name!r} of example {numbers[row]} is not finite (NaN or infinity); remove or "
-                "fill such examples"
-            )

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 
 import datasets
-from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.errors import DataError
+from pyrolora.progress import progress
 
 # The classes: dependencies of this package, which are always installed, each with the words that
 # would give it away. Sentences with such a word are left out.
@@ -73,11 +73,11 @@ def sentences(
     rows: dict[str, list[dict[str, str]]] = {"train": [], "test": [], "unseen": []}
     parts = [("train", False, train), ("test", True, test)]
     wanted = [(*part, *library) for part in parts for library in LIBRARIES.items()]
-    bar = {"desc": "reading docstrings", "delay": 2, "leave": False}
-    for split, held_out, number, name, giveaways in tqdm(wanted, **bar):
+    title = "reading docstrings"
+    for split, held_out, number, name, giveaways in progress(wanted, title=title):
         texts = islice(_clean(name, giveaways, held_out, seen), number)
         rows[split] += [{"text": text, "label": name} for text in texts]
-    for name, giveaways in tqdm(UNSEEN.items(), **bar):
+    for name, giveaways in progress(UNSEEN.items(), title=title):
         texts = islice(_clean(name, giveaways, None, seen), unseen)
         rows["unseen"] += [{"text": text, "label_name": name} for text in texts]
     labelled = datasets.Features(

@@ -139,7 +139,7 @@ def _kl_low_rank_normal(p: LowRankMultivariateNormal, q: Independent) -> Tensor:
         KL = ½ Σ_i [ (v_i + (m_i - μ_i)²) / σ_i² - 1 + log(σ_i² / D_i) ] - ½ log|I + Wᵀ D⁻¹ W|
     """
     diagonal, factor = p._unbroadcasted_cov_diag, p._unbroadcasted_cov_factor
-    small = torch.eye(factor.shape[-1]).to(factor)
+    small = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     small = small + factor.mT @ (factor / diagonal.unsqueeze(-1))
     log_det = torch.linalg.cholesky(small).diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return (_per_entry(p, q) - 0.5 * diagonal.log()).sum(-1) - log_det

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from pyrolora.columns import PLACES
+from pyrolora.columns import PLACES, Batch
 from pyrolora.data import Prepared, to_device
+from pyrolora.errors import NonFiniteError, listed
 from pyrolora.inference import weight_gradients
 from pyrolora.inference.reading import check_reading, explained_pass
 from pyrolora.model import JointModel, evaluating
@@ -17,8 +18,8 @@ from pyrolora.model import JointModel, evaluating
 def check_first_pass(joint: JointModel, data: Prepared, *, untrained: bool = False) -> None:
     """Raise an error unless the network runs on two examples and fits their labels.
 
-    Its adapted layers have to be called, and with ``untrained`` it has to be trainable from where
-    it starts.
+    Its adapted layers have to be called, its outputs finite, and with ``untrained`` it has to be
+    trainable from where it starts.
     """
     assert data.labels is not None
     examples = [data.examples[i] for i in range(min(2, len(data)))]
@@ -28,9 +29,32 @@ def check_first_pass(joint: JointModel, data: Prepared, *, untrained: bool = Fal
         with explained_pass(joint.base, batch):
             output = joint.network(batch, joint.program.mean())
         joint.task.check_output(output, data.labels)
+        _check_finite(joint, batch, output)
         check_reading(joint, batch, output)
         if untrained:
             joint.task.check_start(output, data.labels)
+
+
+def _check_finite(joint: JointModel, batch: Batch, output: Tensor) -> None:
+    """Raise `NonFiniteError` where no step can be made, since the loss is not finite to begin with.
+
+    Infinite logits are fine, as of words that a network never writes.
+    """
+    if not output.isnan().any() and joint.task.log_prob(output, batch).isfinite().all():
+        return
+    broken = [name for name, tensor in joint.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        cause = f"NaN or infinity is in its weights {listed(broken)}; load or make it anew"
+    else:
+        cause = (
+            f"its weights are finite, and its outputs for these have up to "
+            f"{float(output.abs().nan_to_num(nan=torch.inf).max()):.3g}; load it in float32, or "
+            "look for extreme inputs and labels"
+        )
+    raise NonFiniteError(
+        f"the loss of this {type(joint.base).__name__} is not finite for the first examples, "
+        f"before any step: {cause}"
+    )
 
 
 def weight_gradients_of(

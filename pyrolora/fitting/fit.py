@@ -31,6 +31,7 @@ from pyrolora.fitting.training import (
     opened_arguments,
     settings_of,
 )
+from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
 from pyrolora.inference.identity import digest_of_data
@@ -131,8 +132,8 @@ def fit(
         ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier fit except for
         the weight of the KL and options of the training alone.
     epochs, learning_rate, batch_size, seed
-        Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. As in the Trainer,
-        the seed sets the process's random generators.
+        Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. The seed sets the
+        process's random generators for the time of the fit; afterwards they are as before it.
     output_dir
         The folder for checkpoints, ten per run, and for the posterior at the end. One fit at a time
         uses it.
@@ -156,7 +157,9 @@ def fit(
     ConfigError, DataError, TargetError, UnknownNameError
         Before any training step, for a request that cannot be fitted.
     NonFiniteError
-        When the objective stops being finite; its ``posterior`` has the last good state.
+        When the objective stops being finite; its ``posterior`` has the last good state. It is
+        None where the objective was not finite from the start, or where training went well and
+        the posterior that follows from it does not predict finite numbers.
     SaveError
         When the posterior cannot be written to ``output_dir``; the error's ``posterior`` has it.
     """
@@ -271,10 +274,12 @@ def _inferred(run: Run, request: Request) -> Posterior:
     posterior.history = run.history
     try:
         run.guide.infer(run)
+        check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError) as error:
         if error.posterior is not None:
             error.posterior.history = run.history
+        if error.posterior is not None and isinstance(error, NonFiniteError):
             try:
                 _save(error.posterior, request, run.args)
             except SaveError as unsaved:

@@ -6,12 +6,14 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from pyrolora.errors import ConfigError, PyroLoraError
+from pyrolora.errors import ConfigError, PyroLoraError, SaveError
+from pyrolora.files import check_writable
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.supervised import read_options
 from pyrolora.folder_lock import locked
@@ -61,9 +63,18 @@ def opened_arguments(request: Request) -> Iterator[TrainingArguments]:
             writes = request.output_dir is not None
         else:
             writes = args.save_strategy != "no" or bool(args.resume_from_checkpoint)
-        # The folder is made now, not when there is something to lose.
+        # The folder is made and tried now, not when there is something to lose.
         with locked(args.output_dir) if writes and args.should_save else nullcontext():
+            if writes and args.should_save:
+                _try(args.output_dir)
             yield args
+
+
+def _try(folder: str) -> None:
+    try:
+        check_writable(Path(folder))
+    except SaveError as error:
+        raise ConfigError(f"output_dir={folder!r} cannot be used: {error}") from error
 
 
 def check_evaluation(args: TrainingArguments, held_out: Any) -> None:

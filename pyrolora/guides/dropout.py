@@ -15,7 +15,7 @@ from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import share, whole_number
 from pyrolora.guides.options import Guide
 from pyrolora.guides.plates import flat
-from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.program import SHARED_LAW, Program, Quantities, Sites
 from pyrolora.guides.supports import Supports
 
 Unit = Literal["input", "rank"]
@@ -104,5 +104,6 @@ class DropoutProgram(Program):
         return {}  # no parameters beside the means
 
     def _mask(self) -> Tensor:
-        mask: Tensor = pyro.sample("mask", dist.Bernoulli(self._keep).to_event(1))
+        law = dist.Bernoulli(self._keep).to_event(1)
+        mask: Tensor = pyro.sample("mask", law, infer={SHARED_LAW: True})
         return mask

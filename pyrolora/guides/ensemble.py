@@ -18,7 +18,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
 from pyrolora.guides.options import Guide
-from pyrolora.guides.program import Program, Quantities, Sites
+from pyrolora.guides.program import SHARED_LAW, Program, Quantities, Sites
 from pyrolora.guides.supports import Supports
 
 
@@ -117,13 +117,16 @@ class EnsembleProgram(Program):
     def factors(self, sites: Sites) -> FlatFactors:
         member = sites["member"].long()
         member = member.squeeze(-1) if member.dim() > 1 else member
-        return FlatFactors(self.param("A_locs")[member], self.param("B_locs")[member], member)
+        A, B = self.param("A_locs"), self.param("B_locs")
+        if self.side_by_side() > 1:  # each draw is its member
+            return FlatFactors(A, B, member)
+        return FlatFactors(A[member], B[member], member)
 
     def quantities(self, sites: Sites) -> Quantities:
         return {"member": (sites["member"], ())}
 
     def mean(self) -> FlatFactors:
-        everyone = torch.arange(self.members, device=self.get_parameter("A_locs").device)
+        everyone = torch.arange(self.members)
         return FlatFactors(self.param("A_locs"), self.param("B_locs"), everyone, pooled=True)
 
     def scale_parameters(self) -> list[str]:
@@ -136,7 +139,7 @@ class EnsembleProgram(Program):
         return self.members
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
-        return {"member": index.to(self.get_parameter("A_locs").device)}
+        return {"member": index.cpu()}
 
     @torch.no_grad()
     def store(self, number: int, means: FlatFactors) -> None:
@@ -145,10 +148,10 @@ class EnsembleProgram(Program):
         self.get_parameter("B_locs")[number] = means.B
 
     def _member(self) -> Tensor:
-        """Sample the member; inside the plate of all members each is itself."""
-        ones = torch.ones(self.members, device=self.get_parameter("A_locs").device)
+        """Sample the member, on the host; inside the plate of all members each is itself."""
+        ones = torch.ones(self.members)
         law: dist.TorchDistribution = dist.Categorical(ones / self.members)
         if self.side_by_side() > 1:
             law = dist.Delta(ones.cumsum(0).unsqueeze(-1) - 1)
-        member: Tensor = pyro.sample("member", law)
+        member: Tensor = pyro.sample("member", law, infer={SHARED_LAW: True})
         return member

@@ -20,7 +20,7 @@ from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
 from pyrolora.guides.options import Guide, Variational, require
-from pyrolora.guides.program import Program, Sites
+from pyrolora.guides.program import SHARED_LAW, Program, Sites
 from pyrolora.guides.supports import Supports
 from pyrolora.guides.wrapping import WrappingProgram
 
@@ -173,8 +173,9 @@ class FlatProgram(WrappingProgram):
         return self.options.rho * 0.5 * (1 - math.cos(math.pi * self.progress))
 
     def _seed(self) -> Tensor:
-        zero = self.bank.get_parameter("A_loc").new_zeros(())
-        seed: Tensor = pyro.sample("seed", dist.Uniform(zero, 1.0))
+        # On the host, which makes generators of it: a seed that is drawn on a device is waited for.
+        law = dist.Uniform(torch.zeros(()), 1.0)
+        seed: Tensor = pyro.sample("seed", law, infer={SHARED_LAW: True})
         return seed
 
     def _at_prediction(self, factors: FlatFactors, seed: Tensor) -> FlatFactors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class _Orthonormal(constraints.Constraint):
     event_dim = 2
 
     def check(self, value: Tensor) -> Tensor:
-        eye = torch.eye(value.shape[-1]).to(value)
+        eye = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
         return ((value.mT @ value - eye).abs() < 1e-2).all(-1).all(-1)
 
 
@@ -187,7 +188,7 @@ class Laplace(Guide):
 
         def score(precision: float) -> float:
             program.keep(dual.deviations(precision), precision)
-            return fit.held_out_nll()
+            return _or_worst(fit.held_out_nll())
 
         if self.prior_scale is not None:
             precision = self.prior_scale**-2
@@ -232,7 +233,12 @@ class Laplace(Guide):
 
 def _score(fit: Fit, precision: float) -> float:
     fit.program.precision.fill_(precision)
-    return fit.held_out_nll()
+    return _or_worst(fit.held_out_nll())
+
+
+def _or_worst(nll: float) -> float:
+    """Return the number, or infinity where it is none: `min` would take NaN for the best."""
+    return math.inf if math.isnan(nll) else nll
 
 
 class LaplaceProgram(FactorProgram):

@@ -118,7 +118,7 @@ def optimal_scales(
     Tensor, Tensor
         V, (L, r, r), and a, (L,).
     """
-    eye, a, price = torch.eye(H.shape[-1]).to(H), start, beta * kappa
+    eye, a, price = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device), start, beta * kappa
     for _ in range(ROUNDS):
         noise = squared_scale * mixture.squared(a) / price
         V = torch.linalg.inv(eye + noise[:, None, None] * H)

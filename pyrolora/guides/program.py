@@ -27,6 +27,9 @@ from pyrolora.seeding import DRAWING
 Sites = Mapping[str, Tensor]
 """Site name -> value, or -> draws with one leading dimension."""
 
+SHARED_LAW = "shared_law"
+"""Marks, in ``infer`` of a site, that the guide's law is the model's and has no parameters."""
+
 Quantities = Mapping[str, tuple[Tensor, tuple[str, ...]]]
 """Name -> (S, ...) and the names of the dimensions after the first."""
 

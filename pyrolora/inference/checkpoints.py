@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.inference.sealing import check_seal
 from pyrolora.model import JointModel
 
 STATE_FILE = "adapters.safetensors"
@@ -24,6 +26,8 @@ FIT_FILE = "fit.json"
 TRAINER_FILE = "trainer_state.json"
 PICKLES = ("optimizer.pt", "scheduler.pt")
 MEMBER = "member-"
+AUTO = "auto"
+"""The value of ``resume_from_checkpoint`` of a fit that also may begin."""
 
 _NAME = re.compile(r"checkpoint-\d+")
 
@@ -46,19 +50,26 @@ def member_folders(folder: str | Path) -> list[Path]:
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest whole checkpoint; warn of a newer one that is damaged."""
+    """Return the newest whole checkpoint, or None; warn of a newer one that is damaged."""
     return _warned(*newest_whole(folder))
 
 
 def newest_whole(folder: str | Path) -> tuple[Path | None, str | None]:
-    """Return the newest whole checkpoint, and a note on a newer one that is damaged."""
-    return _first_whole(sorted(checkpoints(folder), key=checkpoint_step, reverse=True))
+    """Return the newest whole checkpoint, or None, and a note on a newer one that is damaged."""
+    newest_first = sorted(checkpoints(folder), key=checkpoint_step, reverse=True)
+    whole, note = _first_whole(newest_first)
+    if newest_first and whole is None:
+        newest = newest_first[0]
+        note = f"{newest} is not whole, and no older one is: {damage(newest)}; beginning anew"
+    return whole, note
 
 
-def checkpoint_to_resume(asked: str | Path | bool, folder: str | Path) -> Path:
-    """Return the checkpoint that was asked for: a folder, or True for the newest of ``folder``.
+def checkpoint_to_resume(asked: str | Path | bool, folder: str | Path) -> Path | None:
+    """Return the checkpoint that was asked for.
 
-    A damaged one is replaced by the next older one beside it, with a warning.
+    That is a folder, True for the newest of ``folder``, or ``"auto"`` for the newest, if there is
+    one; else the fit begins. A damaged one is replaced by the next older one beside it, with a
+    warning.
 
     Raises
     ------
@@ -67,6 +78,8 @@ def checkpoint_to_resume(asked: str | Path | bool, folder: str | Path) -> Path:
     CheckpointError
         When none is whole.
     """
+    if asked == AUTO:
+        return last_checkpoint(folder)
     candidates = _candidates(asked, folder)
     if len(candidates) > 1:  # one alone may have any name
         candidates.sort(key=checkpoint_step, reverse=True)
@@ -87,7 +100,8 @@ def _candidates(asked: str | Path | bool, folder: str | Path) -> list[Path]:
         if not present:
             raise ConfigError(
                 f"resume_from_checkpoint=True, and there is no checkpoint in {folder}; leave it "
-                "out to begin anew, or set output_dir to the folder of the fit"
+                f"out to begin anew ({AUTO!r} does either), or set output_dir to the folder of the "
+                "fit"
             )
         return present
     path = Path(asked)
@@ -126,11 +140,12 @@ def _warned(checkpoint: Path | None, note: str | None) -> Path | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return why a checkpoint is not whole, or None if every part is there and can be read.
+    """Return why a checkpoint is not whole, or None if every part is there as it was written.
 
     The parts are read as data: code in a pickle is not run.
     """
     try:
+        check_seal(checkpoint, (TRAINER_FILE, FIT_FILE, STATE_FILE, *PICKLES))
         state, fit = read_json(checkpoint / TRAINER_FILE), read_json(checkpoint / FIT_FILE)
         named = _NAME.fullmatch(checkpoint.name)
         if not _is_state(state) or (named and state["global_step"] != checkpoint_step(checkpoint)):
@@ -142,9 +157,27 @@ def damage(checkpoint: Path) -> str | None:
         scaler = [p.name for p in checkpoint.glob("scaler.pt")]  # written under float16 alone
         for name in (*PICKLES, *(generators or ["rng_state.pth"]), *scaler):
             read_tensors(checkpoint / name)
+        best = checkpoint.parent / str(fit.get("best"))
+        if best.is_dir() and _NAME.fullmatch(best.name):  # one that a better one replaced is gone
+            check_seal(best, (STATE_FILE,))
     except CheckpointError as error:
         return str(error)
     return None
+
+
+def check_room(joint: JointModel, folder: str | Path) -> None:
+    """Raise `ConfigError` if the disk has less room than a checkpoint needs.
+
+    It holds the posterior, and of each trained number the optimiser's two averages at most.
+    """
+    own = sum(tensor.nbytes for tensor in joint.own_state().values())
+    needed = own + 2 * sum(p.nbytes for p in joint.parameters() if p.requires_grad)
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free < needed:
+        raise ConfigError(
+            f"output_dir={str(folder)!r} has {usage.free:,} bytes left, and each checkpoint needs "
+            f"{needed:,}; make room, choose another folder, or save none (save_strategy='no')"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyrolora.guides.program import SHARED_LAW
+
 Node = Mapping[str, Any]
 Nodes = Mapping[str, Node]
 
@@ -26,7 +28,8 @@ class NamedELBO(TraceMeanField_ELBO):
     form where one is registered, and log-densities at the draw elsewhere. Two differences: the
     terms of the last evaluation stay readable; and Pyro's traces and validation, where it is on,
     serve the first evaluation only, while later ones keep no more than the bound reads. Both cost
-    more than the bound itself, and the programs have the same structure every time.
+    more than the bound itself, and the programs have the same structure every time. The KL of a
+    site that is marked ``SHARED_LAW`` is zero, and is not computed.
 
     Attributes
     ----------
@@ -61,6 +64,7 @@ class NamedELBO(TraceMeanField_ELBO):
         """Return −ELBO from the sites of both programs."""
         self.terms = {}
         loss: Any = 0.0
+        shared = []
         for name, site in model_sites.items():
             if site["type"] != "sample" or site_is_subsample(site):
                 continue
@@ -71,10 +75,14 @@ class NamedELBO(TraceMeanField_ELBO):
                     self.terms["log_likelihood"] = term.detach()
                 else:  # a factor of the prior: logged without β, as the KLs are
                     self.terms[name] = term.detach() / self._kl_weight
+            elif guide_sites[name]["infer"].get(SHARED_LAW):
+                shared.append(f"kl/{name}")
+                self.terms[shared[-1]] = torch.zeros(())  # in its place among the terms
             else:
                 term = guide_sites[name]["scale"] * self._kl(site, guide_sites[name])
                 loss = loss + term
                 self.terms[f"kl/{name}"] = term.detach() / self._kl_weight
+        self.terms.update({name: loss.new_zeros(()) for name in shared})
         return loss
 
     def _kl(self, site: Node, guide_site: Node) -> Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import TrainingArguments
 
 from pyrolora import defaults
 from pyrolora.errors import CheckpointError, ConfigError
+from pyrolora.files import replacing, writing
 from pyrolora.inference.checkpoints import (
+    AUTO,
     MEMBER,
     STATE_FILE,
     checkpoints,
@@ -25,6 +28,7 @@ from pyrolora.inference.checkpoints import (
     save_state,
 )
 from pyrolora.inference.identity import check_same_fit
+from pyrolora.inference.sealing import check_seal, is_sealed, seal, unseal
 from pyrolora.model import JointModel
 
 
@@ -45,34 +49,56 @@ def member_arguments(args: TrainingArguments, number: int) -> TrainingArguments:
     return member
 
 
-def finished_state(args: TrainingArguments, identity: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the state of a member that is done, if it is one of this fit."""
-    file = Path(args.output_dir) / STATE_FILE
-    state = read_state(file)
-    with safe_open(file, "pt") as stream:
-        notes = (stream.metadata() or {}).get("fit", "null")
+def finished_state(
+    args: TrainingArguments, identity: Mapping[str, Any]
+) -> Mapping[str, Tensor] | None:
+    """Return the state of a member that is done; None if it is not, or its file is damaged.
+
+    Raises
+    ------
+    ConfigError
+        When it is one of another fit.
+    """
+    folder = Path(args.output_dir)
+    if not is_sealed(folder):
+        return None
     try:
-        saved = json.loads(notes)
-    except (ValueError, RecursionError):
-        saved = None
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{file} does not say of which fit it is; begin anew")
-    check_same_fit(saved, identity, file.parent)
+        check_seal(folder, (STATE_FILE,))
+        saved, state = _notes(folder / STATE_FILE), read_state(folder / STATE_FILE)
+    except CheckpointError as error:
+        warnings.warn(f"{folder} is not whole, and the member is made again: {error}", stacklevel=2)
+        return None
+    check_same_fit(saved, identity, folder)
     return state
 
 
 def save_finished(joint: JointModel, args: TrainingArguments, identity: Mapping[str, Any]) -> None:
     """Save the state of a member that is done; a resumed fit then skips it."""
-    file = Path(args.output_dir) / STATE_FILE
-    scratch = file.with_suffix(".part")
-    save_state(joint, scratch, {"fit": json.dumps(identity)})
-    scratch.replace(file)
+    folder = Path(args.output_dir)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        unseal(folder)
+        with replacing(folder / STATE_FILE) as scratch:
+            save_state(joint, scratch, {"fit": json.dumps(identity)})
+        seal(folder, [STATE_FILE])
+
+
+def _notes(file: Path) -> dict[str, Any]:
+    """Return the description of the fit in the header of a member's state."""
+    try:
+        with safe_open(file, "pt") as stream:
+            saved = json.loads((stream.metadata() or {})["fit"])
+    except (SafetensorError, LookupError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} does not say of which fit it is") from error
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{file} does not say of which fit it is")
+    return saved
 
 
 def _checkpoint(args: TrainingArguments) -> str | None:
     """Return the newest whole checkpoint of a member, if it has written one."""
     asked = args.resume_from_checkpoint
-    if asked is not True:
+    if asked not in (True, AUTO):
         raise ConfigError(
             f"resume_from_checkpoint={str(asked)!r} is one folder, and every member of an ensemble "
             "has its own; set it to True, and output_dir to that of the fit"
@@ -84,6 +110,7 @@ def _checkpoint(args: TrainingArguments) -> str | None:
 def _forget_members(folder: str) -> None:
     """Remove the states of an older ensemble; a resumed fit would take them for its own."""
     for member in member_folders(folder):
+        unseal(member)
         (member / STATE_FILE).unlink(missing_ok=True)
         for checkpoint in checkpoints(member):
             shutil.rmtree(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError
+from pyrolora.files import flush, writing
 from pyrolora.guides import Guide
 from pyrolora.inference.checkpoints import (
     FIT_FILE,
@@ -23,6 +26,7 @@ from pyrolora.inference.checkpoints import (
     save_state,
 )
 from pyrolora.inference.identity import check_fit, describe_fit
+from pyrolora.inference.sealing import seal, unseal
 from pyrolora.model import JointModel
 
 _OF_ENTRIES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum")
@@ -57,8 +61,36 @@ class ResumingTrainer(Trainer):
         return describe_fit(self.joint, self.guide, self._data, self.args)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, and remove older ones once it is on the disk.
+
+        Raises
+        ------
+        SaveError
+            When it cannot be written; what there is of it is removed.
+        """
         self._averages = self._since_last_log()  # here, since only here all devices take part
-        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        writes, limit = self.args.should_save, self.args.save_total_limit
+        self.args.save_total_limit = None
+        try:
+            with writing(folder):
+                if writes and folder.exists():  # of a fit that went on from an older one
+                    unseal(folder)
+                    shutil.rmtree(folder)
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # each process keeps its generators
+                if writes:
+                    seal(folder)
+                    flush(folder.parent)
+        except BaseException:
+            if writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if writes:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -67,7 +99,12 @@ class ResumingTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"fit": self.description, "averages": self._averages}
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        content = {
+            "fit": self.description,
+            "averages": self._averages,
+            "best": best and f"checkpoint-{best}",
+        }
         (folder / FIT_FILE).write_text(json.dumps(content), encoding="utf-8")
         save_state(self.joint, folder / STATE_FILE)
 
@@ -148,6 +185,10 @@ class ResumingTrainer(Trainer):
             super()._load_callback_state()
         except Exception as error:
             raise self._unusable("trainer_state.json", error) from error
+        assert self._resumed is not None
+        best = self._resumed.parent / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # the folder of the fit may have been moved
+            self.state.best_model_checkpoint = str(best)
 
     def _unusable(self, name: str, reason: object) -> CheckpointError:
         return CheckpointError(

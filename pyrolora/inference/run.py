@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
@@ -19,9 +16,9 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.columns import LABELS, Batch
 from pyrolora.data.collate import pass_rows, to_device
 from pyrolora.data.prepared import Prepared
-from pyrolora.errors import NonFiniteError
+from pyrolora.errors import NonFiniteError, SaveError
 from pyrolora.guides import Guide, Latent, Program
-from pyrolora.inference.checkpoints import STATE_FILE, checkpoint_to_resume
+from pyrolora.inference.checkpoints import check_room, checkpoint_to_resume
 from pyrolora.inference.curvature import Kronecker, kfac
 from pyrolora.inference.dual import Dual, check_size
 from pyrolora.inference.evidence import best_precision
@@ -32,8 +29,10 @@ from pyrolora.inference.members import finished_state, member_arguments, save_fi
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.ranks import AllocateRanks
 from pyrolora.inference.settling import SettleScales, settle_finally
+from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.model import JointModel, evaluating
+from pyrolora.progress import progress, shows_bars, silenced
 from pyrolora.seeding import give_way
 
 Score = Callable[[JointModel, int | None], dict[str, float]]
@@ -109,9 +108,11 @@ class Run:
         args = copy.copy(self.args) if number is None else member_arguments(self.args, number)
         set_seed(args.seed)
         joint = self.build(guide)
-        resumed = number is not None and self.args.resume_from_checkpoint
-        if resumed and (Path(args.output_dir) / STATE_FILE).is_file():
-            joint.load_own_state(finished_state(args, self._identity(joint, guide, args)))
+        done = None
+        if number is not None and self.args.resume_from_checkpoint:
+            done = finished_state(args, self._identity(joint, guide, args))
+        if done is not None:
+            joint.load_own_state(done)
         elif _is_trained(joint):
             self._train(joint, guide, args, {} if number is None else {"member": number})
             if number is not None and args.should_save and args.save_strategy != "no":
@@ -175,7 +176,7 @@ class Run:
         whole = self.data.collate([self.data.examples[i] for i in range(len(self.data))])
         set_seed(self.args.seed)
         # Pyro passes ``disable=False`` to its bar, which would overrule a user's TQDM_DISABLE.
-        shown = not (self.args.disable_tqdm or os.environ.get("TQDM_DISABLE"))
+        shown = shows_bars() and not (self.args.disable_tqdm or silenced())
         return nuts(self.joint, self._placed(whole), beta, progress=shown, **options)
 
     def log(self, **numbers: float) -> None:
@@ -191,9 +192,7 @@ class Run:
         data = self.data if data is None else data
         order = data.by_length()  # sums over batches do not depend on the order
         loader = data.loader(self.args.per_device_train_batch_size, order)
-        # Never ``disable=False``, which would overrule a user's TQDM_DISABLE.
-        hidden = {"disable": True} if self.args.disable_tqdm else {}
-        for batch in tqdm(loader, desc=title, delay=2, leave=False, **hidden):
+        for batch in progress(loader, title=title, hidden=self.args.disable_tqdm):
             give_way()
             yield self._placed(batch)
 
@@ -229,18 +228,28 @@ class Run:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
             trainer.add_callback(SettleScales(joint, guide, self.data))
-        asked: Any = args.resume_from_checkpoint
+        asked: Any = args.resume_from_checkpoint or None
         starts = starting_factors(joint)
+        if args.save_strategy != "no" and args.should_save:
+            check_room(joint, args.output_dir)
         try:
             if asked:
-                asked = str(checkpoint_to_resume(asked, args.output_dir))
-            trainer.train(resume_from_checkpoint=asked or None)
+                asked = checkpoint_to_resume(asked, args.output_dir)
+            with stopping(args) as trainer.stop:
+                trainer.train(resume_from_checkpoint=None if asked is None else str(asked))
+            trainer.check_end()
             warmed = trainer.state.global_step > 1 or not args.get_warmup_steps(1)
             warn_of_unmoved(joint, starts, args.learning_rate if warmed else 0.0)
         except NonFiniteError as error:
-            trainer.restore_statistics()
             error.posterior = self.posterior(joint, guide)
             raise
+        except SaveError as error:
+            unsaved = SaveError(
+                f"{error}. The fit stopped after step {trainer.state.global_step}, of which "
+                "error.posterior is the posterior; checkpoints that were there are whole"
+            )
+            unsaved.posterior = self.posterior(joint, guide)
+            raise unsaved from error
         finally:
             trainer.close_progress()
             if args.gradient_checkpointing and not checkpointing:

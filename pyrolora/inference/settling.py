@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
 from pyrolora import defaults
@@ -18,6 +17,7 @@ from pyrolora.data.prepared import Prepared
 from pyrolora.guides import Curvature, Guide
 from pyrolora.inference.gauss_newton import gauss_newton
 from pyrolora.model import JointModel
+from pyrolora.progress import progress
 from pyrolora.seeding import give_way, seeded
 
 
@@ -79,9 +79,8 @@ def _batches(
     joint: JointModel, data: Prepared, picked: list[int], args: TrainingArguments, title: str | None
 ) -> Iterator[Batch]:
     loader: Any = data.loader(args.per_device_train_batch_size, picked)
-    if title is not None:  # not ``disable=False``, which would overrule a user's TQDM_DISABLE
-        hidden = {"disable": True} if args.disable_tqdm else {}
-        loader = tqdm(loader, desc=title, delay=2, leave=False, **hidden)
+    if title is not None:
+        loader = progress(loader, title=title, hidden=args.disable_tqdm)
     device = joint.program.bank.get_parameter("A_loc").device
     for batch in loader:
         give_way(joint)

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide
-from pyrolora.inference.callbacks import CheckStep, Progress
+from pyrolora.inference.callbacks import CheckStep, LogLines, Progress
+from pyrolora.inference.last_good import LastGood
 from pyrolora.inference.objective import Objective
 from pyrolora.inference.resuming import ResumingTrainer
+from pyrolora.inference.stopping import Stop
 from pyrolora.model import JointModel
+from pyrolora.progress import shows_bars, silenced
 from pyrolora.seeding import give_way
 
 
@@ -84,13 +87,22 @@ class SVITrainer(ResumingTrainer):
             data_collator=data.collate,
             callbacks=[*callbacks],
         )
-        self._statistics: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        self.last_good = LastGood(self.model)
+        self._batch: tuple[dict[str, Tensor], float] | None = None
         self._trained = [(n, p) for n, p in joint.named_parameters() if p.requires_grad]
         self.add_callback(CheckStep(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(Progress(f"fitting {guide.name}"))
+        self._add_progress(f"fitting {guide.name}")
 
     control: Any
+    stop = Stop(saves=False)
+
+    def _add_progress(self, title: str) -> None:
+        """Show a bar on a terminal, or lines of the log in its place; nothing if that was asked."""
+        wanted, lines = (self.pop_callback(kind) for kind in (ProgressCallback, PrinterCallback))
+        if wanted is not None and (shows_bars() or silenced()):
+            self.add_callback(Progress(title))
+        elif wanted is not None or lines is not None:
+            self.add_callback(LogLines())
 
     def close_progress(self) -> None:
         """End the line of the progress bar, also after a fit that failed."""
@@ -127,12 +139,13 @@ class SVITrainer(ResumingTrainer):
         progress = (self.state.global_step + 1) / max(self.state.max_steps, 1)
         self.joint.program.progress = progress
         beta = self.guide.beta(self.joint.num_examples, progress)
+        self._batch = inputs, beta
         try:
             loss = model(inputs, beta)
         except ValueError as error:  # raised by Pyro's validation if a scale has overflowed
             if all(_is_finite(self.joint, name) for name in self.joint.program.scale_parameters()):
                 raise
-            raise NonFiniteError(self.remedy("cannot be evaluated")) from error
+            raise self.failure("cannot be evaluated") from error
         if not loss.requires_grad:  # layerdrop has left out every adapted layer, or none is used
             loss = loss + 0.0 * self._trained[0][1].sum()
         terms = self.model.estimator.terms
@@ -159,40 +172,30 @@ class SVITrainer(ResumingTrainer):
         finite = torch.stack([*map(torch.isfinite, losses), *grads]).tolist()
         for good, terms in zip(finite, all_terms, strict=False):
             if not good:
-                raise NonFiniteError(self._describe_failure(terms))
+                raise self.failure(f"is not finite at site {_sites(terms)}")
         for good, (name, _) in zip(finite[len(losses) :], named, strict=False):
             if not good:
-                raise NonFiniteError(self.remedy(f"has no finite gradient in {name!r}"))
-        self.remember_statistics()
+                raise self.failure(f"has no finite gradient in {name!r}")
+        self.last_good.keep(self.state.global_step, self._batch)
 
-    def remember_statistics(self) -> None:
-        """Copy the running statistics that training changes."""
-        self._statistics = [
-            (module, {name: buffer.clone() for name, buffer in module.named_buffers()})
-            for module in self.joint.trained_statistics
-        ]
+    def check_end(self) -> None:
+        """Raise `NonFiniteError` if the last step has left parameters that give no finite number.
 
-    def restore_statistics(self) -> None:
-        """Restore the running statistics of the last good step.
-
-        Unlike parameters, they change as soon as a batch is read.
+        Each step but the last is checked by the next one.
         """
-        for module, buffers in self._statistics:
-            for name, value in buffers.items():
-                module.get_buffer(name).copy_(value)
+        good = torch.tensor(self.last_good.is_good(), device=self.args.device)
+        if not self.accelerator.gather(good).all():
+            raise self.failure("is not finite after the last step")
 
-    def _describe_failure(self, terms: Mapping[str, Tensor]) -> str:
-        bad = [name for name, term in terms.items() if not torch.isfinite(term)]
-        sites = ", ".join("y" if name == "log_likelihood" else name for name in bad) or "the loss"
-        return self.remedy(f"is not finite at site {sites}")
-
-    def remedy(self, what: str) -> str:
-        """Return the message of a fit that met a number that is not finite."""
-        rate = self.args.learning_rate
-        return (
-            f"training stopped before step {self.state.global_step + 1}: the objective {what}. "
-            "The parameters are those of the last good step (error.posterior). Lower the learning "
-            f"rate (now {rate:g}) or the guide's scale, or look for extreme inputs"
+    def failure(self, what: str) -> NonFiniteError:
+        """Go back to the last good state, and return the error of a fit that met no number."""
+        step, rate = self.state.global_step, self.args.learning_rate
+        good = self.last_good.restore(step)
+        went = "" if good == step else f"; those of step {step} give no finite objective"
+        return NonFiniteError(
+            f"training stopped before step {step + 1}: the objective {what}. The parameters are "
+            f"those of the last good step, {good} (error.posterior){went}. Lower the learning rate "
+            f"(now {rate:g}) or the guide's scale, or look for extreme inputs"
         )
 
     # The optimiser ------------------------------------------------------------------------------
@@ -285,6 +288,11 @@ class SVITrainer(ResumingTrainer):
 
 def _is_finite(joint: JointModel, name: str) -> bool:
     return bool(torch.isfinite(joint.program.param(name)).all())
+
+
+def _sites(terms: Mapping[str, Tensor]) -> str:
+    bad = [name for name, term in terms.items() if not torch.isfinite(term)]
+    return ", ".join("y" if name == "log_likelihood" else name for name in bad) or "the loss"
 
 
 def _until(last: int, rate: Callable[[int], float], step: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -115,17 +115,21 @@ class JointModel(AdaptedNetwork):
 
         The network's weights are among them where they are what was trained.
         """
-        return {name: tensor.detach().clone() for name, tensor in tensors_of(self._parts())}
+        return {name: tensor.detach().clone() for name, tensor in self.own_tensors()}
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the tensors of `own_state` themselves."""
+        return tensors_of(self.parts())
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the tensors of `own_state`; each has to be there, in its shape."""
-        load_tensors(self._parts(), state)
+        load_tensors(self.parts(), state)
 
     def check_own_state(self, state: Mapping[str, Tensor]) -> None:
         """Raise `CheckpointError` unless ``state`` is one for `load_own_state`, values apart."""
-        check_tensors(self._parts(), state)
+        check_tensors(self.parts(), state)
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def parts(self) -> dict[str, nn.Module]:
         """Return the parts with the posterior's tensors."""
         own_base = not self.program.bank.specs
         parts = {"base": self.base, "program": self.program, "task": self.task, "heads": self.heads}

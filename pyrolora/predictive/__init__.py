@@ -1,5 +1,15 @@
 """Predictions, generated texts and their scores, from draws of the posterior."""
 
+from pyrolora.predictive.acquisition import By, acquire, one_split
+from pyrolora.predictive.answers import (
+    Correct,
+    GenerationScores,
+    asked_of,
+    judge,
+    rows_to_answer,
+    scored_answers,
+    truth_rows,
+)
 from pyrolora.predictive.calibration import (
     Calibration,
     calibrate,
@@ -10,6 +20,7 @@ from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
+from pyrolora.predictive.meanings import Entailment, Same, SemanticEntropy, Similarity
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.mixed import Question, predict_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
@@ -17,6 +28,7 @@ from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
 from pyrolora.predictive.reliability import reliability_table
 from pyrolora.predictive.selective import aurc, risk_coverage
+from pyrolora.predictive.standard_errors import standard_errors
 from pyrolora.tasks import (
     ClassPrediction,
     MultiLabelPrediction,
@@ -28,20 +40,29 @@ from pyrolora.tasks import (
 )
 
 __all__ = [
+    "By",
     "Calibration",
     "ClassPrediction",
     "Conformal",
+    "Correct",
+    "Entailment",
     "Generation",
+    "GenerationScores",
     "MultiLabelPrediction",
     "NumberedDraws",
     "Prediction",
     "Predictor",
     "Question",
     "RegressionPrediction",
+    "Same",
+    "SemanticEntropy",
+    "Similarity",
     "SpanPrediction",
     "TagPrediction",
     "TokenPrediction",
+    "acquire",
     "alone",
+    "asked_of",
     "aurc",
     "auroc",
     "calibrate",
@@ -51,9 +72,15 @@ __all__ = [
     "draw_factors",
     "evaluate",
     "generate",
+    "judge",
+    "one_split",
     "predict",
     "predict_mixed",
     "reliability_table",
     "risk_coverage",
+    "rows_to_answer",
+    "scored_answers",
+    "standard_errors",
+    "truth_rows",
     "warn_untempered",
 ]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
@@ -27,6 +26,7 @@ from pyrolora.predictive.decoding import (
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.prompts import read_prompts
 from pyrolora.predictive.scored_texts import scored
+from pyrolora.progress import progress
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def generate(
     draws = factors.draws
     check_streamer(streamer, len(prompts), draws or 1, settings)
     written: list[list[Tensor]] = [[] for _ in prompts]
-    bar = tqdm(desc="generating", unit="token", delay=2, leave=False)
+    bar = progress(title="generating", unit="token")
     with evaluating(joint), tempered_network(joint, temperature), bar:
         writer = Writer(joint, settings, starting, bar, stops, streamer)
         width = max(settings.num_beams or 1, writer.several)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolora.predictive.meanings import Same, SemanticEntropy, Weights, semantic_entropy
 from pyrolora.tasks.prediction import log_mean_exp
 
 
@@ -90,6 +91,31 @@ class Generation:
             ratios = [SequenceMatcher(None, ids[a], ids[b], False).ratio() for a, b in pairs]
             agreements.append(sum(ratios) / len(ratios) if ratios else float("nan"))
         return torch.tensor(agreements, dtype=torch.float32)
+
+    def semantic_entropy(
+        self, same: Same, *, weights: Weights = "likelihood", per_token: bool = False
+    ) -> SemanticEntropy:
+        """Return the entropy of what the continuations mean, split within and between draws.
+
+        Parameters
+        ----------
+        same
+            A function ``same(prompt, first, second)``, true where two texts mean the same; or
+            `pyrolora.predictive.Entailment` of a model of natural language inference, or
+            `pyrolora.predictive.Similarity` of an embedding.
+        weights
+            ``"likelihood"``: a continuation weighs as much as each draw finds it likely.
+            ``"frequency"``: each weighs the same, and the draws that wrote it are its own; the
+            parts within and between then need several continuations per draw.
+        per_token
+            Likelihoods are those per token, so that long texts are at no disadvantage.
+
+        Raises
+        ------
+        DataError
+            Without texts.
+        """
+        return semantic_entropy(self, same, weights=weights, per_token=per_token)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a table with one row per continuation.

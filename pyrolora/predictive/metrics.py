@@ -6,8 +6,11 @@ and a fit without evaluation needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from functools import singledispatch
+from typing import Any, Literal
 
 import torch
 
@@ -48,6 +51,15 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
     DataError
         When the data had no labels.
     """
+    check_scorable(prediction, outside)
+    metrics = {name: as_number(value) for name, value in values(prediction).items()}
+    if outside is not None:
+        metrics["ood_auroc"] = auroc(prediction.uncertainty, outside.uncertainty)
+    return metrics
+
+
+def check_scorable(prediction: Prediction, outside: Prediction | None) -> None:
+    """Raise `DataError` without labels, and for ``outside`` of another kind of prediction."""
     if prediction.targets is None:
         raise DataError("evaluation needs labels, and the data has none; use predict() instead")
     if outside is not None and type(outside) is not type(prediction):
@@ -55,10 +67,40 @@ def evaluate(prediction: Prediction, outside: Prediction | None = None) -> dict[
             "outside must be data of the same kind as the data, got a "
             f"{type(outside).__name__} beside a {type(prediction).__name__}"
         )
-    metrics = {**_metrics(prediction), **prediction.metrics()}
-    if outside is not None:
-        metrics["ood_auroc"] = auroc(prediction.uncertainty, outside.uncertainty)
-    return metrics
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A metric per observation, Σ_i sums_i / Σ_i counts_i, of rows with several, (n,) both."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+Value = float | torch.Tensor | Ratio
+"""A metric of all rows together; or its terms, (n,), if it is their mean; or a `Ratio`."""
+
+
+def values(prediction: Prediction) -> dict[str, Value]:
+    """Return every metric of a prediction, with the terms of those that are means."""
+    measured = {name: metric(prediction) for name, metric in _metrics(prediction).items()}
+    return {**measured, **prediction.metrics()}
+
+
+def joint_values(prediction: Prediction, names: Collection[str]) -> dict[str, float]:
+    """Return the metrics with these ``names``, which are not means, and compute no others."""
+    known = _metrics(prediction)
+    measured = {name: as_number(known[name](prediction)) for name in names if name in known}
+    if any(name not in known for name in names):
+        measured |= {name: as_number(v) for name, v in prediction.metrics().items()}
+    return {name: measured[name] for name in names}
+
+
+def as_number(value: Value) -> float:
+    """Return a metric as a number."""
+    if isinstance(value, Ratio):
+        return float(value.sums.sum() / value.counts.sum())
+    return float(value.double().mean()) if isinstance(value, torch.Tensor) else value
 
 
 def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
@@ -69,16 +111,14 @@ def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
 
     For out-of-distribution data: ``auroc(inside.entropy, outside.entropy)``.
     """
-    from torchmetrics.functional.classification import binary_auroc
+    from scipy.stats import rankdata
 
     low, high = (scores[~scores.isnan()] for scores in (low, high))
     if not len(low) or not len(high):
         return float("nan")
-    scores = torch.cat([low, high]).double()
-    # Ranks, since torchmetrics takes scores in [0, 1] as they are and others through a sigmoid.
-    ranks = scores.unique(return_inverse=True)[1].double()
-    truth = torch.cat([torch.zeros(len(low)), torch.ones(len(high))]).long()
-    return float(binary_auroc(ranks / len(scores), truth))
+    ranks = rankdata(torch.cat([low, high]).numpy())
+    above = ranks[len(low) :].sum() - len(high) * (len(high) + 1) / 2  # Mann and Whitney's U
+    return float(above / (len(low) * len(high)))
 
 
 def calibration_error(probs: torch.Tensor, targets: torch.Tensor) -> float:
@@ -90,90 +130,134 @@ def calibration_error(probs: torch.Tensor, targets: torch.Tensor) -> float:
     return float(multiclass_calibration_error(inside, targets, probs.shape[-1], ECE_BINS, "l1"))
 
 
+def binary_calibration_error(confidence: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the calibration error of the probabilities (n,) that answers are right, in 15 bins."""
+    from torchmetrics.functional.classification import binary_calibration_error as error
+
+    inside = confidence.clamp(0, 1 - torch.finfo(confidence.dtype).eps)
+    return float(error(inside, right.long(), ECE_BINS, "l1", validate_args=False))
+
+
+Metric = Callable[[Any], Value]
+
+
 @singledispatch
-def _metrics(prediction: Prediction) -> dict[str, float]:
-    return {"nll": _nll(prediction), "aurc": aurc(prediction)}
+def _metrics(prediction: Prediction) -> dict[str, Metric]:
+    """Return the functions that measure such a prediction, by the names of the metrics."""
+    return {"nll": _nll, "aurc": aurc}
 
 
 @_metrics.register
-def _(prediction: ClassPrediction) -> dict[str, float]:
-    probs, targets = prediction.probs, prediction.targets
-    assert targets is not None
-    wrong = prediction.predicted != targets
-    if probs.shape[-1] == 1:  # examples with a single choice
-        probs = torch.nn.functional.pad(probs, (0, 1))
-    one_hot = torch.nn.functional.one_hot(targets, probs.shape[-1])
+def _(prediction: ClassPrediction) -> dict[str, Metric]:
     return {
-        "accuracy": float((~wrong).float().mean()),
-        "nll": _nll(prediction),
-        "ece": calibration_error(probs, targets),
-        "brier": float((probs - one_hot).square().sum(-1).mean()),
-        "error_auroc": auroc(prediction.entropy[~wrong], prediction.entropy[wrong]),
-        "aurc": aurc(prediction),
+        "accuracy": lambda p: (p.predicted == p.targets).float(),
+        "nll": _nll,
+        "ece": lambda p: calibration_error(*_classes(p)),
+        "brier": _brier,
+        "error_auroc": _error_auroc,
+        "aurc": aurc,
     }
 
 
 @_metrics.register
-def _(prediction: MultiLabelPrediction) -> dict[str, float]:
-    from torchmetrics.functional import classification as scores
-
-    probs, targets = prediction.probs, prediction.targets
-    assert targets is not None
-    single = prediction.decisions()
-    assert single.targets is not None
-    pairs = [
-        (probs[:, c], y) for c, y in enumerate(targets.unbind(-1)) if 0 < int(y.sum()) < len(y)
-    ]
-    if probs.shape[-1] == 1:  # torchmetrics has two labels or more; this one counts for nothing
-        probs, targets = (torch.nn.functional.pad(part, (0, 1)) for part in (probs, targets))
-    classes = probs.shape[-1]
+def _(prediction: MultiLabelPrediction) -> dict[str, Metric]:
     return {
-        "micro_f1": float(scores.multilabel_f1_score(probs, targets, classes, average="micro")),
-        "macro_f1": float(scores.multilabel_f1_score(probs, targets, classes, average="macro")),
-        "exact_match": float(scores.multilabel_exact_match(probs, targets, classes)),
-        "mean_average_precision": _mean(scores.binary_average_precision(*pair) for pair in pairs),
-        "label_auroc": _mean(scores.binary_auroc(*pair) for pair in pairs),
-        "nll": _nll(prediction),
-        "ece": calibration_error(single.probs, single.targets),
-        "brier": float(2 * (single.probs[:, 1] - single.targets).square().mean()),
-        "aurc": aurc(prediction),
+        "micro_f1": lambda p: _f1(p, "micro"),
+        "macro_f1": lambda p: _f1(p, "macro"),
+        "exact_match": lambda p: (p.predicted == p.targets).all(-1).float(),
+        "mean_average_precision": lambda p: _mean_over_labels(p, "binary_average_precision"),
+        "label_auroc": lambda p: _mean_over_labels(p, "binary_auroc"),
+        "nll": _nll,
+        "ece": lambda p: calibration_error(*_classes(p.decisions())),
+        "brier": lambda p: 2 * (p.probs - p.targets).square().mean(-1),
+        "aurc": aurc,
     }
 
 
 @_metrics.register
-def _(prediction: RegressionPrediction) -> dict[str, float]:
-    from torchmetrics.functional import mean_squared_error
-
-    targets = prediction.targets
-    assert targets is not None
-    low, high = prediction.interval(0.9)
+def _(prediction: RegressionPrediction) -> dict[str, Metric]:
     return {
-        "rmse": float(mean_squared_error(prediction.mean, targets, squared=False)),
-        "nll": _nll(prediction),
-        "crps": float(_crps(prediction).mean()),
-        "coverage": float(((targets >= low) & (targets <= high)).float().mean()),
-        "aurc": aurc(prediction),
+        "rmse": _rmse,
+        "nll": _nll,
+        "crps": _crps,
+        "coverage": _covered,
+        "aurc": aurc,
     }
 
 
 @_metrics.register
-def _(prediction: TokenPrediction) -> dict[str, float]:
+def _(prediction: TokenPrediction) -> dict[str, Metric]:
+    return {"nll": _per_token, "perplexity": lambda p: math.exp(as_number(_per_token(p)))}
+
+
+def _nll(prediction: Prediction) -> torch.Tensor:
     scores = prediction.log_predictive
     assert scores is not None
-    nll = -scores.double().sum() / prediction.num_tokens.sum()
-    return {"nll": float(nll), "perplexity": float(nll.exp())}
+    return -scores
+
+
+def _per_token(prediction: TokenPrediction) -> Ratio:
+    return Ratio(_nll(prediction).double(), prediction.num_tokens)
+
+
+def _classes(prediction: ClassPrediction) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return probabilities of two classes or more, also of examples with a single choice."""
+    probs, targets = prediction.probs, prediction.targets
+    assert targets is not None
+    if probs.shape[-1] == 1:
+        probs = torch.nn.functional.pad(probs, (0, 1))
+    return probs, targets
+
+
+def _brier(prediction: ClassPrediction) -> torch.Tensor:
+    probs, targets = _classes(prediction)
+    one_hot = torch.nn.functional.one_hot(targets, probs.shape[-1])
+    return (probs - one_hot).square().sum(-1)
+
+
+def _error_auroc(prediction: ClassPrediction) -> float:
+    wrong, entropy = prediction.predicted != prediction.targets, prediction.entropy
+    return auroc(entropy[~wrong], entropy[wrong])
+
+
+def _f1(prediction: MultiLabelPrediction, average: Literal["micro", "macro"]) -> float:
+    from torchmetrics.functional.classification import multilabel_f1_score
+
+    probs, targets = prediction.probs, prediction.targets
+    assert targets is not None
+    if probs.shape[-1] == 1:  # torchmetrics has two labels or more; this one counts for nothing
+        probs, targets = (torch.nn.functional.pad(part, (0, 1)) for part in (probs, targets))
+    return float(multilabel_f1_score(probs, targets, probs.shape[-1], average=average))
+
+
+def _mean_over_labels(prediction: MultiLabelPrediction, name: str) -> float:
+    """Return the mean of a score over the labels that some examples have and some have not."""
+    from torchmetrics.functional import classification
+
+    score, targets = getattr(classification, name), prediction.targets
+    assert targets is not None
+    columns = zip(prediction.probs.unbind(-1), targets.unbind(-1), strict=True)
+    return _mean(score(probs, y) for probs, y in columns if 0 < int(y.sum()) < len(y))
+
+
+def _rmse(prediction: RegressionPrediction) -> float:
+    from torchmetrics.functional import mean_squared_error
+
+    assert prediction.targets is not None
+    return float(mean_squared_error(prediction.mean, prediction.targets, squared=False))
+
+
+def _covered(prediction: RegressionPrediction) -> torch.Tensor:
+    """Return 1 where the central 90 % interval has the target, else 0, (n,)."""
+    (low, high), targets = prediction.interval(0.9), prediction.targets
+    assert targets is not None
+    return ((targets >= low) & (targets <= high)).float()
 
 
 def _mean(values: Iterable[torch.Tensor]) -> float:
     """Return the mean of these numbers, NaN where there are none."""
     numbers = [float(value) for value in values]
     return sum(numbers) / len(numbers) if numbers else float("nan")
-
-
-def _nll(prediction: Prediction) -> float:
-    scores = prediction.log_predictive
-    assert scores is not None
-    return float(-scores.mean())
 
 
 def _crps(prediction: RegressionPrediction) -> torch.Tensor:

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
@@ -19,6 +18,7 @@ from pyrolora.data.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.linearised import linearised
+from pyrolora.progress import progress
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.tasks import Prediction
 
@@ -108,7 +108,7 @@ def reduced(
     numbers: Sequence[int] = range(len(data)) if order is None else order
     loader = data.loader(batch_size, order)
     records = []
-    for i, batch in enumerate(tqdm(loader, desc=title, delay=2, leave=False)):
+    for i, batch in enumerate(progress(loader, title=title)):
         check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
         placed = to_device(batch, device)
         with DRAWING.shared(), evaluating(joint):  # a fit in another thread steps between batches

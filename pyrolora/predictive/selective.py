@@ -47,7 +47,12 @@ def _risk(prediction: Prediction) -> Tensor:
     loss = prediction.loss
     if loss is None:
         raise DataError("the risk needs labels, and the data has none")
-    ranks = prediction.uncertainty.unique(return_inverse=True)[1]
+    return risks(prediction.uncertainty, loss)
+
+
+def risks(uncertainty: Tensor, loss: Tensor) -> Tensor:
+    """Return the mean loss of the k most certain of n, for k = 1..n, (n,)."""
+    ranks = uncertainty.unique(return_inverse=True)[1]
     sums = torch.zeros(int(ranks.max()) + 1, dtype=torch.float64)
     sums = sums.index_add(0, ranks, loss.double())
     expected = (sums / ranks.bincount())[ranks.sort().values]

@@ -6,7 +6,7 @@ import datetime
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pyrolora.errors import ConfigError, listed
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
 from pyrolora.predictive import auroc, evaluate, reliability_table
+from pyrolora.predictive.standard_errors import scores
 from pyrolora.report import findings
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import (
@@ -41,7 +42,7 @@ from pyrolora.report.facts import (
 from pyrolora.report.findings import Finding
 from pyrolora.report.pictures import fit_pictures, posterior_pictures, prediction_pictures
 from pyrolora.report.shaded import shaded_texts
-from pyrolora.report.tables import example_tables, metrics_table
+from pyrolora.report.tables import Estimate, example_tables, metrics_table
 from pyrolora.report.widths import about_widths, contraction_table
 from pyrolora.tasks import Prediction
 
@@ -114,7 +115,8 @@ def report_on(
     idata = posterior.to_arviz(seed=which.get("seed"))
     metrics = _metrics(prediction, other)
     blocks = contractions(posterior.model.program)
-    plain = partial(without_adapters, posterior, data, batch_size)
+    plain = cache(partial(without_adapters, posterior, data, batch_size))
+    estimates = _estimates(prediction, other, plain)
     warnings = _findings(posterior, prediction, count, blocks, plain)
     texts = []
     if prediction.token_entropy is not None:
@@ -130,7 +132,7 @@ def report_on(
             size=len(examples),
             outside_size=None if other is None else len(other.examples.unique()),
             findings=warnings,
-            metrics=metrics_table(metrics, prediction.higher_is_better),
+            metrics=metrics_table(metrics, estimates, prediction.higher_is_better),
             pictures=list(prediction_pictures(prediction, other)),
             reliability=_used_bins(decisions)
             if decisions and decisions.targets is not None
@@ -183,6 +185,25 @@ def _metrics(prediction: Prediction, outside: Prediction | None) -> dict[str, fl
     if outside is None:
         return {}
     return {"ood_auroc": auroc(prediction.uncertainty, outside.uncertainty)}
+
+
+def _estimates(
+    prediction: Prediction,
+    outside: Prediction | None,
+    plain: Callable[[], Prediction | None],
+) -> dict[str, Estimate]:
+    """Return the standard error of each metric, and its difference without the adapters."""
+    if prediction.targets is None:
+        return {}
+    one, other = scores(prediction, outside), plain()
+    if type(other) is not type(prediction):  # none, or that of another task than the choice of one
+        return {name: Estimate(error) for name, error in one.errors().items()}
+    assert other is not None
+    without = scores(other)
+    return {
+        name: Estimate(error, one.difference(without, name) if name in without.metrics else None)
+        for name, error in one.errors().items()
+    }
 
 
 def _findings(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from pyrolora.predictive.standard_errors import Difference
 from pyrolora.report.examples import Examples
 from pyrolora.tasks import Prediction
 
@@ -78,20 +81,39 @@ DIRECTIONS = {True: "Higher is better.", False: "Lower is better.", None: ""}
 """How to read a metric of which no more is known than its direction."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A metric's standard error, and its difference from that without the adapters, if known."""
+
+    error: float
+    difference: Difference | None = None
+
+    def judged(self) -> str:
+        """Return the difference in words: value, standard error, and whether it is chance."""
+        if self.difference is None or not math.isfinite(self.difference.error):
+            return "not known"
+        words = "more than chance" if self.difference.more_than_chance else "may be chance"
+        return f"{self.difference.value:+.3f} ± {self.difference.error:.3f}, {words}"
+
+
 def metrics_table(
-    metrics: Mapping[str, float], higher_is_better: Mapping[str, bool | None]
+    metrics: Mapping[str, float],
+    estimates: Mapping[str, Estimate],
+    higher_is_better: Mapping[str, bool | None],
 ) -> pd.DataFrame:
-    """Return a row per metric: its name, its value, and how to read it."""
-    named = []
+    """Return a row per metric: its name, value, standard error, gain, and how to read it."""
+    compared = any(one.difference is not None for one in estimates.values())
+    rows = []
     for name, value in metrics.items():
         unknown = name.replace("_", " "), DIRECTIONS[higher_is_better.get(name)]
-        named.append((MEANINGS.get(name, unknown), value))
-    return pd.DataFrame(
-        [
-            {"metric": title, "value": value, "how to read it": text}
-            for (title, text), value in named
-        ]
-    )
+        title, text = MEANINGS.get(name, unknown)
+        row: dict[str, Any] = {"metric": title, "value": value}
+        if name in estimates:
+            row["standard error"] = estimates[name].error
+            if compared:
+                row["against the network without adapters"] = estimates[name].judged()
+        rows.append({**row, "how to read it": text})
+    return pd.DataFrame(rows)
 
 
 def example_tables(prediction: Prediction, examples: Examples) -> list[Table]:

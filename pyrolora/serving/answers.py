@@ -131,6 +131,7 @@ def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list
         finish: Finish = "stop" if one.stopped else "end" if ended or short else "length"
         about = {
             **draws_of(settings),
+            **({} if written.notes is None else written.notes[k]),
             **uncertainty_of(generation, k, one.parts),
             "agreement": agreement,
             "continuations": _others(generation, cuts, one.text),

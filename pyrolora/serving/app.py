@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -20,13 +18,13 @@ from pyrolora.serving.errors import RefusalError, UnsupportedError
 from pyrolora.serving.guard import Guard
 from pyrolora.serving.page import HEADERS, PAGE
 from pyrolora.serving.replies import invalid, refused
-from pyrolora.serving.service import Service
+from pyrolora.serving.service import Answering
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def create_app(
-    service: Service, *, key: str | None = None, hosts: Collection[str] | None = LOOPBACK
+    service: Answering, *, key: str | None = None, hosts: Collection[str] | None = LOOPBACK
 ) -> FastAPI:
     """Return the ASGI application of a server.
 
@@ -43,7 +41,7 @@ def create_app(
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(service.close)
+        await service.finish()
 
     app = FastAPI(
         title="pyrolora", version=version("pyrolora"), lifespan=life, docs_url=None, redoc_url=None
@@ -64,7 +62,7 @@ def create_app(
     return app
 
 
-def _add_own_routes(app: FastAPI, service: Service) -> None:
+def _add_own_routes(app: FastAPI, service: Answering) -> None:
     @app.get("/", include_in_schema=False)
     def page() -> Response:
         return Response(PAGE, media_type="text/html", headers=HEADERS)
@@ -82,24 +80,17 @@ def _add_own_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _info(service: Service) -> dict[str, Any]:
-    registry, limits = service.registry, service.limits
-    model = registry.networks.model
-    name = Path(model).name if isinstance(model, str | Path) else type(model).__name__
+def _info(service: Answering) -> dict[str, Any]:
+    limits = service.limits
     return {
-        "model_id": name,
         "version": version("pyrolora"),
         "max_concurrent_requests": limits.queue,
         "max_best_of": 1,
-        "max_batch_total_tokens": limits.batch_tokens,
         "max_new_tokens": limits.new_tokens,
         "max_num_samples": limits.draws,
         "max_choices": limits.choices,
         "max_texts": limits.texts,
-        "posteriors": registry.names(),
-        "loaded": registry.loaded(),
-        "bytes": registry.bytes,
-        "budget": registry.budget,
+        **service.facts(),
     }
 
 

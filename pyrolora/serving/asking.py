@@ -108,14 +108,14 @@ class Asking:
     def classify(self, lease: Lease, texts: Sequence[str], draws: Draws) -> list[Row]:
         """Return the rows of texts whose classes are asked for."""
         posterior, task = lease.posterior, lease.posterior.task
-        if task.serves != "classes":
+        if task.serves in (None, "text"):
             raise UnsupportedError(
-                f"the posterior {lease.name!r} is of the task {task.name!r}, and classes are "
-                "those of a classification; of a causal language model ask for text, other tasks "
-                "are not served",
+                f"the posterior {lease.name!r} is of the task {task.name!r}, which does not label "
+                "a text: classifications, token classifications and regressions do; of a causal "
+                "language model ask for text, other tasks are not served",
                 "model",
             )
-        self._check("inputs", len(texts), self.limits.texts, "texts")
+        self.check("inputs", len(texts), self.limits.texts, "texts")
         settings = Classify(*self._draws(posterior, draws, defaults.NUM_SAMPLES, seeded=False))
         return [Row(lease, settings, encoded(posterior, text)) for text in texts]
 
@@ -131,15 +131,15 @@ class Asking:
         if posterior.task.serves != "text":
             raise UnsupportedError(
                 f"the posterior {lease.name!r} is of the task {posterior.task.name!r}, and only "
-                "posteriors of a causal language model are served to write text; of a "
-                "classification ask for classes, at /classify",
+                "posteriors of a causal language model are served to write text; ask for "
+                "classes, tags and numbers at /classify",
                 "model",
             )
         length = sampling.max_new_tokens
-        self._check("max_tokens", length or 0, self.limits.new_tokens, "new tokens")
+        self.check("max_tokens", length or 0, self.limits.new_tokens, "new tokens")
         settings = self._settings(posterior, draws, sampling)
         texts = prompts(posterior)
-        self._check("prompt", len(texts), self.limits.texts, "texts")
+        self.check("prompt", len(texts), self.limits.texts, "texts")
         rows = []
         for text in texts:
             columns = encoded(posterior, text, reserved=length or 1)
@@ -149,12 +149,19 @@ class Asking:
         return rows
 
     def _settings(self, posterior: Posterior, draws: Draws, sampling: Sampling) -> Write:
-        self._check("n", sampling.choices, self.limits.choices, "choices")
-        if draws.seed is None and sampling.sampled:  # the answer says which one it was
-            draws = replace(draws, seed=secrets.randbelow(SEEDS))
-        num_samples, seed, numbers = self._draws(
-            posterior, draws, defaults.GENERATE_SAMPLES, seeded=sampling.sampled
-        )
+        draws = seeded(draws, sampling)
+        which = self._draws(posterior, draws, defaults.GENERATE_SAMPLES, seeded=sampling.sampled)
+        return self.written(*which, sampling)
+
+    def written(
+        self,
+        num_samples: int,
+        seed: int | None,
+        numbers: tuple[int, ...] | None,
+        sampling: Sampling,
+    ) -> Write:
+        """Return the settings of a text by these draws."""
+        self.check("n", sampling.choices, self.limits.choices, "choices")
         writers = max(num_samples, 1)
         several = -(-sampling.choices // writers)
         if several > 1 and not sampling.sampled:
@@ -190,19 +197,27 @@ class Asking:
             except ConfigError as error:
                 raise UnsupportedError(str(error), "draws") from error
             assert numbers is not None
-            self._check("draws", len(numbers), self.limits.draws, "draws")
+            self.check("draws", len(numbers), self.limits.draws, "draws")
             return len(numbers), draws.seed, tuple(numbers)
         number = self.num_samples if draws.num_samples is None else draws.num_samples
         if number is None:
             number = posterior.model.program.usual_draws(usual)
-        self._check("num_samples", number, self.limits.draws, "draws")
+        self.check("num_samples", number, self.limits.draws, "draws")
         return number, self.seed if draws.seed is None else draws.seed, None
 
-    def _check(self, field: str, count: int, most: int, what: str) -> None:
+    def check(self, field: str, count: int, most: int, what: str) -> None:
+        """Raise `UnsupportedError` for more than the server allows."""
         if count > most:
             raise UnsupportedError(
                 f"{count} {what} were asked for, and the server allows {most}", field
             )
+
+
+def seeded(draws: Draws, sampling: Sampling) -> Draws:
+    """Return draws with a seed for the tokens of a sampled text; the answer says which it was."""
+    if draws.seed is None and sampling.sampled:
+        return replace(draws, seed=secrets.randbelow(SEEDS))
+    return draws
 
 
 def chat_prompt(posterior: Posterior, messages: Sequence[dict[str, str]]) -> str:

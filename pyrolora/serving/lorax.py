@@ -11,12 +11,13 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pyrolora.serving.answers import Continuation, class_rows, continuations, number
+from pyrolora.serving.answers import Continuation, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.bodies import StrictRoute
+from pyrolora.serving.entities import entities as entities_of
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
-from pyrolora.serving.service import Answered, Service
+from pyrolora.serving.service import Answered, Answering
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
 _IGNORED: dict[str, tuple[Any, ...]] = {
@@ -132,7 +133,7 @@ class ClassifyBatchRequest(ClassifyRequest):
     inputs: Annotated[list[Text], Field(min_length=1)]  # type: ignore[assignment]
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Answering) -> APIRouter:
     """Return the routes of the interface."""
     router = APIRouter(tags=["LoRAX"], route_class=StrictRoute)
 
@@ -182,7 +183,7 @@ def routes(service: Service) -> APIRouter:
         draws = Draws(asked.num_samples, asked.seed, asked.draws)
         found = await service.classify(request, asked.adapter_id, texts, draws)
         return [
-            class_rows(prediction, found.settings, text)
+            entities_of(prediction, found.settings, text, found.tokenizer)
             for prediction, text in zip(found.predictions, texts, strict=True)
         ]
 

@@ -14,13 +14,13 @@ from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnknownPosteriorError
 from pyrolora.serving.openai_answers import Chat, Completion
 from pyrolora.serving.openai_fields import NEW_TOKENS, ChatRequest, CompletionRequest
-from pyrolora.serving.service import Service
+from pyrolora.serving.service import Answering
 from pyrolora.tasks.registry import find
 
 OWNER = "pyrolora"
 
 
-def routes(service: Service) -> APIRouter:
+def routes(service: Answering) -> APIRouter:
     """Return the routes of the interface."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"], route_class=StrictRoute)
     started = int(time.time())

@@ -8,7 +8,7 @@ from typing import Any
 import uvicorn
 
 from pyrolora.serving.app import LOOPBACK, create_app
-from pyrolora.serving.service import Service
+from pyrolora.serving.service import Answering
 
 GRACE = 60
 """Seconds that requests have to end after the signal."""
@@ -19,7 +19,7 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
-def run(service: Service, *, host: str, port: int, key: str | None) -> None:
+def run(service: Answering, *, host: str, port: int, key: str | None) -> None:
     """Serve until SIGINT or SIGTERM; requests that have begun are finished."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
@@ -23,7 +24,7 @@ from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, Unsup
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
-from pyrolora.serving.verbs import Classes, Classify, Write, Written, classified
+from pyrolora.serving.verbs import Classify, Labels, Write, Written, classified
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
@@ -31,10 +32,11 @@ LOADERS = 32
 
 @dataclass(frozen=True)
 class Classified:
-    """Predictions of the texts of a request, and the settings that they were made with."""
+    """Predictions of the texts of a request, their settings, and the posterior's tokenizer."""
 
     settings: Classify
-    predictions: list[Classes]
+    predictions: list[Labels]
+    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,54 @@ class Answered:
     written: list[Written]
     tokenizer: Any
     ends: frozenset[int]
+
+
+class Names(Protocol):
+    """The posteriors that there are."""
+
+    def names(self) -> list[str]:
+        """Return their names, sorted."""
+        ...
+
+    def task(self, name: str) -> str | None:
+        """Return the task of one of them; None where it cannot be told."""
+        ...
+
+
+class Answering(Protocol):
+    """An object that answers the requests of both interfaces."""
+
+    @property
+    def registry(self) -> Names: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def metrics(self) -> Metrics: ...
+
+    async def classify(
+        self, request: Request, name: str | None, texts: Sequence[str], draws: Draws
+    ) -> Classified:
+        """Return the classes of texts."""
+        ...
+
+    async def write(
+        self,
+        request: Request,
+        name: str | None,
+        prompts: Callable[[Posterior], Sequence[str]],
+        draws: Draws,
+        sampling: Sampling,
+    ) -> Answered:
+        """Return continuations of prompts."""
+        ...
+
+    async def finish(self) -> None:
+        """End when what has begun is answered."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``/info`` says beside the version and the limits."""
+        ...
 
 
 class Service:
@@ -106,6 +156,22 @@ class Service:
         self.batcher.close()
         self.registry.close()
 
+    async def finish(self) -> None:
+        """Close, while the loop goes on."""
+        await asyncio.to_thread(self.close)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ``/info`` says of the posteriors."""
+        registry, model = self.registry, self.registry.networks.model
+        return {
+            "model_id": Path(model).name if isinstance(model, str | Path) else type(model).__name__,
+            "max_batch_total_tokens": self.limits.batch_tokens,
+            "posteriors": registry.names(),
+            "loaded": registry.loaded(),
+            "bytes": registry.bytes,
+            "budget": registry.budget,
+        }
+
     async def classify(
         self, request: Request, name: str | None, texts: Sequence[str], draws: Draws
     ) -> Classified:
@@ -115,7 +181,7 @@ class Service:
         )
         settings = rows[0].settings
         assert isinstance(settings, Classify)
-        return Classified(settings, results)
+        return Classified(settings, results, tokenizer_of(rows[0].lease.posterior.tokenizer))
 
     async def write(
         self,
@@ -137,27 +203,6 @@ class Service:
             tokenizer_of(posterior.tokenizer),
             _ends(posterior),
         )
-
-    def _named(self, name: str | None) -> str:
-        """Return the name of the posterior that a request means.
-
-        Raises
-        ------
-        UnsupportedError
-            When it names none, and there are several.
-        """
-        if name is not None:
-            return name
-        if self.default is not None:
-            return self.default
-        names = self.registry.names()
-        if len(names) != 1:
-            raise UnsupportedError(
-                f"name one of the posteriors, of which there are {len(names)}: "
-                f"{', '.join(names[:20])}",
-                "adapter_id",
-            )
-        return names[0]
 
     async def _answers(
         self, request: Request, name: str | None, make: Callable[[Lease], list[Row]]
@@ -188,7 +233,7 @@ class Service:
                 job.future.cancel()
 
     def _enter(self, name: str | None, make: Callable[[Lease], list[Row]]) -> list[Row]:
-        lease = self.registry.lease(self._named(name))
+        lease = self.registry.lease(named(name, self.default, self.registry.names()))
         try:
             rows = make(lease)
             for row in rows[1:]:
@@ -203,7 +248,7 @@ class Service:
     ) -> list[Any]:
         """Wait for all results; give up when the time is over or the client hangs up."""
         everything: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures))
-        gone: asyncio.Future[Any] = asyncio.ensure_future(_hung_up(request))
+        gone: asyncio.Future[Any] = asyncio.ensure_future(hung_up(request))
         try:
             await asyncio.wait(
                 {everything, gone},
@@ -222,7 +267,25 @@ class Service:
                     await waiting
 
 
-async def _hung_up(request: Request) -> None:
+def named(name: str | None, default: str | None, names: Sequence[str]) -> str:
+    """Return the name of the posterior that a request means.
+
+    Raises
+    ------
+    UnsupportedError
+        When it names none, and there are several.
+    """
+    if name is not None or default is not None:
+        return str(default if name is None else name)
+    if len(names) != 1:
+        raise UnsupportedError(
+            f"name one of the posteriors, of which there are {len(names)}: {', '.join(names[:20])}",
+            "adapter_id",
+        )
+    return names[0]
+
+
+async def hung_up(request: Request) -> None:
     """Return when the client is gone; the body has been read by then."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -53,9 +53,16 @@ def encoded(posterior: Posterior, text: str, *, reserved: int = 0) -> dict[str, 
     tokenizer = tokenizer_of(posterior.tokenizer)
     if tokenizer is None:
         raise UnsupportedError("this posterior has no tokenizer, and texts need one", "model")
+    return tokenized(tokenizer, text, context_of(posterior), reserved=reserved)
+
+
+def tokenized(
+    tokenizer: Any, text: str, limit: float, *, reserved: int = 0
+) -> dict[str, list[int]]:
+    """Return the columns of tokens of a text, of which the network takes ``limit``."""
     columns = Encoder(tokenizer, float("inf"), open=reserved > 0)([text])
     row = {name: list(values[0]) for name, values in columns.items() if name != "cut"}
-    size, limit = len(row["input_ids"]), context_of(posterior)
+    size = len(row["input_ids"])
     if not size:
         raise UnsupportedError("the text has no token; send a text with at least one word")
     if size + reserved > limit:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +19,7 @@ from pyrolora.predictive import (
     Generation,
     MultiLabelPrediction,
     Question,
+    RegressionPrediction,
     predict_mixed,
 )
 from pyrolora.predictive.ranking import chosen
@@ -28,6 +28,8 @@ from pyrolora.serving.text import TokenScores, token_scores
 
 Columns = dict[str, list[int]]
 Classes = ClassPrediction | MultiLabelPrediction
+Labels = Classes | RegressionPrediction
+"""What is predicted of one text; a `TagPrediction` has a row per token."""
 
 
 class Rows(Dataset[Columns]):
@@ -69,8 +71,8 @@ class Classify:
         return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
 
 
-def classified(asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn) -> list[Classes]:
-    """Return the classes of every row, which posteriors of one family are asked for."""
+def classified(asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn) -> list[Labels]:
+    """Return what is predicted of every row, which posteriors of one family are asked for."""
     places: dict[tuple[int, Classify], list[int]] = {}
     for place, (posterior, settings, _) in enumerate(asked):
         places.setdefault((id(posterior), settings), []).append(place)
@@ -80,11 +82,11 @@ def classified(asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Draw
         for group in groups
         for posterior, settings, _ in [asked[group[0]]]
     ]
-    answers: dict[int, Classes] = {}
+    answers: dict[int, Labels] = {}
     for group, prediction in zip(groups, predict_mixed(questions), strict=True):
-        assert isinstance(prediction, ClassPrediction | MultiLabelPrediction)
+        assert isinstance(prediction, Labels)
         for i, place in enumerate(group):
-            answers[place] = prediction.select(torch.tensor([i]))
+            answers[place] = prediction.select((prediction.examples == i).nonzero().flatten())
     return [answers[place] for place in range(len(asked))]
 
 
@@ -178,11 +180,14 @@ class Written:
         The places of the continuations that are answered with.
     scores
         Of each of these, if they were asked for.
+    notes
+        Per continuation of the generation, what its uncertainty says beside the numbers.
     """
 
     generation: Generation
     order: list[int]
     scores: list[TokenScores] | None
+    notes: Sequence[dict[str, Any]] | None = None
 
 
 def alone(generation: Generation, i: int) -> Generation:

@@ -45,6 +45,14 @@ def kept(config: PreTrainedConfig) -> dict[str, Any]:
     return _plain(config.to_dict())
 
 
+def quantisation(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return how transformers quantised the network, as plain JSON; empty if it did not."""
+    how = getattr(config, "quantization_config", None)
+    if how is None:
+        return {}
+    return _plain(how if isinstance(how, Mapping) else how.to_dict())
+
+
 def restore(config: PreTrainedConfig, saved: Mapping[str, Any], most: int) -> bool:
     """Set saved values that differ in ``config``; return whether any did.
 

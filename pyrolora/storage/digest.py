@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from pyrolora.adapters import is_quantised
+from pyrolora.progress import progress
 from pyrolora.storage.tensors import tensors
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,7 @@ def digests(network: nn.Module, heads: Iterable[str]) -> dict[str, dict[str, Any
     entries: dict[str, dict[str, Any]] = {}
     known: dict[int, str] = {}
     alive = {id(parameter): parameter for parameter in network.parameters()}
-    read = tqdm(tensors(network, heads), desc="recognising the network", delay=2, leave=False)
+    read = progress(tensors(network, heads), title="recognising the network")
     for name, tensor in read:
         tied = known.get(id(tensor))
         entries[name] = _entry(tensor) if tied is None else entries[tied]
@@ -73,9 +73,26 @@ def matches(tensor: Tensor, saved: Mapping[str, Any]) -> bool:
     return digest(tensor, rounded) == bits[saved["dtype"]]
 
 
-def quantised(saved: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Return whether digests are those of a network with quantised weights."""
-    return any(entry["dtype"] in CODES for entry in saved.values())
+def quantised_layers(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return layer -> the name and dtype of its codes, such as ``"weight.nf4 uint8"``."""
+    return {
+        layer_of(name): f"{name.removeprefix(layer_of(name)).lstrip('.')} {entry['dtype']}"
+        for name, entry in entries.items()
+        if entry["dtype"] in CODES and entry["shape"]
+    }
+
+
+def layer_of(name: str) -> str:
+    """Return the layer of a weight, of its codes or of its scales; of another tensor its module.
+
+    A weight of codes has several tensors: ``"x.weight.nf4"`` and ``"x.weight.absmax"`` are of
+    ``"x"``, and so is ``"x.SCB"``, but not ``"x.bias"``, which is no part of the weight.
+    """
+    module, _dot, last = name.rpartition(".")
+    if last == "bias":
+        return name
+    before, found, _ = name.rpartition(".weight")
+    return before if found else module
 
 
 def _entry(tensor: Tensor) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import MOST_JSON, SCRATCH, read_strict_json, shown, write_whole
+from pyrolora.files import MOST_JSON, SCRATCH, read_strict_json, shown, write_whole, writing
 from pyrolora.json_values import as_json, finite
 from pyrolora.storage.description import (
     DIGEST,
@@ -80,10 +81,27 @@ def write_folder(
     ------
     ConfigError
         When ``path`` is a file, or the description is too long to be read again.
+    SaveError
+        When it cannot be written. What was in the folder is whole.
     """
     if path.exists() and not path.is_dir():
         raise ConfigError(f"a posterior is saved to a folder, and {path} is a file; name another")
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    older, described = {item.name for item in path.iterdir()}, _content(path / META_FILE)
+    try:
+        kept = _write(path, meta, state, tokenizer)
+    except BaseException:
+        if _content(path / META_FILE) == described:  # it names none of the new files
+            _clear(path, older)
+        raise
+    _clear(path, kept)
+
+
+def _write(
+    path: Path, meta: Mapping[str, Any], state: Mapping[str, Tensor], tokenizer: Any
+) -> set[str | None]:
+    """Write all files, the description last; return the names of the others."""
     content = save({name: tensor.contiguous().cpu() for name, tensor in state.items()})
     digest = hashlib.sha256(content).hexdigest()
     state_file = path / f"adapters-{digest[:12]}.safetensors"
@@ -111,9 +129,18 @@ def write_folder(
             "are read again; shorten posterior.history"
         )
     write_whole(path / META_FILE, text)
+    return {state_file.name, folder}
+
+
+def _clear(path: Path, kept: Collection[str | None]) -> None:
+    """Remove what saves wrote beside the description, but for ``kept``.
+
+    Surplus files do no harm, so that one which cannot be removed is no reason to fail.
+    """
     for item in path.iterdir():
-        if OWN_NAME.fullmatch(item.name) and item.name not in (state_file.name, folder):
-            remove(item)
+        if OWN_NAME.fullmatch(item.name) and item.name not in kept:
+            with suppress(OSError):
+                remove(item)
 
 
 def read_description(path: Path) -> Description:
@@ -181,6 +208,10 @@ def read_folder(path: Path) -> Saved:
     state_file = path / description.state_file
     check_digest(state_file, description.sha256)
     return Saved(path, description, tensor_file(state_file))
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if _is_file(file) else None
 
 
 def _is_file(file: Path) -> bool:

@@ -14,14 +14,16 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from pyrolora.errors import CheckpointError
 from pyrolora.files import read_strict_json, shown
-from pyrolora.storage.base import DTYPES
+from pyrolora.storage.base import DTYPES, QUANTISATION
 from pyrolora.storage.configuration import restore
-from pyrolora.storage.digest import quantised
+from pyrolora.storage.digest import quantised_layers
 
+QUANTISERS = ("bitsandbytes", "torchao", "quanto", "hqq")  # whose settings are plain values
 PASS_IT = (
     "pass the network, or the folder that its save_pretrained(folder) wrote, as model=: "
     "pyrolora.load(path, model)"
@@ -36,7 +38,8 @@ def load_base(
     Nothing in the description chooses code: the class is looked up in the list of transformers'
     Auto classes, and the configuration is the one of the network's folder, with values of the saved
     one for names that it has (`configuration.restore`). Weights are read from safetensors alone
-    where the description says where from.
+    where the description says where from, and quantised as the posterior's network was, by the
+    methods of `QUANTISERS`.
 
     Parameters
     ----------
@@ -56,16 +59,21 @@ def load_base(
             f"the posterior's network, a {kind}, was built or changed in memory and has no hub id "
             f"or folder to come back from; {PASS_IT}"
         )
-    if name is None and quantised(description["weights"]):
+    how = description.get(QUANTISATION, {})
+    known = how.get("quant_method") in QUANTISERS
+    if name is None and quantised_layers(description["weights"]) and not known:
         raise CheckpointError(
-            f"the posterior's network, a {kind} ({place}), is quantised, and a posterior does not "
-            f"say how to load one; load it with its quantization_config and {PASS_IT}"
+            f"the posterior's network, a {kind} ({place}), is quantised, and not by a method that "
+            f"a posterior can name ({', '.join(QUANTISERS)}); load it with its "
+            f"quantization_config and {PASS_IT}"
         )
     try:
         with _quiet():  # transformers reports a missing head: the posterior brings its own
             loader = _class(kind, place, trust_remote_code)
             config = _configuration(loader, place, description, name is None)
             options: dict[str, Any] = {"use_safetensors": True} if name is None else {}
+            if known and getattr(config, "quantization_config", None) is None:
+                options["quantization_config"] = AutoQuantizationConfig.from_dict(dict(how))
             network: PreTrainedModel = loader.from_pretrained(
                 place,
                 config=config,

@@ -17,14 +17,16 @@ from pyrolora.adapters.parameter_layer import ParameterSlot
 from pyrolora.adapters.parameters import places
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
+from pyrolora.storage.dequantise import dequantised, quantised_modules
 
 
 @torch.inference_mode(False)  # the model may be trained
 @torch.no_grad()
-def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
+def merged(joint: JointModel, factors: FlatFactors, *, dequantize: bool = False) -> nn.Module:
     """Return a copy of the base network with W + s B A in its layers and the posterior's heads.
 
-    The sum is made in float32 and cast to the layer's dtype once. A layer that shares its weight
+    The sum is made in float32 and cast to the layer's dtype once. With ``dequantize`` every
+    quantised linear layer becomes a plain one first (`dequantised`). A layer that shares its weight
     with another module (an output layer tied to the embeddings), or is one under several names,
     gets a weight of its own. The copy has no hub id or folder: no name loads its weights.
 
@@ -36,10 +38,12 @@ def merged(joint: JointModel, factors: FlatFactors) -> nn.Module:
     """
     bank = joint.program.bank
     matrices: Mapping[str, tuple[Tensor, Tensor]] = bank.matrices(factors)
+    coded = quantised_modules(joint.base) if dequantize else []
     for name, wrapper in joint.attachment.layers.items():
-        if not isinstance(wrapper, ParameterSlot):
+        if not isinstance(wrapper, ParameterSlot) and wrapper.base_layer not in coded:
             _check_weight(name, wrapper.base_layer)
-    network = _copy(joint.base)
+    dtype = getattr(joint.base, "dtype", torch.float32)
+    network = _copy(joint.base, {id(layer): dequantised(layer, dtype) for layer in coded})
     standing = places(network, list(bank.specs))
     apart: set[tuple[str, str]] = set()
     for name, spec in bank.specs.items():
@@ -78,18 +82,20 @@ def _set_apart(network: nn.Module, module: str, parameter: str) -> None:
     network.set_submodule(module, layer)
 
 
-def _copy(base: nn.Module) -> nn.Module:
-    """Copy the network without our wrappers."""
+def _copy(base: nn.Module, instead: dict[int, Any]) -> nn.Module:
+    """Copy the network without our wrappers, with other modules ``instead`` of those with an id."""
     try:
-        network = copy.deepcopy(base)
+        network = copy.deepcopy(base, dict(instead))
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ConfigError(
             f"merging makes a copy of the network, and this {type(base).__name__} cannot be "
             f"copied, as with some quantised weights ({str(error).splitlines()[0]:.200}). Write "
-            "the adapter alone, with posterior.to_peft(path), or merge on the network loaded "
-            "whole and not quantised"
+            "the adapter alone, with posterior.to_peft(path), or pass dequantize=True"
         ) from error
     unwrap(network)
+    quantizer = getattr(network, "hf_quantizer", None)
+    if instead and quantizer is not None:
+        quantizer.remove_quantization_config(network)
     return network
 
 
@@ -102,8 +108,8 @@ def _check_weight(name: str, layer: nn.Module) -> None:
             state = f"{kind}{weight.dtype} on {weight.device}"
         raise ConfigError(
             f"merging adds the adapter to the weights, and that of {name!r} is no plain one in "
-            f"memory: it is {state}. Write the adapter alone, with posterior.to_peft(path), or "
-            "merge on the network loaded whole and not quantised"
+            f"memory: it is {state}. Write the adapter alone, with posterior.to_peft(path); of a "
+            "quantised layer, pass dequantize=True; else merge on the network loaded whole"
         )
 
 

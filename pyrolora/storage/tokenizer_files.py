@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from pyrolora.errors import CheckpointError
-from pyrolora.files import read_bytes, read_strict_json, shown
+from pyrolora.files import flush, flush_tree, read_bytes, read_strict_json, shown, writing
 from pyrolora.storage.processor_files import PART, PROCESSOR, auto_class
 from pyrolora.storage.tensor_file import other_file
 
@@ -41,8 +41,21 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     -------
     tuple
         The folder's name, and the SHA-256 of each of its files.
+
+    Raises
+    ------
+    SaveError
+        When it cannot be written.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=".tokenizer.", suffix=".part", dir=path))
+    with writing(path):
+        scratch = Path(tempfile.mkdtemp(prefix=".tokenizer.", suffix=".part", dir=path))
+        try:
+            return _written(path, scratch, tokenizer)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)  # unless it has got its name
+
+
+def _written(path: Path, scratch: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     scratch.chmod(0o777 & ~_umask(path))
     tokenizer.save_pretrained(scratch)
     for config in (CONFIG, PROCESSOR, PART):
@@ -53,9 +66,11 @@ def write_tokenizer(path: Path, tokenizer: Any) -> tuple[str, dict[str, str]]:
     folder = path / f"tokenizer-{whole.hexdigest()[:12]}"
     if os.path.lexists(folder):
         if not folder.is_symlink() and folder.is_dir() and digests == _digests(folder):
-            return folder.name, digests  # the scratch folder goes with the older files
+            return folder.name, digests
         remove(folder)
+    flush_tree(scratch)
     scratch.replace(folder)
+    flush(path)
     return folder.name, digests
 
 

@@ -73,8 +73,8 @@ class Task(ParamModule, ABC):
 
     writes: ClassVar[Literal["on", "apart"] | None] = None
     """Whether the network writes texts: on from its input, or apart, with a decoder of its own."""
-    serves: ClassVar[Literal["classes", "text"] | None] = None
-    """The answer of a server to a single text: its classes, or what follows it."""
+    serves: ClassVar[Literal["classes", "tags", "value", "text"] | None] = None
+    """The answer of a server to a single text: its classes, tags or number, or what follows it."""
 
     # The law ------------------------------------------------------------------------------------
 

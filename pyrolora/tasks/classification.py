@@ -201,7 +201,7 @@ class Classification(Task):
     """Classes: y ~ Categorical(softmax(f)), with f (..., b, classes) the network's logits."""
 
     name = "classification"
-    serves: ClassVar[Literal["classes", "text"] | None] = "classes"
+    serves: ClassVar[Literal["classes", "tags", "value", "text"] | None] = "classes"
     reads = "a class per example"
     aliases: ClassVar[tuple[str, ...]] = (
         "text-classification",

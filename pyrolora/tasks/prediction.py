@@ -80,10 +80,12 @@ class Prediction(ABC):
     def loss(self) -> Tensor | None:
         """The cost of each prediction, (n,), or None without labels."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Mapping[str, float | Tensor]:
         """Return metrics of this kind by name, beside those that `evaluate` knows of already.
 
-        Asked of predictions with labels only. `higher_is_better` states their directions.
+        A metric is a number; or its terms, (n,), if it is their mean, from which its standard error
+        follows without a bootstrap. Asked of predictions with labels only. `higher_is_better`
+        states their directions.
         """
         return {}
 
@@ -130,6 +132,10 @@ class Prediction(ABC):
             if isinstance(value := getattr(self, part.name), Tensor)
         }
         return replace(self, **chosen)
+
+    def of_examples(self, numbers: Tensor) -> Self:
+        """Return the prediction of the examples with these numbers, one of which may recur."""
+        return self.select(numbers)
 
     def named(self, names: Mapping[int, str]) -> Self:
         """Return the prediction with these names of its classes, if it has classes."""

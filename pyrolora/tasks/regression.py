@@ -212,6 +212,7 @@ class Regression(Task):
     classes = classes_of("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION")
     problem_type = "regression"
     prediction = RegressionPrediction
+    serves = "value"
     linearisable = True
     tempers = True
 

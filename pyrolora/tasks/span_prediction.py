@@ -189,12 +189,15 @@ class SpanPrediction(Prediction):
             )
             yield {name: float(value) / 100 for name, value in scores.items()}
 
-    def metrics(self) -> dict[str, float]:
-        """Return the shares of exact matches and the mean F1 of words, both from 0 to 1."""
+    def metrics(self) -> dict[str, float | Tensor]:
+        """Return exact matches and the F1 of words, both from 0 to 1, of each example, (n,)."""
         if self.references is None:
             return {}
         scores = [*self._scored()]
-        return {n: sum(s[n] for s in scores) / len(scores) for n in ("exact_match", "f1")}
+        return {
+            name: torch.tensor([one[name] for one in scores], dtype=torch.float64)
+            for name in ("exact_match", "f1")
+        }
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """Return bounds (n,) of the central interval of the answer's probability over draws."""

@@ -83,7 +83,16 @@ class TagPrediction(ClassPrediction):
         numbers = torch.as_tensor(order)[self.example]
         return replace(self, example=numbers).select(numbers.argsort(stable=True))
 
-    def metrics(self) -> dict[str, float]:
+    def of_examples(self, numbers: Tensor) -> Self:
+        """Return the tokens of these examples, numbered anew, so that none runs into its copy."""
+        counts = self.example.bincount(minlength=int(numbers.max()) + 1)
+        first, sizes = (counts.cumsum(0) - counts)[numbers], counts[numbers]
+        copies = torch.arange(len(numbers)).repeat_interleave(sizes)
+        within = torch.arange(len(copies)) - (sizes.cumsum(0) - sizes)[copies]
+        rows = self.example.argsort(stable=True)[first[copies] + within]
+        return replace(self.select(rows), example=copies)
+
+    def metrics(self) -> dict[str, float | Tensor]:
         """Return precision, recall and F1 of whole entities, by seqeval as the CoNLL script counts.
 
         There are none where the classes are not named by IOB or IOBES, as O, B-PER and I-PER are.

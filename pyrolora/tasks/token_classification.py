@@ -174,6 +174,7 @@ class TokenClassification(TokenTask):
     classes = classes_of("TOKEN_CLASSIFICATION")
     auto = "AutoModelForTokenClassification"
     prediction = TagPrediction
+    serves = "tags"
     shift: ClassVar[int] = 0
     title = "a network for token classification"
 

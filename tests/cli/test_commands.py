@@ -19,7 +19,7 @@ from problems import bert, gpt2, llama, reviews
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import pyrolora
-from pyrolora import AdapterConfig, defaults
+from pyrolora import AdapterConfig, cli, defaults
 from pyrolora.guides import MonteCLoRA
 
 NAMES = ("bad", "good")
@@ -596,6 +596,28 @@ def test_help_shows_an_example(command: str) -> None:
     result = done(command, "--help")
     examples = [line for line in result.out.splitlines() if "Usage:" not in line]
     assert any(f"pyrolora {command}" in line for line in examples), result.out
+
+
+@pytest.mark.parametrize("command", [name.__name__ for name in (cli.fit, *cli.commands)])
+def test_help_fits_a_screen(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a hundred columns; no more than a fit, which has the most options, has lines."""
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = done(command, "--help").out.splitlines()
+    assert len(lines) <= (70 if command == "fit" else 56)
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "pyrolora ev"
+    for name, value in (
+        ("COMPLETE", f"complete_{shell}"), ("COMPLETE_ARGS", words),
+        ("COMPLETE_FISH_ACTION", "get-args"),
+    ):  # fmt: skip
+        monkeypatch.setenv(f"_PYROLORA_{name}" if name == "COMPLETE" else f"_TYPER_{name}", value)
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert "evaluate" in pyrolora_().out
 
 
 def test_the_help_of_fit_names_what_the_registries_hold() -> None:

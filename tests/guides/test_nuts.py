@@ -10,6 +10,7 @@ import pytest
 import torch
 from linear import layer
 from problems import mlp
+from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -225,6 +226,39 @@ def test_training_options_are_refused_where_nothing_is_trained(option, steps):
     with pytest.raises(ConfigError, match=rf"trains nothing .* leave {next(iter(option))} out"):
         pyrolora.fit(given, data(), guide=NUTS(inner=MEANFIELD, **SHORT), **option)
     assert len(steps) == begun
+
+
+# What it aims at ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.25, 4.0])
+def test_the_target_of_the_chains_is_the_prior_times_the_likelihood_to_one_over_beta(
+    beta, monkeypatch
+):
+    """p(A) p(y|A)^(1/β) at a draw of the prior, by the formulas of both normals."""
+    targets = []
+
+    class Seen(Exception):
+        pass
+
+    def seen(self: Any) -> None:
+        targets.append(poutine.trace(self.kernel.model).get_trace())
+        raise Seen
+
+    monkeypatch.setattr(mcmc.MCMC, "run", seen)
+    problem = layer(MAP())
+    inner = MeanField(kl_weight=beta, prior_scale=0.8, prior_mean="zero")
+    with pytest.raises(Seen):
+        problem.fit(NUTS(inner=inner))
+    (trace,) = targets
+    A = trace.nodes["A"]["value"].double()
+    H, h = problem.quadratic("A")
+    at_zero = problem.log_likelihood("A", torch.zeros_like(A), torch.zeros_like(H))
+    likelihood = at_zero + h @ A - 0.5 * A @ H @ A
+    prior = torch.distributions.Normal(0.0, 0.8).log_prob(A).sum()
+    assert trace.log_prob_sum().item() == pytest.approx(
+        (prior + likelihood / beta).item(), rel=1e-4
+    )
 
 
 # What it leaves alone ----------------------------------------------------------------------------

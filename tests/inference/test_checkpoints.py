@@ -3,10 +3,12 @@ refused, no pickle is run, and a fit that goes on has the log of one that was ne
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from pyrolora.guides import SWAG, Ensemble, MonteCLoRA
 from pyrolora.inference import last_checkpoint
 from pyrolora.inference.checkpoints import damage
 from pyrolora.inference.identity import digest_of_data
+from pyrolora.inference.sealing import PARTS_FILE, seal
 from pyrolora.tasks import task_for
 
 STEPS = 6
@@ -36,6 +39,7 @@ PARTS = [
     "optimizer.pt",
     "scheduler.pt",
     "rng_state.pth",
+    PARTS_FILE,
 ]
 
 
@@ -156,13 +160,20 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def flipped(path: Path) -> None:
+    """One bit in the middle, which readers of the format do not see."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("spoil", [Path.unlink, empty, half, nonsense, pipe])
+@pytest.mark.parametrize("spoil", [Path.unlink, empty, half, nonsense, pipe, flipped])
 def test_a_checkpoint_with_a_part_that_is_torn_is_not_whole(spoil, name, run):
     checkpoint = run / "checkpoint-5"
     assert damage(checkpoint) is None
     spoil(checkpoint / name)
-    assert name in damage(checkpoint)
+    assert (name in damage(checkpoint)) or (name == PARTS_FILE and "SHA-256" in damage(checkpoint))
     with pytest.warns(UserWarning, match="checkpoint-4, since .*checkpoint-5 is not whole"):
         assert last_checkpoint(run) == run / "checkpoint-4"
 
@@ -191,6 +202,68 @@ def test_without_a_whole_checkpoint_there_is_nothing_to_go_on_from(run, steps):
     assert not steps
 
 
+@pytest.mark.parametrize("left", ["nothing", "torn", "whole"])
+def test_auto_goes_on_where_it_can_and_else_begins(left, run, stopped, tmp_path):
+    """The same call, whatever was there before it."""
+    whole = fitted(tmp_path / "afresh", resume="auto")
+    if left == "nothing":
+        shutil.rmtree(run)
+    for checkpoint in run.glob("checkpoint-*") if left == "torn" else ():
+        half(checkpoint / "optimizer.pt")
+    words = r"checkpoint-5 is not whole, and no older one is: .*optimizer\.pt.*beginning anew"
+    with pytest.warns(UserWarning, match=words) if left == "torn" else nullcontext():
+        again = fitted(run, resume="auto")
+    assert timeless(again.history) == timeless(whole.history)
+    own = again.model.own_state()
+    assert all(torch.equal(own[name], value) for name, value in whole.model.own_state().items())
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "metric_for_best_model": "nll",
+    "load_best_model_at_end": True,
+    "learning_rate": 0.3,
+    "save_total_limit": 2,
+}
+
+
+class Scores:
+    """NLLs in the order in which they are asked for: the second is the best."""
+
+    def __init__(self, after: int) -> None:
+        self.left = [3.0, 1.0, 2.0, 4.0, 5.0, 6.0][after:]
+
+    def __call__(self, *_: Any, **__: Any) -> dict[str, float]:
+        return {"nll": self.left.pop(0)}
+
+
+@pytest.mark.parametrize("spoil", ["moved", "best"])
+def test_the_best_model_is_found_again_or_made_again(spoil, tmp_path, monkeypatch):
+    """In a folder that was moved; and where its checkpoint is torn, from an older one."""
+    fit = importlib.import_module("pyrolora.fitting.fit")  # hidden behind its function
+    options = {**BEST, "eval_data": tokens(8, seed=1), "save_total_limit": 3}
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    whole = fitted(tmp_path / "whole", **options).model.own_state()
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    with pytest.raises(Stopped):
+        fitted(tmp_path / "run", **options, callbacks=Stop(4))
+    steps = {2, 3, 4}
+    assert {int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*")} == steps
+    run = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    if spoil == "best":
+        flipped(run / "checkpoint-2" / "adapters.safetensors")
+        assert "checkpoint-2/adapters.safetensors" in damage(run / "checkpoint-4")
+        monkeypatch.setattr(fit, "_score", Scores(0))
+        with pytest.warns(UserWarning, match="no older one is.*beginning anew"):
+            again = fitted(run, **options, resume="auto")
+    else:
+        monkeypatch.setattr(fit, "_score", Scores(4))
+        again = fitted(run, **options, resume=True)
+    own = again.model.own_state()
+    assert all(torch.equal(own[name], value) for name, value in whole.items())
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -212,6 +285,7 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(run):
     later = Path(shutil.copytree(run / "checkpoint-5", run / "checkpoint-10"))
     state = json.loads((later / "trainer_state.json").read_text())
     (later / "trainer_state.json").write_text(json.dumps({**state, "global_step": 10}))
+    seal(later)
     (run / "checkpoint-4" / "trainer_state.json").touch()
     assert last_checkpoint(run) == later
     assert last_checkpoint(str(run)) == later
@@ -239,6 +313,7 @@ def test_folders_of_other_names_are_no_checkpoints(name, run, tmp_path):
 def test_a_state_that_the_trainer_could_not_take_is_damaged(change, run):
     file = run / "checkpoint-5" / "trainer_state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    seal(file.parent)
     assert "is not the Trainer's" in damage(run / "checkpoint-5")
 
 
@@ -268,6 +343,7 @@ def test_no_file_of_a_checkpoint_is_run(name, how, run, tmp_path):
             file.write_bytes(pickle.dumps(planted))
         else:
             torch.save({"state": planted} if how == "in a dict" else planted, file)
+        seal(checkpoint)
     if name == "training_args.bin":  # which nobody reads
         fitted(run, resume=True)
     else:
@@ -276,14 +352,40 @@ def test_no_file_of_a_checkpoint_is_run(name, how, run, tmp_path):
     assert not marker.exists()
 
 
-def test_the_state_of_a_finished_member_is_read_as_tensors(tmp_path):
-    marker = tmp_path / "was here"
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """Two members, the second of which was stopped; and what they give in one go."""
+    folder, guide = tmp_path_factory.mktemp("ensemble"), Ensemble(members=2)
     with pytest.raises(Stopped):
-        fitted(tmp_path / "run", Ensemble(members=2), callbacks=_StopSecond())
-    finished = tmp_path / "run" / "member-0" / "adapters.safetensors"
-    finished.write_bytes(pickle.dumps(Malicious(marker)))
-    with pytest.raises(CheckpointError, match="cannot read the saved tensors"):
-        fitted(tmp_path / "run", Ensemble(members=2), resume=True)
+        fitted(folder / "run", guide, callbacks=_StopSecond())
+    return folder / "run", fitted(folder / "whole", guide).model.own_state()
+
+
+@pytest.mark.parametrize("spoil", ["pickle", "sealed pickle", "flipped", "no list"])
+def test_a_damaged_state_of_a_finished_member_is_made_again(spoil, ensemble, tmp_path):
+    """From its last checkpoint; and it is read as tensors."""
+    marker, run = tmp_path / "was here", Path(shutil.copytree(ensemble[0], tmp_path / "run"))
+    finished = run / "member-0" / "adapters.safetensors"
+    if spoil == "flipped":
+        flipped(finished)
+    elif spoil == "no list":
+        (finished.parent / PARTS_FILE).unlink()
+    else:
+        finished.write_bytes(pickle.dumps(Malicious(marker)))
+    if spoil == "sealed pickle":
+        seal(finished.parent, [finished.name])
+    begun = []
+
+    class Note(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            begun.append(state.global_step)
+
+    warned = pytest.warns(UserWarning, match="member-0 is not whole, and the member is made again")
+    with nullcontext() if spoil == "no list" else warned:
+        again = fitted(run, Ensemble(members=2), resume=True, callbacks=Note())
+    assert begun == [STEPS, 4]
+    own = again.model.own_state()
+    assert all(torch.equal(own[name], value) for name, value in ensemble[1].items())
     assert not marker.exists()
 
 
@@ -357,6 +459,7 @@ def generators_of_another_kind(checkpoint: Path) -> None:
 )
 def test_a_part_that_can_be_read_and_not_used_is_refused(edit, message, run):
     edit(run / "checkpoint-5")
+    seal(run / "checkpoint-5")
     with pytest.raises(CheckpointError, match=message):
         fitted(run, resume=True)
 
@@ -406,18 +509,14 @@ def test_a_checkpoint_around_another_given_adapter_is_refused(tmp_path):
         pyrolora.fit(given[1], tokens(16), "meanfield", training=args)
 
 
-def test_the_members_of_another_ensemble_are_refused(tmp_path):
-    guide = Ensemble(members=2)
-    with pytest.raises(Stopped):
-        fitted(tmp_path, guide, callbacks=_StopSecond())
+def test_the_members_of_another_ensemble_are_refused(ensemble, tmp_path):
+    guide, run = Ensemble(members=2), Path(shutil.copytree(ensemble[0], tmp_path / "run"))
     with pytest.raises(ConfigError, match="data_digest was"):
-        fitted(tmp_path, guide, tokens(16, seed=1), resume=True)
+        fitted(run, guide, tokens(16, seed=1), resume=True)
     with pytest.raises(ConfigError, match="every member of an ensemble has its own"):
-        fitted(tmp_path, guide, resume=str(tmp_path / "member-1" / "checkpoint-4"))
-    whole = fitted(tmp_path / "whole", guide)
-    resumed = fitted(tmp_path, guide, resume=True)
-    own = resumed.model.own_state()
-    assert all(torch.equal(own[name], value) for name, value in whole.model.own_state().items())
+        fitted(run, guide, resume=str(run / "member-1" / "checkpoint-4"))
+    own = fitted(run, guide, resume="auto").model.own_state()
+    assert all(torch.equal(own[name], value) for name, value in ensemble[1].items())
 
 
 def prepared(data):

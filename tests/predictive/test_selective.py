@@ -84,5 +84,5 @@ def test_a_text_in_which_nothing_counts_is_left_out():
     assert len(risk_coverage(beside)) == 6
     both = {"a": posterior, "b": pyrolora.fit(llama(seed=1), texts, epochs=1)}
     found, expected = (pyrolora.compare(both, r, 2, seed=0) for r in ([silent, *rows], rows))
-    for name in ("nll_difference", "difference_se"):
+    for name in ("nll_difference", "nll_difference_se"):
         assert found[name].tolist() == pytest.approx(expected[name].tolist())

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from problems import bert, questions, reviews, tagged, tokenizer
 from servers import Live, Shop, get, post, running, served
-from transformers import T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.serving.app import create_app
+from pyrolora.serving.entities import words_of
+from pyrolora.serving.errors import UnsupportedError
 from pyrolora.tasks.registry import kinds
 
 TEXT = "the film was good"
@@ -65,6 +68,55 @@ def test_several_labels_are_answered_with_a_probability_each(live: Live) -> None
     assert about["agreement"] == pytest.approx(float(votes.all(-1).float().mean()))
 
 
+def test_a_regression_is_answered_with_its_mean_and_spreads(live: Live) -> None:
+    body = {"inputs": [TEXT, "bad"], "parameters": {"adapter_id": "regression", "draws": [0, 3]}}
+    rows = post(f"{live.url}/classify_batch", json=body).json()
+    alone = live.alone("regression").predict([TEXT, "bad"], draws=[0, 3])
+    low, high = alone.interval(0.9)
+    for i, (row,) in enumerate(rows):
+        assert (row["entity"], row["word"]) == ("value", [TEXT, "bad"][i])
+        assert row["score"] == pytest.approx(float(alone.mean[i]), rel=1e-4)
+        about = row["uncertainty"]
+        for name in ("std", "aleatoric", "epistemic", "entropy"):
+            assert about[name] == pytest.approx(float(getattr(alone, name)[i]), rel=1e-3, abs=1e-5)
+        assert about["low"] == pytest.approx(float(low[i]), rel=1e-3)
+        assert about["high"] == pytest.approx(float(high[i]), rel=1e-3)
+        assert about["agreement"] is None
+
+
+def test_every_word_is_answered_with_its_tag(live: Live) -> None:
+    """The known answer is that of `predict` for the words of the text, whose first tokens count."""
+    name, text = "token-classification", "the  film was good"
+    body = {"inputs": [text, "bad"], "parameters": {"adapter_id": name, "draws": [0, 3]}}
+    rows, (short,) = post(f"{live.url}/classify_batch", json=body).json()
+    posterior = live.alone(name)
+    alone = posterior.predict([{"tokens": text.split()}], draws=[0, 3])
+    assert [row["word"] for row in rows] == text.split()
+    assert [text[row["start"] : row["end"]] for row in rows] == text.split()
+    assert [row["index"] for row in rows] == alone.position.tolist()
+    names = alone.classes or ["0", "1", "2"]
+    assert [row["entity"] for row in rows] == [names[k] for k in alone.predicted.tolist()]
+    low, high = alone.interval(0.9)
+    for i, row in enumerate(rows):
+        k, about = int(alone.predicted[i]), row["uncertainty"]
+        assert row["score"] == pytest.approx(float(alone.probs[i, k]), rel=1e-4)
+        assert about["entropy"] == pytest.approx(float(alone.entropy[i]), rel=1e-4)
+        assert about["epistemic"] == pytest.approx(float(alone.epistemic[i]), rel=1e-2, abs=1e-5)
+        assert (about["low"], about["high"]) == pytest.approx(
+            (float(low[i, k]), float(high[i, k])), rel=1e-4
+        )
+    assert (short["word"], short["index"]) == ("bad", 1)
+
+
+def test_words_of_several_tokens_have_the_tag_of_their_first() -> None:
+    letters = Tokenizer(models.BPE({c: i for i, c in enumerate("abc.")}, []))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = PreTrainedTokenizerFast(tokenizer_object=letters)
+    assert words_of(words, " ab c.") == [(0, (1, 3)), (2, (4, 5)), (3, (5, 6))]
+    with pytest.raises(UnsupportedError, match="does not say where"):
+        words_of(object(), "a")
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_what_is_not_served_is_refused_by_its_task(live: Live, name: str) -> None:
     parameters = {"adapter_id": name}
@@ -76,7 +128,7 @@ def test_what_is_not_served_is_refused_by_its_task(live: Live, name: str) -> Non
         "/classify": {"inputs": TEXT, "parameters": parameters},
         "/classify_batch": {"inputs": [TEXT], "parameters": parameters},
     }
-    if name == "multi-label-classification":
+    if name in ("multi-label-classification", "token-classification", "regression"):
         asked = {path: body for path, body in asked.items() if "classify" not in path}
     for path, body in asked.items():
         answer = post(f"{live.url}{path}", json=body)
@@ -109,4 +161,5 @@ def test_networks_that_read_or_write_otherwise_are_refused(tmp_path: Any) -> Non
 def test_only_what_one_text_is_enough_for_is_served() -> None:
     serves = {kind.name: kind.serves for kind in kinds() if kind.serves}
     assert serves.pop("text-generation") == "text"
+    assert (serves.pop("token-classification"), serves.pop("regression")) == ("tags", "value")
     assert serves == dict.fromkeys(("classification", "multi-label-classification"), "classes")

@@ -11,27 +11,26 @@ from typing import Any
 
 import pytest
 from console import pyrolora_
+from pages import ROOT, blocks
 from servers import get, post, running
 
 from pyrolora.serving import run
 from pyrolora.serving.app import create_app
 from pyrolora.serving.service import Service
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 ADDRESS = "http://127.0.0.1:8000"
 
 
-def test_the_readmes_server_answers_the_readmes_request(
+def test_the_documented_server_answers_the_documented_request(
     classifiers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TQDM_DISABLE", "")
     shutil.copytree(classifiers.directory / "reviews", "posteriors/first")
     answers: list[Any] = []
-    (body,) = re.findall(r"-d '(\{.*\})'", README)
+    (body,) = re.findall(r"-d '(\{.*\})'", SERVING)
 
     def ask(service: Service, *, host: str, port: int, key: str | None) -> None:
         assert (f"http://{host}:{port}", key) == (ADDRESS, None)
@@ -39,7 +38,7 @@ def test_the_readmes_server_answers_the_readmes_request(
             answers.append(post(f"{url}/classify", json=json.loads(body)).json())
 
     monkeypatch.setattr(run, "run", ask)
-    (line,) = re.findall("^pyrolora serve .*$", README, re.MULTILINE)
+    (line,) = re.findall("^pyrolora serve .*$", SERVING, re.MULTILINE)
     result = pyrolora_(*shlex.split(line.replace(HUB_ID, str(classifiers.base)))[1:])
     assert result.code == 0, result.err
     assert {"score", "uncertainty"} <= answers[0][0].keys()
@@ -48,7 +47,7 @@ def test_the_readmes_server_answers_the_readmes_request(
 def test_the_python_of_the_documentation_runs(
     writing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", SERVING, re.DOTALL)
+    (code,) = blocks(ROOT / "docs" / "serving.md")
     for said, here in ((ADDRESS, writing.url), ('"books"', '"plain"')):
         assert said in code
         code = code.replace(said, here)
@@ -56,11 +55,6 @@ def test_the_python_of_the_documentation_runs(
     exec(compile(code, "serving.md", "exec"), names)
     names["client"].close()
     assert float(capsys.readouterr().out.split()[-1]) >= 0
-
-
-def test_its_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", SERVING):
-        assert (ROOT / "docs" / link).exists(), link
 
 
 def test_every_route_is_documented(writing: Any) -> None:

@@ -170,12 +170,28 @@ def described_without_weights() -> dict[str, Any]:
 def test_a_quantised_network_is_no_plain_one() -> None:
     description = described(coded())
     check_base(coded(), [], description)
-    with pytest.raises(CheckpointError, match=r"not quantised.*fitted on is quantised"):
-        check_base(nn.Linear(4, 4, bias=False), [], description)
-    with pytest.raises(CheckpointError, match=r"this Linear is quantised"):
-        check_base(coded(), [], described(nn.Linear(4, 4, bias=False)))
+    plain = nn.Linear(4, 4, bias=False)
+    for network, other in ((plain, coded()), (coded(), plain)):  # nothing says it is the same
+        with pytest.raises(CheckpointError, match=r"quantised layers of this Linear.*no other we"):
+            check_base(network, [], described(other))
     with pytest.raises(CheckpointError, match=r"'weight.codes' is not the one"):
         check_base(coded(1), [], description)
+
+
+def test_a_network_in_another_precision_is_known_by_its_other_weights() -> None:
+    def network(first: nn.Module, seed: int = 0) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(first, nn.Linear(4, 3))
+
+    plain = nn.Linear(4, 4, bias=False)
+    for fitted_on, here in ((coded(), plain), (plain, coded())):
+        description = described(network(fitted_on))
+        with pytest.warns(UserWarning, match=r"codes int8.*1 layers have other.*2 other weights"):
+            check_base(network(here), [], description)
+        with pytest.raises(CheckpointError, match=r"'1.bias' is not the one that was adapted"):
+            check_base(network(here, 1), [], description)
+    with pytest.raises(CheckpointError, match=r"'0.weight.codes' is not the one"):
+        check_base(network(coded(1)), [], described(network(coded())))
 
 
 def test_a_network_without_a_name_is_told_at_save(

@@ -259,6 +259,7 @@ def test_a_quantised_network_keeps_adapters_in_their_own_precision(
     options = {"epochs": 5, "learning_rate": 0.05, "seed": 0, "task": "classification"}
     posterior = pyrolora.fit(network, (X, Y), guide, adapter=AdapterConfig(r=2), **options)
     found = posterior.predict((X, Y), 1, seed=0).probs
+    of_mean = posterior.predict((X, Y), 0).probs
     draws = posterior.sample(1, seed=0)
     (A0, B0), (A2, B2) = (
         tuple(m.reshape(-1, *m.shape[-2:])[0] for m in pair)  # the mean factor has no draws
@@ -270,8 +271,12 @@ def test_a_quantised_network_keeps_adapters_in_their_own_precision(
         hidden = (plain[0](X) + scaling[0] * X @ A0.T @ B0.T).tanh()
         expected = plain[2](hidden) + scaling[1] * hidden @ A2.T @ B2.T
     torch.testing.assert_close(found, expected.softmax(-1), rtol=1e-5, atol=1e-6)
-    with pytest.raises(ConfigError, match=rf"of '0' is no plain one.*{kind}.*to_peft"):
+    with pytest.raises(ConfigError, match=rf"of '0' is no plain one.*{kind}.*dequantize=True"):
         posterior.merge()
+    whole = posterior.merge(dequantize=True)
+    assert [type(layer) for layer in (whole[0], posterior.detach()[0])] == [nn.Linear, Codes]
+    with torch.no_grad():
+        torch.testing.assert_close(whole(X).softmax(-1), of_mean)
     posterior.to_peft(tmp_path)
 
 

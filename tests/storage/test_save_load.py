@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, guides
-from pyrolora.errors import CheckpointError
+from pyrolora.errors import CheckpointError, SaveError
 from pyrolora.predictive import Prediction
 from pyrolora.storage.digest import digest
 
@@ -534,7 +534,7 @@ def dies(part: str, posterior: Posterior, folder: Path, patch: pytest.MonkeyPatc
             torn_tokenizer(type(posterior.tokenizer), within)
         else:
             torn(PARTS.index(part), within)
-        with pytest.raises(DiskFull):
+        with pytest.raises(SaveError, match=rf"cannot write .*{folder.name}.*No space left"):
             posterior.save(folder)
 
 
@@ -546,7 +546,7 @@ def test_a_failure_while_writing_leaves_the_older_one_whole(
     older.save(tmp_path)
     before = digests(tmp_path)
     dies(part, newer, tmp_path, monkeypatch)
-    assert before.items() <= digests(tmp_path).items()
+    assert before == digests(tmp_path), "nothing is left to fill the disk"
     again = pyrolora.load(tmp_path, bert())
     assert again.tokenizer("a good film") == tokenizer()("a good film")
     assert_close(predicted(again, "classification"), predicted(older, "classification"))
@@ -599,8 +599,7 @@ def test_a_failure_while_removing_the_older_files_leaves_the_newer_one_whole(
     with monkeypatch.context() as patch:
         target: Any = Path if function == "unlink" else shutil
         patch.setattr(target, function, failing(0, lambda *a: None))
-        with pytest.raises(DiskFull):
-            newer.save(folder)
+        newer.save(folder)
     again = pyrolora.load(folder, bert())
     assert again.tokenizer("a good film") == tokenizer()("a good film")
     assert_close(predicted(again, "classification"), predicted(newer, "classification"))
@@ -622,7 +621,7 @@ def test_a_failure_between_moving_files_leaves_the_older_or_the_newer_one_whole(
         try:
             newer.save(tmp_path)
             survivor = newer
-        except DiskFull:
+        except SaveError:
             survivor = older
     assert survivor is (newer if moves == 2 else older)
     again = pyrolora.load(tmp_path, bert())
