@@ -40,7 +40,6 @@ from pyrolora.predictive import (
     check_temperature,
     choose,
     evaluate,
-    generate,
     judge,
     one_split,
     rows_to_answer,
@@ -423,20 +422,8 @@ class Posterior:
             When the network does not write texts, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
-        predictor = self.predictor
-        numbers = predictor.numbers(draws, num_samples=num_samples)
-        if num_samples is None:
-            num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
-        with seeded(seed):
-            return generate(
-                self.model,
-                inputs,
-                predictor.factors(num_samples, None, numbers),
-                self.tokenizer,
-                numbers=numbers,
-                options=generate_options,
-                temperature=self.temperature if self.task.as_text() is self.task else 1.0,
-            )
+        numbers = self.predictor.numbers(draws, num_samples=num_samples)
+        return self.predictor.generate(inputs, num_samples, numbers, seed, generate_options)
 
     def p_true(
         self,
