@@ -17,7 +17,8 @@ from pages import PAGES, README, START, blocks, furnish, run, yours
 import pyrolora
 from pyrolora.cli import main
 
-ELSEWHERE = {"serving.md", "hub.md"}  # the former's needs a server: test_serving_docs.py
+# tests/serving/test_serving_docs.py has a server for its Python, tests/storage/test_hub.py a hub.
+ELSEWHERE = {"serving.md", "hub.md"}
 STAYS = {"serve", "demo"}  # commands that do not end, or take minutes; they have tests of their own
 PYTHON = [p for p in PAGES if blocks(p) and p != START and p.name not in ELSEWHERE]
 PRINTED = {

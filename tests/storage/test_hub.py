@@ -14,8 +14,9 @@ import pytest
 import torch
 from hubs import Hub
 from huggingface_hub import ModelCard, constants
-from problems import bert, mlp, reviews, tokenizer
-from transformers import AutoModelForSequenceClassification
+from pages import ROOT, blocks
+from problems import bert, mlp, reviews, tokenizer, tokens
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -379,3 +380,34 @@ def test_a_damaged_repository_is_refused(fitted: Posterior, cache: Path, tmp_pat
     cached(tmp_path / "saved", cache, "me/posterior")
     with pytest.raises(CheckpointError, match=r"edited or is incomplete|digest|damaged"):
         pyrolora.load("me/posterior")
+
+
+def test_the_python_of_the_page_runs(
+    fitted: Posterior, hub: Hub, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Block by block, with a hub whose repositories are folders."""
+    page = ROOT / "docs" / "hub.md"
+    fetched = hub.root / "me" / "reviews"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(fetched))
+    monkeypatch.chdir(tmp_path)
+    plain_network = AutoModelForSequenceClassification.from_pretrained(network)
+    names: dict[str, Any] = {
+        "pyrolora": pyrolora,
+        "posterior": fitted,
+        "held_out": reviews(8, 5),
+        "network": plain_network,
+        "PeftModel": peft.PeftModel,
+        "TrainingArguments": TrainingArguments,
+        "model": bert(),
+        "data": tokens(8),
+    }
+    trackers = 'report_to=["tensorboard", "wandb", "trackio"]'  # tests/fitting/test_trackers.py
+    assert trackers in page.read_text()
+    for block in blocks(page):
+        if "PeftModel" in block:  # PEFT asks the hub itself, unless there is such a folder
+            monkeypatch.chdir(hub.root)
+        exec(compile(block.replace(trackers, 'report_to="none"'), str(page), "exec"), names)
+    assert (tmp_path / "reviews" / CARD).is_file()
+    assert ModelCard.load(fetched / CARD).data.license == "mit"
+    assert isinstance(names["mean"], peft.PeftModel)
+    assert names["posterior"] is not fitted, "it was loaded again"
