@@ -1,15 +1,7 @@
 """Predictions, generated texts and their scores, from draws of the posterior."""
 
-from pyrolora.predictive.acquisition import By, acquire, one_split
-from pyrolora.predictive.answers import (
-    Correct,
-    GenerationScores,
-    asked_of,
-    judge,
-    rows_to_answer,
-    scored_answers,
-    truth_rows,
-)
+from pyrolora.predictive.acquisition import acquire
+from pyrolora.predictive.answers import GenerationScores, scored_answers
 from pyrolora.predictive.calibration import (
     Calibration,
     calibrate,
@@ -20,7 +12,7 @@ from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
-from pyrolora.predictive.meanings import Entailment, Same, SemanticEntropy, Similarity
+from pyrolora.predictive.meanings import Entailment, SemanticEntropy, Similarity
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.mixed import Question, predict_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
@@ -40,11 +32,9 @@ from pyrolora.tasks import (
 )
 
 __all__ = [
-    "By",
     "Calibration",
     "ClassPrediction",
     "Conformal",
-    "Correct",
     "Entailment",
     "Generation",
     "GenerationScores",
@@ -54,7 +44,6 @@ __all__ = [
     "Predictor",
     "Question",
     "RegressionPrediction",
-    "Same",
     "SemanticEntropy",
     "Similarity",
     "SpanPrediction",
@@ -62,7 +51,6 @@ __all__ = [
     "TokenPrediction",
     "acquire",
     "alone",
-    "asked_of",
     "aurc",
     "auroc",
     "calibrate",
@@ -72,15 +60,11 @@ __all__ = [
     "draw_factors",
     "evaluate",
     "generate",
-    "judge",
-    "one_split",
     "predict",
     "predict_mixed",
     "reliability_table",
     "risk_coverage",
-    "rows_to_answer",
     "scored_answers",
     "standard_errors",
-    "truth_rows",
     "warn_untempered",
 ]
