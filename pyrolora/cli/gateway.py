@@ -59,7 +59,7 @@ def gateway(
         try:
             return await ready(engine, posteriors, top, adapters_at)
         except RefusalError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"{engine.url}: {error}") from error
         finally:
             await engine.close()  # the server has a loop of its own
 

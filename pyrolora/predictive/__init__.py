@@ -2,6 +2,7 @@
 
 from pyrolora.predictive.acquisition import acquire
 from pyrolora.predictive.answers import GenerationScores, scored_answers
+from pyrolora.predictive.asks import Ask
 from pyrolora.predictive.calibration import (
     Calibration,
     calibrate,
@@ -10,11 +11,13 @@ from pyrolora.predictive.calibration import (
 )
 from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
+from pyrolora.predictive.following import Follower, NewToken
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.meanings import Entailment, SemanticEntropy, Similarity
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.mixed import Question, predict_mixed
+from pyrolora.predictive.mixed_writing import generate_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
@@ -32,13 +35,16 @@ from pyrolora.tasks import (
 )
 
 __all__ = [
+    "Ask",
     "Calibration",
     "ClassPrediction",
     "Conformal",
     "Entailment",
+    "Follower",
     "Generation",
     "GenerationScores",
     "MultiLabelPrediction",
+    "NewToken",
     "NumberedDraws",
     "Prediction",
     "Predictor",
@@ -60,6 +66,7 @@ __all__ = [
     "draw_factors",
     "evaluate",
     "generate",
+    "generate_mixed",
     "predict",
     "predict_mixed",
     "reliability_table",

@@ -360,7 +360,9 @@ def test_its_page_says_what_it_is(gateway: str) -> None:
     assert "pyrolora_queue_length 0.0" in get(f"{gateway}/metrics").text
 
 
-def test_engines_that_fail_and_clients_that_go(adapters: Path, network: Any) -> None:
+def test_engines_that_fail_and_clients_that_go(
+    adapters: Path, network: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     stub = stub_of(network)
     body = {"model": "plain", "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
     limits = Limits(queue=2, timeout=5)
@@ -378,7 +380,20 @@ def test_engines_that_fail_and_clients_that_go(adapters: Path, network: Any) -> 
             forgotten = stub.loaded.popitem()
             answer = post(ask, json=body)
             assert answer.status_code == 502
-            assert f"{forgotten[0]}` does not exist" in answer.json()["error"]["message"]
+            assert "with status 404; the gateway's log" in answer.json()["error"]["message"]
+            assert forgotten[0] not in answer.text
+            assert f"{forgotten[0]}` does not exist" in caplog.text
+        engine = made.engine
+    answer_of_none = asyncio.run(_refusal(engine))
+    assert answer_of_none.status == 503
+    assert url not in str(answer_of_none)
+
+
+async def _refusal(engine: Engine) -> EngineGoneError:
+    with pytest.raises(EngineGoneError) as raised:
+        await engine.models()
+    await engine.close()
+    return raised.value
 
 
 def test_late_answers_are_given_up(adapters: Path, network: Any) -> None:

@@ -198,8 +198,7 @@ class Engine:
             answer = await self._client.request(method, path, json=body)
         except httpx.HTTPError as error:
             raise EngineGoneError(
-                f"the engine at {self.url} does not answer ({type(error).__name__}); see whether "
-                "vllm serve runs there"
+                f"the engine does not answer ({type(error).__name__}); see whether vllm serve runs"
             ) from error
         if answer.status_code >= 400:
             raise EngineRefusalError(

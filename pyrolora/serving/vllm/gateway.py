@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from starlette.requests import Request
 
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.predictive.decoding import until_end
+from pyrolora.predictive.ranking import chosen
 from pyrolora.serving.asking import Asking, Draws, Sampling, seeded
 from pyrolora.serving.errors import (
     BusyError,
@@ -24,15 +26,26 @@ from pyrolora.serving.errors import (
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.service import Answered, hung_up, named
+from pyrolora.serving.streaming import Stream, at_once
 from pyrolora.serving.text import tokenized
-from pyrolora.serving.verbs import Write, Written, chosen
+from pyrolora.serving.verbs import Write, Written
 from pyrolora.serving.vllm.asked import Asked, numbers_of, vllm_options
-from pyrolora.serving.vllm.engine import ALL, Engine, EngineError, Model, TokenLogs, together
+from pyrolora.serving.vllm.engine import (
+    ALL,
+    Engine,
+    EngineError,
+    EngineRefusalError,
+    Model,
+    TokenLogs,
+    together,
+)
 from pyrolora.serving.vllm.exported import Adapter, Exported
 from pyrolora.serving.vllm.scores import coarse, generation, token_scores, whole
 from pyrolora.tasks import CausalLM
 
 SEEDS = 2**63
+
+logger = logging.getLogger(__name__)
 
 
 class Catalogue:
@@ -141,6 +154,11 @@ class Gateway:
         try:
             work = asyncio.ensure_future(together([self._written(posterior, one) for one in asked]))
             written = await self._in_time(request, work)
+        except EngineRefusalError as error:  # its words may name folders and models
+            logger.error("%s", error)
+            raise EngineError(
+                f"the engine refused with status {error.code}; the gateway's log has the reason"
+            ) from error
         finally:
             self._texts -= len(asked)
         return Answered(
@@ -150,6 +168,18 @@ class Gateway:
             tokenizer_of(posterior.tokenizer),
             posterior.ends,
         )
+
+    async def stream(
+        self,
+        request: Request,
+        name: str | None,
+        prompts: Callable[[Any], Sequence[str]],
+        draws: Draws,
+        sampling: Sampling,
+    ) -> Stream:
+        """Return the answer of `write` as a stream, which begins when it is whole."""
+        answered = await self.write(request, name, prompts, draws, sampling)
+        return await at_once(answered, sampling.choices)
 
     def _posterior(self, name: str | None) -> Exported:
         names = self.registry.names()
