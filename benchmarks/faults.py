@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -33,6 +34,7 @@ from typing import Any
 import datasets
 import safetensors.torch
 import torch
+import transformers
 from fuzz import network, tokenizer
 
 import pyrolora
@@ -322,11 +324,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     os.environ["TQDM_DISABLE"] = "1"
     failures = []
     with tempfile.TemporaryDirectory() as root:
         place = Path(root)
         prepare(place)
+        by_call(place, Trial("montec", "call", place / "run"))  # imports, once for all children
+        shutil.rmtree(place / "run")
+        gc.freeze()  # children need not look at what the parent has
         for setting in options.only:
             for way in options.ways:
                 one = kill_all(place, setting, way, options.events, options.moments, options.seed)

@@ -1,16 +1,19 @@
-"""Cost of the server: several posteriors, draws, loading, and clients that hang up.
+"""Cost of the server: several posteriors, draws, memory, loading, and clients that hang up.
 
-On the embedded encoder, everything in one run, over real connections, the clients in the process of
-the server: (a) posteriors in turn against one posterior under the same load; (b) draws against the
-mean adapter; (e) the first request of a posterior that is not loaded; (f) many requests, of which
-some hang up at random, each answer compared with `Posterior.predict` of that posterior alone. The
-fit is short: what it learns does not matter here.
+On the embedded encoder, which classifies, and the embedded decoder, which writes; everything in one
+run, over real connections, the clients in the process of the server: (a) posteriors in turn against
+one posterior under the same load; (b) draws against the mean adapter; (c) a pass whose rows have an
+adapter each, against PEFT's; (d) the memory of network and posteriors; (e) the first request of a
+posterior that is not loaded; (f) many requests, of which some hang up at random, each answer
+compared with `Posterior.predict` or `Posterior.generate` of that posterior alone. The fits are
+short: what they learn does not matter here.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import resource
 import socket
@@ -31,6 +34,7 @@ import torch
 import transformers
 import uvicorn
 from common import RESULTS, markdown, positive, provenance, save_json
+from serve_beside_peft import beside_peft
 from tqdm import tqdm
 
 import pyrolora
@@ -40,6 +44,7 @@ from pyrolora.serving.limits import Limits
 from pyrolora.serving.registry import Registry
 from pyrolora.serving.service import Service
 
+SEED = 42
 WORDS = [
     *("the", "array", "returns", "a", "value", "of", "each", "class", "and", "its", "file"),
     *("when", "no", "model", "was", "given"),
@@ -84,11 +89,56 @@ def texts(count: int, seed: int = 0) -> list[str]:
     return [" ".join(chosen.choices(WORDS, k=chosen.randint(6, 14))) for _ in range(count)]
 
 
-def make_posteriors(folder: Path, count: int) -> list[str]:
+@dataclass(frozen=True)
+class Work:
+    """What is asked of the posteriors on one network.
+
+    Attributes
+    ----------
+    network
+        The name of the embedded network.
+    route
+        Where it is asked for.
+    options
+        More parameters of a request.
+    """
+
+    network: str
+    route: str
+    options: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return str(zoo.folder(self.network))
+
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """Return examples to learn from."""
+        label = self.route == "/classify"
+        return [
+            {"text": t, **({"label": k % 4} if label else {})} for k, t in enumerate(texts(count))
+        ]
+
+    def alone(self, posterior: pyrolora.Posterior, text: str, draws: int) -> Any:
+        """Return the answer of the posterior for the text alone."""
+        if self.route == "/classify":
+            return posterior.predict([text], draws, seed=SEED).probs[0]
+        length = self.options["max_new_tokens"]
+        made = posterior.generate([text], draws, seed=SEED, max_new_tokens=length, do_sample=False)
+        best = int((made.log_predictive / made.num_tokens)[0].argmax())
+        return made.texts[0][best]
+
+    def right(self, answer: Any, expected: Any) -> bool:
+        """Return whether an answer is the expected one."""
+        if self.route != "/classify":
+            return bool(answer["generated_text"] == expected)
+        got = [row["score"] for row in sorted(answer, key=lambda row: row["index"])]
+        return torch.allclose(torch.tensor(got), expected, atol=1e-5)
+
+
+def make_posteriors(work: Work, folder: Path, count: int) -> list[str]:
     """Write one short fit under ``count`` names, the tensors of each a little different."""
-    data = [{"text": text, "label": k % 4} for k, text in enumerate(texts(32))]
     options: dict[str, Any] = {"epochs": 1, "adapter": AdapterConfig(r=4), "guide": "meanfield"}
-    posterior = pyrolora.fit(str(zoo.folder("encoder")), data, **options)
+    posterior = pyrolora.fit(work.folder, work.rows(32), **options)
     names = [f"posterior-{k:02}" for k in range(count)]
     generator = torch.Generator().manual_seed(0)
     for name in names:
@@ -118,19 +168,22 @@ def running(service: Service) -> Iterator[str]:
         thread.join()
 
 
-async def ask(client: httpx.AsyncClient, name: str, text: str, draws: int) -> httpx.Response:
-    parameters = {"adapter_id": name, "num_samples": draws}
-    return await client.post("/classify", json={"inputs": text, "parameters": parameters})
+async def ask(
+    client: httpx.AsyncClient, work: Work, name: str, text: str, draws: int
+) -> httpx.Response:
+    parameters = {"adapter_id": name, "num_samples": draws, **work.options}
+    return await client.post(work.route, json={"inputs": text, "parameters": parameters})
 
 
 async def drive(
     url: str,
+    work: Work,
     load: Load,
     names: list[str],
     said: list[str],
     draws: int,
     *,
-    expected: dict[tuple[str, str], torch.Tensor] | None = None,
+    expected: dict[tuple[str, str], Any] | None = None,
     hang_up: float = 0.0,
 ) -> Load:
     """Send the requests, posterior after posterior, with ``concurrency`` clients."""
@@ -143,16 +196,16 @@ async def drive(
         for k, (name, text) in queue:
             start = time.perf_counter()
             if leaves[k]:
-                await give_up(url, name, text, draws, chosen.uniform(0, 0.1))
+                await give_up(url, work, name, text, draws, chosen.uniform(0, 0.1))
                 load.hung_up += 1
                 continue
-            response = await ask(client, name, text, draws)
+            response = await ask(client, work, name, text, draws)
             if response.status_code != 200:
                 load.failed += 1
                 continue
             load.seconds.append(time.perf_counter() - start)
             if expected is not None:
-                load.wrong += not right(response.json(), expected[name, text])
+                load.wrong += not work.right(response.json(), expected[name, text])
 
     limits = httpx.Limits(max_connections=None)
     start = time.perf_counter()
@@ -162,49 +215,47 @@ async def drive(
     return load
 
 
-async def give_up(url: str, name: str, text: str, draws: int, after: float) -> None:
+async def give_up(url: str, work: Work, name: str, text: str, draws: int, after: float) -> None:
     """Ask, and close the connection after so many seconds."""
     async with httpx.AsyncClient(base_url=url) as client:
         try:
-            await asyncio.wait_for(ask(client, name, text, draws), after)
+            await asyncio.wait_for(ask(client, work, name, text, draws), after)
         except (TimeoutError, httpx.HTTPError):
             return
 
 
-def right(rows: list[dict[str, Any]], expected: torch.Tensor) -> bool:
-    got = torch.tensor([row["score"] for row in sorted(rows, key=lambda row: row["index"])])
-    return torch.allclose(got, expected, atol=1e-5)
-
-
-def answers(folder: Path, names: list[str], said: list[str], draws: int) -> Any:
-    """Return the probabilities of each text alone under each posterior."""
+def answers(work: Work, folder: Path, names: list[str], said: list[str], draws: int) -> Any:
+    """Return the answer for each text alone under each posterior."""
     expected = {}
     for name in tqdm(names, desc="answers alone"):
-        posterior = pyrolora.load(folder / name, str(zoo.folder("encoder")))
+        posterior = pyrolora.load(folder / name, work.folder)
         for text in said:
-            prediction = posterior.predict([text], draws, seed=42)
-            expected[name, text] = prediction.probs[0]
+            expected[name, text] = work.alone(posterior, text, draws)
         posterior.detach()
     return expected
 
 
-def serving(folder: Path, **limits: Any) -> Service:
+def serving(work: Work, folder: Path, **limits: Any) -> Service:
     """Return a service of the posteriors, whose network is loaded already."""
-    service = Service(Registry(folder, str(zoo.folder("encoder"))), Limits(queue=4096, **limits))
+    registry = Registry(folder, work.folder)
+    service = Service(registry, Limits(queue=4096, timeout=600.0, **limits), seed=SEED)
     service.registry.lease(service.registry.names()[-1]).release()
     return service
 
 
-def first_requests(url: str, service: Service, names: list[str], said: list[str]) -> list[float]:
+def first_requests(
+    url: str, work: Work, service: Service, names: list[str], said: list[str]
+) -> list[float]:
     """Seconds that the first request of an unloaded posterior takes beyond the next one."""
     beyond = []
     with httpx.Client(base_url=url, timeout=600) as client:
         for name in names:
             times = []
             for text in said[:4]:
-                body = {"inputs": text, "parameters": {"adapter_id": name, "num_samples": 8}}
+                parameters = {"adapter_id": name, "num_samples": 8, **work.options}
+                body = {"inputs": text, "parameters": parameters}
                 start = time.perf_counter()
-                client.post("/classify", json=body).raise_for_status()
+                client.post(work.route, json=body).raise_for_status()
                 times.append(time.perf_counter() - start)
             beyond.append(times[0] - statistics.median(times[1:]))
             service.registry.close()
@@ -216,47 +267,80 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run all the loads, and return their rows and the ratios between them."""
-    names = make_posteriors(folder, args.posteriors)
+def memory(service: Service, names: list[str]) -> dict[str, float]:
+    """Load all posteriors, and return the MiB of the network, and of what each of them added."""
+    registry = service.registry
+    bases = {id(lease.posterior.base): lease.posterior.base for lease in map(registry.lease, names)}
+    tensors = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for base in bases.values()
+        for tensor in (*base.parameters(), *base.buffers())
+    }
+    return {
+        "d: MiB of the network, of all posteriors together": sum(tensors.values()) / 2**20,
+        "d: MiB of tensors that a posterior adds": registry.bytes / len(names) / 2**20,
+    }
+
+
+def under_loads(
+    work: Work, folder: Path, args: argparse.Namespace, requests: int, soak: int
+) -> dict[str, Any]:
+    """Run all the loads of one kind of work, and return their rows and the ratios between them."""
+    names = make_posteriors(work, folder, args.posteriors)
     said = texts(args.texts, seed=7)
-    expected = answers(folder, names, said, args.draws)
+    expected = answers(work, folder, names, said, args.draws)
     rows: list[dict[str, Any]] = []
 
     def under(url: str, name: str, which: list[str], draws: int, **more: Any) -> Load:
-        load = Load(more.pop("requests", args.requests), args.concurrency)
-        done = asyncio.run(drive(url, load, which, said, draws, **more))
-        rows.append(done.row(name))
+        load = Load(more.pop("requests", requests), args.concurrency)
+        done = asyncio.run(drive(url, work, load, which, said, draws, **more))
+        rows.append(done.row(f"{work.route}: {name}"))
         return done
 
-    service = serving(folder)
+    service = serving(work, folder)
     with running(service) as url:
-        beyond = first_requests(url, service, names[:5], said)
-        for name in names:
-            service.registry.lease(name).release()
+        beyond = first_requests(url, work, service, names[:5], said)
+        sizes = memory(service, names)
         one = under(url, "one posterior", names[:1], args.draws)
         many = under(url, f"{len(names)} in turn", names, args.draws)
         mean = under(url, "one, the mean adapter", names[:1], 0)
         before = peak_mib()
-        more = {"requests": args.soak, "expected": expected, "hang_up": 0.2}
-        soak = under(url, f"{len(names)} in turn, with hang-ups", names, args.draws, **more)
+        more = {"requests": soak, "expected": expected, "hang_up": 0.2}
+        done = under(url, f"{len(names)} in turn, with hang-ups", names, args.draws, **more)
         grown = peak_mib() - before
         left = len(service.batcher)
-    with running(serving(folder, batch_tokens=1)) as url:
+    with running(serving(work, folder, batch_tokens=1)) as url:
         alone = under(url, "one, the mean, a pass per request", names[:1], 0)
     return {
         "loads": rows,
         "a: answers per second of all in turn, to one": many.rate / one.rate,
         "b: latency of draws, to a plain pass per request": one.median / alone.median,
         "b: latency of draws, to the mean in batches": one.median / mean.median,
+        **sizes,
         "e: seconds of a first request beyond the next": statistics.median(beyond),
-        "f: answered": len(soak.seconds),
-        "f: hung up": soak.hung_up,
-        "f: failed": soak.failed,
-        "f: answered with other numbers than alone": soak.wrong,
+        "f: answered": len(done.seconds),
+        "f: hung up": done.hung_up,
+        "f: failed": done.failed,
+        "f: answered otherwise than alone": done.wrong,
         "f: MiB that the peak of memory grew": grown,
         "f: left in the queue": left,
     }
+
+
+def measured(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run everything, and return the rows of loads and the facts of each kind of work."""
+    classes = Work("encoder", "/classify", {})
+    written = Work("decoder", "/generate", {"max_new_tokens": args.new_tokens})
+    facts: dict[str, Any] = {"loads": []}
+    for work, requests, soak in (
+        (classes, args.requests, args.soak),
+        (written, args.writing_requests, args.writing_soak),
+    ):
+        found = under_loads(work, folder / work.network, args, requests, soak)
+        facts["loads"] += found.pop("loads")
+        facts |= {f"{work.route} {name}": value for name, value in found.items()}
+    mixed = beside_peft(folder / "decoder", written.folder, texts(args.posteriors), args.new_tokens)
+    return {**facts, **mixed}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -268,6 +352,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--concurrency", type=positive, default=32)
     parser.add_argument("--requests", type=positive, default=400, help="of (a) and (b)")
     parser.add_argument("--soak", type=positive, default=1000, help="requests of (f)")
+    parser.add_argument("--writing-requests", type=positive, default=100, help="of texts to write")
+    parser.add_argument("--writing-soak", type=positive, default=250, help="of texts to write")
+    parser.add_argument("--new-tokens", type=positive, default=20, help="of a text")
     parser.add_argument("--texts", type=positive, default=10, help="different texts")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
@@ -277,8 +364,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
+    before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         result = measured(args, Path(folder))
+    result["load of the machine, at the start and the end"] = [before[0], os.getloadavg()[0]]
     save_json(args.out / "serve-cpu.json", {**provenance(args), **result})
     loads = pd.DataFrame(result.pop("loads"))
     facts = pd.DataFrame([{"measured": k, "value": _shown(v)} for k, v in result.items()])

@@ -9,11 +9,13 @@ Names are imported on first use, so that ``import pyrolora`` is cheap.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from pyrolora.errors import PyroLoraError
 
 if TYPE_CHECKING:
+    __version__: str
     from pyrolora import arviz, diagnostics, distributions, guides, plots, tasks
     from pyrolora.adapters.config import AdapterConfig, RankAllocation
     from pyrolora.comparing import compare
@@ -44,6 +46,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("pyrolora")
     if name not in _LAZY:
         raise AttributeError(f"module 'pyrolora' has no attribute {name!r}")
     if not _LAZY[name]:
@@ -52,7 +56,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "errors"])
+    return sorted([*__all__, "__version__", "errors"])
 
 
 __all__ = [

@@ -25,8 +25,11 @@ MOST_JSON = 2**26
 SCRATCH = r"\.[0-9a-f]{16}\.part"
 """Names of the files that a write leaves behind when it dies."""
 
-# Of Rust (tokenizers, safetensors), of torch.save, and of HDF5, which have no class for it.
-_OF_DISK = re.compile(r"\bos error \d+|No space left|file write failed|PytorchStreamWriter failed")
+# Errors of Rust (tokenizers, safetensors), of torch.save and of HDF5, which have no class for it.
+_OF_DISK = re.compile(
+    r"\bos error \d+|No space left|file write failed|PytorchStreamWriter failed|iostream error|"
+    r"unexpected pos \d+ vs"
+)
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80
 

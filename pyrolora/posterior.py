@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
+from transformers import Pipeline
 
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
@@ -22,6 +23,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.peft import export_factors, why_no_mean
+from pyrolora.pipelines import pipeline
 from pyrolora.predictive import (
     By,
     Calibration,
@@ -38,7 +40,6 @@ from pyrolora.predictive import (
     check_temperature,
     choose,
     evaluate,
-    generate,
     judge,
     one_split,
     rows_to_answer,
@@ -421,20 +422,8 @@ class Posterior:
             When the network does not write texts, or for a decoding that would mix rows of
             different draws (contrastive, assisted, ...).
         """
-        predictor = self.predictor
-        numbers = predictor.numbers(draws, num_samples=num_samples)
-        if num_samples is None:
-            num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
-        with seeded(seed):
-            return generate(
-                self.model,
-                inputs,
-                predictor.factors(num_samples, None, numbers),
-                self.tokenizer,
-                numbers=numbers,
-                options=generate_options,
-                temperature=self.temperature if self.task.as_text() is self.task else 1.0,
-            )
+        numbers = self.predictor.numbers(draws, num_samples=num_samples)
+        return self.predictor.generate(inputs, num_samples, numbers, seed, generate_options)
 
     def p_true(
         self,
@@ -532,6 +521,42 @@ class Posterior:
         truth = self.p_true(generation, num_samples, **options) if p_true else None
         semantic = None if same is None else generation.semantic_entropy(same)
         return scored_answers(generation, rows, correct, semantic=semantic, p_true=truth)
+
+    def pipeline(
+        self,
+        task: str | None = None,
+        *,
+        num_samples: int | None = None,
+        draws: Iterable[int] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Pipeline:
+        """Return a pipeline of transformers' with this posterior, by its network and task.
+
+        ``text-classification``, ``token-classification``, ``text-generation``, ``fill-mask``,
+        ``image-classification`` and ``audio-classification`` are subclasses of transformers'
+        pipelines: they are called alike (``top_k``, ``aggregation_strategy``, ``max_new_tokens``,
+        data sets, generators, batches), and their outputs have the usual keys, of the predictive
+        mean, and the uncertainty beside them. With ``num_samples=0`` they are those of
+        transformers' pipeline on `merge`. ``question-answering`` and ``text2text-generation``,
+        which transformers no longer has, are called as there before version 5.
+
+        Parameters
+        ----------
+        task
+            The name of the pipeline, which is checked. None: that of the task.
+        num_samples, draws, seed
+            The draws, as in `predict`, the same ones at every call of the pipeline: without
+            ``draws`` and ``seed`` those with the numbers 0, 1, ...
+        **options
+            Options of the pipeline, such as ``batch_size``, ``top_k`` and ``tokenizer``.
+
+        Raises
+        ------
+        ConfigError
+            When no pipeline has this task's outputs, or the network is none of transformers'.
+        """
+        return pipeline(self, task, num_samples=num_samples, draws=draws, seed=seed, **options)
 
     def evaluate(
         self,

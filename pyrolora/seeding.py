@@ -192,6 +192,13 @@ def seeded(seed: int | None) -> Iterator[None]:
             _restore_devices(before[1])
 
 
+def state_of(device: torch.device) -> torch.Tensor | None:
+    """Return the state of torch's generator of a device; None where it cannot be copied."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
 @contextmanager
 def fitting() -> Iterator[None]:
     """Let this thread alone draw and run networks for the block, except at `give_way`.

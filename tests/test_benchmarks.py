@@ -269,3 +269,18 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(
     assert len(broken["rows"]) == 1
     assert after["failure"] is None
     assert gpu.main([*command, "--minutes", "0"]) == 1
+
+
+def test_what_montec_starts_beside_map_does_not_grow_with_the_layers(
+    script: Callable[[str], Any], networks: Any
+) -> None:
+    operations = script("operations")
+    names = ["PEFT LoRA", "pyrolora map", "pyrolora montec", "pyrolora meanfield"]
+    more = []
+    for layers in (1, 3):
+        frame = operations.table(layers, 2, names).set_index(["adapters on", "contestant"])
+        kernels = frame["kernels"]["query, key, value"]
+        assert kernels["pyrolora map"] < kernels["PEFT LoRA"] + 60  # of the whole fit, not a layer
+        more.append([kernels[name] - kernels["pyrolora map"] for name in names[2:]])
+    assert more[0] == more[1]
+    assert max(more[0]) <= 160

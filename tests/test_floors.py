@@ -48,6 +48,7 @@ FLOORS = {
     "fitting": 13,
     "demo": 14,
     "serving": 14,
+    "harness": 14,
     "cli": 15,
     "__main__": 16,
 }

@@ -21,10 +21,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from navigation import ROOT, expanded
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
-ROOT = Path(__file__).parents[2]
 PAGES = ("*.md", "docs/**/*.md", "notebooks/*.ipynb", "benchmarks/**/*.md", "models/*/README.md")
 COMMANDS = "docs/api/commands.md"
 ASSETS = ("docs/*.png", "docs/site/*.css")
@@ -34,6 +34,11 @@ CODE = re.compile(
 )
 SHORT = {"az": "arviz", "nn": "torch.nn"}  # as the texts write them
 LINK = re.compile(r"\]\(([^)\s:#]+)(?:#[^)\s]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Put files in the place of the navigation's patterns."""
+    config.nav = expanded(config.nav)
 
 
 @event_priority(100)  # before notebooks are recognised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,15 @@ class Portion:
         """Return the number of rows, S b."""
         return self.draws * self.examples
 
-    def per_row(self, matrix: Tensor, rank: int) -> Tensor:
-        """Return a factor (r, k) or (S, r, k) as (S b, rank, k), one per row, filled with zeros."""
+    def per_block(self, matrix: Tensor, rank: int, block: int) -> Tensor:
+        """Return a factor (r, k) or (S, r, k), filled with zeros, once per ``block`` rows.
+
+        It is (S b / block, rank, k).
+        """
         padded = pad(matrix, (0, 0, 0, rank - matrix.shape[-2]))
         drawn = padded.expand(self.draws, *padded.shape[-2:])
-        return drawn.repeat_interleave(self.examples, 0)
+        blocks = self.examples // block
+        return drawn if blocks == 1 else drawn.repeat_interleave(blocks, 0)
 
 
 def mixed_binding(
@@ -48,8 +53,9 @@ def mixed_binding(
 ) -> Binding:
     """Return the binding of a pass whose rows are those of all portions, one after the other.
 
-    Row i of Σ S b gets W x_i + s B_i A_i x_i: to the layers the rows are as many draws with one
-    example each, and ranks below the largest are filled up with zeros, which change nothing.
+    Row i of Σ S b gets W x_i + s B_i A_i x_i. To the layers the rows are draws of g examples each,
+    with g the greatest common divisor of all b, and ranks below the largest are filled up with
+    zeros, which change nothing.
 
     Parameters
     ----------
@@ -58,7 +64,8 @@ def mixed_binding(
     layers, slots
         The wrapped layers and heads of the network that runs, by name.
     """
-    factors = {layer: _stacked(portions, name) for name, layer in layers.items()}
+    block = math.gcd(*(portion.examples for portion in portions))
+    factors = {layer: _stacked(portions, name, block) for name, layer in layers.items()}
     blocks = [
         portion.rows // count
         for portion in portions
@@ -69,10 +76,10 @@ def mixed_binding(
     return Binding(factors, heads, blocks, rows=sum(portion.rows for portion in portions))
 
 
-def _stacked(portions: Sequence[Portion], name: str) -> Factors:
+def _stacked(portions: Sequence[Portion], name: str, block: int) -> Factors:
     parts = [(portion, portion.factors[name]) for portion in portions]
     rank = max(part.A.shape[-2] for _, part in parts)
     return Factors(
-        torch.cat([portion.per_row(part.A, rank) for portion, part in parts]),
-        torch.cat([portion.per_row(part.sB, rank) for portion, part in parts]),
+        torch.cat([portion.per_block(part.A, rank, block) for portion, part in parts]),
+        torch.cat([portion.per_block(part.sB, rank, block) for portion, part in parts]),
     )

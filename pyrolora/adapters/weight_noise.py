@@ -13,10 +13,12 @@ from pyrolora.adapters.kinds import TITLES, computes_plainly, is_dense, oriented
 from pyrolora.checks import positive
 from pyrolora.errors import BindingError, ConfigError
 
-# Numbers of one chunk of W + E: 4 MiB of float32. That is small beside the activations of a
-# training step and fits a processor's cache. Smaller chunks do not draw faster and mean more and
-# thinner matrix products; a layer of 4096 x 4096 has 16 chunks. Another size is other noise.
+# Numbers of one chunk of W + E. On the CPU 4 MiB of float32: small beside the activations of a
+# training step, it fits a cache; smaller chunks do not draw faster and mean thinner products. On an
+# accelerator each chunk is some kernels more: 256 MiB hold the widest layer of 7 billion parameters
+# whole. Another size is other noise, as it is on another kind of device.
 CHUNK = 2**20
+CHUNK_ACCELERATOR = 2**26
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class WeightNoise:
 
         Use a chunk before asking for the next one, which is written over it.
         """
-        step = max(1, CHUNK // weight.shape[1])
+        step = _rows_at_once(weight)
         parts = weight.split(step)
         std = std.to(torch.promote_types(dtype, torch.float32)).unsqueeze(-1)
         buffer = std.new_empty(parts[0].shape)
@@ -182,7 +184,7 @@ def row_norms(weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
     a float32 copy of W is ever whole in memory.
     """
     A, sB = A.float(), sB.float()
-    step = max(1, CHUNK // weight.shape[1])
+    step = _rows_at_once(weight)
     squares = []
     with torch.autocast(weight.device.type, enabled=False):
         gram = A @ A.mT
@@ -191,6 +193,11 @@ def row_norms(weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
             frozen = torch.linalg.vector_norm(W, dim=1).square()
             squares.append(frozen + (b * (2 * (A @ W.mT) + gram @ b)).sum(-2))
     return torch.cat(squares, dim=-1).clamp_min(0).sqrt()
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    numbers = CHUNK if weight.device.type == "cpu" else CHUNK_ACCELERATOR
+    return max(1, numbers // weight.shape[1])
 
 
 def _generator(device: torch.device, *key: int) -> torch.Generator:

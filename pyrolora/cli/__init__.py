@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import TyperException
 
+from pyrolora.cli.acquire import acquire
 from pyrolora.cli.calibrate import calibrate
 from pyrolora.cli.compare import compare
 from pyrolora.cli.demo import demo
@@ -43,7 +44,9 @@ app = typer.Typer(
 )
 app.callback(help=HELP)(imported)
 app.command(cls=RegisteredHelp)(fit)
-commands = (calibrate, predict, evaluate, compare, generate, report, export, serve, demo)
+commands = (
+    *(calibrate, predict, evaluate, compare, generate, acquire, report, export, serve, demo),
+)
 for command in commands:
     app.command()(command)
 

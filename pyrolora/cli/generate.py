@@ -12,13 +12,19 @@ import typer
 
 from pyrolora import defaults
 from pyrolora.cli import posteriors
-from pyrolora.cli.output import say
+from pyrolora.cli.output import metrics_table, say, tell
 from pyrolora.cli.readers import KINDS
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.files import write_whole
 
 if TYPE_CHECKING:
-    from pyrolora.predictive import Generation
+    from pyrolora.predictive import Generation, SemanticEntropy
+
+WRITTEN = (
+    *("agreement", "continuations"),
+    *("semantic_entropy", "semantic_aleatoric", "semantic_epistemic"),
+)
+"""The columns that the output has beside those of the data."""
 
 
 def generate(
@@ -66,6 +72,24 @@ def generate(
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Add every token with its uncertainty.")
     ] = False,
+    entailment: Annotated[
+        str | None,
+        typer.Option(
+            help="A model of natural language inference, by its folder or name: adds the semantic "
+            "entropy of each prompt, and the meaning of each continuation."
+        ),
+    ] = None,
+    p_true: Annotated[
+        bool,
+        typer.Option("--p-true", help="Add the probability that each continuation is true."),
+    ] = False,
+    correct: Annotated[
+        str | None,
+        typer.Option(
+            help="The column with the right answer: prints how well the uncertainties tell wrong "
+            "answers from right ones (with --output)."
+        ),
+    ] = None,
 ) -> None:
     """Continue prompts: every draw of the posterior writes its own continuation.
 
@@ -76,6 +100,8 @@ def generate(
 
     Prompts are the only column of texts, or, as in a fit, chats ("messages"), "prompt",
     "question", "instruction" and "input", ...
+
+    --entailment, --p-true and --correct ask what the answers mean and whether they are right.
 
     Writes one line of JSON per prompt: the columns of the data, "agreement" (0 to 1,
     how similar the texts of the draws are) and "continuations": text, nll, entropy,
@@ -90,8 +116,16 @@ def generate(
         raise ConfigError(f"the output is JSON lines; name it .jsonl, got {output}")
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"there is no folder {output.parent} to write {output.name} to")
+    if correct is not None and output is None:
+        raise ConfigError("--correct prints scores, so that the lines need a file; add --output")
     original, inputs = posteriors.unlabelled(run, prompts, split, text)
-    clash = [name for name in original.column_names if name in ("agreement", "continuations")]
+    rows = original.to_list()
+    if correct is not None:
+        from pyrolora.predictive import judge
+
+        judge(correct, rows)
+        inputs = inputs.remove_columns([n for n in inputs.column_names if n == correct])
+    clash = [name for name in original.column_names if name in WRITTEN]
     if clash:
         raise DataError(f"{prompts} has columns that the output has too, {clash}; rename them")
     posterior = posteriors.load(run, model)
@@ -100,6 +134,11 @@ def generate(
             f"the posterior in {run} is of the task {posterior.task.name!r}, which writes no text; "
             "'pyrolora predict' has its answers"
         )
+    same = None
+    if entailment is not None:
+        from pyrolora.predictive import Entailment
+
+        same = Entailment(entailment)
     texts = _prompts(inputs, prompts, apart=posterior.task.writes == "apart")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -117,12 +156,27 @@ def generate(
         num_return_sequences=num_return_sequences,
         **{name: value for name, value in options.items() if value is not None},
     )
-    lines = [json.dumps(row, default=str) for row in _rows(original.to_list(), generation, tokens)]
+    semantic = None if same is None else generation.semantic_entropy(same)
+    truth = None
+    if p_true:
+        if num_samples is None and numbers is None:
+            num_samples = len(generation.log_likelihood)
+        truth = posterior.p_true(
+            generation, num_samples, draws=numbers, seed=None if numbers else seed
+        )
+    found = _rows(rows, generation, tokens)
+    lines = [json.dumps(row, default=str) for row in _with_meanings(found, semantic, truth)]
     if output is None:
         sys.stdout.writelines(f"{line}\n" for line in lines)
     else:
         write_whole(output, "".join(f"{line}\n" for line in lines).encode())
         say(f"continuations of {len(lines)} prompts are in {output}")
+    if correct is not None:
+        from pyrolora.predictive import scored_answers
+
+        scored = scored_answers(generation, rows, correct, semantic=semantic, p_true=truth)
+        tell(f"{scored.accuracy:.3f} ± {scored.accuracy_se:.3f} of the answers are right.")
+        metrics_table(scored.metrics.T.to_dict(orient="index"))
 
 
 def _prompts(inputs: Any, source: str, *, apart: bool) -> Any:
@@ -164,6 +218,23 @@ def _rows(
             "agreement": agreement if agreement == agreement else None,  # JSON has no NaN
             "continuations": texts,
         }
+
+
+def _with_meanings(
+    rows: Iterator[dict[str, Any]], semantic: SemanticEntropy | None, truth: Any
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows with the semantic entropy of each, and p_true of its continuations."""
+    for i, row in enumerate(rows):
+        for k, continuation in enumerate(row["continuations"]):
+            if semantic is not None:
+                continuation["meaning"] = int(semantic.clusters[i, k])
+            if truth is not None:
+                continuation["p_true"] = float(truth[:, i, k].mean())
+        if semantic is not None:
+            row["semantic_entropy"] = float(semantic.entropy[i])
+            row["semantic_aleatoric"] = float(semantic.aleatoric[i])
+            row["semantic_epistemic"] = float(semantic.epistemic[i])
+        yield row
 
 
 def _tokens(generation: Generation, i: int, k: int) -> list[dict[str, Any]]:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import shlex
 from typing import Annotated
 
 import typer
 
-from pyrolora.cli.output import program
+from pyrolora.cli.output import program, tell
+
+
+def _stop(asked: bool) -> None:
+    """Print the version of the package, where it is asked for, and end the command."""
+    if asked:
+        tell(f"pyrolora {importlib.metadata.version('pyrolora')}")
+        raise typer.Exit
 
 
 def imported(
@@ -23,6 +31,12 @@ def imported(
             show_default=False,
         ),
     ] = None,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and stop.", is_eager=True, callback=_stop
+        ),
+    ] = False,
 ) -> None:
     """Import the modules that register what a command names, or what a run was fitted with."""
     for name in modules or ():

@@ -2,7 +2,7 @@
 
 from pyrolora.model.build import build
 from pyrolora.model.joint import JointGuide, JointModel
-from pyrolora.model.mixed import Share, mixed_pass
+from pyrolora.model.mixed import Mixture, Share, mixed_pass
 from pyrolora.model.modes import evaluating
 from pyrolora.model.network import NOT_CALLED
 
@@ -10,6 +10,7 @@ __all__ = [
     "NOT_CALLED",
     "JointGuide",
     "JointModel",
+    "Mixture",
     "Share",
     "build",
     "evaluating",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrolora.adapters import FlatFactors, Portion, SharedPassError, mixed_binding
+from pyrolora.adapters import Binding, FlatFactors, Portion, SharedPassError, mixed_binding
 from pyrolora.columns import Batch
 from pyrolora.model.joint import JointModel
 
@@ -62,15 +62,65 @@ class Share:
         return output[..., : base.config.num_labels]
 
 
-def mixed_pass(shares: Sequence[Share], batch: Batch) -> list[Tensor] | None:
-    """Return the outputs (S, b, ...) of every share, from one pass of Σ S b rows.
+@dataclass(frozen=True)
+class Mixture:
+    """A pass of Σ S b rows, share after share, and in each share draw after draw.
 
     It runs the first share's network; the others have the same one, but for heads.
+
+    Attributes
+    ----------
+    shares
+        The shares, which all mix, in the order of their rows.
+    """
+
+    shares: Sequence[Share]
+
+    @property
+    def carrier(self) -> JointModel:
+        """The joint model whose network runs."""
+        return self.shares[0].joint
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows of each share, S b."""
+        return [(share.factors.draws or 1) * share.size for share in self.shares]
+
+    def possible(self, batch: Batch) -> bool:
+        """Return whether rows of several posteriors can share a pass on data such as ``batch``."""
+        return self.carrier.together(batch, several_heads=True)
+
+    def numbers(self) -> Tensor:
+        """Return (Σ S b,), the row of a batch of Σ b rows that each row of the pass reads."""
+        start, numbers = 0, []
+        for share in self.shares:
+            rows = torch.arange(start, start + share.size)
+            numbers.append(rows.repeat(share.factors.draws or 1))
+            start += share.size
+        return torch.cat(numbers)
+
+    def binding(self) -> Binding:
+        """Return the binding of the pass."""
+        attachment = self.carrier.attachment
+        portions = [share.portion() for share in self.shares]
+        return mixed_binding(portions, attachment.layers, attachment.heads)
+
+    def fits(self, binding: Binding) -> bool:
+        """Return whether the pass called only layers that were seen to allow sharing."""
+        return self.carrier.fits(binding, several_heads=True)
+
+    def keep_apart(self) -> None:
+        """Let no rows of several posteriors share a pass from now on."""
+        self.carrier.keep_apart(several_heads=True)
+
+
+def mixed_pass(shares: Sequence[Share], batch: Batch) -> list[Tensor] | None:
+    """Return the outputs (S, b, ...) of every share, from one pass of Σ S b rows.
 
     Parameters
     ----------
     shares
-        The shares, which all mix, in the order of their rows.
+        As in `Mixture`.
     batch
         The rows of all shares, Σ b of them.
 
@@ -79,29 +129,20 @@ def mixed_pass(shares: Sequence[Share], batch: Batch) -> list[Tensor] | None:
     list of Tensor or None
         None where rows of several posteriors cannot share a pass through this network.
     """
-    carrier = shares[0].joint
-    if not carrier.together(batch, several_heads=True):
+    mixture = Mixture(shares)
+    if not mixture.possible(batch):
         return None
-    device = next(iter(batch.values())).device
-    starts, numbers = 0, []
-    for share in shares:
-        rows = torch.arange(starts, starts + share.size, device=device)
-        numbers.append(rows.repeat(share.factors.draws or 1))
-        starts += share.size
-    index = torch.cat(numbers)
+    index = mixture.numbers().to(next(iter(batch.values())).device)
     repeated = {n: t[index] if isinstance(t, Tensor) else t for n, t in batch.items()}
-    portions = [share.portion() for share in shares]
-    attachment = carrier.attachment
-    binding = mixed_binding(portions, attachment.layers, attachment.heads)
+    binding = mixture.binding()
     try:
-        output = carrier.run(repeated, binding)
+        output = mixture.carrier.run(repeated, binding)
     except SharedPassError:
-        carrier.keep_apart(several_heads=True)
+        mixture.keep_apart()
         return None
-    if not carrier.fits(binding, several_heads=True):
+    if not mixture.fits(binding):
         return None
-    pieces = output.split([portion.rows for portion in portions])
     return [
-        share.narrowed(piece).unflatten(0, (portion.draws, portion.examples))
-        for piece, portion, share in zip(pieces, portions, shares, strict=True)
+        share.narrowed(piece).unflatten(0, (share.factors.draws or 1, share.size))
+        for piece, share in zip(output.split(mixture.sizes), shares, strict=True)
     ]

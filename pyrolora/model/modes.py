@@ -17,11 +17,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     Quantised layers stay in training mode, as in `AdaptedNetwork.train`.
     """
     trained = [child for child in module.modules() if child.training]
-    if not all(map(is_quantised_layer, trained)):
-        module.eval()
-        for child in filter(is_quantised_layer, trained):
-            child.train()
     try:
+        if not all(map(is_quantised_layer, trained)):
+            module.eval()
+            for child in filter(is_quantised_layer, trained):
+                child.train()
         yield
     finally:
         for child in trained:

@@ -9,8 +9,10 @@ from pyrolora.tasks import Task
 from pyrolora.tasks.classification import Classification
 from pyrolora.tasks.masked_lm import MaskedLM
 from pyrolora.tasks.multi_label import MultiLabel
+from pyrolora.tasks.multiple_choice import MultipleChoice
 from pyrolora.tasks.question_answering import QuestionAnswering
 from pyrolora.tasks.regression import Regression
+from pyrolora.tasks.reward import RewardModelling
 from pyrolora.tasks.token_classification import TokenClassification
 
 BY_TASK: dict[type[Task], str] = {
@@ -19,6 +21,8 @@ BY_TASK: dict[type[Task], str] = {
     MaskedLM: "fill-mask",
 }
 CLASSIFYING: tuple[type[Task], ...] = (Classification, MultiLabel, Regression)
+OF_PAIRS: tuple[type[Task], ...] = (MultipleChoice, RewardModelling)
+"""Tasks whose examples are several texts, which no pipeline reads."""
 BY_INPUT = {
     "input_ids": "text-classification",
     "pixel_values": "image-classification",
@@ -37,10 +41,12 @@ def pipeline_name(task: Task, network: nn.Module) -> str | None:
     for kind, name in BY_TASK.items():
         if isinstance(task, kind):
             return name
-    if isinstance(task, CLASSIFYING):
-        return BY_INPUT.get(getattr(network, "main_input_name", ""))
     text = task.as_text()
-    return None if text is None or text.writes is None else BY_WRITING[text.writes]
+    if text is not None and text.writes is not None:
+        return BY_WRITING[text.writes]
+    if not isinstance(task, CLASSIFYING) or isinstance(task, OF_PAIRS):
+        return None
+    return BY_INPUT.get(getattr(network, "main_input_name", ""))
 
 
 def reads_plain_texts(network: nn.Module, tokenizer: object) -> bool:

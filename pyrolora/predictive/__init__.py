@@ -10,6 +10,7 @@ from pyrolora.predictive.answers import (
     scored_answers,
     truth_rows,
 )
+from pyrolora.predictive.asks import Ask
 from pyrolora.predictive.calibration import (
     Calibration,
     calibrate,
@@ -18,11 +19,13 @@ from pyrolora.predictive.calibration import (
 )
 from pyrolora.predictive.choices import choice_rows, choose
 from pyrolora.predictive.conformal import Conformal
+from pyrolora.predictive.following import Follower, NewToken
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.meanings import Entailment, Same, SemanticEntropy, Similarity
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.mixed import Question, predict_mixed
+from pyrolora.predictive.mixed_writing import generate_mixed
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
 from pyrolora.predictive.predictor import Predictor
@@ -40,15 +43,18 @@ from pyrolora.tasks import (
 )
 
 __all__ = [
+    "Ask",
     "By",
     "Calibration",
     "ClassPrediction",
     "Conformal",
     "Correct",
     "Entailment",
+    "Follower",
     "Generation",
     "GenerationScores",
     "MultiLabelPrediction",
+    "NewToken",
     "NumberedDraws",
     "Prediction",
     "Predictor",
@@ -72,6 +78,7 @@ __all__ = [
     "draw_factors",
     "evaluate",
     "generate",
+    "generate_mixed",
     "judge",
     "one_split",
     "predict",

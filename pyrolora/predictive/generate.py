@@ -25,7 +25,7 @@ from pyrolora.predictive.decoding import (
 )
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.prompts import read_prompts
-from pyrolora.predictive.scored_texts import scored
+from pyrolora.predictive.scored_texts import Texts, scored
 from pyrolora.progress import progress
 
 
@@ -102,6 +102,5 @@ def generate(
         kept = [[stops.until(ids) for ids in continuations] for continuations in kept]
     names = torch.arange(draws or 1) if numbers is None else torch.tensor(numbers)
     draw = names.repeat_interleave(writer.several)
-    return scored(
-        joint, prompts, others, kept, draw, factors, pad, tokenizer, rows, temperature, starting
-    )
+    texts = Texts(joint, prompts, others, kept, pad, starting)
+    return scored(texts, draw, factors, tokenizer, rows, temperature)

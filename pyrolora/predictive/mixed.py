@@ -56,7 +56,7 @@ class Question:
             predictor.joint,
             self.prepared,
             self.factors,
-            batch_size=len(self.prepared),
+            batch_size=min(len(self.prepared), defaults.BATCH_SIZE),
             temperature=predictor.temperature,
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
@@ -14,8 +16,11 @@ from pyrolora.data import Prepared, prepare
 from pyrolora.data.examples import as_examples, without_labels
 from pyrolora.model import JointModel
 from pyrolora.predictive.choices import choice_rows, choose
+from pyrolora.predictive.generate import generate
+from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.numbered import NumberedDraws, alone
 from pyrolora.predictive.predict import draw_factors, predict
+from pyrolora.seeding import seeded, state_of
 from pyrolora.tasks import Prediction
 
 
@@ -59,6 +64,57 @@ class Predictor:
         if numbers is None:
             return draw_factors(self.joint, num_samples, seed)
         return self.numbered.factors(numbers)
+
+    def drawn(
+        self, num_samples: int | None, seed: int | None, numbers: Sequence[int] | None
+    ) -> tuple[FlatFactors, Tensor | None]:
+        """Return the factors of draws, and the state of torch's random numbers after them.
+
+        It is the state with which `generate` samples tokens: None where the device's cannot be
+        copied.
+        """
+        with seeded(seed):
+            factors = self.factors(num_samples, None, numbers)
+            return factors, state_of(next(self.joint.program.parameters()).device)
+
+    def fresh(self, seed: int | None) -> Tensor | None:
+        """Return the state of random numbers before the first of a seed, as `drawn` gives states.
+
+        None without a seed.
+        """
+        if seed is None:
+            return None
+        with seeded(seed):
+            return state_of(next(self.joint.program.parameters()).device)
+
+    def as_writer(self) -> Predictor:
+        """Return the predictor with the task under which its draws write."""
+        text = self.joint.task.as_text()
+        if text is None or text is self.joint.task:
+            return self
+        return replace(self, joint=self.joint.under(text), temperature=1.0)
+
+    def generate(
+        self,
+        inputs: Any,
+        num_samples: int | None,
+        numbers: Sequence[int] | None,
+        seed: int | None,
+        options: Mapping[str, Any],
+    ) -> Generation:
+        """Return the continuations of ``inputs`` by the draws, as `Posterior.generate` does."""
+        if num_samples is None:
+            num_samples = self.joint.program.usual_draws(defaults.GENERATE_SAMPLES)
+        with seeded(seed):
+            return generate(
+                self.joint,
+                inputs,
+                self.factors(num_samples, None, numbers),
+                self.tokenizer,
+                numbers=numbers,
+                options=options,
+                temperature=self.as_writer().temperature,
+            )
 
     def prepare(
         self, data: Any, *, need_labels: bool, splits: Sequence[str] = defaults.SCORE_SPLITS

@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora import defaults
 from pyrolora.adapters import FlatFactors
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
-from pyrolora.data import prepare
+from pyrolora.data import Prepared, prepare
 from pyrolora.data.examples import TensorExamples
 from pyrolora.data.media.pieces import PER_TOKEN, joined
 from pyrolora.data.padding import MASK
 from pyrolora.model import JointModel
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.predict import predict
-from pyrolora.tasks import TokenPrediction
+from pyrolora.tasks import Prediction, TokenPrediction
 
 
-def scored(
-    joint: JointModel,
-    prompts: Sequence[Tensor],
-    others: Mapping[str, list[Tensor]],
-    written: Sequence[Sequence[Tensor]],
-    draw: Tensor,
-    factors: FlatFactors,
-    pad: int,
-    tokenizer: Any,
-    rows: int,
-    temperature: float,
-    start: int | None = None,
-) -> Generation:
-    """Return the continuations with the scores that all draws give them.
+@dataclass(frozen=True)
+class Texts:
+    """Continuations of prompts, for draws to read: each different one once.
 
-    Parameters
+    Attributes
     ----------
     joint
         The joint model.
@@ -45,67 +37,143 @@ def scored(
         Token ids and other inputs, one row per prompt.
     written
         The continuations of each prompt.
+    pad
+        The id that fills rows up.
+    start
+        The id with which a decoder of its own starts; None where prompts are continued.
+    """
+
+    joint: JointModel
+    prompts: Sequence[Tensor]
+    others: Mapping[str, list[Tensor]]
+    written: Sequence[Sequence[Tensor]]
+    pad: int
+    start: int | None = None
+
+    @cached_property
+    def places(self) -> dict[tuple[int, tuple[int, ...]], int]:
+        """The different continuations, by prompt and ids, in the order in which they are read."""
+        pairs = [(i, _key(new)) for i, news in enumerate(self.written) for new in news]
+        return {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a text, those of its prompt included where it is continued."""
+        before = 0 if self.start is not None else 1
+        return max(before * len(self.prompts[i]) + len(ids) for i, ids in self.places)
+
+    def prepared(self, length: int = 0) -> Prepared:
+        """Return the different texts as examples, filled up to this ``length`` at least."""
+        pairs = [(self.prompts[i], torch.tensor(ids, dtype=torch.long)) for i, ids in self.places]
+        beside = {name: [rows[i] for i, _ in self.places] for name, rows in self.others.items()}
+        examples = (
+            _examples(pairs, beside, self.pad, length)
+            if self.start is None
+            else _apart(pairs, beside, self.pad, self.start)
+        )
+        return prepare(examples, self.joint.base, self.joint.task)
+
+    def generation(
+        self, read: Prediction, draw: Tensor, tokenizer: Any, prompts: Sequence[int] | None = None
+    ) -> Generation:
+        """Return the continuations of some prompts (None: all), with what draws read in them.
+
+        Parameters
+        ----------
+        read
+            The prediction of the draws for `prepared`.
+        draw
+            (K,): the number of the draw that wrote each continuation of a prompt.
+        tokenizer
+            Turns ids to text, or None.
+        prompts
+            The numbers of the prompts.
+        """
+        assert isinstance(read, TokenPrediction)
+        assert read.log_likelihood is not None
+        chosen = range(len(self.prompts)) if prompts is None else prompts
+        pairs = [(i, new) for i in chosen for new in self.written[i]]
+        read = read.select(torch.tensor([self.places[i, _key(new)] for i, new in pairs]))
+        assert read.log_likelihood is not None
+        shape = (len(chosen), len(draw))
+
+        def aligned(values: Tensor) -> Tensor:
+            """Turn (n K, longest), of what is predicted, to (n, K, T), of continuations alone."""
+            before = [len(self.prompts[i]) - 1 if self.start is None else 0 for i, _ in pairs]
+            parts = [
+                row[first : first + len(new)]
+                for row, first, (_, new) in zip(values, before, pairs, strict=True)
+            ]
+            return pad_sequence(parts, True, torch.nan).unflatten(0, shape)
+
+        news = [new for _, new in pairs]
+        counted = [torch.ones_like(new, dtype=torch.bool) for new in news]
+        texts = tokens = prompt_texts = None
+        if tokenizer is not None:
+            prompt_texts = [_decode(tokenizer, self.prompts[i]) for i in chosen]
+            texts = [[_decode(tokenizer, new) for new in self.written[i]] for i in chosen]
+            tokens = [
+                [[_decode(tokenizer, token) for token in new] for new in self.written[i]]
+                for i in chosen
+            ]
+        return Generation(
+            sequences=pad_sequence(news, True, self.pad).unflatten(0, shape),
+            mask=pad_sequence(counted, True, False).unflatten(0, shape),
+            draw=draw,
+            log_likelihood=read.log_likelihood.unflatten(1, shape),
+            entropy=aligned(read.entropy),
+            aleatoric=aligned(read.aleatoric),
+            prompts=prompt_texts,
+            texts=texts,
+            tokens=tokens,
+        )
+
+
+def scored(
+    texts: Texts,
+    draw: Tensor,
+    factors: FlatFactors,
+    tokenizer: Any,
+    rows: int,
+    temperature: float,
+) -> Generation:
+    """Return the continuations with the scores that all draws give them.
+
+    Parameters
+    ----------
+    texts
+        The continuations.
     draw
         The number of the draw that wrote each continuation of a prompt.
     factors
         The factors of all draws.
-    pad
-        The id that fills rows up.
     tokenizer
         Turns ids to text, or None.
     rows
         Most rows (draws x texts) of one pass.
     temperature
         T of the scores (`Task.at`).
-    start
-        The id with which a decoder of its own starts; None where prompts are continued.
     """
-    pairs = [(p, new) for p, texts in zip(prompts, written, strict=True) for new in texts]
-    beside = {n: [row for row in rows for _ in written[0]] for n, rows in others.items()}
-    examples = _examples(pairs, beside, pad) if start is None else _apart(pairs, beside, pad, start)
-    prepared = prepare(examples, joint.base, joint.task)
     read = predict(
-        joint,
-        prepared,
+        texts.joint,
+        texts.prepared(),
         factors,
         batch_size=min(defaults.BATCH_SIZE, rows),
         rows=rows,
         temperature=temperature,
     )
-    assert isinstance(read, TokenPrediction)
-    assert read.log_likelihood is not None
-    shape = (len(prompts), len(draw))
+    return texts.generation(read, draw, tokenizer)
 
-    def aligned(values: Tensor) -> Tensor:
-        """Turn (n K, longest), of what is predicted, to (n, K, T), of the continuations alone."""
-        before = [len(p) - 1 if start is None else 0 for p, _ in pairs]
-        parts = [
-            row[first : first + len(new)]
-            for row, first, (_, new) in zip(values, before, pairs, strict=True)
-        ]
-        return pad_sequence(parts, True, torch.nan).unflatten(0, shape)
 
-    news = [new for _, new in pairs]
-    counted = pad_sequence([torch.ones_like(new, dtype=torch.bool) for new in news], True, False)
-    texts = tokens = None
-    if tokenizer is not None:
-        texts = [[_decode(tokenizer, new) for new in news] for news in written]
-        tokens = [[[_decode(tokenizer, i) for i in new] for new in news] for news in written]
-    return Generation(
-        sequences=pad_sequence(news, True, pad).unflatten(0, shape),
-        mask=counted.unflatten(0, shape),
-        draw=draw,
-        log_likelihood=read.log_likelihood.unflatten(1, shape),
-        entropy=aligned(read.entropy),
-        aleatoric=aligned(read.aleatoric),
-        prompts=None if tokenizer is None else [_decode(tokenizer, p) for p in prompts],
-        texts=texts,
-        tokens=tokens,
-    )
+def _key(ids: Tensor) -> tuple[int, ...]:
+    return tuple(ids.tolist())
 
 
 def _examples(
-    pairs: Sequence[tuple[Tensor, Tensor]], beside: Mapping[str, list[Tensor]], pad: int
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    beside: Mapping[str, list[Tensor]],
+    pad: int,
+    length: int,
 ) -> TensorExamples:
     """Return whole texts of one length, whose labels are the tokens of the continuations.
 
@@ -113,13 +181,15 @@ def _examples(
     ``generate``.
     """
     whole = [torch.cat(pair) for pair in pairs]
+    labels = [torch.cat([torch.full_like(p, IGNORED), new]) for p, new in pairs]
     columns = {
         "input_ids": pad_sequence(whole, True, pad),
         MASK: pad_sequence([torch.ones_like(ids) for ids in whole], True, 0),
-        LABELS: pad_sequence(
-            [torch.cat([torch.full_like(p, IGNORED), new]) for p, new in pairs], True, IGNORED
-        ),
+        LABELS: pad_sequence(labels, True, IGNORED),
     }
+    more = max(0, length - columns[LABELS].shape[1])
+    for name, value in (("input_ids", pad), (MASK, 0), (LABELS, IGNORED)):
+        columns[name] = F.pad(columns[name], (0, more), value=value)
     for name, rows in beside.items():
         if name in PER_TOKEN:
             last = [r[-1:] if name == PER_TOKEN[0] else r.new_zeros(1) for r in rows]

@@ -114,10 +114,10 @@ class _Cut:
         return "".join(self.parts)
 
 
-def continuations(answered: Answered, prompt: int, stops: Sequence[str]) -> list[Continuation]:
+def continuations(answered: Answered, prompt: int) -> list[Continuation]:
     """Return the continuations of one prompt that answer the request."""
     written, settings = answered.written[prompt], answered.settings[prompt]
-    generation = written.generation
+    generation, stops = written.generation, settings.stops
     cuts = [
         _cut(answered.tokenizer, row[mask].tolist(), stops)
         for row, mask in zip(generation.sequences[0], generation.mask[0], strict=True)
@@ -159,8 +159,8 @@ def uncertainty_of(generation: Generation, k: int, parts: Sequence[str]) -> dict
 def _cut(tokenizer: Any, ids: list[int], stops: Sequence[str]) -> _Cut:
     parts = pieces(tokenizer, ids)
     place = first_stop("".join(parts), stops)
-    if place is None:
-        return _Cut(ids, parts, stopped=False)
+    if place is None:  # it may have ended with the name of a token that is no text
+        return _Cut(ids, parts, stopped=any(stop in tokenizer.decode(ids) for stop in stops))
     kept: list[str] = []
     while place > 0:
         part = parts[len(kept)]

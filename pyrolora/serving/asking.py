@@ -11,6 +11,7 @@ from pyrolora import defaults
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.posterior import Posterior
+from pyrolora.predictive import Follower
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.registry import Lease
@@ -42,6 +43,8 @@ class Sampling:
         The length; None: ``usual_length``, or what the network's context leaves.
     options
         Of transformers' ``generate``, beside the length.
+    stops
+        The texts that end it.
     sampled
         Whether tokens are sampled; otherwise the likeliest is taken.
     choices, alternatives
@@ -51,6 +54,7 @@ class Sampling:
     max_new_tokens: int | None = None
     usual_length: int = defaults.MAX_NEW_TOKENS
     options: tuple[tuple[str, Any], ...] = ()
+    stops: tuple[str, ...] = ()
     sampled: bool = False
     choices: int = 1
     alternatives: int | None = None
@@ -65,22 +69,31 @@ class Row:
     lease
         The row's own, released when it is answered or cancelled.
     settings
-        Rows of equal settings, if these share, run together.
+        The draws, and what they are asked.
     columns
         The tokens.
+    follower
+        Is told of tokens as they are written, where one draw writes.
+    given_up
+        Whether nobody waits for the answer any more.
     """
 
     lease: Lease
     settings: Classify | Write
     columns: Columns
+    follower: Follower | None = None
+    given_up: bool = False
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for rows that may share a batch."""
+        """Equal for rows that may share a batch.
+
+        A pass that writes lasts until its longest text is written, so that the lengths of those
+        that share it differ by a factor below two.
+        """
         if isinstance(self.settings, Classify):
             return Classify, self.lease.family
-        apart = None if self.settings.shares else object()
-        return id(self.lease.posterior), self.settings, apart
+        return Write, self.lease.family, self.settings.max_new_tokens.bit_length()
 
     @property
     def tokens(self) -> int:
@@ -176,6 +189,7 @@ class Asking:
             numbers,
             several=several,
             options=sampling.options,
+            stops=sampling.stops,
             sampled=sampling.sampled,
             choices=sampling.choices,
             alternatives=sampling.alternatives,

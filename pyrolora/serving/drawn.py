@@ -15,6 +15,10 @@ BUDGET = 2**28
 """Bytes of all draws that are kept, 256 MiB."""
 
 
+Draws = tuple[FlatFactors, Tensor | None]
+"""The factors of draws, and the state of the random numbers after them."""
+
+
 class Drawn:
     """The factors of draws by posterior, number and seed; the least recently used leave first.
 
@@ -29,7 +33,7 @@ class Drawn:
     def __init__(self, budget: int = BUDGET) -> None:
         self.budget = budget
         self.bytes = 0
-        self._kept: OrderedDict[tuple[Any, bool, Any], FlatFactors] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, bool, Any], Draws] = OrderedDict()
 
     def factors(
         self,
@@ -42,24 +46,47 @@ class Drawn:
 
         Those of 0 draws are the mean adapter's.
         """
+        return self._made(posterior, num_samples, seed, draws)[0]
+
+    def drawn(
+        self,
+        posterior: Posterior,
+        num_samples: int,
+        seed: int | None,
+        draws: tuple[int, ...] | None = None,
+    ) -> Draws:
+        """Return `factors`, and the state of the random numbers that sample tokens after them."""
+        if draws is not None:  # they use none, and are the same for every seed of the tokens
+            return self._made(posterior, num_samples, None, draws)[0], posterior.predictor.fresh(
+                seed
+            )
+        return self._made(posterior, num_samples, seed, draws)
+
+    def _made(
+        self,
+        posterior: Posterior,
+        num_samples: int,
+        seed: int | None,
+        draws: tuple[int, ...] | None,
+    ) -> Draws:
         asked = draws if draws is not None else (num_samples, seed)
         key = (weakref.ref(posterior, self._forget), draws is not None, asked)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        factors = posterior.predictor.factors(num_samples, seed, draws)
-        size = _bytes(factors)
+        made = posterior.predictor.drawn(num_samples, seed, draws)
+        size = _bytes(made[0])
         repeatable = draws is not None or (num_samples and seed is not None)
         if repeatable and size <= self.budget:
-            self._kept[key] = factors
+            self._kept[key] = made
             self.bytes += size
             while self.bytes > self.budget:
-                self.bytes -= _bytes(self._kept.popitem(last=False)[1])
-        return factors
+                self.bytes -= _bytes(self._kept.popitem(last=False)[1][0])
+        return made
 
     def _forget(self, gone: Any) -> None:
         for key in [key for key in self._kept if key[0] is gone]:
-            self.bytes -= _bytes(self._kept.pop(key))
+            self.bytes -= _bytes(self._kept.pop(key)[0])
 
 
 def _bytes(factors: FlatFactors) -> int:

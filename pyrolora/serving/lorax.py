@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
@@ -18,6 +18,7 @@ from pyrolora.serving.entities import entities as entities_of
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
 from pyrolora.serving.service import Answered, Answering
+from pyrolora.serving.streaming import Early, Stream, unbroken
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}
 _IGNORED: dict[str, tuple[Any, ...]] = {
@@ -83,6 +84,7 @@ class Parameters(Strict):
         return Sampling(
             self.max_new_tokens,
             options=tuple(sorted(options.items())),
+            stops=tuple(self.stop or ()),
             sampled=sampled,
             alternatives=(self.return_k_alternatives or 0) if self.details else None,
         )
@@ -137,14 +139,14 @@ def routes(service: Answering) -> APIRouter:
     """Return the routes of the interface."""
     router = APIRouter(tags=["LoRAX"], route_class=StrictRoute)
 
+    def asked(body: GenerateRequest) -> tuple[Any, ...]:
+        fields = body.parameters
+        draws = Draws(fields.num_samples, fields.seed, fields.draws)
+        return fields.adapter_id, lambda _: [body.inputs], draws, fields.sampling()
+
     async def written(request: Request, body: GenerateRequest) -> tuple[Answered, Continuation]:
-        asked = body.parameters
-        draws = Draws(asked.num_samples, asked.seed, asked.draws)
-        answered = await service.write(
-            request, asked.adapter_id, lambda _: [body.inputs], draws, asked.sampling()
-        )
-        stops = asked.stop or []
-        (one,) = await run_in_threadpool(continuations, answered, 0, stops)
+        answered = await service.write(request, *asked(body))
+        (one,) = await run_in_threadpool(continuations, answered, 0)
         return answered, one
 
     def whole(body: GenerateRequest, answered: Answered, one: Continuation) -> dict[str, Any]:
@@ -168,8 +170,8 @@ def routes(service: Answering) -> APIRouter:
 
     async def streamed(request: Request, body: GenerateRequest) -> Response:
         body.parameters.details = True  # every event of a stream has its token
-        answered, one = await written(request, body)
-        return StreamingResponse(_events(body, answered, one), media_type="text/event-stream")
+        events = _events(body, await service.stream(request, *asked(body)))
+        return StreamingResponse(unbroken(request.url.path, events), media_type="text/event-stream")
 
     @router.post("/")
     async def either(request: Request, body: EitherRequest) -> Response:
@@ -208,37 +210,60 @@ def _details(answered: Answered, one: Continuation) -> dict[str, Any]:
 
 
 def _tokens(answered: Answered, one: Continuation) -> list[dict[str, Any]]:
-    tokenizer, scores = answered.tokenizer, one.scores
+    scores = one.scores
     assert scores is not None
-    special = {*tokenizer.all_special_ids}
     tokens = []
     for t, (token, part) in enumerate(zip(one.ids, one.parts, strict=True)):
-        about: dict[str, Any] = {
-            "id": token,
-            "text": tokenizer.decode([token]) if token in special else part,
-            "logprob": number(scores.chosen[t]),
-            "special": token in special,
-        }
-        if scores.ids.shape[-1]:
-            about["alternative_tokens"] = [
-                {"id": other, "text": tokenizer.decode([other]), "logprob": number(score)}
-                for other, score in zip(scores.ids[t].tolist(), scores.scores[t], strict=True)
-            ]
-        uncertain = one.uncertainty["tokens"][t]
-        about["uncertainty"] = {name: v for name, v in uncertain.items() if name != "text"}
-        tokens.append(about)
+        others = list(zip(scores.ids[t].tolist(), scores.scores[t].tolist(), strict=True))
+        uncertain = {n: v for n, v in one.uncertainty["tokens"][t].items() if n != "text"}
+        chosen = float(scores.chosen[t])
+        tokens.append(_token(answered.tokenizer, token, part, chosen, others, uncertain))
     return tokens
 
 
-def _events(body: GenerateRequest, answered: Answered, one: Continuation) -> Iterator[str]:
+def _token(
+    tokenizer: Any,
+    token: int,
+    part: str,
+    logprob: float,
+    others: list[tuple[int, float]],
+    uncertain: dict[str, Any],
+) -> dict[str, Any]:
+    special = token in {*tokenizer.all_special_ids}
+    about: dict[str, Any] = {
+        "id": token,
+        "text": tokenizer.decode([token]) if special else part,
+        "logprob": number(logprob),
+        "special": special,
+    }
+    if others:
+        about["alternative_tokens"] = [
+            {"id": other, "text": tokenizer.decode([other]), "logprob": number(score)}
+            for other, score in others
+        ]
+    return {**about, "uncertainty": uncertain}
+
+
+async def _events(body: GenerateRequest, stream: Stream) -> AsyncIterator[str]:
     """Yield an event per token; the last has the whole text and its uncertainty."""
-    nothing = {"id": 0, "text": "", "logprob": 0.0, "special": True}
-    tokens = _tokens(answered, one) or [nothing]
-    full = body.inputs if body.parameters.return_full_text else ""
-    for place, token in enumerate(tokens):
-        event: dict[str, Any] = {"token": token, "generated_text": None, "details": None}
-        if place == len(tokens) - 1:
-            event["generated_text"] = full + one.text
-            event["details"] = _details(answered, one)
-            event["uncertainty"] = one.uncertainty
-        yield f"data: {json.dumps(event)}\n\n"
+    sent = 0
+    async for item in stream:
+        if isinstance(item, Early):
+            sent += 1
+            new = item.token
+            others = list(zip(new.ids, new.logprobs, strict=True))
+            about = (new.id, item.part, new.logprob, others, item.uncertainty)
+            yield _event(_token(stream.tokenizer, *about))
+            continue
+        (one,) = await run_in_threadpool(continuations, item, 0)
+        nothing = {"id": 0, "text": "", "logprob": 0.0, "special": True}
+        *before, last = _tokens(item, one)[sent:] or [nothing]
+        for token in before:
+            yield _event(token)
+        full = body.inputs if body.parameters.return_full_text else ""
+        yield _event(last, full + one.text, _details(item, one), uncertainty=one.uncertainty)
+
+
+def _event(token: dict[str, Any], text: str | None = None, details: Any = None, **more: Any) -> str:
+    event = {"token": token, "generated_text": text, "details": details, **more}
+    return f"data: {json.dumps(event)}\n\n"

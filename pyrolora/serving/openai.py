@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pyrolora.serving.asking import chat_prompt
+from pyrolora.posterior import Posterior
+from pyrolora.serving.asking import Sampling, chat_prompt
 from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnknownPosteriorError
 from pyrolora.serving.openai_answers import Chat, Completion
 from pyrolora.serving.openai_fields import NEW_TOKENS, ChatRequest, CompletionRequest
 from pyrolora.serving.service import Answering
+from pyrolora.serving.streaming import unbroken
 from pyrolora.tasks.registry import find
 
 OWNER = "pyrolora"
@@ -52,23 +55,29 @@ def routes(service: Answering) -> APIRouter:
     @router.post("/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         sampling = body.sampling(NEW_TOKENS, body.logprobs)
-        answered = await service.write(
-            request, body.model, lambda _: body.prompts, body.draws, sampling
-        )
-        return _response(await run_in_threadpool(Completion, body, answered))
+        return await answer(request, Completion(body), lambda _: body.prompts, sampling)
 
     @router.post("/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
         messages = [message.plain() for message in body.messages]
-        answered = await service.write(
-            request, body.model, lambda p: [chat_prompt(p, messages)], body.draws, body.asked()
-        )
-        return _response(await run_in_threadpool(Chat, body, answered))
+        prompts = partial(_chat_prompts, messages)
+        return await answer(request, Chat(body), prompts, body.asked())
+
+    async def answer(
+        request: Request, completion: Completion, prompts: Any, sampling: Sampling
+    ) -> Response:
+        body = completion.body
+        asked = (request, body.model, prompts, body.draws, sampling)
+        if body.stream:
+            events = completion.events(await service.stream(*asked))
+            return StreamingResponse(
+                unbroken(request.url.path, events), media_type="text/event-stream"
+            )
+        answered = await service.write(*asked)
+        return JSONResponse(await run_in_threadpool(completion.answer, answered))
 
     return router
 
 
-def _response(completion: Completion) -> Response:
-    if completion.body.stream:
-        return StreamingResponse(completion.events(), media_type="text/event-stream")
-    return JSONResponse(completion.answer())
+def _chat_prompts(messages: list[dict[str, str]], posterior: Posterior) -> list[str]:
+    return [chat_prompt(posterior, messages)]

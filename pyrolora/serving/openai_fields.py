@@ -64,6 +64,11 @@ class Writing(Strict):
         return self.max_tokens
 
     @property
+    def scores(self) -> bool:
+        """Whether tokens are answered with their log-probabilities."""
+        return False
+
+    @property
     def draws(self) -> Draws:
         return Draws(self.num_samples, self.seed, self.numbers)
 
@@ -83,6 +88,7 @@ class Writing(Strict):
             self.length,
             usual_length,
             tuple(sorted(options.items())),
+            tuple(self.stops),
             sampled=bool(temperature),
             choices=self.n,
             alternatives=alternatives,
@@ -100,6 +106,10 @@ class CompletionRequest(Writing):
     }
     prompt: Text | Annotated[list[Text], Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def scores(self) -> bool:
+        return self.logprobs is not None
 
     @property
     def prompts(self) -> list[str]:
@@ -149,6 +159,10 @@ class ChatRequest(Writing):
     @property
     def length(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
+
+    @property
+    def scores(self) -> bool:
+        return self.logprobs
 
     def asked(self) -> Sampling:
         """Return the settings of the text."""

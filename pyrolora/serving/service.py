@@ -24,7 +24,16 @@ from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, Unsup
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
-from pyrolora.serving.verbs import Classify, Labels, Write, Written, classified
+from pyrolora.serving.streaming import Early, Stream, Telling, steady
+from pyrolora.serving.verbs import (
+    Classify,
+    Labels,
+    ToWrite,
+    Write,
+    Written,
+    classified,
+    written,
+)
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
@@ -99,6 +108,17 @@ class Answering(Protocol):
         """Return continuations of prompts."""
         ...
 
+    async def stream(
+        self,
+        request: Request,
+        name: str | None,
+        prompts: Callable[[Posterior], Sequence[str]],
+        draws: Draws,
+        sampling: Sampling,
+    ) -> Stream:
+        """Return the answer of `write` as a stream, when the first of it can be sent."""
+        ...
+
     async def finish(self) -> None:
         """End when what has begun is answered."""
         ...
@@ -138,6 +158,7 @@ class Service:
         self.metrics = Metrics()
         self._asking = Asking(self.limits, num_samples, seed)
         self._entering = 0
+        self._streams: set[asyncio.Task[None]] = set()
         self._loaders = ThreadPoolExecutor(LOADERS, "pyrolora-loading")
         self.batcher = Batcher(
             partial(_run, Drawn()),
@@ -195,24 +216,57 @@ class Service:
         rows, results = await self._answers(
             request, name, lambda lease: self._asking.write(lease, prompts, draws, sampling)
         )
-        posterior = rows[0].lease.posterior
-        return Answered(
-            [row.settings for row in rows if isinstance(row.settings, Write)],
-            [row.columns["input_ids"] for row in rows],
-            results,
-            tokenizer_of(posterior.tokenizer),
-            _ends(posterior),
+        return _answered(rows, results)
+
+    async def stream(
+        self,
+        request: Request,
+        name: str | None,
+        prompts: Callable[[Posterior], Sequence[str]],
+        draws: Draws,
+        sampling: Sampling,
+    ) -> Stream:
+        """Return the answer of `write` as a stream, when the first of it can be sent.
+
+        Where one draw writes, that is the first token; otherwise it is the whole answer.
+        """
+        until = time.monotonic() + self.limits.timeout
+        rows = await self._rows(
+            request, name, lambda lease: self._asking.write(lease, prompts, draws, sampling), until
         )
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        tokenizer = tokenizer_of(rows[0].lease.posterior.tokenizer)
+        _follow(rows, tokenizer, queue)
+        task = asyncio.create_task(self._pump(request, rows, until, queue))
+        self._streams.add(task)
+        task.add_done_callback(self._streams.discard)
+        return await Stream(tokenizer, sampling.choices, queue).begin()
+
+    async def _pump(
+        self, request: Request, rows: list[Row], until: float, queue: asyncio.Queue[Any]
+    ) -> None:
+        """Put the answer into the queue, or what went wrong, behind the tokens that were sent."""
+        try:
+            queue.put_nowait(_answered(rows, await self._results(request, rows, until)))
+        except Exception as error:
+            queue.put_nowait(error)
 
     async def _answers(
         self, request: Request, name: str | None, make: Callable[[Lease], list[Row]]
     ) -> tuple[list[Row], list[Any]]:
         """Load the posterior, make the rows, and wait for the results of all of them."""
+        until = time.monotonic() + self.limits.timeout
+        rows = await self._rows(request, name, make, until)
+        return rows, await self._results(request, rows, until)
+
+    async def _rows(
+        self, request: Request, name: str | None, make: Callable[[Lease], list[Row]], until: float
+    ) -> list[Row]:
+        """Load the posterior and make the rows."""
         if self._entering + len(self.batcher) >= self.limits.queue:
             raise BusyError(
                 f"the queue holds {self.limits.queue} texts and is full; try again later"
             )
-        until = time.monotonic() + self.limits.timeout
         self._entering += 1
         entered = self._loaders.submit(self._enter, name, make)
         try:
@@ -222,14 +276,19 @@ class Service:
             raise
         finally:
             self._entering -= 1
+        return list(rows)
+
+    async def _results(self, request: Request, rows: list[Row], until: float) -> list[Any]:
+        """Queue the rows and wait for all results; those that run are cut if nobody waits."""
         jobs = [Job(row.key, row.tokens, row) for row in rows]
         for job in jobs:
             job.future.add_done_callback(_release(job.payload))
         try:
             self.batcher.submit(jobs)
-            return rows, await self._finished(request, [job.future for job in jobs], until)
+            return await self._finished(request, [job.future for job in jobs], until)
         finally:
             for job in jobs:  # a running one is released when it is done
+                job.payload.given_up = True
                 job.future.cancel()
 
     def _enter(self, name: str | None, make: Callable[[Lease], list[Row]]) -> list[Row]:
@@ -302,11 +361,36 @@ def _release_all(entered: Future[list[Row]]) -> None:
             row.lease.release()
 
 
+def _answered(rows: Sequence[Row], results: list[Written]) -> Answered:
+    posterior = rows[0].lease.posterior
+    return Answered(
+        [row.settings for row in rows if isinstance(row.settings, Write)],
+        [row.columns["input_ids"] for row in rows],
+        results,
+        tokenizer_of(posterior.tokenizer),
+        _ends(posterior),
+    )
+
+
+def _follow(rows: Sequence[Row], tokenizer: Any, queue: asyncio.Queue[Any]) -> None:
+    """Have tokens put into the queue as they are written, where one draw writes the text."""
+    loop = asyncio.get_running_loop()
+
+    def send(token: Early) -> None:
+        with contextlib.suppress(RuntimeError):  # the server has ended meanwhile
+            loop.call_soon_threadsafe(queue.put_nowait, token)
+
+    for number, row in enumerate(rows):
+        settings = row.settings
+        if isinstance(settings, Write) and settings.follows and steady(tokenizer):
+            alternatives = settings.alternatives or 0
+            row.follower = Telling(number, tokenizer, settings.stops, alternatives, send)
+
+
 def _run(drawn: Drawn, rows: Sequence[Row]) -> list[Any]:
     """Run the rows of one batch, which have equal keys."""
-    first = rows[0]
-    if isinstance(first.settings, Write):
-        return first.settings.run(first.lease.posterior, [row.columns for row in rows])
+    if isinstance(rows[0].settings, Write):
+        return written([_to_write(row) for row in rows], drawn)
     return classified(
         [
             (row.lease.posterior, settings, row.columns)
@@ -314,6 +398,13 @@ def _run(drawn: Drawn, rows: Sequence[Row]) -> list[Any]:
             if isinstance(settings := row.settings, Classify)
         ],
         drawn,
+    )
+
+
+def _to_write(row: Row) -> ToWrite:
+    assert isinstance(row.settings, Write)
+    return ToWrite(
+        row.lease.posterior, row.settings, row.columns, lambda: not row.given_up, row.follower
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pyrolora.adapters import FlatFactors
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.inputs import context_length
 from pyrolora.data.media.media import tokenizer_of
@@ -124,22 +125,15 @@ def token_scores(
     posterior: Posterior,
     prompt: Sequence[int],
     continuations: Sequence[Tensor],
+    factors: FlatFactors,
     *,
-    num_samples: int,
-    seed: int | None,
-    draws: Sequence[int] | None = None,
     alternatives: int,
 ) -> list[TokenScores]:
-    """Score every token of continuations of one prompt under the mixture over draws.
-
-    The draws of a seed, or with the numbers in ``draws``, are those of ``predict`` and
-    ``generate``.
-    """
+    """Score every token of continuations of one prompt under the mixture over draws."""
     joint, task = posterior.model, posterior.task
     base: Any = posterior.base
     assert isinstance(task, TokenTask)
     law = task.at(posterior.temperature)
-    factors = posterior.predictor.factors(num_samples, seed, draws)
     device = next(base.parameters()).device
     start = torch.tensor(list(prompt))
     whole = [torch.cat([start, new]) for new in continuations]

@@ -1,27 +1,30 @@
 """The two things that a posterior is asked for: classes of a text, and continuations of one.
 
-Rows with equal settings share a pass; each gets what the posterior gives for that row alone.
+Rows of several posteriors share a pass; each gets what its posterior gives for that row alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyrolora import defaults
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import (
+    Ask,
     ClassPrediction,
+    Follower,
     Generation,
     MultiLabelPrediction,
     Question,
     RegressionPrediction,
+    generate_mixed,
     predict_mixed,
 )
+from pyrolora.predictive.ranking import chosen
 from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.text import TokenScores, token_scores
 
@@ -55,7 +58,6 @@ class Classify:
     seed: int | None
     draws: tuple[int, ...] | None = None
 
-    shares: ClassVar[bool] = True
     length: ClassVar[int] = 0
 
     @property
@@ -103,9 +105,10 @@ class Write:
         Continuations per draw.
     options
         Of ``generate``, as pairs of name and value.
+    stops
+        The texts that end a continuation.
     sampled
-        Whether tokens are sampled. Rows of such settings run alone: the random numbers of a row
-        would depend on its neighbours.
+        Whether tokens are sampled.
     choices
         How many continuations are answered with.
     alternatives
@@ -118,13 +121,10 @@ class Write:
     max_new_tokens: int = defaults.MAX_NEW_TOKENS
     several: int = 1
     options: tuple[tuple[str, Any], ...] = ()
+    stops: tuple[str, ...] = ()
     sampled: bool = False
     choices: int = 1
     alternatives: int | None = None
-
-    @property
-    def shares(self) -> bool:
-        return not self.sampled
 
     @property
     def length(self) -> int:
@@ -135,36 +135,85 @@ class Write:
         """How many rows of the network a prompt is."""
         return max(self.num_samples, 1) * self.several
 
-    def run(self, posterior: Posterior, rows: Sequence[Columns]) -> list[Written]:
-        prompts = [row["input_ids"] for row in rows]
-        generation = posterior.generate(
-            {"input_ids": prompts, "attention_mask": [[1] * len(ids) for ids in prompts]},
-            self.num_samples if self.draws is None else None,
-            draws=self.draws,
-            seed=self.seed,
-            do_sample=self.sampled,
-            max_new_tokens=self.max_new_tokens,
-            num_return_sequences=self.several,
-            **dict(self.options),
-        )
-        return [
-            self._written(posterior, ids, alone(generation, i)) for i, ids in enumerate(prompts)
-        ]
+    @property
+    def follows(self) -> bool:
+        """Whether the tokens are the answer's as soon as they are written, by the only draw."""
+        return self.num_samples <= 1
 
-    def _written(self, posterior: Posterior, prompt: list[int], one: Generation) -> Written:
-        order = chosen(one, self.choices, sampled=self.sampled)
+    def ask(
+        self,
+        posterior: Posterior,
+        row: Columns,
+        drawn: Drawn,
+        wanted: Callable[[], bool] = lambda: True,
+        follower: Follower | None = None,
+    ) -> Ask:
+        """Return what these draws of the posterior are asked to write."""
+        options = {
+            "do_sample": self.sampled,
+            "max_new_tokens": self.max_new_tokens,
+            "num_return_sequences": self.several,
+            **({"stop_strings": [*self.stops]} if self.stops else {}),
+            **dict(self.options),
+        }
+        return Ask(
+            posterior.predictor,
+            row["input_ids"],
+            self.num_samples,
+            self.seed,
+            self.draws,
+            options,
+            *drawn.drawn(posterior, self.num_samples, self.seed, self.draws),
+            wanted,
+            follower,
+        )
+
+    def written(self, posterior: Posterior, asked: Ask, generation: Generation) -> Written:
+        """Return the answer among the continuations."""
+        order = chosen(generation, self.choices, sampled=self.sampled)
         scores = None
         if self.alternatives is not None:
             scores = token_scores(
                 posterior,
-                prompt,
-                [one.sequences[0, k][one.mask[0, k]] for k in order],
-                num_samples=self.num_samples,
-                seed=self.seed,
-                draws=self.draws,
+                asked.prompt,
+                [generation.sequences[0, k][generation.mask[0, k]] for k in order],
+                asked.factors,
                 alternatives=self.alternatives,
             )
-        return Written(one, order, scores)
+        return Written(generation, order, scores)
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """A prompt of a request.
+
+    Attributes
+    ----------
+    posterior, settings, row
+        The posterior, what it is asked, and the tokens.
+    wanted, follower
+        As in `Ask`.
+    """
+
+    posterior: Posterior
+    settings: Write
+    row: Columns
+    wanted: Callable[[], bool] = lambda: True
+    follower: Follower | None = None
+
+
+def written(prompts: Sequence[ToWrite], drawn: Drawn) -> list[Written | None]:
+    """Return the continuations of every prompt, which posteriors of one family are asked for.
+
+    None for those that nobody wants any more.
+    """
+    asked = [
+        one.settings.ask(one.posterior, one.row, drawn, one.wanted, one.follower) for one in prompts
+    ]
+    return [
+        None if made is None else one.settings.written(one.posterior, ask, made)
+        for one, ask, made in zip(prompts, asked, generate_mixed(asked), strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -187,45 +236,3 @@ class Written:
     order: list[int]
     scores: list[TokenScores] | None
     notes: Sequence[dict[str, Any]] | None = None
-
-
-def alone(generation: Generation, i: int) -> Generation:
-    """Return the part of a generation that belongs to prompt ``i``, without others' padding."""
-    longest = max(int(generation.mask[i].sum(-1).max()), 1)
-
-    def row(values: Tensor) -> Tensor:
-        return values[i : i + 1, :, :longest]
-
-    def own(texts: Any) -> Any:
-        return None if texts is None else [texts[i]]
-
-    return replace(
-        generation,
-        sequences=row(generation.sequences),
-        mask=row(generation.mask),
-        entropy=row(generation.entropy),
-        aleatoric=row(generation.aleatoric),
-        log_likelihood=generation.log_likelihood[:, i : i + 1],
-        prompts=own(generation.prompts),
-        texts=own(generation.texts),
-        tokens=own(generation.tokens),
-    )
-
-
-def chosen(generation: Generation, count: int, *, sampled: bool) -> list[int]:
-    """Return the places of ``count`` continuations.
-
-    Of sampled ones the first of every draw, then the second, which is a sample of the posterior
-    predictive. Of greedy ones those that the mixture over draws finds likeliest per token.
-    """
-    places = range(generation.sequences.shape[1])
-    if sampled:
-        seen: dict[int, int] = {}
-        turns = []
-        for place in places:
-            draw = int(generation.draw[place])
-            turns.append(seen.setdefault(draw, 0))
-            seen[draw] += 1
-        return sorted(places, key=lambda place: (turns[place], place))[:count]
-    score = generation.log_predictive[0] / generation.num_tokens[0].clamp(min=1)
-    return score.argsort(descending=True, stable=True)[:count].tolist()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from console import done, pyrolora_, refused, saved
-from problems import llama, reviews
+from problems import bert, llama, reviews
 
 import pyrolora
+from pyrolora.predictive import Entailment
 
 PROMPTS = ["the film", "good", "the book is not"]
 
@@ -64,6 +65,37 @@ def test_sampled_tokens_come_with_their_uncertainty(place: Path, tmp_path: Path)
     assert [t["token"] for t in tokens] == found.tokens[2][1]
     own = found.epistemic[2, 1][found.mask[2, 1]].tolist()
     assert [t["epistemic"] for t in tokens] == pytest.approx(own, rel=1e-3, abs=1e-6)
+
+
+def test_meanings_and_scores_of_answers_are_those_of_python(place: Path, tmp_path: Path) -> None:
+    judge = bert(3)
+    judge.config.id2label = {0: "contradiction", 1: "neutral", 2: "entailment"}
+    saved(judge, tmp_path / "nli")
+    data = [{"text": text, "gold": ["good", "the film"]} for text in PROMPTS]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, data)), encoding="utf-8")
+    command = ["generate", place / "run", tmp_path / "asked.jsonl", "--draws", "0,1,2",
+               "--seed", 7, "--max-new-tokens", 1, "--entailment", tmp_path / "nli",
+               "--correct", "gold"]  # fmt: skip
+    refused(pyrolora_(*command), "add --output")
+    shown = done(*command, "--output", tmp_path / "out.jsonl").out
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    posterior = pyrolora.load(place / "run")
+    found = posterior.generate(PROMPTS, draws=[0, 1, 2], seed=7, max_new_tokens=1)
+    semantic = found.semantic_entropy(Entailment(str(tmp_path / "nli")))
+    for i, row in enumerate(map(json.loads, lines)):
+        assert row["semantic_entropy"] == pytest.approx(float(semantic.entropy[i]), abs=1e-6)
+        parts = row["semantic_aleatoric"] + row["semantic_epistemic"]
+        assert parts == pytest.approx(row["semantic_entropy"], abs=1e-6)
+        assert [c["meaning"] for c in row["continuations"]] == semantic.clusters[i].tolist()
+    scores = posterior.evaluate_generation(
+        data, "gold", draws=[0, 1, 2], max_new_tokens=1, seed=7,
+        same=Entailment(str(tmp_path / "nli")),
+    )  # fmt: skip
+    assert f"{scores.accuracy:.3f} ±" in shown
+    assert "semantic" in shown
+    refused(
+        pyrolora_(*command[:-1], "none", "--output", tmp_path / "x.jsonl"), "'none' is no column"
+    )
 
 
 def test_one_draw_agrees_with_nobody(place: Path) -> None:

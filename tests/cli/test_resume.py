@@ -136,7 +136,7 @@ def test_a_killed_process_goes_on_to_the_same_result(place: Path, tmp_path: Path
         process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
         try:
             deadline = time.monotonic() + 300
-            while not list(killed.glob("checkpoint-*/trainer_state.json")):
+            while not list(killed.glob("checkpoint-*/parts.json")):
                 assert process.poll() is None, (tmp_path / "log").read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.02)

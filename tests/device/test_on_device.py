@@ -11,10 +11,12 @@ import mock_device
 import pytest
 import torch
 from problems import arguments, bert, llama, reviews, tokenizer, tokens
+from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig, guides, seeding
+from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.guides import NUTS, SWAG, Ensemble, Flat, Laplace, MonteCLoRA
 
 CONFIG = AdapterConfig(r=2)
@@ -165,12 +167,14 @@ def test_a_fit_and_its_draws_are_the_same_twice(tmp_path: Path) -> None:
     assert torch.equal(states[0][1].draws, states[1][1].draws)
 
 
-def test_saving_waits_for_each_tensor_at_most_twice(tmp_path: Path) -> None:
-    posterior = fitted(tmp_path, "montec")
-    with mock_device.watched() as events:
-        posterior.save(tmp_path / "saved")
-    kept = len(posterior.model.own_state())
-    assert sum(events.of("wait").values()) <= 2 * kept, events.of("wait")
+def test_noise_on_a_wide_layer_is_drawn_at_once() -> None:
+    """In pieces that fit a cache it would be two, and at 7B thousands of kernels a step."""
+    layer = nn.Linear(1024, 2048, device="mock")
+    x, A, sB = (torch.zeros(n, m, device="mock") for n, m in ((2, 1024), (2, 1024), (2, 2048)))
+    noisy = WeightNoise((1,), 0.1, 0).frozen(layer, x, A, sB)
+    with mock_device.watched() as events, torch.no_grad():
+        noisy.forward(x)
+    assert events["kernel", "aten::normal_", ""] == 1
 
 
 def test_the_script_for_a_gpu_finds_no_difference(

@@ -7,6 +7,7 @@ import inspect
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 import zlib
@@ -26,22 +27,12 @@ GENERATED = "docs/api/commands.md"
 NOWHERE = "http://127.0.0.1:9"
 LIBRARIES = "arviz|datasets|matplotlib|numpy|pandas|peft|pyro|torch|transformers"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "benchmarks").rglob("*.md")),
 ]
+NAVIGATION = runpy.run_path(str(ROOT / "docs/site/navigation.py"))
 PUBLIC = (pyrolora, arviz, diagnostics, distributions, guides, plots, predictive, tasks)
-
-
-def leaves(nav: Any) -> list[str]:
-    """The files of a navigation."""
-    if isinstance(nav, str):
-        return [nav]
-    return [
-        leaf
-        for entry in nav
-        for leaf in leaves(*entry.values() if isinstance(entry, dict) else [entry])
-    ]
 
 
 def public_names() -> list[str]:
@@ -60,9 +51,11 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_the_navigation_has_every_page_and_every_notebook() -> None:
-    pages = leaves(CONFIG["nav"])
+    pages = NAVIGATION["leaves"](NAVIGATION["expanded"](CONFIG["nav"]))
     assert len(pages) == len(set(pages))
-    there = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert pages.index("docs/start.md") == 1  # on one's own adapter first
+    there = [*PAGES, *(ROOT / "notebooks").glob("*.ipynb")]
+    there = [path for path in there if path.parent != ROOT / "benchmarks/results"]
     missing = {path.relative_to(ROOT).as_posix() for path in there} - set(pages)
     assert not missing, f"name these in the nav of mkdocs.yml: {sorted(missing)}"
     assert [p for p in pages if p != GENERATED and not (ROOT / p).is_file()] == []

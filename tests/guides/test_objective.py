@@ -108,3 +108,17 @@ def test_draws_of_a_batch_are_averaged():
         values.append(divergence(draws))
     assert values[0] > 1
     assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("prior_mean", ["learned", "zero"])
+def test_means_cost_nothing_where_the_prior_is_around_them(prior_mean):
+    """KL = Σ ½ (σ² / σ₀² − 1) − log(σ / σ₀), and ½ ‖m / σ₀‖² more around zero."""
+    problem = layer(MeanField(prior_mean=prior_mean, prior_scale=0.8, init_scale=0.2))
+    elbo, program = NamedELBO(), problem.joint.program
+    elbo.differentiable_loss(problem.joint, JointGuide(program), problem.batch)
+    means = problem.mean("A")
+    ratio = torch.tensor(0.2 / 0.8)
+    expected = len(means) * (0.5 * (ratio.square() - 1) - ratio.log())
+    if prior_mean == "zero":
+        expected = expected + 0.5 * (means / 0.8).square().sum()
+    assert elbo.terms["kl/A"].item() == pytest.approx(expected.item(), rel=1e-5)

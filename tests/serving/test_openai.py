@@ -291,11 +291,10 @@ def test_alternatives_of_one_text_are_all_there_and_parts_of_characters_have_no_
     assert [tokenizer.decode([token]) for token in ids] == ["\ufffd"] * 2
     scores = TokenScores(torch.tensor([-1.0]), torch.tensor([ids]), torch.tensor([[-1.0, -2.0]]))
     one = Continuation("", ids[:1], [""], "length", {}, scores)
-    answered: Any = SimpleNamespace(tokenizer=tokenizer, prompts=[])
-    body: Any = SimpleNamespace(model="x", stops=[])
-    found: Any = Completion(body, answered).logprobs(one, range(1))
+    body: Any = SimpleNamespace(model="x")
+    found: Any = Completion(body).logprobs(tokenizer, one, range(1))
     assert sorted(found["top_logprobs"][0].values()) == [-2.0, -1.0]
-    found = Chat(body, answered).logprobs(one, range(1))
+    found = Chat(body).logprobs(tokenizer, one, range(1))
     assert found["content"][0]["bytes"] is None
 
 

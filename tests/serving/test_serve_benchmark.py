@@ -16,10 +16,11 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serve.py"
 
 
 def test_every_answer_is_right_and_none_is_lost(
-    classifiers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifiers: Any, writers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setattr(zoo, "folder", lambda name: classifiers.base)
+    folders = {"encoder": classifiers.base, "decoder": writers.base}
+    monkeypatch.setattr(zoo, "folder", folders.__getitem__)
     spec = importlib.util.spec_from_file_location("benchmark_serve", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -27,12 +28,20 @@ def test_every_answer_is_right_and_none_is_lost(
     monkeypatch.setitem(sys.modules, "benchmark_serve", module)
     spec.loader.exec_module(module)
     small = {"posteriors": 3, "draws": 2, "concurrency": 4, "requests": 6, "soak": 20, "texts": 3}
+    small |= {"writing-requests": 4, "writing-soak": 20, "new-tokens": 4}
     options = [str(part) for name, value in small.items() for part in (f"--{name}", value)]
     module.main([*options, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "serve-cpu.json").read_text())
-    assert found["f: answered"] + found["f: hung up"] == 20
-    assert found["f: hung up"] > 0
-    assert found["f: failed"] == found["f: answered with other numbers than alone"] == 0
-    assert found["f: left in the queue"] == 0
-    assert {row["load"] for row in found["loads"]} >= {"one posterior", "3 in turn"}
+    for route in ("/classify", "/generate"):
+        assert found[f"{route} f: answered"] + found[f"{route} f: hung up"] == 20
+        assert found[f"{route} f: hung up"] > 0
+        assert found[f"{route} f: failed"] == 0
+        assert found[f"{route} f: answered otherwise than alone"] == 0
+        assert found[f"{route} f: left in the queue"] == 0
+        assert found[f"{route} d: MiB of tensors that a posterior adds"] > 0
+        loads = {row["load"] for row in found["loads"]}
+        assert loads >= {f"{route}: one posterior", f"{route}: 3 in turn"}
+    for name in ("forward", "generate"):
+        ours, theirs, ratio = found[f"c: {name}: milliseconds of ours, of PEFT's, ratio"]
+        assert ratio == pytest.approx(ours / theirs, rel=0.2)
     assert "answers per second" in (tmp_path / "serve-cpu.md").read_text()

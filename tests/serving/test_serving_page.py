@@ -6,6 +6,7 @@ import html
 import json
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from servers import Shop, get, post, running, served
 from starlette.responses import HTMLResponse
 
 import pyrolora
+from pyrolora.predictive import following as following_module
 from pyrolora.serving.app import create_app
 from pyrolora.serving.page import PAGE
 
@@ -44,9 +46,15 @@ addEventListener("load", async () => {{
     $("name").value = {name};
     $("name").dispatchEvent(new view.Event("change"));
     $("text").value = {text};
-    $("seed").value = "3";
+    for (const [id, value] of Object.entries({fields})) $(id).value = value;
+    const grown = [];
+    new view.MutationObserver(() => {{
+      const length = texts(".token").length;
+      if (length && length !== grown.at(-1)) grown.push(length);
+    }}).observe($("answer"), {{ childList: true, subtree: true }});
     $("ask").click();
     await ready();
+    found.grown = grown;
     const all = [...page.body.querySelectorAll("*")];
     Object.assign(found, {{
       title: page.title,
@@ -92,8 +100,9 @@ def driven(url: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
     return json.loads(html.unescape(found[1])), console
 
 
-def with_driver(app: Any, name: str, text: str) -> Any:
-    driver = DRIVER.format(width=WIDTH, name=json.dumps(name), text=json.dumps(text))
+def with_driver(app: Any, name: str, text: str, **fields: str) -> Any:
+    said = {"name": name, "text": text, "fields": {"seed": "3", **fields}}
+    driver = DRIVER.format(width=WIDTH, **{key: json.dumps(value) for key, value in said.items()})
 
     @app.get("/framed")
     def framed() -> HTMLResponse:
@@ -159,11 +168,7 @@ def test_tokens_are_shaded_and_other_draws_stand_beside(writers: Any, tmp_path: 
         found, _ = driven(f"{url}/driver", tmp_path)
         assert "shorten it or lower the number of new tokens" in found["error"]
         assert found["writing"] == [True, True]
-    page = PAGE.replace('id="tokens" type="number" min="1" value="30"', 'id="tokens" value="6"')
-    app = create_app(served(writers))
-    app.get("/framed")(lambda: HTMLResponse(page))
-    driver = DRIVER.format(width=WIDTH, name='"plain"', text='"the film was"')
-    app.get("/driver")(lambda: HTMLResponse(driver))
+    app = with_driver(create_app(served(writers)), "plain", "the film was", tokens="6")
     with running(app) as url:
         answer = post(f"{url}/v1/completions", json={**body, "max_tokens": 6}).json()
         found, console = driven(f"{url}/driver", tmp_path)
@@ -176,6 +181,42 @@ def test_tokens_are_shaded_and_other_draws_stand_beside(writers: Any, tmp_path: 
         assert shown.startswith(other["text"])
     assert found["scrollWidth"] <= WIDTH
     assert found["sideways"] == []
+
+
+def test_one_draw_is_named_by_its_number_and_streams(
+    writers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = following_module.Following
+    step = following.__call__
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)  # so that the browser can draw what it has
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(following, "__call__", slowly)
+    app = create_app(served(writers))
+    app = with_driver(app, "plain", "the film was", tokens="6", seed="", draws="4")
+    with running(app) as url:
+        found, console = driven(f"{url}/driver", tmp_path)
+    assert (found["error"], console) == ("", [])
+    alone = pyrolora.load(writers.directory / "plain", writers.base).generate(
+        ["the film was"], draws=[4], max_new_tokens=6
+    )
+    assert alone.texts is not None
+    assert "".join(found["tokens"]) == alone.texts[0][0]
+    assert "Draws by number: 4" in found["answer"]
+    assert found["grown"][0] < len(found["tokens"])
+    assert found["grown"] == sorted(found["grown"])
+
+
+def test_what_is_no_number_of_a_draw_is_said_before_it_is_sent(
+    classifying: Any, tmp_path: Path
+) -> None:
+    app = with_driver(create_app(served(classifying.shop)), "reviews", "good", draws="first")
+    with running(app) as url:
+        found, _ = driven(f"{url}/driver", tmp_path)
+    assert "whole numbers" in found["error"]
+    assert found["classes"] == []
 
 
 def test_the_policy_lets_the_page_run_and_nothing_else(classifying: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyrolora
 from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.serving.text import encoded, first_stop, pieces, token_scores
-from pyrolora.serving.verbs import Classify, Write, chosen, classified
+from pyrolora.serving.verbs import Classify, ToWrite, Write, Written, chosen, classified, written
 
 TEXTS = ["the film was good", "bad", "a very very dull book is not fine"]
 
@@ -25,6 +25,11 @@ def classifier(classifiers: Any) -> pyrolora.Posterior:
 @pytest.fixture(scope="module")
 def writer(writers: Any) -> pyrolora.Posterior:
     return pyrolora.load(writers.directory / "plain", writers.base)
+
+
+def wrote(posterior: pyrolora.Posterior, settings: Write, rows: list[Any]) -> list[Written]:
+    made = written([ToWrite(posterior, settings, row) for row in rows], Drawn())
+    return [one for one in made if one is not None]
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 5])
@@ -48,7 +53,7 @@ def test_continuations_of_a_batch_are_those_of_its_rows(
 ) -> None:
     rows = [encoded(writer, text, reserved=6) for text in TEXTS]
     settings = Write(num_samples, seed=3, max_new_tokens=6, options=options)
-    for text, one in zip(TEXTS, settings.run(writer, rows), strict=True):
+    for text, one in zip(TEXTS, wrote(writer, settings, rows), strict=True):
         alone = writer.generate(
             [text], num_samples, seed=3, max_new_tokens=6, do_sample=False, **dict(options)
         )
@@ -68,8 +73,7 @@ def test_continuations_of_a_batch_are_those_of_its_rows(
 
 def test_sampled_texts_are_those_of_the_seed(writer: pyrolora.Posterior) -> None:
     settings = Write(3, seed=5, max_new_tokens=6, sampled=True, options=(("top_k", 0),))
-    assert not settings.shares
-    (one,) = settings.run(writer, [encoded(writer, TEXTS[0], reserved=6)])
+    (one,) = wrote(writer, settings, [encoded(writer, TEXTS[0], reserved=6)])
     alone = writer.generate([TEXTS[0]], 3, seed=5, max_new_tokens=6, do_sample=True, top_k=0)
     assert one.generation.texts == alone.texts
 
@@ -99,7 +103,7 @@ def test_scores_of_tokens_are_those_of_the_mixture(
     settings = Write(num_samples, seed=3, max_new_tokens=6, choices=2, alternatives=3)
     if num_samples < 2:
         settings = Write(num_samples, seed=3, max_new_tokens=6, alternatives=3)
-    (one,) = settings.run(writer, [row])
+    (one,) = wrote(writer, settings, [row])
     assert one.scores is not None
     assert len(one.scores) == len(one.order)
     for k, scores in zip(one.order, one.scores, strict=True):
@@ -117,7 +121,8 @@ def test_scores_have_the_temperature_of_the_posterior(writers: Any) -> None:
     ids = encoded(posterior, TEXTS[0], reserved=6)["input_ids"]
     generation = posterior.generate([TEXTS[0]], 1, seed=3, max_new_tokens=5)
     new = generation.sequences[0, 0][generation.mask[0, 0]]
-    (scores,) = token_scores(posterior, ids, [new], num_samples=1, seed=3, alternatives=1)
+    factors = posterior.predictor.factors(1, 3, None)
+    (scores,) = token_scores(posterior, ids, [new], factors, alternatives=1)
     total = generation.log_likelihood[0, 0, 0]
     torch.testing.assert_close(scores.chosen.sum(), total, atol=1e-4, rtol=1e-4)
 

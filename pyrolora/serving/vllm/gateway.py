@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.predictive.decoding import until_end
+from pyrolora.predictive.ranking import chosen
 from pyrolora.serving.asking import Asking, Draws, Sampling, seeded
 from pyrolora.serving.errors import (
     BusyError,
@@ -25,8 +26,9 @@ from pyrolora.serving.errors import (
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.service import Answered, hung_up, named
+from pyrolora.serving.streaming import Stream, at_once
 from pyrolora.serving.text import tokenized
-from pyrolora.serving.verbs import Write, Written, chosen
+from pyrolora.serving.verbs import Write, Written
 from pyrolora.serving.vllm.asked import Asked, numbers_of, vllm_options
 from pyrolora.serving.vllm.engine import (
     ALL,
@@ -166,6 +168,18 @@ class Gateway:
             tokenizer_of(posterior.tokenizer),
             posterior.ends,
         )
+
+    async def stream(
+        self,
+        request: Request,
+        name: str | None,
+        prompts: Callable[[Any], Sequence[str]],
+        draws: Draws,
+        sampling: Sampling,
+    ) -> Stream:
+        """Return the answer of `write` as a stream, which begins when it is whole."""
+        answered = await self.write(request, name, prompts, draws, sampling)
+        return await at_once(answered, sampling.choices)
 
     def _posterior(self, name: str | None) -> Exported:
         names = self.registry.names()
