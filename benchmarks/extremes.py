@@ -2,6 +2,7 @@
 
     python benchmarks/extremes.py
     python benchmarks/extremes.py --only "NaN" --guides montec,laplace
+    python benchmarks/extremes.py --every 13        # a thirteenth of it, of all guides and extremes
 
 A fit may end in two ways: every tensor of the posterior and every prediction is finite; or an error
 of ours states what was wrong, and leaves the network as it was, or a posterior of the last good
@@ -383,11 +384,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="extremes whose name contains this")
     parser.add_argument("--guides", default="", help="some of the guides, by name")
+    parser.add_argument("--every", type=int, default=1, help="one of so many cases")
     chosen = parser.parse_args(arguments)
     names = chosen.guides.split(",") if chosen.guides else [*GUIDES]
     if unknown := {*names} - {*GUIDES}:
         raise SystemExit(f"no guide is named {sorted(unknown)}; there are {sorted(GUIDES)}")
-    return min(run([c for c in cases() if c.guide in names and chosen.only in c.extreme]), 1)
+    found = [case for case in cases() if case.guide in names and chosen.only in case.extreme]
+    return min(run(found[:: chosen.every]), 1)
 
 
 if __name__ == "__main__":

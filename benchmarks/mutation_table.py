@@ -57,7 +57,7 @@ FAULTS = (
     _fault("KL of columns: once per row, not per entry", "distributions/kl", "(per_row * p.entry_weights()).sum((-2, -1))", "per_row.sum((-2, -1))", "distributions/test_kl.py"),
     _fault("KL to standard columns: without the means", "distributions/kl", "_column_divergence(p.scale_tril, _apart(p, q), p)", "_column_divergence(p.scale_tril, None, p)", "distributions/test_kl.py"),
     _fault("KL of a low-rank normal: sign of the determinant", "distributions/kl", "- 0.5 * diagonal.log()).sum(-1) - log_det", "- 0.5 * diagonal.log()).sum(-1) + log_det", "distributions/test_kl.py"),
-    _fault("KL of a Kronecker normal: sign of the determinant", "distributions/kl", "_per_entry(p, q) - p.scale.log()", "_per_entry(p, q) + p.scale.log()", "distributions/test_kl.py"),
+    _fault("KL of a Kronecker normal: sign of the determinant", "distributions/kl", "_per_entry(p, q) - p.scale.log()", "_per_entry(p, q) + p.scale.log()", "distributions/test_kronecker_normal.py"),
     _fault("Wishart: degrees of freedom one too low", "distributions/wishart_cholesky", "self.df.unsqueeze(-1) - i", "self.df.unsqueeze(-1) - i - 1", "distributions/test_wishart_cholesky.py"),
     _fault("Wishart: the density of the matrix, not of its factor", "distributions/wishart_cholesky", "((self._chi_df() - 1) * log_diagonal)", "(self._chi_df() * log_diagonal)", "distributions/test_wishart_cholesky.py"),
     _fault("Wishart: the normalisation of the density", "distributions/wishart_cholesky", "- (0.5 * df - 1) * r * math.log(2.0)", "- 0.5 * df * r * math.log(2.0)", "distributions/test_wishart_cholesky.py"),
@@ -86,7 +86,7 @@ FAULTS = (
     _fault("leave-one-out takes examples out at beta = 1", "diagnostics/leave_one_out", "psis(-likelihoods / beta,", "psis(-likelihoods,", "diagnostics/test_leave_one_out.py"),
     _fault("leave-one-out without the weights", "diagnostics/leave_one_out", "np.logaddexp.reduce(weights + scores, axis=-1)", "np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])", "diagnostics/test_leave_one_out.py"),
     _fault("k-hat at beta = 1", "diagnostics/importance", "scores.double().sum(-1) / beta", "scores.double().sum(-1)", "diagnostics/test_khat.py"),
-    _fault("rows of a mixed pass in another order", "adapters/mixing", "drawn.repeat_interleave(self.examples, 0)", "drawn.repeat(self.examples, 1, 1)", "predictive/test_mixed.py"),
+    _fault("rows of a mixed pass in another order", "adapters/mixing", "drawn.repeat_interleave(blocks, 0)", "drawn.repeat(blocks, 1, 1)", "predictive/test_mixed.py"),
     _fault("settings of a mixed pass count once each", "predictive/mixed", "output.repeat_interleave(question.distinct[1].to(output.device), 0)", "output", "predictive/test_mixed.py"),
     # Scales of adapters.
     _fault("rank-stabilised scaling divides by the rank", "adapters/config", "alpha / (rank**0.5 if self.use_rslora else rank)", "alpha / rank", "adapters/test_targets.py"),

@@ -6,13 +6,17 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
 from pyrolora.errors import ConfigError
 
+LARGEST = 2**31 - 1
+"""The largest number of anything that there is to be memory for."""
 
-def whole_number(name: str, value: Any, *, at_least: int, at_most: float = math.inf) -> None:
+
+def whole_number(name: str, value: Any, *, at_least: int, at_most: float = LARGEST) -> None:
     """Raise `ConfigError` unless ``value`` is a whole number from ``at_least`` to ``at_most``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < at_least:
         raise ConfigError(f"{name} must be a whole number >= {at_least}, got {value!r}")
@@ -22,12 +26,7 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: float = math.
 
 def positive(name: str, value: Any, *, or_zero: bool = False) -> None:
     """Raise `ConfigError` unless ``value`` is a finite number > 0 (or 0, where that is allowed)."""
-    if (
-        not _is_number(value)
-        or not math.isfinite(value)
-        or value < 0
-        or (value == 0 and not or_zero)
-    ):
+    if not _is_number(value) or not _is_finite(value) or value < 0 or (value == 0 and not or_zero):
         expected = ">= 0" if or_zero else "> 0"
         raise ConfigError(f"{name} must be a finite number {expected}, got {value!r}")
 
@@ -51,8 +50,20 @@ def true_or_false(name: str, value: Any) -> None:
         raise ConfigError(f"{name} must be True or False, got {value!r}")
 
 
+def is_listed(value: Any) -> bool:
+    """Return whether a value is a collection; arrays and tensors of no dimension only look so."""
+    return isinstance(value, Collection) and getattr(value, "ndim", 1) > 0
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number or a fraction that no float holds
+        return False
 
 
 def one_of(name: str, value: Any, choices: Any) -> None:

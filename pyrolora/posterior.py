@@ -25,28 +25,23 @@ from pyrolora.model import JointGuide, JointModel
 from pyrolora.peft import export_factors, why_no_mean
 from pyrolora.pipelines import pipeline
 from pyrolora.predictive import (
-    By,
     Calibration,
     ClassPrediction,
-    Correct,
     Generation,
     GenerationScores,
     Prediction,
     Predictor,
-    Same,
     acquire,
-    asked_of,
     calibrate,
     check_temperature,
     choose,
     evaluate,
-    judge,
-    one_split,
-    rows_to_answer,
     scored_answers,
-    truth_rows,
     warn_untempered,
 )
+from pyrolora.predictive.acquisition import By, one_split
+from pyrolora.predictive.answers import Correct, asked_of, judge, rows_to_answer, truth_rows
+from pyrolora.predictive.meanings import Same
 from pyrolora.report import card_of, page_file, push, report_on, save
 from pyrolora.seeding import seeded
 from pyrolora.storage import describe_base, merged

@@ -45,7 +45,7 @@ def run(page: Path, names: dict[str, Any]) -> None:
 def furnish(folder: Path) -> None:
     """Put a reader's models, adapter and data into a folder."""
     words, letters = problems.tokenizer(), problems.letter_tokenizer()
-    sizes = {"initializer_range": 0.3, "vocab_size": len(letters)}
+    sizes = {"initializer_range": 0.3, "vocab_size": len(letters), "max_position_embeddings": 256}
     chats = problems.chat_tokenizer()
     talking = {"vocab_size": len(chats), "max_position_embeddings": 512}
     encoder = problems.bert(initializer_range=0.3)

@@ -15,7 +15,14 @@ def test_there_are_notebooks():
     assert "01_quickstart" in [path.stem for path in NOTEBOOKS]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+SLOW = {"07_serving"}  # which starts two servers
+RUN = [
+    pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem)
+    for path in NOTEBOOKS
+]
+
+
+@pytest.mark.parametrize("path", RUN)
 def test_a_notebook_runs_in_an_empty_folder(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYROLORA_SMOKE", "1")
     monkeypatch.setenv("HOME", str(tmp_path))

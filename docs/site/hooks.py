@@ -7,6 +7,9 @@ checks it.
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import re
 from collections import Counter
 from contextlib import redirect_stdout
@@ -29,6 +32,7 @@ PAGES = ("*.md", "docs/**/*.md", "notebooks/*.ipynb", "benchmarks/**/*.md", "mod
 COMMANDS = "docs/api/commands.md"
 ASSETS = ("docs/*.png", "docs/site/*.css")
 OBJECT = re.compile(r"^::: (\S+)", re.MULTILINE)
+REST = re.compile(r"<!-- the rest of (\S+) -->")
 CODE = re.compile(
     r"<(a|autoref|pre|h\d)\b.*?</\1>|<code>([A-Za-z_][\w.]*)(\(\))?</code>", re.DOTALL
 )
@@ -100,13 +104,31 @@ def on_env(env: Any, config: MkDocsConfig, files: Files) -> None:
         config.plugins["autorefs"].register_url(name, page)
 
 
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Document the names of a module that no page of the API has a place for."""
+
+    def rest(match: re.Match[str]) -> str:
+        module = importlib.import_module(match.group(1))
+        shown = {id(pkgutil.resolve_name(name)) for name in objects()}
+        left = [name for name in module.__all__ if id(getattr(module, name)) not in shown]
+        left = [name for name in left if not inspect.ismodule(getattr(module, name))]
+        return "\n\n".join(f"::: {match.group(1)}.{name}" for name in left)
+
+    return REST.sub(rest, markdown)
+
+
+@cache
+def objects() -> list[str]:
+    """Return the objects that pages of the API name."""
+    pages = (ROOT / "docs/api").glob("*.md")
+    return [name for page in pages for name in OBJECT.findall(page.read_text("utf-8"))]
+
+
 @cache
 def documented() -> dict[str, str]:
     """Return the public objects by their short names, where these are unique."""
-    pages = (ROOT / "docs/api").glob("*.md")
-    objects = [name for page in pages for name in OBJECT.findall(page.read_text("utf-8"))]
-    shorts = Counter(name.rsplit(".", 1)[-1] for name in objects)
-    return {short: name for name in objects if shorts[short := name.rsplit(".", 1)[-1]] == 1}
+    shorts = Counter(name.rsplit(".", 1)[-1] for name in objects())
+    return {short: name for name in objects() if shorts[short := name.rsplit(".", 1)[-1]] == 1}
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pyrolora import defaults
-from pyrolora.checks import check_choices, one_of, positive, share, true_or_false, whole_number
+from pyrolora.checks import (
+    check_choices,
+    is_listed,
+    one_of,
+    positive,
+    share,
+    true_or_false,
+    whole_number,
+)
 from pyrolora.errors import ConfigError
 
 RandomStart = Literal["kaiming", "gaussian"]
@@ -254,7 +262,8 @@ class AdapterConfig:
                     "layers_to_transform stand, which is None; pass it, or leave out both"
                 )
             return
-        numbers = [wanted] if not isinstance(wanted, Collection) else [*wanted]
+        many = isinstance(wanted, Collection) and is_listed(wanted)
+        numbers: list[Any] = [*wanted] if many else [wanted]  # type: ignore[misc]
         for number in numbers:
             whole_number("layers_to_transform", number, at_least=0)
         if not numbers:
@@ -304,7 +313,7 @@ def _in_order(option: str, value: Any) -> str | list[str] | tuple[str, ...] | No
     """Return names in an order that a saved posterior can compare: sets are sorted."""
     if value is None or isinstance(value, str):
         return value
-    listed = isinstance(value, Collection) and not isinstance(value, Mapping)
+    listed = is_listed(value) and not isinstance(value, Mapping)
     if not listed or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{option} must be names of modules, got {value!r}; write a list of them")
     return value if isinstance(value, list | tuple) else sorted(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,7 +53,8 @@ def acquire(
         raise ConfigError(f"there is no folder {output.parent} to write {output.name} to")
     original, inputs = posteriors.unlabelled(run, pool, split, text, defaults.OUTSIDE_SPLITS)
     posterior = posteriors.load(run, model)
-    chosen = posterior.acquire(inputs, count, by, batch_size=batch_size, **drawn)  # type: ignore[arg-type]
+    criterion: Any = by  # checked there
+    chosen = posterior.acquire(inputs, count, criterion, batch_size=batch_size, **drawn)
     lines = [json.dumps({"row": row, **original[row]}, default=str) for row in chosen]
     if output is None:
         sys.stdout.writelines(f"{line}\n" for line in lines)

@@ -74,7 +74,7 @@ def demo(
     output_dir.mkdir(parents=True, exist_ok=True)
     say("reading the documentation of installed libraries")
     from pyrolora.arviz import netcdf
-    from pyrolora.demo import GUIDES, picture, run_guide, sentences
+    from pyrolora.demo import GUIDES, machine, picture, run_guide, sentences
 
     data = sentences(train=train, test=test, unseen=test)
     sizes = {split: len(rows) for split, rows in data.items()}
@@ -109,6 +109,7 @@ def demo(
         print_json({"output_dir": str(output_dir), "data": sizes, "scores": scores})
     else:
         metrics_table(scores, READING)
+        tell(f"The times are those of this machine as it was: {machine()}.")
         _what_next(output_dir, num_samples, seed)
 
 

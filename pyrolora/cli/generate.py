@@ -121,7 +121,7 @@ def generate(
     original, inputs = posteriors.unlabelled(run, prompts, split, text)
     rows = original.to_list()
     if correct is not None:
-        from pyrolora.predictive import judge
+        from pyrolora.predictive.answers import judge
 
         judge(correct, rows)
         inputs = inputs.remove_columns([n for n in inputs.column_names if n == correct])

@@ -64,6 +64,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
     if is_picture(data):
         raise DataError("one picture is no data set; write it as a list: [picture]")
     indexable = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    indexable = indexable and getattr(data, "ndim", 1) != 0  # an array of one number looks so, too
     if indexable and not isinstance(data, str | bytes | Mapping) and not hasattr(data, "columns"):
         return data
     raise DataError(
@@ -76,7 +77,7 @@ def as_examples(data: Any, input_name: str, splits: Sequence[str]) -> Any:
 def _texts_as_list(data: Any) -> Any:
     """Return a list for a column of texts, such as ``data["text"]`` of a ``datasets.Dataset``."""
     column = isinstance(data, datasets.Column | np.ndarray | pd.Series)
-    rows = list(data) if column else []
+    rows = list(data) if column and getattr(data, "ndim", 1) > 0 else []
     return rows if rows and all(isinstance(row, str) for row in rows) else data
 
 

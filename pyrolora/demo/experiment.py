@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from pyrolora import defaults, zoo
 from pyrolora.fitting import fit
@@ -70,6 +73,17 @@ def run_guide(
         "predict_seconds": predicted - fitted,
     }
     return Contestant(posterior, inside, outside, scores)
+
+
+def machine() -> str:
+    """Return where the fits run, in words: the accelerator, or the processor and its load."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    used, there = torch.get_num_threads(), os.cpu_count()
+    busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"CPU, {used} of {there} threads{busy}"
 
 
 def picture(contestants: Mapping[str, Contestant], path: Path) -> None:

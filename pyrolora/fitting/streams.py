@@ -85,7 +85,7 @@ def _needed(request: Request, args: TrainingArguments, data: Any) -> int:
             f"num_examples=, the number of all its examples{_hint(data)}, or make it a "
             "datasets.Dataset: datasets.Dataset.from_list(list(data.take(n)))"
         )
-    whole_number("num_examples", request.num_examples, at_least=1)
+    whole_number("num_examples", request.num_examples, at_least=1, at_most=math.inf)
     if request.options.supports.all_examples:
         raise ConfigError(
             f"guide {request.options.name!r} needs all examples at once, and a stream has them in "

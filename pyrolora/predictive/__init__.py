@@ -1,15 +1,7 @@
 """Predictions, generated texts and their scores, from draws of the posterior."""
 
-from pyrolora.predictive.acquisition import By, acquire, one_split
-from pyrolora.predictive.answers import (
-    Correct,
-    GenerationScores,
-    asked_of,
-    judge,
-    rows_to_answer,
-    scored_answers,
-    truth_rows,
-)
+from pyrolora.predictive.acquisition import acquire
+from pyrolora.predictive.answers import GenerationScores, scored_answers
 from pyrolora.predictive.asks import Ask
 from pyrolora.predictive.calibration import (
     Calibration,
@@ -22,7 +14,7 @@ from pyrolora.predictive.conformal import Conformal
 from pyrolora.predictive.following import Follower, NewToken
 from pyrolora.predictive.generate import generate
 from pyrolora.predictive.generation import Generation
-from pyrolora.predictive.meanings import Entailment, Same, SemanticEntropy, Similarity
+from pyrolora.predictive.meanings import Entailment, SemanticEntropy, Similarity
 from pyrolora.predictive.metrics import auroc, evaluate
 from pyrolora.predictive.mixed import Question, predict_mixed
 from pyrolora.predictive.mixed_writing import generate_mixed
@@ -44,11 +36,9 @@ from pyrolora.tasks import (
 
 __all__ = [
     "Ask",
-    "By",
     "Calibration",
     "ClassPrediction",
     "Conformal",
-    "Correct",
     "Entailment",
     "Follower",
     "Generation",
@@ -60,7 +50,6 @@ __all__ = [
     "Predictor",
     "Question",
     "RegressionPrediction",
-    "Same",
     "SemanticEntropy",
     "Similarity",
     "SpanPrediction",
@@ -68,7 +57,6 @@ __all__ = [
     "TokenPrediction",
     "acquire",
     "alone",
-    "asked_of",
     "aurc",
     "auroc",
     "calibrate",
@@ -79,15 +67,11 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_mixed",
-    "judge",
-    "one_split",
     "predict",
     "predict_mixed",
     "reliability_table",
     "risk_coverage",
-    "rows_to_answer",
     "scored_answers",
     "standard_errors",
-    "truth_rows",
     "warn_untempered",
 ]

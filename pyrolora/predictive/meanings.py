@@ -50,12 +50,12 @@ class SemanticEntropy:
     @property
     def entropy(self) -> Tensor:
         """H[p̄], the semantic entropy, (n,)."""
-        return entropy_of(self.probs)
+        return entropy_of(self.probs) + 0.0  # not -0
 
     @property
     def aleatoric(self) -> Tensor:
         """mean_s H[p_s], the part within draws, (n,); NaN where p_s is not known."""
-        return entropy_of(self.draws).mean(0)
+        return entropy_of(self.draws).mean(0) + 0.0
 
     @property
     def epistemic(self) -> Tensor:

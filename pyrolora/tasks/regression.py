@@ -26,6 +26,8 @@ from pyrolora.tasks.unsupported import MULTI_LABEL, classes_of
 
 FAR = 5
 """The most standard deviations of the labels between their mean and the network's first output."""
+LARGEST = 1e18
+"""The largest label whose square, of an error as of a variance, float32 holds."""
 WIDE = 100
 """The largest standard deviation of labels that a head is sure to learn."""
 
@@ -261,6 +263,11 @@ class Regression(Task):
         if not torch.isfinite(labels.double()).all():
             bad = int((~torch.isfinite(labels.double().flatten())).nonzero()[0])
             raise DataError(f"the label of example {bad} is {labels.flatten()[bad]}; remove it")
+        if (largest := float(labels.double().abs().max())) > LARGEST:
+            raise DataError(
+                f"the squares of labels up to {largest:g} are too large for float32; standardise "
+                "them, (y - y.mean()) / y.std()"
+            )
         outputs = getattr(getattr(network, "config", None), "num_labels", 1)
         if outputs != 1:
             raise DataError(

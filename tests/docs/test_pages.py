@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from hubs import Hub
 from pages import PAGES, README, START, blocks, furnish, run, yours
 
 import pyrolora
 from pyrolora.cli import main
 
-ELSEWHERE = {"serving.md"}  # tests/serving/test_serving_docs.py has a server for its Python
+# tests/serving/test_serving_docs.py has a server for its Python, tests/storage/test_hub.py a hub.
+ELSEWHERE = {"serving.md", "hub.md"}
 STAYS = {"serve", "demo"}  # commands that do not end, or take minutes; they have tests of their own
 PYTHON = [p for p in PAGES if blocks(p) and p != START and p.name not in ELSEWHERE]
 PRINTED = {
@@ -59,6 +63,22 @@ def test_the_python_of_a_page_runs(
     printed = capsys.readouterr().out
     for words in PRINTED.get(page.name, []):
         assert words in printed
+
+
+def test_the_python_of_the_hubs_page_runs_with_a_hub_that_is_a_folder(
+    reader: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path("hub").absolute()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(root))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, **options: str(root / repo)
+    )
+    names = dict(reader)
+    for block in blocks(README.parent / "docs" / "hub.md"):
+        if "PeftModel" in block:  # PEFT has the repository here, where it looks first
+            shutil.copytree("hub/me", "me")
+        exec(compile(block, "hub.md", "exec"), names)
+    assert names["mean"].peft_config["default"].peft_type == "LORA"
 
 
 def test_start_ends_with_what_it_promises(reader: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def test_it_serves_until_it_is_interrupted(classifiers: Any, tmp_path: Path) -> 
             stderr=log,
             env={**os.environ, **key, "TQDM_DISABLE": "1"},
         )
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 240
         try:
             while process.poll() is None and time.monotonic() < deadline:
                 try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from problems import bert, questions, reviews, tagged, tokenizer
 from servers import Live, Shop, get, post, running, served
+from test_serving_page import driven, with_driver
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
@@ -106,6 +108,23 @@ def test_every_word_is_answered_with_its_tag(live: Live) -> None:
             (float(low[i, k]), float(high[i, k])), rel=1e-4
         )
     assert (short["word"], short["index"]) == ("bad", 1)
+
+
+@pytest.mark.parametrize("name", ["token-classification", "regression"])
+def test_the_page_shows_tags_and_numbers(live: Live, name: str, tmp_path: Path) -> None:
+    app = with_driver(create_app(served(live.shop)), name, TEXT)
+    with running(app) as url:
+        body = {"inputs": TEXT, "parameters": {"adapter_id": name, "seed": 3}}
+        rows = post(f"{url}/classify", json=body).json()
+        found, console = driven(f"{url}/driver", tmp_path)
+    assert (found["error"], console, found["sideways"]) == ("", [], [])
+    for row in rows:
+        about = row["uncertainty"]
+        if name == "regression":
+            assert f"{row['score']:.3f} ({about['low']:.3f} to" in found["answer"]
+            assert f"between draws {about['epistemic']:.3f}" in found["answer"]
+        else:
+            assert f"{row['word']}: {row['entity']} {100 * row['score']:.1f} %" in found["answer"]
 
 
 def test_words_of_several_tokens_have_the_tag_of_their_first() -> None:

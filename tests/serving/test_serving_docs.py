@@ -38,7 +38,7 @@ def test_the_documented_server_answers_the_documented_request(
             answers.append(post(f"{url}/classify", json=json.loads(body)).json())
 
     monkeypatch.setattr(run, "run", ask)
-    (line,) = re.findall("^pyrolora serve .*$", SERVING, re.MULTILINE)
+    (line,) = re.findall("^pyrolora serve .* --model .*$", SERVING, re.MULTILINE)
     result = pyrolora_(*shlex.split(line.replace(HUB_ID, str(classifiers.base)))[1:])
     assert result.code == 0, result.err
     assert {"score", "uncertainty"} <= answers[0][0].keys()

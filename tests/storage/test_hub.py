@@ -6,17 +6,17 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import peft
 import pytest
 import torch
+from hubs import Hub
 from huggingface_hub import ModelCard, constants
-from huggingface_hub.errors import HfHubHTTPError
-from problems import bert, mlp, reviews, tokenizer
-from transformers import AutoModelForSequenceClassification
+from pages import ROOT, blocks
+from problems import bert, mlp, reviews, tokenizer, tokens
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -56,49 +56,6 @@ def card_in(folder: Path) -> ModelCard:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-
-
-class Hub:
-    """A stub of ``HfApi``: repositories are folders, and commits are counted."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.commits, self.branches = root, 0, []
-        self.refuses = False
-
-    def __call__(self, token: Any = None, library_name: str | None = None) -> Hub:
-        self.token = token
-        return self
-
-    def create_repo(self, repo_id: str, *, private: Any, exist_ok: bool) -> Any:
-        if self.refuses:
-            raise HfHubHTTPError(
-                "403 Forbidden", response=SimpleNamespace(headers={}, request=None)
-            )
-        self.private = private
-        (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_branch(self, repo: str, *, branch: str, exist_ok: bool) -> None:
-        self.branches.append(branch)
-
-    def file_exists(self, repo: str, name: str, *, revision: Any) -> bool:
-        return (self.root / repo / name).exists()
-
-    def hf_hub_download(self, repo: str, name: str, *, revision: Any) -> str:
-        return str(self.root / repo / name)
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, **options: Any) -> Any:
-        repo, self.options = self.root / repo_id, options
-        self.commits += 1
-        for pattern in options["delete_patterns"]:
-            for file in repo.glob(pattern):
-                file.unlink()
-        ignored = [".*", *(options["ignore_patterns"] or ())]
-        shutil.copytree(
-            folder_path, repo, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignored)
-        )
-        address = f"https://hub.example/{repo_id}/commit/{self.commits}"
-        return SimpleNamespace(commit_url=address, pr_url=f"{address}/pr")
 
 
 @pytest.fixture
@@ -423,3 +380,34 @@ def test_a_damaged_repository_is_refused(fitted: Posterior, cache: Path, tmp_pat
     cached(tmp_path / "saved", cache, "me/posterior")
     with pytest.raises(CheckpointError, match=r"edited or is incomplete|digest|damaged"):
         pyrolora.load("me/posterior")
+
+
+def test_the_python_of_the_page_runs(
+    fitted: Posterior, hub: Hub, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Block by block, with a hub whose repositories are folders."""
+    page = ROOT / "docs" / "hub.md"
+    fetched = hub.root / "me" / "reviews"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(fetched))
+    monkeypatch.chdir(tmp_path)
+    plain_network = AutoModelForSequenceClassification.from_pretrained(network)
+    names: dict[str, Any] = {
+        "pyrolora": pyrolora,
+        "posterior": fitted,
+        "held_out": reviews(8, 5),
+        "network": plain_network,
+        "PeftModel": peft.PeftModel,
+        "TrainingArguments": TrainingArguments,
+        "model": bert(),
+        "data": tokens(8),
+    }
+    trackers = 'report_to=["tensorboard", "wandb", "trackio"]'  # tests/fitting/test_trackers.py
+    assert trackers in page.read_text()
+    for block in blocks(page):
+        if "PeftModel" in block:  # PEFT asks the hub itself, unless there is such a folder
+            monkeypatch.chdir(hub.root)
+        exec(compile(block.replace(trackers, 'report_to="none"'), str(page), "exec"), names)
+    assert (tmp_path / "reviews" / CARD).is_file()
+    assert ModelCard.load(fetched / CARD).data.license == "mit"
+    assert isinstance(names["mean"], peft.PeftModel)
+    assert names["posterior"] is not fitted, "it was loaded again"

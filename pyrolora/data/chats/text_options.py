@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pyrolora import defaults
@@ -46,7 +47,7 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if self.max_length is not None:
-            whole_number("max_length", self.max_length, at_least=2)
+            whole_number("max_length", self.max_length, at_least=2, at_most=math.inf)
             object.__setattr__(self, "max_length", int(self.max_length))  # NumPy's, as JSON
         if self.completion_only_loss is not None:
             true_or_false("completion_only_loss", self.completion_only_loss)
