@@ -152,9 +152,9 @@ def test_the_first_token_comes_before_the_second_is_written(
             while steps.allowed.acquire(blocking=False):
                 pass
             before = steps.taken
+            steps.allowed.release()
             with httpx.stream("POST", f"{live.url}/{route}", json=body, timeout=SLOW) as response:
                 lines = (line for line in response.iter_lines() if line.startswith("data: {"))
-                steps.allowed.release()
                 events = [json.loads(next(lines).removeprefix("data: "))]
                 assert steps.taken == before + 1
                 for _ in range(5):
