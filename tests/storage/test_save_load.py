@@ -374,7 +374,7 @@ def test_the_folder_holds_json_safetensors_and_a_card_only(
         elif file.suffix == ".json":
             assert json.loads(file.read_text(encoding="utf-8"))
     assert not any(part.startswith(".") for f in files for part in f.relative_to(folder).parts)
-    named = {META, state_of(folder).name, *([words.name] if words else [])}
+    named = {META, state_of(folder).name, card.name, *([words.name] if words else [])}
     assert parts(folder) == named
 
 
