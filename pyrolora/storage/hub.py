@@ -22,6 +22,9 @@ from pyrolora.storage.folder import META_FILE, OWN_FILES, read_description
 
 logger = logging.getLogger(__name__)
 
+_FAILED: Any = (*HfHubHTTPError.__bases__, OSError)
+"""The errors of a transfer: huggingface_hub's and those of the HTTP client that it uses."""
+
 
 def is_repository(name: Any) -> bool:
     """Return whether a name can be that of a repository, ``owner/name``."""
@@ -90,7 +93,7 @@ def _downloaded(repo_id: str, revision: str | None, token: str | bool | None) ->
         if description.tokenizer is not None:
             names += [f"{description.tokenizer}/{name}" for name in description.tokenizer_files]
         return fetched(names, folder.name)  # the commit, so that both are of one state
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, LocalEntryNotFoundError, *_FAILED) as error:
         if isinstance(error, CheckpointError):
             raise
         asked = "" if revision is None else f" at revision {revision!r}"
@@ -153,7 +156,7 @@ def upload(
         raise ConfigError(
             f"repo_id must be the name of a repository, owner/name, got {repo_id!r}: {error}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except _FAILED as error:
         raise SaveError(
             f"the posterior could not be uploaded to {repo_id!r}: {_reason(error)}; log in with "
             "'hf auth login' or pass token=, and look whether the repository is yours to write to"
