@@ -7,6 +7,7 @@ the files that it names, which then are read as any folder is.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,19 @@ def located(
     Raises
     ------
     ConfigError
-        When a ``revision`` or a ``token`` is given for what is no repository, or for a name that a
-        folder has, too.
+        When ``path`` or ``revision`` has another type, or when a ``revision`` or a ``token`` is
+        given for what is no repository, or for a name that a folder has, too.
     CheckpointError
         When neither a folder nor a repository of that name can be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path must be a folder, or the name of a repository, owner/name, got {path!r}"
+        )
+    if not isinstance(revision, str | None):
+        raise ConfigError(
+            f"revision must be the name of a branch, a tag or a commit, got {revision!r}"
+        )
     asked = {"revision": revision, "token": token}
     given = [f"{name}=" for name, value in asked.items() if value is not None]
     folder = Path(path).expanduser() if str(path).startswith("~") else Path(path)
@@ -92,7 +101,15 @@ def _downloaded(repo_id: str, revision: str | None, token: str | bool | None) ->
         names = [description.state_file]
         if description.tokenizer is not None:
             names += [f"{description.tokenizer}/{name}" for name in description.tokenizer_files]
-        return fetched(names, folder.name)  # the commit, so that both are of one state
+        folder = fetched(names, folder.name)  # the commit, so that both are of one state
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:  # the hub's cache stands in for a hub that cannot be reached
+            raise CheckpointError(
+                f"of the repository {repo_id!r} the hub's cache has {META_FILE}, and not the "
+                f"{missing[0]!r} that it names; load it once with the hub in reach (and "
+                "HF_HUB_OFFLINE unset), or push the posterior again"
+            )
+        return folder
     except (HFValidationError, LocalEntryNotFoundError, *_FAILED) as error:
         if isinstance(error, CheckpointError):
             raise

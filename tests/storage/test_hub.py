@@ -392,3 +392,20 @@ def test_a_damaged_repository_is_refused(fitted: Posterior, cache: Path, tmp_pat
     cached(tmp_path / "saved", cache, "me/posterior")
     with pytest.raises(CheckpointError, match=r"edited or is incomplete|digest|damaged"):
         pyrolora.load("me/posterior")
+
+
+def test_a_repository_that_was_fetched_in_part_is_named(
+    fitted: Posterior, cache: Path, tmp_path: Path
+):
+    fitted.save(tmp_path / "saved")
+    next((tmp_path / "saved").glob("adapters-*")).unlink()
+    cached(tmp_path / "saved", cache, "me/posterior")
+    with pytest.raises(CheckpointError, match=r"'me/posterior' the hub's cache has posterior.json"):
+        pyrolora.load("me/posterior")
+
+
+def test_what_is_no_name_is_refused():
+    with pytest.raises(ConfigError, match=r"path must be a folder, .* got 3"):
+        pyrolora.load(3)
+    with pytest.raises(ConfigError, match=r"revision must be .* got 3"):
+        pyrolora.load("me/posterior", revision=3)
