@@ -72,7 +72,10 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
             f"draws; generate() takes {', '.join(MODES)}"
         )
     if unknown:
-        raise ConfigError(f"transformers' generate() has no options {sorted(unknown)}")
+        raise ConfigError(
+            f"generate() has no options {sorted(unknown)}: it takes the settings of transformers' "
+            "GenerationConfig, such as max_new_tokens; leave the others out"
+        )
     return settings
 
 

@@ -12,12 +12,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hubs import Hub
+from huggingface_hub import ModelCard
 from pages import PAGES, README, START, blocks, furnish, run, yours
 
 import pyrolora
 from pyrolora.cli import main
 
-# tests/serving/test_serving_docs.py has a server for its Python, tests/storage/test_hub.py a hub.
+# tests/serving/test_serving_docs.py has a server for its Python; a test below, a hub.
 ELSEWHERE = {"serving.md", "hub.md"}
 STAYS = {"serve", "demo"}  # commands that do not end, or take minutes; they have tests of their own
 PYTHON = [p for p in PAGES if blocks(p) and p != START and p.name not in ELSEWHERE]
@@ -79,6 +80,8 @@ def test_the_python_of_the_hubs_page_runs_with_a_hub_that_is_a_folder(
             shutil.copytree("hub/me", "me")
         exec(compile(block, "hub.md", "exec"), names)
     assert names["mean"].peft_config["default"].peft_type == "LORA"
+    assert Path("reviews/README.md").is_file()
+    assert ModelCard.load(root / "me/reviews/README.md").data.license == "mit"
 
 
 def test_start_ends_with_what_it_promises(reader: dict[str, Any]) -> None:
