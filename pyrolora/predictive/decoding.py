@@ -21,6 +21,8 @@ from pyrolora.model import JointModel
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """Decodings in which the neighbours of a row stay its neighbours."""
+MIXING_ROWS = ("rwkv",)
+"""Architectures whose code for one token adds the state of every row to every row of a pass."""
 OURS = {
     **dict.fromkeys(("return_dict_in_generate", "stopping_criteria", "tokenizer"), "leave it out"),
     **dict.fromkeys(
@@ -51,6 +53,12 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
             "generate() needs a causal language model or a sequence-to-sequence network of "
             f"transformers, fitted as one; this is a {type(base).__name__} with the task "
             f"{joint.task.name!r}"
+        )
+    if base.config.model_type in MIXING_ROWS:
+        raise ConfigError(
+            f"transformers' code of {base.config.model_type!r} mixes the rows of a pass from the "
+            "second new token on, and draws and prompts would write each other's texts; fit "
+            "another architecture to write with"
         )
     # As in transformers, options go before the settings of the network.
     settings = copy.deepcopy(base.generation_config)

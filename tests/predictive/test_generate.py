@@ -6,7 +6,13 @@ import datasets
 import pytest
 import torch
 from problems import WORDS, bert, gpt2, llama, reviews, tokenizer, tokens
-from transformers import GenerationConfig, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    GenerationConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -263,6 +269,18 @@ def test_other_guides_write_too(guide):
 def test_decoding_that_mixes_rows_is_refused(posterior, options, reason):
     with pytest.raises(ConfigError, match=reason):
         posterior.generate(PROMPTS, 2, **options)
+
+
+def test_a_network_whose_code_mixes_rows_is_refused():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "context_length": 32}
+    config = RwkvConfig(**sizes, vocab_size=len(WORDS), bos_token_id=None, eos_token_id=3)
+    network = RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        rows = torch.tensor([[4], [9]])
+        each = torch.cat([network(row[None]).logits for row in rows])
+        assert (network(rows).logits - each).abs().max() > 1e-4  # otherwise lift the refusal
+    with pytest.raises(ConfigError, match="'rwkv' mixes the rows of a pass"):
+        fitted(network).generate(PROMPTS, 2, max_new_tokens=2)
 
 
 def test_wrong_inputs_are_refused_in_words(posterior):
