@@ -54,12 +54,6 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
             f"transformers, fitted as one; this is a {type(base).__name__} with the task "
             f"{joint.task.name!r}"
         )
-    if base.config.model_type in MIXING_ROWS:
-        raise ConfigError(
-            f"transformers' code of {base.config.model_type!r} mixes the rows of a pass from the "
-            "second new token on, and draws and prompts would write each other's texts; fit "
-            "another architecture to write with"
-        )
     # As in transformers, options go before the settings of the network.
     settings = copy.deepcopy(base.generation_config)
     given = options.get("generation_config")
@@ -80,11 +74,29 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
             f"draws; generate() takes {', '.join(MODES)}"
         )
     if unknown:
-        raise ConfigError(
-            f"generate() has no options {sorted(unknown)}: it takes the settings of transformers' "
-            "GenerationConfig, such as max_new_tokens; leave the others out"
-        )
+        raise ConfigError(f"transformers' generate() has no options {sorted(unknown)}")
     return settings
+
+
+def mixes_rows(joint: JointModel, settings: GenerationConfig) -> bool:
+    """Return whether each text needs passes of its own, since the network's code mixes rows.
+
+    Raises
+    ------
+    ConfigError
+        For settings with which a text takes several rows.
+    """
+    config: Any = joint.base.config
+    if config.model_type not in MIXING_ROWS:
+        return False
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(settings, name) or 1) > 1:
+            raise ConfigError(
+                f"transformers' code of {config.model_type!r} mixes the rows of a pass from the "
+                f"second new token on, and {name}={getattr(settings, name)} needs rows beside one "
+                "another; leave it out"
+            )
+    return True
 
 
 def set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationConfig) -> None:
