@@ -39,7 +39,6 @@ def beside_peft(folder: Path, network: str, texts: list[str], new_tokens: int) -
     ours = _ours(posteriors, batch, ids, new_tokens)
     for name, posterior in zip(names, posteriors, strict=True):
         posterior.to_peft(folder.parent / "peft" / name, "mean")
-        posterior.detach()
     peft = _peft(folder.parent / "peft", names, network, batch, new_tokens, tokenizer)
     for name, (ours_of, theirs) in {k: (ours[k], peft[k]) for k in ours}.items():
         _check(name, ours_of(), theirs())

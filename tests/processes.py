@@ -66,10 +66,10 @@ def noisy(folder: Path) -> dict[str, Any]:
     """The noise of every step of a fit, its parameters and its log."""
     drawn, original = [], JointModel.binding
 
-    def binding(self: JointModel, factors: Any) -> Any:
+    def binding(self: JointModel, factors: Any, rows: int = 1) -> Any:
         if self.training:
             drawn.append([float(factors.A.sum()), int(factors.seeds)])
-        return original(self, factors)
+        return original(self, factors, rows)
 
     JointModel.binding = binding
     options = {"max_steps": 4, "per_device_train_batch_size": 3, "logging_steps": 2}

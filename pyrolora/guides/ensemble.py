@@ -109,7 +109,12 @@ class EnsembleProgram(Program):
         self.declare("B_locs", torch.stack([start.B for start in starts]))
 
     def model(self, kl_weight: float = 1.0) -> FlatFactors:
-        return self.factors({"member": self._member()})
+        member = self._member()
+        if self.side_by_side() > 1:  # all of them, each in its place: nothing is looked up
+            return FlatFactors(
+                self.param("A_locs"), self.param("B_locs"), member.long().squeeze(-1)
+            )
+        return self.factors({"member": member})
 
     def guide(self, kl_weight: float = 1.0) -> None:
         self._member()
@@ -117,10 +122,7 @@ class EnsembleProgram(Program):
     def factors(self, sites: Sites) -> FlatFactors:
         member = sites["member"].long()
         member = member.squeeze(-1) if member.dim() > 1 else member
-        A, B = self.param("A_locs"), self.param("B_locs")
-        if self.side_by_side() > 1:  # each draw is its member
-            return FlatFactors(A, B, member)
-        return FlatFactors(A[member], B[member], member)
+        return FlatFactors(self.param("A_locs")[member], self.param("B_locs")[member], member)
 
     def quantities(self, sites: Sites) -> Quantities:
         return {"member": (sites["member"], ())}

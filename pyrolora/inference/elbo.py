@@ -82,7 +82,8 @@ class NamedELBO(TraceMeanField_ELBO):
                 term = guide_sites[name]["scale"] * self._kl(site, guide_sites[name])
                 loss = loss + term
                 self.terms[f"kl/{name}"] = term.detach() / self._kl_weight
-        self.terms.update({name: loss.new_zeros(()) for name in shared})
+        if isinstance(loss, Tensor):  # on its device
+            self.terms.update({name: loss.new_zeros(()) for name in shared})
         return loss
 
     def _kl(self, site: Node, guide_site: Node) -> Tensor:

@@ -507,12 +507,12 @@ def test_noise_at_prediction_is_drawn_anew_for_every_draw_and_the_same_for_all_e
 @pytest.mark.parametrize("at_prediction", [False, True])
 def test_evaluation_during_the_fit_is_that_of_the_prediction(at_prediction, noises):
     """Without noise, or at σ_T = ρ, so that the scores of epochs compare with each other; two
-    batches and two layers each time."""
+    batches and two layers each time. The last step is looked at after it."""
     data = (torch.randn(12, 4), torch.arange(12) % 3)
     fitted(Flat(rho=0.3, at_prediction=at_prediction), eval_data=data, batch_size=6, epochs=2)
     one, two, three, four = ([scale] * 2 for scale in schedule(0.3, 4))
     evaluated = [0.3] * 4 if at_prediction else []
-    expected = [*one, *two, *evaluated, *three, *four, *evaluated]
+    expected = [*one, *two, *evaluated, *three, *four, *evaluated, *evaluated]
     assert scales(noises) == pytest.approx(expected, rel=1e-12)
 
 
