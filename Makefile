@@ -71,7 +71,8 @@ $(LOWEST)/.installed: pyproject.toml tests/lowest.py
 lowest: $(LOWEST)/.installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -o filterwarnings=default --durations 3 $(TESTED_LOWEST)
 
-# By pip-tools, with the pins of constraints.txt; the file has no address of an index.
+# By pip-tools, with the pins of constraints.txt; the file has no address of an index, and no local
+# version (2.13.0+cpu), which an index may not have: 2.13.0 allows every build of it.
 build/tools/.installed:
 	$(PYTHON) -m venv build/tools
 	build/tools/bin/pip --quiet install pip-tools
@@ -81,6 +82,7 @@ lock: build/tools/.installed
 	CUSTOM_COMPILE_COMMAND="make lock" build/tools/bin/pip-compile pyproject.toml --quiet --extra dev --extra docs --extra peft --extra serve \
 		--constraint constraints.txt --output-file requirements.lock --annotation-style line \
 		--allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-options
+	sed -i -E 's/^([^ +]+==[^ +]+)\+[^ ;]+/\1/' requirements.lock
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

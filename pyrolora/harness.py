@@ -99,7 +99,7 @@ class PosteriorLM(HFLM):
 
     def __init__(
         self,
-        posterior: Any,
+        posterior: Any = None,
         model: Any = None,
         *,
         num_samples: int | None = None,
@@ -113,11 +113,18 @@ class PosteriorLM(HFLM):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
+        if max_batch_size is not None:  # of the harness's batch_size="auto"
+            options["max_batch_size"] = max_batch_size
         unknown = sorted({*options} - {*self.TAKEN})
         if unknown:
             raise ConfigError(
-                f"the model 'pyrolora' has no options {unknown}; beside those of the draws it "
-                f"takes {', '.join(self.TAKEN)}"
+                f"the model 'pyrolora' has no options {unknown}; beside posterior= and those of "
+                f"the draws it takes {', '.join(self.TAKEN)}"
+            )
+        if posterior is None:
+            raise ConfigError(
+                "the model 'pyrolora' needs the folder or repository of a posterior, and got none; "
+                "pass posterior=DIR in model_args"
             )
         if not isinstance(posterior, Posterior):
             where: dict[str, Any] = {"revision": revision, "token": token}

@@ -7,25 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-
 
 class Hub:
     """A stub of ``HfApi``: repositories are folders, and commits are counted."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.commits, self.branches = root, 0, []
-        self.refuses = False
+        self.error: Exception | None = None
 
     def __call__(self, token: Any = None, library_name: str | None = None) -> Hub:
         self.token = token
         return self
 
     def create_repo(self, repo_id: str, *, private: Any, exist_ok: bool) -> Any:
-        if self.refuses:
-            raise HfHubHTTPError(
-                "403 Forbidden", response=SimpleNamespace(headers={}, request=None)
-            )
+        if self.error is not None:
+            raise self.error
         self.private = private
         (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return SimpleNamespace(repo_id=repo_id)

@@ -765,7 +765,7 @@ def test_a_posterior_that_cannot_be_written_is_not_lost(
     fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pyrolora.posterior.write_folder", fault)
+        patch.setattr("pyrolora.report.publish.write_folder", fault)
         with pytest.raises(SaveError, match="No space left") as caught:
             pyrolora.fit(bert(), tokens(), "map", epochs=1, output_dir=tmp_path)
     kept = caught.value.posterior
@@ -777,7 +777,7 @@ def test_a_posterior_that_cannot_be_written_is_not_lost(
 def test_a_save_that_fails_does_not_hide_why_the_fit_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyrolora.posterior.write_folder", full_disk)
+    monkeypatch.setattr("pyrolora.report.publish.write_folder", full_disk)
     options = {"epochs": 3, "learning_rate": 1e38, "output_dir": tmp_path}
     with pytest.raises(NonFiniteError) as caught:
         pyrolora.fit(bert(), tokens(), "map", **options)

@@ -353,7 +353,7 @@ def test_a_command_whose_posterior_cannot_be_written_goes_on_from_its_checkpoint
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pyrolora.posterior.write_folder", _unsaved)
+        patch.setattr("pyrolora.report.publish.write_folder", _unsaved)
         said = refused(pyrolora_(*command(place, run)), "cannot write", "goes on from", code=1)
     assert "checkpoint-4" in said
     assert done(*command(place, run)).json["resumed_from_step"] == 4

@@ -78,6 +78,8 @@ def test_the_lock_file_has_every_dependency_in_a_version_that_is_allowed():
         assert name in pins, f"{name} is not in requirements.lock; run 'make lock'"
         (clause,) = pins[name].specifier
         assert wanted.specifier.contains(clause.version), f"{text}: run 'make lock'"
+    local = [str(pin) for pin in pins.values() if "+" in str(pin.specifier)]
+    assert not local, f"{local}: a version of one index alone; run 'make lock'"
     assert "://" not in (ROOT / "requirements.lock").read_text(encoding="utf-8")
 
 

@@ -170,6 +170,7 @@ def test_a_folder_is_loaded_with_the_arguments_of_the_command(fitted: Posterior,
     ("options", "message"),
     [
         ({"dtype": "float16"}, r"no options \['dtype'\]"),
+        ({"max_batch_size": 4}, r"no options \['max_batch_size'\]"),
         ({"draws": "0,1"}, "joined by '[+]'"),
         ({"batch_size": "auto"}, "batch_size"),
         ({"draws": [0], "num_samples": 2}, "draws= names the draws"),
@@ -186,3 +187,8 @@ def test_a_posterior_that_writes_nothing_is_refused():
     posterior = pyrolora.fit(bert(), reviews(8), "map", tokenizer=writer_tokenizer(), epochs=1)
     with pytest.raises(ConfigError, match="scores texts by a causal language model"):
         PosteriorLM(posterior)
+
+
+def test_a_model_without_a_posterior_is_refused():
+    with pytest.raises(ConfigError, match="pass posterior=DIR in model_args"):
+        PosteriorLM.create_from_arg_string("num_samples=2")

@@ -87,3 +87,33 @@ def test_tests_that_fail_without_a_fault_are_told(bare: ModuleType, project: Pat
     (wrong,) = bare.run([fault], project, say=lambda line: None)
     assert "fail without a fault" in wrong
     assert bare.run([], project)
+
+
+@pytest.mark.parametrize(("broken", "says"), [(True, "0 of 2"), (False, "1 of 2")])
+def test_a_fault_that_was_not_planted_does_not_count_as_caught(
+    bare: ModuleType,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: bool,
+    says: str,
+) -> None:
+    file = "pyrolora/core.py"
+    tests = [("tests/test_core.py::test_twice",), ("tests/test_core.py::test_zero",)]
+    faults = [bare.Fault(str(i), file, "* x", "* x + x", (*t,)) for i, t in enumerate(tests)]
+    if broken:
+        (project / file).write_text("def twice(x):\n    return 1 * x\n")
+    monkeypatch.setattr(bare, "ROOT", project)
+    monkeypatch.setattr(bare, "FAULTS", faults)
+    monkeypatch.setattr("sys.argv", ["mutations.py"])
+    assert bare.main() == 1
+    assert f"{says} faults caught" in capsys.readouterr().out
+
+
+def test_tests_that_take_too_long_are_stopped_and_told(bare: ModuleType, project: Path) -> None:
+    (project / "tests/test_core.py").write_text(
+        "import time\n\n\ndef test_long():\n    time.sleep(60)\n"
+    )
+    status, said = bare.run_tests(["tests/test_core.py"], project, 1)
+    assert status not in (bare.PASSED, bare.FAILED)
+    assert "stopped after 1 s" in said

@@ -107,8 +107,8 @@ def _candidates(asked: str | Path | bool, folder: str | Path) -> list[Path]:
     path = Path(asked)
     if not path.is_dir():
         raise ConfigError(
-            f"resume_from_checkpoint={str(asked)!r} is no folder; pass that of a checkpoint, or "
-            "True for the newest one of output_dir"
+            f"resume_from_checkpoint={str(asked)!r} is no folder; pass that of a checkpoint, True "
+            f"for the newest one of output_dir, or {AUTO!r} for that one if there is one"
         )
     inside = sorted(checkpoints(path), key=checkpoint_step)
     if inside and not (path / TRAINER_FILE).exists():

@@ -36,6 +36,7 @@ class LastGood:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.step = 0
+        self._trained = [p for p in objective.joint.parameters() if p.requires_grad]
         self._kept: dict[str, Tensor] = {}
         self._versions: dict[str, tuple[int, int] | None] = {}
         self._statistics: list[tuple[nn.Module, dict[str, Tensor]]] = []
@@ -53,7 +54,7 @@ class LastGood:
         ``batch`` has the batch and the weight of the KL.
         """
         self.step, self._batch = step, batch
-        trained = {p.data_ptr() for p in self.joint.parameters() if p.requires_grad}
+        trained = {parameter.data_ptr() for parameter in self._trained}
         for name, tensor in self.joint.own_tensors():
             # Fused optimisers do not count as changes of a tensor's version.
             version = None if tensor.data_ptr() in trained else (tensor.data_ptr(), tensor._version)

@@ -51,7 +51,7 @@ def stopping(args: TrainingArguments) -> Iterator[Stop]:
     """Have SIGTERM and control and C ask for a stop for the block, in which steps are made.
 
     That is so where checkpoints are saved, by one process and in its main thread, and where the
-    program has no handler of its own.
+    program has no handler of its own. A signal after the last step ends the fit after the block.
     """
     alone = args.world_size == 1 and threading.current_thread() is threading.main_thread()
     stop = Stop(saves=alone and args.save_strategy != "no")
@@ -67,6 +67,7 @@ def stopping(args: TrainingArguments) -> Iterator[Stop]:
     finally:
         for number in taken:
             signal.signal(number, usual[number])
+    stop.obey(f"the steps in {args.output_dir} are done")
 
 
 def _end(number: int, message: str) -> None:

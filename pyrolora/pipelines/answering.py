@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import Pipeline
 
 from pyrolora import defaults
+from pyrolora.checks import whole_number
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.pipelines.base import MASS, Drawn, listed_rows, refuse_drawn
+from pyrolora.pipelines.base import MASS, Drawn, refuse_drawn
 from pyrolora.predictive import SpanPrediction, predict
 
 
 class QuestionAnswering(Drawn, Pipeline):
     """Answers to questions, as transformers' ``question-answering`` gave them before version 5.
 
-    It takes ``{"question": ..., "context": ...}``, a list of these, or both by name. An answer is a
-    dict with ``score`` (its probability, over all windows of a long context), ``start`` and ``end``
-    in characters, and ``answer``; ``low`` and ``high``, the central 90 % interval of the score over
-    draws; and ``entropy``, ``aleatoric`` and ``epistemic`` of its first and last token, in nats. A
-    question without an answer has ``""``, from 0 to 0.
+    It takes ``{"question": ..., "context": ...}``, several of these (a list, a generator, a data
+    set), or both by name. An answer is a dict with ``score`` (its probability, over all windows of
+    a long context), ``start`` and ``end`` in characters, and ``answer``; ``low`` and ``high``, the
+    central 90 % interval of the score over draws; and ``entropy``, ``aleatoric`` and ``epistemic``
+    of its first and last token, in nats. A question without an answer has ``""``, from 0 to 0.
     """
 
     _load_processor = False
@@ -37,13 +38,15 @@ class QuestionAnswering(Drawn, Pipeline):
         batch_size: int | None = None,
         **options: Any,
     ) -> Any:
-        refuse_drawn(options, "posterior.pipeline(...)")
+        refuse_drawn(options)
         if options.pop("top_k", 1) != 1 or options:
             raise ConfigError(
                 "the pipeline gives the likeliest answer of each question, by question=, context= "
                 f"and batch_size=, got {sorted(options) or 'another top_k than 1'}; leave it out"
             )
         rows, alone = _questions(inputs, question, context)
+        if batch_size is not None:
+            whole_number("batch_size", batch_size, at_least=1)
         answers = self.postprocess(self._forward(rows, batch_size=batch_size)) if rows else []
         return answers[0] if alone else answers
 
@@ -94,8 +97,8 @@ def _questions(inputs: Any, question: Any, context: Any) -> tuple[list[dict[str,
             "context= together"
         )
     if inputs is None:
-        asked, alone = listed_rows(question)
-        contexts = listed_rows(context)[0]
+        asked, alone = _listed(question)
+        contexts = _listed(context)[0]
         contexts = contexts * len(asked) if len(contexts) == 1 else contexts
         if len(contexts) != len(asked):
             raise DataError(
@@ -106,7 +109,7 @@ def _questions(inputs: Any, question: Any, context: Any) -> tuple[list[dict[str,
             {"question": q, "context": c} for q, c in zip(asked, contexts, strict=True)
         ]
     else:
-        rows, alone = listed_rows(inputs)
+        rows, alone = _listed(inputs)
     for i, row in enumerate(rows):
         texts = [row.get(n) for n in ("question", "context")] if isinstance(row, Mapping) else []
         if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
@@ -114,3 +117,9 @@ def _questions(inputs: Any, question: Any, context: Any) -> tuple[list[dict[str,
                 f"input {i} must have a 'question' and a 'context', both texts, got {row!r:.200}"
             )
     return [{n: row[n] for n in ("question", "context")} for row in rows], alone
+
+
+def _listed(inputs: Any) -> tuple[list[Any], bool]:
+    """Return inputs as a list, and whether they were one input alone."""
+    many = isinstance(inputs, Iterable) and not isinstance(inputs, str | Mapping)
+    return (list(inputs), False) if many else ([inputs], True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -92,7 +92,6 @@ class Drawn:
                 f"a pipeline needs a network of transformers, got a {type(network).__name__}; use "
                 "posterior.predict"
             )
-        refuse_drawn(options, "posterior.pipeline(...)")
         if "device" in options or "model" in options:
             raise ConfigError(
                 "a pipeline of a posterior has its network, where that is; leave out "
@@ -105,6 +104,11 @@ class Drawn:
         model = _named(network, posterior.classes)
         made: Any = super().__init__  # that of transformers' Pipeline
         made(model=model, device=network.device, **{**options, **copied})
+
+    def _sanitize_parameters(self, *given: Any, **options: Any) -> Any:
+        refuse_drawn(options)
+        read: Any = super()  # transformers' Pipeline
+        return read._sanitize_parameters(*given, **options)
 
     def outputs(self, batch: Mapping[str, Tensor]) -> Iterator[Tensor]:
         """Yield the network's outputs (s, b, ...), as the task reads them."""
@@ -143,17 +147,11 @@ def _named(network: PreTrainedModel, classes: list[str] | None) -> PreTrainedMod
 PARTS = ("tokenizer", "image_processor", "feature_extractor", "processor")
 
 
-def refuse_drawn(options: Mapping[str, Any], where: str) -> None:
+def refuse_drawn(options: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for options of the draws, which a pipeline has from its making."""
     given = [name for name in DRAWN if name in options]
     if given:
         raise ConfigError(
-            f"{', '.join(given)} belong to {where}, which makes a pipeline with its draws, so that "
-            "all its answers come from the same functions; make another pipeline"
+            f"{', '.join(given)} belong to posterior.pipeline(...), which makes a pipeline with"
+            " its draws, so that its answers come from the same functions; make another pipeline"
         )
-
-
-def listed_rows(inputs: Any) -> tuple[list[Any], bool]:
-    """Return inputs as a list, and whether they were one input alone."""
-    many = isinstance(inputs, Sequence) and not isinstance(inputs, str)
-    return (list(inputs), False) if many else ([inputs], True)

@@ -12,7 +12,7 @@ from transformers.pipelines.text_classification import TextClassificationPipelin
 
 from pyrolora.checks import whole_number
 from pyrolora.errors import ConfigError
-from pyrolora.pipelines.base import MASS, Drawn, refuse_drawn
+from pyrolora.pipelines.base import MASS, Drawn
 from pyrolora.tasks import (
     ClassPrediction,
     MultiLabelPrediction,
@@ -102,10 +102,6 @@ def _columns(prediction: Prediction) -> dict[str, Tensor]:
 
 class TextClassification(Classifying, TextClassificationPipeline):
     """transformers' ``text-classification`` with a posterior; `Classifying` says what it adds."""
-
-    def _sanitize_parameters(self, function_to_apply: Any = None, top_k: Any = "", **options: Any):  # type: ignore[no-untyped-def]
-        refuse_drawn(options, "posterior.pipeline(...)")
-        return super()._sanitize_parameters(function_to_apply, top_k, **options)
 
     def postprocess(
         self,

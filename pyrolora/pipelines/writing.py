@@ -85,10 +85,6 @@ def _about(generation: Generation, order: Tensor) -> dict[str, Tensor]:
 class TextGeneration(Writing, TextGenerationPipeline):
     """transformers' ``text-generation`` with a posterior; `Writing` says what it adds."""
 
-    def _sanitize_parameters(self, *given: Any, **options: Any) -> Any:
-        refuse_drawn(options, "posterior.pipeline(...)")
-        return super()._sanitize_parameters(*given, **options)
-
     def _forward(self, model_inputs: Any, **generate_kwargs: Any) -> dict[str, Any]:
         prompt_text = model_inputs.pop("prompt_text")
         prefix = generate_kwargs.pop("prefix_length", 0)
@@ -125,7 +121,7 @@ class TextToText(Writing, Pipeline):
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def _sanitize_parameters(self, truncation: Any = None, **generate_kwargs: Any) -> Any:
-        refuse_drawn(generate_kwargs, "posterior.pipeline(...)")
+        refuse_drawn(generate_kwargs)
         reading = {} if truncation is None else {"truncation": truncation}
         return reading, generate_kwargs, {}
 

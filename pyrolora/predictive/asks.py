@@ -19,6 +19,7 @@ from pyrolora.predictive.decoding import (
     StopStrings,
     decoding_settings,
     end_ids,
+    mixes_rows,
     set_length,
     stop_strings,
 )
@@ -138,6 +139,7 @@ class Ask:
             or (settings.num_beams or 1) > 1
             or self.joint.task.writes == "apart"
             or self.draws * self.several > defaults.PREDICT_ROWS
+            or mixes_rows(self.joint, settings)
             or not Share(self.joint, self.factors, 1).mixes
         ):
             return None

@@ -21,6 +21,8 @@ from pyrolora.model import JointModel
 
 MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 """Decodings in which the neighbours of a row stay its neighbours."""
+MIXING_ROWS = ("rwkv",)
+"""Architectures whose code for one token adds the state of every row to every row of a pass."""
 OURS = {
     **dict.fromkeys(("return_dict_in_generate", "stopping_criteria", "tokenizer"), "leave it out"),
     **dict.fromkeys(
@@ -74,6 +76,27 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
     if unknown:
         raise ConfigError(f"transformers' generate() has no options {sorted(unknown)}")
     return settings
+
+
+def mixes_rows(joint: JointModel, settings: GenerationConfig) -> bool:
+    """Return whether each text needs passes of its own, since the network's code mixes rows.
+
+    Raises
+    ------
+    ConfigError
+        For settings with which a text takes several rows.
+    """
+    config: Any = joint.base.config
+    if config.model_type not in MIXING_ROWS:
+        return False
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(settings, name) or 1) > 1:
+            raise ConfigError(
+                f"transformers' code of {config.model_type!r} mixes the rows of a pass from the "
+                f"second new token on, and {name}={getattr(settings, name)} needs rows beside one "
+                "another; leave it out"
+            )
+    return True
 
 
 def set_length(joint: JointModel, prompts: list[Tensor], settings: GenerationConfig) -> None:

@@ -17,6 +17,7 @@ from pyrolora.predictive.decoding import (
     check_streamer,
     decoding_settings,
     end_ids,
+    mixes_rows,
     padding_id,
     set_length,
     start_id,
@@ -86,7 +87,7 @@ def generate(
     with evaluating(joint), tempered_network(joint, temperature), bar:
         writer = Writer(joint, settings, starting, bar, stops, streamer)
         width = max(settings.num_beams or 1, writer.several)
-        per_pass = max(1, rows // width)
+        per_pass = 1 if mixes_rows(joint, settings) else max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
         draws_at_once = max(1, per_pass // prompts_at_once)
         for start in range(0, len(prompts), prompts_at_once):

@@ -234,8 +234,7 @@ def _mean_loading(posterior: Subject, base: str | None, where: str) -> str:
     lines = ["from peft import PeftModel"]
     if auto and base:
         labels = getattr(getattr(posterior.base, "config", None), "num_labels", 0)
-        headed = name in ("text-classification", "token-classification", "image-classification")
-        more = f", num_labels={labels}" if headed else ""
+        more = f", num_labels={labels}" if str(name).endswith("-classification") else ""
         lines += [
             f"from transformers import {auto}",
             "",

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from pyrolora.predictive import Generation
-from pyrolora.serving.service import Answered
+from pyrolora.serving.answering import Answered
 from pyrolora.serving.text import TokenScores, first_stop, pieces
 from pyrolora.serving.verbs import Classes, Classify, Write
 

@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response
 
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.serving import lorax, openai
+from pyrolora.serving.answering import Answering
 from pyrolora.serving.errors import RefusalError, UnsupportedError
 from pyrolora.serving.guard import Guard
 from pyrolora.serving.page import HEADERS, PAGE
 from pyrolora.serving.replies import invalid, refused
-from pyrolora.serving.service import Answering
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 

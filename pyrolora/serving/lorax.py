@@ -11,13 +11,13 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from pyrolora.serving.answering import Answered, Answering
 from pyrolora.serving.answers import Continuation, continuations, number
 from pyrolora.serving.asking import Draws, Sampling
 from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.entities import entities as entities_of
 from pyrolora.serving.errors import UnsupportedError
 from pyrolora.serving.fields import MOST_STOPS, Numbers, Samples, Seed, Strict, Temperature, Text
-from pyrolora.serving.service import Answered, Answering
 from pyrolora.serving.streaming import Early, Stream, unbroken
 
 FINISH = {"end": "eos_token", "stop": "stop_sequence", "length": "length"}

@@ -11,12 +11,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pyrolora.posterior import Posterior
+from pyrolora.serving.answering import Answering
 from pyrolora.serving.asking import Sampling, chat_prompt
 from pyrolora.serving.bodies import StrictRoute
 from pyrolora.serving.errors import UnknownPosteriorError
 from pyrolora.serving.openai_answers import Chat, Completion
 from pyrolora.serving.openai_fields import NEW_TOKENS, ChatRequest, CompletionRequest
-from pyrolora.serving.service import Answering
 from pyrolora.serving.streaming import unbroken
 from pyrolora.tasks.registry import find
 

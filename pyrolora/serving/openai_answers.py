@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from starlette.concurrency import run_in_threadpool
 
+from pyrolora.serving.answering import Answered
 from pyrolora.serving.answers import Continuation, continuations, number
 from pyrolora.serving.openai_fields import Writing
-from pyrolora.serving.service import Answered
 from pyrolora.serving.streaming import Early, Stream
 from pyrolora.serving.text import UNFINISHED, TokenScores
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import uvicorn
 
+from pyrolora.serving.answering import Answering
 from pyrolora.serving.app import LOOPBACK, create_app
-from pyrolora.serving.service import Answering
 
 GRACE = 60
 """Seconds that requests have to end after the signal."""

@@ -7,125 +7,36 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import Request
 
 from pyrolora import defaults
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.posterior import Posterior
+from pyrolora.serving.answering import Answered, Classified, named
 from pyrolora.serving.asking import Asking, Draws, Row, Sampling
 from pyrolora.serving.batching import Batcher, Job
 from pyrolora.serving.drawn import Drawn
-from pyrolora.serving.errors import BusyError, ClientGoneError, LateError, UnsupportedError
+from pyrolora.serving.errors import BusyError
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
 from pyrolora.serving.registry import Lease, Registry
 from pyrolora.serving.streaming import Early, Stream, Telling, steady
 from pyrolora.serving.verbs import (
     Classify,
-    Labels,
     ToWrite,
     Write,
     Written,
     classified,
     written,
 )
+from pyrolora.serving.waiting import in_time
 
 LOADERS = 32
 """Requests that may wait for a posterior to be loaded while others go on."""
-
-
-@dataclass(frozen=True)
-class Classified:
-    """Predictions of the texts of a request, their settings, and the posterior's tokenizer."""
-
-    settings: Classify
-    predictions: list[Labels]
-    tokenizer: Any
-
-
-@dataclass(frozen=True)
-class Answered:
-    """Continuations of a request, and the means to read them.
-
-    Attributes
-    ----------
-    settings, prompts, written
-        Per prompt the settings, the tokens, and its continuations.
-    tokenizer
-        Of the posterior.
-    ends
-        The ids that end a text.
-    """
-
-    settings: list[Write]
-    prompts: list[list[int]]
-    written: list[Written]
-    tokenizer: Any
-    ends: frozenset[int]
-
-
-class Names(Protocol):
-    """The posteriors that there are."""
-
-    def names(self) -> list[str]:
-        """Return their names, sorted."""
-        ...
-
-    def task(self, name: str) -> str | None:
-        """Return the task of one of them; None where it cannot be told."""
-        ...
-
-
-class Answering(Protocol):
-    """An object that answers the requests of both interfaces."""
-
-    @property
-    def registry(self) -> Names: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def metrics(self) -> Metrics: ...
-
-    async def classify(
-        self, request: Request, name: str | None, texts: Sequence[str], draws: Draws
-    ) -> Classified:
-        """Return the classes of texts."""
-        ...
-
-    async def write(
-        self,
-        request: Request,
-        name: str | None,
-        prompts: Callable[[Posterior], Sequence[str]],
-        draws: Draws,
-        sampling: Sampling,
-    ) -> Answered:
-        """Return continuations of prompts."""
-        ...
-
-    async def stream(
-        self,
-        request: Request,
-        name: str | None,
-        prompts: Callable[[Posterior], Sequence[str]],
-        draws: Draws,
-        sampling: Sampling,
-    ) -> Stream:
-        """Return the answer of `write` as a stream, when the first of it can be sent."""
-        ...
-
-    async def finish(self) -> None:
-        """End when what has begun is answered."""
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """Return what ``/info`` says beside the version and the limits."""
-        ...
 
 
 class Service:
@@ -306,48 +217,8 @@ class Service:
         self, request: Request, futures: list[Future[Any]], until: float
     ) -> list[Any]:
         """Wait for all results; give up when the time is over or the client hangs up."""
-        everything: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures))
-        gone: asyncio.Future[Any] = asyncio.ensure_future(hung_up(request))
-        try:
-            await asyncio.wait(
-                {everything, gone},
-                timeout=max(until - time.monotonic(), 0),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if everything.done():
-                return list(everything.result())
-            if gone.done():
-                raise ClientGoneError("the client hung up")
-            raise LateError(f"the request was not answered within {self.limits.timeout:g} seconds")
-        finally:
-            for waiting in (everything, gone):
-                waiting.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await waiting
-
-
-def named(name: str | None, default: str | None, names: Sequence[str]) -> str:
-    """Return the name of the posterior that a request means.
-
-    Raises
-    ------
-    UnsupportedError
-        When it names none, and there are several.
-    """
-    if name is not None or default is not None:
-        return str(default if name is None else name)
-    if len(names) != 1:
-        raise UnsupportedError(
-            f"name one of the posteriors, of which there are {len(names)}: {', '.join(names[:20])}",
-            "adapter_id",
-        )
-    return names[0]
-
-
-async def hung_up(request: Request) -> None:
-    """Return when the client is gone; the body has been read by then."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        everything = asyncio.gather(*map(asyncio.wrap_future, futures))
+        return list(await in_time(request, everything, self.limits, until))
 
 
 def _release(row: Row) -> Callable[[Future[Any]], None]:

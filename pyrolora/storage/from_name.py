@@ -135,8 +135,7 @@ def _configuration(
         raise CheckpointError(f"{place!r} has no configuration; {PASS_IT}")
     config: PreTrainedConfig = loader.config_class.from_pretrained(place)
     if strange:
-        if getattr(config, "quantization_config", None) is not None:
-            raise CheckpointError(f"the network in {place!r} is quantised; {PASS_IT}")
+        _check_codes(config, place, description)
         config._attn_implementation = config._experts_implementation = None
         for attribute in ("fusion_config", "transformers_weights"):
             if hasattr(config, attribute):
@@ -149,6 +148,23 @@ def _configuration(
             f"{place!r}; {PASS_IT}"
         )
     return config
+
+
+def _check_codes(config: PreTrainedConfig, place: str, description: Mapping[str, Any]) -> None:
+    """Refuse a folder with quantised weights, unless the posterior's network has the same method.
+
+    The folder's weights are then its codes, and its settings plain values, as the posterior's are.
+    """
+    held = getattr(config, QUANTISATION, None)
+    if held is None:
+        return
+    method = held.get("quant_method") if isinstance(held, Mapping) else None
+    if method not in QUANTISERS or method != description.get(QUANTISATION, {}).get("quant_method"):
+        raise CheckpointError(
+            f"the network in {place!r} is quantised by {shown(str(method))}, and the posterior's "
+            f"is not, or not by a method that a posterior can name ({', '.join(QUANTISERS)}); "
+            f"{PASS_IT}"
+        )
 
 
 def _check_place(place: Path) -> None:

@@ -7,6 +7,7 @@ the files that it names, which then are read as any folder is.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from pyrolora.storage.card_file import CARD_FILE, MOST_CARD, is_untouched
 from pyrolora.storage.folder import META_FILE, OWN_FILES, read_description
 
 logger = logging.getLogger(__name__)
+
+_FAILED: Any = (*HfHubHTTPError.__bases__, OSError)
+"""The errors of a transfer: huggingface_hub's and those of the HTTP client that it uses."""
 
 
 def is_repository(name: Any) -> bool:
@@ -44,11 +48,19 @@ def located(
     Raises
     ------
     ConfigError
-        When a ``revision`` or a ``token`` is given for what is no repository, or for a name that a
-        folder has, too.
+        When ``path`` or ``revision`` has another type, or when a ``revision`` or a ``token`` is
+        given for what is no repository, or for a name that a folder has, too.
     CheckpointError
         When neither a folder nor a repository of that name can be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path must be a folder, or the name of a repository, owner/name, got {path!r}"
+        )
+    if not isinstance(revision, str | None):
+        raise ConfigError(
+            f"revision must be the name of a branch, a tag or a commit, got {revision!r}"
+        )
     asked = {"revision": revision, "token": token}
     given = [f"{name}=" for name, value in asked.items() if value is not None]
     folder = Path(path).expanduser() if str(path).startswith("~") else Path(path)
@@ -89,8 +101,16 @@ def _downloaded(repo_id: str, revision: str | None, token: str | bool | None) ->
         names = [description.state_file]
         if description.tokenizer is not None:
             names += [f"{description.tokenizer}/{name}" for name in description.tokenizer_files]
-        return fetched(names, folder.name)  # the commit, so that both are of one state
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        folder = fetched(names, folder.name)  # the commit, so that both are of one state
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:  # the hub's cache stands in for a hub that cannot be reached
+            raise CheckpointError(
+                f"of the repository {repo_id!r} the hub's cache has {META_FILE}, and not the "
+                f"{missing[0]!r} that it names; load it once with the hub in reach (and "
+                "HF_HUB_OFFLINE unset), or push the posterior again"
+            )
+        return folder
+    except (HFValidationError, LocalEntryNotFoundError, *_FAILED) as error:
         if isinstance(error, CheckpointError):
             raise
         asked = "" if revision is None else f" at revision {revision!r}"
@@ -153,7 +173,7 @@ def upload(
         raise ConfigError(
             f"repo_id must be the name of a repository, owner/name, got {repo_id!r}: {error}"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except _FAILED as error:
         raise SaveError(
             f"the posterior could not be uploaded to {repo_id!r}: {_reason(error)}; log in with "
             "'hf auth login' or pass token=, and look whether the repository is yours to write to"

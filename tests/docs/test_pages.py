@@ -12,12 +12,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hubs import Hub
-from pages import PAGES, README, START, blocks, furnish, run, yours
+from huggingface_hub import ModelCard
+from pages import PAGES, README, ROOT, START, blocks, furnish, run, yours
 
 import pyrolora
 from pyrolora.cli import main
 
-# tests/serving/test_serving_docs.py has a server for its Python, tests/storage/test_hub.py a hub.
+# tests/serving/test_serving_docs.py has a server for its Python; a test below, a hub.
 ELSEWHERE = {"serving.md", "hub.md"}
 STAYS = {"serve", "demo"}  # commands that do not end, or take minutes; they have tests of their own
 PYTHON = [p for p in PAGES if blocks(p) and p != START and p.name not in ELSEWHERE]
@@ -79,6 +80,8 @@ def test_the_python_of_the_hubs_page_runs_with_a_hub_that_is_a_folder(
             shutil.copytree("hub/me", "me")
         exec(compile(block, "hub.md", "exec"), names)
     assert names["mean"].peft_config["default"].peft_type == "LORA"
+    assert Path("reviews/README.md").is_file()
+    assert ModelCard.load(root / "me/reviews/README.md").data.license == "mit"
 
 
 def test_start_ends_with_what_it_promises(reader: dict[str, Any]) -> None:
@@ -108,7 +111,7 @@ def test_the_page_of_the_command_line_shows_the_verbs() -> None:
 
 def test_the_readme_is_short_and_names_commands_that_exist() -> None:
     text = README.read_text(encoding="utf-8")
-    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     verbs = re.findall(r"^make (\w+)", text, flags=re.MULTILINE)
     assert {"demo", "test"} <= set(verbs)
     for verb in [*verbs, *re.findall(r"`make (\w+)`", text)]:
@@ -125,3 +128,26 @@ def test_the_excerpts_in_contributing_are_those_of_the_code() -> None:
         for kind, name, rest in re.findall(r"^ *(class|def) (\w+)\(([\w.]*)", block, re.MULTILINE):
             base = re.escape(rest.removeprefix("pyrolora.tasks.")) if kind == "class" else ""
             assert re.search(rf"{kind} {name}\((?:\w+\.)*{base}", code), name
+
+
+def test_the_commands_that_show_what_is_promised_exist() -> None:
+    """What they name is there: files, options of scripts, and the words that choose tests."""
+    shown = re.findall(
+        r"`((?:pytest|python|make) [^`]+)`", (ROOT / "docs" / "reliability.md").read_text()
+    )
+    assert len(shown) >= 15
+    for command in shown:
+        program, *words = shlex.split(command)
+        if program == "make":
+            assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text(), command
+            continue
+        files = [ROOT / word for word in words if word.endswith(".py")]
+        text = "".join(file.read_text() for file in files)
+        assert text, command
+        if program == "python":
+            assert all(f'"{word}"' in text for word in words if word.startswith("--")), command
+        elif "-k" in words:
+            chosen = words[words.index("-k") + 1].split(" or ")
+            assert all(re.search(rf"def test_\w*{word}", text) for word in chosen), command
+        if "slow" in words:
+            assert "mark.slow" in text, command

@@ -83,7 +83,7 @@ def test_weights_and_biases_offline_gets_the_elbo_and_every_kl(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     posterior = fit(tmp_path / "out", "wandb")
-    wandb.finish()
+    wandb.teardown()  # waits for its process, which writes the file
     (file,) = tmp_path.rglob("run-*.wandb")
     rows: list[dict[str, Any]] = []
     for data in records(file.read_bytes()):

@@ -267,7 +267,7 @@ def test_the_best_model_is_found_again_or_made_again(spoil, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("nowhere", "is no folder"),
+        ("nowhere", "is no folder.*'auto' for that one"),
         ("run", "holds some; pass '.*checkpoint-5'"),
         (True, "no checkpoint in .*empty"),
     ],

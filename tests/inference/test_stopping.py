@@ -12,7 +12,7 @@ from problems import arguments, bert, tokens
 from transformers import TrainerCallback
 
 import pyrolora
-from pyrolora import AdapterConfig
+from pyrolora import AdapterConfig, guides
 from pyrolora.inference import last_checkpoint
 from pyrolora.inference.stopping import TERMINATED, Stop, stopping
 
@@ -31,13 +31,16 @@ class Signal(TrainerCallback):
                 signal.raise_signal(self.number)
 
 
-def fitted(folder: Path, network: Any = None, callback: Any = (), **changes: Any) -> Any:
+def fitted(
+    folder: Path, network: Any = None, callback: Any = (), guide: Any = None, **changes: Any
+) -> Any:
     options = {"save_strategy": "steps", "save_steps": 100, **changes}
     args = arguments(folder, **options)
     args.resume_from_checkpoint = "auto"
     network = bert(hidden_dropout_prob=0.1) if network is None else network
     adapter = AdapterConfig(r=2)
-    return pyrolora.fit(network, tokens(16), training=args, callbacks=callback, adapter=adapter)
+    options = {"training": args, "callbacks": callback, "adapter": adapter}
+    return pyrolora.fit(network, tokens(16), guide, **options)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,33 @@ def test_the_second_control_and_c_acts_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="at once"):
         fitted(tmp_path, callback=Signal(signal.SIGINT, 2, times=2))
     assert last_checkpoint(tmp_path) is None
+
+
+class SignalAtTheEnd(TrainerCallback):
+    """Sends this process a signal after the last step of each of its trainings."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.trainings = number, 0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainings += 1
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("guide", [guides.MAP(), guides.Ensemble(members=2)], ids=lambda g: g.name)
+def test_a_signal_after_the_last_step_is_obeyed(guide: Any, tmp_path: Path) -> None:
+    end = SignalAtTheEnd(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match=r"are done.*'auto' goes on"):
+        fitted(tmp_path, callback=end, guide=guide)
+    assert end.trainings == 1  # no further member is trained
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(fitted(tmp_path, guide=guide).history) > 0
+
+
+def test_sigterm_after_the_last_step_is_obeyed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"SIGTERM.*are done"), pytest.raises(SystemExit) as caught:
+        fitted(tmp_path, callback=SignalAtTheEnd(signal.SIGTERM))
+    assert caught.value.code == TERMINATED
 
 
 def test_without_checkpoints_control_and_c_acts_at_once(tmp_path: Path) -> None:

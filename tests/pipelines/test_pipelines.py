@@ -289,6 +289,7 @@ def test_answers_are_those_of_predict(spans: Posterior):
     first = rows[0]
     same(made(question=first["question"], context=first["context"]), answers[0])
     same(made(first), answers[0])
+    assert made(datasets.Dataset.from_list(rows)) == made(row for row in rows) == made(rows)
     assert made([]) == []
 
 
@@ -301,18 +302,21 @@ def test_questions_without_a_context_are_refused(spans: Posterior, inputs: Any):
 # What cannot be had -------------------------------------------------------------------------------
 
 
-def test_what_a_pipeline_cannot_do_is_named(classes: Posterior, spans: Posterior):
+def test_what_a_pipeline_cannot_do_is_named(classes: Posterior, tags: Posterior, spans: Posterior):
     with pytest.raises(ConfigError, match="pipeline is 'text-classification', got 'fill-mask'"):
         classes.pipeline("fill-mask")
     assert classes.pipeline("sentiment-analysis", num_samples=0)("good")
-    with pytest.raises(ConfigError, match="num_samples belong"):
-        classes.pipeline()("good", num_samples=3)
+    for posterior, inputs in ((classes, "good"), (tags, "good"), (spans, squad(1)[0])):
+        with pytest.raises(ConfigError, match="num_samples belong"):
+            posterior.pipeline(num_samples=0)(inputs, num_samples=3)
     with pytest.raises(ConfigError, match="leave out device"):
         classes.pipeline(device=0)
     with pytest.raises(ConfigError, match="draws= names the draws"):
         classes.pipeline(draws=[0], num_samples=2)
     with pytest.raises(ConfigError, match="top_k"):
         spans.pipeline(num_samples=0)(question="a", context="b", top_k=2)
+    with pytest.raises(ConfigError, match="batch_size must be"):
+        spans.pipeline(num_samples=0)(question="a", context="b", batch_size=0)
     with pytest.raises(ConfigError, match="pass one of"):
         spans.pipeline(num_samples=0)(question="a")
 

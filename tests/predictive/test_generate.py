@@ -6,13 +6,19 @@ import datasets
 import pytest
 import torch
 from problems import WORDS, bert, gpt2, llama, reviews, tokenizer, tokens
-from transformers import GenerationConfig, RobertaConfig, RobertaForCausalLM
+from transformers import (
+    GenerationConfig,
+    RobertaConfig,
+    RobertaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import Ensemble, Flat, MonteCLoRA
-from pyrolora.predictive import Generation, draw_factors
+from pyrolora.predictive import Ask, Generation, draw_factors, generate_mixed
 
 WIDE = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
 PROMPTS = ["the film", "good", "the book is not"]
@@ -263,6 +269,29 @@ def test_other_guides_write_too(guide):
 def test_decoding_that_mixes_rows_is_refused(posterior, options, reason):
     with pytest.raises(ConfigError, match=reason):
         posterior.generate(PROMPTS, 2, **options)
+
+
+def test_a_network_whose_code_mixes_rows_writes_one_at_a_time():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "context_length": 32}
+    config = RwkvConfig(**sizes, vocab_size=len(WORDS), bos_token_id=None, eos_token_id=3)
+    network = RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        rows = torch.tensor([[4], [9]])
+        each = torch.cat([network(row[None]).logits for row in rows])
+        assert (network(rows).logits - each).abs().max() > 1e-4  # otherwise nothing is to be kept
+    posterior, options = fitted(network), {"max_new_tokens": 5, "do_sample": False}
+    together = posterior.generate(PROMPTS, draws=[0, 1], **options)
+    for prompt, texts in zip(PROMPTS, together.texts, strict=True):
+        alone = [posterior.generate([prompt], draws=[k], **options).texts[0] for k in (0, 1)]
+        assert texts == [text for texts in alone for text in texts]
+    draws = posterior.predictor.drawn(None, None, (0, 1))
+    asked = [
+        Ask(posterior.predictor, opened(prompt), None, None, (0, 1), options, *draws)
+        for prompt in PROMPTS
+    ]
+    assert [made.texts[0] for made in generate_mixed(asked)] == together.texts
+    with pytest.raises(ConfigError, match="num_return_sequences=2 needs rows beside"):
+        posterior.generate(PROMPTS, 0, do_sample=True, num_return_sequences=2, max_new_tokens=2)
 
 
 def test_wrong_inputs_are_refused_in_words(posterior):

@@ -118,6 +118,7 @@ def test_the_page_shows_tags_and_numbers(live: Live, name: str, tmp_path: Path) 
         rows = post(f"{url}/classify", json=body).json()
         found, console = driven(f"{url}/driver", tmp_path)
     assert (found["error"], console, found["sideways"]) == ("", [], [])
+    assert f"{rows[0]['uncertainty']['num_samples']} draws of the seed 3" in found["answer"]
     for row in rows:
         about = row["uncertainty"]
         if name == "regression":

@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 from console import pyrolora_, refused
-from problems import bert, llama, reviews, tokenizer
+from problems import WORDS, bert, llama, reviews, tokenizer
 from servers import Live, get, post, running
 from transformers import AutoModelForCausalLM
 from vllm_stub import Stub, app_of
@@ -128,6 +128,22 @@ def test_completions_are_those_of_the_own_engine(
     for choice in (*got["choices"], *own["choices"]):  # a greedy text has no seed here
         choice["uncertainty"].pop("seed")
     close(got, own)
+
+
+def test_what_stands_behind_a_stop_string_chooses_no_answer(gateway: str, writing: Live) -> None:
+    """Draws are ranked by what they wrote up to it, as the own engine ranks them."""
+    told: list[dict[str, Any]] = []
+    for word in WORDS[4:]:
+        body = {"model": "plain", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "n": 3}
+        pair = [
+            post(f"{url}/v1/completions", json={**body, "stop": word, **more}).json()["choices"]
+            for url, more in ((gateway, {}), (writing.url, {"draws": DRAWS}))
+        ]
+        told.append({c["text"]: c["finish_reason"] for c in pair[0]})
+        for choice in (*pair[0], *pair[1]):
+            choice["uncertainty"].pop("seed")
+        close(*pair, word)
+    assert any(len({*ends.values()}) > 1 for ends in told)  # or the test could not fail
 
 
 def test_lorax_and_streams_are_those_of_the_own_engine(gateway: str, writing: Live) -> None:

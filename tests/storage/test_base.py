@@ -512,6 +512,19 @@ def test_a_relative_name_is_looked_for_where_python_runs(
         load_base(description)
 
 
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", None])
+def test_a_folder_that_is_quantised_otherwise_than_the_network_is_refused(
+    method: str | None, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = {"quantization_config": {"quant_method": method}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    description = {**described(llama()), "name_or_path": str(tmp_path)}
+    with pytest.raises(CheckpointError, match=f"quantised by '{method}', and the posterior's is"):
+        load_base(description)
+
+
 CHOICES: dict[str, Any] = {
     "trust_remote_code": True,
     "auto_map": {"AutoModelForCausalLM": "planted.Planted"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -14,9 +16,9 @@ import pytest
 import torch
 from hubs import Hub
 from huggingface_hub import ModelCard, constants
-from pages import ROOT, blocks
-from problems import bert, mlp, reviews, tokenizer, tokens
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from huggingface_hub.errors import HfHubHTTPError
+from problems import bert, mlp, reviews, tokenizer
+from transformers import AutoModelForSequenceClassification
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -124,6 +126,11 @@ def test_a_network_of_the_hub_is_the_base_model(fitted: Posterior, monkeypatch: 
     assert card.data.base_model == "google/bert_tiny"
     assert card.data.base_model_relation == "adapter"
     assert "from_pretrained('google/bert_tiny', num_labels=2)" in card.text
+    monkeypatch.setattr(type(fitted.base), "main_input_name", "input_values")
+    text = fitted.card().text
+    assert (
+        "AutoModelForAudioClassification.from_pretrained('google/bert_tiny', num_labels=2)" in text
+    )
 
 
 def test_the_card_of_data_has_the_scores_and_warnings_of_the_report(fitted: Posterior):
@@ -307,8 +314,13 @@ def test_a_pull_request_is_asked_for(fitted: Posterior, hub: Hub):
 
 
 def test_a_push_that_fails_says_why(fitted: Posterior, hub: Hub):
-    hub.refuses = True
+    client = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
+    response: Any = SimpleNamespace(headers={}, request=None)
+    hub.error = HfHubHTTPError("403 Forbidden", response=response)
     with pytest.raises(SaveError, match="could not be uploaded to 'me/posterior': 403 Forbidden"):
+        fitted.push_to_hub("me/posterior")
+    hub.error = client.ConnectError("Connection refused")  # which is no OSError
+    with pytest.raises(SaveError, match="uploaded to 'me/posterior': Connection refused"):
         fitted.push_to_hub("me/posterior")
     with pytest.raises(ConfigError, match="repo_id must be the name of a repository"):
         fitted.push_to_hub("me/too/many")
@@ -382,32 +394,18 @@ def test_a_damaged_repository_is_refused(fitted: Posterior, cache: Path, tmp_pat
         pyrolora.load("me/posterior")
 
 
-def test_the_python_of_the_page_runs(
-    fitted: Posterior, hub: Hub, network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_repository_that_was_fetched_in_part_is_named(
+    fitted: Posterior, cache: Path, tmp_path: Path
 ):
-    """Block by block, with a hub whose repositories are folders."""
-    page = ROOT / "docs" / "hub.md"
-    fetched = hub.root / "me" / "reviews"
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(fetched))
-    monkeypatch.chdir(tmp_path)
-    plain_network = AutoModelForSequenceClassification.from_pretrained(network)
-    names: dict[str, Any] = {
-        "pyrolora": pyrolora,
-        "posterior": fitted,
-        "held_out": reviews(8, 5),
-        "network": plain_network,
-        "PeftModel": peft.PeftModel,
-        "TrainingArguments": TrainingArguments,
-        "model": bert(),
-        "data": tokens(8),
-    }
-    trackers = 'report_to=["tensorboard", "wandb", "trackio"]'  # tests/fitting/test_trackers.py
-    assert trackers in page.read_text()
-    for block in blocks(page):
-        if "PeftModel" in block:  # PEFT asks the hub itself, unless there is such a folder
-            monkeypatch.chdir(hub.root)
-        exec(compile(block.replace(trackers, 'report_to="none"'), str(page), "exec"), names)
-    assert (tmp_path / "reviews" / CARD).is_file()
-    assert ModelCard.load(fetched / CARD).data.license == "mit"
-    assert isinstance(names["mean"], peft.PeftModel)
-    assert names["posterior"] is not fitted, "it was loaded again"
+    fitted.save(tmp_path / "saved")
+    next((tmp_path / "saved").glob("adapters-*")).unlink()
+    cached(tmp_path / "saved", cache, "me/posterior")
+    with pytest.raises(CheckpointError, match=r"'me/posterior' the hub's cache has posterior.json"):
+        pyrolora.load("me/posterior")
+
+
+def test_what_is_no_name_is_refused():
+    with pytest.raises(ConfigError, match=r"path must be a folder, .* got 3"):
+        pyrolora.load(3)
+    with pytest.raises(ConfigError, match=r"revision must be .* got 3"):
+        pyrolora.load("me/posterior", revision=3)

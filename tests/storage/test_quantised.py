@@ -74,6 +74,22 @@ def test_every_layer_learns_and_the_folder_alone_brings_it_back(case: Any) -> No
     assert texts.log_likelihood.isfinite().all()
 
 
+def test_a_network_that_was_saved_with_its_codes_comes_back_by_name(
+    case: Any, hosted: Path, tmp_path: Path
+) -> None:
+    how, posterior, _ = case
+    loaded(hosted, how()).save_pretrained(tmp_path / "codes")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "codes", dtype=torch.float32)
+    config = AdapterConfig(r=2, target_modules="all-linear")
+    training = arguments(tmp_path)
+    fitted = pyrolora.fit(base, ROWS, "montec", adapter=config, training=training)
+    assert fitted.evaluate(ROWS, 0) == posterior.evaluate(ROWS, 0)
+    fitted.save(tmp_path / "saved")
+    again = pyrolora.load(tmp_path / "saved")
+    assert len(quantised_modules(again.base)) == 14
+    assert again.evaluate(ROWS, 2, seed=0) == fitted.evaluate(ROWS, 2, seed=0)
+
+
 def test_another_precision_is_a_warning_and_another_network_an_error(
     case: Any, hosted: Path
 ) -> None:

@@ -357,9 +357,13 @@ def test_a_new_process_predicts_the_same(
 
 
 @every_case
-def test_the_folder_holds_json_and_safetensors_only(problem: str, guide: str, saved: Saved) -> None:
+def test_the_folder_holds_json_safetensors_and_a_card_only(
+    problem: str, guide: str, saved: Saved
+) -> None:
     folder = saved.path(problem, guide)
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    card = folder / "README.md"
+    assert card.is_file()
+    files = [file for file in folder.rglob("*") if file.is_file() and file != card]
     words = tokenizer_of(folder)
     outside = {f.suffix for f in files if words is None or not f.is_relative_to(words)}
     assert outside == {".json", ".safetensors"}
@@ -370,7 +374,7 @@ def test_the_folder_holds_json_and_safetensors_only(problem: str, guide: str, sa
         elif file.suffix == ".json":
             assert json.loads(file.read_text(encoding="utf-8"))
     assert not any(part.startswith(".") for f in files for part in f.relative_to(folder).parts)
-    named = {META, state_of(folder).name, *([words.name] if words else [])}
+    named = {META, state_of(folder).name, card.name, *([words.name] if words else [])}
     assert parts(folder) == named
 
 
@@ -448,7 +452,7 @@ def test_an_older_tokenizer_does_not_outlive_its_posterior(tmp_path: Path) -> No
     assert tokenizer_of(tmp_path) is not None
     without.save(tmp_path)
     assert pyrolora.load(tmp_path, bert()).tokenizer is None
-    assert parts(tmp_path) == {META, state_of(tmp_path).name}
+    assert parts(tmp_path) == {META, state_of(tmp_path).name, "README.md"}
 
 
 def test_another_tokenizer_of_the_same_tensors_replaces_the_older_one(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -13,19 +13,17 @@ import torch
 from starlette.requests import Request
 
 from pyrolora.data.media.media import tokenizer_of
-from pyrolora.predictive.decoding import until_end
+from pyrolora.predictive.decoding import StopStrings, until_end
 from pyrolora.predictive.ranking import chosen
+from pyrolora.serving.answering import Answered, named
 from pyrolora.serving.asking import Asking, Draws, Sampling, seeded
 from pyrolora.serving.errors import (
     BusyError,
-    ClientGoneError,
-    LateError,
     UnknownPosteriorError,
     UnsupportedError,
 )
 from pyrolora.serving.limits import Limits
 from pyrolora.serving.metrics import Metrics
-from pyrolora.serving.service import Answered, hung_up, named
 from pyrolora.serving.streaming import Stream, at_once
 from pyrolora.serving.text import tokenized
 from pyrolora.serving.verbs import Write, Written
@@ -41,6 +39,7 @@ from pyrolora.serving.vllm.engine import (
 )
 from pyrolora.serving.vllm.exported import Adapter, Exported
 from pyrolora.serving.vllm.scores import coarse, generation, token_scores, whole
+from pyrolora.serving.waiting import in_time
 from pyrolora.tasks import CausalLM
 
 SEEDS = 2**63
@@ -143,6 +142,7 @@ class Gateway:
         sampling: Sampling,
     ) -> Answered:
         """Return continuations of prompts, which may depend on the posterior's tokenizer."""
+        until = time.monotonic() + self.limits.timeout
         posterior = self._posterior(name)
         asked = await asyncio.to_thread(self._asked, posterior, prompts, draws, sampling)
         if self._texts + len(asked) > self.limits.queue:
@@ -153,7 +153,7 @@ class Gateway:
         self._texts += len(asked)
         try:
             work = asyncio.ensure_future(together([self._written(posterior, one) for one in asked]))
-            written = await self._in_time(request, work)
+            written = await in_time(request, work, self.limits, until)
         except EngineRefusalError as error:  # its words may name folders and models
             logger.error("%s", error)
             raise EngineError(
@@ -256,8 +256,9 @@ class Gateway:
             more = {"seed": seed} if settings.sampled else {}
             requests.append(self.engine.write(adapter.name, asked.ids, **body, **more))
         ends = {*posterior.ends}
+        stops = StopStrings(settings.stops, tokenizer_of(posterior.tokenizer))
         texts = [
-            until_end(torch.tensor(text.ids, dtype=torch.long), ends).tolist()
+            stops.until(until_end(torch.tensor(text.ids, dtype=torch.long), ends)).tolist()
             for written in await together(requests)
             for text in written
         ]
@@ -298,24 +299,6 @@ class Gateway:
                 {"top_logprobs": self.top, "covered": float(one.covered.min())} for one in each
             ]
         return Written(made, order, scores, notes)
-
-    async def _in_time(self, request: Request, work: asyncio.Future[Any]) -> Any:
-        """Wait for work; end it when the time is over or the client hangs up."""
-        gone: asyncio.Future[Any] = asyncio.ensure_future(hung_up(request))
-        try:
-            await asyncio.wait(
-                {work, gone}, timeout=self.limits.timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            if work.done():
-                return work.result()
-            if gone.done():
-                raise ClientGoneError("the client hung up")
-            raise LateError(f"the request was not answered within {self.limits.timeout:g} seconds")
-        finally:
-            for waiting in (work, gone):
-                waiting.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    await waiting
 
 
 def _logs_of(
