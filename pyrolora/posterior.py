@@ -510,7 +510,8 @@ class Posterior:
         judge(correct, rows)  # before the texts are written, which takes longer
         if num_samples is None and draws is None:
             num_samples = self.model.program.usual_draws(defaults.GENERATE_SAMPLES)
-        options: dict[str, Any] = {"draws": draws, "seed": seed}
+        numbers = self.predictor.numbers(draws, num_samples=num_samples)
+        options: dict[str, Any] = {"draws": numbers, "seed": seed}
         asked = asked_of(rows, correct) if prompts is None else prompts
         generation = self.generate(asked, num_samples, **options, **generate_options)
         truth = self.p_true(generation, num_samples, **options) if p_true else None

@@ -96,7 +96,7 @@ def generate(
     \b
     pyrolora generate run prompts.txt --max-new-tokens 20
     pyrolora generate run prompts.jsonl --output out.jsonl --do-sample --temperature 0.8
-    pyrolora generate run chats.jsonl --stop-string "\n\n"
+    pyrolora generate run chats.jsonl --stop-string $'\\n\\n'
 
     Prompts are the only column of texts, or, as in a fit, chats ("messages"), "prompt",
     "question", "instruction" and "input", ...

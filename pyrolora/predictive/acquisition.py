@@ -53,8 +53,9 @@ def acquire(
     Raises
     ------
     ConfigError
-        For predictions that do not have the criterion, draws that are all the same, and more
-        examples than there are.
+        For predictions that do not have the criterion, and draws that are all the same.
+    DataError
+        For more examples than there are.
     """
     one_of("by", by, By)
     whole_number("k", k, at_least=1)

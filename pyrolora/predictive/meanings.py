@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,10 +116,20 @@ def meanings(prompt: str, texts: Sequence[str], same: Same) -> list[int]:
         answers = (
             several(prompt, text, first) if several else (same(prompt, old, text) for old in first)
         )
-        known[text] = next((c for c, yes in enumerate(answers) if yes), len(first))
+        known[text] = next((c for c, yes in enumerate(map(_verdict, answers)) if yes), len(first))
         if known[text] == len(first):
             first.append(text)
     return [known[text] for text in texts]
+
+
+def _verdict(answer: Any) -> bool:
+    """Return what ``same`` answered; raise `ConfigError` for a score, any of which would count."""
+    if not isinstance(answer, bool | np.bool_):
+        raise ConfigError(
+            f"same(prompt, first, second) must return True or False, got {answer!r:.60}; of a "
+            "score say from where on two texts mean the same"
+        )
+    return bool(answer)
 
 
 def by_frequency(clusters: Tensor, writers: Tensor) -> SemanticEntropy:

@@ -66,6 +66,8 @@ class Scores:
     influence
         For each metric that is a mean or a ratio r = Σ a / Σ c over examples i, the values
         (a_i − r c_i) n / Σ c, (n,): r varies with the sample as their mean does.
+    terms
+        For the same metrics a_i n / Σ c, (n,), which say on which examples two predictions differ.
     resampled
         Each other metric of examples that are drawn anew with replacement, (R,): the bootstrap
         (Efron and Tibshirani 1993). Predictions of the same examples have the same samples, so
@@ -76,6 +78,7 @@ class Scores:
 
     metrics: dict[str, float]
     influence: dict[str, np.ndarray]
+    terms: dict[str, np.ndarray]
     resampled: dict[str, np.ndarray]
     examples: int
 
@@ -94,9 +97,9 @@ class Scores:
         value = self.metrics[name] - reference.metrics[name]
         differing = self.examples
         if name in self.influence:
-            gaps = self.influence[name] - reference.influence[name]
-            error = _of_mean(gaps)
-            differing = int((np.abs(gaps + value) > ROUNDING * (1 + np.abs(gaps).max())).sum())
+            error = _of_mean(self.influence[name] - reference.influence[name])
+            gaps = np.abs(self.terms[name] - reference.terms[name])
+            differing = int((gaps > ROUNDING * (1 + gaps.max())).sum())
         else:
             error = _scatter(self.resampled[name] - reference.resampled[name])
         half = _quantile(self.examples - 1) * error
@@ -130,10 +133,10 @@ def scores(
     whole_number("resamples", resamples, at_least=2)
     prediction = prediction.counted()
     numbers, example = prediction.examples.unique(return_inverse=True)
-    terms, n = values(prediction), len(numbers)
-    means = {name: value for name, value in terms.items() if not isinstance(value, float)}
-    others = [name for name in terms if name not in means]
-    metrics = {name: as_number(value) for name, value in terms.items()}
+    measured, n = values(prediction), len(numbers)
+    means = {name: value for name, value in measured.items() if not isinstance(value, float)}
+    others = [name for name in measured if name not in means]
+    metrics = {name: as_number(value) for name, value in measured.items()}
     rng, resampled = np.random.default_rng(seed), np.empty((resamples, len(others)))
     for row in resampled if others and n > 1 else ():
         again = prediction.of_examples(numbers[rng.integers(0, n, n)])
@@ -142,8 +145,10 @@ def scores(
     if outside is not None:
         metrics[OUTSIDE] = auroc(prediction.uncertainty, outside.uncertainty)
         samples[OUTSIDE] = _told_apart(prediction, outside, resamples, seed)
-    influence = {name: _influence(value, example, n) for name, value in means.items()}
-    return Scores(metrics, influence, samples, n)
+    influence, terms = {}, {}
+    for name, value in means.items():
+        influence[name], terms[name] = _by_example(value, example, n)
+    return Scores(metrics, influence, terms, samples, n)
 
 
 def standard_errors(
@@ -162,16 +167,19 @@ def standard_errors(
     return scores(prediction, outside, resamples=resamples, seed=seed).errors()
 
 
-def _influence(value: Value, example: Tensor, n: int) -> np.ndarray:
-    """Return the influence of each of n examples on a mean or ratio over rows, (n,)."""
+def _by_example(value: Value, example: Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return influence and term of each of n examples in a mean or ratio over rows, (n,) both."""
     if isinstance(value, Ratio):
         sums, counts = value.sums.double(), value.counts.double()
     else:
         assert isinstance(value, Tensor)
         sums, counts = value.double(), torch.ones(len(value), dtype=torch.float64)
-    gaps = sums - sums.sum() / counts.sum() * counts
-    total = torch.zeros(n, dtype=torch.float64).index_add(0, example, gaps)
-    return (total * n / counts.sum()).numpy()
+    total, count = (
+        torch.zeros(n, dtype=torch.float64).index_add(0, example, part.double())
+        for part in (sums, counts)
+    )
+    terms, shares = (part * n / counts.sum() for part in (total, count))
+    return (terms - sums.sum() / counts.sum() * shares).numpy(), terms.numpy()
 
 
 def _told_apart(inside: Prediction, outside: Prediction, resamples: int, seed: int) -> np.ndarray:

@@ -597,12 +597,18 @@ def test_options_that_would_have_nothing_to_act_on_are_refused(
 def test_help_shows_an_example(command: str) -> None:
     result = done(command, "--help")
     examples = [line for line in result.out.splitlines() if "Usage:" not in line]
-    assert any(f"pyrolora {command}" in line for line in examples), result.out
+    assert any(f"  pyrolora {command}" in line for line in examples), result.out
+
+
+def test_a_stop_string_is_shown_as_a_shell_reads_it() -> None:
+    text = done("generate", "--help").out
+    assert "\n  pyrolora generate run chats.jsonl --stop-string $'\\n\\n'\n" in text
+    assert '"agreement" (0 to 1, how similar' in " ".join(text.split())  # lines are filled
 
 
 @pytest.mark.parametrize("command", [name.__name__ for name in (cli.fit, *cli.commands)])
 def test_help_fits_a_screen(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of a hundred columns; a fit and the server have the most options, and take more lines."""
+    """One of a hundred columns; 70 lines for fit and serve, of the most options."""
     monkeypatch.setenv("COLUMNS", "100")
     lines = done(command, "--help").out.splitlines()
     assert len(lines) <= (70 if command in ("fit", "serve") else 56)

@@ -103,6 +103,9 @@ def test_answers_are_generated_and_judged_in_one_call(posterior):
         p_true=posterior.p_true(again, draws=[0, 1]),
     )  # fmt: skip
     assert found.answers.equals(expected.answers)
+    options["draws"] = iter([0, 1])  # which can be read once, and are those of p_true as well
+    once = posterior.evaluate_generation(data, "answer", same=same, p_true=True, **options)
+    assert once.answers.equals(found.answers)
     plain = posterior.evaluate_generation(
         ROWS, lambda row, text: bool(row["answer"]), 2, prompts=PROMPTS, seed=0, max_new_tokens=1
     )  # fmt: skip

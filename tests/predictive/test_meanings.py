@@ -158,6 +158,13 @@ def test_similarity_is_the_cosine_of_embeddings():
         Similarity("a-model")
 
 
+@pytest.mark.parametrize("score", [0.2, 0, None, torch.tensor(0.1)])
+def test_a_score_is_no_verdict(score):
+    written = generation([["ab", "cd"]], np.log([[[0.5, 0.25]]]), [0, 0])
+    with pytest.raises(ConfigError, match=r"must return True or False, got .*from where on"):
+        written.semantic_entropy(lambda prompt, first, second: score)
+
+
 def test_what_cannot_be_clustered_is_refused():
     written = generation([["ab", "cd"]], np.zeros((1, 1, 2)), [0, 0])
     with pytest.raises(ConfigError, match="same must be a function"):

@@ -134,6 +134,30 @@ def test_five_examples_that_differ_show_nothing_and_six_do():
         assert stats.binomtest(differing, differing).pvalue < 0.05 or differing == 5
 
 
+@pytest.mark.parametrize("differing", [5, 6])
+def test_texts_that_differ_are_counted_whatever_their_lengths(differing):
+    """A mean over tokens is a ratio: texts that both tag alike show nothing by their lengths."""
+    counts = torch.randint(1, 12, (50,), generator=torch.Generator().manual_seed(0))
+    example = torch.arange(50).repeat_interleave(counts)
+    position = torch.cat([torch.arange(int(count)) for count in counts])
+    targets = torch.zeros(len(example), dtype=torch.long)
+    sure = torch.tensor([[0.9, 0.1]]).repeat(len(example), 1)
+    worse = torch.where(((example < differing) & (position == 0))[:, None], sure.flip(-1), sure)
+    one, two = (
+        scores(
+            TagPrediction(
+                targets, probs[None, :, 0].log(), probs[None], example=example, position=position
+            ),
+            resamples=2,
+        )
+        for probs in (worse, sure)
+    )
+    for name in ("accuracy", "nll", "brier"):
+        gap = one.difference(two, name)
+        assert gap.low > 0 or gap.high < 0
+        assert gap.more_than_chance == (differing == 6)
+
+
 def test_one_example_has_no_standard_error_and_decides_nothing():
     found = scores(made(n=1))
     assert all(np.isnan(error) for error in found.errors().values())

@@ -35,7 +35,7 @@ addEventListener("load", async () => {{
   const $ = (id) => page.getElementById(id);
   const texts = (selector) => [...page.querySelectorAll(selector)].map((e) => e.textContent);
   const ready = async () => {{
-    for (let k = 0; k < 400 && ($("ask").disabled || !$("name").options.length); k++) {{
+    for (let k = 0; k < 2400 && ($("ask").disabled || !$("name").options.length); k++) {{
       await new Promise((done) => setTimeout(done, 25));
     }}
   }};
