@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
 import json
 import re
@@ -36,7 +37,7 @@ addEventListener("load", async () => {{
   const texts = (selector) => [...page.querySelectorAll(selector)].map((e) => e.textContent);
   const ready = async () => {{
     for (let k = 0; k < 2400 && ($("ask").disabled || !$("name").options.length); k++) {{
-      await new Promise((done) => setTimeout(done, 25));
+      await fetch("/pause");  // the browser's own clock does not wait for streams
     }}
   }};
   const found = {{}};
@@ -107,6 +108,10 @@ def with_driver(app: Any, name: str, text: str, **fields: str) -> Any:
     @app.get("/framed")
     def framed() -> HTMLResponse:
         return HTMLResponse(PAGE)
+
+    @app.get("/pause")
+    async def pause() -> None:
+        await asyncio.sleep(0.05)
 
     @app.get("/driver")
     def page() -> HTMLResponse:
