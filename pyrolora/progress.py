@@ -14,7 +14,13 @@ WAIT = 2.0
 
 def shows_bars() -> bool:
     """Return whether bars can be drawn: standard error is a terminal, or a notebook's."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    """Return whether the code runs in a kernel of Jupyter's; a package may import one elsewhere."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def progress(iterable: Any = None, *, title: str, hidden: bool = False, **options: Any) -> Any:

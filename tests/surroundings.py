@@ -102,7 +102,8 @@ def undisturbed() -> Iterator[None]:
     """Assert that the block leaves the surroundings as they were."""
     before = surroundings()
     yield
-    assert not changed(before, surroundings())
+    found = changed(before, surroundings())
+    assert not found, found
 
 
 def fingerprint(network: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,7 +76,8 @@ def nuts(
                     disable_progbar=not progress,
                     hook_fn=lambda *_: give_way(),
                 )
-                run.run()
+                with _loggers_kept():
+                    run.run()
                 samples.append(run.get_samples())
                 diverging[chain, run.diagnostics()["divergences"]["chain 0"]] = True
     finally:
@@ -82,3 +86,15 @@ def nuts(
     return {
         name: torch.stack([c[name] for c in samples]).detach() for name in samples[0]
     }, diverging
+
+
+@contextmanager
+def _loggers_kept() -> Iterator[None]:
+    """Leave Pyro's logger of chains as it is: each run of chains sets it up anew, for good."""
+    logger = logging.getLogger("pyro.infer.mcmc")
+    before = logger.handlers, logger.propagate, logger.level
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[0], before[1]
+        logger.setLevel(before[2])
