@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainingArguments
 
 from pyrolora.storage import as_json
 
@@ -171,6 +172,19 @@ def time_table(times: Mapping[str, list[float]], references: Iterable[str]) -> p
         if reference in values:
             frame[f"to {reference}"] = values.div(values[reference], axis=0).median()
     return frame.rename_axis("contestant").reset_index()
+
+
+def short_training(folder: str, device: torch.device, **options: Any) -> TrainingArguments:
+    """The Trainer's arguments for a few steps that write and show nothing."""
+    return TrainingArguments(
+        folder,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        **options,
+    )
 
 
 # Output -----------------------------------------------------------------------------------------

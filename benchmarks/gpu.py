@@ -33,6 +33,7 @@ from common import (
     positive,
     provenance,
     save_json,
+    short_training,
     show,
     tag,
     take_turns,
@@ -44,7 +45,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     PreTrainedModel,
-    TrainingArguments,
     set_seed,
 )
 
@@ -119,16 +119,12 @@ def examples(count: int) -> datasets.Dataset:
 def fitted(guide: guides.Guide, device: torch.device, **options: Any) -> pyrolora.Posterior:
     """A short fit on the device."""
     with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
+        args = short_training(
             folder,
+            device,
             max_steps=6,
             per_device_train_batch_size=8,
-            learning_rate=1e-2,
-            report_to="none",
-            save_strategy="no",
             logging_steps=6,
-            disable_tqdm=True,
-            use_cpu=device.type == "cpu",
             seed=1,
             **options,
         )

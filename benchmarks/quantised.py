@@ -22,9 +22,9 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from common import RESULTS, markdown, provenance, save_json, show
+from common import RESULTS, markdown, provenance, save_json, short_training, show
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pyrolora
 from pyrolora import AdapterConfig, guides
@@ -107,15 +107,8 @@ def row(folder: str, how: Callable[[], Any], guide: guides.Guide) -> dict[str, s
     config = AdapterConfig(r=2, target_modules="all-linear")
 
     def fit() -> bool:
-        arguments = TrainingArguments(
-            scratch,
-            max_steps=8,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-            use_cpu=True,
+        arguments = short_training(
+            scratch, torch.device("cpu"), max_steps=8, per_device_train_batch_size=4
         )
         base = network(folder, how())
         made.append(pyrolora.fit(base, ROWS, guide, adapter=config, training=arguments))
