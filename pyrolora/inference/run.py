@@ -31,6 +31,7 @@ from pyrolora.inference.ranks import AllocateRanks
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
+from pyrolora.inference.widths import ChooseWidth
 from pyrolora.model import JointModel, evaluating
 from pyrolora.progress import progress, shows_bars, silenced
 from pyrolora.seeding import give_way
@@ -57,6 +58,8 @@ class Run:
         without such data.
     held_out
         The evaluation data, or None.
+    held_back
+        The training examples that the fit does not learn from, or None.
     posterior
         Makes a posterior of a joint model, for an error to carry.
     history
@@ -71,6 +74,7 @@ class Run:
     callbacks: Sequence[TrainerCallback]
     score: Score | None
     held_out: Prepared | None
+    held_back: Prepared | None
     posterior: Callable[[JointModel, Guide], Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     _scored: bool = False
@@ -231,6 +235,8 @@ class Run:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
             trainer.add_callback(SettleScales(joint, guide, self.data))
+        if self.held_back is not None and joint.program.previous is None:
+            trainer.add_callback(ChooseWidth(joint, self.held_back))
         asked: Any = args.resume_from_checkpoint or None
         starts = starting_factors(joint)
         if args.save_strategy != "no" and args.should_save:
