@@ -20,7 +20,7 @@ from pyrolora.adapters.adapted_linear import (
     sum_with_product,
     traced_update,
 )
-from pyrolora.adapters.compiled import shown, uncompiled
+from pyrolora.adapters.compiled import Shown, shown, uncompiled
 from pyrolora.adapters.other_kinds import folded, is_other, looked_up, rows_of
 from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
 from pyrolora.errors import BindingError
@@ -146,9 +146,13 @@ def bind(binding: Binding | None) -> Iterator[None]:
 def _shown(binding: Binding) -> Iterator[None]:
     """Show a binding to compiled code, and note the layers that it called."""
     layers = [layer for layer in binding.factors if isinstance(layer, nn.Module)]
-    parts: dict[Any, Any] = {layer: binding.factors[layer] for layer in layers}
-    parts |= {slot: (heads, binding.blocks) for slot, heads in binding.heads.items()}
-    with shown(parts, binding.rows):
+    rows = torch.empty(binding.rows, 0, dtype=torch.float32)
+    parts = {slot: Shown(rows, (heads, binding.blocks)) for slot, heads in binding.heads.items()}
+    for layer in layers:
+        factors = binding.factors[layer]
+        several = factors.A.dim() == 3 or factors.sB.dim() == 3
+        parts[layer] = Shown(rows, several=factors) if several else Shown(rows, factors)
+    with shown(parts):
         try:
             yield
         finally:

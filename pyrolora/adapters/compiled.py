@@ -42,25 +42,35 @@ class Shown:
     """A part of a binding, as an attribute of the layer or head that it is for.
 
     The compiler turns the tensors in it to inputs of the code that it makes, which serves the next
-    binding, too. ``rows`` has as many rows as the pass: a number would be a constant of the code.
+    binding, too.
+
+    Attributes
+    ----------
+    bound
+        The factors of one setting, or the heads and the sizes of their blocks.
+    several
+        The factors of several draws, instead. Under one name, tensors with and without a dimension
+        of draws would make the compiler take none of their sizes for constant.
+    rows
+        A tensor with as many rows as the pass: a number would be a constant of the code.
     """
 
-    bound: Any
     rows: Tensor
+    bound: Any = None
+    several: Any = None
 
 
 @contextmanager
-def shown(parts: Mapping[Any, Any], rows: int) -> Iterator[None]:
+def shown(parts: Mapping[Any, Shown]) -> Iterator[None]:
     """Have compiled code see ``parts``, wrapper -> what is bound to it, in the block.
 
     One thread at a time does: the attributes are the network's.
     """
-    tensor = torch.empty(rows, 0, dtype=torch.float32)
     with _lock:
         before = {wrapper: wrapper.shown for wrapper in parts}
         try:
-            for wrapper, bound in parts.items():
-                wrapper.shown = Shown(bound, tensor)
+            for wrapper, part in parts.items():
+                wrapper.shown = part
             yield
         finally:
             for wrapper, value in before.items():

@@ -26,7 +26,7 @@ class AdapterLayer(Wrapper):
         (x,) = (*args, *kwargs.values())  # by name it is ``input`` in torch, ``x`` in ``Conv1D``
         if torch.compiler.is_compiling():
             shown = self.shown
-            factors = None if shown is None else shown.bound
+            factors = None if shown is None else shown.bound or shown.several
             rows = 1 if shown is None else len(shown.rows)
             if shown is not None:
                 self.called = True
