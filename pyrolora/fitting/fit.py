@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
+from pyrolora.adapters import bare, eagerly
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
@@ -28,6 +29,7 @@ from pyrolora.fitting.streams import fill_rows, read_stream
 from pyrolora.fitting.training import (
     check_evaluation,
     choose_best,
+    compiled_for,
     opened_arguments,
     settings_of,
 )
@@ -171,7 +173,7 @@ def fit(
     """
     given = model if isinstance(model, Posterior) else None
     request = Request(
-        model=model.base if isinstance(model, Posterior) else model,
+        model=model.base if isinstance(model, Posterior) else bare(model),
         data=data,
         guide=guide,
         eval_data=eval_data,
@@ -213,7 +215,8 @@ def fit_request(request: Request) -> Posterior:
             joint = build(request.options)
             if request.options.reads_inputs:
                 check_recordable(joint)
-            origin.ready(joint, data, held_out, args)
+            with eagerly(joint.base):
+                origin.ready(joint, data, held_out, args)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts
             )
@@ -234,7 +237,8 @@ def fit_request(request: Request) -> Posterior:
                 held_back,
                 posterior_of,
             )
-            posterior = _inferred(run, request)
+            with compiled_for(joint.base, args):
+                posterior = _inferred(run, request)
             if held_back is not None:
                 _calibrate(posterior, held_back, args)
         _keep_digest(posterior, data)
@@ -328,7 +332,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
     posterior.history = run.history
     try:
         run.guide.infer(run)
-        check_usable(run.joint, run.guide, run.data, run.args.seed)
+        with eagerly(run.joint.base):
+            check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
     except (NonFiniteError, SaveError) as error:
         if error.posterior is not None:

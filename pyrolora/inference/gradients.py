@@ -44,7 +44,7 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
     layers = joint.attachment.layers
     weights = {name: frozen_weight(name, layer.base_layer) for name, layer in layers.items()}
     device = next(iter(weights.values())).device
-    bare = replace(joint.binding(joint.program.bank.means()), factors={})
+    bare = replace(joint.binding(joint.program.bank.means()), factors={}, eager=True)
     with (
         evaluating(joint),
         _trained([*weights.values()]),
