@@ -16,7 +16,10 @@ from pyrolora.checks import positive, whole_number
 from pyrolora.errors import ConfigError
 
 OURS = "pyrolora evaluates the predictive mean itself, and makes no use of it"
-SPREAD = "several processes train with torchrun, each with the whole network"
+SPREAD = (
+    "several processes train with torchrun, and fsdp=True shares the frozen network's weights out "
+    "over them; what is trained is small, and whole in each"
+)
 UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the likelihood is that of the labels as they are"),
     "neftune_noise_alpha": (None, "noise on the weights is the guide 'flat'"),
@@ -35,7 +38,6 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "label_names": (None, "the labels are the column 'labels'"),
     "optim_target_modules": (None, "it is for optimisers of whole weight matrices, such as GaLore"),
     "deepspeed": (None, SPREAD),
-    "fsdp": (None, SPREAD),
     "parallelism_config": (None, SPREAD),
     "push_to_hub": (False, "upload the fit with posterior.push_to_hub(...)"),
 }
