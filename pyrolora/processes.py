@@ -167,6 +167,13 @@ def alone() -> Iterator[None]:
         _OPEN.reset(token)
 
 
+def launched() -> int:
+    """Return the number of processes that the launcher has started, or that have found together."""
+    if distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_world_size())
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def processes() -> int:
     """Return the number of processes that take part in what this thread does."""
     group = _OPEN.get()
@@ -175,14 +182,10 @@ def processes() -> int:
 
 def _group_of_run() -> Any:
     """Return the group that carries objects between all processes; None for one process."""
-    if not distributed.is_available():
+    if not distributed.is_available() or launched() == 1:
         return None
     if not distributed.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return None
-        PartialState()  # as the Trainer does it
-    if distributed.get_world_size() == 1:
-        return None
+        PartialState(cpu=not torch.accelerator.is_available())  # as the Trainer does it
     whole = distributed.group.WORLD
     if whole not in _groups:
         _groups.clear()

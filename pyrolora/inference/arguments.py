@@ -14,6 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from pyrolora import defaults
 from pyrolora.checks import positive, whole_number
 from pyrolora.errors import ConfigError
+from pyrolora.processes import launched
 
 OURS = "pyrolora evaluates the predictive mean itself, and makes no use of it"
 SPREAD = (
@@ -94,6 +95,8 @@ def training_arguments(
         "disable_tqdm": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        # Processes without an accelerator train together only if they are told that there is none.
+        "use_cpu": launched() > 1 and not torch.accelerator.is_available(),
         "ddp_find_unused_parameters": False,  # every trained tensor is used in every step
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }

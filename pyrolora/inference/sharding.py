@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from pyrolora.errors import ConfigError, listed
 from pyrolora.model import JointModel
-from pyrolora.processes import all_processes, is_sharded
+from pyrolora.processes import all_processes, is_sharded, launched
 
 LAUNCHED = "ACCELERATE_USE_FSDP"
 """The variable by which ``accelerate launch --use_fsdp`` asks for FSDP."""
@@ -67,11 +67,18 @@ def sharding_asked(args: TrainingArguments) -> Iterator[Sharding | None]:
     Raises
     ------
     ConfigError
-        For FSDP in one process, FSDP1, and options that would have no effect.
+        For FSDP in one process, FSDP1, options that would have no effect, and processes that do
+        not train together.
     """
     _check_launcher()
-    launched = os.environ.get(LAUNCHED, "false").lower() == "true"
-    if not args.fsdp and not launched:
+    if launched() > 1 and args.world_size == 1:
+        raise ConfigError(
+            f"{launched()} processes run, and the Trainer knows of one, so that each would make "
+            "the same fit in the same folder; set use_cpu=True in the TrainingArguments, without "
+            "which processes on CPUs do not train together, or start one process"
+        )
+    by_launcher = os.environ.get(LAUNCHED, "false").lower() == "true"
+    if not args.fsdp and not by_launcher:
         yield None
         return
     asked = _from_config(args.fsdp_config or {}) if args.fsdp else _from_launcher()
@@ -86,7 +93,7 @@ def sharding_asked(args: TrainingArguments) -> Iterator[Sharding | None]:
         with all_processes():
             yield asked
     finally:
-        if launched:
+        if by_launcher:
             os.environ[LAUNCHED] = "true"
 
 
