@@ -171,7 +171,8 @@ def launched() -> int:
     """Return the number of processes that the launcher has started, or that have found together."""
     if distributed.is_available() and distributed.is_initialized():
         return int(distributed.get_world_size())
-    return int(os.environ.get("WORLD_SIZE", 1))
+    # Schedulers of machines set the first as well, with another meaning.
+    return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
 def processes() -> int:
@@ -214,11 +215,12 @@ def _exchanged(group: Any, value: Any) -> list[Any]:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """Return the error, or its text where it cannot be sent."""
+    """Return the error without what it carries beside its text, or as text if it cannot be sent."""
     if error is None:
         return None
     try:
-        pickle.loads(pickle.dumps(error))  # of this process
+        plain = type(error)(*error.args)
+        pickle.loads(pickle.dumps(plain))  # of this process
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    return plain

@@ -112,6 +112,11 @@ def shard(joint: JointModel, sharding: Sharding, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     network = joint.base
+    if not joint.program.bank.specs:
+        raise ConfigError(
+            "FSDP shares the weights of a frozen network out, and the guide trains them all; "
+            "choose a guide with adapters, or leave fsdp out"
+        )
     if is_sharded(network):
         return
     blocks = _blocks(network, sharding)
