@@ -108,7 +108,7 @@ def shard(joint: JointModel, sharding: Sharding, device: torch.device) -> None:
     ConfigError
         When no module is of the classes that are named, or the network itself is trained.
     """
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     network = joint.base
@@ -122,7 +122,9 @@ def shard(joint: JointModel, sharding: Sharding, device: torch.device) -> None:
     blocks = _blocks(network, sharding)
     heads = joint.attachment.heads.values()
     kept = {parameter for head in heads for parameter in head.parameters()}
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    # A group of its own: in that of DistributedDataParallel, whose reductions begin when gradients
+    # are ready, the order of the two could differ between processes.
+    mesh = DeviceMesh.from_group(torch.distributed.new_group(), device.type)
     for module in (*blocks, network):
         fully_shard(module, mesh=mesh, reshard_after_forward=sharding.reshard, ignored_params=kept)
         # transformers and a saved posterior know networks by the names of their classes.

@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
         [sys.executable, *command, processes.__file__, str(made)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     assert done.returncode == 0, done.stderr[-3000:]
