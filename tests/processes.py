@@ -127,16 +127,16 @@ def noise(folder: Path, processes: int) -> dict[str, Any]:
     return {"noise": noisy(folder), "noise again": noisy(folder)}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, longer: bool = False) -> None:
     """Make everything in a process of several, and write what each part came to."""
     torch.set_num_threads(1)
     rank, processes = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
     parts = {"fits": fits, "noise": noise, **together.PARTS}  # the last one breaks the group
-    for name, part in parts.items():
+    for name, part in (together.LONGER if longer else parts).items():
         found = together.as_json(part(folder / name, processes))
         (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()  # else its threads may abort the exit
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), longer="longer" in sys.argv)

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problems import Rows, arguments, bert, llama, mlp, tokens
+from problems import (
+    Rows,
+    arguments,
+    bert,
+    llama,
+    mlp,
+    summaries,
+    t5,
+    tokens,
+    writer_tokenizer,
+)
 from torch import Tensor
 
 import pyrolora
@@ -166,6 +176,82 @@ def local(network: Any) -> list[Any]:
     return [p for p in network.parameters() if hasattr(p, "to_local")]
 
 
+def guides(folder: Path, processes: int) -> dict[str, Any]:
+    """Fit every guide with adapters to a whole network and to a sharded one."""
+    short = {"nuts": CHAINS, "ensemble": Ensemble(members=2, side_by_side=True)}
+    found = {}
+    for name in sorted({*pyrolora.guides.available()} - {"full"}):
+        each = []
+        for more in ({}, FSDP):
+            posterior = fitted(folder / name, short.get(name, name), processes, **more)
+            with pyrolora.all_processes():
+                each.append({**numbers(posterior), **read(posterior)})
+        found[name] = as_json(each)
+    return found
+
+
+def networks(folder: Path, processes: int) -> dict[str, Any]:
+    """Fit and use networks of several kinds, whole and sharded."""
+    found = {}
+    for name, use in USES.items():
+        found[name] = as_json([use(folder / name, processes, more) for more in ({}, FSDP)])
+    return found
+
+
+def trained(folder: Path, network: Any, data: Any, guide: Any, more: Any, **options: Any) -> Any:
+    """Make two steps."""
+    steps: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 4}
+    reader, adapter = options.pop("tokenizer", None), options.pop("adapter", {})
+    training = arguments(folder, logging_strategy="no", **steps, **options, **more)
+    adapter = AdapterConfig(r=2, **adapter)
+    return pyrolora.fit(network, data, guide, tokenizer=reader, adapter=adapter, training=training)
+
+
+def continued(folder: Path, processes: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Go on from a posterior, by another guide and with other data."""
+    point = trained(folder, bert(), tokens(16), "map", more)
+    training = arguments(folder, max_steps=2, **more)
+    spread = pyrolora.fit(point, tokens(16), "laplace", training=training)
+    first = trained(folder, point.base, tokens(16), "meanfield", more)
+    second = pyrolora.fit(first.base, tokens(16, seed=3), prior=first, training=training)
+    return {"spread": spread.model.own_state(), "second": second.model.own_state()}
+
+
+def decoder(folder: Path, processes: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Have a language model with its last layer adapted write and choose words."""
+    data = tokens(8).remove_columns("labels")
+    target = {"target_modules": ["q_proj", "lm_head"]}
+    posterior = trained(folder, llama(), data, "meanfield", more, adapter=target)
+    sampled = {"do_sample": True, "num_beams": 2, "seed": 1}
+    with pyrolora.all_processes():
+        texts = [
+            posterior.generate([[4, 5, 6], [7, 8]], draws=[0, 1], max_new_tokens=4, **options)
+            for options in ({}, sampled)
+        ]
+    return {"ids": [text.sequences for text in texts], "scores": texts[0].log_likelihood}
+
+
+def encoder_decoder(folder: Path, processes: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Have an encoder-decoder write, whose encoder is called by itself."""
+    words = writer_tokenizer()
+    posterior = trained(folder, t5(), summaries(8), "meanfield", more, tokenizer=words)
+    with pyrolora.all_processes():
+        texts = posterior.generate(["a good film", "the bad book"], draws=[0, 1], max_new_tokens=3)
+    return {"ids": texts.sequences, "scores": texts.log_likelihood}
+
+
+def checkpointed(folder: Path, processes: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Train in bfloat16 with activation checkpointing, from a start by gradients."""
+    begun = {"init_lora_weights": "lora-ga"}
+    options: dict[str, Any] = {"gradient_checkpointing": True, "bf16": True, "adapter": begun}
+    return trained(folder, bert(), tokens(16), "montec", more, **options).model.own_state()
+
+
+USES: dict[str, Callable[..., dict[str, Any]]] = {
+    use.__name__: use for use in (continued, decoder, encoder_decoder, checkpointed)
+}
+
+
 def counted(folder: Path, processes: int) -> dict[str, Any]:
     """Count the passes of predictions, and the draws that write in one pass."""
     posterior = pyrolora.fit(
@@ -231,6 +317,7 @@ def as_json(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
+LONGER: dict[str, Callable[[Path, int], dict[str, Any]]] = {"guides": guides, "networks": networks}
 PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     part.__name__: part for part in (members, chains, shared, written, counted, sharded, waited)
 }

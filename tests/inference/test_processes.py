@@ -24,10 +24,14 @@ import pyrolora
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What two processes have written."""
-    made = tmp_path_factory.mktemp("two")
+    return run(tmp_path_factory.mktemp("two"))
+
+
+def run(made: Path, *options: str) -> Path:
+    """Have two processes write to a folder."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [sys.executable, *command, processes.__file__, str(made)],
+        [sys.executable, *command, processes.__file__, str(made), *options],
         capture_output=True,
         text=True,
         timeout=600,
@@ -179,3 +183,13 @@ def test_one_process_reads_what_a_sharded_fit_has_saved(folder, sharded):
     merged = posterior.merge()(**together.inputs(tokens(10, seed=1))).logits.softmax(-1)
     torch.testing.assert_close(merged, torch.tensor(sharded["sharded"]["mean"])[0])
     assert (folder / "sharded" / "saved" / "peft" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_every_guide_and_kind_of_network_is_the_same_when_sharded(tmp_path):
+    made = run(tmp_path, "longer")
+    for name, expected in (("guides", 11), ("networks", 4)):
+        found = alike(made, name)
+        assert len(found) == expected
+        for kind, (whole, sharded) in found.items():
+            assert sharded == whole, kind
