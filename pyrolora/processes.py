@@ -73,6 +73,7 @@ def all_processes(timeout: float = PATIENCE) -> Iterator[None]:
         yield
     finally:
         _OPEN.reset(token)
+    _exchanged(group, "the end of the block")  # after an error nobody waits for the others
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -119,7 +120,8 @@ def shared_out(
         results = work(items[rank::count])
     except Exception as raised:  # the others wait for this process, whatever happened
         error = raised
-    answers = _exchanged(group, ((list(items), subject), results, _portable(error)))
+    mine = (list(items), subject), results, _portable(error)
+    answers = _exchanged(group, "work to share out", mine)
     if error is not None:
         raise error
     for number, (_, _, other) in enumerate(answers):
@@ -142,7 +144,7 @@ def share_generators(device: torch.device) -> None:
     states: list[Any] = [torch.get_rng_state(), None]
     if device.type == "cuda":
         states[1] = torch.cuda.get_rng_state(device)
-    states = _exchanged(group, states)[0]
+    states = _exchanged(group, "draws without a seed", states)[0]
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)
@@ -207,11 +209,18 @@ def _meet(group: Any, timeout: float) -> None:
         ) from error
 
 
-def _exchanged(group: Any, value: Any) -> list[Any]:
-    """Return the values of all processes, in their order."""
+def _exchanged(group: Any, what: str, value: Any = None) -> list[Any]:
+    """Return the values of all processes, in their order, which have to be at the same place."""
     answers: list[Any] = [None] * group.size()
-    distributed.all_gather_object(answers, value, group=group)
-    return answers
+    distributed.all_gather_object(answers, (what, value), group=group)
+    places = [place for place, _ in answers]
+    if len({*places}) > 1:
+        raise ConfigError(
+            "the processes of all_processes() make different calls: "
+            f"{', '.join(f'process {i} is at {place}' for i, place in enumerate(places))}; make "
+            "the same calls in each, in the same order"
+        )
+    return [answer for _, answer in answers]
 
 
 def _portable(error: Exception | None) -> Exception | None:

@@ -124,6 +124,7 @@ def refusals(posterior: Any) -> dict[str, str]:
     broken = dataclasses.replace(prepared, examples=Spoiled(prepared.examples))
     factors = draw_factors(posterior.model, 2, seed=0)
     calls: dict[str, Callable[[], Any]] = {
+        "one seed": lambda: posterior.predict(tokens(4), 2, seed=rank or None),
         "draws": lambda: posterior.predict(tokens(4), 2, seed=rank, batch_size=2),
         "data": lambda: posterior.predict(tokens(4 + 4 * rank), 2, seed=0, batch_size=2),
         "one fails": lambda: predict(posterior.model, broken, factors, batch_size=2),
@@ -132,7 +133,15 @@ def refusals(posterior: Any) -> dict[str, str]:
     for name, call in calls.items():
         with pyrolora.all_processes():
             found[name] = error_of(call)
+    found["one call"] = error_of(lambda: called_by_the_first(posterior))
     return found
+
+
+def called_by_the_first(posterior: Any) -> None:
+    """Have one process predict in a block that the other one leaves."""
+    with pyrolora.all_processes():
+        if torch.distributed.get_rank() == 0:
+            posterior.predict(tokens(4), 2, seed=0)
 
 
 class Spoiled(Rows):

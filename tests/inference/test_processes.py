@@ -128,6 +128,17 @@ def test_calls_that_differ_are_refused_by_both(folder, what):
     assert "asked for different things" in alike(folder, "shared")["refused"][what]
 
 
+@pytest.mark.parametrize(
+    ("what", "places"),
+    [
+        ("one call", "process 0 is at work to share out, process 1 is at the end of the block"),
+        ("one seed", "process 0 is at draws without a seed, process 1 is at work to share out"),
+    ],
+)
+def test_processes_at_different_places_do_not_wait_for_ever(folder, what, places):
+    assert places in alike(folder, "shared")["refused"][what]
+
+
 def test_an_error_of_one_process_is_that_of_all(folder):
     assert alike(folder, "shared")["refused"]["one fails"] == "DataError: example 3 cannot be read"
 
