@@ -38,11 +38,13 @@ from pyrolora.guides import Guide
 from pyrolora.inference import Run
 from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
+from pyrolora.inference.sharding import shard, sharding_asked
 from pyrolora.inference.widths import program_of
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
 from pyrolora.predictive.calibration import calibrated
+from pyrolora.processes import all_processes
 from pyrolora.seeding import fitting
 from pyrolora.storage import describe_base
 from pyrolora.tasks import Task, choice_task
@@ -203,7 +205,7 @@ def fit_request(request: Request) -> Posterior:
     request.check()
     request = read_stream(request).loaded()
     _warn_of_temperature(request)
-    with opened_arguments(request) as args:
+    with opened_arguments(request) as args, sharding_asked(args) as sharding:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
@@ -220,6 +222,8 @@ def fit_request(request: Request) -> Posterior:
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts
             )
+            if sharding is not None:
+                shard(joint, sharding, args.device)
             posterior_of = partial(
                 Posterior, tokenizer=origin.tokenizer, settings=settings_of(args), identity=identity
             )
@@ -363,7 +367,9 @@ def _score(
 ) -> dict[str, float]:
     """Return the metrics of draws, always of the same seed, so that epochs compare."""
     factors = draw_factors(joint, num_samples, seed=args.seed)
-    return evaluate(predict(joint, data, factors, batch_size=args.per_device_eval_batch_size))
+    with all_processes():
+        prediction = predict(joint, data, factors, batch_size=args.per_device_eval_batch_size)
+    return evaluate(prediction)
 
 
 def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> None:
