@@ -139,6 +139,10 @@ EVAL_SAMPLES = 4
 PREDICT_ROWS = 128
 PREDICT_TOKENS = 16384
 PREDICT_TOKENS_CPU = 1024
+# Draws of the factors that are held at a time; more are drawn anew for every batch. 32 draws of 2.4
+# million entries fit whole (SmolLM2-135M at rank 8), and six of LLaMA-7B's 40 million at rank 16,
+# beside its 13 GB: docs/costs.md#memory
+DRAWN_BYTES = 2**30
 # Texts that are written side by side: 25 posteriors of 8 draws. A step has a token per row, so that
 # it is faster with many of them; their keys and values are the bound.
 WRITE_ROWS = 256

@@ -4,7 +4,7 @@ from pyrolora.adapters.allocation import moved, pruned
 from pyrolora.adapters.bank import AdapterBank
 from pyrolora.adapters.binding import Binding, Factors, SharedPassError, bind, current_binding
 from pyrolora.adapters.config import AdapterConfig, RankAllocation
-from pyrolora.adapters.factors import FlatFactors
+from pyrolora.adapters.factors import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, explained_kernels, plain_copy, unwrap
 from pyrolora.adapters.kernels import layers_called
@@ -24,12 +24,14 @@ __all__ = [
     "AdapterBank",
     "AdapterConfig",
     "AdapterLayer",
+    "AnyFactors",
     "Attachment",
     "Binding",
     "Block",
     "Factors",
     "FlatFactors",
     "HeadSlot",
+    "LaterFactors",
     "LayerSpec",
     "Layout",
     "Portion",

@@ -25,7 +25,8 @@ def check_usable(joint: JointModel, guide: Guide, data: Prepared, seed: int) -> 
     if broken:
         raise NonFiniteError(_message(guide, f"not finite in {listed(broken)}"))
     factors = draw_factors(joint, DRAWS, seed)
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+    drawn = [factors[number] for number in range(DRAWS)]
+    if not all(one.A.isfinite().all() and one.B.isfinite().all() for one in drawn):
         raise NonFiniteError(_message(guide, "finite, and the adapters drawn from it are not"))
     examples = [data.examples[i] for i in range(min(2, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.checks import positive, whole_number
 from pyrolora.columns import Batch
 from pyrolora.data import Prepared
@@ -121,7 +121,7 @@ def warn_untempered(target: str, temperature: float) -> None:
 
 @torch.no_grad()
 def calibrated(
-    joint: JointModel, data: Prepared, factors: FlatFactors, *, batch_size: int
+    joint: JointModel, data: Prepared, factors: AnyFactors, *, batch_size: int
 ) -> Calibration:
     """Return the T that minimises −Σ_i log mean_s p_T(y_i | draw s), with p_T of `Task.at`.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, LaterFactors
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive.continuations import Writer, tempered_network
@@ -34,7 +34,7 @@ from pyrolora.progress import progress
 def generate(
     joint: JointModel,
     inputs: Any,
-    factors: FlatFactors,
+    factors: AnyFactors,
     processor: Any = None,
     *,
     numbers: Sequence[int] | None = None,
@@ -90,11 +90,14 @@ def generate(
         per_pass = 1 if mixes_rows(joint, settings) else max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
         draws_at_once = max(1, per_pass // prompts_at_once)
+        if isinstance(factors, LaterFactors):
+            draws_at_once = min(draws_at_once, factors.at_once)
         for start in range(0, len(prompts), prompts_at_once):
             some = prompts[start : start + prompts_at_once]
             beside = {name: v[start : start + len(some)] for name, v in others.items()}
             for first in range(0, draws or 1, draws_at_once):
-                chosen = factors if draws is None else factors[first : first + draws_at_once]
+                last = first + draws_at_once
+                chosen = factors if factors.draws is None else factors[first:last]
                 for i, continuations in enumerate(writer.write(some, beside, chosen)):
                     written[start + i] += continuations
     ends = end_ids(settings)
