@@ -92,6 +92,15 @@ ALLOCATION_EXAMPLES = 256
 # from more entries.
 ALLOCATION_DRAWS = 16
 
+# Gradients of weights that a start from gradients holds at a time: one backward pass for
+# BERT-large, 13 for LLaMA-7B in 16 bits, whose gradients take as much as it does.
+GRADIENT_BYTES = 2**30
+# Laplace: the sums of KFAC that are held at a time, and the eigenvectors that are kept. BERT-base
+# with adapters on all linear layers has 1.2 GB of each, which are kept whole; LLaMA-7B has 70,
+# summed over some layers at a time, and keeps some 200 eigenvectors per block (Yang et al. 2024:
+# 10).
+CURVATURE_BYTES = 2**31
+
 # Deep ensembles: most of the gain is there with five members (Lakshminarayanan et al. 2017).
 MEMBERS = 5
 

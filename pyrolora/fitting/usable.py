@@ -21,7 +21,7 @@ def check_usable(joint: JointModel, guide: Guide, data: Prepared, seed: int) -> 
 
     Two of its draws run on two of the training examples; the process's random numbers stay.
     """
-    broken = [name for name, tensor in joint.own_state().items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in joint.own_tensors() if not tensor.isfinite().all()]
     if broken:
         raise NonFiniteError(_message(guide, f"not finite in {listed(broken)}"))
     factors = draw_factors(joint, DRAWS, seed)

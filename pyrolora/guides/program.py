@@ -213,6 +213,9 @@ class Program(ParamModule, ABC):
             parameter.copy_(torch.where(entries, start.to(parameter), parameter))
         return renewed
 
+    def reserve(self) -> None:
+        """Make room for the tensors that are inferred after training, such as stored draws."""
+
     # Earlier fits -------------------------------------------------------------------------------
 
     def recentre(self) -> None:
@@ -356,6 +359,13 @@ class Program(ParamModule, ABC):
             pyro.plate("draws", num_samples, dim=-2),
         ):
             return poutine.trace(part or self.guide).get_trace()
+
+
+def picked(stored: Tensor, index: Tensor) -> Tensor:
+    """Return the stored draws with these numbers; zeros before there are any."""
+    if len(stored):
+        return stored[index]
+    return stored.new_zeros(*index.shape, *stored.shape[1:])
 
 
 def site_values(trace: Trace) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def nuts(
         with poutine.scale(scale=1 / beta):
             return joint(batch, kl_weight=beta)
 
-    samples: list[dict[str, Tensor]] = []
+    samples: dict[str, Tensor] = {}
     diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
     joint.requires_grad_(False)
     try:
@@ -78,14 +78,15 @@ def nuts(
                 )
                 with _loggers_kept():
                     run.run()
-                samples.append(run.get_samples())
+                for name, drawn in run.get_samples().items():
+                    if chain == 0:
+                        samples[name] = drawn.new_empty(chains, *drawn.shape)
+                    samples[name][chain] = drawn.detach()
                 diverging[chain, run.diagnostics()["divergences"]["chain 0"]] = True
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    return {
-        name: torch.stack([c[name] for c in samples]).detach() for name in samples[0]
-    }, diverging
+    return samples, diverging
 
 
 @contextmanager
