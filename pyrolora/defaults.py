@@ -105,6 +105,15 @@ ALLOCATION_EXAMPLES = 256
 # from more entries.
 ALLOCATION_DRAWS = 16
 
+# Gradients of weights that a start from gradients holds at a time: one backward pass for
+# BERT-large, 13 for LLaMA-7B in 16 bits, whose gradients take as much as it does.
+GRADIENT_BYTES = 2**30
+# Laplace: the sums of KFAC that are held at a time, and the eigenvectors that are kept. BERT-base
+# with adapters on all linear layers has 1.2 GB of each, which are kept whole; LLaMA-7B has 70,
+# summed over some layers at a time, and keeps some 200 eigenvectors per block (Yang et al. 2024:
+# 10).
+CURVATURE_BYTES = 2**31
+
 # Deep ensembles: most of the gain is there with five members (Lakshminarayanan et al. 2017).
 MEMBERS = 5
 
@@ -152,6 +161,10 @@ EVAL_SAMPLES = 4
 PREDICT_ROWS = 128
 PREDICT_TOKENS = 16384
 PREDICT_TOKENS_CPU = 1024
+# Draws of the factors that are held at a time; more are drawn anew for every batch. 32 draws of 2.4
+# million entries fit whole (SmolLM2-135M at rank 8), and six of LLaMA-7B's 40 million at rank 16,
+# beside its 13 GB: docs/costs.md#memory
+DRAWN_BYTES = 2**30
 # Texts that are written side by side: 25 posteriors of 8 draws. A step has a token per row, so that
 # it is faster with many of them; their keys and values are the bound.
 WRITE_ROWS = 256

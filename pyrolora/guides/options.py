@@ -58,7 +58,9 @@ class Guide(ABC):
         No such tensor is allocated.
         """
         with torch.device("meta"):
-            state = self.build(AdapterBank(specs, config)).state_dict()
+            program = self.build(AdapterBank(specs, config))
+            program.reserve()
+            state = program.state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def infer(self, fit: Fit) -> None:

@@ -20,7 +20,7 @@ from pyrolora.data.prepared import Prepared
 from pyrolora.errors import NonFiniteError, SaveError
 from pyrolora.guides import Guide, Latent, Program
 from pyrolora.inference.checkpoints import check_room, checkpoint_to_resume
-from pyrolora.inference.curvature import Kronecker, kfac
+from pyrolora.inference.curvature import Kronecker, kfac, portions
 from pyrolora.inference.dual import Dual, check_size
 from pyrolora.inference.evidence import best_precision
 from pyrolora.inference.identity import describe_fit
@@ -197,9 +197,10 @@ class Run:
                 count += joint.task.count(batch[LABELS])
         return total / (count * draws)
 
-    def kfac(self) -> dict[str, Kronecker]:
-        """Return block name -> Kronecker factors of the curvature at the means of `joint`."""
-        return kfac(self.joint, self._batches("curvature"))
+    def kfac(self) -> Iterator[dict[str, Kronecker]]:
+        """Yield block name -> Kronecker factors of the curvature at the means of `joint`."""
+        for names in portions(self.program.bank.specs.values()):
+            yield kfac(self.joint, self._batches("curvature"), names)
 
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.checks import positive, whole_number
 from pyrolora.columns import Batch
 from pyrolora.data import Prepared
@@ -123,7 +123,7 @@ def warn_untempered(target: str, temperature: float) -> None:
 def calibrated(
     joint: JointModel,
     data: Prepared,
-    factors: FlatFactors,
+    factors: AnyFactors,
     *,
     batch_size: int,
     prior: float = math.inf,

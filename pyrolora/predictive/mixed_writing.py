@@ -141,7 +141,7 @@ def _pass(
         if shared and not mixture.possible(batch):
             raise SharedPassError("rows of several draws cannot share a pass through this network")
         index = mixture.numbers().to(batch["input_ids"].device)
-        binding = mixture.binding() if shared else carrier.binding(mixture.shares[0].factors)
+        binding = mixture.binding() if shared else carrier.binding(mixture.shares[0].whole)
         with _tempered(mixture, asked) as newest, carrier.bound(binding):
             try:
                 rows = base.generate(
