@@ -169,7 +169,7 @@ def layers(posterior):
 
 def test_arguments_that_torch_does_not_know_are_refused(steps):
     for options in ({"torch_compile_backend": "none such"}, {"torch_compile_mode": "fast"}):
-        with pytest.raises(ConfigError, match=f"{[*options][0]}=.*not known.*'"):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}=.*not known.*'"):
             fitted(network(), torch_compile=True, **options)
     assert not steps
 

@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -170,11 +170,17 @@ def compiled_in_place(network: nn.Module, **options: Any) -> Iterator[None]:
         network._compiled_call_impl = None
 
 
-def eagerly(network: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which a network runs without its compiled code, if it has some."""
+@contextmanager
+def eagerly(network: nn.Module) -> Iterator[None]:
+    """Run a network without its compiled code, if it has some, in the block.
+
+    The switch is the process's, so that one thread at a time has it.
+    """
     if not is_compiled(network):
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    with _lock, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
