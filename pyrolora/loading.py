@@ -144,6 +144,7 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
     if description.prior is not None:
         joint.program.succeed(description.prior)
         joint.align()
+    joint.program.reserve()
     joint.check_own_state(saved.tensors.declared)
     joint.load_own_state(saved.state())
     _check_values(joint)

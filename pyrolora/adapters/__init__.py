@@ -12,7 +12,7 @@ from pyrolora.adapters.compiled import (
     is_compiled,
 )
 from pyrolora.adapters.config import AdapterConfig, RankAllocation
-from pyrolora.adapters.factors import FlatFactors
+from pyrolora.adapters.factors import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.adapters.initializers import Start, frozen_weight, start_of
 from pyrolora.adapters.inject import Attachment, attach, explained_kernels, plain_copy, unwrap
 from pyrolora.adapters.kernels import layers_called
@@ -32,12 +32,14 @@ __all__ = [
     "AdapterBank",
     "AdapterConfig",
     "AdapterLayer",
+    "AnyFactors",
     "Attachment",
     "Binding",
     "Block",
     "Factors",
     "FlatFactors",
     "HeadSlot",
+    "LaterFactors",
     "LayerSpec",
     "Layout",
     "Portion",

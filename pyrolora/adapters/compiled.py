@@ -60,6 +60,10 @@ class Shown:
     several: Any = None
 
 
+UNBOUND = Shown(torch.empty(1, 0))
+"""Of a wrapper that compiled code was shown a binding of, while it has none."""
+
+
 @contextmanager
 def shown(parts: Mapping[Any, Shown]) -> Iterator[None]:
     """Have compiled code see ``parts``, wrapper -> what is bound to it, in the block.
@@ -74,7 +78,7 @@ def shown(parts: Mapping[Any, Shown]) -> Iterator[None]:
             yield
         finally:
             for wrapper, value in before.items():
-                wrapper.shown = value
+                wrapper.shown = UNBOUND if value is None else value
 
 
 def bare(network: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
 from pyrolora.errors import ConfigError
+from pyrolora.processes import is_sharded, take_part
 
 
 def check_in_memory(network: nn.Module) -> None:
@@ -24,6 +26,7 @@ def check_in_memory(network: nn.Module) -> None:
                 f"the weight {name!r} is not in memory (it is on the meta device: offloaded, or "
                 f"never loaded); {remedy}"
             )
+    _check_not_in_parts(network)
     devices = {parameter.device for parameter in network.parameters()}
     spread = {str(place) for place in getattr(network, "hf_device_map", {}).values()}
     if len(devices) > 1 or len(spread) > 1:
@@ -32,6 +35,20 @@ def check_in_memory(network: nn.Module) -> None:
             f"the network is spread over {', '.join(places)}, and a fit would move it to one "
             f"device; {remedy}"
         )
+
+
+def _check_not_in_parts(network: nn.Module) -> None:
+    """Raise `ConfigError` for weights in parts, but those that a fit under FSDP2 made itself."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # it takes long to import
+    if tensors is None or (is_sharded(network) and take_part()):
+        return
+    for name, parameter in network.named_parameters():
+        if isinstance(parameter, tensors.DTensor):
+            raise ConfigError(
+                f"each process has a part of the weight {name!r}, by a tensor parallel plan or "
+                "FSDP; load the network whole in every process, without tp_plan, and have the fit "
+                "share it out, with TrainingArguments(fsdp=True)"
+            )
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -14,9 +14,13 @@ from transformers.integrations import get_reporting_integration_callbacks
 from pyrolora import defaults
 from pyrolora.checks import positive, whole_number
 from pyrolora.errors import ConfigError
+from pyrolora.processes import launched
 
 OURS = "pyrolora evaluates the predictive mean itself, and makes no use of it"
-SPREAD = "several processes train with torchrun, each with the whole network"
+SPREAD = (
+    "several processes train with torchrun, and fsdp=True shares the frozen network's weights out "
+    "over them; what is trained is small, and whole in each"
+)
 UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the likelihood is that of the labels as they are"),
     "neftune_noise_alpha": (None, "noise on the weights is the guide 'flat'"),
@@ -34,7 +38,6 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "label_names": (None, "the labels are the column 'labels'"),
     "optim_target_modules": (None, "it is for optimisers of whole weight matrices, such as GaLore"),
     "deepspeed": (None, SPREAD),
-    "fsdp": (None, SPREAD),
     "parallelism_config": (None, SPREAD),
     "push_to_hub": (False, "upload the fit with posterior.push_to_hub(...)"),
 }
@@ -91,6 +94,8 @@ def training_arguments(
         "disable_tqdm": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        # Processes without an accelerator train together only if they are told that there is none.
+        "use_cpu": launched() > 1 and not torch.accelerator.is_available(),
         "ddp_find_unused_parameters": False,  # every trained tensor is used in every step
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }

@@ -37,6 +37,7 @@ from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
 from pyrolora.model.modes import evaluating, running_statistics
+from pyrolora.processes import is_sharded, take_part
 from pyrolora.seeding import DRAWING
 from pyrolora.tasks import Task
 
@@ -114,6 +115,11 @@ class AdaptedNetwork(nn.Module):
         other = copy.copy(self)
         other._modules = {**self._modules, "task": task}
         return other
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the network's weights, as under FSDP2."""
+        return is_sharded(self.base)
 
     # Draws ---------------------------------------------------------------------------------------
 
@@ -227,6 +233,12 @@ class AdaptedNetwork(nn.Module):
 
         ``rows`` are those of a pass that several draws share.
         """
+        if self.sharded and not take_part():
+            raise BindingError(
+                "each process has a part of this network's weights (FSDP2), so that every process "
+                "has to take part in each pass; open 'with pyrolora.all_processes():' in all of "
+                "them, or save the posterior and load it with the whole network"
+            )
         if not self.attachment.attached:
             raise BindingError(
                 "this posterior was detached from its network and cannot run it any more; "

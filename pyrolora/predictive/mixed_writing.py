@@ -141,7 +141,7 @@ def _pass(
         if shared and not mixture.possible(batch):
             raise SharedPassError("rows of several draws cannot share a pass through this network")
         index = mixture.numbers().to(batch["input_ids"].device)
-        binding = mixture.binding() if shared else carrier.binding(mixture.shares[0].factors)
+        binding = mixture.binding() if shared else carrier.binding(mixture.shares[0].whole)
         with _tempered(mixture, asked) as newest, carrier.bound(binding):
             try:
                 rows = base.generate(
@@ -167,7 +167,7 @@ def _greedy(settings: GenerationConfig, length: int, pad: int) -> GenerationConf
     made.do_sample = False
     made.max_new_tokens = length
     made.pad_token_id = pad
-    made.disable_compile = True  # the compiler cannot follow the binding
+    made.disable_compile = True  # whether it is, is for the caller to say
     made.return_dict_in_generate = False
     result: GenerationConfig = made
     return result

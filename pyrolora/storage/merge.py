@@ -34,9 +34,14 @@ def merged(joint: JointModel, factors: FlatFactors, *, dequantize: bool = False)
     Raises
     ------
     ConfigError
-        When a layer's weight is quantised, parametrised or offloaded, or when the network cannot
-        have output and input embeddings that differ.
+        When a layer's weight is quantised, parametrised, offloaded or sharded, or when the network
+        cannot have output and input embeddings that differ.
     """
+    if joint.sharded:
+        raise ConfigError(
+            "merging adds the adapter to the weights, and each process has a part of them (FSDP2); "
+            "save the posterior, load it in one process with the whole network, and merge there"
+        )
     bank = joint.program.bank
     matrices: Mapping[str, tuple[Tensor, Tensor]] = bank.matrices(factors)
     coded = quantised_modules(joint.base) if dequantize else []
