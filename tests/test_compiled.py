@@ -16,6 +16,7 @@ from torch import nn
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.adapters import AdapterLayer, HeadSlot, bind
+from pyrolora.adapters.compiled import UNBOUND
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MonteCLoRA
 
@@ -164,8 +165,8 @@ def test_the_trainer_s_arguments_compile_the_network_for_the_fit(plain):
 
 
 def bound(wrapper):
-    shown = wrapper.shown
-    return shown is not None and (shown.bound or shown.several) or getattr(wrapper, "called", False)
+    shown = wrapper.shown or UNBOUND
+    return shown.bound or shown.several or getattr(wrapper, "called", False)
 
 
 def layers(posterior):
