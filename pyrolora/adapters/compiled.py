@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -61,7 +61,7 @@ class Shown:
 
 
 UNBOUND = Shown(torch.empty(1, 0))
-"""Of a wrapper that compiled code was shown a binding of, while it has none."""
+"""Nothing, to a wrapper that was shown a part of a binding before."""
 
 
 @contextmanager
@@ -94,7 +94,9 @@ def bare(network: Any) -> Any:
     """
     if not isinstance(network, nn.Module):
         return network
-    inner: Any = network._modules.get("_orig_mod", network)
+    inner: Any = network
+    while "_orig_mod" in inner._modules:
+        inner = inner._modules["_orig_mod"]
     for name, module in inner.named_modules():
         if "_orig_mod" in module._modules:
             raise ConfigError(
@@ -193,7 +195,7 @@ def after_calls(network: nn.Module, change: Callable[[Any], Any]) -> Iterator[No
 
     It stays outside of compiled code, which would be made anew for each such function.
     """
-    with compiled_calls(network):
+    with _lock if is_compiled(network) else nullcontext(), compiled_calls(network):
         compiled = network._compiled_call_impl
         if compiled is None:
             handle = network.register_forward_hook(lambda _, __, output: change(output))
