@@ -117,6 +117,23 @@ def test_steps_have_a_row_a_contestant_and_ratios_of_the_same_round(
     assert (tmp_path / "step_time-cpu.md").read_text().count("## ") == 3
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_steps_of_compiled_networks_run_compiled_code(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_time = script("step_time")
+    monkeypatch.setattr(step_time, "PYRO_ROUNDS", 1)
+    monkeypatch.setattr(step_time, "LEAST", 2)
+    torch._dynamo.utils.counters.clear()
+    command = ["--cases", "minilm", "--minutes", "0", "--device", "cpu", "--compile", "eager"]
+    contestants = ["--contestants", "base", "pyrolora map"]
+    step_time.main([*command, *contestants, "--out", str(tmp_path)])
+    (run,) = json.loads((tmp_path / "step_time-cpu-eager.json").read_text())["runs"]
+    assert {row["contestant"] for row in run["steps"]} == set(contestants[1:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+
+
 def test_memory_counts_the_network_once_and_what_a_method_adds(
     script: Callable[[str], Any], tmp_path: Path
 ) -> None:
