@@ -1,4 +1,4 @@
-"""Refusal of networks that are compiled, offloaded, or spread over devices."""
+"""Refusal of networks that are offloaded, or spread over devices."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ from torch import nn
 
 from pyrolora.errors import ConfigError
 from pyrolora.processes import is_sharded, take_part
-
-
-def check_eager(network: nn.Module) -> None:
-    """Raise `ConfigError` for a network that is compiled, in whole or in part.
-
-    Compiled code keeps the layers, and the factors, that it was traced with, and draws change with
-    every call.
-    """
-    compiled = [module for module in network.modules() if _is_compiled(module)]
-    if not compiled:
-        return
-    name = next(name for name, module in network.named_modules() if module is compiled[0])
-    where = f"its part {name!r}" if name else "all of it"
-    undo = "for part in network.modules(): part._compiled_call_impl = None"
-    if "_orig_mod" in compiled[0]._modules:
-        undo = f"pass what was compiled, network{f'.{name}' if name else ''}._orig_mod"
-    raise ConfigError(
-        f"the network is compiled ({where}), and compiled code does not follow adapters that "
-        f"change with every call; load it again without torch.compile, or undo it ({undo})"
-    )
 
 
 def check_in_memory(network: nn.Module) -> None:
@@ -76,12 +56,3 @@ def _hooks(module: nn.Module) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
     return [one for one in hooks if hasattr(one, "offload") and hasattr(one, "weights_map")]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Return whether a module, its call or its ``forward`` was compiled."""
-    return (
-        "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-    )

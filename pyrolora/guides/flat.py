@@ -114,6 +114,10 @@ class Flat(Guide):
     def reads_inputs(self) -> bool:
         return self.inner.reads_inputs
 
+    @property
+    def held_back(self) -> float:
+        return self.inner.held_back
+
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
 

@@ -98,7 +98,8 @@ def nuts(
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    draws = {name: torch.stack([one[name] for one, _ in found]).detach() for name in found[0][0]}
+    names = [*found[0][0]]  # a site at a time, so that no more than one of them is there twice
+    draws = {n: torch.stack([one.pop(n) for one, _ in found]).detach() for n in names}
     return draws, torch.stack([steps for _, steps in found])
 
 

@@ -20,7 +20,7 @@ from pyrolora.data.prepared import Prepared
 from pyrolora.errors import NonFiniteError, SaveError
 from pyrolora.guides import Guide, Latent, Program
 from pyrolora.inference.checkpoints import check_room, checkpoint_to_resume
-from pyrolora.inference.curvature import Kronecker, kfac
+from pyrolora.inference.curvature import Kronecker, kfac, portions
 from pyrolora.inference.dual import Dual, check_size
 from pyrolora.inference.evidence import best_precision
 from pyrolora.inference.identity import describe_fit
@@ -37,6 +37,7 @@ from pyrolora.inference.ranks import AllocateRanks
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
+from pyrolora.inference.widths import ChooseWidth
 from pyrolora.model import JointModel, evaluating
 from pyrolora.processes import all_processes, alone, processes, share_generators, shared_out
 from pyrolora.progress import progress, shows_bars, silenced
@@ -64,6 +65,8 @@ class Run:
         without such data.
     held_out
         The evaluation data, or None.
+    held_back
+        The training examples that the fit does not learn from, or None.
     posterior
         Makes a posterior of a joint model, for an error to carry.
     history
@@ -78,6 +81,7 @@ class Run:
     callbacks: Sequence[TrainerCallback]
     score: Score | None
     held_out: Prepared | None
+    held_back: Prepared | None
     posterior: Callable[[JointModel, Guide], Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     _scored: bool = False
@@ -193,9 +197,10 @@ class Run:
                 count += joint.task.count(batch[LABELS])
         return total / (count * draws)
 
-    def kfac(self) -> dict[str, Kronecker]:
-        """Return block name -> Kronecker factors of the curvature at the means of `joint`."""
-        return kfac(self.joint, self._batches("curvature"))
+    def kfac(self) -> Iterator[dict[str, Kronecker]]:
+        """Yield block name -> Kronecker factors of the curvature at the means of `joint`."""
+        for names in portions(self.program.bank.specs.values()):
+            yield kfac(self.joint, self._batches("curvature"), names)
 
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""
@@ -272,6 +277,8 @@ class Run:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
             trainer.add_callback(SettleScales(joint, guide, self.data))
+        if self.held_back is not None and joint.program.previous is None:
+            trainer.add_callback(ChooseWidth(joint, self.held_back))
         asked: Any = args.resume_from_checkpoint or None
         starts = starting_factors(joint)
         if args.save_strategy != "no" and args.should_save:

@@ -70,6 +70,8 @@ class SVITrainer(ResumingTrainer):
         assert data.labels is not None
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # `check_step` does it, without waiting for the device
+        # The network is compiled; the Trainer would compile the objective around it, too.
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         if not guide.adapts:  # a network may have weights that its output does not depend on
             args.ddp_find_unused_parameters = True
         self.guide = guide

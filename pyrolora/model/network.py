@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -20,7 +21,9 @@ from pyrolora.adapters import (
     SharedPassError,
     Sharing,
     bind,
-    check_eager,
+    compiled_calls,
+    eagerly,
+    is_compiled,
     is_quantised,
     is_quantised_layer,
     kind_of,
@@ -215,7 +218,6 @@ class AdaptedNetwork(nn.Module):
 
     def run(self, batch: Batch, binding: Binding) -> Tensor:
         """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
-        check_eager(self.base)
         with self.bound(binding):
             raw = self._raw(batch)
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
@@ -265,8 +267,14 @@ class AdaptedNetwork(nn.Module):
         weights), and has torch's default dtype as the caller set it.
         """
         calls = layers_called() if self._has_fastpath else nullcontext()
+        compiled = is_compiled(self.base)
+        binding = replace(binding, compiled=compiled)
         with bind(binding), calls, DRAWING.callers_dtype():
-            yield
+            if not compiled:
+                yield
+                return
+            with eagerly(self.base) if binding.eager else compiled_calls(self.base):
+                yield
 
     def uncalled(self, batches: Iterable[Batch]) -> list[str]:
         """Return the adapted layers that the network calls for none of the batches.
@@ -276,7 +284,7 @@ class AdaptedNetwork(nn.Module):
         left = set(self.attachment.layers)
         with evaluating(self), torch.no_grad():
             for batch in batches:
-                binding = self.binding(self.program.mean())
+                binding = replace(self.binding(self.program.mean()), eager=True)
                 with self.bound(binding):
                     self._raw(batch)
                 left -= self._names(binding.used)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.model import JointModel, device_of, evaluating
 from pyrolora.predictive.continuations import Writer, tempered_network
@@ -27,7 +27,7 @@ from pyrolora.predictive.decoding import (
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.prompts import read_prompts
 from pyrolora.predictive.scored_texts import Texts, scored
-from pyrolora.processes import processes, share_generators, shared_out
+from pyrolora.processes import processes, share_generators, shared_out, take_part
 from pyrolora.progress import progress
 
 
@@ -35,7 +35,7 @@ from pyrolora.progress import progress
 def generate(
     joint: JointModel,
     inputs: Any,
-    factors: FlatFactors,
+    factors: AnyFactors,
     processor: Any = None,
     *,
     numbers: Sequence[int] | None = None,
@@ -91,12 +91,19 @@ def generate(
         per_pass = 1 if mixes_rows(joint, settings) else max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
         draws_at_once = max(1, per_pass // prompts_at_once)
-        apart = not (
-            settings.do_sample or joint.sharded
-        )  # tokens are sampled one pass after another
+        if isinstance(factors, LaterFactors):
+            draws_at_once = min(draws_at_once, factors.at_once)
+        # Tokens are sampled one pass after another.
+        apart = not (settings.do_sample or joint.sharded)
         if apart:
             draws_at_once = min(draws_at_once, -(-(draws or 1) // processes()))
         share_generators(device_of(joint.program))
+
+        def some(first: int) -> FlatFactors:
+            """Return the factors of the draws of a pass."""
+            if isinstance(factors, FlatFactors) and draws is None:
+                return factors
+            return factors[first : first + draws_at_once]
 
         def write(passes: Sequence[tuple[int, int]]) -> list[list[list[Tensor]]]:
             """Return the continuations of passes, each known by its first prompt and draw."""
@@ -104,7 +111,7 @@ def generate(
                 writer.write(
                     prompts[start : start + prompts_at_once],
                     {name: v[start : start + prompts_at_once] for name, v in others.items()},
-                    factors if draws is None else factors[first : first + draws_at_once],
+                    some(first),
                 )
                 for start, first in passes
             ]
@@ -114,7 +121,8 @@ def generate(
             for start in range(0, len(prompts), prompts_at_once)
             for first in range(0, draws or 1, draws_at_once)
         ]
-        results = shared_out(passes, write, factors.checksum()) if apart else write(passes)
+        checksum = factors.checksum() if take_part() else None
+        results = shared_out(passes, write, checksum) if apart else write(passes)
         for (start, _), parts in zip(passes, results, strict=True):
             for i, continuations in enumerate(parts):
                 written[start + i] += continuations

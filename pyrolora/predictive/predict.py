@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, LaterFactors
 from pyrolora.checks import whole_number
 from pyrolora.columns import Batch
 from pyrolora.data import Prepared, check_finite, pass_rows, to_device
@@ -28,8 +29,8 @@ R = TypeVar("R")
 
 def draw_factors(
     joint: JointModel, num_samples: int | None = None, seed: int | None = None
-) -> FlatFactors:
-    """Return the factors of ``num_samples`` draws, (S, total).
+) -> AnyFactors:
+    """Return the factors of ``num_samples`` draws, (S, total), made later where they are large.
 
     For 0 they are those of the mean adapter, (total,); for None those of every member of an
     ensemble, or of the default number of draws. ``seed`` makes the draws repeatable and leaves the
@@ -42,7 +43,7 @@ def draw_factors(
         if seed is None:
             share_generators(device_of(joint.program))
         if num_samples:
-            return joint.program.factors(joint.program.draw(num_samples))
+            return joint.program.drawn(num_samples)
         return joint.program.mean()
 
 
@@ -50,7 +51,7 @@ def draw_factors(
 def predict(
     joint: JointModel,
     data: Prepared,
-    factors: FlatFactors,
+    factors: AnyFactors,
     *,
     batch_size: int = defaults.BATCH_SIZE,
     rows: int = defaults.PREDICT_ROWS,
@@ -88,7 +89,7 @@ def predict(
 def reduced(
     joint: JointModel,
     data: Prepared,
-    factors: FlatFactors,
+    factors: AnyFactors,
     reduce: Callable[[Iterable[Tensor], Batch], R],
     order: list[int] | None,
     *,
@@ -118,7 +119,7 @@ def reduced(
             check_finite(batch, some)
             placed = to_device(batch, device)
             # A fit in another thread steps between batches.
-            with DRAWING.shared(), evaluating(joint):
+            with turn_of(factors), evaluating(joint):
                 outputs = passes(joint, placed, factors, pass_rows(placed, rows))
                 with explained_pass(joint.base, placed):
                     records.append(reduce(outputs, placed))
@@ -129,6 +130,11 @@ def reduced(
     return shared_out(batches, work, (title, factors.checksum()) if take_part() else None)
 
 
+def turn_of(factors: AnyFactors) -> AbstractContextManager[object]:
+    """Return the turn of passes with these draws: shared, unless they are drawn on the way."""
+    return DRAWING if isinstance(factors, LaterFactors) else DRAWING.shared()
+
+
 def named(prediction: Prediction, joint: JointModel) -> Prediction:
     """Return the prediction with the names of its classes."""
     names = class_names_of(joint.base, joint.task) if joint.task.names_classes else {}
@@ -136,17 +142,23 @@ def named(prediction: Prediction, joint: JointModel) -> Prediction:
 
 
 def passes(
-    joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
+    joint: JointModel, batch: Mapping[str, Tensor], factors: AnyFactors, rows: int
 ) -> Iterator[Tensor]:
     """Yield outputs (s, b, ...) of the draws in turn, s per pass; s = 1 for one setting."""
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return
+    step = max(1, rows // len(next(iter(batch.values()))))
+    if isinstance(factors, LaterFactors):
+        step = factors.at_once if joint.linearises else min(step, factors.at_once)
+        for start in range(0, factors.draws, step):
+            yield from passes(joint, batch, factors[start : start + step], rows)
+        return
     if joint.linearises:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
     settings, counts = factors.distinct()
-    step = max(1, rows // len(next(iter(batch.values()))))
     for start in range(0, len(counts), step):
         output = joint.network(batch, settings[start : start + step])
-        yield output.repeat_interleave(counts[start : start + step].to(output.device), 0)
+        repeats = counts[start : start + step].to(output.device)
+        yield output.repeat_interleave(repeats, 0) if len(counts) < factors.draws else output

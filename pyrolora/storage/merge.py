@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora.adapters import FlatFactors, is_dense, unwrap
+from pyrolora.adapters.compiled import uncompile
 from pyrolora.adapters.kinds import oriented
 from pyrolora.adapters.parameter_layer import ParameterSlot
 from pyrolora.adapters.parameters import places
@@ -98,6 +99,7 @@ def _copy(base: nn.Module, instead: dict[int, Any]) -> nn.Module:
             "the adapter alone, with posterior.to_peft(path), or pass dequantize=True"
         ) from error
     unwrap(network)
+    uncompile(network)
     quantizer = getattr(network, "hf_quantizer", None)
     if instead and quantizer is not None:
         quantizer.remove_quantization_config(network)
