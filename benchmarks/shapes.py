@@ -436,7 +436,7 @@ def table() -> pd.DataFrame:
                 "measured to formula": " ".join(f"{ratio:.2f}" for ratio in ratios),
                 **{f"GB, {name}": item.size(shape) / 1e9 for name, shape in LARGE.items()},
                 "GB, all linear, unbounded": (
-                    item.unbounded(LARGE["all linear"]) / 1e9 if item.unbounded else None
+                    f"{item.unbounded(LARGE['all linear']) / 1e9:.3f}" if item.unbounded else ""
                 ),
             }
         )

@@ -60,6 +60,12 @@ class FlatFactors:
             return self[:1], torch.tensor([draws])
         return self, torch.ones(draws, dtype=torch.long)
 
+    def checksum(self) -> tuple[Any, ...]:
+        """Return numbers that differ, all but surely, where factors do, bit for bit."""
+        bits = [int(t.float().view(torch.int32).sum(dtype=torch.int64)) for t in (self.A, self.B)]
+        chosen = [None if t is None else t.tolist() for t in (self.members, self.seeds)]
+        return (*bits, *chosen, self.noise_scale, self.draws)
+
     @staticmethod
     def cat(parts: Sequence[FlatFactors]) -> FlatFactors:
         """Concatenate the draws of all parts; a factor that is not drawn is the same in each."""
@@ -101,6 +107,10 @@ class LaterFactors:
     def distinct(self) -> tuple[LaterFactors, Tensor]:
         """Return the settings, and how many draws have each: one."""
         return self, torch.ones(self.draws, dtype=torch.long)
+
+    def checksum(self) -> tuple[Any, ...]:
+        """Return that of the first draw, and the number of draws."""
+        return (*self[0].checksum(), self.draws)
 
     @torch.no_grad()
     def __getitem__(self, index: int | slice) -> FlatFactors:

@@ -68,6 +68,12 @@ class Fit(Protocol):
             The number of this start, where there are several; it has its own seed.
         """
 
+    def points(self, guide: Guide, count: int) -> list[Any]:
+        """Train ``count`` point masses, each from its own start, and return their joint models.
+
+        Each is that of `point` with its number; processes that train together share them out.
+        """
+
     @property
     def can_validate(self) -> bool:
         """Whether there is evaluation data."""

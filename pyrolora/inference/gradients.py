@@ -52,7 +52,7 @@ def weight_gradients(
     weights = {n: frozen_weight(n, layers[n].base_layer) for n in joint.program.bank.specs}
     kept: dict[str, Any] = {}
     device = next(iter(weights.values())).device
-    bare = replace(joint.binding(joint.program.bank.means()), factors={})
+    bare = replace(joint.binding(joint.program.bank.means()), factors={}, eager=True)
     with (
         evaluating(joint),
         _trained([*weights.values()]),

@@ -66,7 +66,7 @@ def recorded(
     }
     bound: dict[Any, Factors] = dict(plain.factors)
     bound |= {joint.attachment.layers[name]: layer for name, layer in layers.items()}
-    return joint.run(batch, replace(plain, factors=bound)), layers
+    return joint.run(batch, replace(plain, factors=bound, eager=True)), layers
 
 
 def check_recordable(joint: JointModel) -> None:

@@ -17,8 +17,9 @@ from pyrolora.columns import Batch
 from pyrolora.data import Prepared, check_finite, pass_rows, to_device
 from pyrolora.data.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
-from pyrolora.model import JointModel, evaluating
+from pyrolora.model import JointModel, device_of, evaluating
 from pyrolora.predictive.linearised import linearised
+from pyrolora.processes import share_generators, shared_out, take_part
 from pyrolora.progress import progress
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.tasks import Prediction
@@ -39,6 +40,8 @@ def draw_factors(
     whole_number("num_samples", num_samples, at_least=0)
     with seeded(seed), torch.no_grad():
         joint.align()
+        if seed is None:
+            share_generators(device_of(joint.program))
         if num_samples:
             return joint.program.drawn(num_samples)
         return joint.program.mean()
@@ -105,18 +108,26 @@ def reduced(
     DataError
         For features that are not finite.
     """
-    device = next(joint.program.parameters()).device
-    numbers: Sequence[int] = range(len(data)) if order is None else order
-    loader = data.loader(batch_size, order)
-    records = []
-    for i, batch in enumerate(progress(loader, title=title)):
-        check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
-        placed = to_device(batch, device)
-        with turn_of(factors), evaluating(joint):  # a fit in another thread steps between batches
-            outputs = passes(joint, placed, factors, pass_rows(placed, rows))
-            with explained_pass(joint.base, placed):
-                records.append(reduce(outputs, placed))
-    return records
+    device = device_of(joint.program)
+    numbers = [*range(len(data))] if order is None else order
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+
+    def work(batches: Sequence[list[int]]) -> list[R]:
+        loader = data.loader(batch_size, [number for batch in batches for number in batch])
+        records = []
+        for some, batch in zip(batches, progress(loader, title=title), strict=True):
+            check_finite(batch, some)
+            placed = to_device(batch, device)
+            # A fit in another thread steps between batches.
+            with turn_of(factors), evaluating(joint):
+                outputs = passes(joint, placed, factors, pass_rows(placed, rows))
+                with explained_pass(joint.base, placed):
+                    records.append(reduce(outputs, placed))
+        return records
+
+    if joint.sharded:  # all processes run every batch, each with its part of the weights
+        return work(batches)
+    return shared_out(batches, work, (title, factors.checksum()) if take_part() else None)
 
 
 def turn_of(factors: AnyFactors) -> AbstractContextManager[object]:
