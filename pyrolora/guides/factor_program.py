@@ -90,8 +90,8 @@ class FactorProgram(CentredProgram):
     def prior_scale(self, site: str) -> Tensor:
         """Return σ₀ of each entry."""
         if getattr(self.options, "units", "one") == "one":  # one number, whatever their number
-            scale = torch.tensor(float(self.options.prior_scale))
-            scale = scale.to(self.bank.get_parameter("A_loc").device)
+            device = self.bank.get_parameter("A_loc").device
+            scale = torch.full((), float(self.options.prior_scale), device=device)
             return scale.expand(self.bank.layout(site).total)
         return self.in_rows(self.options.prior_scale * self.units(site))
 
