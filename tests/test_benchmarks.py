@@ -154,6 +154,27 @@ def test_memory_counts_the_network_once_and_what_a_method_adds(
     assert (live.now, live.peak) == (400, 1200)
 
 
+def test_formulas_of_memory_are_those_of_a_small_network(script: Callable[[str], Any]) -> None:
+    shapes = script("shapes")
+    small, tinier = shapes.Decoder(2, 96, 160, rank=8), shapes.Decoder(1, 48, 80, rank=4)
+    for item in shapes.items():
+        if item.what.startswith("posterior"):
+            assert item.measure(tinier) == pytest.approx(item.size(tinier), rel=0.02), item.what
+        elif item.what.startswith(("step", "gradients", "sums")):
+            assert item.measure(small) == pytest.approx(item.size(small), rel=0.6), item.what
+
+
+@pytest.mark.parametrize("name", ["map", "montec", "meanfield", "meanfield on A and B"])
+def test_a_training_step_holds_no_more_than_four_copies_of_the_adapters(
+    name: str, script: Callable[[str], Any]
+) -> None:
+    """Beyond the parameters, their gradients, and the optimiser's states."""
+    shapes = script("shapes")
+    (item,) = (item for item in shapes.items() if item.what == f"step of {name}")
+    for shape in (shapes.Decoder(1, 96, 160, rank=8), shapes.Decoder(3, 96, 160, rank=8)):
+        assert item.measure(shape) < 4.2 * shape.copy
+
+
 def test_predictions_are_timed_against_as_many_passes(
     script: Callable[[str], Any], tmp_path: Path
 ) -> None:
