@@ -301,7 +301,7 @@ def test_texts_of_one_token_are_scored_apart_by_a_network_whose_code_mixes_rows(
     config = RwkvConfig(**sizes, vocab_size=len(WORDS), bos_token_id=None, eos_token_id=3)
     posterior = fitted(RwkvForCausalLM(config).eval())
     ids = torch.tensor([[4], [9], [7]])
-    factors = posterior.predictor.factors(2, 0)
+    factors = posterior.predictor.factors(2, 0, None)
     with torch.no_grad(), evaluating(posterior.model):
         together = posterior.model.network({"input_ids": ids}, factors)
         alone = [posterior.model.network({"input_ids": row[None]}, factors) for row in ids]
