@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError
@@ -23,6 +22,7 @@ from pyrolora.inference.checkpoints import (
     read_json,
     read_state,
     read_tensors,
+    remove_surplus,
     save_state,
 )
 from pyrolora.inference.identity import check_fit, describe_fit
@@ -88,9 +88,18 @@ class ResumingTrainer(Trainer):
             raise
         finally:
             self.args.save_total_limit = limit
-        if writes:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
+        self.remove_surplus()
+
+    def remove_surplus(self) -> None:
+        """Remove the oldest checkpoints above ``save_total_limit``.
+
+        That is due after each that is written, and once more at the end: a process that died before
+        it has removed them may have written the last one.
+        """
+        args, state = self.args, self.state
+        if args.should_save and args.save_strategy != "no":
+            best = state.best_model_checkpoint
+            remove_surplus(args.output_dir, args.save_total_limit, state.global_step, best)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -119,6 +128,16 @@ class ResumingTrainer(Trainer):
             "logged_step": self._globalstep_last_logged,
             "total_loss": float(self._total_loss_scalar),
         }
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Make the steps of an epoch; none where the checkpoint is that of the last step.
+
+        The Trainer would make one more if that step is not the last of its epoch.
+        """
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def recall_averages(self) -> None:
         """Restore the sums of the checkpoint, so that the log is that of an uninterrupted fit."""
