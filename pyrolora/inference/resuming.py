@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError
@@ -130,14 +131,20 @@ class ResumingTrainer(Trainer):
         }
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Make the steps of an epoch; none where the checkpoint is that of the last step.
+        """Make the steps of an epoch; none where the fit goes on from its own end.
 
-        The Trainer would make one more if that step is not the last of its epoch.
+        The Trainer would make one more after the last step, unless that ends an epoch, and would
+        go on where `EarlyStoppingCallback` has stopped.
         """
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
-        else:
+        stopped = self._resumed is not None and any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if stopped or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def recall_averages(self) -> None:
         """Restore the sums of the checkpoint, so that the log is that of an uninterrupted fit."""
@@ -202,6 +209,7 @@ class ResumingTrainer(Trainer):
     def _load_callback_state(self) -> None:
         try:
             super()._load_callback_state()
+            self._recall_counts()
         except Exception as error:
             raise self._unusable("trainer_state.json", error) from error
         assert self._resumed is not None
@@ -209,11 +217,39 @@ class ResumingTrainer(Trainer):
         if best.is_dir():  # the folder of the fit may have been moved
             self.state.best_model_checkpoint = str(best)
 
+    def _recall_counts(self) -> None:
+        """Restore what callbacks have counted, as early stopping does; options stay the call's.
+
+        The Trainer restores both, or neither. Of several callbacks of one class the newest states
+        are the last ones.
+        """
+        for callback, kept in _last_states(self.callback_handler.callbacks, self.state):
+            for name, value in callback.state()["attributes"].items():
+                if type(kept["attributes"][name]) is not type(value):
+                    raise TypeError(f"{name} of {type(callback).__name__} is of another type")
+                setattr(callback, name, kept["attributes"][name])
+
     def _unusable(self, name: str, reason: object) -> CheckpointError:
         return CheckpointError(
             f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; resume from "
             "an older checkpoint, or begin anew"
         )
+
+
+def _last_states(
+    callbacks: list[TrainerCallback], state: TrainerState
+) -> list[tuple[ExportableState, Any]]:
+    """Return the callbacks that the state knows, each with the last one that was kept of it."""
+    kinds: dict[str, list[ExportableState]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            kinds.setdefault(type(callback).__name__, []).append(callback)
+    pairs = []
+    for name, alike in kinds.items():
+        kept = state.stateful_callbacks.get(name, [])
+        listed = kept if isinstance(kept, list) else [kept]
+        pairs += [*zip(alike, listed[-len(alike) :], strict=False)]
+    return pairs
 
 
 def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from problems import Rows, arguments, bert, reviews, tokenizer, tokens
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -304,6 +304,36 @@ def test_a_fit_that_died_as_it_removed_checkpoints_leaves_no_surplus(dies, tmp_p
     assert steps_in(tmp_path) == {2, STEPS - 1, STEPS}
     fitted(tmp_path, **options, resume="auto")
     assert steps_in(tmp_path) == {2, STEPS}
+
+
+def test_early_stopping_goes_on_counting_and_has_stopped(tmp_path, monkeypatch):
+    """By a checkpoint between the two evaluations that are no better, and by that of the end."""
+    fit = importlib.import_module("pyrolora.fitting.fit")
+    options = {**BEST, "eval_data": tokens(8, seed=1)}
+    patience = lambda: [EarlyStoppingCallback(2)]  # noqa: E731
+
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    whole = fitted(tmp_path / "whole", **options, callbacks=patience())
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    with pytest.raises(Stopped):
+        fitted(tmp_path / "run", **options, callbacks=[*patience(), Stop(3)])
+    for after in (3, 4):
+        monkeypatch.setattr(fit, "_score", Scores(after))
+        again = fitted(tmp_path / "run", **options, callbacks=patience(), resume="auto")
+        assert timeless(again.history) == timeless(whole.history)
+        assert steps_in(tmp_path / "run") == {2, 4}
+    monkeypatch.setattr(fit, "_score", Scores(4))
+    more = fitted(tmp_path / "run", **options, callbacks=EarlyStoppingCallback(4), resume="auto")
+    assert more.history[-1]["step"] == STEPS
+
+    file = tmp_path / "run" / f"checkpoint-{STEPS}" / "trainer_state.json"
+    counts = json.loads(file.read_text())
+    kept = counts["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]
+    kept["early_stopping_patience_counter"] = "four"
+    file.write_text(json.dumps(counts))
+    seal(file.parent)
+    with pytest.raises(CheckpointError, match=r"patience_counter of EarlyStopp.*of another type"):
+        fitted(tmp_path / "run", **options, callbacks=patience(), resume="auto")
 
 
 def test_the_oldest_checkpoints_go_and_those_that_are_not_whole_go_first(tmp_path):
