@@ -481,6 +481,8 @@ def test_a_damaged_state_of_a_finished_member_is_made_again(spoil, ensemble, tmp
         flipped(finished)
     elif spoil == "no list":
         (finished.parent / PARTS_FILE).unlink()
+        died = finished.with_name(".0123456789abcdef.part")
+        died.write_bytes(b"half of it")
     else:
         finished.write_bytes(pickle.dumps(Malicious(marker)))
     if spoil == "sealed pickle":
@@ -495,6 +497,7 @@ def test_a_damaged_state_of_a_finished_member_is_made_again(spoil, ensemble, tmp
     with nullcontext() if spoil == "no list" else warned:
         again = fitted(run, Ensemble(members=2), resume=True, callbacks=Note())
     assert begun == [STEPS, 4]
+    assert not [*run.rglob(".*.part")]
     own = again.model.own_state()
     assert all(
         torch.equal(own[name], value) for name, value in ensemble[1].model.own_state().items()
