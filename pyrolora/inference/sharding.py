@@ -89,8 +89,8 @@ def sharding_asked(args: TrainingArguments) -> Iterator[Sharding | None]:
         )
     if args.torch_compile:
         raise ConfigError(
-            "torch_compile=True is not supported beside FSDP: compiled code would keep weights that "
-            "are gathered for one pass; leave one of the two out"
+            "torch_compile=True is not supported beside FSDP: compiled code would keep weights "
+            "that are gathered for one pass; leave one of the two out"
         )
     args.fsdp, args.fsdp_config, args.fsdp_plugin_args = False, None, None
     os.environ.pop(LAUNCHED, None)
