@@ -180,6 +180,7 @@ def test_arguments_that_torch_does_not_know_are_refused(steps):
     assert not steps
 
 
+@pytest.mark.slow
 def test_arguments_beside_a_compiled_network_warn():
     with pytest.warns(UserWarning, match="'counting'.*compiled already"):
         fitted(wrapped(network(), "eager"), max_steps=1, torch_compile_backend="counting")
@@ -208,9 +209,8 @@ GUIDES = {
 
 
 @pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")
-@pytest.mark.parametrize(
-    "guide", ["flat", *[pytest.param(n, marks=pytest.mark.slow) for n in GUIDES if n != "flat"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES)
 def test_every_guide_gives_the_numbers_of_a_plain_network(guide):
     adapts = pyrolora.guides.as_guide(GUIDES[guide]).adapts
     both = [
@@ -289,6 +289,7 @@ def test_checkpointing_keeps_the_numbers(plain):
     assert_same(plain, posterior)
 
 
+@pytest.mark.slow
 def test_the_compiler_of_a_network_goes_with_it():
     model = network()
     seen = weakref.ref(model)
