@@ -34,6 +34,7 @@ from pyrolora.fitting.training import (
 from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.head_laplace import check_last_layer
 from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
 from pyrolora.model import JointModel
@@ -211,6 +212,8 @@ def fit_request(request: Request) -> Posterior:
             if request.options.reads_inputs:
                 check_recordable(joint)
             origin.ready(joint, data, held_out, args)
+            if request.options.head == "gaussian":
+                check_last_layer(joint, data)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts
             )
@@ -274,10 +277,9 @@ def _set_texts(task: Task, request: Request) -> None:
 
 def _inferred(run: Run, request: Request) -> Posterior:
     """Run the guide's inference; a posterior that met NaN is saved, and is the error's."""
-    posterior: Posterior = run.posterior(run.joint, run.guide)
-    posterior.history = run.history
     try:
         run.guide.infer(run)
+        run.widen_head()
         check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
     except (NonFiniteError, SaveError) as error:
@@ -291,6 +293,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
         raise
     finally:
         run.joint.rows = run.joint.num_examples  # from now on an example is a row
+    posterior: Posterior = run.posterior(run.joint, run.guide)
+    posterior.history = run.history
     return posterior
 
 

@@ -40,7 +40,8 @@ def linearised(
     mean
         θ̄, (total,) each. A factor that is not drawn is used at its mean.
     draws
-        θ_s, (S, total); (total,) for a factor that is not drawn.
+        θ_s, (S, total); (total,) for a factor that is not drawn. With heads W_s the result has
+        f(x; θ̄, W_s) − f(x; θ̄) added, in which f is linear.
     rows
         Most examples of one pass through the network.
 
@@ -64,7 +65,15 @@ def linearised(
             per_example = replace(mean, **dict(zip(drawn, copies, strict=True)))
             output = joint.shared_out(chunk, per_example)
             parts.append(output.detach() + _directional(output, copies, deltas))
+            if draws.head is not None:
+                parts[-1] += _of_heads(joint, chunk, mean, draws.head) - output.detach()
     return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def _of_heads(joint: JointModel, batch: Batch, mean: FlatFactors, heads: Tensor) -> Tensor:
+    """Return f(x; θ̄, W_s), (S, b, ...)."""
+    return torch.stack([joint.network(batch, replace(mean, head=head)) for head in heads])
 
 
 def _directional(output: Tensor, copies: list[Tensor], deltas: list[Tensor]) -> Tensor:

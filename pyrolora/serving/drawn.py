@@ -91,5 +91,5 @@ class Drawn:
 
 def _bytes(factors: FlatFactors) -> int:
     """Return the bytes of a draw's tensors, those of views that repeat one row included once."""
-    tensors = (factors.A, factors.B, factors.members, factors.seeds)
+    tensors = (factors.A, factors.B, factors.members, factors.seeds, factors.head)
     return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.dim())
