@@ -85,7 +85,7 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
         for batch in (part for every in batches for part in readable(joint, every)):
             drawn = inner.mean() if joint.linearises else inner.factors(inner.draw(1))[0]
             drawn = replace(drawn, A=drawn.A.detach(), B=drawn.B.detach())
-            with torch.enable_grad(), _recorded(layer) as uses:
+            with torch.enable_grad(), recorded(layer) as uses:
                 output = joint.run(batch, joint.binding(drawn))
             for v in joint.task.curvature(output.detach(), batch):
                 gradients = torch.autograd.grad(
@@ -139,7 +139,7 @@ def _is_linear(joint: JointModel, batch: Batch) -> bool:
 
 
 @dataclass(frozen=True)
-class _Uses:
+class Uses:
     """The inputs of each use of a layer, and its outputs, at which the graph begins."""
 
     inputs: list[Tensor] = field(default_factory=list)
@@ -147,8 +147,9 @@ class _Uses:
 
 
 @contextmanager
-def _recorded(layer: nn.Linear) -> Iterator[_Uses]:
-    uses = _Uses()
+def recorded(layer: nn.Linear) -> Iterator[Uses]:
+    """Record each use of a layer in the block, with a graph that begins at its outputs."""
+    uses = Uses()
 
     def note(_: nn.Module, args: Any, output: Tensor) -> Tensor:
         uses.inputs.append(args[0].detach())

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrolora.adapters import FlatFactors
 from pyrolora.columns import Batch
 from pyrolora.model import JointModel, evaluating
+from pyrolora.predictive.heads import of_heads
 
 JACOBIAN_ENTRIES = 2**26
 """Entries of the Jacobian of one output that live at a time: 256 MiB in float32."""
@@ -66,14 +67,8 @@ def linearised(
             output = joint.shared_out(chunk, per_example)
             parts.append(output.detach() + _directional(output, copies, deltas))
             if draws.head is not None:
-                parts[-1] += _of_heads(joint, chunk, mean, draws.head) - output.detach()
+                parts[-1] += of_heads(joint, chunk, mean, draws.head) - output.detach()
     return torch.cat(parts, dim=1)
-
-
-@torch.no_grad()
-def _of_heads(joint: JointModel, batch: Batch, mean: FlatFactors, heads: Tensor) -> Tensor:
-    """Return f(x; θ̄, W_s), (S, b, ...)."""
-    return torch.stack([joint.network(batch, replace(mean, head=head)) for head in heads])
 
 
 def _directional(output: Tensor, copies: list[Tensor], deltas: list[Tensor]) -> Tensor:

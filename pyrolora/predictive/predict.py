@@ -17,6 +17,7 @@ from pyrolora.data import Prepared, check_finite, pass_rows, to_device
 from pyrolora.data.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, evaluating
+from pyrolora.predictive.heads import of_heads, one_adapter
 from pyrolora.predictive.linearised import linearised
 from pyrolora.progress import progress
 from pyrolora.seeding import DRAWING, seeded
@@ -133,6 +134,10 @@ def passes(
         return
     if joint.linearises:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
+        return
+    if one_adapter(joint, batch, factors):
+        assert factors.head is not None
+        yield of_heads(joint, batch, factors[0], factors.head)
         return
     settings, counts = factors.distinct()
     step = max(1, rows // len(next(iter(batch.values()))))
