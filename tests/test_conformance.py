@@ -174,6 +174,10 @@ BRIEF = {
     "choices by texts",
     "preferences",
 }
+WITHOUT_HEAD = {
+    *("masked language model", "llama", "gpt-2", "plain regression", "sequence to sequence"),
+    *("choices by letters", "choices by texts"),
+}
 WITHOUT_DENSITY = {"map", "ensemble", "nuts", "dropout", "full", "tfb"}
 VARIANTS: dict[str, Guide] = {
     **{name: guides.as_guide(name) for name in guides.available()},
@@ -218,6 +222,10 @@ VARIANTS: dict[str, Guide] = {
     "ensemble side by side": Ensemble(members=3, side_by_side=True),
     "flat laplace on A": Flat(inner=Laplace(latent="A", prior_scale=0.5)),
     "sampled laplace": Laplace(linearised=False, latent="B"),
+    "flat montec with a Gaussian head": Flat(
+        inner=MonteCLoRA(draws_per_batch=2), head="gaussian", at_prediction=True
+    ),
+    "linearised laplace with a Gaussian head": Laplace(prior_scale=0.5, head="gaussian"),
     "laplace by validation": Laplace(tune="validation"),
     "full laplace": Laplace(curvature="full", num_draws=3),
     "full laplace on B": Laplace(curvature="full", latent="B", tune="validation"),
@@ -285,6 +293,10 @@ def test_conformance(
     per_token = case.metrics in (TEXT, SPAN) or case.data is tagged
     if variant.startswith("full laplace") and per_token:
         pytest.skip("is refused: every token has outputs of its own")
+    if guide.head == "gaussian" and problem in WITHOUT_HEAD:
+        with pytest.raises(ConfigError, match="has no task head"):
+            pyrolora.fit(case.network(), case.data(12), guide=guide, seed=1, **case.options)
+        return
     network = case.network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     posterior = pyrolora.fit(

@@ -78,6 +78,7 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
         Return H itself, as a Kronecker product with (1, 1); else that of KFAC-expand,
         (Σ_ivt g gᵀ) ⊗ (mean of x xᵀ).
     """
+    assert isinstance(joint.program, GaussianHead)
     layer, inner = joint.heads.last_module(), joint.program.inner
     sums = _Sums.of(layer, whole)
     seen = 0
