@@ -202,17 +202,17 @@ class Request:
                 "posterior.base, or leave prior= out for a fit that keeps the means"
             )
         self._refuse("the prior", adapter=self.adapter, task=self.task)
-        if "gaussian" in (prior.options.head, self.options.head):
-            raise ConfigError(
-                "an earlier posterior is the prior of the adapters, and the task head stays as it "
-                "is, got head='gaussian'; pass a prior and a guide with head='point'"
-            )
         names = full_name(prior.options), full_name(self.options)
         if names[0] != names[1] or not self.options.supports.prior:
             able = ", ".join(n for n in available() if as_guide(n).supports.prior)
             raise ConfigError(
                 f"a posterior of {names[0]!r} cannot be the prior of {names[1]!r}: both have to be "
                 f"the same one of {able}, or 'flat' around it"
+            )
+        if "gaussian" in (prior.options.head, self.options.head):
+            raise ConfigError(
+                "an earlier posterior is the prior of the adapters, and the task head stays as it "
+                "is, got head='gaussian'; pass a prior and a guide with head='point'"
             )
         earlier, later = (getattr(o, "inner", o) for o in (prior.options, self.options))
         free = {option.name for option in dataclasses.fields(Variational)}
