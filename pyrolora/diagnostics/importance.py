@@ -20,6 +20,7 @@ from pyrolora.data import Prepared
 from pyrolora.diagnostics.psis import PSIS, psis_khat, yardstick
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import HEAD, Guide, Program, full_name
+from pyrolora.guides.program import SHARED_LAW
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import predict
 from pyrolora.seeding import DRAWING, seeded
@@ -217,7 +218,8 @@ def _check_drawn(program: Program, options: Guide) -> None:
 
 def _check_width(sites: Mapping[str, Any], options: Guide) -> None:
     """Raise `ConfigError` for a guide that is a point mass."""
-    if all(_is_point(site) for site in sites.values()):
+    # The seed of noise on the weights has width, and tells nothing of the data.
+    if all(_is_point(site) or site["infer"].get(SHARED_LAW) for site in sites.values()):
         raise ConfigError(
             f"khat needs a guide with width, and {full_name(options)!r} is a point; fit with "
             "'montec', 'meanfield', 'lowrank' or 'laplace'"
