@@ -4,7 +4,7 @@ A fit has the same means and adapters either way, so that each is scored twice, 
 the adapters: with the trained head, and with a head drawn beside each of them. Beside both, the
 trained head with a temperature from 200 held-out examples.
 
-    python benchmarks/head.py --model FOLDER --data FOLDER
+    python benchmarks/head.py --data FOLDER
 
 writes ``benchmarks/results/head.json`` and ``head.md``; results that are there stay.
 """
@@ -30,35 +30,40 @@ from common import (
 )
 from study_fits import best_temperature, tempered
 from tasks import load_network, load_task
+from transformers import AutoConfig
 
 import pyrolora
+from pyrolora import zoo
 from pyrolora.guides import as_guide
 from pyrolora.predictive import ClassPrediction, draw_factors, evaluate, predict
 
 TASKS = ("sst2", "trec", "cola", "books")
 GUIDES = ("map", "montec")
 SCORES = ("accuracy", "nll", "ece")
-DRAWS = 32
+DRAWS = 10
 NAME = "head"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=model_folder, required=True, help="an encoder")
+    usual = model_folder(str(zoo.folder("encoder")))
+    parser.add_argument("--model", type=model_folder, default=usual, help="the embedded one")
     parser.add_argument("--data", type=existing_folder, required=True, help="TASK/SPLIT.jsonl")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--guides", nargs="+", default=GUIDES)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--examples", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
+    width = AutoConfig.from_pretrained(args.model).hidden_size
     runs = json.loads(path.read_text())["runs"] if path.exists() else []
     done = {_key(run) for run in runs}
     for seed in args.seeds:
         for task in args.tasks:
             for guide in args.guides:
                 job = {
+                    "width": width,
                     "task": task,
                     "guide": guide,
                     "seed": seed,
@@ -116,11 +121,11 @@ def measured(job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 def summary(runs: list[dict[str, Any]]) -> pd.DataFrame:
     """Means over seeds, with their standard errors."""
     frame = pd.DataFrame(
-        {**{n: run[n] for n in ("task", "guide")}, "head": head, **scores}
+        {**{n: run[n] for n in ("width", "task", "guide")}, "head": head, **scores}
         for run in runs
         for head, scores in run["scores"].items()
     )
-    groups = frame.groupby(["task", "guide", "head"], sort=False)
+    groups = frame.groupby(["width", "task", "guide", "head"], sort=False)
     means, errors = groups.mean(), groups.sem()
     table = means.join(errors, rsuffix=" ±")
     columns = [column for name in SCORES for column in (name, f"{name} ±")]
@@ -128,7 +133,7 @@ def summary(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[name] for name in ("task", "guide", "seed", "examples", "epochs"))
+    return tuple(run[name] for name in ("width", "task", "guide", "seed", "examples", "epochs"))
 
 
 if __name__ == "__main__":
