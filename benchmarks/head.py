@@ -4,7 +4,7 @@ A fit has the same means and adapters either way, so that each is scored twice, 
 the adapters: with the trained head, and with a head drawn beside each of them. Beside both, the
 trained head with a temperature from 200 held-out examples.
 
-    python benchmarks/head.py --data FOLDER
+    python benchmarks/head.py --model FOLDER --data FOLDER
 
 writes ``benchmarks/results/head.json`` and ``head.md``; results that are there stay.
 """
@@ -33,7 +33,6 @@ from tasks import load_network, load_task
 from transformers import AutoConfig
 
 import pyrolora
-from pyrolora import zoo
 from pyrolora.guides import as_guide
 from pyrolora.predictive import ClassPrediction, draw_factors, evaluate, predict
 
@@ -46,14 +45,13 @@ NAME = "head"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = model_folder(str(zoo.folder("encoder")))
-    parser.add_argument("--model", type=model_folder, default=usual, help="the embedded one")
+    parser.add_argument("--model", type=model_folder, required=True, help="an encoder")
     parser.add_argument("--data", type=existing_folder, required=True, help="TASK/SPLIT.jsonl")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--guides", nargs="+", default=GUIDES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--examples", type=int, default=300)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
     path = RESULTS / f"{NAME}.json"
     width = AutoConfig.from_pretrained(args.model).hidden_size

@@ -799,6 +799,8 @@ class Posterior:
             When ``data`` has another number of examples than the fit.
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
+        if self.options.held_back and len(prepared) != self.model.num_examples:
+            prepared, _ = prepared.parted(self.options.held_back, self.settings["seed"])
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 
     # Report -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ FLOORS = {
     "json_values": 1,
     "options": 1,
     "parameters": 1,
+    "processes": 1,
     "progress": 1,
     "seeding": 1,
     "zoo": 1,

@@ -9,6 +9,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Normal, 
 
 from pyrolora.distributions.column_normal import ColumnNormal, StandardColumns, whiten
 from pyrolora.distributions.kronecker_normal import KroneckerNormal
+from pyrolora.distributions.truncated_kronecker import TruncatedKroneckerNormal
 from pyrolora.distributions.wishart_cholesky import WishartCholesky
 
 
@@ -130,6 +131,12 @@ def _kl_kronecker_normal(p: KroneckerNormal, q: Independent) -> Tensor:
     return (_per_entry(p, q) - p.scale.log()).sum(-1)
 
 
+@register_kl(TruncatedKroneckerNormal, Independent)
+def _kl_truncated_kronecker_normal(p: TruncatedKroneckerNormal, q: Independent) -> Tensor:
+    """Return the KL of `_kl_kronecker_normal`, with the log-determinant of p."""
+    return _per_entry(p, q).sum(-1) - p.log_volume
+
+
 @register_kl(LowRankMultivariateNormal, Independent)
 def _kl_low_rank_normal(p: LowRankMultivariateNormal, q: Independent) -> Tensor:
     """Return the KL of p = N(m, D + W Wᵀ) to independent normals N(μ_i, σ_i²).
@@ -145,7 +152,9 @@ def _kl_low_rank_normal(p: LowRankMultivariateNormal, q: Independent) -> Tensor:
     return (_per_entry(p, q) - 0.5 * diagonal.log()).sum(-1) - log_det
 
 
-def _per_entry(p: KroneckerNormal | LowRankMultivariateNormal, q: Independent) -> Tensor:
+def _per_entry(
+    p: KroneckerNormal | TruncatedKroneckerNormal | LowRankMultivariateNormal, q: Independent
+) -> Tensor:
     """Return ½ [ (v_i + (m_i - μ_i)²) / σ_i² - 1 ] + log σ_i, with v the variances of p."""
     base = q.base_dist
     if not isinstance(base, Normal) or q.reinterpreted_batch_ndims != 1:

@@ -170,7 +170,7 @@ def check_room(joint: JointModel, folder: str | Path) -> None:
 
     It holds the posterior, and of each trained number the optimiser's two averages at most.
     """
-    own = sum(tensor.nbytes for tensor in joint.own_state().values())
+    own = sum(tensor.nbytes for _, tensor in joint.own_tensors())
     needed = own + 2 * sum(p.nbytes for p in joint.parameters() if p.requires_grad)
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < needed:
