@@ -87,7 +87,7 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
             drawn = inner.mean() if joint.linearises else inner.factors(inner.draw(1))[0]
             drawn = replace(drawn, A=drawn.A.detach(), B=drawn.B.detach())
             with torch.enable_grad(), recorded(layer) as uses:
-                output = joint.run(batch, joint.binding(drawn))
+                output = joint.run(batch, replace(joint.binding(drawn), eager=True))
             for v in joint.task.curvature(output.detach(), batch):
                 gradients = torch.autograd.grad(
                     output, uses.outputs, v, retain_graph=True, materialize_grads=True

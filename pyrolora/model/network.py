@@ -257,6 +257,7 @@ class AdaptedNetwork(nn.Module):
             {layers[name]: value for name, value in per_layer.items()},
             {slots[name]: heads for name, heads in self.named_heads(factors).items()},
             rows=rows,
+            eager=factors.head is not None,  # code would be compiled anew for each drawn head
         )
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,7 +47,7 @@ def of_heads(joint: JointModel, batch: Batch, factors: FlatFactors, heads: Tenso
     # Clones, since tensors of inference mode can take no part in a backward pass.
     with evaluating(joint), torch.inference_mode(False), torch.enable_grad():
         with recorded(layer) as uses:
-            output = joint.run(inputs, joint.binding(one))
+            output = joint.run(inputs, replace(joint.binding(one), eager=True))
         size = len(output)
         columns = output.reshape(size, -1).unbind(-1)
         gradients = [

@@ -413,6 +413,17 @@ def test_the_pyro_pair_has_the_site() -> None:
     assert torch.equal(torch.tensor(entries.values[0]), posterior.sample(draws=range(4))["head"])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_network_takes_drawn_heads() -> None:
+    posterior = fitted(MonteCLoRA(head="gaussian"))
+    options: dict[str, Any] = {"task": "classification", "adapter": LAST, "epochs": 8, "seed": 1}
+    network = torch.compile(mlp(), backend="eager")
+    compiled = pyrolora.fit(network, pairs(40), MonteCLoRA(head="gaussian"), **options)
+    for draws in ([0], [0, 1, 2]):
+        expected = posterior.predict(pairs(9)[0], draws=draws).draws
+        torch.testing.assert_close(compiled.predict(pairs(9)[0], draws=draws).draws, expected)
+
+
 def test_khat_judges_the_head_with_the_layers_or_leaves_it_at_its_mean() -> None:
     posterior = fitted(MeanField(head="gaussian", kl_weight=1.0))
     whole, alone = posterior.khat(pairs(40), 50, seed=0), fitted().khat(pairs(40), 50, seed=0)
