@@ -78,6 +78,8 @@ class FlatFactors:
     def cat(parts: Sequence[FlatFactors]) -> FlatFactors:
         """Concatenate the draws of all parts; a factor that is not drawn is the same in each."""
         first = parts[0]
+        if len(parts) == 1:  # a copy would not show that its draws are one point
+            return first
         drawn: dict[str, Any] = {}
         for name, plain in (("A", 1), ("B", 1), ("head", 1), ("members", 0), ("seeds", 0)):
             tensor = getattr(first, name)
