@@ -62,6 +62,10 @@ PRIOR_SCALE = 0.2
 INIT_SCALE = 0.02
 MEANFIELD_KL_WEIGHT = 0.2
 
+# Entries of a closed KL whose intermediate values are held at a time: 16 MB each, of the 300 that a
+# factor of LLaMA-7B at rank 16 would take six times over.
+ENTRIES_AT_ONCE = 2**22
+
 # A low-rank covariance: each direction costs a copy of the factors.
 COVARIANCE_RANK = 8
 

@@ -82,8 +82,9 @@ def load(
     """
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
-        model = bare(model)
-        refuse_foreign(model)
+        network = bare(model)
+        refuse_foreign(network)
+        model = network
     saved = read_folder(located(path, revision=revision, token=token))
     description = saved.description
     try:

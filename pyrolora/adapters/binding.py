@@ -146,7 +146,7 @@ def bind(binding: Binding | None) -> Iterator[None]:
 @contextmanager
 def _shown(binding: Binding) -> Iterator[None]:
     """Show a binding to compiled code, and note the layers that it called."""
-    layers = [layer for layer in binding.factors if isinstance(layer, nn.Module)]
+    layers: list[Any] = [layer for layer in binding.factors if isinstance(layer, nn.Module)]
     rows = torch.empty(binding.rows, 0, dtype=torch.float32)
     parts = {slot: Shown(rows, (heads, binding.blocks)) for slot, heads in binding.heads.items()}
     for layer in layers:

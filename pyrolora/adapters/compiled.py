@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -60,6 +60,10 @@ class Shown:
     several: Any = None
 
 
+UNBOUND = Shown(torch.empty(1, 0))
+"""Nothing, to a wrapper that was shown a part of a binding before."""
+
+
 @contextmanager
 def shown(parts: Mapping[Any, Shown]) -> Iterator[None]:
     """Have compiled code see ``parts``, wrapper -> what is bound to it, in the block.
@@ -74,7 +78,7 @@ def shown(parts: Mapping[Any, Shown]) -> Iterator[None]:
             yield
         finally:
             for wrapper, value in before.items():
-                wrapper.shown = value
+                wrapper.shown = UNBOUND if value is None else value
 
 
 def bare(network: Any) -> Any:
@@ -90,7 +94,9 @@ def bare(network: Any) -> Any:
     """
     if not isinstance(network, nn.Module):
         return network
-    inner: Any = network._modules.get("_orig_mod", network)
+    inner: Any = network
+    while "_orig_mod" in inner._modules:
+        inner = inner._modules["_orig_mod"]
     for name, module in inner.named_modules():
         if "_orig_mod" in module._modules:
             raise ConfigError(
@@ -170,11 +176,17 @@ def compiled_in_place(network: nn.Module, **options: Any) -> Iterator[None]:
         network._compiled_call_impl = None
 
 
-def eagerly(network: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which a network runs without its compiled code, if it has some."""
+@contextmanager
+def eagerly(network: nn.Module) -> Iterator[None]:
+    """Run a network without its compiled code, if it has some, in the block.
+
+    The switch is the process's, so that one thread at a time has it.
+    """
     if not is_compiled(network):
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    with _lock, torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager
@@ -183,7 +195,7 @@ def after_calls(network: nn.Module, change: Callable[[Any], Any]) -> Iterator[No
 
     It stays outside of compiled code, which would be made anew for each such function.
     """
-    with compiled_calls(network):
+    with _lock if is_compiled(network) else nullcontext(), compiled_calls(network):
         compiled = network._compiled_call_impl
         if compiled is None:
             handle = network.register_forward_hook(lambda _, __, output: change(output))

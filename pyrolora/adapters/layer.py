@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyrolora.adapters.binding import SharedPassError, binding_for_forward
+from pyrolora.adapters.compiled import uncompiled
 from pyrolora.adapters.wrapper import Wrapper
 
 
@@ -26,9 +27,11 @@ class AdapterLayer(Wrapper):
         (x,) = (*args, *kwargs.values())  # by name it is ``input`` in torch, ``x`` in ``Conv1D``
         if torch.compiler.is_compiling():
             shown = self.shown
-            factors = None if shown is None else shown.bound or shown.several
-            rows = 1 if shown is None else len(shown.rows)
-            if shown is not None:
+            if shown is None:
+                return self._apart(x)
+            factors = shown.bound or shown.several
+            rows = len(shown.rows)
+            if factors is not None:
                 self.called = True
         else:
             binding = binding_for_forward()
@@ -47,6 +50,8 @@ class AdapterLayer(Wrapper):
         adapted: Tensor = factors.apply(self.base_layer, x, self.training)
         return adapted
 
+    _apart = uncompiled(forward)
+
 
 class HeadSlot(Wrapper):
     """A task head that gives way to the copies that are bound to it, if any are.
@@ -59,8 +64,10 @@ class HeadSlot(Wrapper):
         blocks: Sequence[int] | None = None
         if torch.compiler.is_compiling():
             shown = self.shown
-            heads, blocks = (None, None) if shown is None else shown.bound
-            rows = 1 if shown is None else len(shown.rows)
+            if shown is None:
+                return self._apart(*args, **kwargs)
+            heads, blocks = shown.bound or (None, None)
+            rows = len(shown.rows)
         else:
             binding = binding_for_forward()
             heads = None if binding is None else binding.heads.get(self)
@@ -85,6 +92,8 @@ class HeadSlot(Wrapper):
         if not all(isinstance(output, Tensor) for output in outputs):
             raise SharedPassError(f"a head gave a {type(outputs[0]).__name__}, which is no tensor")
         return torch.cat(_widened(outputs))
+
+    _apart = uncompiled(forward)
 
 
 def _blocks(

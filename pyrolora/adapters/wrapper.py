@@ -18,7 +18,10 @@ class Wrapper(nn.Module):
 
     base_layer: nn.Module
     shown: Shown | None = None
-    """The part of the binding that is for it, while compiled code reads it."""
+    """The part of the binding that is for it, for compiled code; None until some was shown one.
+
+    Until then compiled code leaves its call to Python, which sees every binding.
+    """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ class Replay:
     ------
     CannotReplayError
         For a guide that samples in other ways than `FILLS` and `SAMPLERS`, or by a parameter of
-        these that differs between draws.
+        these that differs between draws; and on a device without generators.
     """
 
     def __init__(self, sample: Callable[[int], Trace], draws: int) -> None:
@@ -206,7 +206,10 @@ class _Player(_Random):
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
+    try:
+        return torch.Generator(device).manual_seed(seed)
+    except RuntimeError as error:
+        raise CannotReplayError(f"no generators of {device}") from error
 
 
 def _whole_blocks(count: int) -> int:

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from pyrolora import defaults
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import replacing, writing
+from pyrolora.files import remove_scratch, replacing, writing
 from pyrolora.inference.checkpoints import (
     AUTO,
     MEMBER,
@@ -78,6 +78,7 @@ def save_finished(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         unseal(folder)
+        remove_scratch(folder)
         with replacing(folder / STATE_FILE) as scratch:
             notes = {"fit": json.dumps(identity), "history": json.dumps(history)}
             save_state(joint, scratch, notes)

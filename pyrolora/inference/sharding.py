@@ -87,6 +87,11 @@ def sharding_asked(args: TrainingArguments) -> Iterator[Sharding | None]:
             "FSDP shares a network's weights out over processes, and there is one; start several, "
             "as with 'torchrun --nproc_per_node 4 script.py', or leave fsdp out"
         )
+    if args.torch_compile:
+        raise ConfigError(
+            "torch_compile=True is not supported beside FSDP: compiled code would keep weights that "
+            "are gathered for one pass; leave one of the two out"
+        )
     args.fsdp, args.fsdp_config, args.fsdp_plugin_args = False, None, None
     os.environ.pop(LAUNCHED, None)
     try:

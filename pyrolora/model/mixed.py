@@ -19,6 +19,7 @@ from pyrolora.adapters import (
     mixed_binding,
 )
 from pyrolora.columns import Batch
+from pyrolora.guides import GaussianHead
 from pyrolora.model.joint import JointModel
 
 
@@ -119,7 +120,7 @@ class Mixture:
         """Return the binding of the pass."""
         attachment = self.carrier.attachment
         portions = [share.portion() for share in self.shares]
-        drawn = any(share.factors.head is not None for share in self.shares)
+        drawn = any(isinstance(share.joint.program, GaussianHead) for share in self.shares)
         binding = mixed_binding(portions, attachment.layers, attachment.heads)
         return replace(binding, eager=binding.eager or drawn)
 

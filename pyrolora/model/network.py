@@ -144,6 +144,8 @@ class AdaptedNetwork(nn.Module):
             output = self._in_one_pass(repeated, factors)
             if output is not None:
                 return output.unflatten(0, (draws, -1))
+        if draws == 1:  # a stack would be a copy, of logits over a vocabulary
+            return self.run(batch, self.binding(factors[0])).unsqueeze(0)
         return torch.stack([self.run(batch, self.binding(factors[s])) for s in range(draws)])
 
     def shared_out(self, batch: Batch, factors: FlatFactors) -> Tensor:

@@ -104,6 +104,13 @@ class Drawn:
         made: Any = super().__init__  # that of transformers' Pipeline
         made(model=model, device=network.device, **{**options, **copied})
 
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if inputs and isinstance(inputs[0], list | tuple) and not inputs[0]:
+            refuse_drawn(options)
+            return []  # transformers' text pipelines look at the first one
+        called: Any = super().__call__  # type: ignore[misc]
+        return called(*inputs, **options)
+
     def _sanitize_parameters(self, *given: Any, **options: Any) -> Any:
         refuse_drawn(options)
         read: Any = super()  # transformers' Pipeline

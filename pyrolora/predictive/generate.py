@@ -77,7 +77,7 @@ def generate(
     stops = stop_strings(settings, tokenizer)
     prompts, others = read_prompts(inputs, processor, joint)
     set_length(joint, prompts, settings)
-    settings.disable_compile = True  # the compiler cannot follow the binding
+    settings.disable_compile = True  # whether it is, is for the caller to say
     settings.return_dict_in_generate = False
     settings.pad_token_id = pad = padding_id(settings, tokenizer)
     starting = start_id(joint, settings)

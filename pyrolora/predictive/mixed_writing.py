@@ -167,7 +167,7 @@ def _greedy(settings: GenerationConfig, length: int, pad: int) -> GenerationConf
     made.do_sample = False
     made.max_new_tokens = length
     made.pad_token_id = pad
-    made.disable_compile = True  # the compiler cannot follow the binding
+    made.disable_compile = True  # whether it is, is for the caller to say
     made.return_dict_in_generate = False
     result: GenerationConfig = made
     return result

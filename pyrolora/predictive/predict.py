@@ -164,6 +164,9 @@ def passes(
         return
     settings, counts = factors.distinct()
     for start in range(0, len(counts), step):
-        output = joint.network(batch, settings[start : start + step])
-        repeats = counts[start : start + step].to(output.device)
-        yield output.repeat_interleave(repeats, 0) if len(counts) < factors.draws else output
+        some = settings[start : start + step]
+        if len(counts) == factors.draws:
+            yield joint.network(batch, some)  # without a name here, which would keep it for longer
+            continue
+        output = joint.network(batch, some)
+        yield output.repeat_interleave(counts[start : start + step].to(output.device), 0)

@@ -26,6 +26,7 @@ class Several:
     """The Trainer's arguments in one of several processes."""
 
     world_size = 2
+    torch_compile = False
 
     def __init__(self, training):
         self.fsdp, self.fsdp_config = training.fsdp, training.fsdp_config
@@ -104,6 +105,16 @@ def test_options_that_would_do_nothing_are_refused_before_training(
     with pytest.raises(ConfigError, match=message):
         fitted(tmp_path, fsdp=True, fsdp_config=config)
     assert not steps
+
+
+def test_compiled_code_beside_fsdp_is_refused(tmp_path):
+    args = Several(arguments(tmp_path, fsdp=True))
+    args.torch_compile = True
+    with (
+        pytest.raises(ConfigError, match=r"torch_compile=True.*leave one of the two out"),
+        sharding_asked(args),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

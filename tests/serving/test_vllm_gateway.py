@@ -189,9 +189,15 @@ def test_every_field_of_a_request_reaches_the_engine_or_is_refused(
     gateway: str, engine: tuple[str, Stub]
 ) -> None:
     values = {
-        **{name: 3 for name in ("max_tokens", "max_completion_tokens", "max_new_tokens", "top_k")},
-        **{"temperature": 0.5, "top_p": 0.5, "typical_p": 0.5, "repetition_penalty": 3.0},
-        **{"n": 2, "seed": 5, "stop": ["film"], "do_sample": True},
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens", "top_k"), 3),
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "typical_p": 0.5,
+        "repetition_penalty": 3.0,
+        "n": 2,
+        "seed": 5,
+        "stop": ["film"],
+        "do_sample": True,
     }
     for path, fields in (("completions", CompletionRequest), ("", Parameters)):
         for name in fields.model_fields.keys() - HERE:
