@@ -126,6 +126,10 @@ CHAINS = 2
 NUTS_DRAWS = 200
 NUTS_WARMUP = 200
 
+# The largest head whose posterior has the whole covariance, a matrix of that many rows: 25 MB that
+# are saved. BERT-base has 769 entries per class.
+HEAD_ENTRIES = 2500
+
 # Splits that are scored, where data has several: while fitting, afterwards, and as data of another
 # distribution.
 FIT_SPLITS = ("validation", "test")

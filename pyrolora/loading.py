@@ -145,10 +145,21 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
         joint.program.succeed(description.prior)
         joint.align()
     joint.program.reserve()
+    if description.guide.head == "gaussian":
+        _widen_head(joint)
     joint.check_own_state(saved.tensors.declared)
     joint.load_own_state(saved.state())
     _check_values(joint)
     return joint
+
+
+def _widen_head(joint: JointModel) -> None:
+    if joint.heads.last_layer() is None:
+        raise CheckpointError(
+            "the posterior has a Gaussian head, and its heads have no linear layer; it was edited: "
+            "restore it from a copy"
+        )
+    joint.widen_head()
 
 
 def _check_sizes(description: Description, declared: Mapping[str, Tensor]) -> None:
@@ -254,7 +265,8 @@ def _check_values(joint: JointModel) -> None:
         return
     with seeded(0):
         for factors in (program.mean(), program.factors(program.draw(1))):
-            if not all(torch.isfinite(t).all() for t in (factors.A, factors.B)):
+            made = [t for t in (factors.A, factors.B, factors.head) if t is not None]
+            if not all(torch.isfinite(t).all() for t in made):
                 raise CheckpointError(
                     "the saved tensors are finite, and the adapters made from them are not; they "
                     "were edited: restore them from a copy"

@@ -797,8 +797,8 @@ class Posterior:
         Raises
         ------
         ConfigError
-            For a guide without a density: ``"map"``, ``"ensemble"``, ``"nuts"``, ``"dropout"``,
-            ``"full"``, ``"tfb"``, and ``"swag"`` without a prior.
+            For a guide without a density: ``"map"`` with a point head, ``"ensemble"``, ``"nuts"``,
+            ``"dropout"``, ``"full"``, ``"tfb"``, and ``"swag"`` without a prior.
         DataError
             When ``data`` has another number of examples than the fit.
         """

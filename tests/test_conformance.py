@@ -174,6 +174,10 @@ BRIEF = {
     "choices by texts",
     "preferences",
 }
+WITHOUT_HEAD = {
+    *("masked language model", "llama", "gpt-2", "plain regression", "sequence to sequence"),
+    *("choices by letters", "choices by texts"),
+}
 WITHOUT_DENSITY = {"map", "ensemble", "nuts", "dropout", "full", "tfb"}
 VARIANTS: dict[str, Guide] = {
     **{name: guides.as_guide(name) for name in guides.available()},
@@ -219,6 +223,10 @@ VARIANTS: dict[str, Guide] = {
     "ensemble side by side": Ensemble(members=3, side_by_side=True),
     "flat laplace on A": Flat(inner=Laplace(latent="A", prior_scale=0.5)),
     "sampled laplace": Laplace(linearised=False, latent="B"),
+    "flat montec with a Gaussian head": Flat(
+        inner=MonteCLoRA(draws_per_batch=2), head="gaussian", at_prediction=True
+    ),
+    "linearised laplace with a Gaussian head": Laplace(prior_scale=0.5, head="gaussian"),
     "laplace by validation": Laplace(tune="validation"),
     "full laplace": Laplace(curvature="full", num_draws=3),
     "full laplace on B": Laplace(curvature="full", latent="B", tune="validation"),
@@ -286,6 +294,10 @@ def test_conformance(
     per_token = case.metrics in (TEXT, SPAN) or case.data is tagged
     if variant.startswith("full laplace") and per_token:
         pytest.skip("is refused: every token has outputs of its own")
+    if guide.head == "gaussian" and problem in WITHOUT_HEAD:
+        with pytest.raises(ConfigError, match="has no task head"):
+            pyrolora.fit(case.network(), case.data(12), guide=guide, seed=1, **case.options)
+        return
     network = case.network()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     posterior = pyrolora.fit(
@@ -370,9 +382,18 @@ def test_conformance(
 ADAPTING = [name for name, guide in VARIANTS.items() if guide.adapts]
 WITHOUT_WIDTH_IN_TRAINING = {"map", "laplace", "tfb", "swag", "dropout", "nuts"}
 """Guides whose draws in training are a point, or have no prior: 'snr' cannot judge their ranks."""
-REFUSED_AS_PRIOR = {"montec as in the paper": "df_per_rank > 1.5"}
+REFUSED_AS_PRIOR = {
+    "montec as in the paper": "df_per_rank > 1.5",
+    "flat montec with a Gaussian head": "the task head stays as it is, got head='gaussian'",
+}
 """Variants whose options leave an earlier posterior no density."""
 GRADIENT = {"scale_updates": "gradient"}
+
+
+def small(guide: Guide | str, **options: Any) -> AdapterConfig:
+    """Adapters of the plain classifier, whose last layer is a head where that has a law."""
+    gaussian = guides.as_guide(guide).head == "gaussian"
+    return AdapterConfig(r=2, modules_to_save=["2"] if gaussian else None, **options)
 
 
 def short_fit(network: nn.Module | pyrolora.Posterior, **options: Any) -> pyrolora.Posterior:
@@ -380,7 +401,8 @@ def short_fit(network: nn.Module | pyrolora.Posterior, **options: Any) -> pyrolo
     fresh = isinstance(network, nn.Module) and "prior" not in options
     defaults: dict[str, Any] = {"eval_data": pairs(3)(6), "batch_size": 6, "seed": 1}
     if fresh:
-        defaults |= {"task": "classification", "adapter": AdapterConfig(r=2), "epochs": 2}
+        adapter = small(options["guide"])
+        defaults |= {"task": "classification", "adapter": adapter, "epochs": 2}
     return pyrolora.fit(network, pairs(3)(12), **{**defaults, **options})
 
 
@@ -403,7 +425,7 @@ def test_ranks_move_where_the_guide_states_it(
     variant: str, importance: str, tmp_path: Path
 ) -> None:
     guide = VARIANTS[variant]
-    adapter = AdapterConfig(r=2, rank_allocation=importance)
+    adapter = small(guide, rank_allocation=importance)
     core = guides.full_name(guide).split("+")
     refused = importance == "snr" and (core[-1] in WITHOUT_WIDTH_IN_TRAINING or core[0] == "nuts")
     if not guide.supports.rank_allocation:
@@ -447,7 +469,7 @@ def test_a_posterior_around_given_means_where_the_guide_states_it(
     variant: str, tmp_path: Path
 ) -> None:
     guide = VARIANTS[variant]
-    given = short_fit(mlp(), guide="map")
+    given = short_fit(mlp(), guide="map", adapter=small(guide))
     means = {name: tensor.clone() for name, tensor in given.bank.state_dict().items()}
     if guide.supports.post_hoc is None:
         with pytest.raises(ConfigError, match=f"'{re.escape(guides.full_name(guide))}'"):

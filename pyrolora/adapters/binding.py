@@ -111,7 +111,8 @@ class Binding:
     compiled
         The network is compiled, in whole or in part, and that code has to see the binding.
     eager
-        A compiled network runs without its compiled code: the factors note what they see.
+        A compiled network runs without its compiled code: the factors note what they see, or the
+        heads were made for this call.
     """
 
     factors: Mapping[Any, Factors]

@@ -24,6 +24,9 @@ class FlatFactors:
         Number of the task head that each draw uses, (S,) or (); None where there is one head.
     seeds
         Seeds of the noise on the weights, (S,) or (); None without noise.
+    head
+        Entries of the last linear layer of the task head, rows of W with their bias, (P,) or
+        (S, P); None: those that the posterior's head has.
     noise_scale
         σ of that noise, relative to the norm of each row of the weight.
     pooled
@@ -36,6 +39,7 @@ class FlatFactors:
     B: Tensor
     members: Tensor | None = None
     seeds: Tensor | None = None
+    head: Tensor | None = None
     noise_scale: float = 0.0
     pooled: bool = False
 
@@ -44,7 +48,8 @@ class FlatFactors:
         """Return S, or None for a single setting."""
         if self.pooled:
             return None
-        sizes = {t.shape[0] for t in (self.A, self.B) if t.dim() > 1}
+        flat = (self.A, self.B, self.head)
+        sizes = {t.shape[0] for t in flat if t is not None and t.dim() > 1}
         sizes |= {t.shape[0] for t in (self.members, self.seeds) if t is not None and t.dim()}
         return sizes.pop() if sizes else None
 
@@ -52,6 +57,8 @@ class FlatFactors:
         """Return the different settings among the S draws, and how many neighbours have each."""
         draws = self.draws
         assert draws is not None
+        if self.head is not None:
+            return self, torch.ones(draws, dtype=torch.long)
         if self.seeds is None and self.members is not None:  # a member is a point mass
             counts = self.members.unique_consecutive(return_counts=True)[1]
             return self[counts.cumsum(0) - counts], counts
@@ -62,7 +69,8 @@ class FlatFactors:
 
     def checksum(self) -> tuple[Any, ...]:
         """Return numbers that differ, all but surely, where factors do, bit for bit."""
-        bits = [int(t.float().view(torch.int32).sum(dtype=torch.int64)) for t in (self.A, self.B)]
+        flat = [t for t in (self.A, self.B, self.head) if t is not None]
+        bits = [int(t.float().view(torch.int32).sum(dtype=torch.int64)) for t in flat]
         chosen = [None if t is None else t.tolist() for t in (self.members, self.seeds)]
         return (*bits, *chosen, self.noise_scale, self.draws)
 
@@ -70,8 +78,10 @@ class FlatFactors:
     def cat(parts: Sequence[FlatFactors]) -> FlatFactors:
         """Concatenate the draws of all parts; a factor that is not drawn is the same in each."""
         first = parts[0]
+        if len(parts) == 1:  # a copy would not show that its draws are one point
+            return first
         drawn: dict[str, Any] = {}
-        for name, plain in (("A", 1), ("B", 1), ("members", 0), ("seeds", 0)):
+        for name, plain in (("A", 1), ("B", 1), ("head", 1), ("members", 0), ("seeds", 0)):
             tensor = getattr(first, name)
             if tensor is not None and tensor.dim() > plain:
                 drawn[name] = torch.cat([getattr(part, name) for part in parts])
@@ -82,7 +92,10 @@ class FlatFactors:
         members, seeds = (
             t[index] if t is not None and t.dim() else t for t in (self.members, self.seeds)
         )
-        return replace(self, A=A, B=B, members=members, seeds=seeds)
+        head = self.head
+        if head is not None and head.dim() > 1:
+            head = head[index]
+        return replace(self, A=A, B=B, members=members, seeds=seeds, head=head)
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,8 @@ def _variables(
     bank = program.bank
     norms = bank.update_norms(drawn).expand(drawn.draws or 1, -1)
     variables: Variables = {"adapter_norm": (norms, ("layer",)), **program.quantities(sites)}
+    if factors and drawn.head is not None:
+        variables["head"] = (drawn.head, ("head_entry",))
     if factors:
         size = len(next(iter(sites.values())))
         for name, (A, B) in bank.matrices(drawn).items():

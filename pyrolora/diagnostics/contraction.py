@@ -111,8 +111,8 @@ def contractions(program: Program) -> list[Contraction]:
         return []
     with DRAWING, evaluating(program):
         core = program
-        if isinstance(program, WrappingProgram) and program.stored() is None:
-            core = program.inner
+        while isinstance(core, WrappingProgram) and program.stored() is None:
+            core = core.inner
         moments = _stated(core) if isinstance(core, FactorProgram) else _drawn(program)
         return [_contraction(block, m) for block, m in moments if m.prior_variance.mean() > 0]
 

@@ -19,7 +19,8 @@ from pyrolora.checks import whole_number
 from pyrolora.data import Prepared
 from pyrolora.diagnostics.psis import PSIS, psis_khat, yardstick
 from pyrolora.errors import ConfigError, DataError
-from pyrolora.guides import Guide, Program, full_name
+from pyrolora.guides import HEAD, Guide, Program, full_name
+from pyrolora.guides.program import SHARED_LAW
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import predict
 from pyrolora.seeding import DRAWING, seeded
@@ -67,8 +68,10 @@ def khat(
         with seeded(seed):
             draws = _draws(program, num_samples)
         sites = draws(0, 2)
-        _check_width(sites, options)
+        judged = {name: site for name, site in sites.items() if not (per_layer and name == HEAD)}
+        _check_width(judged, options)
         free = {name: _free_entries(site) // 2 for name, site in sites.items()}
+        free |= {name: 0 for name, site in sites.items() if _is_point(site)}
         used = _in_use(program, sites)
         if not per_layer:
             size = sum(round(free[n] * float(used[n].float().mean())) for n in sites)
@@ -166,6 +169,10 @@ def _latent(trace: Trace) -> dict[str, Any]:
     }
 
 
+def _is_point(site: Mapping[str, Any]) -> bool:
+    return isinstance(site["fn"], pyro.distributions.Delta)
+
+
 def _free_entries(site: Mapping[str, Any]) -> int:
     """Return how many unconstrained numbers the draws of the site are."""
     return biject_to(site["fn"].support).inverse_shape(site["value"].shape).numel()
@@ -203,7 +210,9 @@ def _masks(program: Program, sites: Mapping[str, Any]) -> dict[str, dict[str, Te
     entry = block.repeat_interleave(torch.tensor([size[n] for n in names], device=device))
     owner: dict[str, Tensor] = {}
     for name, site in sites.items():
-        if _is_blocked(site):
+        if name == HEAD:
+            owner[name] = torch.full((), -1, device=device)  # no layer's
+        elif _is_blocked(site):
             owner[name] = block.view(-1, *[1] * site["fn"].event_dim)
         elif site["fn"].event_dim:
             length = site["value"].shape[-1]
@@ -225,7 +234,7 @@ def _in_use(program: Program, sites: Mapping[str, Any]) -> dict[str, Tensor]:
     active = program.bank.entries(latent) if latent else None
     if active is not None:
         for name, site in sites.items():
-            if not _is_blocked(site) and site["fn"].event_dim:
+            if name != HEAD and not _is_blocked(site) and site["fn"].event_dim:
                 length = site["value"].shape[-1]
                 used[name], active = active[:length], active[length:]
     return used
@@ -249,7 +258,8 @@ def _check_drawn(program: Program, options: Guide) -> None:
 
 def _check_width(sites: Mapping[str, Any], options: Guide) -> None:
     """Raise `ConfigError` for a guide that is a point mass."""
-    if any(isinstance(site["fn"], pyro.distributions.Delta) for site in sites.values()):
+    # The seed of noise on the weights has width, and tells nothing of the data.
+    if all(_is_point(site) or site["infer"].get(SHARED_LAW) for site in sites.values()):
         raise ConfigError(
             f"khat needs a guide with width, and {full_name(options)!r} is a point; fit with "
             "'montec', 'meanfield', 'lowrank' or 'laplace'"

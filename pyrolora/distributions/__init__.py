@@ -8,7 +8,7 @@ from pyrolora.distributions.column_normal import (
     map_blocks,
     split_blocks,
 )
-from pyrolora.distributions.kronecker_normal import KroneckerNormal
+from pyrolora.distributions.kronecker_normal import KroneckerNormal, orthonormal
 from pyrolora.distributions.logits_categorical import (
     LogitsCategorical,
     drawn_residual,
@@ -28,6 +28,7 @@ __all__ = [
     "WishartCholesky",
     "drawn_residual",
     "map_blocks",
+    "orthonormal",
     "rows_at_once",
     "split_blocks",
 ]

@@ -14,6 +14,19 @@ from torch.distributions import constraints
 from pyrolora.distributions.column_normal import Blocks, split_blocks
 
 
+class _Orthonormal(constraints.Constraint):
+    """Matrices U with Uᵀ U = I, to the precision of an eigendecomposition in float32."""
+
+    event_dim = 2
+
+    def check(self, value: Tensor) -> Tensor:
+        eye = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
+        return ((value.mT @ value - eye).abs() < 1e-2).all(-1).all(-1)
+
+
+orthonormal = _Orthonormal()
+
+
 class KroneckerNormal(TorchDistribution):
     r"""L independent matrices X_l = M_l + U_l (S_l ∘ Z_l) V_lᵀ with standard normal entries in Z_l.
 

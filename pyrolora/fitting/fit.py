@@ -36,6 +36,7 @@ from pyrolora.fitting.training import (
 from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide
 from pyrolora.inference import Run
+from pyrolora.inference.head_laplace import check_last_layer
 from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
 from pyrolora.inference.sharding import shard, sharding_asked
@@ -80,8 +81,8 @@ def fit(
         name the ``task``). Its weights are not changed. A model that is loaded gets a head for the
         classes of ``data``, or, with ``prior``, of the earlier data. Or a `Posterior`, such as
         `from_peft` reads: its means and task head stay as they are, and the guide adds their
-        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``; the model of
-        ``"nuts"`` is conditioned on them).
+        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, of the head alone
+        ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
     data
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw with a tokenizer or processor, or tokenised; a
@@ -219,6 +220,8 @@ def fit_request(request: Request) -> Posterior:
                 check_recordable(joint)
             with eagerly(joint.base):
                 origin.ready(joint, data, held_out, args)
+                if request.options.head == "gaussian":
+                    check_last_layer(joint, data)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts
             )
@@ -332,11 +335,10 @@ def _set_texts(task: Task, request: Request) -> None:
 
 def _inferred(run: Run, request: Request) -> Posterior:
     """Run the guide's inference; a posterior that met NaN is saved, and is the error's."""
-    posterior: Posterior = run.posterior(run.joint, run.guide)
-    posterior.history = run.history
     try:
         run.guide.infer(run)
         with eagerly(run.joint.base):
+            run.widen_head()
             check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
     except (NonFiniteError, SaveError) as error:
@@ -350,6 +352,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
         raise
     finally:
         run.joint.rows = run.joint.num_examples  # from now on an example is a row
+    posterior: Posterior = run.posterior(run.joint, run.guide)
+    posterior.history = run.history
     return posterior
 
 

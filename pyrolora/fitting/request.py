@@ -209,6 +209,11 @@ class Request:
                 f"a posterior of {names[0]!r} cannot be the prior of {names[1]!r}: both have to be "
                 f"the same one of {able}, or 'flat' around it"
             )
+        if "gaussian" in (prior.options.head, self.options.head):
+            raise ConfigError(
+                "an earlier posterior is the prior of the adapters, and the task head stays as it "
+                "is, got head='gaussian'; pass a prior and a guide with head='point'"
+            )
         earlier, later = (getattr(o, "inner", o) for o in (prior.options, self.options))
         free = {option.name for option in dataclasses.fields(Variational)}
         for option in dataclasses.fields(later):

@@ -6,6 +6,7 @@ from pyrolora.guides.ensemble import Ensemble
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
 from pyrolora.guides.flat import Flat
 from pyrolora.guides.full import Full
+from pyrolora.guides.gaussian_head import HEAD, GaussianHead, HeadLaw
 from pyrolora.guides.laplace import Laplace
 from pyrolora.guides.lowrank import LowRank
 from pyrolora.guides.map import MAP
@@ -39,6 +40,7 @@ _REGISTRY |= {
 }
 
 __all__ = [
+    "HEAD",
     "MAP",
     "NUTS",
     "SWAG",
@@ -51,7 +53,9 @@ __all__ = [
     "Flat",
     "Full",
     "GaussianGuide",
+    "GaussianHead",
     "Guide",
+    "HeadLaw",
     "Laplace",
     "Latent",
     "Law",

@@ -61,7 +61,7 @@ class Dropout(Guide):
 
     @property
     def supports(self) -> Supports:
-        return Supports(rank_allocation=True, independent_layers=True)
+        return Supports(rank_allocation=True, independent_layers=True, gaussian_head=True)
 
     def build(self, bank: AdapterBank) -> DropoutProgram:
         return DropoutProgram(bank, self)

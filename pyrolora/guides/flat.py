@@ -19,7 +19,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.map import MAP
 from pyrolora.guides.nuts import NUTS
-from pyrolora.guides.options import Guide, Variational, require
+from pyrolora.guides.options import Guide, Variational, check_inner_head, require
 from pyrolora.guides.program import SHARED_LAW, Program, Sites
 from pyrolora.guides.supports import Supports
 from pyrolora.guides.wrapping import WrappingProgram
@@ -69,9 +69,6 @@ class Flat(Guide):
     at_prediction: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        positive("rho", self.rho)
-        true_or_false("at_prediction", self.at_prediction)
         require(
             isinstance(self.inner, Guide)
             and not isinstance(self.inner, Flat | NUTS)
@@ -80,6 +77,10 @@ class Flat(Guide):
             "another guide that trains adapters, such as pyrolora.guides.MonteCLoRA()",
             self.inner,
         )
+        check_inner_head(self.inner, "Flat(inner=..., head='gaussian')")
+        super().__post_init__()
+        positive("rho", self.rho)
+        true_or_false("at_prediction", self.at_prediction)
 
     @property
     def supports(self) -> Supports:

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, true_or_false, whole_number
-from pyrolora.distributions import KroneckerNormal, TruncatedKroneckerNormal
+from pyrolora.distributions import KroneckerNormal, TruncatedKroneckerNormal, orthonormal
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
@@ -29,19 +29,6 @@ Structure = Literal["kronecker", "full"]
 Tuning = Literal["marginal_likelihood", "validation"]
 GRID = tuple(10.0**exponent for exponent in range(-2, 6))
 """Precisions λ that validation compares: prior scales from 10 down to 0.003."""
-
-
-class _Orthonormal(constraints.Constraint):
-    """Matrices U with Uᵀ U = I, to the precision of an eigendecomposition in float32."""
-
-    event_dim = 2
-
-    def check(self, value: Tensor) -> Tensor:
-        eye = torch.eye(value.shape[-1], dtype=value.dtype, device=value.device)
-        return ((value.mT @ value - eye).abs() < 1e-2).all(-1).all(-1)
-
-
-orthonormal = _Orthonormal()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +145,7 @@ class Laplace(Guide):
             independent_layers=not self.full,
             distinct_prior=True,
             all_examples=True,
+            gaussian_head=not self.full,
         )
 
     def build(self, bank: AdapterBank) -> Program:

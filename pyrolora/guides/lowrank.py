@@ -58,7 +58,11 @@ class LowRank(GaussianGuide):
     @property
     def supports(self) -> Supports:
         return Supports(
-            rank_allocation=True, prior=True, post_hoc=self.post_hoc_scales, distinct_prior=True
+            rank_allocation=True,
+            prior=True,
+            post_hoc=self.post_hoc_scales,
+            distinct_prior=True,
+            gaussian_head=True,
         )
 
     def build(self, bank: AdapterBank) -> LowRankProgram:

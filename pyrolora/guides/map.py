@@ -62,7 +62,14 @@ class MAP(Variational):
 
     @property
     def supports(self) -> Supports:
-        return Supports(rank_allocation=True, independent_layers=True, distinct_prior=True)
+        return Supports(
+            rank_allocation=True,
+            # Around a given adapter there is the head alone to infer.
+            post_hoc="computed" if self.head == "gaussian" else None,
+            independent_layers=True,
+            distinct_prior=True,
+            gaussian_head=True,
+        )
 
     def build(self, bank: AdapterBank) -> MAPProgram:
         return MAPProgram(bank, self)

@@ -56,6 +56,7 @@ class MeanField(GaussianGuide):
             closed_scales=True,
             independent_layers=True,
             distinct_prior=True,
+            gaussian_head=True,
         )
 
     def build(self, bank: AdapterBank) -> MeanFieldProgram:

@@ -151,6 +151,7 @@ class MonteCLoRA(Variational):
             closed_scales=not (self.learn_sample_scale or inverse),
             independent_layers=True,
             distinct_prior=True,
+            gaussian_head=True,
         )
 
     @classmethod

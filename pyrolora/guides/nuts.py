@@ -23,7 +23,7 @@ from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
-from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.options import Guide, Variational, check_inner_head
 from pyrolora.guides.program import picked
 from pyrolora.guides.supports import Supports
 from pyrolora.guides.wrapping import WrappingProgram
@@ -93,6 +93,7 @@ class NUTS(Guide):
                 f"in the model of MAP(latent={inner.latent!r}) the other factor is a point mass, "
                 f"where NUTS cannot move; MeanField(latent={inner.latent!r}) has it as a constant"
             )
+        check_inner_head(inner, "a guide that is not sampled, whose head can be Gaussian")
         # Values that nobody set: the defaults, and those of a preset.
         usual = [type(inner)(), *([MonteCLoRA.paper()] if isinstance(inner, MonteCLoRA) else [])]
         for name in inner.guide_only:

@@ -25,6 +25,7 @@ Against = Literal["sum", "mean"]
 ScaleUpdates = Literal["curvature", "gradient"]
 PriorMean = Literal["learned", "start", "zero"]
 Units = Literal["row", "fan_in", "one"]
+Head = Literal["point", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,36 @@ class Guide(ABC):
     """Options of a method.
 
     Options annotated with ``Literal`` are checked against it.
+
+    Parameters
+    ----------
+    head
+        The last linear layer of the task head, W with its bias: ``"point"``, the trained values
+        W̄; or ``"gaussian"``, a Laplace approximation around them, made after the training, which
+        it leaves as it is:
+
+            prior  W ~ N(0, I / λ)        guide  W ~ N(W̄, (H / β + λ I)⁻¹)
+
+        with H the generalised Gauss-Newton matrix of −log p(y|W) over the training examples, in
+        expectation under the draws of the adapters, β the weight of the KL, and λ the one with
+        the highest evidence. H is the whole matrix up to `defaults.HEAD_ENTRIES` entries of W, and
+        a Kronecker product beyond. A draw is then one of the adapters and one of W.
     """
 
     name: ClassVar[str]
     adapts: ClassVar[bool] = True
     """Whether the network gets adapters; without, the weights of the network are trained."""
 
+    head: Head = "point"
+
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.head == "gaussian" and not self.supports.gaussian_head:
+            raise ConfigError(
+                f"guide {self.name!r} with these options keeps the task head a point, got "
+                "head='gaussian'; leave it out, or choose a guide whose Supports(...) states "
+                "gaussian_head, such as 'map', 'montec' or 'meanfield'"
+            )
 
     @property
     @abstractmethod
@@ -223,6 +246,15 @@ def check_units(units: Units, latent: Latent, prior_mean: PriorMean) -> None:
             "units='row' takes the size of a row of A from its mean, which therefore has no price: "
             f"it goes with latent='A' and prior_mean='learned', got latent={latent!r} and "
             f"prior_mean={prior_mean!r}; choose units='fan_in' for those"
+        )
+
+
+def check_inner_head(inner: Guide, instead: str) -> None:
+    """Raise `ConfigError` for a guide inside of another one that asks for a head of its own."""
+    if inner.head != "point":
+        raise ConfigError(
+            f"the task head is that of the whole guide, got head={inner.head!r} for the inner "
+            f"{inner.name!r}; leave it out there, and choose {instead}"
         )
 
 

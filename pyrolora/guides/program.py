@@ -172,6 +172,11 @@ class Program(ParamModule, ABC):
         most = min(self.draws_per_batch, batch_size) if self.training else 1
         return next(count for count in range(most, 0, -1) if batch_size % count == 0)
 
+    @property
+    def several_heads(self) -> bool:
+        """Whether draws have task heads of their own."""
+        return self.members > 1
+
     def side_by_side(self) -> int:
         """Return the number of members that are trained on the same batch."""
         return 1

@@ -16,6 +16,7 @@ Capability = Literal[
     "independent_layers",
     "distinct_prior",
     "all_examples",
+    "gaussian_head",
 ]
 
 METHODS: dict[Capability, tuple[str, ...]] = {
@@ -54,6 +55,9 @@ class Supports:
     all_examples
         Inference sums over all examples at once, so that a part of them, as of a stream, does not
         do.
+    gaussian_head
+        The last layer of the task head can have a Gaussian law, drawn beside each draw of the
+        adapters: ``head="gaussian"``.
     """
 
     rank_allocation: bool = False
@@ -65,6 +69,7 @@ class Supports:
     independent_layers: bool = False
     distinct_prior: bool = False
     all_examples: bool = False
+    gaussian_head: bool = False
 
 
 assert {field.name for field in fields(Supports)} == {*get_args(Capability)}

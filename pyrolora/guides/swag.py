@@ -80,7 +80,11 @@ class SWAG(Guide):
 
     @property
     def supports(self) -> Supports:
-        return Supports(rank_allocation=True, distinct_prior=self.prior_scale is not None)
+        return Supports(
+            rank_allocation=True,
+            distinct_prior=self.prior_scale is not None,
+            gaussian_head=True,
+        )
 
     def build(self, bank: AdapterBank) -> SWAGProgram:
         return SWAGProgram(bank, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyrolora.inference.checkpoints import check_room, checkpoint_to_resume
 from pyrolora.inference.curvature import Kronecker, kfac, portions
 from pyrolora.inference.dual import Dual, check_size
 from pyrolora.inference.evidence import best_precision
+from pyrolora.inference.head_laplace import settle_head
 from pyrolora.inference.identity import describe_fit
 from pyrolora.inference.jacobian import examples
 from pyrolora.inference.mcmc import nuts
@@ -41,7 +42,7 @@ from pyrolora.inference.widths import ChooseWidth
 from pyrolora.model import JointModel, evaluating
 from pyrolora.processes import all_processes, alone, processes, share_generators, shared_out
 from pyrolora.progress import progress, shows_bars, silenced
-from pyrolora.seeding import give_way
+from pyrolora.seeding import give_way, seeded
 
 Score = Callable[[JointModel, int | None], dict[str, float]]
 
@@ -103,6 +104,17 @@ class Run:
             joint.to(self.args.device)
             settle_finally(joint, self.guide, self.data, self.args, 1 if trained else 4)
         self._scored = final and trained and not settles
+
+    def widen_head(self) -> None:
+        """Infer the law of the task head's last layer, where the guide has it Gaussian."""
+        if self.guide.head == "point":
+            return
+        self.joint.widen_head()
+        with seeded(self.args.seed):
+            beta = self.guide.beta(self.joint.num_examples)
+            precision = settle_head(self.joint, self._batches("task head"), beta)
+        self.log(head_precision=precision)
+        self._scored = False
 
     def conclude(self) -> None:
         """Score `joint` on the evaluation data, unless the training has done so."""
@@ -234,6 +246,10 @@ class Run:
 
     # Inside -------------------------------------------------------------------------------------
 
+    def _so_far(self, joint: JointModel, guide: Guide) -> Any:
+        """Return the posterior of a training that broke off, before its head had a law."""
+        return self.posterior(joint, replace(guide, head="point"))
+
     def _identity(self, joint: JointModel, guide: Guide, args: TrainingArguments) -> dict[str, Any]:
         return describe_fit(joint, guide, self.data, args)
 
@@ -294,14 +310,14 @@ class Run:
             warmed = trainer.state.global_step > 1 or not args.get_warmup_steps(1)
             warn_of_unmoved(joint, starts, args.learning_rate if warmed else 0.0)
         except NonFiniteError as error:
-            error.posterior = self.posterior(joint, guide)
+            error.posterior = self._so_far(joint, guide)
             raise
         except SaveError as error:
             unsaved = SaveError(
                 f"{error}. The fit stopped after step {trainer.state.global_step}, of which "
                 "error.posterior is the posterior; checkpoints that were there are whole"
             )
-            unsaved.posterior = self.posterior(joint, guide)
+            unsaved.posterior = self._so_far(joint, guide)
             raise unsaved from error
         finally:
             trainer.close_progress()

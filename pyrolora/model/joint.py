@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import Attachment
 from pyrolora.columns import Batch
-from pyrolora.guides import Program, averaged
+from pyrolora.guides import GaussianHead, HeadLaw, Program, averaged
 from pyrolora.model import checkpointing
 from pyrolora.model.network import AdaptedNetwork, batch_size, device_of
 from pyrolora.model.state import check_tensors, load_tensors, tensors_of
@@ -99,6 +99,12 @@ class JointModel(AdaptedNetwork):
             self.program.bank.load_state_dict(other.program.bank.state_dict())
             self.task.load_state_dict(other.task.state_dict())
 
+    def widen_head(self) -> None:
+        """Give the last layer of the task head a Gaussian law, whose curvature is zero at first."""
+        wider = GaussianHead(self.program, HeadLaw(self.heads.last_entries()))
+        self.program = wider.train(self.program.training)
+        self.align()
+
     def align(self) -> None:
         """Move all parts to the network's device: a later fit may have moved the network."""
         device = next(self.base.parameters()).device
@@ -131,8 +137,10 @@ class JointModel(AdaptedNetwork):
 
     def parts(self) -> dict[str, nn.Module]:
         """Return the parts with the posterior's tensors."""
-        own_base = not self.program.bank.specs
-        parts = {"base": self.base, "program": self.program, "task": self.task, "heads": self.heads}
+        own_base, program = not self.program.bank.specs, self.program
+        parts = {"base": self.base, "program": program, "task": self.task, "heads": self.heads}
+        if isinstance(program, GaussianHead):
+            parts |= {"program": program.inner, "head_law": program.law}
         return {name: part for name, part in parts.items() if own_base or name != "base"}
 
 

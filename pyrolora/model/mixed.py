@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pyrolora.adapters import (
     mixed_binding,
 )
 from pyrolora.columns import Batch
+from pyrolora.guides import GaussianHead
 from pyrolora.model.joint import JointModel
 
 
@@ -119,7 +120,9 @@ class Mixture:
         """Return the binding of the pass."""
         attachment = self.carrier.attachment
         portions = [share.portion() for share in self.shares]
-        return mixed_binding(portions, attachment.layers, attachment.heads)
+        drawn = any(isinstance(share.joint.program, GaussianHead) for share in self.shares)
+        binding = mixed_binding(portions, attachment.layers, attachment.heads)
+        return replace(binding, eager=binding.eager or drawn)
 
     def fits(self, binding: Binding) -> bool:
         """Return whether the pass called only layers that were seen to allow sharing."""

@@ -174,7 +174,7 @@ class AdaptedNetwork(nn.Module):
         adapted layers, whatever follows. Layers that were not called then, and numbers of rows
         that do not fit, end the sharing later on.
         """
-        several_heads |= self.program.members > 1
+        several_heads |= self.program.several_heads
         if not self.attachment.layers and not several_heads:
             return True
         known, kind = self._sharing(several_heads), kind_of(self.task.inputs(batch, self.base))
@@ -210,7 +210,7 @@ class AdaptedNetwork(nn.Module):
         return output if self.fits(binding) else None
 
     def _sharing(self, several_heads: bool) -> Sharing:
-        heads = self.attachment.heads if several_heads or self.program.members > 1 else ()
+        heads = self.attachment.heads if several_heads or self.program.several_heads else ()
         return sharing_of(self.base, self.attachment.layers, heads)
 
     def _names(self, layers: Set[Any]) -> set[str]:
@@ -259,6 +259,7 @@ class AdaptedNetwork(nn.Module):
             {layers[name]: value for name, value in per_layer.items()},
             {slots[name]: heads for name, heads in self.named_heads(factors).items()},
             rows=rows,
+            eager=factors.head is not None,  # code would be compiled anew for each drawn head
         )
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrolora.adapters import FlatFactors, eagerly
 from pyrolora.columns import Batch
 from pyrolora.model import JointModel, evaluating
+from pyrolora.predictive.heads import of_heads
 
 JACOBIAN_ENTRIES = 2**26
 """Entries of the Jacobian of one output that live at a time: 256 MiB in float32."""
@@ -40,7 +41,8 @@ def linearised(
     mean
         θ̄, (total,) each. A factor that is not drawn is used at its mean.
     draws
-        θ_s, (S, total); (total,) for a factor that is not drawn.
+        θ_s, (S, total); (total,) for a factor that is not drawn. With heads W_s the result has
+        f(x; θ̄, W_s) − f(x; θ̄) added, in which f is linear.
     rows
         Most examples of one pass through the network.
 
@@ -66,6 +68,8 @@ def linearised(
             per_example = replace(mean, **dict(zip(drawn, copies, strict=True)))
             output = joint.shared_out(chunk, per_example)
             parts.append(output.detach() + _directional(output, copies, deltas))
+            if draws.head is not None:
+                parts[-1] += of_heads(joint, chunk, mean, draws.head) - output.detach()
     return torch.cat(parts, dim=1)
 
 

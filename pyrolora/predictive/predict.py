@@ -18,6 +18,7 @@ from pyrolora.data import Prepared, check_finite, pass_rows, to_device
 from pyrolora.data.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
 from pyrolora.model import JointModel, device_of, evaluating
+from pyrolora.predictive.heads import of_heads, one_adapter
 from pyrolora.predictive.linearised import linearised
 from pyrolora.processes import share_generators, shared_out, take_part
 from pyrolora.progress import progress
@@ -156,6 +157,10 @@ def passes(
         return
     if joint.linearises:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
+        return
+    if one_adapter(joint, batch, factors):
+        assert factors.head is not None
+        yield of_heads(joint, batch, factors[0], factors.head)
         return
     settings, counts = factors.distinct()
     for start in range(0, len(counts), step):

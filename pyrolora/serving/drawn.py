@@ -96,5 +96,5 @@ def _bytes(factors: AnyFactors) -> int:
     """
     if isinstance(factors, LaterFactors):
         return 0
-    tensors = (factors.A, factors.B, factors.members, factors.seeds)
+    tensors = (factors.A, factors.B, factors.members, factors.seeds, factors.head)
     return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.dim())

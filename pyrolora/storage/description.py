@@ -52,7 +52,7 @@ TOKENIZER_NAME = r"tokenizer-[0-9a-f]{12}"
 LOGGED = {
     *("step", "epoch", "loss", "elbo", "member"),
     *("r_hat", "effective_sample_size", "divergences", "kl_weight", "prior_precision"),
-    *("noise_scale", "anchor_loss", "tolerated", "log_evidence"),
+    *("noise_scale", "anchor_loss", "tolerated", "log_evidence", "head_precision"),
 }
 """Numbers that a fit adds to the history."""
 
@@ -209,6 +209,8 @@ AS_THEY_ARE = (
 )
 EARLIER = {"temperature": 1.0, "texts": None}
 """Entries that folders of earlier versions do not have, and what they stand for."""
+EARLIER_GUIDE = {"head": "point"}
+"""The same of the options of each guide."""
 EARLIER_ADAPTER, EARLIER_LAYER = {"target_parameters": None}, {"lookup": False}
 """The same of the entries of ``adapter``, and of each of ``layers``."""
 ENTRIES: dict[str, Check] = {
@@ -237,14 +239,22 @@ ENTRIES: dict[str, Check] = {
 
 
 def _guide(name: str, entry: Mapping[str, Any]) -> Guide:
+    options = _with_earlier(entry["options"])
     try:
-        guide = from_options(entry["name"], entry["options"])
+        guide = from_options(entry["name"], options)
     except PyroLoraError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    _check_complete(name, guide, entry["options"])
+    _check_complete(name, guide, options)
     if full_name(guide) != entry["name"]:
         refuse(f"{name}.name", entry["name"], repr(full_name(guide)))
     return guide
+
+
+def _with_earlier(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the options of a guide, and of the one inside, from an earlier version's file."""
+    inner = options.get("inner")
+    nested = {"inner": _with_earlier(inner)} if isinstance(inner, dict) else {}
+    return {**EARLIER_GUIDE, **options, **nested}
 
 
 def _options(name: str, kind: Any, values: Mapping[str, Any]) -> Any:

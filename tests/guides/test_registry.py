@@ -42,24 +42,24 @@ SHORT = {"num_samples": 4, "warmup_steps": 2, "max_tree_depth": 2}
 CHANGED: dict[str, Guide] = {
     "map": MAP(
         prior_scale=0.5, latent="B", kl_weight=0.3, kl_weight_against="mean", kl_warmup=0.2,
-        scale_learning_rate=0.03,
+        scale_learning_rate=0.03, head="gaussian",
     ),
     "montec": MonteCLoRA(
         num_components=2, sample_scale=0.1, learn_sample_scale=True, component_prior="hierarchical",
         covariance="full", prior_mean="learned", df_per_rank=2.5, concentration=2.0,
         init_covariance=0.5, cooperation=0.1, latent="AB", sparse=True, kl_weight=0.5,
         kl_weight_against="mean", kl_warmup=0.1, draws_per_batch=2, scale_learning_rate=0.02,
-        units="fan_in",
+        units="fan_in", head="gaussian",
     ),
     "meanfield": MeanField(
         prior_scale=0.3, init_scale=0.05, latent="AB", kl_weight=0.7, kl_weight_against="mean",
         kl_warmup=0.5, draws_per_batch=4, scale_learning_rate=0.1, scale_updates="curvature",
-        units="fan_in", prior_mean="start",
+        units="fan_in", prior_mean="start", head="gaussian",
     ),
-    "laplace": Laplace(prior_scale=0.4, linearised=False, latent="B"),
+    "laplace": Laplace(prior_scale=0.4, linearised=False, latent="B", head="gaussian"),
     "ensemble": Ensemble(members=2, side_by_side=True),
     "flat+map": Flat(rho=0.2, at_prediction=True),
-    "flat+montec": Flat(inner=MonteCLoRA(num_components=3, latent="B"), rho=0.01),
+    "flat+montec": Flat(inner=MonteCLoRA(num_components=3, latent="B"), rho=0.01, head="gaussian"),
     "flat+ensemble": Flat(inner=Ensemble(members=3), rho=0.3),
     "flat+laplace": Flat(inner=Laplace(latent="A", tune="marginal_likelihood")),
     "nuts+meanfield": NUTS(
@@ -69,11 +69,11 @@ CHANGED: dict[str, Guide] = {
     "lowrank": LowRank(
         rank=3, prior_scale=0.3, init_scale=0.01, latent="AB", kl_weight=0.5,
         kl_weight_against="mean", kl_warmup=0.1, draws_per_batch=2, scale_learning_rate=0.02,
-        units="fan_in", prior_mean="learned",
+        units="fan_in", prior_mean="learned", head="gaussian",
     ),
-    "swag": SWAG(start=0.2, snapshots=12, rank=4, prior_scale=0.4, latent="A"),
+    "swag": SWAG(start=0.2, snapshots=12, rank=4, prior_scale=0.4, latent="A", head="gaussian"),
     "tfb": TFB(tolerance=0.1, relative=False, draws=4, steps=3),
-    "dropout": Dropout(p=0.2, unit="rank", draws_per_batch=3),
+    "dropout": Dropout(p=0.2, unit="rank", draws_per_batch=3, head="gaussian"),
     "full": Full(),
     "nuts+montec": NUTS(inner=MonteCLoRA.paper(sample_scale=0.3), chains=1, **SHORT),
     "nuts+map": NUTS(inner=MAP(prior_scale=0.2), chains=1, **SHORT),
@@ -128,8 +128,8 @@ def test_these_options_are_all_off_their_defaults(name: str) -> None:
     guide, fields = CHANGED[name], dataclasses.fields(CHANGED[name])
     same = {f.name for f in fields if getattr(guide, f.name) == f.default}
     # A point has one draw; and of these, mean field alone has scales with a closed optimum.
-    only = {"map": {"draws_per_batch", "scale_updates"}}.get(name, {"scale_updates"})
-    assert same <= (set() if name == "meanfield" else only)
+    only = {"map": {"draws_per_batch", "scale_updates"}, "meanfield": set(), "ensemble": {"head"}}
+    assert same <= only.get(name, {"scale_updates"})
 
 
 @pytest.mark.parametrize("name", CHANGED)
@@ -138,7 +138,7 @@ def test_options_come_back_with_a_posterior(name: str, tmp_path: Path) -> None:
     guide = CHANGED[name]
     posterior = pyrolora.fit(
         mlp(), (X, Y), guide=guide, task="classification",
-        adapter=AdapterConfig(r=1) if guide.adapts else None,
+        adapter=AdapterConfig(r=1, modules_to_save=["2"]) if guide.adapts else None,
         epochs=1, learning_rate=0.05, batch_size=4,
     )  # fmt: skip
     posterior.save(tmp_path)
