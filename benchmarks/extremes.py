@@ -229,7 +229,7 @@ EXTREMES: dict[str, Fit] = {
     ),
     "equal features": of_features(lambda: (torch.zeros(8, WIDTH), features()[1])),
 }
-NUMBERS = (1e-30, 1e-12, 1e-3, 0.999999, 1.0, 1e3, 1e6, 1e30)
+NUMBERS = (1e-300, 1e-30, 1e-12, 1e-3, 0.999999, 1.0, 1e3, 1e6, 1e30, 1e300)
 """The values of each real option of a guide."""
 WHOLE: dict[str, tuple[int, ...]] = {
     "num_components": (1, 256),

@@ -17,10 +17,12 @@ from pyrolora.adapters.kinds import is_quantised, oriented
 from pyrolora.adapters.targets import LayerSpec
 from pyrolora.adapters.wrapper import unwrapped
 from pyrolora.errors import ConfigError
+from pyrolora.matrices import decomposing
 
 Start = Mapping[str, tuple[Tensor, Tensor]]
 """Layer -> (A₀ (r, in), B₀ (out, r))."""
 
+REMEDY = "load or make the network anew, or start from 'kaiming'"
 STABLE_GAMMA = 16
 """γ of LoRA-GA, as in its paper and in PEFT."""
 
@@ -135,6 +137,8 @@ def start_of(
     ------
     ConfigError
         For a weight that cannot be read, a rank that is too high, a gradient of zero.
+    NonFiniteError
+        For a weight with NaN or infinity.
     """
     if name in RANDOM_STARTS:
         return None
@@ -146,7 +150,9 @@ def start_of(
     start = {}
     for spec in specs:
         layer, matrix = bases[spec.name], matrices[spec.name].detach()
-        A, B = make(layer, oriented(layer, matrix).float(), spec)
+        matrix = oriented(layer, matrix).float()
+        with decomposing(f"the matrix of {name!r} in layer {spec.name!r}", matrix, remedy=REMEDY):
+            A, B = make(layer, matrix, spec)
         start[spec.name] = A.clone(), B.clone()  # not views, which keep all of the decomposition
     return start
 

@@ -18,11 +18,12 @@ from pyrolora.distributions import KroneckerNormal
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
-from pyrolora.guides.full_laplace import FullLaplaceProgram
+from pyrolora.guides.full_laplace import REMEDY, FullLaplaceProgram, set_precision
 from pyrolora.guides.map import MAP
 from pyrolora.guides.options import Guide, Latent
 from pyrolora.guides.program import Program
 from pyrolora.guides.supports import Supports
+from pyrolora.matrices import decomposing
 
 Structure = Literal["kronecker", "full"]
 Tuning = Literal["marginal_likelihood", "validation"]
@@ -204,7 +205,7 @@ class Laplace(Guide):
         program = fit.program
         program.curve(fit.kfac())
         if self.prior_scale is not None:
-            program.precision.fill_(self.prior_scale**-2)
+            set_precision(program.precision, self.prior_scale**-2)
         elif tune == "marginal_likelihood":
             program.precision.fill_(fit.best_precision(*program.evidence()))
         else:
@@ -286,7 +287,13 @@ class LaplaceProgram(FactorProgram):
             blocks = iter(self.bank.layouts[factor].blocks)
             for i, group in enumerate(self.bank.layouts[factor].groups):
                 for number in range(group.count):
-                    eigen = curvature[next(blocks).name].eigen()
+                    name = next(blocks).name
+                    H = curvature[name]
+                    # The product of the traces bounds the eigenvalues.
+                    size = H.rows.trace() * H.columns.trace()
+                    matrices = (H.rows, H.columns, size)
+                    with decomposing(f"the curvature in {name!r}", *matrices, remedy=REMEDY):
+                        eigen = H.eigen()
                     for name, tensor in zip(("rows", "columns", "values"), eigen, strict=True):
                         self.get_buffer(f"{name}_{factor}_{i}")[number] = tensor
 

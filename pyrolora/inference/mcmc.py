@@ -14,7 +14,9 @@ from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
 from pyrolora.columns import Batch
+from pyrolora.errors import NonFiniteError
 from pyrolora.model import JointModel, evaluating
+from pyrolora.options import changed_numbers
 from pyrolora.seeding import give_way
 
 
@@ -76,7 +78,7 @@ def nuts(
                     disable_progbar=not progress,
                     hook_fn=lambda *_: give_way(),
                 )
-                with _loggers_kept():
+                with _loggers_kept(), _explained(joint):
                     run.run()
                 samples.append(run.get_samples())
                 diverging[chain, run.diagnostics()["divergences"]["chain 0"]] = True
@@ -86,6 +88,24 @@ def nuts(
     return {
         name: torch.stack([c[name] for c in samples]).detach() for name in samples[0]
     }, diverging
+
+
+@contextmanager
+def _explained(joint: JointModel) -> Iterator[None]:
+    """Raise `NonFiniteError` where Pyro finds no start of a chain among 100 draws of the prior."""
+    try:
+        yield
+    except ValueError as error:
+        if "cannot find valid initial params" not in str(error):
+            raise
+        program = joint.program
+        numbers = [n for o in (program.options, program.bank.config) for n in changed_numbers(o)]
+        raise NonFiniteError(
+            "a chain of 'nuts' cannot start: at 100 draws of the prior the density of the "
+            f"posterior, or its gradient, is not finite, with {', '.join(numbers)}. Choose a "
+            "prior_scale (or sample_scale) and a lora_alpha nearer to the defaults, or look for "
+            "extreme inputs"
+        ) from error
 
 
 @contextmanager

@@ -230,7 +230,7 @@ class Run:
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
-            trainer.add_callback(SettleScales(joint, guide, self.data))
+            trainer.add_callback(SettleScales(joint, guide, self.data, trainer.failure))
         asked: Any = args.resume_from_checkpoint or None
         starts = starting_factors(joint)
         if args.save_strategy != "no" and args.should_save:
@@ -244,7 +244,8 @@ class Run:
             warmed = trainer.state.global_step > 1 or not args.get_warmup_steps(1)
             warn_of_unmoved(joint, starts, args.learning_rate if warmed else 0.0)
         except NonFiniteError as error:
-            error.posterior = self.posterior(joint, guide)
+            if trainer.state.global_step:
+                error.posterior = self.posterior(joint, guide)
             raise
         except SaveError as error:
             unsaved = SaveError(
