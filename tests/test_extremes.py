@@ -109,12 +109,16 @@ REFUSED: dict[str, tuple[Any, AdapterConfig, str]] = {
         SMALL,
         r"before step 1, .* is not finite at site .* with init_scale=1e\+30, r=2. Choose",
     ),
-    "a scaling of 1e30": (
-        guides.MeanField(latent="AB"),
-        ALPHA,
-        r"before step 1, .* with r=2, lora_alpha=1e\+30. Choose",
+    "noise of 1e30": (
+        guides.MonteCLoRA(sample_scale=1e30, latent="AB"),
+        SMALL,
+        r"before step 1, .* with sample_scale=1e\+30, r=2. Choose",
     ),
-    "scales by an infinite curvature": (CURVATURE, ALPHA, "before step 1, .* optimal scales"),
+    "scales by an infinite curvature": (
+        dataclasses.replace(CURVATURE, init_scale=1e30),
+        SMALL,
+        r"before step 1, .* optimal scales \(.* is not finite: .* with init_scale=1e\+30",
+    ),
     "scales that underflow": (
         dataclasses.replace(CURVATURE, prior_scale=1e-30),
         SMALL,
