@@ -162,6 +162,17 @@ def test_a_covariance_that_becomes_singular_goes_back_to_the_step_before() -> No
     assert caught.value.posterior.predict(DATA, 3, seed=0).draws.isfinite().all()
 
 
+def test_a_last_good_state_that_does_not_predict_is_no_posterior(extremes: Any) -> None:
+    """Steps that break a network whose adapters are beyond its precision: it had no good state."""
+    fit = extremes.EXTREMES["pissa at lora_alpha 1e30"]
+    network = fit.network()
+    with pytest.raises(
+        NonFiniteError, match=r"before step 2.*no error\.posterior: .*'map'"
+    ) as caught:
+        pyrolora.fit(network, fit.data(), "map", **fit.arguments(guides.MAP()))
+    assert caught.value.posterior is None
+
+
 @pytest.mark.parametrize("value", [1e-300, 1e-39, 3.5e38, 1e300])
 def test_options_that_single_precision_does_not_hold_are_refused(value: float) -> None:
     for make in (
