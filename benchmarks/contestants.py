@@ -14,6 +14,7 @@ import torch
 from common import RESULTS, positive
 from networks import Case, case, twin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyrolora.adapters import attach
 from pyrolora.columns import Batch
@@ -50,6 +51,11 @@ class Contestant:
         self.loss(batch).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def transformer(module: nn.Module) -> PreTrainedModel:
+    """Return transformers' network in the module of a contestant."""
+    return next(part for part in module.modules() if isinstance(part, PreTrainedModel))
 
 
 Maker = Callable[[Case, nn.Module], Contestant]

@@ -235,13 +235,13 @@ def _cpu_seconds() -> float:
 
 
 def left_in(folder: Path) -> dict[str, Any]:
-    """Return what a fit has left: its tensors, its history but for clocks, the kinds of files."""
+    """Return what a fit has left: its tensors, its history but for clocks, its files by name."""
     posterior = pyrolora.load(folder)
     history = [
         {name: value for name, value in entry.items() if not any(t in name for t in TIMES)}
         for entry in posterior.history
     ]
-    files = sorted(path.relative_to(folder).parts[0].split("-")[0] for path in folder.iterdir())
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     return {"tensors": posterior.model.own_state(), "history": history, "files": files}
 
 
@@ -253,11 +253,12 @@ def difference(found: dict[str, Any], whole: dict[str, Any]) -> str | None:
     if not all(torch.equal(tensors[name], value) for name, value in expected.items()):
         return "other values of tensors"
     for name in ("history", "files"):
+        more, fewer = (
+            [entry for entry in of[name] if entry not in others[name]]
+            for of, others in ((found, whole), (whole, found))
+        )
         if found[name] != whole[name]:
-            few, one = (str(of[name])[:200] for of in (found, whole))
-            return (
-                f"other {name}, {len(found[name])} for {len(whole[name])}: {few}, in one go {one}"
-            )
+            return f"other {name}: {str(more)[:300]}, and without {str(fewer)[:300]}"
     return None
 
 

@@ -39,12 +39,19 @@ from common import (
     take_turns,
     time_table,
 )
-from contestants import BASE, CONTESTANTS, LORA, NUM_EXAMPLES, PEFT_MONTEC, Contestant
+from contestants import (
+    BASE,
+    CONTESTANTS,
+    LORA,
+    NUM_EXAMPLES,
+    PEFT_MONTEC,
+    Contestant,
+    transformer,
+)
 from networks import Case, case, twin
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    PreTrainedModel,
     set_seed,
 )
 
@@ -254,10 +261,6 @@ def changed(contestant: Contestant, mode: str) -> Contestant:
     elif mode == "compiled":
         transformer(module).compile()
     return contestant
-
-
-def transformer(module: torch.nn.Module) -> PreTrainedModel:
-    return next(part for part in module.modules() if isinstance(part, PreTrainedModel))
 
 
 def waits(contestant: Contestant, batch: Any, device: torch.device) -> int | None:

@@ -82,6 +82,16 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
             "latent": "AB",
         },
     ),
+    "montec, held back": (
+        "montec",
+        {
+            "scale_updates": "curvature",
+            "units": "row",
+            "prior_mean": "learned",
+            "kl_weight": 1.0,
+            "hold_back": 0.2,
+        },
+    ),
     "montec, sparse": ("montec", {"sparse": True, "latent": "B", "num_components": 1}),
     "montec, two draws": ("montec", {"draws_per_batch": 2}),
     "meanfield, both": ("meanfield", {"latent": "AB", "draws_per_batch": 5, "kl_warmup": 0.5}),

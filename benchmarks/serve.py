@@ -188,7 +188,7 @@ async def drive(
 ) -> Load:
     """Send the requests, posterior after posterior, with ``concurrency`` clients."""
     chosen = random.Random(1)
-    order = [(names[k % len(names)], said[k % len(said)]) for k in range(load.requests)]
+    order = in_turn(names, said, load.requests)
     leaves = [chosen.random() < hang_up for _ in order]
     queue = iter(enumerate(order))
 
@@ -224,12 +224,21 @@ async def give_up(url: str, work: Work, name: str, text: str, draws: int, after:
             return
 
 
-def answers(work: Work, folder: Path, names: list[str], said: list[str], draws: int) -> Any:
+def in_turn(names: list[str], said: list[str], count: int) -> list[tuple[str, str]]:
+    """Return the posterior and the text of each request.
+
+    With a multiple of ``len(names)`` texts, one posterior and all of them in turn have the same
+    number of different questions to answer, as equal questions share their work.
+    """
+    return [(names[k % len(names)], said[k % len(said)]) for k in range(count)]
+
+
+def answers(work: Work, folder: Path, asked: set[tuple[str, str]], draws: int) -> Any:
     """Return the answer for each text alone under each posterior."""
     expected = {}
-    for name in tqdm(names, desc="answers alone"):
+    for name in tqdm(sorted({name for name, _ in asked}), desc="answers alone"):
         posterior = pyrolora.load(folder / name, work.folder)
-        for text in said:
+        for text in sorted(text for other, text in asked if other == name):
             expected[name, text] = work.alone(posterior, text, draws)
         posterior.detach()
     return expected
@@ -288,7 +297,7 @@ def under_loads(
     """Run all the loads of one kind of work, and return their rows and the ratios between them."""
     names = make_posteriors(work, folder, args.posteriors)
     said = texts(args.texts, seed=7)
-    expected = answers(work, folder, names, said, args.draws)
+    expected = answers(work, folder, {*in_turn(names, said, soak)}, args.draws)
     rows: list[dict[str, Any]] = []
 
     def under(url: str, name: str, which: list[str], draws: int, **more: Any) -> Load:
@@ -355,7 +364,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--writing-requests", type=positive, default=100, help="of texts to write")
     parser.add_argument("--writing-soak", type=positive, default=250, help="of texts to write")
     parser.add_argument("--new-tokens", type=positive, default=20, help="of a text")
-    parser.add_argument("--texts", type=positive, default=10, help="different texts")
+    parser.add_argument("--texts", type=positive, default=50, help="different texts")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 

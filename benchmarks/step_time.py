@@ -34,6 +34,7 @@ from contestants import (
     NUM_EXAMPLES,
     argument_parser,
     check_same_start,
+    transformer,
 )
 from networks import Case, adapted_layers, case_names, title
 from torch import Tensor, nn
@@ -61,6 +62,9 @@ def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict
     network = case.shape.network(device)
     data = case.shape.batches(args.warmup + 1 + args.steps, device)
     contestants = {name: CONTESTANTS[name](case, network) for name in args.contestants}
+    if args.compile is not None:
+        for contestant in contestants.values():
+            transformer(contestant.module).compile(backend=args.compile)
     check_same_start(contestants, data[0], case.shape)
     counts = dict.fromkeys(contestants, 0)
 
@@ -162,6 +166,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=float, default=5, help="fewer steps of a case that would take longer"
     )
     parser.add_argument("--warmup", type=int, default=1, help="steps before, not timed")
+    parser.add_argument("--compile", metavar="BACKEND", help="compile every network, by inductor")
     return parser.parse_args(argv)
 
 
@@ -181,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     share = pyro_share(args, device)
     show(pd.DataFrame(share))
-    name = f"step_time-{tag(device)}"
+    name = f"step_time-{tag(device)}{'' if args.compile is None else f'-{args.compile}'}"
     for case_name in args.cases or case_names(device):
         run = steps_of(Case(case_name, args.rank), args, device)
         show(pd.DataFrame(run["steps"]))

@@ -195,6 +195,23 @@ def relative() -> Iterator[Job]:
         yield Job("books", 1000, "montec", options, learning_rate=rate, batch=batch)
 
 
+# The same, with a width and a temperature by a tenth of the examples, which are held back.
+HELD_BACK = {**RELATIVE, "sample_scale": 1.0, "init_covariance": 1.0, "hold_back": 0.1}
+
+
+def held_back() -> Iterator[Job]:
+    """montec whose width examples held back choose, on all tasks, then at the corners of the
+    grid, with few examples, and with more seeds."""
+    for task in (*CHOOSING, *CONFIRMING):
+        yield Job(task, 1000, "montec", HELD_BACK)
+    for task, (rate, batch) in itertools.product(("books", "trec"), CORNERS):
+        yield Job(task, 1000, "montec", HELD_BACK, learning_rate=rate, batch=batch)
+    for task, epochs in itertools.product(("sst2", "trec"), (3, 16)):
+        yield Job(task, 1000, "montec", HELD_BACK, epochs=epochs)
+    for seed, task in itertools.product((1, 2), ("sst2", "trec", "cola", "books")):
+        yield Job(task, 1000, "montec", HELD_BACK, seed=seed)
+
+
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "choose": choose,
     "confirm": confirm,
@@ -205,4 +222,5 @@ STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "narrower": narrower,
     "dual": dual,
     "relative": relative,
+    "held_back": held_back,
 }

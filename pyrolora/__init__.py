@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyrolora.loading import from_peft, load
     from pyrolora.posterior import Posterior
     from pyrolora.predictive import Generation, Prediction
+    from pyrolora.processes import all_processes
 
 _LAZY = {
     "AdapterConfig": "pyrolora.adapters",
@@ -32,6 +33,7 @@ _LAZY = {
     "Prediction": "pyrolora.predictive",
     "RankAllocation": "pyrolora.adapters",
     "TextOptions": "pyrolora.data",
+    "all_processes": "pyrolora.processes",
     "arviz": "",
     "compare": "pyrolora.comparing",
     "diagnostics": "",
@@ -67,6 +69,7 @@ __all__ = [
     "PyroLoraError",
     "RankAllocation",
     "TextOptions",
+    "all_processes",
     "arviz",
     "compare",
     "diagnostics",

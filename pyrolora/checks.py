@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Collection
@@ -58,6 +59,18 @@ def true_or_false(name: str, value: Any) -> None:
     """Raise `ConfigError` unless ``value`` is a boolean: any text would count as true."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {value!r}")
+
+
+def path_like(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless ``value`` is a text or a `pathlib.Path`."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, a text or a pathlib.Path, got {value!r:.60}")
+
+
+def text_or_none(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless ``value`` is a text or None."""
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} must be a text or None, got {value!r:.60}")
 
 
 def is_listed(value: Any) -> bool:

@@ -89,7 +89,7 @@ def compare(
         raise ConfigError(
             f"the posteriors have different tasks, {sorted(tasks)}; compare those of one task"
         )
-    if reference is not None and reference not in posteriors:
+    if reference is not None and reference not in [*posteriors]:
         raise ConfigError(
             f"reference must be the name of a posterior, one of {listed([*posteriors], None)}, got "
             f"{reference!r}"
@@ -100,15 +100,19 @@ def compare(
     )
     options: dict[str, Any] = {"draws": numbers, "batch_size": batch_size, "seed": seed}
     scored: dict[str, Scores] = {}
+    seen: dict[str, int] = {}
     tokens: dict[str, Any] = {}
     for name, posterior in posteriors.items():
         inside = posterior.predict(data, num_samples, **options)
         other = None
         if outside is not None:
             other = posterior.predict(posterior.inputs_of(outside), num_samples, **options)
+            seen[name] = len(other.examples.unique())
         scored[name] = scores(inside, other)
         tokens[name] = inside.num_tokens if isinstance(inside, TokenPrediction) else None
-    _check_examples(scored)
+    _check_examples({name: one.examples for name, one in scored.items()}, "data")
+    if seen:
+        _check_examples(seen, "outside data")
     _warn_of_tokens(tokens)
     if reference is None:
         reference = min(scored, key=lambda name: scored[name].metrics["nll"])
@@ -130,14 +134,14 @@ def _columns(one: Scores, reference: Scores | None) -> Iterator[tuple[str, float
         yield f"{name}_more_than_chance", difference.more_than_chance
 
 
-def _check_examples(scored: Mapping[str, Scores]) -> None:
-    """Raise `ConfigError` where posteriors see different numbers of examples in the data."""
-    (first, one), *others = scored.items()
+def _check_examples(seen: Mapping[str, int], where: str) -> None:
+    """Raise `ConfigError` where posteriors see different numbers of examples."""
+    (first, one), *others = seen.items()
     for name, other in others:
-        if other.examples != one.examples:
+        if other != one:
             raise ConfigError(
-                f"{name!r} sees {other.examples} examples in the data, {first!r} {one.examples}; "
-                "give examples that all of them can read, none of which is empty or cut away"
+                f"{name!r} sees {other} examples in the {where}, {first!r} {one}; give examples "
+                "that all of them can read, none of which is empty or cut away"
             )
 
 

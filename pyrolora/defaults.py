@@ -29,6 +29,19 @@ CURVATURE_FEW = 32
 CURVATURE_EXAMPLES = 512
 CURVATURE_PASSES = 1024
 
+# The width of the noise by examples that are held back: every so many steps so many of them, in so
+# many draws, the rows of a batch of 32, so that 10 % of them cost what the rest saves. A tenth of a
+# few hundred examples tells a width within a third.
+WIDTH_EVERY = 8
+WIDTH_EXAMPLES = 8
+WIDTH_DRAWS = 4
+WIDTH_RATE = 0.3
+WIDTHS = (1e-2, 1e2)
+# Standard deviations of the normal priors of the logarithms of the width and of the temperature.
+WIDTH_PRIOR = 1.0
+TEMPERATURE_PRIOR = 0.5
+TEMPERATURE_DRAWS = 8
+
 # MonteCLoRA. The paper finds 4 components enough.
 NUM_COMPONENTS = 4
 # The prior of A is centred at zero and has the scale ε ‖π‖; V starts small, so that the network
@@ -48,6 +61,10 @@ CONCENTRATION = 1.0
 PRIOR_SCALE = 0.2
 INIT_SCALE = 0.02
 MEANFIELD_KL_WEIGHT = 0.2
+
+# Entries of a closed KL whose intermediate values are held at a time: 16 MB each, of the 300 that a
+# factor of LLaMA-7B at rank 16 would take six times over.
+ENTRIES_AT_ONCE = 2**22
 
 # A low-rank covariance: each direction costs a copy of the factors.
 COVARIANCE_RANK = 8
@@ -91,6 +108,15 @@ ALLOCATION_EXAMPLES = 256
 # The spread of the squared norm of a row is known to a third from 16 draws of one entry, and better
 # from more entries.
 ALLOCATION_DRAWS = 16
+
+# Gradients of weights that a start from gradients holds at a time: one backward pass for
+# BERT-large, 13 for LLaMA-7B in 16 bits, whose gradients take as much as it does.
+GRADIENT_BYTES = 2**30
+# Laplace: the sums of KFAC that are held at a time, and the eigenvectors that are kept. BERT-base
+# with adapters on all linear layers has 1.2 GB of each, which are kept whole; LLaMA-7B has 70,
+# summed over some layers at a time, and keeps some 200 eigenvectors per block (Yang et al. 2024:
+# 10).
+CURVATURE_BYTES = 2**31
 
 # Deep ensembles: most of the gain is there with five members (Lakshminarayanan et al. 2017).
 MEMBERS = 5
@@ -139,6 +165,10 @@ EVAL_SAMPLES = 4
 PREDICT_ROWS = 128
 PREDICT_TOKENS = 16384
 PREDICT_TOKENS_CPU = 1024
+# Draws of the factors that are held at a time; more are drawn anew for every batch. 32 draws of 2.4
+# million entries fit whole (SmolLM2-135M at rank 8), and six of LLaMA-7B's 40 million at rank 16,
+# beside its 13 GB: docs/costs.md#memory
+DRAWN_BYTES = 2**30
 # Texts that are written side by side: 25 posteriors of 8 draws. A step has a token per row, so that
 # it is faster with many of them; their keys and values are the bound.
 WRITE_ROWS = 256

@@ -138,6 +138,13 @@ def replacing(file: Path) -> Iterator[Path]:
             raise
 
 
+def remove_scratch(folder: Path) -> None:
+    """Remove the files that writes to a folder left behind as they died; none may be under way."""
+    for item in folder.iterdir():
+        if re.fullmatch(SCRATCH, item.name):
+            item.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder beside ``folder``, which takes its name after the block.

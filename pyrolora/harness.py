@@ -29,9 +29,8 @@ from pyrolora.model import evaluating
 from pyrolora.pipelines.base import drawn
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import generate
-from pyrolora.predictive.predict import passes
+from pyrolora.predictive.predict import passes, turn_of
 from pyrolora.predictive.ranking import chosen
-from pyrolora.seeding import DRAWING
 from pyrolora.tasks import TokenTask
 from pyrolora.tasks.prediction import log_mean_exp
 
@@ -216,7 +215,7 @@ class PosteriorLM(HFLM):
         law = text.at(self.posterior.temperature if text is joint.task else 1.0)
         scores: dict[int, list[Tensor]] = {}
         mixtures: dict[int, Tensor] = {}
-        with DRAWING.shared(), evaluating(joint):
+        with turn_of(self.factors), evaluating(joint):
             size = pass_rows(batch, defaults.PREDICT_ROWS)
             for output in passes(joint.under(text), batch, self.factors, size):
                 logits = law.tempered(output)  # of the last token, too

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyrolora.adapters import (
     Attachment,
     LayerSpec,
-    check_eager,
+    bare,
     features,
     plain_copy,
     refuse_foreign,
@@ -82,8 +82,9 @@ def load(
     """
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
-        check_eager(model)
-        refuse_foreign(model)
+        network = bare(model)
+        refuse_foreign(network)
+        model = network
     saved = read_folder(located(path, revision=revision, token=token))
     description = saved.description
     try:
@@ -143,6 +144,7 @@ def _joint(saved: Saved, attachment: Attachment) -> JointModel:
     if description.prior is not None:
         joint.program.succeed(description.prior)
         joint.align()
+    joint.program.reserve()
     joint.check_own_state(saved.tensors.declared)
     joint.load_own_state(saved.state())
     _check_values(joint)
@@ -303,8 +305,7 @@ def from_peft(
     """
     true_or_false("trust_remote_code", trust_remote_code)
     if isinstance(model, nn.Module):
-        check_eager(model)
-        network = model
+        network = bare(model)
     else:
         network, tokenizer = load_language_model(
             str(model), tokenizer, trust_remote_code=trust_remote_code

@@ -15,7 +15,7 @@ from transformers import Pipeline
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
-from pyrolora.checks import true_or_false, whole_number
+from pyrolora.checks import path_like, true_or_false, whole_number
 from pyrolora.data import TextOptions, prepare
 from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics import PSIS, khat
@@ -42,7 +42,7 @@ from pyrolora.predictive import (
 from pyrolora.predictive.acquisition import By, one_split
 from pyrolora.predictive.answers import Correct, asked_of, judge, rows_to_answer, truth_rows
 from pyrolora.predictive.meanings import Same
-from pyrolora.report import card_of, page_file, push, report_on, save
+from pyrolora.report import card_of, judge_by, page_file, push, report_on, save
 from pyrolora.seeding import seeded
 from pyrolora.storage import describe_base, merged
 from pyrolora.tasks import Task
@@ -230,6 +230,8 @@ class Posterior:
             Draws of `sample`; a factor that varies with them has the shape (S, r, in) or
             (S, out, r). None: the mean adapter.
         """
+        if draws is not None and not isinstance(draws, Mapping):
+            raise ConfigError(f"draws must be what sample(n) returns, or None, got {draws!r:.60}")
         program = self.model.program
         try:
             flat = program.mean() if draws is None else program.factors(draws)
@@ -713,6 +715,8 @@ class Posterior:
         seed
             Seed of draws other than the numbered ones.
         """
+        true_or_false("log_likelihood", log_likelihood)
+        true_or_false("factors", factors)
         predictor = self.predictor
         numbers = predictor.numbers(draws, num_samples=num_samples, seed=seed)
         if log_likelihood and data is None:
@@ -799,6 +803,8 @@ class Posterior:
             When ``data`` has another number of examples than the fit.
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
+        if self.options.held_back and len(prepared) != self.model.num_examples:
+            prepared, _ = prepared.parted(self.options.held_back, self.settings["seed"])
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 
     # Report -------------------------------------------------------------------------------------
@@ -873,6 +879,8 @@ class Posterior:
         ConfigError
             When ``path`` is a file, or PEFT cannot hold the mean.
         """
+        path_like("path", path)
+        true_or_false("peft", peft)
         save(self, Path(path), peft=peft)
 
     def card(
@@ -904,12 +912,12 @@ class Posterior:
             Entries of the card's header, such as ``license="apache-2.0"``, ``language="en"``,
             ``datasets=["glue"]``: those of ``huggingface_hub.ModelCardData``. ``tags`` are added.
         """
-        report = None
+        judged = None
         if data is not None:
             options: dict[str, Any] = {"num_samples": num_samples, "draws": draws, "seed": seed}
-            report = report_on(self, data, batch_size=batch_size, **options)
+            judged = judge_by(self, data, batch_size=batch_size, **options)
         mean = why_no_mean(self.model, self.options)
-        return card_of(self, report, repo_id=repo_id, mean=mean, metadata=metadata)
+        return card_of(self, judged, repo_id=repo_id, mean=mean, metadata=metadata)
 
     def push_to_hub(
         self,
@@ -982,6 +990,7 @@ class Posterior:
             When a layer's weight is quantised, without ``dequantize``, parametrised or offloaded,
             or the draw is no adapter.
         """
+        true_or_false("dequantize", dequantize)
         warn_untempered("a merged model", self.temperature)
         factors = self.predictor.numbered.exportable(draw)
         return merged(self.model, factors, dequantize=dequantize)
@@ -1016,6 +1025,7 @@ class Posterior:
         ConfigError
             When the folder holds something else, or the draw is no low-rank adapter.
         """
+        path_like("path", path)
         true_or_false("uniform", uniform)
         if not self.bank.specs:
             raise ConfigError(

@@ -6,7 +6,7 @@ import os
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator, contextmanager
 from typing import Any
 
@@ -30,47 +30,74 @@ class Turns(ContextDecorator):
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._queue: deque[object] = deque()
+        self._lock = threading.RLock()  # by itself, since Ctrl-C interrupts a condition's ends
+        self._changed = threading.Condition(self._lock)
+        self._queue: deque[int] = deque()
         self._owner: int | None = None
         self._depth = 0
         self._sharing: Counter[int] = Counter()
         self._callers_dtype = torch.float32
 
     def __enter__(self) -> None:
+        before = self._depth if self.mine() else 0
+        try:
+            self._enter()
+        except BaseException:
+            self._leave(before)
+            raise
+
+    def _enter(self) -> None:
         me = threading.get_ident()
-        with self._changed:
+        with self._lock:
             if self._owner != me:
                 assert not self._sharing[me], "a thread that shares the turn cannot have it alone"
                 self._await(lambda: self._owner is None and not self._sharing.total())
-                self._owner = me
                 self._callers_dtype = torch.get_default_dtype()
+                self._owner = me
                 torch.set_default_dtype(torch.float32)
             self._depth += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            if not self.mine():  # interrupted, and again, while it was `released`
-                return
-            self._depth -= 1
-            if not self._depth:
-                self._free()
+        left = None
+        try:
+            left = self._depth - 1
+            self._leave(left)
+        except BaseException:  # Ctrl-C: nobody else would ever let go
+            self._leave(self._depth - 1 if left is None else left)
+            raise
+
+    def _leave(self, depth: int) -> None:
+        """Hold it ``depth`` times from now on, if it is this thread's; doing so twice is harmless.
+
+        It is not this thread's when a fit was interrupted, and again, while it was `released`.
+        """
+        with self._lock:
+            if self.mine():
+                self._depth = depth
+                if not depth:
+                    self._free()
+            self._let_go()
 
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Hold it beside others that share it, so that nobody is alone for the block."""
         me = threading.get_ident()
-        with self._changed:
-            if self._owner != me and not self._sharing[me]:
-                self._await(lambda: self._owner is None)
-            self._sharing[me] += 1
+        before = self._sharing[me]
         try:
+            with self._lock:
+                if self._owner != me and not before:
+                    self._await(lambda: self._owner is None)
+                self._sharing[me] = before + 1
             yield
         finally:
-            with self._changed:
-                self._sharing[me] -= 1
-                self._sharing += Counter()  # drops those at zero
-                self._changed.notify_all()
+            surely(lambda: self._share(me, before))
+
+    def _share(self, thread: int, times: int) -> None:
+        """Have a thread share it ``times`` times from now on."""
+        with self._lock:
+            self._sharing[thread] = times
+            self._sharing += Counter()  # drops those at zero
+            self._let_go()
 
     def mine(self) -> bool:
         """Return whether this thread holds it alone."""
@@ -83,17 +110,12 @@ class Turns(ContextDecorator):
     @contextmanager
     def released(self) -> Iterator[None]:
         """Let others have it for the block, and those who wait already before it is taken back."""
-        with self._changed:
-            depth, self._depth = self._depth, 0
-            self._free()
+        depth = self._depth
         try:
+            self._leave(0)
             yield
         finally:
-            try:
-                self._take(depth)
-            except BaseException:  # interrupted: what unwinds the stack needs it, too
-                self._take(depth)
-                raise
+            surely(lambda: self._take(depth))  # what unwinds the stack needs it, too
 
     def _take(self, depth: int) -> None:
         self.__enter__()
@@ -118,31 +140,41 @@ class Turns(ContextDecorator):
         as it was at that moment, and nobody ends it.
         """
         me = threading.get_ident()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._queue.clear()
         self._sharing = Counter({me: self._sharing[me]}) + Counter()
         if self._owner not in (None, me):
             self._depth = 0
             _PYRO_STACK.clear()
-            self._free_unlocked()
+            self._free()
 
     def _free(self) -> None:
-        self._free_unlocked()
-        self._changed.notify_all()
-
-    def _free_unlocked(self) -> None:
-        self._owner = None
         torch.set_default_dtype(self._callers_dtype)
+        self._owner = None
 
     def _await(self, free: Any) -> None:
-        """Wait, with `_changed` held, until all who came before had their turn and it is free."""
-        ticket = object()
-        self._queue.append(ticket)
-        try:
-            self._changed.wait_for(lambda: self._queue[0] is ticket and free())
-        finally:
-            self._queue.remove(ticket)
-            self._changed.notify_all()
+        """Wait, with `_lock` held, until all who came before had their turn and it is free."""
+        me = threading.get_ident()
+        self._queue.append(me)
+        self._changed.wait_for(lambda: self._queue[0] == me and free())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Tell all who wait that something has changed, and wait no more."""
+        me = threading.get_ident()
+        if me in self._queue:
+            self._queue.remove(me)
+        self._changed.notify_all()
+
+
+def surely(work: Callable[[], None]) -> None:
+    """Do work that can be done twice, and do it again where Ctrl-C interrupts it."""
+    try:
+        work()
+    except BaseException:
+        work()
+        raise
 
 
 DRAWING = Turns()

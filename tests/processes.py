@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import together
 import torch
 from problems import arguments, mlp
 
@@ -16,6 +17,8 @@ from pyrolora import AdapterConfig, RankAllocation
 from pyrolora.guides import MAP
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
+
+TERMS = ("loss", "elbo", "log_likelihood")
 
 
 def classes() -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +49,7 @@ def weighed(folder: Path, processes: int = 1) -> Posterior:
         learning_rate=1.0,
         per_device_train_batch_size=6 // processes,
         gradient_accumulation_steps=2,
+        logging_steps=1,
     )
 
 
@@ -98,20 +102,41 @@ def listed(posterior: Posterior) -> dict[str, Any]:
     return {name: value.tolist() for name, value in posterior.model.own_state().items()}
 
 
-def main(folder: Path) -> None:
-    """Make all fits in a process of several, and write what they came to."""
-    torch.set_num_threads(1)
-    rank, processes = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
-    found = {
+def logged(folder: Path, processes: int = 1) -> list[dict[str, float]]:
+    """Return the terms of the objective at each step, of two micro-batches."""
+    posterior = weighed(folder, processes)
+    return [
+        {name: entry[name] for name in entry if name in TERMS or name.startswith("kl/")}
+        for entry in posterior.history
+        if "elbo" in entry
+    ]
+
+
+def fits(folder: Path, processes: int) -> dict[str, Any]:
+    """Make the fits whose result is that of one process."""
+    return {
         "weighed": listed(weighed(folder, processes)),
+        "logged": logged(folder, processes),
         "allocated": listed(allocated(folder, processes)),
-        "noise": noisy(folder),
-        "noise again": noisy(folder),
         "full": listed(full()),
     }
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def noise(folder: Path, processes: int) -> dict[str, Any]:
+    """Make the same noisy fit twice."""
+    return {"noise": noisy(folder), "noise again": noisy(folder)}
+
+
+def main(folder: Path, longer: bool = False) -> None:
+    """Make everything in a process of several, and write what each part came to."""
+    torch.set_num_threads(1)
+    rank, processes = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    parts = {"fits": fits, "noise": noise, **together.PARTS}  # the last one breaks the group
+    for name, part in (together.LONGER if longer else parts).items():
+        found = together.as_json(part(folder / name, processes))
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()  # else its threads may abort the exit
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), longer="longer" in sys.argv)

@@ -117,6 +117,23 @@ def test_steps_have_a_row_a_contestant_and_ratios_of_the_same_round(
     assert (tmp_path / "step_time-cpu.md").read_text().count("## ") == 3
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_steps_of_compiled_networks_run_compiled_code(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_time = script("step_time")
+    monkeypatch.setattr(step_time, "PYRO_ROUNDS", 1)
+    monkeypatch.setattr(step_time, "LEAST", 2)
+    torch._dynamo.utils.counters.clear()
+    command = ["--cases", "minilm", "--minutes", "0", "--device", "cpu", "--compile", "eager"]
+    contestants = ["--contestants", "base", "pyrolora map"]
+    step_time.main([*command, *contestants, "--out", str(tmp_path)])
+    (run,) = json.loads((tmp_path / "step_time-cpu-eager.json").read_text())["runs"]
+    assert {row["contestant"] for row in run["steps"]} == set(contestants[1:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+
+
 def test_memory_counts_the_network_once_and_what_a_method_adds(
     script: Callable[[str], Any], tmp_path: Path
 ) -> None:
@@ -135,6 +152,27 @@ def test_memory_counts_the_network_once_and_what_a_method_adds(
         del temporary
         kept[0].view(10, 10).add_(1)
     assert (live.now, live.peak) == (400, 1200)
+
+
+def test_formulas_of_memory_are_those_of_a_small_network(script: Callable[[str], Any]) -> None:
+    shapes = script("shapes")
+    small, tinier = shapes.Decoder(2, 96, 160, rank=8), shapes.Decoder(1, 48, 80, rank=4)
+    for item in shapes.items():
+        if item.what.startswith("posterior"):
+            assert item.measure(tinier) == pytest.approx(item.size(tinier), rel=0.02), item.what
+        elif item.what.startswith(("step", "gradients", "sums")):
+            assert item.measure(small) == pytest.approx(item.size(small), rel=0.6), item.what
+
+
+@pytest.mark.parametrize("name", ["map", "montec", "meanfield", "meanfield on A and B"])
+def test_a_training_step_holds_no_more_than_four_copies_of_the_adapters(
+    name: str, script: Callable[[str], Any]
+) -> None:
+    """Beyond the parameters, their gradients, and the optimiser's states."""
+    shapes = script("shapes")
+    (item,) = (item for item in shapes.items() if item.what == f"step of {name}")
+    for shape in (shapes.Decoder(1, 96, 160, rank=8), shapes.Decoder(3, 96, 160, rank=8)):
+        assert item.measure(shape) < 4.2 * shape.copy
 
 
 def test_predictions_are_timed_against_as_many_passes(

@@ -169,3 +169,16 @@ def test_the_table_marks_errors_and_chance():
     (gap,) = [line for line in lines if "nll difference" in line]
     assert [cell.strip() for cell in gap.split("│")[2:4]] == ["0.200 ± 0.050", "0.200 ± 0.050 *"]
     assert any("more than chance" in line for line in lines)
+
+
+def test_outside_data_of_which_posteriors_see_different_numbers_are_refused():
+    """As where one tokenizer leaves nothing of a text to predict."""
+    options = {"epochs": 1, "adapter": AdapterConfig(r=1), "tokenizer": tokenizer(), "seed": 0}
+    texts = reviews(4).remove_columns("label")
+    models = {g: pyrolora.fit(llama(), texts, guide=g, **options) for g in ("map", "montec")}
+    whole = models["montec"].predict
+    models["montec"].predict = lambda data, *a, **k: whole(
+        data if len(data) == 4 else ["the film"] * 2, *a, **k
+    )
+    with pytest.raises(ConfigError, match="'montec' sees 2 examples in the outside data, 'map' 3"):
+        pyrolora.compare(models, texts, 2, outside=["the film"] * 3, seed=0)

@@ -24,6 +24,7 @@ FLOORS = {
     "matrices": 1,
     "options": 1,
     "parameters": 1,
+    "processes": 1,
     "progress": 1,
     "seeding": 1,
     "zoo": 1,

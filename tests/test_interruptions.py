@@ -1,6 +1,7 @@
 """An exception or Ctrl-C at any call leaves the network, and what is the caller's, as it was.
 
-But for those that come while another one is cleaned up after.
+But for those that come while another one is cleaned up after. The lock of the generators is let go
+wherever they come.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import inspect
 import os
 import random
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from surroundings import changed, fingerprint, surroundings
 
 import pyrolora
 from pyrolora import AdapterConfig, guides
-from pyrolora.seeding import DRAWING
+from pyrolora.seeding import DRAWING, Turns
 
 PACKAGE = os.path.dirname(pyrolora.__file__)
 SHORT = {"chains": 1, "num_samples": 4, "warmup_steps": 2, "max_tree_depth": 2}
@@ -173,3 +175,68 @@ def test_loading_that_is_stopped_leaves_no_trace(classifier, points, tmp_path) -
         return posterior.model.own_state()
 
     check(loaded, network, points)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Torch's default dtype is float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+LOCKED: dict[str, Callable[[Turns], Any]] = {
+    "alone": lambda turns: turns,
+    "shared": lambda turns: turns.shared(),
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("way", LOCKED)
+def test_ctrl_c_lets_the_lock_go(way: str) -> None:
+    """It comes where a function begins and where one of C's ends.
+
+    But for the beginning of `__exit__`, before which nothing can be done.
+    """
+    turns = Turns()
+    codes = {f.__code__ for f in vars(Turns).values() if hasattr(f, "__code__")}
+    codes |= {Turns.shared.__wrapped__.__code__, Turns.released.__wrapped__.__code__}  # type: ignore[attr-defined]
+
+    def used() -> None:
+        with LOCKED[way](turns):
+            if way == "alone":
+                with turns, turns.released():
+                    pass
+
+    def interrupted(at: int) -> bool:
+        events = 0
+
+        def profile(frame: Any, event: str, _: Any) -> None:
+            nonlocal events
+            begins = event == "call" and frame.f_code is not Turns.__exit__.__code__
+            if (begins or event == "c_return") and frame.f_code in codes:
+                events += 1
+                if events == at:
+                    sys.setprofile(None)
+                    raise Interruption
+
+        sys.setprofile(profile)
+        try:
+            used()
+        except Interruption:
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    places = 0
+    while interrupted(places + 1):
+        places += 1
+        assert (turns._owner, turns._depth, turns.awaited()) == (None, 0, False), places
+        assert not turns._sharing, places
+        assert torch.get_default_dtype() == torch.float64, places
+        taken = threading.Thread(target=used)
+        taken.start()
+        taken.join(5)
+        assert not taken.is_alive(), places
+    assert places > 9

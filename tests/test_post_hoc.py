@@ -150,7 +150,9 @@ def test_the_adapter_stays_and_a_spread_is_inferred(problem: str, name: str) -> 
     assert_equal(fixed(posterior), before)
     if name != "nuts":  # whose mean adapter is the mean of the draws
         same(said(posterior, problem), expected)
-    start = guide.build(posterior.bank).state_dict()
+    program = guide.build(posterior.bank)
+    program.reserve()
+    start = program.state_dict()
     moved = {
         key.split(".")[-1]
         for key, tensor in spread(posterior).items()

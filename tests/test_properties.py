@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from decimal import Decimal
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from problems import WORDS, bert, llama, reviews, texts, tokenizer
 
 import pyrolora
@@ -97,7 +99,7 @@ def writer() -> pyrolora.Posterior:
 ARGUMENTS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "sample": (lambda p, **o: p.sample(**o), ("num_samples", "draws", "seed")),
     "predict": (
-        lambda p, **o: p.predict(DATA, **{"num_samples": 2, **o}),
+        lambda p, **o: p.predict(**{"data": DATA, "num_samples": 2, **o}),
         ("num_samples", "batch_size", "seed", "data"),
     ),
     "predict by numbers": (lambda p, **o: p.predict(DATA, **o), ("draws",)),
@@ -118,13 +120,19 @@ ARGUMENTS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         ("num_samples", "seed", "per_layer"),
     ),
     "factors": (lambda p, **o: p.factors(**o), ("draws",)),
-    "merge": (lambda p, **o: p.merge(**o), ("draw",)),
+    "merge": (lambda p, **o: p.merge(**o), ("draw", "dequantize")),
     "interval": (lambda p, **o: p.predict(DATA, 2, seed=0).interval(**o), ("mass",)),
+    "report": (lambda p, **o: p.report(**{"data": DATA, "num_samples": 2, **o}), ("path",)),
+    "save": (lambda p, **o: p.save(**o), ("path",)),
+    "to_peft": (lambda p, **o: p.to_peft(**o), ("path",)),
+    "card": (lambda p, **o: p.card(**o), ("repo_id",)),
+    "pipeline": (lambda p, **o: p.pipeline(**o), ("task", "num_samples", "draws", "seed")),
+    "select": (lambda p, **o: p.predict(DATA, 0).select(**o), ("rows",)),
     "temperature": (lambda p, **o: setattr(p, "temperature", o["value"]), ("value",)),
     "texts": (lambda p, **o: setattr(p, "texts", o["value"]), ("value",)),
     "compare": (
         lambda p, **o: pyrolora.compare(**{"posteriors": {"it": p}, "data": DATA, **o}),
-        ("posteriors", "data", "num_samples", "draws", "batch_size", "seed"),
+        ("posteriors", "data", "num_samples", "draws", "batch_size", "seed", "reference"),
     ),
 }
 USES = [(use, name) for use, (_, names) in ARGUMENTS.items() for name in names]
@@ -138,11 +146,38 @@ def test_an_argument_is_taken_or_refused(posterior: Any, use: Any, value: Any) -
 
 def check_argument(posterior: Any, use: tuple[str, str], value: Any) -> None:
     name, argument = use
+    assume(not (argument == "path" and isinstance(value, str)))  # nothing is written here
     assume(not (argument in ("data", "outside") and callable(value)))
     try:
         accepted(lambda: ARGUMENTS[name][0](posterior, **{argument: value}))
     finally:
         posterior.temperature = 1.0
+
+
+@FEW
+@given(st.data())
+def test_an_argument_of_a_plot_is_taken_or_refused(posterior: Any, data: Any) -> None:
+    """Every argument of every plot; one that is refused has drawn nothing."""
+    prediction = posterior.predict(DATA, 2, seed=0)
+    usual = {
+        "history": posterior.history,
+        "idata": posterior.to_arviz(2, seed=0),
+        "probs": prediction.probs,
+        "targets": prediction.targets,
+        "inside": prediction.entropy,
+        "prediction": prediction,
+        "tokens": ["a", "b"],
+        "values": [0.5, 1.0],
+    }
+    name = data.draw(st.sampled_from(pyrolora.plots.__all__))
+    plot = getattr(pyrolora.plots, name)
+    parameters = inspect.signature(plot).parameters
+    argument, value = data.draw(st.sampled_from([*parameters])), data.draw(VALUES)
+    assume(not (argument == "bins" and isinstance(value, int | np.integer) and value > 100))
+    axes = Figure().subplots()
+    options = {p: usual[p] for p in parameters if p in usual}
+    drawn = accepted(lambda: plot(**{**options, "ax": axes, argument: value}))
+    assert drawn is axes or (drawn is None and not axes.has_data())
 
 
 @pytest.mark.parametrize("count", [2**31, 2**63, 10**400])

@@ -41,9 +41,12 @@ class Plain:
 def plain(layer: nn.Module, x: Tensor) -> Plain | None:
     """Return the weights of ``layer``, where calling it means nothing but W x + b in x's dtype.
 
-    None for a quantised, parametrised, hooked or trained layer, under autocast, and inside of
-    ``torch.func``'s transformations or forward-mode differentiation.
+    None for a quantised, parametrised, hooked or trained layer, under autocast, inside of
+    ``torch.func``'s transformations or forward-mode differentiation, and in compiled code, which
+    saves the copies itself.
     """
+    if torch.compiler.is_compiling():
+        return None
     weight, bias = layer._parameters.get("weight"), getattr(layer, "bias", None)
     if (
         not computes_plainly(layer)
@@ -138,6 +141,17 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return rows @ matrix
     return torch.bmm(_blocks(rows, matrix), matrix).flatten(0, 1)
+
+
+def traced_update(x: Tensor, A: Tensor, sB: Tensor) -> Tensor:
+    """Return s B A x for x (..., in), as (..., out), or as (S, m, out) where a factor has S draws.
+
+    Compiled code uses it in place of `product`: no size is divided and multiplied again, over which
+    the compiler would reason longer with every layer.
+    """
+    if A.dim() == 3 or sB.dim() == 3:
+        x = x.flatten(0, -2).unflatten(0, (len(A if A.dim() == 3 else sB), -1))
+    return x @ A.mT @ sB
 
 
 def add_product(out: Tensor, rows: Tensor, matrix: Tensor) -> None:

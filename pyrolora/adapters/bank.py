@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyrolora import defaults
 from pyrolora.adapters.binding import Factors
 from pyrolora.adapters.config import RANDOM_STARTS, AdapterConfig
 from pyrolora.adapters.factors import FlatFactors, pooled_product
@@ -142,6 +143,12 @@ class AdapterBank(RankedLayouts):
             parameter.copy_(torch.where(entries, value.to(parameter), parameter))
             entries_changed[name] = entries
         return entries_changed
+
+    @property
+    def draws_at_once(self) -> int:
+        """The most draws of the factors that are held at a time, by `defaults.DRAWN_BYTES`."""
+        size = sum(self.get_parameter(f"{f}_loc").nbytes for f in "AB")
+        return max(1, defaults.DRAWN_BYTES // max(size, 1))
 
     # From factors to the products of the layers ------------------------------------------------
 

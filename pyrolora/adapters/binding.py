@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,9 @@ from pyrolora.adapters.adapted_linear import (
     plain,
     product,
     sum_with_product,
+    traced_update,
 )
+from pyrolora.adapters.compiled import Shown, shown, uncompiled
 from pyrolora.adapters.other_kinds import folded, is_other, looked_up, rows_of
 from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
 from pyrolora.errors import BindingError
@@ -40,9 +42,12 @@ class Factors:
     def apply(self, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
         """Return the output of ``layer`` with the adapter for x (..., in)."""
         dropout = self.dropout if training else 0.0
+        if self.noise is not None and torch.compiler.is_compiling():
+            out: Tensor = _noisy(self, layer, x, training)
+            return out
         frozen: Frozen | None = None
         if self.noise is None and is_other(layer):
-            out: Tensor = layer(x)
+            out = layer(x)
             return out + self.update(layer, x, dropout, out)
         if self.noise is not None:
             frozen = self.noise.frozen(layer, x, self.A, self.sB)
@@ -66,11 +71,20 @@ class Factors:
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """Return ``out + s B A x`` for x (..., in), and leave out (..., out) as it is."""
+        if torch.compiler.is_compiling():
+            update = traced_update(x.to(self.A.dtype), self.A, self.sB)
+            return out + update.reshape(out.shape).to(out.dtype)
         hidden = product(x.reshape(-1, x.shape[-1]).to(self.A.dtype), self.A.mT)
         flat = out.reshape(-1, out.shape[-1])
         if flat.dtype != hidden.dtype:
             return (flat + product(hidden, self.sB).to(flat.dtype)).view_as(out)
         return sum_with_product(flat, hidden, self.sB).view_as(out)
+
+
+@uncompiled
+def _noisy(factors: Factors, layer: nn.Module, x: Tensor, training: bool) -> Tensor:
+    """Apply factors with noise outside of compiled code, which has no generators."""
+    return factors.apply(layer, x, training)
 
 
 class SharedPassError(BindingError):
@@ -94,6 +108,10 @@ class Binding:
     rows
         In a pass that several draws share, its rows, draws x examples: each layer has to see a
         multiple of them. 1 for a single setting.
+    compiled
+        The network is compiled, in whole or in part, and that code has to see the binding.
+    eager
+        A compiled network runs without its compiled code: the factors note what they see.
     """
 
     factors: Mapping[Any, Factors]
@@ -101,6 +119,8 @@ class Binding:
     blocks: Sequence[int] | None = None
     used: set[Any] = field(default_factory=set)
     rows: int = 1
+    compiled: bool = False
+    eager: bool = False
 
 
 _current: ContextVar[Binding | None] = ContextVar("pyrolora_binding", default=None)
@@ -116,9 +136,29 @@ def bind(binding: Binding | None) -> Iterator[None]:
     """Bind factors and heads for the calls of the network inside the block."""
     token = _current.set(binding)
     try:
-        yield
+        with _shown(binding) if binding is not None and binding.compiled else nullcontext():
+            yield
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def _shown(binding: Binding) -> Iterator[None]:
+    """Show a binding to compiled code, and note the layers that it called."""
+    layers: list[Any] = [layer for layer in binding.factors if isinstance(layer, nn.Module)]
+    rows = torch.empty(binding.rows, 0, dtype=torch.float32)
+    parts = {slot: Shown(rows, (heads, binding.blocks)) for slot, heads in binding.heads.items()}
+    for layer in layers:
+        factors = binding.factors[layer]
+        several = factors.A.dim() == 3 or factors.sB.dim() == 3
+        parts[layer] = Shown(rows, several=factors) if several else Shown(rows, factors)
+    with shown(parts):
+        try:
+            yield
+        finally:
+            binding.used.update(layer for layer in layers if layer.called)
+            for layer in layers:
+                layer.called = False
 
 
 def binding_for_forward() -> Binding | None:

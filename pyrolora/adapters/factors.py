@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,12 @@ class FlatFactors:
             return self[:1], torch.tensor([draws])
         return self, torch.ones(draws, dtype=torch.long)
 
+    def checksum(self) -> tuple[Any, ...]:
+        """Return numbers that differ, all but surely, where factors do, bit for bit."""
+        bits = [int(t.float().view(torch.int32).sum(dtype=torch.int64)) for t in (self.A, self.B)]
+        chosen = [None if t is None else t.tolist() for t in (self.members, self.seeds)]
+        return (*bits, *chosen, self.noise_scale, self.draws)
+
     @staticmethod
     def cat(parts: Sequence[FlatFactors]) -> FlatFactors:
         """Concatenate the draws of all parts; a factor that is not drawn is the same in each."""
@@ -77,6 +83,47 @@ class FlatFactors:
             t[index] if t is not None and t.dim() else t for t in (self.members, self.seeds)
         )
         return replace(self, A=A, B=B, members=members, seeds=seeds)
+
+
+@dataclass(frozen=True)
+class LaterFactors:
+    """Factors of S draws that are made whenever they are asked for, and kept nowhere.
+
+    Attributes
+    ----------
+    draws
+        S.
+    at_once
+        The most draws to ask for at a time.
+    make
+        Returns the factors of a run of the draws, from their first number to their last (without
+        it). It draws, so that a thread that shares `pyrolora.seeding.DRAWING` cannot call it.
+    """
+
+    draws: int
+    at_once: int
+    make: Callable[[int, int], FlatFactors]
+
+    def distinct(self) -> tuple[LaterFactors, Tensor]:
+        """Return the settings, and how many draws have each: one."""
+        return self, torch.ones(self.draws, dtype=torch.long)
+
+    def checksum(self) -> tuple[Any, ...]:
+        """Return that of the first draw, and the number of draws."""
+        return (*self[0].checksum(), self.draws)
+
+    @torch.no_grad()
+    def __getitem__(self, index: int | slice) -> FlatFactors:
+        if isinstance(index, int):
+            number = range(self.draws)[index]
+            return self.make(number, number + 1)[0]
+        start, stop, step = index.indices(self.draws)
+        assert step == 1, "draws are made in runs"
+        return self.make(start, stop)
+
+
+AnyFactors = FlatFactors | LaterFactors
+"""Factors of one setting, or of draws, which are there or made later."""
 
 
 def pooled_product(A: Matrices, B: Matrices) -> tuple[Matrices, Matrices]:

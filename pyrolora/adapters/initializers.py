@@ -19,8 +19,11 @@ from pyrolora.adapters.wrapper import unwrapped
 from pyrolora.errors import ConfigError
 from pyrolora.matrices import decomposing
 
-Start = Mapping[str, tuple[Tensor, Tensor]]
-"""Layer -> (A₀ (r, in), B₀ (out, r))."""
+Pair = tuple[Tensor, Tensor]
+"""A₀ (r, in) and B₀ (out, r)."""
+
+Start = Mapping[str, Pair]
+"""Layer -> A₀ and B₀."""
 
 REMEDY = "load or make the network anew, or start from 'kaiming'"
 STABLE_GAMMA = 16
@@ -118,7 +121,7 @@ def start_of(
     layers: Mapping[str, nn.Module],
     specs: Sequence[LayerSpec],
     name: str,
-    gradients: Callable[[], Mapping[str, Tensor]],
+    gradients: Callable[[Callable[[str, Tensor], Pair]], Mapping[str, Pair]],
 ) -> Start | None:
     """Return the start that weights or gradients give, in float32; None where it is random.
 
@@ -131,7 +134,8 @@ def start_of(
     name
         ``init_lora_weights``.
     gradients
-        Returns layer -> the gradient of its weight, in the weight's shape; called where needed.
+        Returns layer -> what its argument, a function, makes of the layer's name and the gradient
+        of its weight, in the weight's shape; called where needed.
 
     Raises
     ------
@@ -143,18 +147,20 @@ def start_of(
     if name in RANDOM_STARTS:
         return None
     bases = {spec.name: unwrapped(layers[spec.name]) for spec in specs}
-    matrices: Mapping[str, Tensor] = {n: frozen_weight(n, base) for n, base in bases.items()}
-    if name in _FROM_GRADIENT:
-        matrices = gradients()
+    weights = {n: frozen_weight(n, base) for n, base in bases.items()}
     make = {**_FROM_GRADIENT, **_FROM_WEIGHT}[name]
-    start = {}
-    for spec in specs:
-        layer, matrix = bases[spec.name], matrices[spec.name].detach()
-        matrix = oriented(layer, matrix).float()
-        with decomposing(f"the matrix of {name!r} in layer {spec.name!r}", matrix, remedy=REMEDY):
-            A, B = make(layer, matrix, spec)
-        start[spec.name] = A.clone(), B.clone()  # not views, which keep all of the decomposition
-    return start
+    shapes = {spec.name: spec for spec in specs}
+
+    def started(layer: str, matrix: Tensor) -> Pair:
+        base = bases[layer]
+        matrix = oriented(base, matrix.detach()).float()
+        with decomposing(f"the matrix of {name!r} in layer {layer!r}", matrix, remedy=REMEDY):
+            A, B = make(base, matrix, shapes[layer])
+        return A.clone(), B.clone()  # not views, which keep all of the decomposition
+
+    if name in _FROM_GRADIENT:
+        return gradients(started)
+    return {layer: started(layer, weights[layer]) for layer in shapes}
 
 
 def frozen_weight(name: str, layer: nn.Module) -> nn.Parameter:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from pyrolora.adapters.compiled import keep_compiled, uncompile
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.adapters.heads import find_heads
 from pyrolora.adapters.kinds import is_quantised_layer
@@ -158,6 +159,8 @@ def plain_copy(network: nn.Module) -> nn.Module:
     """Copy the network as it was before it was wrapped, with its gradient flags of that time."""
     copied, shared = copy.deepcopy(network), _networks.get(network)
     unwrap(copied)
+    uncompile(copied)
+    keep_compiled(copied, network)
     if shared is not None:
         for name, parameter in plain_parameters(copied):
             parameter.requires_grad_(shared.requires_grad[name])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.adapters.binding import Binding, Factors, SharedPassError, binding_for_forward
+from pyrolora.adapters.compiled import uncompiled
 from pyrolora.adapters.parameters import Stack
 from pyrolora.adapters.wrapper import Wrapper
 
@@ -47,10 +48,14 @@ class ParameterLayer(Wrapper):
         return slots.setdefault(expert, ParameterSlot(self.base_layer, stack, expert))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._apart(*args, **kwargs)
         binding = binding_for_forward()
         adapted = {} if binding is None else self._adapted(binding)
         module = _with(self.base_layer, adapted) if adapted else self.base_layer
         return module(*args, **kwargs)
+
+    _apart = uncompiled(forward)  # the compiler does not follow copies of modules
 
     def _adapted(self, binding: Binding) -> dict[str, Tensor]:
         """Return the parameters that have factors, with their updates."""

@@ -136,7 +136,7 @@ class _Pass:
             slot: [_NotingHead(bound[0], place, rows) for rows in self.heads]
             for place, (slot, bound) in enumerate(plain.heads.items())
         }
-        self.binding = Binding(noting, heads)
+        self.binding = Binding(noting, heads, eager=True)
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,14 @@
-"""Refusal of networks that are compiled, offloaded, or spread over devices."""
+"""Refusal of networks that are offloaded, or spread over devices."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 
 from pyrolora.errors import ConfigError
-
-
-def check_eager(network: nn.Module) -> None:
-    """Raise `ConfigError` for a network that is compiled, in whole or in part.
-
-    Compiled code keeps the layers, and the factors, that it was traced with, and draws change with
-    every call.
-    """
-    compiled = [module for module in network.modules() if _is_compiled(module)]
-    if not compiled:
-        return
-    name = next(name for name, module in network.named_modules() if module is compiled[0])
-    where = f"its part {name!r}" if name else "all of it"
-    undo = "for part in network.modules(): part._compiled_call_impl = None"
-    if "_orig_mod" in compiled[0]._modules:
-        undo = f"pass what was compiled, network{f'.{name}' if name else ''}._orig_mod"
-    raise ConfigError(
-        f"the network is compiled ({where}), and compiled code does not follow adapters that "
-        f"change with every call; load it again without torch.compile, or undo it ({undo})"
-    )
+from pyrolora.processes import is_sharded, take_part
 
 
 def check_in_memory(network: nn.Module) -> None:
@@ -44,6 +26,7 @@ def check_in_memory(network: nn.Module) -> None:
                 f"the weight {name!r} is not in memory (it is on the meta device: offloaded, or "
                 f"never loaded); {remedy}"
             )
+    _check_not_in_parts(network)
     devices = {parameter.device for parameter in network.parameters()}
     spread = {str(place) for place in getattr(network, "hf_device_map", {}).values()}
     if len(devices) > 1 or len(spread) > 1:
@@ -54,17 +37,22 @@ def check_in_memory(network: nn.Module) -> None:
         )
 
 
+def _check_not_in_parts(network: nn.Module) -> None:
+    """Raise `ConfigError` for weights in parts, but those that a fit under FSDP2 made itself."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # it takes long to import
+    if tensors is None or (is_sharded(network) and take_part()):
+        return
+    for name, parameter in network.named_parameters():
+        if isinstance(parameter, tensors.DTensor):
+            raise ConfigError(
+                f"each process has a part of the weight {name!r}, by a tensor parallel plan or "
+                "FSDP; load the network whole in every process, without tp_plan, and have the fit "
+                "share it out, with TrainingArguments(fsdp=True)"
+            )
+
+
 def _hooks(module: nn.Module) -> list[Any]:
     """Return the hooks of accelerate's that place the weights of a module."""
     hook = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", [hook])
     return [one for one in hooks if hasattr(one, "offload") and hasattr(one, "weights_map")]
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Return whether a module, its call or its ``forward`` was compiled."""
-    return (
-        "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
-    )

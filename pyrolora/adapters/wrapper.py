@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from pyrolora.adapters.compiled import Shown
+
 
 class Wrapper(nn.Module):
     """A module in place of another one that the network keeps seeing.
@@ -15,6 +17,11 @@ class Wrapper(nn.Module):
     """
 
     base_layer: nn.Module
+    shown: Shown | None = None
+    """The part of the binding that is for it, for compiled code; None until some was shown one.
+
+    Until then compiled code leaves its call to Python, which sees every binding.
+    """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, FlatFactors
 from pyrolora.arviz.containers import CALIBRATED, to_inference_data
 from pyrolora.checks import whole_number
 from pyrolora.data.labels import class_names_of
@@ -62,12 +62,14 @@ def inference_data(
         "draw": range(num_samples // chains),
     }
     pieces, kept, num_examples = [], [], joint.num_examples
+    keeps = read is not None and num_samples <= program.bank.draws_at_once
     with seeded(seed):
         joint.align()
+        state = torch.get_rng_state()
         for sites in _pieces(numbered, numbers, num_samples):
             drawn = program.factors(sites)
             pieces.append(_variables(program, sites, drawn, factors))
-            if read is not None:
+            if keeps:
                 kept.append(drawn)
         groups: dict[str, Any] = {
             "posterior": {
@@ -81,7 +83,9 @@ def inference_data(
             statistics = program.statistics(picked)
             groups["sample_stats"] = {n: (shape(t), ()) for n, t in statistics.items()}
         if read is not None:
-            all_drawn = FlatFactors.cat(kept)
+            all_drawn = (
+                FlatFactors.cat(kept) if keeps else _again(numbered, numbers, num_samples, state)
+            )
             prediction = read(all_drawn, temperature)
             groups |= _data_groups(prediction, shape)
             num_examples = prediction.examples_of(num_examples)
@@ -154,8 +158,19 @@ def _pieces(
     if numbers is None:
         yield from numbered.joint.program.draws(num_samples, DRAWS_AT_ONCE)
         return
-    for start in range(0, num_samples, DRAWS_AT_ONCE):
-        yield numbered.sites(numbers[start : start + DRAWS_AT_ONCE])
+    most = min(DRAWS_AT_ONCE, numbered.joint.program.bank.draws_at_once)
+    for start in range(0, num_samples, most):
+        yield numbered.sites(numbers[start : start + most])
+
+
+def _again(
+    numbered: NumberedDraws, numbers: Sequence[int] | None, num_samples: int, state: Tensor
+) -> AnyFactors:
+    """Return the factors of the draws of `_pieces`, which began at this state of the generator."""
+    if numbers is not None:
+        return numbered.factors(numbers)
+    torch.set_rng_state(state)
+    return numbered.joint.program.drawn(num_samples, DRAWS_AT_ONCE)
 
 
 def _variables(

@@ -168,6 +168,7 @@ def fit(
     say("loading libraries")
     from pyrolora.fitting import Request, StoredPosterior, arguments_of
     from pyrolora.guides import full_name
+    from pyrolora.processes import all_processes
     from pyrolora.tasks import choice_task
 
     request = _with_settings(
@@ -208,10 +209,11 @@ def fit(
         result = run.result
         if result is None:
             posterior, result = fitted(run, request, resume=known, writes=writes)
+            if held_out is not None:
+                with all_processes():
+                    result["metrics"] = posterior.evaluate(held_out, seed=seed)
             if not writes:
                 return
-            if held_out is not None:
-                result["metrics"] = posterior.evaluate(held_out, seed=seed)
             run.save(posterior, result)
         else:
             if writes:

@@ -50,6 +50,8 @@ def fitted(
     try:
         posterior = fit_request(request)
     except NonFiniteError as error:
+        if error.posterior is None:  # it met NaN from the start, or in another process
+            raise
         raise NonFiniteError(_kept(run, error)) from error
     except SaveError as error:
         if error.posterior is None:

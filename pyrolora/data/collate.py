@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import datasets
 import numpy as np
@@ -170,6 +170,10 @@ class Collator:
     def complete(self, examples: Any, *, need_labels: bool) -> Any:
         """Return the tokenised examples with what the task adds to them, such as labels."""
         return examples
+
+    def part(self, numbers: list[int]) -> Self:
+        """Return the collator for the examples with these numbers."""
+        return self
 
     def finish(self, prediction: Any, examples: Any) -> Any:
         """Return a prediction with what only the data know of it, such as texts."""

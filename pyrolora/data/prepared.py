@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from pyrolora.columns import INPUTS, LABELS
 from pyrolora.data.chats.packing import POSITIONS, packed_rows
@@ -31,6 +31,7 @@ from pyrolora.data.examples import (
 from pyrolora.data.finite import check_features, check_row
 from pyrolora.data.inputs import MODEL_INPUTS
 from pyrolora.data.labels import all_labels, no_labels
+from pyrolora.data.spans import EXAMPLE
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
@@ -77,6 +78,38 @@ class Prepared:
             collate_fn=self.collate,
             generator=torch.Generator(),
         )
+
+    def part(self, numbers: list[int]) -> Prepared:
+        """Return the examples with these numbers."""
+        rows = torch.tensor(numbers)
+        examples: Any = Subset(self.examples, numbers)
+        if isinstance(self.examples, datasets.Dataset):
+            examples = self.examples.select(numbers)
+        elif isinstance(self.examples, TensorExamples):
+            examples = TensorExamples({n: t[rows] for n, t in self.examples.columns.items()})
+        labels = None if self.labels is None else self.labels[rows]
+        return replace(self, examples=examples, labels=labels)
+
+    def parted(self, share: float, seed: int) -> tuple[Prepared, Prepared]:
+        """Return the examples without a random share of them, and that share.
+
+        The rows of one example, such as windows of a long context, stay together.
+        """
+        of_rows: Any = range(len(self))
+        if isinstance(self.examples, datasets.Dataset) and EXAMPLE in self.examples.column_names:
+            of_rows = self.examples.with_format(None)[EXAMPLE][:]
+        numbers = sorted({*of_rows})
+        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
+        chosen = {numbers[i] for i in order[: round(share * len(numbers))].tolist()}
+        rest = {*numbers} - chosen
+        kept, back = (
+            replace(
+                self.part([row for row, number in enumerate(of_rows) if number in part]),
+                collate=self.collate.part(sorted(part)),
+            )
+            for part in (rest, chosen)
+        )
+        return kept, back
 
     def by_length(self) -> list[int] | None:
         """Return the numbers of the examples, the longest text first, for batches of like length.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
@@ -158,7 +156,8 @@ def _drawn(program: Program) -> Iterator[tuple[str, Moments]]:
     with seeded(0):
         prior = _moments(bank, _prior(program))
     with seeded(0):
-        posterior = _moments(bank, map(program.factors, program.draws(DRAWS, AT_ONCE)))
+        drawn = program.draws(DRAWS, AT_ONCE)
+        posterior = _moments(bank, ((_count(s), program.factors(s)) for s in drawn))
     means = None if stored else program.mean()
     for factor in "AB":
         exact = None if means is None else bank.in_use(factor, getattr(means, factor).double())
@@ -180,14 +179,24 @@ def _drawn(program: Program) -> Iterator[tuple[str, Moments]]:
             )
 
 
-def _prior(program: Program) -> Iterator[FlatFactors]:
-    """Yield draws of the factors from the model."""
+def _prior(program: Program) -> Iterator[tuple[int, FlatFactors]]:
+    """Yield numbers of draws, and their factors, from the model."""
+    most = program.bank.draws_at_once
     for _ in range(0, DRAWS, AT_ONCE):
-        with poutine.block(), pyro.plate("draws", AT_ONCE, dim=-2):
-            yield program.model()
+        replay = program.replay(AT_ONCE, program.model) if most < AT_ONCE else None
+        if replay is None:
+            yield AT_ONCE, program.traced(AT_ONCE, program.model).nodes["_RETURN"]["value"]
+            continue
+        for start in range(0, AT_ONCE, most):
+            stop = min(start + most, AT_ONCE)
+            yield stop - start, replay.trace(start, stop).nodes["_RETURN"]["value"]
 
 
-def _moments(bank: AdapterBank, draws: Iterator[FlatFactors]) -> dict[str, tuple]:
+def _count(sites: Mapping[str, Tensor]) -> int:
+    return len(next(iter(sites.values())))
+
+
+def _moments(bank: AdapterBank, draws: Iterator[tuple[int, FlatFactors]]) -> dict[str, tuple]:
     """Return mean and variance of the entries by factor, each a dict of layer -> (r, columns).
 
     Sums are taken from the first draw on, so that their rounding error is that of the spread.
@@ -195,8 +204,8 @@ def _moments(bank: AdapterBank, draws: Iterator[FlatFactors]) -> dict[str, tuple
     first: dict[str, Tensor] | None = None
     sums: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
-    for factors in draws:
-        values = {f: getattr(factors, f).double().expand(AT_ONCE, -1) for f in "AB"}
+    for count, factors in draws:
+        values = {f: getattr(factors, f).double().expand(count, -1) for f in "AB"}
         first = first or {f: value[0] for f, value in values.items()}
         for f, value in values.items():
             centred = value - first[f]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.checks import whole_number
 from pyrolora.data import Prepared
 from pyrolora.diagnostics.psis import PSIS, psis_khat, yardstick
@@ -63,35 +63,71 @@ def khat(
     beta = options.beta(joint.num_examples)
     with DRAWING, evaluating(joint):
         joint.align()
+        program = joint.program
         with seeded(seed):
-            trace = _traced(joint.program, joint.program.guide, {}, num_samples)
-        sites = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
+            draws = _draws(program, num_samples)
+        sites = draws(0, 2)
         _check_width(sites, options)
-        drawn = {name: site["value"] for name, site in sites.items()}
-        free = {name: _free_entries(site) // num_samples for name, site in sites.items()}
-        used = _in_use(joint.program, sites)
+        free = {name: _free_entries(site) // 2 for name, site in sites.items()}
+        used = _in_use(program, sites)
         if not per_layer:
             size = sum(round(free[n] * float(used[n].float().mean())) for n in sites)
-            return _psis(joint, data, drawn, beta, size)
+            return _psis(joint, data, lambda *run: _values(draws(*run)), num_samples, beta, size)
         centre = {name: _centre(site) for name, site in sites.items()}
         results = {}
-        for layer, mask in _masks(joint.program, sites).items():
-            values = {n: torch.where(mask[n], drawn[n], centre[n]) for n in sites}
+        for layer, mask in _masks(program, sites).items():
+
+            def moved(start: int, stop: int, mask: Mapping[str, Tensor] = mask) -> Values:
+                drawn = _values(draws(start, stop))
+                return {n: torch.where(mask[n], drawn[n], centre[n]) for n in drawn}
+
             size = sum(round(free[n] * float((mask[n] & used[n]).float().mean())) for n in sites)
-            results[layer] = _psis(joint, data, values, beta, size)
+            results[layer] = _psis(joint, data, moved, num_samples, beta, size)
         return results
 
 
-def _psis(joint: JointModel, data: Prepared, values: Values, beta: float, size: int) -> PSIS:
+def _draws(program: Program, num_samples: int) -> Callable[[int, int], dict[str, Any]]:
+    """Sample the guide; return a function from a run of the draws to its latent sites."""
+    replay = program.replay(num_samples) if num_samples > program.bank.draws_at_once else None
+    if replay is not None:
+        return lambda start, stop: _latent(replay.trace(start, stop))
+    sites = _latent(program.traced(num_samples))
+
+    def run(start: int, stop: int) -> dict[str, Any]:
+        return {n: {**site, "value": site["value"][start:stop]} for n, site in sites.items()}
+
+    return run
+
+
+def _values(sites: Mapping[str, Any]) -> Values:
+    return {name: site["value"] for name, site in sites.items()}
+
+
+def _psis(
+    joint: JointModel,
+    data: Prepared,
+    values: Callable[[int, int], Values],
+    count: int,
+    beta: float,
+    size: int,
+) -> PSIS:
     """Return the PSIS of log w = log p(θ) + (1/β) Σ_i log p(y_i|θ) − log q(θ)."""
-    count = len(next(iter(values.values())))
+    program, most = joint.program, joint.program.bank.draws_at_once
+    step = min(DRAWS_AT_ONCE, most)
     ratios, kept = [], []
-    for start in range(0, count, DRAWS_AT_ONCE):
-        part = {name: value[start : start + DRAWS_AT_ONCE] for name, value in values.items()}
-        ratio, factors = _prior_over_guide(joint.program, part)
+    for start in range(0, count, step):
+        ratio, drawn = _prior_over_guide(program, values(start, min(start + step, count)))
         ratios.append(ratio)
-        kept.append(factors)
-    scores = predict(joint, data, FlatFactors.cat(kept)).log_likelihood
+        if count <= most:
+            kept.append(drawn)
+    factors: AnyFactors = (
+        FlatFactors.cat(kept)
+        if kept
+        else LaterFactors(
+            count, most, lambda start, stop: _prior_over_guide(program, values(start, stop))[1]
+        )
+    )
+    scores = predict(joint, data, factors).log_likelihood
     assert scores is not None
     weights = torch.cat(ratios).cpu() + scores.double().sum(-1) / beta
     return PSIS(psis_khat(weights.numpy()), count, size, yardstick(size, count))
@@ -100,15 +136,14 @@ def _psis(joint: JointModel, data: Prepared, values: Values, beta: float, size: 
 def _prior_over_guide(program: Program, values: Values) -> tuple[Tensor, FlatFactors]:
     """Return log p(θ) − log q(θ), (S,), and the factors of θ."""
     count = len(next(iter(values.values())))
-    guide = _traced(program, program.guide, values, count)
-    model = _traced(program, program.model, values, count)
+    guide = _given(program, program.guide, values, count)
+    model = _given(program, program.model, values, count)
     return _log_density(model) - _log_density(guide), model.nodes["_RETURN"]["value"]
 
 
-def _traced(program: Program, part: Any, values: Values, count: int) -> Trace:
-    """Trace ``program.model`` or ``program.guide`` on ``count`` draws."""
-    with poutine.block(), pyro.plate("draws", count, dim=-2):
-        return poutine.trace(poutine.condition(part, data=dict(values))).get_trace()
+def _given(program: Program, part: Any, values: Values, count: int) -> Trace:
+    """Trace ``program.model`` or ``program.guide`` with these values of ``count`` draws."""
+    return program.traced(count, poutine.condition(part, data=dict(values)))
 
 
 def _log_density(trace: Trace) -> Tensor:
@@ -122,8 +157,13 @@ def _log_density(trace: Trace) -> Tensor:
     return torch.stack(terms).sum(0)
 
 
-def _is_latent(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and not site_is_subsample(site) and not site["is_observed"]
+def _latent(trace: Trace) -> dict[str, Any]:
+    """Return the sites of a trace that are sampled, by name."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site) and not site["is_observed"]
+    }
 
 
 def _free_entries(site: Mapping[str, Any]) -> int:

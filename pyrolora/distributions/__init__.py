@@ -14,6 +14,7 @@ from pyrolora.distributions.logits_categorical import (
     drawn_residual,
     rows_at_once,
 )
+from pyrolora.distributions.truncated_kronecker import TruncatedKroneckerNormal
 from pyrolora.distributions.wishart_cholesky import VectorToLowerFactor, WishartCholesky
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "KroneckerNormal",
     "LogitsCategorical",
     "StandardColumns",
+    "TruncatedKroneckerNormal",
     "VectorToLowerFactor",
     "WishartCholesky",
     "drawn_residual",

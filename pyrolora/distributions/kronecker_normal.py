@@ -115,13 +115,19 @@ class KroneckerNormal(TorchDistribution):
         return self._sandwich(left, self.scale.square(), right)
 
     def _sandwich(self, left: Sequence[Tensor], flat: Tensor, right: Sequence[Tensor]) -> Tensor:
-        """Return left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
+        return sandwich(left, flat, right, self.groups)
 
-        For S draws of X, ``L @ X`` would copy L, which is far larger, S times; ``einsum`` takes
-        the draws of a matrix together as columns or rows of one product.
-        """
-        done = []
-        for L, X, R in zip(left, split_blocks(flat, self.groups), right, strict=True):
-            turned = torch.einsum("lij,...ljk->...lik", L, X)
-            done.append(torch.einsum("...lik,lmk->...lim", turned, R).flatten(-3))
-        return torch.cat(done, dim=-1)
+
+def sandwich(
+    left: Sequence[Tensor], flat: Tensor, right: Sequence[Tensor], groups: Blocks
+) -> Tensor:
+    """Return left_l X_l right_lᵀ for every matrix of ``flat``, flat again.
+
+    For S draws of X, ``L @ X`` would copy L, which is far larger, S times; ``einsum`` takes the
+    draws of a matrix together as columns or rows of one product.
+    """
+    done = []
+    for L, X, R in zip(left, split_blocks(flat, groups), right, strict=True):
+        turned = torch.einsum("lij,...ljk->...lik", L, X)
+        done.append(torch.einsum("...lik,lmk->...lim", turned, R).flatten(-3))
+    return torch.cat(done, dim=-1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
@@ -58,15 +61,18 @@ def _check_finite(joint: JointModel, batch: Batch, output: Tensor) -> None:
 
 
 def weight_gradients_of(
-    joint: JointModel, data: Prepared, args: TrainingArguments
-) -> dict[str, Tensor]:
-    """Return the gradient of each adapted layer's weight on one batch, which the seed chooses."""
+    joint: JointModel,
+    data: Prepared,
+    args: TrainingArguments,
+    read: Callable[[str, Tensor], Any],
+) -> dict[str, Any]:
+    """Read the gradient of each adapted layer's weight on one batch, which the seed chooses."""
     check_first_pass(joint, data)
     joint.to(args.device)
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(data), generator=generator)[: args.per_device_train_batch_size]
     (batch,) = data.loader(len(order), order.tolist())
-    return weight_gradients(joint, to_device(batch, args.device))
+    return weight_gradients(joint, to_device(batch, args.device), read)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
+from pyrolora.adapters import bare, eagerly
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
@@ -28,6 +29,7 @@ from pyrolora.fitting.streams import fill_rows, read_stream
 from pyrolora.fitting.training import (
     check_evaluation,
     choose_best,
+    compiled_for,
     opened_arguments,
     settings_of,
 )
@@ -36,9 +38,13 @@ from pyrolora.guides import Guide
 from pyrolora.inference import Run
 from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
+from pyrolora.inference.sharding import shard, sharding_asked
+from pyrolora.inference.widths import program_of
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
+from pyrolora.predictive.calibration import calibrated
+from pyrolora.processes import all_processes
 from pyrolora.seeding import fitting
 from pyrolora.storage import describe_base
 from pyrolora.tasks import Task, choice_task
@@ -169,7 +175,7 @@ def fit(
     """
     given = model if isinstance(model, Posterior) else None
     request = Request(
-        model=model.base if isinstance(model, Posterior) else model,
+        model=model.base if isinstance(model, Posterior) else bare(model),
         data=data,
         guide=guide,
         eval_data=eval_data,
@@ -199,10 +205,11 @@ def fit_request(request: Request) -> Posterior:
     request.check()
     request = read_stream(request).loaded()
     _warn_of_temperature(request)
-    with opened_arguments(request) as args:
+    with opened_arguments(request) as args, sharding_asked(args) as sharding:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
+        data, held_back = _parted(data, request, args)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
@@ -210,19 +217,34 @@ def fit_request(request: Request) -> Posterior:
             joint = build(request.options)
             if request.options.reads_inputs:
                 check_recordable(joint)
-            origin.ready(joint, data, held_out, args)
+            with eagerly(joint.base):
+                origin.ready(joint, data, held_out, args)
             identity = describe_base(
                 origin.network, attachment.heads, weights=request.options.adapts
             )
+            if sharding is not None:
+                shard(joint, sharding, args.device)
             posterior_of = partial(
                 Posterior, tokenizer=origin.tokenizer, settings=settings_of(args), identity=identity
             )
             score = None if held_out is None else partial(_score, data=held_out, args=args)
             listeners = request.listeners
             run = Run(
-                joint, request.options, build, data, args, listeners, score, held_out, posterior_of
+                joint,
+                request.options,
+                build,
+                data,
+                args,
+                listeners,
+                score,
+                held_out,
+                held_back,
+                posterior_of,
             )
-            posterior = _inferred(run, request)
+            with compiled_for(joint.base, args):
+                posterior = _inferred(run, request)
+            if held_back is not None:
+                _calibrate(posterior, held_back, args)
         _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
@@ -249,6 +271,42 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
             request.held_out, network, task, tokenizer, splits=splits, to_learn=False
         )
     return data, held_out
+
+
+def _parted(
+    data: Prepared, request: Request, args: TrainingArguments
+) -> tuple[Prepared, Prepared | None]:
+    """Return the examples to learn from, and those that the guide holds back."""
+    share, n = request.options.held_back, len(data)
+    if not share:
+        return data, None
+    if data.whole is not None or data.texts is not None:
+        what = "a stream" if data.texts is None else "texts that share rows (packing=True)"
+        raise ConfigError(
+            f"hold_back={share!r} takes examples out of the training data, which are {what}; leave "
+            "it out, and call Posterior.calibrate with data of their own"
+        )
+    count = round(share * n)
+    if not 0 < count < n:
+        raise ConfigError(
+            f"hold_back={share!r} of {n} examples is {count}; it has to leave some to learn from, "
+            "and to hold back some to choose by: choose another share"
+        )
+    return data.parted(share, args.seed)
+
+
+def _calibrate(posterior: Posterior, held_back: Prepared, args: TrainingArguments) -> None:
+    """Set the temperature by the examples that were held back, and log what they have chosen."""
+    joint = posterior.model
+    factors = draw_factors(joint, defaults.TEMPERATURE_DRAWS, seed=args.seed)
+    size = args.per_device_eval_batch_size
+    prior = defaults.TEMPERATURE_PRIOR
+    calibration = calibrated(joint, held_back, factors, batch_size=size, prior=prior)
+    posterior.temperature = calibration.temperature
+    width = program_of(joint).width
+    assert width is not None
+    chosen = {"width": float(width[0].exp()), "temperature": calibration.temperature}
+    posterior.history.append({"held_back": len(held_back), **chosen})
 
 
 def _in_rows(build: Builder, rows: float, guide: Guide) -> JointModel:
@@ -278,7 +336,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
     posterior.history = run.history
     try:
         run.guide.infer(run)
-        check_usable(run.joint, run.guide, run.data, run.args.seed)
+        with eagerly(run.joint.base):
+            check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
     except (NonFiniteError, SaveError) as error:
         if error.posterior is not None:
@@ -317,7 +376,9 @@ def _score(
 ) -> dict[str, float]:
     """Return the metrics of draws, always of the same seed, so that epochs compare."""
     factors = draw_factors(joint, num_samples, seed=args.seed)
-    return evaluate(predict(joint, data, factors, batch_size=args.per_device_eval_batch_size))
+    with all_processes():
+        prediction = predict(joint, data, factors, batch_size=args.per_device_eval_batch_size)
+    return evaluate(prediction)
 
 
 def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> None:
@@ -338,7 +399,8 @@ def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> No
 
 def _warn_of_temperature(request: Request) -> None:
     source = request.prior if request.given is None else request.given
-    if isinstance(source, Posterior) and source.temperature != 1:
+    chosen_anew = request.options.held_back > 0
+    if isinstance(source, Posterior) and source.temperature != 1 and not chosen_anew:
         warnings.warn(
             "the posterior that this fit starts from has the temperature "
             f"{source.temperature:.4g}, and the new one has none: call calibrate(...) on it",

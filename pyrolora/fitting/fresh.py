@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -71,8 +72,9 @@ class Fresh(Origin):
             return called
 
     def builder(self, attachment: Attachment, data: Prepared, args: TrainingArguments) -> Builder:
-        def gradients() -> dict[str, Tensor]:
-            return weight_gradients_of(self._build(attachment, len(data), None, MAP()), data, args)
+        def gradients(read: Callable[[str, Tensor], Any]) -> dict[str, Any]:
+            joint = self._build(attachment, len(data), None, MAP())
+            return weight_gradients_of(joint, data, args, read)
 
         layers = {n: layer.base_layer for n, layer in attachment.layers.items()}
         init = self.config.init_lora_weights

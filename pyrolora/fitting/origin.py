@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import nn
 from transformers import TrainingArguments
 
-from pyrolora.adapters import Attachment, check_eager, check_in_memory
+from pyrolora.adapters import Attachment, check_in_memory
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.data import Prepared
 from pyrolora.fitting.request import Request
@@ -69,5 +69,4 @@ class Origin(ABC):
 def check_network(model: Any) -> None:
     """Raise an error for a network in memory that no adapter can be put into."""
     if isinstance(model, nn.Module):
-        check_eager(model)
         check_in_memory(model)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments
 
+from pyrolora.adapters import compiled_in_place, is_compiled
 from pyrolora.errors import ConfigError, PyroLoraError, SaveError
 from pyrolora.files import check_writable
 from pyrolora.fitting.request import Request
@@ -68,6 +71,24 @@ def opened_arguments(request: Request) -> Iterator[TrainingArguments]:
             if writes and args.should_save:
                 _try(args.output_dir)
             yield args
+
+
+def compiled_for(network: nn.Module, args: TrainingArguments) -> AbstractContextManager[None]:
+    """Have the network compiled for the fit, if the arguments say so."""
+    if not args.torch_compile:
+        return nullcontext()
+    if is_compiled(network):
+        warnings.warn(
+            f"training=torch_compile=True (backend {args.torch_compile_backend!r}): the network is "
+            "compiled already, and stays as it is; pass it without torch.compile for another "
+            "backend or mode",
+            UserWarning,
+            stacklevel=2,
+        )
+        return nullcontext()
+    return compiled_in_place(
+        network, backend=args.torch_compile_backend, mode=args.torch_compile_mode
+    )
 
 
 def _try(folder: str) -> None:

@@ -21,11 +21,12 @@ def check_usable(joint: JointModel, guide: Guide, data: Prepared, seed: int) -> 
 
     Two of its draws run on two of the training examples; the process's random numbers stay.
     """
-    broken = [name for name, tensor in joint.own_state().items() if not tensor.isfinite().all()]
+    broken = [name for name, tensor in joint.own_tensors() if not tensor.isfinite().all()]
     if broken:
         raise NonFiniteError(_message(guide, f"not finite in {listed(broken)}"))
     factors = draw_factors(joint, DRAWS, seed)
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+    drawn = [factors[number] for number in range(DRAWS)]
+    if not all(one.A.isfinite().all() and one.B.isfinite().all() for one in drawn):
         raise NonFiniteError(_message(guide, "finite, and the adapters drawn from it are not"))
     examples = [data.examples[i] for i in range(min(2, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)

@@ -16,23 +16,32 @@ class CentredProgram(Program):
     """A program whose latent factors have a prior around a centre.
 
     The centre is that of the option ``prior_mean``; the scales are multiples of the size of a row
-    of the means with ``units="row"``. An earlier posterior of the same guide can be the prior.
+    of the means with ``units="row"``, and of c, which examples that are held back choose
+    (``hold_back``). An earlier posterior of the same guide can be the prior.
+
+    Attributes
+    ----------
+    width
+        log c, and the running means of its gradient and of the square of that; None where no
+        examples are held back.
     """
 
     prior_loc: Tensor | None
     row_sizes: Tensor | None
+    width: Tensor | None
 
     def __init__(self, bank: AdapterBank, options: Guide) -> None:
         super().__init__(bank, options)
         self.register_buffer("prior_loc", None)
         self.register_buffer("row_sizes", None)
+        self.register_buffer("width", torch.zeros(3) if options.held_back else None)
         if getattr(options, "prior_mean", None) == "start" and bank.origin is None:
             A, B = (bank.get_parameter(f"{factor}_loc").detach() for factor in "AB")
             start = bank.latent_part(self.options.latent, FlatFactors(A, B))
             self.prior_loc = start.clone()
 
     def sizes(self) -> Tensor | None:
-        """Return the root mean square of each row of the latent means, (L, r).
+        """Return c times the root mean square of each row of the latent means, (L, r).
 
         None, unless scales are multiples of it. After an earlier posterior it is that of its means.
         """
@@ -41,7 +50,8 @@ class CentredProgram(Program):
         if self.row_sizes is not None:
             return self.row_sizes
         means = self.bank.latent_part(self.options.latent, self.bank.means())
-        return self.bank.layout(self.options.latent).row_sizes(means)
+        sizes = self.bank.layout(self.options.latent).row_sizes(means)
+        return sizes if self.width is None else sizes * self.width[0].exp()
 
     def centre(self, site: str) -> Tensor | None:
         """Return the prior's mean of the factors of a site, flat; None: zero."""
@@ -87,6 +97,8 @@ class CentredProgram(Program):
             self.bank.get_parameter(f"{factor}_loc").requires_grad_(latent)
         for name in self.scale_parameters():
             self.get_parameter(name).requires_grad_(True)
+        if self.width is not None and previous.width is not None:
+            self.width.copy_(previous.width)
         self.previous = copy.deepcopy(previous).requires_grad_(False)
         self.previous.previous = None
         sizes = previous.sizes()

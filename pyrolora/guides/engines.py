@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -68,6 +68,12 @@ class Fit(Protocol):
             The number of this start, where there are several; it has its own seed.
         """
 
+    def points(self, guide: Guide, count: int) -> list[Any]:
+        """Train ``count`` point masses, each from its own start, and return their joint models.
+
+        Each is that of `point` with its number; processes that train together share them out.
+        """
+
     @property
     def can_validate(self) -> bool:
         """Whether there is evaluation data."""
@@ -81,8 +87,11 @@ class Fit(Protocol):
         It is a mean over observations and over the draws of ``factors``.
         """
 
-    def kfac(self) -> Mapping[str, Any]:
-        """Return block name -> Kronecker factors of the curvature at the means of `joint`."""
+    def kfac(self) -> Iterable[Mapping[str, Any]]:
+        """Yield block name -> Kronecker factors of the curvature at the means of `joint`.
+
+        Some layers come at a time, after a pass over the data each.
+        """
 
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""

@@ -86,11 +86,10 @@ class Ensemble(Guide):
         if self.side_by_side:
             fit.svi()
             return
-        points = []
-        for number in range(self.members):
-            points.append(fit.point(MAP(), number))
-            fit.program.store(number, points[-1].program.bank.means())
-            fit.joint.adopt(points[-1], member=number)
+        points = fit.points(MAP(), self.members)
+        for number, point in enumerate(points):
+            fit.program.store(number, point.program.bank.means())
+            fit.joint.adopt(point, member=number)
         fit.joint.task.pool([point.task for point in points])
 
 

@@ -89,6 +89,10 @@ class FactorProgram(CentredProgram):
 
     def prior_scale(self, site: str) -> Tensor:
         """Return σ₀ of each entry."""
+        if getattr(self.options, "units", "one") == "one":  # one number, whatever their number
+            device = self.bank.get_parameter("A_loc").device
+            scale = torch.full((), float(self.options.prior_scale), device=device)
+            return scale.expand(self.bank.layout(site).total)
         return self.in_rows(self.options.prior_scale * self.units(site))
 
     def in_rows(self, scale: Tensor) -> Tensor:
@@ -111,8 +115,10 @@ class FactorProgram(CentredProgram):
                 pyro.sample(site, self.law(site))
 
     def factors(self, sites: Sites) -> FlatFactors:
-        value = torch.cat([flat(sites[site]) for site in self.sites], dim=-1)
-        return self.bank.replaced(self.options.latent, value)
+        values = [flat(sites[site]) for site in self.sites]
+        if len(values) == 2:
+            return FlatFactors(values[0], values[1])
+        return self.bank.replaced(self.options.latent, values[0])
 
     def quantities(self, sites: Sites) -> Quantities:
         """Return ‖A‖ and ‖B‖ of each layer, (S, L), which no rotation of the ranks changes."""
@@ -145,5 +151,5 @@ class FactorProgram(CentredProgram):
             centre = self.loc(site)
         if centre is None:
             device = self.bank.get_parameter("A_loc").device
-            centre = torch.zeros(self.bank.layout(site).total, device=device)
+            centre = torch.zeros((), device=device).expand(self.bank.layout(site).total)
         return dist.Normal(centre, scale).to_event(1)

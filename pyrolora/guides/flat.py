@@ -114,6 +114,10 @@ class Flat(Guide):
     def reads_inputs(self) -> bool:
         return self.inner.reads_inputs
 
+    @property
+    def held_back(self) -> float:
+        return self.inner.held_back
+
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
 
@@ -129,8 +133,13 @@ class _FlatFit:
         self.program = fit.program.inner
 
     def point(self, guide: Guide, number: int | None = None) -> Any:
-        flat = replace(self._options, inner=guide, at_prediction=False)
-        return self._fit.point(flat, number)
+        return self._fit.point(self._flat(guide), number)
+
+    def points(self, guide: Guide, count: int) -> list[Any]:
+        return self._fit.points(self._flat(guide), count)
+
+    def _flat(self, guide: Guide) -> Flat:
+        return replace(self._options, inner=guide, at_prediction=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fit, name)

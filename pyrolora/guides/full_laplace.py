@@ -13,6 +13,7 @@ from pyrolora.adapters import AdapterBank
 from pyrolora.checks import SINGLE
 from pyrolora.errors import NonFiniteError
 from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.guides.program import picked
 
 REMEDY = "choose a prior_scale and a lora_alpha nearer to 1, or scale the features"
 
@@ -32,7 +33,7 @@ class FullLaplaceProgram(FactorProgram):
     """A program with sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
 
     Buffers: λ, ``precision``; and ``deviations`` (draws, P), the draws of θ − θ̄, that are all
-    there are. Zeros until `keep`.
+    there are. None until `keep`, which stands for zeros: the training needs none.
     """
 
     precision: Tensor
@@ -43,7 +44,11 @@ class FullLaplaceProgram(FactorProgram):
         self.register_buffer("precision", torch.ones(()))
         self.confine("precision", constraints.positive)
         total = bank.layout(options.latent).total
-        self.register_buffer("deviations", torch.zeros(options.size, total))
+        self.register_buffer("deviations", torch.zeros(0, total))
+
+    def reserve(self) -> None:
+        total = self.bank.layout(self.options.latent).total
+        self.deviations = self.deviations.new_zeros(self.options.size, total)
 
     def prior(self, site: str) -> dist.TorchDistribution:
         return dist.Normal(self.prior_centre(site), self.precision.rsqrt()).to_event(1)
@@ -84,15 +89,17 @@ class FullLaplaceProgram(FactorProgram):
         return {}  # draws are made after training
 
     def stored(self) -> int:
-        return len(self.deviations)
+        size: int = self.options.size
+        return size
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
         sizes = [self.bank.layouts[site].total for site in self.sites]
-        parts = self.deviations[index].split(sizes, dim=-1)
+        parts = picked(self.deviations, index).split(sizes, dim=-1)
         return {s: self.loc(s) + part for s, part in zip(self.sites, parts, strict=True)}
 
     @torch.no_grad()
     def keep(self, deviations: Tensor, precision: float) -> None:
         """Store draws of θ − θ̄, (draws, P), and the λ that they are for."""
-        self.deviations.copy_(deviations)
+        assert deviations.shape == (self.options.size, self.deviations.shape[1])
+        self.deviations = deviations.to(self.deviations)
         set_precision(self.precision, precision)

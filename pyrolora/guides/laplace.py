@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch.distributions import constraints
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, true_or_false, whole_number
-from pyrolora.distributions import KroneckerNormal
+from pyrolora.distributions import KroneckerNormal, TruncatedKroneckerNormal
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
@@ -246,8 +247,9 @@ class LaplaceProgram(FactorProgram):
     """A program with sites ``A`` and ``B``, those that are latent: all entries of a factor, flat.
 
     Buffers: λ, ``precision``; and for each group of equal blocks of a factor the eigenvectors of
-    its Kronecker factors, ``rows_A_0`` (count, r, r) and ``columns_A_0`` (count, c, c), and their
-    eigenvalues ``values_A_0`` (count, r, c).
+    its Kronecker factors, ``rows_A_0`` (count, r, r) and ``columns_A_0`` (count, c, K), and their
+    eigenvalues ``values_A_0`` (count, r, K). K is c, or what `defaults.CURVATURE_BYTES` allows;
+    other eigenvalues count as 0. Until `reserve` it is 0: the training needs none.
     """
 
     precision: Tensor
@@ -260,12 +262,32 @@ class LaplaceProgram(FactorProgram):
         self.confine("precision", constraints.positive)
         for factor in options.latent:
             for i, group in enumerate(bank.layouts[factor].groups):
-                for name, side in (("rows", group.rank), ("columns", group.columns)):
-                    eye = torch.eye(side).repeat(group.count, 1, 1)
-                    self.register_buffer(f"{name}_{factor}_{i}", eye)
-                    self.confine(f"{name}_{factor}_{i}", orthonormal)
-                self.register_buffer(f"values_{factor}_{i}", torch.zeros(group.shape))
-                self.confine(f"values_{factor}_{i}", constraints.nonnegative)
+                rows = torch.eye(group.rank).repeat(group.count, 1, 1)
+                self.register_buffer(f"rows_{factor}_{i}", rows)
+                for name, size in (("columns", group.columns), ("values", group.rank)):
+                    self.register_buffer(f"{name}_{factor}_{i}", torch.zeros(group.count, size, 0))
+                for name, domain in (
+                    ("rows", orthonormal),
+                    ("columns", orthonormal),
+                    ("values", constraints.nonnegative),
+                ):
+                    self.confine(f"{name}_{factor}_{i}", domain)
+
+    @torch.no_grad()
+    def reserve(self) -> None:
+        for factor in self.options.latent:
+            for i, group in enumerate(self.bank.layouts[factor].groups):
+                kept = min(group.columns, self.kept())
+                for name, size in (("columns", group.columns), ("values", group.rank)):
+                    old = self.get_buffer(f"{name}_{factor}_{i}")
+                    setattr(self, f"{name}_{factor}_{i}", old.new_zeros(group.count, size, kept))
+
+    def kept(self) -> int:
+        """Return the most eigenvectors of the columns of a block."""
+        groups = [g for factor in self.options.latent for g in self.bank.layouts[factor].groups]
+        if 4 * sum(g.count * g.columns**2 for g in groups) <= defaults.CURVATURE_BYTES:
+            return max(g.columns for g in groups)
+        return max(1, defaults.CURVATURE_BYTES // (4 * sum(g.count * g.columns for g in groups)))
 
     def prior(self, site: str) -> dist.TorchDistribution:
         return self.normal_prior(site, self.precision.rsqrt())
@@ -274,28 +296,38 @@ class LaplaceProgram(FactorProgram):
         values = self._buffers_of("values", site)
         scale = torch.cat([(v + self.precision).rsqrt().flatten() for v in values])
         rows, columns = (self._buffers_of(name, site) for name in ("rows", "columns"))
-        groups = self.bank.layouts[site].groups
-        return KroneckerNormal(self.loc(site), scale, rows, columns, groups)
+        groups, loc = self.bank.layouts[site].groups, self.loc(site)
+        if len(scale) == len(loc):
+            return KroneckerNormal(loc, scale, rows, columns, groups)
+        rest = self.precision.rsqrt()
+        return TruncatedKroneckerNormal(loc, scale, rest, rows, columns, groups)
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         return {}  # the curvature is measured after training
 
     @torch.no_grad()
-    def curve(self, curvature: Any) -> None:
-        """Set the curvature, block name -> its Kronecker factors."""
+    def curve(self, portions: Iterable[Mapping[str, Any]]) -> None:
+        """Set the curvature, of some blocks at a time: name -> Kronecker factors."""
+        self.reserve()
+        for curvature in portions:
+            for name, factor, i, number in self._places():
+                if name in curvature:
+                    kept = self.get_buffer(f"values_{factor}_{i}").shape[-1]
+                    H = curvature[name]
+                    # The product of the traces bounds the eigenvalues.
+                    matrices = (H.rows, H.columns, H.rows.trace() * H.columns.trace())
+                    with decomposing(f"the curvature in {name!r}", *matrices, remedy=REMEDY):
+                        eigen = H.eigen(kept)
+                    for part, tensor in zip(("rows", "columns", "values"), eigen, strict=True):
+                        self.get_buffer(f"{part}_{factor}_{i}")[number] = tensor
+
+    def _places(self) -> Iterator[tuple[str, str, int, int]]:
+        """Yield for each block its name, factor and group, and its number in the group."""
         for factor in self.options.latent:
             blocks = iter(self.bank.layouts[factor].blocks)
             for i, group in enumerate(self.bank.layouts[factor].groups):
                 for number in range(group.count):
-                    name = next(blocks).name
-                    H = curvature[name]
-                    # The product of the traces bounds the eigenvalues.
-                    size = H.rows.trace() * H.columns.trace()
-                    matrices = (H.rows, H.columns, size)
-                    with decomposing(f"the curvature in {name!r}", *matrices, remedy=REMEDY):
-                        eigen = H.eigen()
-                    for name, tensor in zip(("rows", "columns", "values"), eigen, strict=True):
-                        self.get_buffer(f"{name}_{factor}_{i}")[number] = tensor
+                    yield next(blocks).name, factor, i, number
 
     def evidence(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the eigenvalues of H, and θ̄ minus the prior's centre.

@@ -174,6 +174,24 @@ class MonteCLoRA(Variational):
         }
         return cls(**{**options, **changes})
 
+    @classmethod
+    def relative(cls, **changes: Any) -> MonteCLoRA:
+        """Return noise relative to what is learnt, of a width that data choose, with ``changes``.
+
+        Units are those of the rows, scales are set by curvature at the full price of the KL, and a
+        tenth of the training examples is held back to choose the width and a temperature.
+        """
+        options: dict[str, Any] = {
+            "units": "row",
+            "sample_scale": 1.0,
+            "prior_mean": "learned",
+            "init_covariance": 1.0,
+            "scale_updates": "curvature",
+            "kl_weight": 1.0,
+            "hold_back": 0.1,
+        }
+        return cls(**{**options, **changes})
+
     def build(self, bank: AdapterBank) -> MonteCLoRAProgram:
         return MonteCLoRAProgram(bank, self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
 from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.options import Guide, Variational
+from pyrolora.guides.program import picked
 from pyrolora.guides.supports import Supports
 from pyrolora.guides.wrapping import WrappingProgram
 
@@ -143,7 +144,10 @@ class NUTS(Guide):
 
 
 class NUTSProgram(WrappingProgram):
-    """A program with the sites of the inner one; the draws are buffers, chain after chain."""
+    """A program with the sites of the inner one; the draws are buffers, chain after chain.
+
+    They are empty until `store`, which stands for zeros: the training needs none.
+    """
 
     options: NUTS
     diverging: Tensor
@@ -158,8 +162,15 @@ class NUTSProgram(WrappingProgram):
         self.register_buffer("diverging", torch.zeros(size))
         self.confine("diverging", constraints.boolean)
         for name, value in sites.items():
-            self.register_buffer(name, torch.zeros(size, *value.shape[1:]))
+            self.register_buffer(name, torch.zeros(0, *value.shape[1:]))
             self.confine(name, self.inner.site_supports.get(name, constraints.real))
+
+    @torch.no_grad()
+    def reserve(self) -> None:
+        super().reserve()
+        for name in self.sites:
+            value = self.get_buffer(name)
+            setattr(self, name, value.new_zeros(self.stored(), *value.shape[1:]))
 
     @property
     def chains(self) -> int:  # type: ignore[override]
@@ -171,10 +182,20 @@ class NUTSProgram(WrappingProgram):
 
     def mean(self) -> FlatFactors:
         """Return the mean of the update over draws: of the one factor that varies, or pooled."""
-        drawn = self.factors(self.pick(torch.arange(self.stored())))
-        if drawn.A.dim() > 1 and drawn.B.dim() > 1:
+        first = self.factors(self.pick(torch.zeros(1, dtype=torch.long)))
+        if not len(self.get_buffer(self.sites[0])):
+            return first[0]
+        if first.A.dim() > 1 and first.B.dim() > 1:
+            drawn = self.factors(self.pick(torch.arange(self.stored())))
             return dataclasses.replace(drawn, pooled=True)
-        A, B = (t.mean(0) if t.dim() > 1 else t for t in (drawn.A, drawn.B))
+        parts = [
+            tuple(t.mean(0) * (len(t) / self.stored()) if t.dim() > 1 else t for t in (d.A, d.B))
+            for d in self._pieces()
+        ]
+        A, B = (
+            sum((part[i] for part in parts[1:]), parts[0][i]) if drawn.dim() > 1 else drawn
+            for i, drawn in enumerate((first.A, first.B))
+        )
         return FlatFactors(A, B)
 
     def scale_parameters(self) -> list[str]:
@@ -184,7 +205,7 @@ class NUTSProgram(WrappingProgram):
         return self.options.chains * self.options.num_samples
 
     def pick(self, index: Tensor) -> dict[str, Tensor]:
-        return {name: self.get_buffer(name)[index] for name in self.sites}
+        return {name: picked(self.get_buffer(name), index) for name in self.sites}
 
     def statistics(self, index: Tensor) -> dict[str, Tensor]:
         return {"diverging": self.diverging[index.to(self.diverging.device)].bool()}
@@ -194,12 +215,17 @@ class NUTSProgram(WrappingProgram):
         """Keep the draws, site -> (chains, num_samples, ...), and which steps diverged."""
         self.diverging.copy_(diverging.flatten())
         for name in self.sites:
-            self.get_buffer(name).copy_(draws[name].flatten(0, 1))
+            setattr(self, name, draws[name].flatten(0, 1).to(self.get_buffer(name)))
+
+    def _pieces(self) -> Iterator[FlatFactors]:
+        """Yield the factors of all draws, some at a time."""
+        for index in torch.arange(self.stored()).split(self.bank.draws_at_once):
+            yield self.factors(self.pick(index))
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:
         """Return R-hat and the effective sample size of ‖s B A‖, for the worst layer."""
-        norms = self.bank.update_norms(self.factors(self.pick(torch.arange(self.stored()))))
+        norms = torch.cat([self.bank.update_norms(drawn) for drawn in self._pieces()])
         chains = norms.unflatten(0, (self.chains, -1))
         numbers: dict[str, Any] = {
             "r_hat": split_gelman_rubin(chains, 0, 1).max().item(),

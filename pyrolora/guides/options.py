@@ -58,7 +58,9 @@ class Guide(ABC):
         No such tensor is allocated.
         """
         with torch.device("meta"):
-            state = self.build(AdapterBank(specs, config)).state_dict()
+            program = self.build(AdapterBank(specs, config))
+            program.reserve()
+            state = program.state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
     def infer(self, fit: Fit) -> None:
@@ -94,6 +96,11 @@ class Guide(ABC):
         """Return the share of the training steps after which the learning rate is held."""
         return 1.0
 
+    @property
+    def held_back(self) -> float:
+        """The share of the training examples that the fit does not learn from, to choose by."""
+        return 0.0
+
     def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
         """Raise `ConfigError` for a task that this method cannot serve."""
 
@@ -127,6 +134,18 @@ class Variational(Guide):
         does not grow before the means have learnt, but at most 1e-2, or, where β < 1, at most
         1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
         learnt. At β = 1 the optimum is what is asked for, and a fast approach does no harm.
+    hold_back
+        Share of the training examples that are held back from the fit, at random, to choose one
+        number c, by which the noise of all layers is multiplied, and then a temperature
+        (`Posterior.calibrate`):
+
+            c = argmax Σ_held back log 1/K Σ_k p(y | a = m + c (a_k − m)),   a_k from the guide
+
+        at the means of the time, all through the training (`inference.widths`). That is the
+        conditional marginal likelihood of c, given what the other examples have taught: evidence
+        tells no scale of the noise that predicts well, as a mean that fits well costs it nothing.
+        It needs ``units="row"``. After an earlier posterior c is that one's, and the temperature
+        alone is chosen. 0: no example is held back, and c is 1.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
@@ -134,6 +153,7 @@ class Variational(Guide):
         "draws_per_batch",
         "scale_learning_rate",
         "scale_updates",
+        "hold_back",
     )
     """Options that do not change the model."""
 
@@ -143,9 +163,18 @@ class Variational(Guide):
     draws_per_batch: int = 1
     scale_learning_rate: float | None = None
     scale_updates: ScaleUpdates = "gradient"
+    hold_back: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        share("hold_back", self.hold_back, "[0, 1)")
+        units = getattr(self, "units", None)
+        if self.hold_back and units != "row":
+            raise ConfigError(
+                f"hold_back={self.hold_back!r} is for noise that is relative to the rows of A, "
+                + ("and this guide has none" if units is None else f"got units={units!r}")
+                + "; choose units='row', or hold_back=0 and Posterior.calibrate after the fit"
+            )
         positive("kl_weight", self.kl_weight)
         share("kl_warmup", self.kl_warmup, "[0, 1]")
         whole_number("draws_per_batch", self.draws_per_batch, at_least=1)
@@ -160,6 +189,10 @@ class Variational(Guide):
     @property
     def settles(self) -> bool:
         return self.scale_updates == "curvature"
+
+    @property
+    def held_back(self) -> float:
+        return self.hold_back
 
     @property
     def post_hoc_scales(self) -> PostHoc:

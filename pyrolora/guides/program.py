@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora import defaults
-from pyrolora.adapters import AdapterBank, FlatFactors
+from pyrolora.adapters import AdapterBank, AnyFactors, FlatFactors, LaterFactors
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Curvature
 from pyrolora.guides.options import Guide
 from pyrolora.guides.plates import spread, without_plate
+from pyrolora.guides.replay import CannotReplayError, Replay
 from pyrolora.guides.supports import METHODS, Capability, Supports
 from pyrolora.parameters import ParamModule
 from pyrolora.seeding import DRAWING
@@ -210,6 +213,9 @@ class Program(ParamModule, ABC):
             parameter.copy_(torch.where(entries, start.to(parameter), parameter))
         return renewed
 
+    def reserve(self) -> None:
+        """Make room for the tensors that are inferred after training, such as stored draws."""
+
     # Earlier fits -------------------------------------------------------------------------------
 
     def recentre(self) -> None:
@@ -258,33 +264,114 @@ class Program(ParamModule, ABC):
         """Return the default number of draws: for an ensemble, every member once."""
         return self.members if self.members > 1 else otherwise
 
+    @torch.no_grad()
     def draw(self, num_samples: int) -> dict[str, Tensor]:
         """Return site -> (num_samples, *event): draws from the guide.
 
         They are independent; or stored ones, evenly spaced, each repeated where there are fewer.
         """
-        return next(self.draws(num_samples, num_samples))
+        stored = self.stored()
+        if stored is not None:
+            return self.pick(spread(stored, num_samples))
+        return site_values(self.traced(num_samples))
 
     @torch.no_grad()
     def draws(self, num_samples: int, at_once: int) -> Iterator[dict[str, Tensor]]:
-        """Yield the draws of `draw`, at most ``at_once`` at a time."""
-        stored = self.stored()
+        """Yield draws, at most ``at_once`` at a time, and at most `AdapterBank.draws_at_once`.
+
+        The latter does not change them.
+        """
+        stored, most = self.stored(), self.bank.draws_at_once
         if stored is not None:
-            yield from map(self.pick, spread(stored, num_samples).split(at_once))
+            pieces = spread(stored, num_samples).split(min(at_once, most))
+            yield from map(self.pick, pieces)
             return
         for start in range(0, num_samples, at_once):
-            yield self._sampled(min(at_once, num_samples - start))
+            count = min(at_once, num_samples - start)
+            replay = self.replay(count) if count > most else None
+            if replay is None:
+                yield site_values(self.traced(count))
+                continue
+            for first in range(0, count, most):
+                yield site_values(replay.trace(first, min(first + most, count)))
 
-    def _sampled(self, num_samples: int) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def drawn(self, num_samples: int, at_once: int | None = None) -> AnyFactors:
+        """Return the factors of the draws of `draw`, made later where they take much memory.
+
+        With ``at_once`` they are those of `draws`. Members of an ensemble are there anyway.
+        """
+        most, stored = self.bank.draws_at_once, self.stored()
+        if stored is not None and num_samples > most and self.members == 1:
+            index = spread(stored, num_samples)
+            return LaterFactors(
+                num_samples, most, lambda start, stop: self.factors(self.pick(index[start:stop]))
+            )
+        before = torch.get_rng_state()
+        later = self._later(num_samples, at_once or num_samples) if num_samples > most else None
+        if later is not None:
+            return later
+        torch.set_rng_state(before)
+        parts = self.draws(num_samples, at_once) if at_once else [self.draw(num_samples)]
+        return FlatFactors.cat([*map(self.factors, parts)])
+
+    def _later(self, num_samples: int, at_once: int) -> LaterFactors | None:
+        """Return draws that are made later; None where they cannot be, or are one point."""
+        most = self.bank.draws_at_once
+        replays: list[Replay] = []
+        for start in range(0, num_samples, at_once):
+            replay = self.replay(min(at_once, num_samples - start))
+            if replay is None:
+                return None
+            replays.append(replay)
+
+        def make(start: int, stop: int) -> FlatFactors:
+            parts = []
+            for number, replay in enumerate(replays):
+                first = max(start - number * at_once, 0)
+                last = min(stop - number * at_once, replay.draws)
+                if first < last:
+                    parts.append(self.factors(site_values(replay.trace(first, last))))
+            return FlatFactors.cat(parts) if len(parts) > 1 else parts[0]
+
+        if len(make(0, 2).distinct()[1]) < 2:
+            return None
+        return LaterFactors(num_samples, most, make)
+
+    def replay(self, num_samples: int, part: Callable[[], Any] | None = None) -> Replay | None:
+        """Sample draws of which some can be made at a time; None where the guide's cannot.
+
+        They are the guide's, or those of ``part``, such as `model`.
+        """
+        if num_samples < 2:
+            return None
+        try:
+            return Replay(partial(self.traced, part=part), num_samples)
+        except CannotReplayError:
+            return None
+
+    def traced(self, num_samples: int, part: Callable[[], Any] | None = None) -> Trace:
+        """Trace the guide, or another part, on draws, in a plate at dimension -2."""
         with (
+            torch.no_grad(),
             DRAWING,  # first: a plate joins Pyro's stack when it is made
             poutine.block(),
-            poutine.trace() as trace,
             pyro.plate("draws", num_samples, dim=-2),
         ):
-            self.guide()
-        return {
-            name: without_plate(site["value"], site["fn"].event_dim, len(site["cond_indep_stack"]))
-            for name, site in trace.trace.nodes.items()
-            if site["type"] == "sample" and not site_is_subsample(site)
-        }
+            return poutine.trace(part or self.guide).get_trace()
+
+
+def picked(stored: Tensor, index: Tensor) -> Tensor:
+    """Return the stored draws with these numbers; zeros before there are any."""
+    if len(stored):
+        return stored[index]
+    return stored.new_zeros(*index.shape, *stored.shape[1:])
+
+
+def site_values(trace: Trace) -> dict[str, Tensor]:
+    """Return site -> draws with one leading dimension, of a trace inside the plate of draws."""
+    return {
+        name: without_plate(site["value"], site["fn"].event_dim, len(site["cond_indep_stack"]))
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }

@@ -110,6 +110,9 @@ class WrappingProgram(Program):
     def after_step(self, step: int, steps: int) -> None:
         self.inner.after_step(step, steps)
 
+    def reserve(self) -> None:
+        self.inner.reserve()
+
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         return self._prefixed(self._inner_for("rank_allocation").rank_entries(rows))
 

@@ -14,13 +14,16 @@ from transformers.integrations import get_reporting_integration_callbacks
 from pyrolora import defaults
 from pyrolora.checks import positive, whole_number
 from pyrolora.errors import ConfigError
+from pyrolora.processes import launched
 
 OURS = "pyrolora evaluates the predictive mean itself, and makes no use of it"
-SPREAD = "several processes train with torchrun, each with the whole network"
+SPREAD = (
+    "several processes train with torchrun, and fsdp=True shares the frozen network's weights out "
+    "over them; what is trained is small, and whole in each"
+)
 UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the likelihood is that of the labels as they are"),
     "neftune_noise_alpha": (None, "noise on the weights is the guide 'flat'"),
-    "torch_compile": (False, "the compiler cannot follow adapters that change at every call"),
     "use_liger_kernel": (False, "its kernels would replace layers that are adapted"),
     "auto_find_batch_size": (False, "a second attempt would start from where the first one ended"),
     "prediction_loss_only": (False, OURS),
@@ -35,7 +38,6 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "label_names": (None, "the labels are the column 'labels'"),
     "optim_target_modules": (None, "it is for optimisers of whole weight matrices, such as GaLore"),
     "deepspeed": (None, SPREAD),
-    "fsdp": (None, SPREAD),
     "parallelism_config": (None, SPREAD),
     "push_to_hub": (False, "upload the fit with posterior.push_to_hub(...)"),
 }
@@ -92,6 +94,8 @@ def training_arguments(
         "disable_tqdm": False,
         "remove_unused_columns": False,
         "label_names": ["labels"],
+        # Processes without an accelerator train together only if they are told that there is none.
+        "use_cpu": launched() > 1 and not torch.accelerator.is_available(),
         "ddp_find_unused_parameters": False,  # every trained tensor is used in every step
         "dataloader_pin_memory": torch.accelerator.is_available(),
     }
@@ -127,6 +131,8 @@ def check_arguments(training: Any, read: Collection[str] = ()) -> None:
         value = getattr(training, name, neutral)
         if value not in (neutral, None, [], ["labels"] if name == "label_names" else neutral):
             raise ConfigError(f"training={name}={value!r} is not supported: {reason}; leave it out")
+    if training.torch_compile:
+        _check_compiler(training)
     if training.fp16 and training.device.type == "cpu":
         raise ConfigError(
             "training=fp16=True has no effect on a CPU; choose bf16=True and use_cpu=True"
@@ -147,6 +153,20 @@ def check_arguments(training: Any, read: Collection[str] = ()) -> None:
             f"a fit with train_sampling_strategy={strategy!r} cannot be resumed: its order of the "
             "data would differ from the first one; begin anew, without resume_from_checkpoint"
         )
+
+
+def _check_compiler(training: TrainingArguments) -> None:
+    """Raise `ConfigError` for a backend or a mode that torch does not have."""
+    for name, known in (
+        ("backend", torch.compiler.list_backends(exclude_tags=())),
+        ("mode", [None, "default", *torch._inductor.list_mode_options()]),
+    ):
+        value = getattr(training, f"torch_compile_{name}")
+        if value not in known:
+            raise ConfigError(
+                f"training=torch_compile_{name}={value!r} is not known to torch; choose "
+                f"{', '.join(repr(one) for one in known if one is not None)}"
+            )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

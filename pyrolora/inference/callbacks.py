@@ -93,5 +93,8 @@ class CheckStep(TrainerCallback):
         control.should_save = control.should_save or self.save_with_epoch
         self.save_with_epoch = False
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.remove_surplus()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.stop.obey(f"step {state.global_step} is saved in {args.output_dir}")

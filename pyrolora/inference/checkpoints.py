@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.inference.sealing import check_seal
+from pyrolora.inference.sealing import check_seal, is_sealed, unseal
 from pyrolora.model import JointModel
 
 STATE_FILE = "adapters.safetensors"
@@ -47,6 +47,38 @@ def member_folders(folder: str | Path) -> list[Path]:
     """Return the folders in which the members of an ensemble keep their checkpoints."""
     paths = Path(folder).glob(f"{MEMBER}*")
     return sorted(p for p in paths if p.is_dir() and p.name.removeprefix(MEMBER).isdigit())
+
+
+def remove_surplus(
+    folder: str | Path, limit: int | None, step: int, best: str | Path | None = None
+) -> None:
+    """Remove the oldest checkpoints until there are ``limit``; None, or 0, keeps all.
+
+    The newest one and the best one stay. The newest is that of the highest step up to ``step``,
+    where the fit is: those of higher steps are left from before it went on from an older one, or
+    from another fit. They go before the others, and those that are not whole before them.
+    """
+    present = checkpoints(folder)
+    if not limit or limit < 0 or len(present) <= limit:
+        return
+
+    def age(checkpoint: Path) -> tuple[bool, bool, int]:
+        number = checkpoint_step(checkpoint)
+        return is_sealed(checkpoint), number <= step, number
+
+    oldest_first = sorted(present, key=age)
+    oldest_first.pop()
+    surplus = [c for c in oldest_first if best is None or c.resolve() != Path(best).resolve()]
+    for checkpoint in surplus[: len(present) - limit]:
+        try:
+            unseal(checkpoint)  # a part of one is never taken for a whole one
+            shutil.rmtree(checkpoint)
+        except OSError as error:
+            warnings.warn(
+                f"{checkpoint} cannot be removed, so that there are more checkpoints than "
+                f"save_total_limit={limit}: {error}",
+                stacklevel=2,
+            )
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -170,7 +202,7 @@ def check_room(joint: JointModel, folder: str | Path) -> None:
 
     It holds the posterior, and of each trained number the optimiser's two averages at most.
     """
-    own = sum(tensor.nbytes for tensor in joint.own_state().values())
+    own = sum(tensor.nbytes for _, tensor in joint.own_tensors())
     needed = own + 2 * sum(p.nbytes for p in joint.parameters() if p.requires_grad)
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < needed:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrolora import defaults
+from pyrolora.adapters import LayerSpec
 from pyrolora.columns import Batch
 from pyrolora.errors import DataError
 from pyrolora.inference.recording import Recording, counted, masks, readable, recorded
@@ -36,18 +38,44 @@ class Kronecker:
     rows: Tensor
     columns: Tensor
 
-    def eigen(self) -> Eigen:
+    def eigen(self, kept: int | None = None) -> Eigen:
         """Return the eigenvectors of both factors and the eigenvalues of their product.
 
-        Eigenvalues that rounding puts below zero are zero.
+        Eigenvalues that rounding puts below zero are zero. With ``kept`` < c they are the largest
+        of ``columns``, by a randomised range finder (Halko, Martinsson, Tropp 2011).
         """
         rho, U = torch.linalg.eigh(self.rows)
-        kappa, V = torch.linalg.eigh(self.columns)
+        if kept is None or kept >= len(self.columns):
+            kappa, V = torch.linalg.eigh(self.columns)
+        else:
+            size = min(kept + OVERSAMPLED, len(self.columns))
+            V, kappa, _ = torch.svd_lowrank(self.columns, q=size, niter=4)
+            V, kappa = V[:, :kept], kappa[:kept]
         return Eigen(U, V, torch.outer(rho.clamp(min=0), kappa.clamp(min=0)))
 
 
+OVERSAMPLED = 16
+"""Directions that the range finder has beside those that are kept."""
+
+
+def portions(specs: Iterable[LayerSpec]) -> Iterator[list[str]]:
+    """Yield layers whose sums for `kfac` take at most `defaults.CURVATURE_BYTES`; at least one."""
+    portion: list[str] = []
+    size = 0
+    for spec in specs:
+        bytes_of_layer = 4 * (spec.in_features**2 + spec.out_features**2)
+        if portion and size + bytes_of_layer > defaults.CURVATURE_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(spec.name)
+        size += bytes_of_layer
+    yield portion
+
+
 @torch.no_grad()
-def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
+def kfac(
+    joint: JointModel, batches: Iterable[Batch], names: Collection[str] | None = None
+) -> dict[str, Kronecker]:
     """Return the generalised Gauss-Newton matrix of −log p(y | A, B) at the means, by block.
 
     KFAC-expand: for a weight that maps a_t to its output at position t of an example,
@@ -74,7 +102,8 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
     Cost: per batch a forward pass and one backward pass per v; per layer and position in²
     multiplications, and out² for every v. Memory: 4 in² + 4 out² bytes per layer, whatever the
     number of examples: for BERT-base 113 MB with query and value adapted
-    (48 matrices of 768²), 1.2 GB with all linear layers. `Kronecker.eigen` takes that once more.
+    (48 matrices of 768²), 1.2 GB with all linear layers. Of large networks take some layers at a
+    time (`portions`). `Kronecker.eigen` takes a block's matrix once more.
 
     Parameters
     ----------
@@ -82,6 +111,8 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
         The model; its heads and its task are constants here.
     batches
         All n training examples once, on the model's device.
+    names
+        The layers; None: all.
 
     Returns
     -------
@@ -108,10 +139,11 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
             torch.zeros(spec.out_features, spec.out_features, dtype=dtype, device=device),
         )
         for name, spec in bank.specs.items()
+        if names is None or name in names
     }
     with evaluating(joint), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for batch in (part for whole in batches for part in readable(joint, whole)):
-            output, layers = recorded(joint, batch, means)
+            output, layers = recorded(joint, batch, means, sums)
             _accumulate(joint, batch, output, layers, sums)
     empty = [name for name, layer in sums.items() if layer.positions == 0]
     if empty:
@@ -121,7 +153,8 @@ def kfac(joint: JointModel, batches: Iterable[Batch]) -> dict[str, Kronecker]:
         )
     curvature = {}
     factors = {f: bank.layouts[f].matrices(bank.kept(f, getattr(means, f).detach())) for f in "AB"}
-    for name, spec in bank.specs.items():
+    for name in sums:
+        spec = bank.specs[name]
         A, B, s = factors["A"][name], factors["B"][name].mT, spec.scaling
         X = sums[name].inputs.div_(sums[name].positions)
         G = sums[name].gradients.mul_(s**2)

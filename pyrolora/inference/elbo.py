@@ -13,8 +13,8 @@ from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import kl_divergence
 
+from pyrolora.distributions.kl import divergence
 from pyrolora.guides.program import SHARED_LAW
 
 Node = Mapping[str, Any]
@@ -90,7 +90,7 @@ class NamedELBO(TraceMeanField_ELBO):
         value = guide_site["value"]
         with torch.autocast(value.device.type, enabled=False):
             try:
-                return kl_divergence(guide_site["fn"], site["fn"]).sum()
+                return divergence(guide_site["fn"], site["fn"]).sum()
             except NotImplementedError:  # torch has no closed form for this pair of laws
                 return (guide_site["fn"].log_prob(value) - site["fn"].log_prob(value)).sum()
 

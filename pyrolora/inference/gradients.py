@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyrolora import defaults
 from pyrolora.adapters import frozen_weight
 from pyrolora.columns import LABELS, Batch
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel, evaluating
 
 
-def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
+def weight_gradients(
+    joint: JointModel, batch: Batch, read: Callable[[str, Tensor], Any] | None = None
+) -> dict[str, Any]:
     """Return the gradient of −(1/m) Σ log p(y_i | x_i) in the weight W of each adapted layer.
 
     It is taken at the network without adapters, with the posterior's heads; m counts the
     observations in the batch, examples or labelled tokens, as transformers' losses do.
 
     The network runs in evaluation mode and in its own dtype, and is left as it was: the weights'
-    flags, their ``grad``, the modes. Memory: a copy of the adapted layers' weights.
+    flags, their ``grad``, the modes. Memory: the gradients of as many layers as
+    `defaults.GRADIENT_BYTES` allows, of which each such portion has a backward pass.
 
     Parameters
     ----------
@@ -30,11 +35,13 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
         The model; its factors are not read.
     batch
         Examples with labels, on the model's device.
+    read
+        Returns what to keep of a layer's gradient, which is then dropped; None: the gradient.
 
     Returns
     -------
     dict
-        Layer -> the gradient, in the shape and the dtype of the layer's weight.
+        Layer -> what is kept of the gradient, which has the shape and the dtype of the weight.
 
     Raises
     ------
@@ -42,9 +49,10 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
         For a weight that is not plain, or that the output does not depend on.
     """
     layers = joint.attachment.layers
-    weights = {name: frozen_weight(name, layer.base_layer) for name, layer in layers.items()}
+    weights = {n: frozen_weight(n, layers[n].base_layer) for n in joint.program.bank.specs}
+    kept: dict[str, Any] = {}
     device = next(iter(weights.values())).device
-    bare = replace(joint.binding(joint.program.bank.means()), factors={})
+    bare = replace(joint.binding(joint.program.bank.means()), factors={}, eager=True)
     with (
         evaluating(joint),
         _trained([*weights.values()]),
@@ -54,17 +62,38 @@ def weight_gradients(joint: JointModel, batch: Batch) -> dict[str, Tensor]:
         output = joint.run(batch, bare)
         observations = joint.task.count(batch[LABELS])
         loss = -joint.task.log_prob(output, batch).sum() / observations
-        gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
-    used = {}
-    for name, gradient in zip(weights, gradients, strict=True):
-        if gradient is None:
-            raise ConfigError(
-                f"the start needs a gradient, and layer {name!r} has none: the network does not "
-                "use its weight for these inputs; leave it out with exclude_modules, or choose "
-                "init_lora_weights='kaiming'"
-            )
-        used[name] = gradient
-    return used
+        for names in _portions(weights):
+            some = [weights[name] for name in names]
+            gradients = torch.autograd.grad(loss, some, retain_graph=True, allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
+                used = _used(name, gradient)
+                kept[name] = used if read is None else read(name, used)
+            del gradients, gradient, used
+    return kept
+
+
+def _portions(weights: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Yield layers whose weights take at most `defaults.GRADIENT_BYTES`; at least one."""
+    portion: list[str] = []
+    size = 0
+    for name, weight in weights.items():
+        if portion and size + weight.nbytes > defaults.GRADIENT_BYTES:
+            yield portion
+            portion, size = [], 0
+        portion.append(name)
+        size += weight.nbytes
+    yield portion
+
+
+def _used(name: str, gradient: Tensor | None) -> Tensor:
+    """Return the gradient of a layer; raise `ConfigError` where there is none."""
+    if gradient is None:
+        raise ConfigError(
+            f"the start needs a gradient, and layer {name!r} has none: the network does not "
+            "use its weight for these inputs; leave it out with exclude_modules, or choose "
+            "init_lora_weights='kaiming'"
+        )
+    return gradient
 
 
 @contextmanager

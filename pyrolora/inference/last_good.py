@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyrolora.adapters import eagerly
 from pyrolora.columns import Batch
 from pyrolora.inference.objective import NotEvaluated, Objective
 from pyrolora.model import JointModel, evaluating
@@ -96,7 +97,7 @@ class LastGood:
             return True
         batch, beta = self._batch
         joint = self.joint
-        with seeded(0), evaluating(joint):
+        with seeded(0), evaluating(joint), eagerly(joint.base):
             try:
                 loss = self.objective(batch, beta)
                 output = joint.network(batch, joint.program.mean())

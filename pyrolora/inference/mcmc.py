@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
@@ -17,7 +18,8 @@ from pyrolora.columns import Batch
 from pyrolora.errors import NonFiniteError
 from pyrolora.model import JointModel, evaluating
 from pyrolora.options import changed_numbers
-from pyrolora.seeding import give_way
+from pyrolora.processes import processes, shared_out
+from pyrolora.seeding import give_way, seed_of_process
 
 
 def nuts(
@@ -31,8 +33,12 @@ def nuts(
     target_accept_prob: float = 0.8,
     max_tree_depth: int = 10,
     progress: bool = True,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Draw the latent sites from p(θ) p(y | θ)^{1/β} by Pyro's NUTS, without dropout.
+
+    Processes that take part share the chains out. The first chain is then that of one process, and
+    each of the others starts from a seed of its own, where one process draws chain after chain.
 
     Parameters
     ----------
@@ -46,6 +52,8 @@ def nuts(
         As in `pyrolora.guides.NUTS`.
     progress
         Show a bar for each chain.
+    seed
+        The seed of which those of shared-out chains are made.
 
     Returns
     -------
@@ -59,35 +67,42 @@ def nuts(
         with poutine.scale(scale=1 / beta):
             return joint(batch, kl_weight=beta)
 
-    samples: list[dict[str, Tensor]] = []
-    diverging = torch.zeros(chains, num_samples, dtype=torch.bool)
+    def run(numbers: Sequence[int]) -> list[tuple[dict[str, Tensor], Tensor]]:
+        """Return the draws of chains, and which of their steps diverged."""
+        runs = []
+        for number in numbers:
+            if number and processes() > 1:
+                pyro.set_rng_seed(seed_of_process(seed, number))
+            kernel = NUTS(
+                target,
+                target_accept_prob=target_accept_prob,
+                max_tree_depth=max_tree_depth,
+                init_strategy=init_to_sample,
+            )
+            chain = MCMC(
+                kernel,
+                num_samples=num_samples,
+                warmup_steps=warmup_steps,
+                disable_progbar=not progress,
+                hook_fn=lambda *_: give_way(),
+            )
+            with _loggers_kept(), _explained(joint):
+                chain.run()
+            steps = torch.zeros(num_samples, dtype=torch.bool)
+            steps[chain.diagnostics()["divergences"]["chain 0"]] = True
+            runs.append((chain.get_samples(), steps))
+        return runs
+
     joint.requires_grad_(False)
     try:
         with evaluating(joint):
-            for chain in range(chains):
-                kernel = NUTS(
-                    target,
-                    target_accept_prob=target_accept_prob,
-                    max_tree_depth=max_tree_depth,
-                    init_strategy=init_to_sample,
-                )
-                run = MCMC(
-                    kernel,
-                    num_samples=num_samples,
-                    warmup_steps=warmup_steps,
-                    disable_progbar=not progress,
-                    hook_fn=lambda *_: give_way(),
-                )
-                with _loggers_kept(), _explained(joint):
-                    run.run()
-                samples.append(run.get_samples())
-                diverging[chain, run.diagnostics()["divergences"]["chain 0"]] = True
+            found = run(range(chains)) if joint.sharded else shared_out(range(chains), run)
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-    return {
-        name: torch.stack([c[name] for c in samples]).detach() for name in samples[0]
-    }, diverging
+    names = [*found[0][0]]  # a site at a time, so that no more than one of them is there twice
+    draws = {n: torch.stack([one.pop(n) for one, _ in found]).detach() for n in names}
+    return draws, torch.stack([steps for _, steps in found])
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 
 from pyrolora import defaults
 from pyrolora.errors import CheckpointError, ConfigError
-from pyrolora.files import replacing, writing
+from pyrolora.files import remove_scratch, replacing, writing
 from pyrolora.inference.checkpoints import (
     AUTO,
     MEMBER,
@@ -33,16 +33,11 @@ from pyrolora.model import JointModel
 
 
 def member_arguments(args: TrainingArguments, number: int) -> TrainingArguments:
-    """Return the Trainer's arguments of one member: its seed and its folder for checkpoints.
-
-    The first member of an ensemble that begins anew removes the states of an older one.
-    """
+    """Return the Trainer's arguments of one member: its seed and its folder for checkpoints."""
     member = copy.copy(args)
     member.seed = (args.seed + number) % (defaults.MAX_SEED + 1)
     if args.data_seed is not None:
         member.data_seed = (args.data_seed + number) % (defaults.MAX_SEED + 1)
-    if number == 0 and args.should_save and not args.resume_from_checkpoint:
-        _forget_members(args.output_dir)
     member.output_dir = str(Path(args.output_dir) / f"{MEMBER}{number}")
     if args.resume_from_checkpoint:
         member.resume_from_checkpoint = _checkpoint(member)
@@ -83,6 +78,7 @@ def save_finished(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         unseal(folder)
+        remove_scratch(folder)
         with replacing(folder / STATE_FILE) as scratch:
             notes = {"fit": json.dumps(identity), "history": json.dumps(history)}
             save_state(joint, scratch, notes)
@@ -116,9 +112,14 @@ def _checkpoint(args: TrainingArguments) -> str | None:
     return None if newest is None else str(newest)
 
 
-def _forget_members(folder: str) -> None:
-    """Remove the states of an older ensemble; a resumed fit would take them for its own."""
-    for member in member_folders(folder):
+def forget_members(args: TrainingArguments) -> None:
+    """Remove the states of an older ensemble, if the fit begins anew.
+
+    A resumed fit would take them for its own.
+    """
+    if args.resume_from_checkpoint or not args.should_save:
+        return
+    for member in member_folders(args.output_dir):
         unseal(member)
         (member / STATE_FILE).unlink(missing_ok=True)
         for checkpoint in checkpoints(member):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,22 +48,25 @@ class Recording(Factors):
 
 
 def recorded(
-    joint: JointModel, batch: Batch, factors: FlatFactors
+    joint: JointModel,
+    batch: Batch,
+    factors: FlatFactors,
+    names: Collection[str] | None = None,
 ) -> tuple[Tensor, dict[str, Recording]]:
     """Return the network's output under one setting of the factors, and each layer's recording.
 
-    The updates have gradients where B requires one.
+    With ``names``, of these layers alone. The updates have gradients where B requires one.
     """
     check_recordable(joint)
     plain = joint.binding(factors)
     layers = {
         name: Recording(plain.factors[layer].A, plain.factors[layer].sB)
         for name, layer in joint.attachment.layers.items()
+        if names is None or name in names
     }
-    bound: dict[Any, Factors] = {
-        joint.attachment.layers[name]: layer for name, layer in layers.items()
-    }
-    return joint.run(batch, replace(plain, factors=bound)), layers
+    bound: dict[Any, Factors] = dict(plain.factors)
+    bound |= {joint.attachment.layers[name]: layer for name, layer in layers.items()}
+    return joint.run(batch, replace(plain, factors=bound, eager=True)), layers
 
 
 def check_recordable(joint: JointModel) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import CheckpointError
@@ -23,6 +23,7 @@ from pyrolora.inference.checkpoints import (
     read_json,
     read_state,
     read_tensors,
+    remove_surplus,
     save_state,
 )
 from pyrolora.inference.identity import check_fit, describe_fit
@@ -88,9 +89,18 @@ class ResumingTrainer(Trainer):
             raise
         finally:
             self.args.save_total_limit = limit
-        if writes:
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
+        self.remove_surplus()
+
+    def remove_surplus(self) -> None:
+        """Remove the oldest checkpoints above ``save_total_limit``.
+
+        That is due after each that is written, and once more at the end: a process that died before
+        it has removed them may have written the last one.
+        """
+        args, state = self.args, self.state
+        if args.should_save and args.save_strategy != "no":
+            best = state.best_model_checkpoint
+            remove_surplus(args.output_dir, args.save_total_limit, state.global_step, best)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -119,6 +129,22 @@ class ResumingTrainer(Trainer):
             "logged_step": self._globalstep_last_logged,
             "total_loss": float(self._total_loss_scalar),
         }
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Make the steps of an epoch; none where the fit goes on from its own end.
+
+        The Trainer would make one more after the last step, unless that ends an epoch, and would
+        go on where `EarlyStoppingCallback` has stopped.
+        """
+        stopped = self._resumed is not None and any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def recall_averages(self) -> None:
         """Restore the sums of the checkpoint, so that the log is that of an uninterrupted fit."""
@@ -183,6 +209,7 @@ class ResumingTrainer(Trainer):
     def _load_callback_state(self) -> None:
         try:
             super()._load_callback_state()
+            self._recall_counts()
         except Exception as error:
             raise self._unusable("trainer_state.json", error) from error
         assert self._resumed is not None
@@ -190,11 +217,39 @@ class ResumingTrainer(Trainer):
         if best.is_dir():  # the folder of the fit may have been moved
             self.state.best_model_checkpoint = str(best)
 
+    def _recall_counts(self) -> None:
+        """Restore what callbacks have counted, as early stopping does; options stay the call's.
+
+        The Trainer restores both, or neither. Of several callbacks of one class the newest states
+        are the last ones.
+        """
+        for callback, kept in _last_states(self.callback_handler.callbacks, self.state):
+            for name, value in callback.state()["attributes"].items():
+                if type(kept["attributes"][name]) is not type(value):
+                    raise TypeError(f"{name} of {type(callback).__name__} is of another type")
+                setattr(callback, name, kept["attributes"][name])
+
     def _unusable(self, name: str, reason: object) -> CheckpointError:
         return CheckpointError(
             f"{name} of the checkpoint {self._resumed} cannot be used: {reason}; resume from "
             "an older checkpoint, or begin anew"
         )
+
+
+def _last_states(
+    callbacks: list[TrainerCallback], state: TrainerState
+) -> list[tuple[ExportableState, Any]]:
+    """Return the callbacks that the state knows, each with the last one that was kept of it."""
+    kinds: dict[str, list[ExportableState]] = {}
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            kinds.setdefault(type(callback).__name__, []).append(callback)
+    pairs = []
+    for name, alike in kinds.items():
+        kept = state.stateful_callbacks.get(name, [])
+        listed = kept if isinstance(kept, list) else [kept]
+        pairs += [*zip(alike, listed[-len(alike) :], strict=False)]
+    return pairs
 
 
 def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,19 +20,26 @@ from pyrolora.data.prepared import Prepared
 from pyrolora.errors import NonFiniteError, SaveError
 from pyrolora.guides import Guide, Latent, Program
 from pyrolora.inference.checkpoints import check_room, checkpoint_to_resume
-from pyrolora.inference.curvature import Kronecker, kfac
+from pyrolora.inference.curvature import Kronecker, kfac, portions
 from pyrolora.inference.dual import Dual, check_size
 from pyrolora.inference.evidence import best_precision
 from pyrolora.inference.identity import describe_fit
 from pyrolora.inference.jacobian import examples
 from pyrolora.inference.mcmc import nuts
-from pyrolora.inference.members import finished_state, member_arguments, save_finished
+from pyrolora.inference.members import (
+    finished_state,
+    forget_members,
+    member_arguments,
+    save_finished,
+)
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.ranks import AllocateRanks
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
+from pyrolora.inference.widths import ChooseWidth
 from pyrolora.model import JointModel, evaluating
+from pyrolora.processes import all_processes, alone, processes, share_generators, shared_out
 from pyrolora.progress import progress, shows_bars, silenced
 from pyrolora.seeding import give_way
 
@@ -57,6 +65,8 @@ class Run:
         without such data.
     held_out
         The evaluation data, or None.
+    held_back
+        The training examples that the fit does not learn from, or None.
     posterior
         Makes a posterior of a joint model, for an error to carry.
     history
@@ -71,6 +81,7 @@ class Run:
     callbacks: Sequence[TrainerCallback]
     score: Score | None
     held_out: Prepared | None
+    held_back: Prepared | None
     posterior: Callable[[JointModel, Guide], Any]
     history: list[dict[str, Any]] = field(default_factory=list)
     _scored: bool = False
@@ -98,6 +109,38 @@ class Run:
         if self.score is not None and not self._scored:
             scores = self.score(self.joint, None)
             self.log(**{f"eval_{name}": value for name, value in scores.items()})
+
+    def points(self, guide: Guide, count: int) -> list[JointModel]:
+        """Train ``count`` point masses, each from its own start, and return their joint models.
+
+        Processes share them out, unless they are more than there are points, or each has a part of
+        the network's weights; then they train every point together.
+        """
+        forget_members(self.args)
+        with all_processes():
+            if not 1 < processes() <= count or self.joint.sharded:
+                return [self.point(guide, number) for number in range(count)]
+            trained = shared_out(range(count), partial(self._points_alone, guide))
+        points = []
+        for number, (state, entries) in enumerate(trained):
+            set_seed(member_arguments(self.args, number).seed)
+            points.append(self.build(guide))
+            points[-1].load_own_state(state)
+            points[-1].align()
+            self.history += entries
+        return points
+
+    def _points_alone(
+        self, guide: Guide, numbers: Sequence[int]
+    ) -> list[tuple[dict[str, Tensor], list[dict[str, Any]]]]:
+        """Train these points in this process, and return their states and logs."""
+        trained, before = [], len(self.history)
+        for number in numbers:
+            with alone():
+                state = self.point(guide, number).own_state()
+            entries, self.history[before:] = self.history[before:], []
+            trained.append(({name: t.cpu() for name, t in state.items()}, entries))
+        return trained
 
     def point(self, guide: Guide, number: int | None = None) -> JointModel:
         """Train a point mass from its own start, and return its joint model.
@@ -154,9 +197,10 @@ class Run:
                 count += joint.task.count(batch[LABELS])
         return total / (count * draws)
 
-    def kfac(self) -> dict[str, Kronecker]:
-        """Return block name -> Kronecker factors of the curvature at the means of `joint`."""
-        return kfac(self.joint, self._batches("curvature"))
+    def kfac(self) -> Iterator[dict[str, Kronecker]]:
+        """Yield block name -> Kronecker factors of the curvature at the means of `joint`."""
+        for names in portions(self.program.bank.specs.values()):
+            yield kfac(self.joint, self._batches("curvature"), names)
 
     def check_dual(self) -> None:
         """Raise `DataError` for more examples than `dual` takes."""
@@ -180,7 +224,9 @@ class Run:
         set_seed(self.args.seed)
         # Pyro passes ``disable=False`` to its bar, which would overrule a user's TQDM_DISABLE.
         shown = shows_bars() and not (self.args.disable_tqdm or silenced())
-        return nuts(self.joint, self._placed(whole), beta, progress=shown, **options)
+        options |= {"progress": shown, "seed": self.args.seed}
+        with all_processes():
+            return nuts(self.joint, self._placed(whole), beta, **options)
 
     def log(self, **numbers: float) -> None:
         """Add an entry to the history."""
@@ -231,6 +277,8 @@ class Run:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
             trainer.add_callback(SettleScales(joint, guide, self.data, trainer.failure))
+        if self.held_back is not None and joint.program.previous is None:
+            trainer.add_callback(ChooseWidth(joint, self.held_back))
         asked: Any = args.resume_from_checkpoint or None
         starts = starting_factors(joint)
         if args.save_strategy != "no" and args.should_save:
@@ -241,6 +289,8 @@ class Run:
             with stopping(args) as trainer.stop:
                 trainer.train(resume_from_checkpoint=None if asked is None else str(asked))
             trainer.check_end()
+            with all_processes():  # whose noise differed in training, and must not from here on
+                share_generators(args.device)
             warmed = trainer.state.global_step > 1 or not args.get_warmup_steps(1)
             warn_of_unmoved(joint, starts, args.learning_rate if warmed else 0.0)
         except NonFiniteError as error:

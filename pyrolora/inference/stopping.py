@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -73,5 +74,8 @@ def stopping(args: TrainingArguments) -> Iterator[Stop]:
 def _end(number: int, message: str) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message)
-    warnings.warn(f"{signal.Signals(number).name}: {message}", stacklevel=2)
+    try:
+        warnings.warn(f"{signal.Signals(number).name}: {message}", stacklevel=2)
+    except UserWarning as warning:  # under python -W error; the exit status has to stay
+        print(warning, file=sys.stderr)
     raise SystemExit(TERMINATED)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
@@ -19,6 +20,7 @@ from pyrolora.inference.callbacks import CheckStep, LogLines, Progress
 from pyrolora.inference.last_good import LastGood
 from pyrolora.inference.objective import NotEvaluated, Objective
 from pyrolora.inference.resuming import ResumingTrainer
+from pyrolora.inference.sharding import frozen_names
 from pyrolora.inference.stopping import Stop
 from pyrolora.model import JointModel
 from pyrolora.options import changed_numbers
@@ -69,6 +71,8 @@ class SVITrainer(ResumingTrainer):
         assert data.labels is not None
         args = copy.copy(args)
         args.logging_nan_inf_filter = False  # `check_step` does it, without waiting for the device
+        # The network is compiled; the Trainer would compile the objective around it, too.
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         if not guide.adapts:  # a network may have weights that its output does not depend on
             args.ddp_find_unused_parameters = True
         self.guide = guide
@@ -112,6 +116,20 @@ class SVITrainer(ResumingTrainer):
                 callback.training_bar.close()
 
     # The objective ------------------------------------------------------------------------------
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, **more: Any) -> nn.Module:
+        """Return the model as it is trained; with a sharded network, what is whole by DDP.
+
+        accelerate refuses DDP for models with shards, which DDP does not have to see.
+        """
+        if not (training and self.joint.sharded):
+            return super()._wrap_model(model, training, **more)
+        self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        whole: Any = DistributedDataParallel
+        whole._set_params_and_buffers_to_ignore_for_model(model, frozen_names(model))
+        device = self.args.device
+        wrapped: nn.Module = whole(model, [device.index] if device.type != "cpu" else None)
+        return wrapped
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run a micro-batch forwards and backwards, after other threads had their turn."""

@@ -4,7 +4,7 @@ from pyrolora.model.build import build
 from pyrolora.model.joint import JointGuide, JointModel
 from pyrolora.model.mixed import Mixture, Share, mixed_pass
 from pyrolora.model.modes import evaluating
-from pyrolora.model.network import NOT_CALLED
+from pyrolora.model.network import NOT_CALLED, device_of
 
 __all__ = [
     "NOT_CALLED",
@@ -13,6 +13,7 @@ __all__ = [
     "Mixture",
     "Share",
     "build",
+    "device_of",
     "evaluating",
     "mixed_pass",
 ]

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrolora.adapters import Binding, FlatFactors, Portion, SharedPassError, mixed_binding
+from pyrolora.adapters import (
+    AnyFactors,
+    Binding,
+    FlatFactors,
+    LaterFactors,
+    Portion,
+    SharedPassError,
+    mixed_binding,
+)
 from pyrolora.columns import Batch
 from pyrolora.model.joint import JointModel
 
@@ -29,27 +37,35 @@ class Share:
     """
 
     joint: JointModel
-    factors: FlatFactors
+    factors: AnyFactors
     size: int
 
     @property
     def mixes(self) -> bool:
         """Whether its rows can stand beside those of others.
 
-        Draws with noise on the weights cannot, nor those that are linearised, or whose posterior
-        owns the network.
+        Draws with noise on the weights cannot, nor those that are linearised, that are made some at
+        a time, or whose posterior owns the network.
         """
         joint = self.joint
-        return bool(joint.attachment.layers) and self.factors.seeds is None and not joint.linearises
+        if isinstance(self.factors, LaterFactors) or joint.linearises:
+            return False
+        return bool(joint.attachment.layers) and self.factors.seeds is None
+
+    @property
+    def whole(self) -> FlatFactors:
+        """The factors of all draws, of a share that mixes."""
+        assert isinstance(self.factors, FlatFactors), "these draws are made some at a time"
+        return self.factors
 
     def portion(self) -> Portion:
         """Return the factors and heads by name."""
         joint = self.joint
         names: dict[Any, str] = {layer: name for name, layer in joint.attachment.layers.items()}
-        factors = joint.binding(self.factors).factors
+        factors = joint.binding(self.whole).factors
         return Portion(
             {names[layer]: bound for layer, bound in factors.items()},
-            joint.named_heads(self.factors),
+            joint.named_heads(self.whole),
             self.factors.draws or 1,
             self.size,
         )

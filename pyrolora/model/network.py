@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -20,7 +21,9 @@ from pyrolora.adapters import (
     SharedPassError,
     Sharing,
     bind,
-    check_eager,
+    compiled_calls,
+    eagerly,
+    is_compiled,
     is_quantised,
     is_quantised_layer,
     kind_of,
@@ -34,6 +37,7 @@ from pyrolora.errors import BindingError, listed
 from pyrolora.guides import Program
 from pyrolora.model.heads import HeadCopies
 from pyrolora.model.modes import evaluating, running_statistics
+from pyrolora.processes import is_sharded, take_part
 from pyrolora.seeding import DRAWING
 from pyrolora.tasks import Task
 
@@ -112,6 +116,11 @@ class AdaptedNetwork(nn.Module):
         other._modules = {**self._modules, "task": task}
         return other
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a part of the network's weights, as under FSDP2."""
+        return is_sharded(self.base)
+
     # Draws ---------------------------------------------------------------------------------------
 
     @property
@@ -135,6 +144,8 @@ class AdaptedNetwork(nn.Module):
             output = self._in_one_pass(repeated, factors)
             if output is not None:
                 return output.unflatten(0, (draws, -1))
+        if draws == 1:  # a stack would be a copy, of logits over a vocabulary
+            return self.run(batch, self.binding(factors[0])).unsqueeze(0)
         return torch.stack([self.run(batch, self.binding(factors[s])) for s in range(draws)])
 
     def shared_out(self, batch: Batch, factors: FlatFactors) -> Tensor:
@@ -209,7 +220,6 @@ class AdaptedNetwork(nn.Module):
 
     def run(self, batch: Batch, binding: Binding) -> Tensor:
         """Return the network's output on ``batch`` with ``binding``, as the task reads it."""
-        check_eager(self.base)
         with self.bound(binding):
             raw = self._raw(batch)
         if len(binding.used) < len(binding.factors) and not self._may_leave_out():
@@ -225,6 +235,12 @@ class AdaptedNetwork(nn.Module):
 
         ``rows`` are those of a pass that several draws share.
         """
+        if self.sharded and not take_part():
+            raise BindingError(
+                "each process has a part of this network's weights (FSDP2), so that every process "
+                "has to take part in each pass; open 'with pyrolora.all_processes():' in all of "
+                "them, or save the posterior and load it with the whole network"
+            )
         if not self.attachment.attached:
             raise BindingError(
                 "this posterior was detached from its network and cannot run it any more; "
@@ -253,8 +269,14 @@ class AdaptedNetwork(nn.Module):
         weights), and has torch's default dtype as the caller set it.
         """
         calls = layers_called() if self._has_fastpath else nullcontext()
+        compiled = is_compiled(self.base)
+        binding = replace(binding, compiled=compiled)
         with bind(binding), calls, DRAWING.callers_dtype():
-            yield
+            if not compiled:
+                yield
+                return
+            with eagerly(self.base) if binding.eager else compiled_calls(self.base):
+                yield
 
     def uncalled(self, batches: Iterable[Batch]) -> list[str]:
         """Return the adapted layers that the network calls for none of the batches.
@@ -264,7 +286,7 @@ class AdaptedNetwork(nn.Module):
         left = set(self.attachment.layers)
         with evaluating(self), torch.no_grad():
             for batch in batches:
-                binding = self.binding(self.program.mean())
+                binding = replace(self.binding(self.program.mean()), eager=True)
                 with self.bound(binding):
                     self._raw(batch)
                 left -= self._names(binding.used)

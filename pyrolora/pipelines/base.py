@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.checks import whole_number
 from pyrolora.data import pass_rows, to_device
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import Predictor
-from pyrolora.predictive.predict import passes
-from pyrolora.seeding import DRAWING
+from pyrolora.predictive.predict import passes, turn_of
 from pyrolora.tasks import Task
 
 DRAWN = ("num_samples", "draws", "seed")
@@ -58,7 +57,7 @@ def drawn(
     draws: Iterable[int] | None,
     seed: int | None,
     usual: int,
-) -> FlatFactors:
+) -> AnyFactors:
     """Return the factors of a pipeline's draws, the same ones at every call of it.
 
     Without ``draws`` and ``seed`` they are the draws 0, 1, ..., of stored ones evenly spaced.
@@ -85,7 +84,7 @@ class Drawn:
         Of transformers' pipeline.
     """
 
-    def __init__(self, posterior: Source, factors: FlatFactors, **options: Any) -> None:
+    def __init__(self, posterior: Source, factors: AnyFactors, **options: Any) -> None:
         network: Any = posterior.base
         if not isinstance(network, PreTrainedModel):
             raise ConfigError(
@@ -105,6 +104,13 @@ class Drawn:
         made: Any = super().__init__  # that of transformers' Pipeline
         made(model=model, device=network.device, **{**options, **copied})
 
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        if inputs and isinstance(inputs[0], list | tuple) and not inputs[0]:
+            refuse_drawn(options)
+            return []  # transformers' text pipelines look at the first one
+        called: Any = super().__call__  # type: ignore[misc]
+        return called(*inputs, **options)
+
     def _sanitize_parameters(self, *given: Any, **options: Any) -> Any:
         refuse_drawn(options)
         read: Any = super()  # transformers' Pipeline
@@ -119,7 +125,7 @@ class Drawn:
     @contextmanager
     def predicting(self) -> Iterator[Task]:
         """Put the network in evaluation mode, and yield the task at the posterior's temperature."""
-        with DRAWING.shared(), evaluating(self.posterior.model):
+        with turn_of(self.factors), evaluating(self.posterior.model):
             yield self.posterior.task.at(self.posterior.temperature)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:

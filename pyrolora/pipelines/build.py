@@ -9,6 +9,7 @@ from transformers import FeatureExtractionMixin, ImageProcessingMixin, Pipeline
 from transformers.pipelines import TASK_ALIASES
 
 from pyrolora import defaults
+from pyrolora.checks import text_or_none
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.errors import ConfigError
 from pyrolora.pipelines.answering import QuestionAnswering
@@ -45,6 +46,7 @@ def pipeline(
     **options: Any,
 ) -> Pipeline:
     """Make the pipeline that `Posterior.pipeline` describes."""
+    text_or_none("task", task)
     name = pipeline_name(posterior.task, posterior.base)
     if name is None:
         raise ConfigError(

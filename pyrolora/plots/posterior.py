@@ -9,6 +9,7 @@ import numpy as np
 
 from pyrolora.checks import share
 from pyrolora.errors import ConfigError
+from pyrolora.plots.arguments import check_axes, check_history
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,7 @@ def elbo_curve(history: History, *, ax: Axes, label: str | None = None) -> Axes:
     ConfigError
         When the history has no entries with an ELBO.
     """
+    check_axes(ax, label)
     for member, entries in _runs(history).items():
         name = label if member is None else f"member {member}"
         ax.plot([e["step"] for e in entries], [e["elbo"] for e in entries], label=name)
@@ -46,6 +48,7 @@ def kl_curves(history: History, *, ax: Axes) -> Axes:
 
     It is not weighted by β. ``history`` is as in `elbo_curve`.
     """
+    check_axes(ax)
     for member, entries in _runs(history).items():
         sites = dict.fromkeys(key for e in entries for key in e if key.startswith("kl/"))
         for site in sites:
@@ -59,6 +62,7 @@ def kl_curves(history: History, *, ax: Axes) -> Axes:
 
 def _runs(history: History) -> dict[int | None, list[Mapping[str, Any]]]:
     """Group the entries with an ELBO by the member of an ensemble that they belong to."""
+    check_history(history)
     runs: dict[int | None, list[Mapping[str, Any]]] = {}
     for entry in history:
         if "elbo" in entry:
@@ -91,6 +95,7 @@ def signal_to_noise_map(idata: Any, *, ax: Axes) -> Axes:
     """
     from matplotlib.colors import LogNorm
 
+    check_axes(ax)
     ratios = _variable(idata, "signal_to_noise")
     values = ratios.mean(("chain", "draw")).transpose("block", "rank").to_numpy()
     shown = np.ma.masked_less_equal(values, 0)
@@ -118,6 +123,7 @@ def mixture_weights(idata: Any, *, ax: Axes) -> Axes:
     ConfigError
         When the draws have no variable of this name.
     """
+    check_axes(ax)
     draws = _variable(idata, "mixture_weights")
     weights = draws.mean(("chain", "draw")).transpose("block", "component").to_numpy()
     left = np.zeros(len(weights))
@@ -140,6 +146,7 @@ def adapter_norms(idata: Any, *, ax: Axes, mass: float = 0.9) -> Axes:
     mass
         Between 0 and 1.
     """
+    check_axes(ax)
     share("the mass of an interval", mass, "(0, 1)")
     norms = _variable(idata, "adapter_norm")
     draws = norms.stack(sample=("chain", "draw")).transpose("sample", "layer").to_numpy()
@@ -181,10 +188,16 @@ def _name_rows(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _variable(idata: Any, name: str) -> Any:
-    group = idata["posterior"]
-    if name not in group.data_vars:
+    try:
+        group = idata["posterior"]
+        there = sorted(map(str, group.data_vars))
+    except Exception as error:  # each type has an error of its own
+        raise ConfigError(
+            f"idata must be what posterior.to_arviz() returns, got {idata!r:.60}"
+        ) from error
+    if name not in there:
         raise ConfigError(
             f"the draws of guide {group.attrs.get('guide', 'unknown')!r} have no {name!r}; they "
-            f"have {sorted(map(str, group.data_vars))}"
+            f"have {there}"
         )
     return group[name]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pyrolora.errors import DataError
+from pyrolora.checks import whole_number
+from pyrolora.errors import ConfigError, DataError
+from pyrolora.plots.arguments import check_axes, numbers
 from pyrolora.predictive import reliability_table, risk_coverage
 from pyrolora.tasks import ClassPrediction, Prediction
 
@@ -35,7 +37,17 @@ def reliability_diagram(
     bins
         Number of bins of the confidence, which is the largest probability.
     """
-    prediction = ClassPrediction(torch.as_tensor(targets), None, torch.as_tensor(probs)[None])
+    check_axes(ax, label)
+    shares, labels = numbers("probs", probs, "(n, C)"), numbers("targets", targets, "(n,)")
+    whole = labels.astype(np.int64) == labels
+    known = len(labels) and whole.all() and labels.min() >= 0 and labels.max() < shares.shape[1]
+    if len(shares) != len(labels) or not known:
+        raise DataError(
+            f"targets must be a label from 0 to {shares.shape[1] - 1} for each of {len(shares)} "
+            f"rows of probs, got {targets!r:.60}"
+        )
+    rows = torch.as_tensor(shares, dtype=torch.float32)[None]
+    prediction = ClassPrediction(torch.as_tensor(labels, dtype=torch.long), None, rows)
     table = reliability_table(prediction, bins)
     table = table[table["count"] > 0]
     x, y, counts = (table[name].to_numpy() for name in ("confidence", "accuracy", "count"))
@@ -58,9 +70,12 @@ def entropy_histogram(
         Entropies in nats, (n,) and (m,); without ``outside`` there is one histogram and no label.
         Entropies of a regression may be negative.
     """
-    series = {"in distribution" if outside is not None else None: np.asarray(inside)}
+    check_axes(ax)
+    whole_number("bins", bins, at_least=1)
+    name = "in distribution" if outside is not None else None
+    series = {name: numbers("inside", inside, "(n,)")}
     if outside is not None:
-        series["out of distribution"] = np.asarray(outside)
+        series["out of distribution"] = numbers("outside", outside, "(m,)")
     if not all(values.size for values in series.values()):
         raise DataError(
             "a histogram needs at least one entropy per data set, got an empty one; leave it out"
@@ -90,6 +105,11 @@ def risk_coverage_curve(prediction: Prediction, *, ax: Axes, label: str | None =
     ax
         The axes to draw on; call again with another ``label`` to compare.
     """
+    check_axes(ax, label)
+    if not isinstance(prediction, Prediction):
+        raise ConfigError(
+            f"prediction must be what posterior.predict() returns, got {prediction!r:.60}"
+        )
     table = risk_coverage(prediction)
     ax.plot(table["coverage"].to_numpy(), table["risk"].to_numpy(), label=label)
     risk = f"risk: {prediction.risk_name}"

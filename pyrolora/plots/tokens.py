@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pyrolora.checks import positive
 from pyrolora.errors import ConfigError
+from pyrolora.plots.arguments import check_axes
+from pyrolora.plots.arguments import numbers as numbers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +53,12 @@ def token_text(
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    numbers = np.asarray(values, dtype=float)
+    check_axes(ax, label)
+    if not isinstance(tokens, list | tuple) or not all(isinstance(t, str) for t in tokens):
+        raise ConfigError(f"tokens must be a list of texts, got {tokens!r:.60}")
+    if top is not None:
+        positive("top", top, or_zero=True)
+    numbers = numbers_of("values", values, "(T,)").astype(float)
     if numbers.shape != (len(tokens),):
         raise ConfigError(
             f"token_text needs one number per token, ({len(tokens)},), got shape {numbers.shape}; "

@@ -19,6 +19,7 @@ from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.meanings import SemanticEntropy
 from pyrolora.predictive.metrics import auroc, binary_calibration_error
 from pyrolora.predictive.selective import risks
+from pyrolora.predictive.standard_errors import error_of_mean, scatter
 
 Correct = Callable[[Mapping[str, Any], str], bool]
 """Whether an answer is right: ``correct(row, text)``, with the row of the data."""
@@ -173,7 +174,7 @@ def scored_answers(
         answers,
         pd.DataFrame.from_dict(metrics, orient="index").rename_axis("uncertainty"),
         float(share.mean()),
-        float(share.std() / len(share) ** 0.5) if len(share) > 1 else float("nan"),
+        error_of_mean(share.numpy()),
     )
 
 
@@ -240,10 +241,10 @@ def _metrics(
 
     n, rng = len(right), np.random.default_rng(seed)
     samples = [measured(torch.from_numpy(rng.integers(0, n, n))) for _ in range(defaults.RESAMPLES)]
-    errors = pd.DataFrame(samples).std(ddof=1)
     found: dict[str, float] = {}
     for name, value in measured(torch.arange(n)).items():
-        found |= {name: value, f"{name}_se": float(errors[name]) if n > 1 else float("nan")}
+        resampled = np.array([sample[name] for sample in samples])
+        found |= {name: value, f"{name}_se": scatter(resampled) if n > 1 else float("nan")}
     return found
 
 

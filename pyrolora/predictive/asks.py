@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.model import JointModel, Share
 from pyrolora.predictive.decoding import (
@@ -74,7 +74,7 @@ class Ask:
     seed: int | None
     numbers: tuple[int, ...] | None
     options: Mapping[str, Any]
-    factors: FlatFactors
+    factors: AnyFactors
     state: Tensor | None = None
     wanted: Callable[[], bool] = lambda: True
     follower: Follower | None = None

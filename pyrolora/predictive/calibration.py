@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.checks import positive, whole_number
 from pyrolora.columns import Batch
 from pyrolora.data import Prepared
@@ -121,11 +121,17 @@ def warn_untempered(target: str, temperature: float) -> None:
 
 @torch.no_grad()
 def calibrated(
-    joint: JointModel, data: Prepared, factors: FlatFactors, *, batch_size: int
+    joint: JointModel,
+    data: Prepared,
+    factors: AnyFactors,
+    *,
+    batch_size: int,
+    prior: float = math.inf,
 ) -> Calibration:
     """Return the T that minimises −Σ_i log mean_s p_T(y_i | draw s), with p_T of `Task.at`.
 
-    It takes two passes over the data. The outputs of the network are not kept.
+    With a ``prior`` τ it minimises the sum of that and (log T)² / 2 τ². It takes two passes over
+    the data. The outputs of the network are not kept.
     """
     assert data.labels is not None
     count = joint.task.count(data.labels)
@@ -142,7 +148,7 @@ def calibrated(
         parts = reduced(
             joint, data, factors, losses, order, batch_size=batch_size, title="calibrating"
         )
-        return torch.stack(parts).sum(0) / count
+        return (torch.stack(parts).sum(0) + 0.5 * (temperatures.log() / prior).square()) / count
 
     return lowest(nll, len(data))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.data import prepare
 from pyrolora.data.columns import CHOICES
 from pyrolora.data.examples import as_examples, is_plain
@@ -26,7 +26,7 @@ def choice_rows(data: Any, joint: JointModel) -> Any:
 def choose(
     joint: JointModel,
     data: Any,
-    factors: FlatFactors,
+    factors: AnyFactors,
     tokenizer: Any,
     *,
     choices: str | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from pyrolora.adapters import Binding, FlatFactors, SharedPassError
+from pyrolora.adapters import Binding, FlatFactors, SharedPassError, after_calls
 from pyrolora.columns import DECODER_IDS
 from pyrolora.data.media.pieces import PER_TOKEN, for_network, joined
 from pyrolora.errors import ConfigError
@@ -154,15 +154,12 @@ def tempered_network(joint: JointModel, temperature: float) -> Iterator[None]:
     """Have the network give tempered logits for the block, whatever the decoding."""
     task = joint.task.at(temperature)
 
-    def temper(_: Any, __: Any, output: Any) -> Any:
+    def temper(output: Any) -> Any:
         output.logits = task.tempered(output.logits)
         return output
 
-    handle = joint.base.register_forward_hook(temper)
-    try:
+    with after_calls(joint.base, temper):
         yield
-    finally:
-        handle.remove()
 
 
 class _Progress(StoppingCriteria):

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from pyrolora import defaults
-from pyrolora.adapters import check_eager
 from pyrolora.columns import DECODER_IDS, DECODER_MASK
 from pyrolora.data.inputs import context_length, written_length
 from pyrolora.errors import ConfigError, DataError
@@ -46,7 +45,6 @@ def decoding_settings(joint: JointModel, options: Mapping[str, Any]) -> Generati
         of other draws.
     """
     base: Any = joint.base
-    check_eager(base)
     able = getattr(base, "can_generate", None)
     if joint.task.as_text() is None or able is None or not able():
         raise ConfigError(

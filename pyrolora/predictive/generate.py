@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.data.media.media import tokenizer_of
-from pyrolora.model import JointModel, evaluating
+from pyrolora.model import JointModel, device_of, evaluating
 from pyrolora.predictive.continuations import Writer, tempered_network
 from pyrolora.predictive.decoding import (
     check_streamer,
@@ -27,6 +27,7 @@ from pyrolora.predictive.decoding import (
 from pyrolora.predictive.generation import Generation
 from pyrolora.predictive.prompts import read_prompts
 from pyrolora.predictive.scored_texts import Texts, scored
+from pyrolora.processes import processes, share_generators, shared_out, take_part
 from pyrolora.progress import progress
 
 
@@ -34,7 +35,7 @@ from pyrolora.progress import progress
 def generate(
     joint: JointModel,
     inputs: Any,
-    factors: FlatFactors,
+    factors: AnyFactors,
     processor: Any = None,
     *,
     numbers: Sequence[int] | None = None,
@@ -76,7 +77,7 @@ def generate(
     stops = stop_strings(settings, tokenizer)
     prompts, others = read_prompts(inputs, processor, joint)
     set_length(joint, prompts, settings)
-    settings.disable_compile = True  # the compiler cannot follow the binding
+    settings.disable_compile = True  # whether it is, is for the caller to say
     settings.return_dict_in_generate = False
     settings.pad_token_id = pad = padding_id(settings, tokenizer)
     starting = start_id(joint, settings)
@@ -90,13 +91,41 @@ def generate(
         per_pass = 1 if mixes_rows(joint, settings) else max(1, rows // width)
         prompts_at_once = min(len(prompts), per_pass)
         draws_at_once = max(1, per_pass // prompts_at_once)
-        for start in range(0, len(prompts), prompts_at_once):
-            some = prompts[start : start + prompts_at_once]
-            beside = {name: v[start : start + len(some)] for name, v in others.items()}
-            for first in range(0, draws or 1, draws_at_once):
-                chosen = factors if draws is None else factors[first : first + draws_at_once]
-                for i, continuations in enumerate(writer.write(some, beside, chosen)):
-                    written[start + i] += continuations
+        if isinstance(factors, LaterFactors):
+            draws_at_once = min(draws_at_once, factors.at_once)
+        # Tokens are sampled one pass after another.
+        apart = not (settings.do_sample or joint.sharded)
+        if apart:
+            draws_at_once = min(draws_at_once, -(-(draws or 1) // processes()))
+        share_generators(device_of(joint.program))
+
+        def some(first: int) -> FlatFactors:
+            """Return the factors of the draws of a pass."""
+            if isinstance(factors, FlatFactors) and draws is None:
+                return factors
+            return factors[first : first + draws_at_once]
+
+        def write(passes: Sequence[tuple[int, int]]) -> list[list[list[Tensor]]]:
+            """Return the continuations of passes, each known by its first prompt and draw."""
+            return [
+                writer.write(
+                    prompts[start : start + prompts_at_once],
+                    {name: v[start : start + prompts_at_once] for name, v in others.items()},
+                    some(first),
+                )
+                for start, first in passes
+            ]
+
+        passes = [
+            (start, first)
+            for start in range(0, len(prompts), prompts_at_once)
+            for first in range(0, draws or 1, draws_at_once)
+        ]
+        checksum = factors.checksum() if take_part() else None
+        results = shared_out(passes, write, checksum) if apart else write(passes)
+        for (start, _), parts in zip(passes, results, strict=True):
+            for i, continuations in enumerate(parts):
+                written[start + i] += continuations
     ends = end_ids(settings)
     kept = [[until_end(ids, ends) for ids in continuations] for continuations in written]
     if stops is not None:

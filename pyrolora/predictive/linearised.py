@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import FlatFactors, eagerly
 from pyrolora.columns import Batch
 from pyrolora.model import JointModel, evaluating
 
@@ -53,7 +53,9 @@ def linearised(
     assert drawn, "linearised needs draws (S, total) of A, of B or of both"
     parts = []
     # Clones, since tensors of inference mode can take no part in a backward pass.
-    with evaluating(joint), torch.inference_mode(False), torch.enable_grad():
+    # Compiled code may free what a second backward pass reads.
+    eager = eagerly(joint.base)
+    with evaluating(joint), torch.inference_mode(False), torch.enable_grad(), eager:
         mean = replace(mean, A=mean.A.detach().clone(), B=mean.B.detach().clone())
         means = [getattr(mean, name) for name in drawn]
         deltas = [getattr(draws, n).detach() - m for n, m in zip(drawn, means, strict=True)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyrolora.checks import one_of, share, true_or_false, whole_number
 from pyrolora.errors import ConfigError, DataError
+from pyrolora.model import evaluating
 from pyrolora.tasks.prediction import entropy_of
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ class Entailment:
                     f"cannot load the model of entailment {source!r}: {error}; give a folder or a "
                     "name on the hub of a classifier of pairs of texts"
                 ) from error
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
         self.with_prompt, self.batch_size = with_prompt, batch_size
         self.entailment = _entailment_class(model)
@@ -238,6 +239,10 @@ class Entailment:
     @torch.no_grad()
     def several(self, prompt: str, text: str, others: Sequence[str]) -> list[bool]:
         """Return whether ``text`` means the same as each of the others."""
+        with evaluating(self.model):
+            return self._several(prompt, text, others)
+
+    def _several(self, prompt: str, text: str, others: Sequence[str]) -> list[bool]:
         before = f"{prompt} " if self.with_prompt else ""
         ways = [(text, other) for other in others] + [(other, text) for other in others]
         found: list[bool] = []

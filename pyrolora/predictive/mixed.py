@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.data import Prepared, to_device
 from pyrolora.model import Share, evaluating, mixed_pass
 from pyrolora.predictive.predict import named, predict
@@ -35,11 +35,11 @@ class Question:
     """
 
     predictor: Predictor
-    factors: FlatFactors
+    factors: AnyFactors
     prepared: Prepared
 
     @cached_property
-    def distinct(self) -> tuple[FlatFactors, torch.Tensor]:
+    def distinct(self) -> tuple[AnyFactors, torch.Tensor]:
         """The different settings among the draws, and how many draws have each."""
         if self.factors.draws is None:
             return self.factors, torch.ones(1, dtype=torch.long)

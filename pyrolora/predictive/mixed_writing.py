@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from pyrolora import defaults
-from pyrolora.adapters import SharedPassError
+from pyrolora.adapters import SharedPassError, after_calls
 from pyrolora.data import pass_rows
 from pyrolora.model import Mixture, Share, evaluating
 from pyrolora.predictive.asks import PER_ROW, Ask
@@ -141,7 +141,7 @@ def _pass(
         if shared and not mixture.possible(batch):
             raise SharedPassError("rows of several draws cannot share a pass through this network")
         index = mixture.numbers().to(batch["input_ids"].device)
-        binding = mixture.binding() if shared else carrier.binding(mixture.shares[0].factors)
+        binding = mixture.binding() if shared else carrier.binding(mixture.shares[0].whole)
         with _tempered(mixture, asked) as newest, carrier.bound(binding):
             try:
                 rows = base.generate(
@@ -167,7 +167,7 @@ def _greedy(settings: GenerationConfig, length: int, pad: int) -> GenerationConf
     made.do_sample = False
     made.max_new_tokens = length
     made.pad_token_id = pad
-    made.disable_compile = True  # the compiler cannot follow the binding
+    made.disable_compile = True  # whether it is, is for the caller to say
     made.return_dict_in_generate = False
     result: GenerationConfig = made
     return result
@@ -215,7 +215,7 @@ def _tempered(mixture: Mixture, asked: Sequence[Ask]) -> Iterator[Callable[[], T
     tasks = [share.joint.task.at(temperatures[id(share.joint)]) for share in mixture.shares]
     newest: list[Tensor] = []
 
-    def temper(_: Any, __: Any, output: Any) -> Any:
+    def temper(output: Any) -> Any:
         if any(task.temperature != 1 for task in tasks):
             pieces = output.logits.split(mixture.sizes)
             each = zip(tasks, pieces, strict=True)
@@ -223,11 +223,8 @@ def _tempered(mixture: Mixture, asked: Sequence[Ask]) -> Iterator[Callable[[], T
         newest[:] = [output.logits[:, -1]]
         return output
 
-    handle = mixture.carrier.base.register_forward_hook(temper)
-    try:
+    with after_calls(mixture.carrier.base, temper):
         yield lambda: newest[0]
-    finally:
-        handle.remove()
 
 
 def _cut(ask: Ask, rows: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.checks import whole_number
 from pyrolora.errors import ConfigError
 from pyrolora.model import JointModel
@@ -92,8 +92,20 @@ class NumberedDraws:
         return {name: torch.cat([draw[name] for draw in drawn]).to(device) for name in drawn[0]}
 
     @torch.no_grad()
-    def factors(self, numbers: Sequence[int]) -> FlatFactors:
-        """Return the factors of these draws, (S, total), with the member that each is of."""
+    def factors(self, numbers: Sequence[int]) -> AnyFactors:
+        """Return the factors of these draws, (S, total), with the member that each is of.
+
+        They are made later where they take much memory.
+        """
+        most = self.joint.program.bank.draws_at_once
+        if len(numbers) > most:
+            return LaterFactors(
+                len(numbers), most, lambda start, stop: self._made(numbers[start:stop])
+            )
+        return self._made(numbers)
+
+    @torch.no_grad()
+    def _made(self, numbers: Sequence[int]) -> FlatFactors:
         with DRAWING:
             self.joint.align()
             return self.joint.program.factors(self.sites(numbers))

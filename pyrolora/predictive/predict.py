@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, LaterFactors
 from pyrolora.checks import whole_number
 from pyrolora.columns import Batch
 from pyrolora.data import Prepared, check_finite, pass_rows, to_device
 from pyrolora.data.labels import class_names_of
 from pyrolora.inference.reading import explained_pass
-from pyrolora.model import JointModel, evaluating
+from pyrolora.model import JointModel, device_of, evaluating
 from pyrolora.predictive.linearised import linearised
+from pyrolora.processes import share_generators, shared_out, take_part
 from pyrolora.progress import progress
 from pyrolora.seeding import DRAWING, seeded
 from pyrolora.tasks import Prediction
@@ -27,8 +29,8 @@ R = TypeVar("R")
 
 def draw_factors(
     joint: JointModel, num_samples: int | None = None, seed: int | None = None
-) -> FlatFactors:
-    """Return the factors of ``num_samples`` draws, (S, total).
+) -> AnyFactors:
+    """Return the factors of ``num_samples`` draws, (S, total), made later where they are large.
 
     For 0 they are those of the mean adapter, (total,); for None those of every member of an
     ensemble, or of the default number of draws. ``seed`` makes the draws repeatable and leaves the
@@ -38,8 +40,10 @@ def draw_factors(
     whole_number("num_samples", num_samples, at_least=0)
     with seeded(seed), torch.no_grad():
         joint.align()
+        if seed is None:
+            share_generators(device_of(joint.program))
         if num_samples:
-            return joint.program.factors(joint.program.draw(num_samples))
+            return joint.program.drawn(num_samples)
         return joint.program.mean()
 
 
@@ -47,7 +51,7 @@ def draw_factors(
 def predict(
     joint: JointModel,
     data: Prepared,
-    factors: FlatFactors,
+    factors: AnyFactors,
     *,
     batch_size: int = defaults.BATCH_SIZE,
     rows: int = defaults.PREDICT_ROWS,
@@ -85,7 +89,7 @@ def predict(
 def reduced(
     joint: JointModel,
     data: Prepared,
-    factors: FlatFactors,
+    factors: AnyFactors,
     reduce: Callable[[Iterable[Tensor], Batch], R],
     order: list[int] | None,
     *,
@@ -104,18 +108,31 @@ def reduced(
     DataError
         For features that are not finite.
     """
-    device = next(joint.program.parameters()).device
-    numbers: Sequence[int] = range(len(data)) if order is None else order
-    loader = data.loader(batch_size, order)
-    records = []
-    for i, batch in enumerate(progress(loader, title=title)):
-        check_finite(batch, numbers[i * batch_size : (i + 1) * batch_size])
-        placed = to_device(batch, device)
-        with DRAWING.shared(), evaluating(joint):  # a fit in another thread steps between batches
-            outputs = passes(joint, placed, factors, pass_rows(placed, rows))
-            with explained_pass(joint.base, placed):
-                records.append(reduce(outputs, placed))
-    return records
+    device = device_of(joint.program)
+    numbers = [*range(len(data))] if order is None else order
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+
+    def work(batches: Sequence[list[int]]) -> list[R]:
+        loader = data.loader(batch_size, [number for batch in batches for number in batch])
+        records = []
+        for some, batch in zip(batches, progress(loader, title=title), strict=True):
+            check_finite(batch, some)
+            placed = to_device(batch, device)
+            # A fit in another thread steps between batches.
+            with turn_of(factors), evaluating(joint):
+                outputs = passes(joint, placed, factors, pass_rows(placed, rows))
+                with explained_pass(joint.base, placed):
+                    records.append(reduce(outputs, placed))
+        return records
+
+    if joint.sharded:  # all processes run every batch, each with its part of the weights
+        return work(batches)
+    return shared_out(batches, work, (title, factors.checksum()) if take_part() else None)
+
+
+def turn_of(factors: AnyFactors) -> AbstractContextManager[object]:
+    """Return the turn of passes with these draws: shared, unless they are drawn on the way."""
+    return DRAWING if isinstance(factors, LaterFactors) else DRAWING.shared()
 
 
 def named(prediction: Prediction, joint: JointModel) -> Prediction:
@@ -125,17 +142,26 @@ def named(prediction: Prediction, joint: JointModel) -> Prediction:
 
 
 def passes(
-    joint: JointModel, batch: Mapping[str, Tensor], factors: FlatFactors, rows: int
+    joint: JointModel, batch: Mapping[str, Tensor], factors: AnyFactors, rows: int
 ) -> Iterator[Tensor]:
     """Yield outputs (s, b, ...) of the draws in turn, s per pass; s = 1 for one setting."""
     if factors.draws is None:
         yield joint.network(batch, factors).unsqueeze(0)
         return
+    step = max(1, rows // len(next(iter(batch.values()))))
+    if isinstance(factors, LaterFactors):
+        step = factors.at_once if joint.linearises else min(step, factors.at_once)
+        for start in range(0, factors.draws, step):
+            yield from passes(joint, batch, factors[start : start + step], rows)
+        return
     if joint.linearises:
         yield linearised(joint, batch, joint.program.mean(), factors, rows)
         return
     settings, counts = factors.distinct()
-    step = max(1, rows // len(next(iter(batch.values()))))
     for start in range(0, len(counts), step):
-        output = joint.network(batch, settings[start : start + step])
+        some = settings[start : start + step]
+        if len(counts) == factors.draws:
+            yield joint.network(batch, some)  # without a name here, which would keep it for longer
+            continue
+        output = joint.network(batch, some)
         yield output.repeat_interleave(counts[start : start + step].to(output.device), 0)

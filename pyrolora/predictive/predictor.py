@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.checks import whole_number
 from pyrolora.columns import INPUTS
 from pyrolora.data import Prepared, prepare
@@ -59,7 +59,7 @@ class Predictor:
 
     def factors(
         self, num_samples: int | None, seed: int | None, numbers: Sequence[int] | None
-    ) -> FlatFactors:
+    ) -> AnyFactors:
         """Return the factors of the draws with these numbers, or of ``num_samples`` others."""
         if numbers is None:
             return draw_factors(self.joint, num_samples, seed)
@@ -67,7 +67,7 @@ class Predictor:
 
     def drawn(
         self, num_samples: int | None, seed: int | None, numbers: Sequence[int] | None
-    ) -> tuple[FlatFactors, Tensor | None]:
+    ) -> tuple[AnyFactors, Tensor | None]:
         """Return the factors of draws, and the state of torch's random numbers after them.
 
         It is the state with which `generate` samples tokens: None where the device's cannot be

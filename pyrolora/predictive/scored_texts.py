@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora import defaults
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors
 from pyrolora.columns import DECODER_IDS, DECODER_MASK, IGNORED, LABELS
 from pyrolora.data import Prepared, prepare
 from pyrolora.data.examples import TensorExamples
@@ -132,7 +132,7 @@ class Texts:
 def scored(
     texts: Texts,
     draw: Tensor,
-    factors: FlatFactors,
+    factors: AnyFactors,
     tokenizer: Any,
     rows: int,
     temperature: float,

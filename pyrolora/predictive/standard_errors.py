@@ -85,8 +85,8 @@ class Scores:
     def error(self, name: str) -> float:
         """Return the standard error of a metric; NaN where too few samples have it."""
         if name in self.influence:
-            return _of_mean(self.influence[name])
-        return _scatter(self.resampled[name])
+            return error_of_mean(self.influence[name])
+        return scatter(self.resampled[name])
 
     def errors(self) -> dict[str, float]:
         """Return the standard error of every metric, by name."""
@@ -97,11 +97,11 @@ class Scores:
         value = self.metrics[name] - reference.metrics[name]
         differing = self.examples
         if name in self.influence:
-            error = _of_mean(self.influence[name] - reference.influence[name])
+            error = error_of_mean(self.influence[name] - reference.influence[name])
             gaps = np.abs(self.terms[name] - reference.terms[name])
             differing = int((gaps > ROUNDING * (1 + gaps.max())).sum())
         else:
-            error = _scatter(self.resampled[name] - reference.resampled[name])
+            error = scatter(self.resampled[name] - reference.resampled[name])
         half = _quantile(self.examples - 1) * error
         clear = abs(value) > half and differing >= FEWEST  # False where ``half`` is NaN
         return Difference(value, error, value - half, value + half, clear)
@@ -195,12 +195,13 @@ def _told_apart(inside: Prediction, outside: Prediction, resamples: int, seed: i
     return np.array(found)
 
 
-def _of_mean(influence: np.ndarray) -> float:
+def error_of_mean(influence: np.ndarray) -> float:
+    """Return the standard error of a mean over examples; NaN for a single one."""
     n = len(influence)
     return float(influence.std(ddof=1) / n**0.5) if n > 1 else math.nan
 
 
-def _scatter(resampled: np.ndarray) -> float:
+def scatter(resampled: np.ndarray) -> float:
     """Return the standard deviation of the samples that have a value; NaN if they are too few."""
     known = resampled[np.isfinite(resampled)]
     return float(known.std(ddof=1)) if 2 * len(known) > max(len(resampled), 2) else math.nan

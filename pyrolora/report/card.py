@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from pyrolora.checks import text_or_none
 from pyrolora.diagnostics.contraction import contractions, has_trained_widths, update_norms
 from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
@@ -20,7 +21,7 @@ from pyrolora.pipelines.names import pipeline_name, reads_plain_texts
 from pyrolora.report import findings
 from pyrolora.report.facts import Subject, option_facts, posterior_facts
 from pyrolora.report.findings import Finding
-from pyrolora.report.report import Report
+from pyrolora.report.report import Judgement
 from pyrolora.storage import MEAN_FOLDER
 from pyrolora.visible import visible
 
@@ -51,7 +52,7 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|#~])")
 
 def card_of(
     posterior: Subject,
-    report: Report | None = None,
+    judged: Judgement | None = None,
     *,
     repo_id: str | None = None,
     mean: str | None = None,
@@ -63,9 +64,9 @@ def card_of(
     ----------
     posterior
         The posterior.
-    report
-        A report on labelled data, whose metrics and warnings the card has. None: the metrics are
-        those of the fit's last evaluation, and the warnings those that need no data.
+    judged
+        The posterior on labelled data, with the metrics and warnings for the card. None: the
+        metrics are those of the fit's last evaluation, and the warnings those that need no data.
     repo_id
         The repository that the card is for; None: a folder.
     mean
@@ -79,10 +80,11 @@ def card_of(
     ConfigError
         For metadata that the hub's format does not have.
     """
+    text_or_none("repo_id", repo_id)
     base, where = source(posterior), repo_id or FOLDER
-    scores = _scores(posterior) if report is None else dict(report.metrics)
+    scores = _scores(posterior) if judged is None else dict(judged.metrics)
     scores = {name: value for name, value in scores.items() if math.isfinite(value)}
-    warnings = _without_data(posterior) if report is None else report.findings
+    warnings = _without_data(posterior) if judged is None else judged.findings
     title = f"{full_name(posterior.options)} posterior of {base or type(posterior.base).__name__}"
     network = type(posterior.base).__name__ + (f" ({base})" if base else "")
     facts = {**posterior_facts(posterior), "network": network, LIBRARY: version(LIBRARY)}
@@ -103,9 +105,9 @@ def card_of(
         mean_loading=_mean_loading(posterior, base, where),
         lost=_lost(posterior),
         metrics=[(plain(name), f"{value:.4g}") for name, value in scores.items()],
-        scored="On the data of the report" if report else "At the last evaluation of the fit",
+        scored="On the data of the report" if judged else "At the last evaluation of the fit",
         findings=[(plain(w.title), plain(f"{w.found} {w.advice}")) for w in warnings],
-        judged=report is not None,
+        judged=judged is not None,
         facts=_rows(facts),
         options=_rows(option_facts(posterior.options)),
     )

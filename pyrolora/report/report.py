@@ -16,6 +16,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora import defaults
+from pyrolora.checks import path_like
 from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
@@ -47,6 +48,60 @@ from pyrolora.report.widths import about_widths, contraction_table
 from pyrolora.tasks import Prediction
 
 TEMPLATE = "page.html.jinja"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A posterior judged by data.
+
+    Attributes
+    ----------
+    findings
+        The warnings.
+    metrics
+        Scores by name; without labels only ``ood_auroc``, if there are outside data.
+    prediction, outside
+        The predictions for the data, and for outside data.
+    which
+        The draws, as options of `Posterior.predict`.
+    blocks
+        The spread of every block against the prior's.
+    plain
+        Predicts without the adapters.
+    """
+
+    findings: list[Finding]
+    metrics: dict[str, float]
+    prediction: Prediction
+    outside: Prediction | None
+    which: dict[str, Any]
+    blocks: list[Contraction]
+    plain: Callable[[], Prediction | None]
+
+
+def judge_by(
+    posterior: Subject,
+    data: Any,
+    *,
+    outside: Any = None,
+    num_samples: int | None = None,
+    draws: Iterable[int] | None = None,
+    batch_size: int = defaults.BATCH_SIZE,
+    seed: int | None = None,
+) -> Judgement:
+    """Return the scores and warnings of a report; the parameters are those of `report_on`."""
+    which = _draws(posterior, num_samples, draws, seed)
+    count = len(which["draws"]) if "draws" in which else which["num_samples"]
+    options: dict[str, Any] = {"batch_size": batch_size, **which}
+    prediction = posterior.predict(data, **options)
+    other = None
+    if outside is not None:
+        other = posterior.predict(posterior.inputs_of(outside), **options)
+    metrics = _metrics(prediction, other)
+    blocks = contractions(posterior.model.program)
+    plain = cache(partial(without_adapters, posterior, data, batch_size))
+    warnings = _findings(posterior, prediction, count, blocks, plain)
+    return Judgement(warnings, metrics, prediction, other, which, blocks, plain)
 
 
 @dataclass(frozen=True)
@@ -82,6 +137,7 @@ def page_file(path: str | Path) -> Path:
     ConfigError
         When ``path`` is a folder, or its folder does not exist.
     """
+    path_like("path", path)
     file = Path(path)
     if file.is_dir():
         raise ConfigError(
@@ -103,21 +159,20 @@ def report_on(
     seed: int | None = None,
 ) -> Report:
     """Make the report that `Posterior.report` writes; the parameters are described there."""
-    which = _draws(posterior, num_samples, draws, seed)
-    count = len(which["draws"]) if "draws" in which else which["num_samples"]
+    judged = judge_by(
+        posterior,
+        data,
+        outside=outside,
+        num_samples=num_samples,
+        draws=draws,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    prediction, other, which = judged.prediction, judged.outside, judged.which
     names = class_names_of(posterior.base, posterior.task)
     examples = Examples(data, posterior.base, posterior.tokenizer, names)
-    options: dict[str, Any] = {"batch_size": batch_size, **which}
-    prediction = posterior.predict(data, **options)
-    other = None
-    if outside is not None:
-        other = posterior.predict(posterior.inputs_of(outside), **options)
     idata = posterior.to_arviz(seed=which.get("seed"))
-    metrics = _metrics(prediction, other)
-    blocks = contractions(posterior.model.program)
-    plain = cache(partial(without_adapters, posterior, data, batch_size))
-    estimates = _estimates(prediction, other, plain)
-    warnings = _findings(posterior, prediction, count, blocks, plain)
+    estimates = _estimates(prediction, other, judged.plain)
     texts = []
     if prediction.token_entropy is not None:
         texts = shaded_texts(posterior, prediction, examples, which)
@@ -131,8 +186,8 @@ def report_on(
             draws=_stated(which),
             size=len(examples),
             outside_size=None if other is None else len(other.examples.unique()),
-            findings=warnings,
-            metrics=metrics_table(metrics, estimates, prediction.higher_is_better),
+            findings=judged.findings,
+            metrics=metrics_table(judged.metrics, estimates, prediction.higher_is_better),
             pictures=list(prediction_pictures(prediction, other)),
             reliability=_used_bins(decisions)
             if decisions and decisions.targets is not None
@@ -141,8 +196,8 @@ def report_on(
             texts=texts,
             fit_pictures=list(fit_pictures(posterior.history)),
             posterior_pictures=list(posterior_pictures(idata)),
-            contractions=contraction_table(blocks),
-            about_widths=about_widths(posterior.model.program, blocks),
+            contractions=contraction_table(judged.blocks),
+            about_widths=about_widths(posterior.model.program, judged.blocks),
             labelled=prediction.targets is not None,
             facts_of_posterior=posterior_facts(posterior),
             options=option_facts(posterior.options),
@@ -152,7 +207,7 @@ def report_on(
             versions=versions(),
         )
     )
-    return Report(html, warnings, metrics)
+    return Report(html, judged.findings, judged.metrics)
 
 
 def _draws(

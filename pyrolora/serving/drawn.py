@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, LaterFactors
 from pyrolora.posterior import Posterior
 
 BUDGET = 2**28
 """Bytes of all draws that are kept, 256 MiB."""
 
 
-Draws = tuple[FlatFactors, Tensor | None]
+Draws = tuple[AnyFactors, Tensor | None]
 """The factors of draws, and the state of the random numbers after them."""
 
 
@@ -41,7 +41,7 @@ class Drawn:
         num_samples: int,
         seed: int | None,
         draws: tuple[int, ...] | None = None,
-    ) -> FlatFactors:
+    ) -> AnyFactors:
         """Return the factors of the numbered ``draws``, or of ``num_samples`` of ``seed``.
 
         Those of 0 draws are the mean adapter's.
@@ -89,7 +89,12 @@ class Drawn:
             self.bytes -= _bytes(self._kept.pop(key)[0])
 
 
-def _bytes(factors: FlatFactors) -> int:
-    """Return the bytes of a draw's tensors, those of views that repeat one row included once."""
+def _bytes(factors: AnyFactors) -> int:
+    """Return the bytes of a draw's tensors, those of views that repeat one row included once.
+
+    Draws that are made later have none.
+    """
+    if isinstance(factors, LaterFactors):
+        return 0
     tensors = (factors.A, factors.B, factors.members, factors.seeds)
     return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.dim())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyrolora.adapters import bare
 from pyrolora.errors import CheckpointError, PyroLoraError
 from pyrolora.loading import load
 from pyrolora.posterior import Posterior
@@ -103,7 +104,7 @@ class Networks:
 
     def _check_base(self, network: nn.Module, folder: Path, description: Description) -> None:
         try:
-            check_base(network, description.heads, description.base)
+            check_base(bare(network), description.heads, description.base)
         except CheckpointError as error:
             raise OtherBaseError(
                 _of_other_base(folder, error, description.base), "model"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pyrolora.adapters import FlatFactors
+from pyrolora.adapters import AnyFactors, LaterFactors
 from pyrolora.data.encoding import Encoder
 from pyrolora.data.inputs import context_length
 from pyrolora.data.media.media import tokenizer_of
 from pyrolora.model import evaluating
 from pyrolora.posterior import Posterior
-from pyrolora.seeding import DRAWING
+from pyrolora.predictive.predict import turn_of
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.tasks import TokenTask
 
@@ -125,7 +125,7 @@ def token_scores(
     posterior: Posterior,
     prompt: Sequence[int],
     continuations: Sequence[Tensor],
-    factors: FlatFactors,
+    factors: AnyFactors,
     *,
     alternatives: int,
 ) -> list[TokenScores]:
@@ -143,7 +143,9 @@ def token_scores(
     vocabulary = int(base.config.vocab_size)
     step = max(1, MOST_LOGITS // (ids.numel() * vocabulary))
     total: Tensor | float = 0.0
-    with DRAWING.shared(), evaluating(joint):
+    if isinstance(factors, LaterFactors):
+        step = min(step, factors.at_once)
+    with turn_of(factors), evaluating(joint):
         if factors.draws is None:
             total = law.token_logits(joint.network(batch, factors), batch).softmax(-1)
         else:

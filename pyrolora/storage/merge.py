@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyrolora.adapters import FlatFactors, is_dense, unwrap
+from pyrolora.adapters.compiled import uncompile
 from pyrolora.adapters.kinds import oriented
 from pyrolora.adapters.parameter_layer import ParameterSlot
 from pyrolora.adapters.parameters import places
@@ -33,9 +34,14 @@ def merged(joint: JointModel, factors: FlatFactors, *, dequantize: bool = False)
     Raises
     ------
     ConfigError
-        When a layer's weight is quantised, parametrised or offloaded, or when the network cannot
-        have output and input embeddings that differ.
+        When a layer's weight is quantised, parametrised, offloaded or sharded, or when the network
+        cannot have output and input embeddings that differ.
     """
+    if joint.sharded:
+        raise ConfigError(
+            "merging adds the adapter to the weights, and each process has a part of them (FSDP2); "
+            "save the posterior, load it in one process with the whole network, and merge there"
+        )
     bank = joint.program.bank
     matrices: Mapping[str, tuple[Tensor, Tensor]] = bank.matrices(factors)
     coded = quantised_modules(joint.base) if dequantize else []
@@ -93,6 +99,7 @@ def _copy(base: nn.Module, instead: dict[int, Any]) -> nn.Module:
             "the adapter alone, with posterior.to_peft(path), or pass dequantize=True"
         ) from error
     unwrap(network)
+    uncompile(network)
     quantizer = getattr(network, "hf_quantizer", None)
     if instead and quantizer is not None:
         quantizer.remove_quantization_config(network)

@@ -43,6 +43,8 @@ def _is_four_bit(layer: nn.Module) -> bool:
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if getattr(tensor, "quant_state", None) is not None:
         yield from _four_bit(name, tensor.data, tensor.quant_state)  # type: ignore[attr-defined]
+    elif hasattr(tensor, "full_tensor"):  # sharded: all processes take part
+        yield name, tensor.full_tensor()
     elif hasattr(tensor, "__tensor_flatten__"):
         for part in tensor.__tensor_flatten__()[0]:
             yield from _parts(f"{name}.{part}", getattr(tensor, part))

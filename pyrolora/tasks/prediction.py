@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrolora.checks import share
 from pyrolora.columns import Batch
-from pyrolora.errors import NonFiniteError
+from pyrolora.errors import DataError, NonFiniteError
 from pyrolora.tasks.evidence import Baseline, Promise
 
 
@@ -126,6 +126,8 @@ class Prediction(ABC):
 
     def select(self, rows: Tensor) -> Self:
         """Return the prediction of the rows with these numbers, (m,), in their order."""
+        if not isinstance(rows, Tensor) or rows.dtype != torch.long or rows.ndim != 1:
+            raise DataError(f"rows must be a tensor of whole numbers, (m,), got {rows!r:.60}")
         chosen = {
             part.name: value.index_select(1 if part.name in self.by_draw else 0, rows)
             for part in fields(self)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import numpy as np
@@ -129,6 +130,13 @@ class SpanCollator(Collator):
                 "they are learnt and scored, and answers so long are never predicted",
                 stacklevel=2,
             )
+
+    def part(self, numbers: list[int]) -> Self:
+        made = copy.copy(self)
+        if self.contexts is not None:
+            made.contexts = [self.contexts[i] for i in numbers]
+            made.references = [self.references[i] for i in numbers if self.references]
+        return made
 
     def finish(self, prediction: Any, examples: Any) -> Any:
         """Return the prediction with its answers as texts, and those of the data."""

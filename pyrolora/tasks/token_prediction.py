@@ -47,8 +47,10 @@ class TokenPrediction(Prediction):
                 total[..., part, :] += probs.sum(0)
                 aleatoric[:, part] += entropy_of(probs).sum(0)
             count += len(output)
+            del logits  # at a temperature they are a copy, and the scores make another
             if labels is not None:
                 scores.append(task.log_prob(output, batch).cpu())
+            del output  # before the next draws have theirs
         assert total is not None
         pieces = [entropy_of(total[:, part] / count) for part in _pieces(total)]
         entropies = {"entropy": torch.cat(pieces, 1), "aleatoric": aleatoric / count}

@@ -72,7 +72,9 @@ def our_start(network: nn.Module, name: str, shapes: dict[str, Any]) -> Mapping[
         {s.name: layers[s.name] for s in specs},
         specs,
         name,
-        lambda: gradients_of(network, [s.name for s in specs]),
+        lambda read: {
+            n: read(n, g) for n, g in gradients_of(network, [s.name for s in specs]).items()
+        },
     )
     assert start is not None
     return {s.name: (s, *start[s.name]) for s in specs}
@@ -290,7 +292,7 @@ def test_flattening_is_the_inverse_of_matrices():
 
 def refused(layer, spec, name, gradient=None):
     with pytest.raises(ConfigError) as caught:
-        start_of({"x": layer}, [spec], name, lambda: {"x": gradient})
+        start_of({"x": layer}, [spec], name, lambda read: {"x": read("x", gradient)})
     return str(caught.value)
 
 
@@ -299,7 +301,10 @@ def test_lora_ga_takes_twice_the_rank():
     message = refused(layer, LayerSpec("x", 9, 8, 5, 1.0), "lora-ga", gradient)
     assert all(word in message for word in ("10", "'x'", "in 9, out 8", "r <= 4", "rank_pattern"))
     start = start_of(
-        {"x": layer}, [LayerSpec("x", 9, 8, 4, 1.0)], "lora-ga", lambda: {"x": gradient}
+        {"x": layer},
+        [LayerSpec("x", 9, 8, 4, 1.0)],
+        "lora-ga",
+        lambda read: {"x": read("x", gradient)},
     )
     assert start["x"][0].shape == (4, 9)
 

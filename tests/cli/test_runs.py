@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from pyrolora.cli.fitted import fitted
 from pyrolora.cli.runs import Run
-from pyrolora.errors import ConfigError
+from pyrolora.errors import ConfigError, NonFiniteError
 
 OPTIONS: dict[str, Any] = {
     "data": "/data/train.csv",
@@ -127,6 +128,19 @@ def test_a_process_that_is_not_to_write_writes_nothing(run: Run) -> None:
     assert not run.folder.exists()
     begin(run)
     assert begin(run, write=False) is True
+
+
+def test_a_fit_without_a_good_state_ends_with_its_own_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(request: Any) -> None:
+        raise NonFiniteError("the objective is not finite at the start")
+
+    monkeypatch.setattr("pyrolora.fitting.fit_request", failing)
+    begin(run)
+    request: Any = None
+    with pytest.raises(NonFiniteError, match="at the start"):
+        fitted(run, request, resume=False, writes=True)
 
 
 def test_another_version_is_noted_and_no_reason_to_stop(

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 import pyrolora
-from pyrolora import AdapterConfig, guides, seeding
+from pyrolora import AdapterConfig, defaults, guides, seeding
+from pyrolora.adapters import AdapterBank, LaterFactors, LayerSpec
 from pyrolora.adapters.weight_noise import WeightNoise
 from pyrolora.guides import NUTS, SWAG, Ensemble, Flat, Laplace, MonteCLoRA
 
@@ -165,6 +166,26 @@ def test_a_fit_and_its_draws_are_the_same_twice(tmp_path: Path) -> None:
     for name, tensor in states[0][0].items():
         assert torch.equal(tensor, states[1][0][name]), name
     assert torch.equal(states[0][1].draws, states[1][1].draws)
+
+
+@pytest.mark.parametrize("guide", [guides.MeanField(latent="AB"), guides.MonteCLoRA()])
+def test_draws_made_some_at_a_time_do_not_depend_on_how_many(
+    guide: guides.Guide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An accelerator's numbers cannot be cut: each draw has a seed of its own."""
+    specs = [LayerSpec("a", 40, 24, 4, 1.0), LayerSpec("b", 24, 40, 4, 1.0)]
+    program = guide.build(AdapterBank(specs, AdapterConfig(r=4))).to("mock")
+    size = sum(parameter.nbytes for parameter in program.bank.parameters())
+    drawn = []
+    for at_once in (1, 2):
+        monkeypatch.setattr(defaults, "DRAWN_BYTES", at_once * size)
+        torch.manual_seed(1)
+        later = program.drawn(5)
+        assert isinstance(later, LaterFactors)
+        assert later.at_once == at_once
+        drawn.append(torch.cat([later[i : i + at_once].A.cpu() for i in range(0, 4, at_once)]))
+    torch.testing.assert_close(*drawn)
+    assert drawn[0].std(0).max() > 0  # they differ from each other
 
 
 def test_noise_on_a_wide_layer_is_drawn_at_once() -> None:

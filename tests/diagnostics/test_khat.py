@@ -17,10 +17,9 @@ from pyrolora import AdapterConfig
 from pyrolora.diagnostics import PSIS
 from pyrolora.diagnostics.importance import (
     _centre,
-    _is_latent,
+    _latent,
     _masks,
     _prior_over_guide,
-    _traced,
 )
 from pyrolora.diagnostics.psis import psis_khat, yardstick
 from pyrolora.errors import ConfigError, DataError
@@ -222,8 +221,7 @@ def test_layers_have_the_parts_of_the_whole_density(name):
     )  # fmt: skip
     program = posterior.model.program
     with torch.no_grad(), evaluating(posterior.model):
-        trace = _traced(program, program.guide, {}, 5)
-        sites = {name: site for name, site in trace.nodes.items() if _is_latent(site)}
+        sites = _latent(program.traced(5))
         drawn = {name: site["value"] for name, site in sites.items()}
         whole, factors = _prior_over_guide(program, drawn)
         total = torch.zeros_like(whole)

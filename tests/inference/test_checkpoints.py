@@ -17,7 +17,7 @@ import pytest
 import torch
 from problems import Rows, arguments, bert, reviews, tokenizer, tokens
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -25,7 +25,7 @@ from pyrolora.data import prepare
 from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.guides import SWAG, Ensemble, MonteCLoRA
 from pyrolora.inference import last_checkpoint
-from pyrolora.inference.checkpoints import damage
+from pyrolora.inference.checkpoints import damage, remove_surplus
 from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.sealing import PARTS_FILE, seal
 from pyrolora.tasks import task_for
@@ -139,6 +139,20 @@ def _resumed(folder, resume, **changes):
     return args
 
 
+@pytest.mark.parametrize(
+    "guide", ["map", SWAG(start=0.2, snapshots=4, rank=2)], ids=["map", "swag"]
+)
+def test_no_step_follows_the_checkpoint_of_the_last_one(guide, tmp_path):
+    """Which is in the middle of an epoch; a process may die between it and the end of the fit."""
+    options = {"lr_scheduler_type": "constant", "save_total_limit": 1, "resume": "auto"}
+    whole = fitted(tmp_path, guide, **options)
+    again = fitted(tmp_path, guide, **options)
+    assert timeless(again.history) == timeless(whole.history)
+    own = again.model.own_state()
+    assert all(torch.equal(own[name], value) for name, value in whole.model.own_state().items())
+    assert steps_in(tmp_path) == {STEPS}
+
+
 # Whole or not ------------------------------------------------------------------------------------
 
 
@@ -248,8 +262,7 @@ def test_the_best_model_is_found_again_or_made_again(spoil, tmp_path, monkeypatc
     monkeypatch.setattr(fit, "_score", Scores(0))
     with pytest.raises(Stopped):
         fitted(tmp_path / "run", **options, callbacks=Stop(4))
-    steps = {2, 3, 4}
-    assert {int(path.name[11:]) for path in (tmp_path / "run").glob("checkpoint-*")} == steps
+    assert steps_in(tmp_path / "run") == {2, 3, 4}
     run = (tmp_path / "run").rename(tmp_path / "elsewhere")
     if spoil == "best":
         flipped(run / "checkpoint-2" / "adapters.safetensors")
@@ -262,6 +275,104 @@ def test_the_best_model_is_found_again_or_made_again(spoil, tmp_path, monkeypatc
         again = fitted(run, **options, resume=True)
     own = again.model.own_state()
     assert all(torch.equal(own[name], value) for name, value in whole.items())
+
+
+def steps_in(folder: Path) -> set[int]:
+    return {int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")}
+
+
+@pytest.mark.parametrize("dies", ["before", "amid"])
+def test_a_fit_that_died_as_it_removed_checkpoints_leaves_no_surplus(dies, tmp_path, monkeypatch):
+    """After its last step, when no other checkpoint follows that would take the surplus along."""
+    fit = importlib.import_module("pyrolora.fitting.fit")
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    options = {**BEST, "eval_data": tokens(8, seed=1)}
+    removed = shutil.rmtree
+
+    def dying(folder, *args, **kwargs):
+        if Path(folder).name != f"checkpoint-{STEPS - 1}":
+            removed(folder, *args, **kwargs)
+            return
+        if dies == "amid":
+            (Path(folder) / "optimizer.pt").unlink()
+        raise Stopped
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", dying)
+        with pytest.raises(Stopped):
+            fitted(tmp_path, **options)
+    assert steps_in(tmp_path) == {2, STEPS - 1, STEPS}
+    fitted(tmp_path, **options, resume="auto")
+    assert steps_in(tmp_path) == {2, STEPS}
+
+
+def test_early_stopping_goes_on_counting_and_has_stopped(tmp_path, monkeypatch):
+    """By a checkpoint between the two evaluations that are no better, and by that of the end."""
+    fit = importlib.import_module("pyrolora.fitting.fit")
+    options = {**BEST, "eval_data": tokens(8, seed=1)}
+    patience = lambda: [EarlyStoppingCallback(2)]  # noqa: E731
+
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    whole = fitted(tmp_path / "whole", **options, callbacks=patience())
+    monkeypatch.setattr(fit, "_score", Scores(0))
+    with pytest.raises(Stopped):
+        fitted(tmp_path / "run", **options, callbacks=[*patience(), Stop(3)])
+    for after in (3, 4):
+        monkeypatch.setattr(fit, "_score", Scores(after))
+        again = fitted(tmp_path / "run", **options, callbacks=patience(), resume="auto")
+        assert timeless(again.history) == timeless(whole.history)
+        assert steps_in(tmp_path / "run") == {2, 4}
+    monkeypatch.setattr(fit, "_score", Scores(4))
+    more = fitted(tmp_path / "run", **options, callbacks=EarlyStoppingCallback(4), resume="auto")
+    assert more.history[-1]["step"] == STEPS
+
+    file = tmp_path / "run" / f"checkpoint-{STEPS}" / "trainer_state.json"
+    counts = json.loads(file.read_text())
+    kept = counts["stateful_callbacks"]["EarlyStoppingCallback"]["attributes"]
+    kept["early_stopping_patience_counter"] = "four"
+    file.write_text(json.dumps(counts))
+    seal(file.parent)
+    with pytest.raises(CheckpointError, match=r"patience_counter of EarlyStopp.*of another type"):
+        fitted(tmp_path / "run", **options, callbacks=patience(), resume="auto")
+
+
+def test_the_oldest_checkpoints_go_and_those_that_are_not_whole_go_first(tmp_path):
+    """The fourth is being removed; the eighth and the ninth are of before the fit went on."""
+
+    def left(limit, step=6, best=None):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        for made in (2, 3, 4, 5, 6, 8, 9, 10):
+            folder = tmp_path / "run" / f"checkpoint-{made}"
+            folder.mkdir(parents=True)
+            (folder / "part").touch()
+            if made not in (4, 10):
+                seal(folder)
+        os.utime(tmp_path / "run" / "checkpoint-4", (2**32, 2**32))  # as a removal leaves it
+        remove_surplus(tmp_path / "run", limit, step, best)
+        return steps_in(tmp_path / "run")
+
+    assert left(None) == left(0) == left(8) == {2, 3, 4, 5, 6, 8, 9, 10}
+    assert left(7) == {2, 3, 4, 5, 6, 8, 9}
+    assert left(6) == {2, 3, 5, 6, 8, 9}
+    assert left(4) == {2, 3, 5, 6}
+    assert left(2) == {5, 6}
+    assert left(2, best=tmp_path / "run" / "checkpoint-3") == {3, 6}
+    assert left(1, best=tmp_path / "run" / "checkpoint-3") == {3, 6}
+    assert left(1, best=tmp_path / "gone" / "checkpoint-3") == {6}
+    assert left(1, step=7) == left(1, best=tmp_path / "run" / "checkpoint-6") == {6}
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
+    for made in (1, 2):
+        (tmp_path / f"checkpoint-{made}").mkdir()
+        seal(tmp_path / f"checkpoint-{made}")
+
+    def refused(folder):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.warns(UserWarning, match="checkpoint-1 cannot be .*save_total_limit=1: not yours"):
+        remove_surplus(tmp_path, 1, 2)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +481,8 @@ def test_a_damaged_state_of_a_finished_member_is_made_again(spoil, ensemble, tmp
         flipped(finished)
     elif spoil == "no list":
         (finished.parent / PARTS_FILE).unlink()
+        died = finished.with_name(".0123456789abcdef.part")
+        died.write_bytes(b"half of it")
     else:
         finished.write_bytes(pickle.dumps(Malicious(marker)))
     if spoil == "sealed pickle":
@@ -384,6 +497,7 @@ def test_a_damaged_state_of_a_finished_member_is_made_again(spoil, ensemble, tmp
     with nullcontext() if spoil == "no list" else warned:
         again = fitted(run, Ensemble(members=2), resume=True, callbacks=Note())
     assert begun == [STEPS, 4]
+    assert not [*run.rglob(".*.part")]
     own = again.model.own_state()
     assert all(
         torch.equal(own[name], value) for name, value in ensemble[1].model.own_state().items()

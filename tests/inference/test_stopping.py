@@ -112,6 +112,16 @@ def test_sigterm_after_the_last_step_is_obeyed(tmp_path: Path) -> None:
     assert caught.value.code == TERMINATED
 
 
+@pytest.mark.filterwarnings("error")
+def test_warnings_as_errors_keep_the_exit_status(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = Stop(saves=True)
+    stop(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        stop.obey("step 2 is saved")
+    assert caught.value.code == TERMINATED
+    assert "SIGTERM: step 2 is saved; resume_from_checkpoint='auto'" in capfd.readouterr().err
+
+
 def test_without_checkpoints_control_and_c_acts_at_once(tmp_path: Path) -> None:
     seen = []
 

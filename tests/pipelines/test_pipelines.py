@@ -335,3 +335,11 @@ def test_saving_a_pipeline_saves_the_posterior(classes: Posterior, tmp_path: Pat
     classes.pipeline().save_pretrained(tmp_path)
     again = pyrolora.load(tmp_path, classes.base)
     same(again.pipeline(num_samples=2)(TEXTS), classes.pipeline(num_samples=2)(TEXTS))
+
+
+@pytest.mark.parametrize("name", ["classes", "tags", "writer", "spans"])
+def test_no_inputs_have_no_answers(name: str, request: pytest.FixtureRequest) -> None:
+    made = request.getfixturevalue(name).pipeline(num_samples=2)
+    assert made([]) == []
+    with pytest.raises(ConfigError, match="num_samples belong to"):
+        made([], num_samples=3)

@@ -91,6 +91,18 @@ def test_metrics_are_those_of_the_answers(posterior, written):
     assert "accuracy=0.500" in repr(found)
 
 
+def test_errors_that_few_samples_have_are_unknown_as_elsewhere(written):
+    """The AUROC of one right answer among six is unknown in a third of the bootstrap samples."""
+    first = [True, *[False] * 5]
+    scored = {}
+    for name, verdicts in {"some": first, "none": [False] * 6}.items():
+        told = [{**row, "right": right} for row, right in zip(ROWS, verdicts, strict=True)]
+        scored[name] = scored_answers(written, told, lambda row, text: row["right"]).metrics
+    assert scored["some"]["auroc_se"].notna().all()
+    assert scored["none"]["auroc_se"].isna().all()
+    assert scored["none"]["aurc_se"].eq(0).all()  # a constant has no error
+
+
 def test_answers_are_generated_and_judged_in_one_call(posterior):
     data = datasets.Dataset.from_list(ROWS)
     options = {"draws": [0, 1], "max_new_tokens": 2}

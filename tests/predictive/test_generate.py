@@ -18,6 +18,7 @@ import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError, DataError
 from pyrolora.guides import Ensemble, Flat, MonteCLoRA
+from pyrolora.model import evaluating
 from pyrolora.predictive import Ask, Generation, draw_factors, generate_mixed
 
 WIDE = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
@@ -292,6 +293,19 @@ def test_a_network_whose_code_mixes_rows_writes_one_at_a_time():
     assert [made.texts[0] for made in generate_mixed(asked)] == together.texts
     with pytest.raises(ConfigError, match="num_return_sequences=2 needs rows beside"):
         posterior.generate(PROMPTS, 0, do_sample=True, num_return_sequences=2, max_new_tokens=2)
+
+
+def test_texts_of_one_token_are_scored_apart_by_a_network_whose_code_mixes_rows():
+    """It mixes them where it keeps a state, which a pass that only scores asks for none of."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "context_length": 32}
+    config = RwkvConfig(**sizes, vocab_size=len(WORDS), bos_token_id=None, eos_token_id=3)
+    posterior = fitted(RwkvForCausalLM(config).eval())
+    ids = torch.tensor([[4], [9], [7]])
+    factors = posterior.predictor.factors(2, 0, None)
+    with torch.no_grad(), evaluating(posterior.model):
+        together = posterior.model.network({"input_ids": ids}, factors)
+        alone = [posterior.model.network({"input_ids": row[None]}, factors) for row in ids]
+    torch.testing.assert_close(together, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_inputs_are_refused_in_words(posterior):

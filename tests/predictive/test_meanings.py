@@ -134,6 +134,18 @@ def test_entailment_has_to_hold_in_both_directions():
     assert not Entailment(Inference(), pairs, with_prompt=False)("the film", "good", "the good")
 
 
+def test_the_model_of_entailment_keeps_its_mode():
+    model = Inference()
+    model.dropout, model.frozen = torch.nn.Dropout(), torch.nn.Dropout().eval()
+    modes = []
+    model.register_forward_pre_hook(lambda *_: modes.append(model.dropout.training))
+    assert Entailment(model, pairs)("", "the film", "film the")
+    assert modes == [False]
+    assert model.training
+    assert model.dropout.training
+    assert not model.frozen.training
+
+
 def test_a_model_without_a_class_of_entailment_is_refused():
     with pytest.raises(ConfigError, match=r"one class named 'entailment'.*'LABEL_0', 'LABEL_1'"):
         Entailment(Inference(("LABEL_0", "LABEL_1")), pairs)

@@ -30,11 +30,13 @@ TEST = (X[:7],)
 def fitted(guide: Guide, **options: Any) -> Posterior:
     """A plain classifier, whose last layer is the task head."""
     adapter = AdapterConfig(r=2, modules_to_save=["2"]) if guide.adapts else None
-    return pyrolora.fit(
+    posterior = pyrolora.fit(
         mlp(), (X, Y), guide=guide, task="classification", adapter=adapter,
         eval_data=(X[:6], Y[:6]),
         **{"epochs": 4, "batch_size": 4, "learning_rate": 0.05, "seed": 1, **options},
     )  # fmt: skip
+    posterior.temperature = 1.0  # which neither factors nor PEFT's format have
+    return posterior
 
 
 def close(left: Tensor, right: Tensor) -> None:

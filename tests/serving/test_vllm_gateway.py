@@ -27,6 +27,8 @@ from pyrolora.errors import CheckpointError, ConfigError
 from pyrolora.serving import run
 from pyrolora.serving.app import create_app
 from pyrolora.serving.limits import Limits
+from pyrolora.serving.lorax import Parameters
+from pyrolora.serving.openai_fields import ChatRequest, CompletionRequest
 from pyrolora.serving.vllm.checks import ready, serve_line
 from pyrolora.serving.vllm.engine import ALL, Engine, EngineGoneError
 from pyrolora.serving.vllm.export import export_vllm
@@ -53,7 +55,8 @@ def network(writers: Any) -> Any:
 
 
 def stub_of(network: Any, **options: Any) -> Stub:
-    return Stub(network(), frozenset({3}), **{"max_logprobs": -1, **options})
+    options = {"decode": tokenizer().decode, "max_logprobs": -1, **options}
+    return Stub(network(), frozenset({3}), **options)
 
 
 def gateway_to(
@@ -144,6 +147,82 @@ def test_what_stands_behind_a_stop_string_chooses_no_answer(gateway: str, writin
             choice["uncertainty"].pop("seed")
         close(*pair, word)
     assert any(len({*ends.values()}) > 1 for ends in told)  # or the test could not fail
+
+
+def test_the_engine_stops_at_a_stop_string(gateway: str, engine: tuple[str, Stub]) -> None:
+    """Tokens behind it would be written for nothing."""
+    body = {"model": "plain", "prompt": PROMPT, "max_tokens": 12, "temperature": 0, "draws": [0]}
+    text = post(f"{gateway}/v1/completions", json=body).json()["choices"][0]["text"]
+    second = text.split()[1]
+    before = engine[1].written
+    answer = post(f"{gateway}/v1/completions", json={**body, "stop": second}).json()
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["text"].split() == text.split()[:1]
+    kept = answer["choices"][0]["uncertainty"]["tokens"]
+    assert engine[1].written - before == len(kept) + 1 < 12  # one more, when they are scored
+
+
+SENT: dict[str, dict[str, Any]] = {
+    "max_tokens": {"max_tokens": 3},
+    "max_completion_tokens": {"max_tokens": 3},
+    "max_new_tokens": {"max_tokens": 3},
+    "temperature": {"temperature": 0.5},
+    "top_p": {"top_p": 0.5},
+    "top_k": {"top_k": 3},
+    "repetition_penalty": {"repetition_penalty": 3.0},
+    "n": {"n": 2},
+    "seed": {"seed": 5},
+    "stop": {"stop": ["film"], "skip_special_tokens": False},
+    "do_sample": {"temperature": 1.0},
+    "typical_p": {},
+}
+"""Field of a request -> the fields of the engine's that hold it; none where it is refused."""
+HERE = {
+    *("model", "adapter_id", "prompt", "messages", "num_samples", "numbers", "draws", "stream"),
+    *("stream_options", "logprobs", "top_logprobs", "return_full_text", "details"),
+    "return_k_alternatives",
+}
+"""Fields that choose draws, or the form of an answer."""
+
+
+def test_every_field_of_a_request_reaches_the_engine_or_is_refused(
+    gateway: str, engine: tuple[str, Stub]
+) -> None:
+    values = {
+        **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_new_tokens", "top_k"), 3),
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "typical_p": 0.5,
+        "repetition_penalty": 3.0,
+        "n": 2,
+        "seed": 5,
+        "stop": ["film"],
+        "do_sample": True,
+    }
+    for path, fields in (("completions", CompletionRequest), ("", Parameters)):
+        for name in fields.model_fields.keys() - HERE:
+            field, settings = {name: values[name]}, {"draws": [0], "seed": 1}
+            if path:
+                body = {"model": "plain", "prompt": PROMPT, **settings, **field}
+                answer = post(f"{gateway}/v1/{path}", json=body)
+            else:
+                body = {**settings, "do_sample": True, **field}
+                answer = post(f"{gateway}/generate", json={"inputs": PROMPT, "parameters": body})
+            if not SENT[name]:
+                assert (answer.status_code, name in answer.json()["error"]) == (422, True)
+                continue
+            assert answer.status_code == 200, answer.text
+            body = next(b for b in reversed(engine[1].requests) if b.get("return_token_ids"))
+            assert {key: body[key] for key in SENT[name]} == SENT[name], name
+    fields = CompletionRequest.model_fields | ChatRequest.model_fields | Parameters.model_fields
+    assert SENT.keys() | HERE == fields.keys()
+
+
+def test_temperatures_that_vllm_raises_are_refused(gateway: str) -> None:
+    body = {"model": "plain", "prompt": PROMPT, "max_tokens": 2, "temperature": 0.009}
+    answer = post(f"{gateway}/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "temperature")
+    assert "at 0.01 or above" in answer.text
 
 
 def test_lorax_and_streams_are_those_of_the_own_engine(gateway: str, writing: Live) -> None:
@@ -301,7 +380,7 @@ def test_adapters_whose_names_match_nothing_are_seen_at_the_start(
 
 def test_another_base_model_is_seen_at_the_start(adapters: Path) -> None:
     other = llama(seed=5, initializer_range=0.5)
-    stub = Stub(other, frozenset({3}), max_logprobs=-1)
+    stub = stub_of(lambda: other)
     with running(app_of(stub)) as url, pytest.raises(ConfigError, match="nats per token"):
         gateway_to(url, adapters / "plain")
 

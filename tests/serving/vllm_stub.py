@@ -6,7 +6,7 @@ It has what `pyrolora.serving.vllm` uses of ``vllm serve``, with its names, erro
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class Stub:
         The base model.
     ends
         The ids that end a text.
+    decode
+        Turns ids into text, in which stop strings are looked for.
     runtime
         Whether adapters may be loaded over HTTP.
     max_logprobs
@@ -42,6 +44,7 @@ class Stub:
 
     network: nn.Module
     ends: frozenset[int]
+    decode: Callable[..., str]
     runtime: bool = True
     max_logprobs: int = 20
     context: int = 32
@@ -50,6 +53,7 @@ class Stub:
     key: str | None = None
     loaded: dict[str, str] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    written: int = 0
     _peft: Any = None
 
     def load(self, name: str, folder: str) -> None:
@@ -89,7 +93,10 @@ class Stub:
                 probs = (logs / body["temperature"]).softmax(-1)
                 token = int(torch.multinomial(probs, 1, generator=generator))
             written.append(token)
-            if token in self.ends:
+            self.written += 1
+            special = body.get("skip_special_tokens", True)
+            text = self.decode(written, skip_special_tokens=special)
+            if token in self.ends or any(stop in text for stop in body.get("stop", ())):
                 break
         return written
 

@@ -145,6 +145,17 @@ def test_the_card_of_data_has_the_scores_and_warnings_of_the_report(fitted: Post
     assert "There are few draws" in card.text
 
 
+def test_a_card_takes_no_pictures_and_no_bootstrap(
+    fitted: Posterior, monkeypatch: pytest.MonkeyPatch
+):
+    from pyrolora.report import report
+
+    for name in ("prediction_pictures", "posterior_pictures", "scores", "shaded_texts"):
+        monkeypatch.delattr(report, name)
+    monkeypatch.setattr(Posterior, "to_arviz", None)
+    assert "There are few examples" in fitted.card(reviews(4), draws=[0]).text
+
+
 def test_metadata_that_the_format_does_not_have_are_refused(fitted: Posterior):
     with pytest.raises(ConfigError, match="tags must be a list of texts"):
         fitted.card(tags=3)

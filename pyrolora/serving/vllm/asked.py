@@ -12,6 +12,9 @@ from pyrolora.serving.verbs import Write
 from pyrolora.serving.vllm.engine import ALL
 from pyrolora.serving.vllm.exported import Exported
 
+COOLEST = 0.01
+"""The lowest temperature of vLLM, which samples at it where it is asked for a lower one."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -35,6 +38,8 @@ class Asked:
 def vllm_options(settings: Write, temperature: float) -> dict[str, Any]:
     """Return settings of transformers' ``generate`` in vLLM's words, times T of the posterior.
 
+    vLLM looks for stop strings in the text with its special tokens, as the own engine does.
+
     Raises
     ------
     UnsupportedError
@@ -45,14 +50,24 @@ def vllm_options(settings: Write, temperature: float) -> dict[str, Any]:
         raise UnsupportedError("typical_p: vLLM has none; use top_p", "typical_p")
     options: dict[str, Any] = {"temperature": 0.0}
     if settings.sampled:
+        tempered = asked.pop("temperature") * temperature
+        if tempered < COOLEST:
+            raise UnsupportedError(
+                f"temperature: vLLM samples at {COOLEST} or above, and this request at "
+                f"{tempered:.3g}, the posterior's own temperature of {temperature:.3g} included; "
+                "ask for 0, which takes the likeliest tokens, or for a higher one",
+                "temperature",
+            )
         options = {
-            "temperature": asked.pop("temperature") * temperature,
+            "temperature": tempered,
             "top_k": asked.pop("top_k") or ALL,
             "top_p": asked.pop("top_p"),
             "min_p": 0.0,
         }
     if "repetition_penalty" in asked:
         options["repetition_penalty"] = asked.pop("repetition_penalty")
+    if settings.stops:
+        options |= {"stop": [*settings.stops], "skip_special_tokens": False}
     if asked:
         raise ConfigError(f"the gateway has no words of vLLM's for {sorted(asked)}")
     return options

@@ -1,0 +1,251 @@
+"""The width of the noise and the temperature, by training examples that the fit holds back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from problems import bert, reviews, tokenizer
+from torch import nn
+from transformers import TrainingArguments
+
+import pyrolora
+from pyrolora import AdapterConfig, defaults
+from pyrolora.data import prepare
+from pyrolora.errors import ConfigError
+from pyrolora.guides import Flat, LowRank, MeanField, MonteCLoRA
+from pyrolora.inference import widths
+from pyrolora.predictive.calibration import calibrated
+
+GAUSSIAN = {"units": "row", "prior_mean": "learned", "prior_scale": 0.5, "init_scale": 0.5}
+GUIDES = {
+    "montec": MonteCLoRA.relative(hold_back=0.25),
+    "meanfield": MeanField(**GAUSSIAN, hold_back=0.25),
+    "lowrank": LowRank(**GAUSSIAN, hold_back=0.25),
+    "flat+montec": Flat(inner=MonteCLoRA.relative(hold_back=0.25)),
+}
+SMALL = AdapterConfig(r=2)
+
+
+def fitted(guide: Any = "montec", n: int = 48, **more: Any) -> pyrolora.Posterior:
+    options = {"epochs": 4, "batch_size": 4, "adapter": SMALL, "tokenizer": tokenizer(), **more}
+    guide = GUIDES[guide] if isinstance(guide, str) else guide
+    return pyrolora.fit(bert(), reviews(n), guide, **options)
+
+
+def width(posterior: pyrolora.Posterior) -> float:
+    found = widths.program_of(posterior.model).width
+    assert found is not None
+    return float(found[0].exp())
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_gradient_is_that_of_the_likelihood(guide: str) -> None:
+    """Against differences of the mixture's likelihood over the same draws."""
+    posterior = fitted(guide, epochs=1)
+    joint = posterior.model
+    data = prepare(reviews(20), posterior.base, posterior.task, tokenizer())
+    chooser = widths.ChooseWidth(joint, data)
+    found = float(chooser._gradient(TrainingArguments("x", seed=3), 8))
+
+    def loss(log_width: float) -> float:
+        with widths.seeded(3 + 6271 * 8), torch.no_grad(), widths.evaluating(joint):
+            picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
+            drawn = widths.drawn_noise(joint, defaults.WIDTH_DRAWS)
+            (batch,) = data.loader(len(picked), picked)
+            factors = widths.widened(joint, drawn, torch.tensor(log_width))
+            scores = joint.task.row_log_prob(joint.network(batch, factors), batch).double()
+            of_data = -(scores.logsumexp(0) - math.log(len(scores))).mean()
+            place = math.log(width(posterior)) + log_width
+            return float(of_data + 0.5 * (place / defaults.WIDTH_PRIOR) ** 2 / len(data))
+
+    step = 0.05
+    assert found == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=0.05, abs=1e-5)
+
+
+def test_draws_have_the_width() -> None:
+    """Noise is c times as wide, in draws as in the quantities."""
+    posterior = fitted(epochs=1)
+    program = widths.program_of(posterior.model)
+    assert program.width is not None
+    means = program.bank.means().A
+
+    def spread() -> Any:
+        sites = posterior.sample(4, seed=0)
+        noise = posterior.model.program.factors(sites).A - means
+        return noise, program.quantities(sites)["signal_to_noise"][0]
+
+    noise, ratio = spread()
+    program.width[0] += math.log(3)
+    wide, small = spread()
+    torch.testing.assert_close(wide, 3 * noise, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(small, ratio / 3, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0.05, 3.0])
+def test_it_goes_to_the_best_width_from_both_sides(
+    start: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With means that stand still, that of the highest likelihood, by brute force."""
+    monkeypatch.setattr(defaults, "WIDTH_EVERY", 1)
+    monkeypatch.setattr(defaults, "WIDTH_PRIOR", 1e3)
+    torch.manual_seed(0)
+    x = torch.randn(400, 6)
+    labels = (torch.rand(400) < 0.9).long() * (x[:, 0] > 0).long()  # sure, and wrong at times
+    network = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 2))
+    guide = MeanField(
+        units="row",
+        prior_mean="learned",
+        prior_scale=start,
+        init_scale=start,
+        scale_learning_rate=1e-9,  # only the width moves
+        hold_back=0.5,
+    )
+    options: dict[str, Any] = {"task": "classification", "adapter": AdapterConfig(r=2)}
+    sure = pyrolora.fit(network, (x, labels), "map", epochs=30, learning_rate=2e-2, **options)
+    posterior = pyrolora.fit(sure, (x, labels), guide, epochs=12)
+    joint = posterior.model
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(defaults.SEED))
+    held = sorted(order[:200].tolist())
+    data = prepare((x[held], labels[held]), posterior.base, posterior.task)
+    (batch,) = data.loader(200, [*range(200)])
+    multiples = torch.linspace(-3, 3, 25)
+    with torch.no_grad(), widths.seeded(1), widths.evaluating(joint):
+        drawn = widths.drawn_noise(joint, 64)
+        losses = []
+        for multiple in multiples:
+            output = joint.network(batch, widths.widened(joint, drawn, multiple))
+            scores = joint.task.row_log_prob(output, batch)
+            few = scores.view(16, defaults.WIDTH_DRAWS, -1)  # the bound that is followed
+            losses.append(-(few.logsumexp(1)).mean())
+    curve = torch.stack(losses)
+    # Within the widths that the examples cannot tell from the best one.
+    good = multiples[curve < curve.min() + 0.02]
+    assert good.min() <= 0 <= good.max()
+
+
+def test_examples_held_back_teach_the_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A width that stands still leaves the fit of the other examples, to the bit."""
+    monkeypatch.setattr(defaults, "WIDTH_RATE", 0.0)
+    whole = reviews(48)
+    guide = MonteCLoRA.relative(hold_back=0.25)
+    posterior = fitted(guide, seed=5)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(5)).tolist()
+    rest = [whole[i] for i in sorted(order[12:])]
+    alone = pyrolora.fit(
+        bert(),
+        rest,
+        dataclasses.replace(guide, hold_back=0.0),
+        epochs=4,
+        batch_size=4,
+        seed=5,
+        adapter=SMALL,
+        tokenizer=tokenizer(),
+    )
+    assert posterior.model.num_examples == 36
+    found, expected = posterior.model.own_state(), alone.model.own_state()
+    assert {*found} - {*expected} == {"program.width"}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_a_fit_that_goes_on_has_the_same_width(tmp_path: Any) -> None:
+    """The state of the search is in the checkpoints."""
+
+    def run(folder: Any, **more: Any) -> pyrolora.Posterior:
+        arguments = TrainingArguments(
+            str(folder),
+            num_train_epochs=4,
+            per_device_train_batch_size=4,
+            save_strategy="steps",
+            save_steps=10,
+            learning_rate=1e-2,
+            disable_tqdm=True,
+            report_to="none",
+            **more,
+        )
+        return pyrolora.fit(
+            bert(),
+            reviews(48),
+            GUIDES["montec"],
+            training=arguments,
+            adapter=SMALL,
+            tokenizer=tokenizer(),
+        )
+
+    whole = run(tmp_path / "a")
+    again = run(tmp_path / "a", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-20"))
+    assert width(whole) == width(again) != 1.0
+    assert whole.temperature == again.temperature
+
+
+def test_what_was_chosen_is_kept(tmp_path: Any) -> None:
+    posterior = fitted()
+    found = posterior.history[-1]
+    assert found == {
+        "held_back": 12,
+        "width": width(posterior),
+        "temperature": posterior.temperature,
+    }
+    posterior.save(tmp_path / "p")
+    loaded = pyrolora.load(tmp_path / "p", bert())
+    assert width(loaded) == width(posterior) != 1.0
+    assert loaded.temperature == posterior.temperature
+    given = reviews(6)
+    torch.testing.assert_close(
+        loaded.predict(given, 3, seed=0).probs, posterior.predict(given, 3, seed=0).probs
+    )
+
+
+def test_the_temperature_has_a_prior() -> None:
+    """Of a few examples, all of them right, it makes no posterior that is sure of everything."""
+    posterior = fitted(epochs=1)
+    rows = reviews(8)
+    said = posterior.predict(rows, 0).probs.argmax(-1).tolist()
+    right = [{**row, "label": label} for row, label in zip(rows, said, strict=True)]
+    data = prepare(right, posterior.base, posterior.task, tokenizer())
+    mean = posterior.model.program.mean()
+    free = calibrated(posterior.model, data, mean, batch_size=8)
+    prior = calibrated(posterior.model, data, mean, batch_size=8, prior=0.5)
+    assert free.temperature == pytest.approx(defaults.TEMPERATURES[0], rel=0.01)
+
+    def loss(log_temperature: float) -> float:
+        task = posterior.model.task.at(math.exp(log_temperature))
+        (batch,) = data.loader(8)
+        with torch.no_grad(), widths.evaluating(posterior.model):
+            output = posterior.model.network(batch, mean)
+            return float(-task.row_log_prob(output, batch).sum() + 2 * log_temperature**2)
+
+    grid = torch.linspace(-1.5, 1.5, 601)
+    best = grid[torch.tensor([loss(float(t)) for t in grid]).argmin()]
+    assert math.log(prior.temperature) == pytest.approx(float(best), abs=0.03)
+
+
+def test_khat_takes_the_data_of_the_fit_whole_or_in_part() -> None:
+    posterior = fitted(epochs=1)
+    whole = reviews(48)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(defaults.SEED)).tolist()
+    part = [whole[i] for i in sorted(order[12:])]
+    assert posterior.khat(whole, 50, seed=1).khat == posterior.khat(part, 50, seed=1).khat
+
+
+def test_what_cannot_be_held_back_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="units='row'"):
+        MonteCLoRA(hold_back=0.1)
+    with pytest.raises(ConfigError, match="this guide has none"):
+        pyrolora.guides.MAP(hold_back=0.1)
+    with pytest.raises(ConfigError, match=r"\[0, 1\)"):
+        MonteCLoRA.relative(hold_back=1.0)
+    with pytest.raises(ConfigError, match="of 4 examples is 0"):
+        fitted(MonteCLoRA.relative(hold_back=0.1), n=4)
+
+
+def test_after_an_earlier_posterior_the_width_is_that_ones() -> None:
+    earlier = fitted("meanfield")
+    later = pyrolora.fit(earlier.base, reviews(40), prior=earlier, epochs=4, batch_size=4)
+    assert width(later) == width(earlier) != 1.0
+    assert later.model.num_examples == 30
+    assert later.history[-1]["temperature"] == later.temperature
