@@ -178,6 +178,19 @@ def with_target(value: float, row: int = 3) -> Fit:
     return of_features(made, lambda: plain(1), "regression")
 
 
+def scaled(factor: float) -> Fit:
+    """The network with all weights times this."""
+
+    def made() -> nn.Module:
+        it = encoder()
+        with torch.no_grad():
+            for weight in it.parameters():
+                weight.mul_(factor)
+        return it
+
+    return Fit(made)
+
+
 def cast(dtype: torch.dtype) -> Fit:
     return Fit(lambda: encoder().to(dtype))
 
@@ -228,8 +241,32 @@ EXTREMES: dict[str, Fit] = {
         lambda: (features()[0], torch.ones(8)), lambda: plain(1), "regression"
     ),
     "equal features": of_features(lambda: (torch.zeros(8, WIDTH), features()[1])),
+    "features of 1e-40": of_features(lambda: (1e-40 * features()[0], features()[1])),
+    "targets of 1e-30": of_features(
+        lambda: (targets()[0], 1e-30 * targets()[1]), lambda: plain(1), "regression"
+    ),
+    "weights of 1e30": scaled(1e30),
+    "weights of zero": scaled(0.0),
+    "a dropout of 0.999999": Fit(adapter={"r": 2, "lora_dropout": 0.999999}),
+    "an alpha_pattern of 1e30": Fit(adapter={"r": 2, "alpha_pattern": {"query": 1e30}}),
+    **{
+        f"{start} from NaN": replace(
+            spoilt(math.nan, QUERY), adapter={"r": 2, "init_lora_weights": start}
+        )
+        for start in ("pissa", "olora", "lora-ga")
+    },
+    "pissa at lora_alpha 1e-30": Fit(
+        adapter={"r": 2, "init_lora_weights": "pissa", "lora_alpha": 1e-30}
+    ),
+    "pissa at lora_alpha 1e30": Fit(
+        adapter={"r": 2, "init_lora_weights": "pissa", "lora_alpha": 1e30}
+    ),
+    "1e-9 epochs": Fit(options={"epochs": 1e-9}),
+    "evaluation data with infinity": of_features(
+        features, eval_data=with_feature(math.inf).data(), test=lambda: (features()[0],)
+    ),
 }
-NUMBERS = (1e-30, 1e-12, 1e-3, 0.999999, 1.0, 1e3, 1e6, 1e30)
+NUMBERS = (1e-300, 1e-30, 1e-12, 1e-3, 0.999999, 1.0, 1e3, 1e6, 1e30, 1e300)
 """The values of each real option of a guide."""
 WHOLE: dict[str, tuple[int, ...]] = {
     "num_components": (1, 256),

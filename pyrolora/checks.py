@@ -15,6 +15,8 @@ from pyrolora.errors import ConfigError
 
 LARGEST = 2**31 - 1
 """The largest number of anything that there is to be memory for."""
+SINGLE = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
+"""The smallest and the largest normal number of single precision."""
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: float = LARGEST) -> None:
@@ -26,10 +28,18 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: float = LARGE
 
 
 def positive(name: str, value: Any, *, or_zero: bool = False) -> None:
-    """Raise `ConfigError` unless ``value`` is a finite number > 0 (or 0, where that is allowed)."""
+    """Raise `ConfigError` unless ``value`` is a finite number > 0 (or 0, where that is allowed).
+
+    Fits compute in single precision, in which numbers outside of `SINGLE` are zero or infinite.
+    """
     if not _is_number(value) or not _is_finite(value) or value < 0 or (value == 0 and not or_zero):
         expected = ">= 0" if or_zero else "> 0"
         raise ConfigError(f"{name} must be a finite number {expected}, got {value!r}")
+    if value != 0 and not SINGLE[0] <= value <= SINGLE[1]:
+        raise ConfigError(
+            f"{name} must be a number that single precision holds, from {SINGLE[0]:.2g} to "
+            f"{SINGLE[1]:.2g}, got {value!r}"
+        )
 
 
 def share(name: str, value: Any, within: str) -> None:

@@ -55,6 +55,18 @@ def fits(value: Any, hint: Any) -> bool:
     return not dataclasses.is_dataclass(kind)
 
 
+def changed_numbers(options: Any) -> list[str]:
+    """Return ``name=value`` of each number that is not the default, of options within, too."""
+    changed = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changed += changed_numbers(value)
+        elif isinstance(value, int | float | Mapping) and value not in (field.default, {}):
+            changed.append(f"{field.name}={shown(value)}")
+    return changed
+
+
 def short(name: str) -> str:
     """Return a name as an error message quotes it."""
     return name if len(name) < 80 and name.isprintable() else shown(name)

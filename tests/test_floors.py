@@ -21,6 +21,7 @@ FLOORS = {
     "files": 1,
     "folder_lock": 1,
     "json_values": 1,
+    "matrices": 1,
     "options": 1,
     "parameters": 1,
     "processes": 1,

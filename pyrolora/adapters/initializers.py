@@ -17,6 +17,7 @@ from pyrolora.adapters.kinds import is_quantised, oriented
 from pyrolora.adapters.targets import LayerSpec
 from pyrolora.adapters.wrapper import unwrapped
 from pyrolora.errors import ConfigError
+from pyrolora.matrices import decomposing
 
 Pair = tuple[Tensor, Tensor]
 """A₀ (r, in) and B₀ (out, r)."""
@@ -24,6 +25,7 @@ Pair = tuple[Tensor, Tensor]
 Start = Mapping[str, Pair]
 """Layer -> A₀ and B₀."""
 
+REMEDY = "load or make the network anew, or start from 'kaiming'"
 STABLE_GAMMA = 16
 """γ of LoRA-GA, as in its paper and in PEFT."""
 
@@ -139,6 +141,8 @@ def start_of(
     ------
     ConfigError
         For a weight that cannot be read, a rank that is too high, a gradient of zero.
+    NonFiniteError
+        For a weight with NaN or infinity.
     """
     if name in RANDOM_STARTS:
         return None
@@ -149,7 +153,9 @@ def start_of(
 
     def started(layer: str, matrix: Tensor) -> Pair:
         base = bases[layer]
-        A, B = make(base, oriented(base, matrix.detach()).float(), shapes[layer])
+        matrix = oriented(base, matrix.detach()).float()
+        with decomposing(f"the matrix of {name!r} in layer {layer!r}", matrix, remedy=REMEDY):
+            A, B = make(base, matrix, shapes[layer])
         return A.clone(), B.clone()  # not views, which keep all of the decomposition
 
     if name in _FROM_GRADIENT:

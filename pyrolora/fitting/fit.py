@@ -345,6 +345,7 @@ def _inferred(run: Run, request: Request) -> Posterior:
         if error.posterior is not None:
             error.posterior.history = run.history
         if error.posterior is not None and isinstance(error, NonFiniteError):
+            _check_kept(error, run)
             try:
                 _save(error.posterior, request, run.args)
             except SaveError as unsaved:
@@ -355,6 +356,14 @@ def _inferred(run: Run, request: Request) -> Posterior:
     posterior: Posterior = run.posterior(run.joint, run.guide)
     posterior.history = run.history
     return posterior
+
+
+def _check_kept(error: NonFiniteError, run: Run) -> None:
+    """Raise an error without a posterior where that of the last good step does not predict."""
+    try:
+        check_usable(error.posterior.model, run.guide, run.data, run.args.seed)
+    except NonFiniteError as unusable:
+        raise NonFiniteError(f"{error}. There is no error.posterior: {unusable}") from error
 
 
 def _keep_digest(posterior: Posterior, data: Prepared) -> None:

@@ -10,8 +10,23 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrolora.adapters import AdapterBank
+from pyrolora.checks import SINGLE
+from pyrolora.errors import NonFiniteError
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.program import picked
+
+REMEDY = "choose a prior_scale and a lora_alpha nearer to 1, or scale the features"
+
+
+@torch.no_grad()
+def set_precision(buffer: Tensor, precision: float) -> None:
+    """Set λ; raise `NonFiniteError` for one that single precision does not hold."""
+    if not SINGLE[0] <= precision <= SINGLE[1]:
+        raise NonFiniteError(
+            f"the prior of 'laplace' cannot be used: its precision is {precision:.3g}, and single "
+            f"precision goes from {SINGLE[0]:.2g} to {SINGLE[1]:.2g}; {REMEDY}"
+        )
+    buffer.fill_(precision)
 
 
 class FullLaplaceProgram(FactorProgram):
@@ -87,4 +102,4 @@ class FullLaplaceProgram(FactorProgram):
         """Store draws of θ − θ̄, (draws, P), and the λ that they are for."""
         assert deviations.shape == (self.options.size, self.deviations.shape[1])
         self.deviations = deviations.to(self.deviations)
-        self.precision.fill_(precision)
+        set_precision(self.precision, precision)

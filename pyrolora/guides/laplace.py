@@ -19,11 +19,12 @@ from pyrolora.distributions import KroneckerNormal, TruncatedKroneckerNormal, or
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
-from pyrolora.guides.full_laplace import FullLaplaceProgram
+from pyrolora.guides.full_laplace import REMEDY, FullLaplaceProgram, set_precision
 from pyrolora.guides.map import MAP
 from pyrolora.guides.options import Guide, Latent
 from pyrolora.guides.program import Program
 from pyrolora.guides.supports import Supports
+from pyrolora.matrices import decomposing
 
 Structure = Literal["kronecker", "full"]
 Tuning = Literal["marginal_likelihood", "validation"]
@@ -193,7 +194,7 @@ class Laplace(Guide):
         program = fit.program
         program.curve(fit.kfac())
         if self.prior_scale is not None:
-            program.precision.fill_(self.prior_scale**-2)
+            set_precision(program.precision, self.prior_scale**-2)
         elif tune == "marginal_likelihood":
             program.precision.fill_(fit.best_precision(*program.evidence()))
         else:
@@ -300,7 +301,11 @@ class LaplaceProgram(FactorProgram):
             for name, factor, i, number in self._places():
                 if name in curvature:
                     kept = self.get_buffer(f"values_{factor}_{i}").shape[-1]
-                    eigen = curvature[name].eigen(kept)
+                    H = curvature[name]
+                    # The product of the traces bounds the eigenvalues.
+                    matrices = (H.rows, H.columns, H.rows.trace() * H.columns.trace())
+                    with decomposing(f"the curvature in {name!r}", *matrices, remedy=REMEDY):
+                        eigen = H.eigen(kept)
                     for part, tensor in zip(("rows", "columns", "values"), eigen, strict=True):
                         self.get_buffer(f"{part}_{factor}_{i}")[number] = tensor
 

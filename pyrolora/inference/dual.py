@@ -12,6 +12,7 @@ from torch import Tensor
 from pyrolora.errors import DataError
 from pyrolora.guides import Latent
 from pyrolora.inference.jacobian import Batches, Part, examples, hessian, slabs
+from pyrolora.matrices import check_finite, decomposing
 from pyrolora.model import JointModel
 
 MOST_ROWS = 4096
@@ -20,6 +21,7 @@ seconds on one core."""
 DECADES = range(-6, 4)
 """Exponents of λ at which the evidence is evaluated, relative to the largest eigenvalue of the
 curvature at outputs of zero."""
+REMEDY = "choose a lora_alpha nearer to the default, or scale the features"
 COLUMNS = 2**13
 """Columns of the Jacobian that are multiplied at a time, in double precision."""
 
@@ -115,6 +117,9 @@ class Dual:
             self.start += J @ self.shift[columns]
             self._only = (columns, J) if number == 0 else None
         self._last = torch.zeros_like(self.start)
+        outputs = [part.output for part in self.parts]
+        name = "the Jacobian of the training outputs"
+        check_finite(name, self.K, self.Jz, self.start, *outputs, remedy=REMEDY)
 
     @torch.no_grad()
     def best_precision(self) -> float:
@@ -123,7 +128,9 @@ class Dual:
         It is the best of `DECADES`, refined between its neighbours by golden section of log λ.
         """
         flat = [self._root(part, torch.zeros_like(part.output)) for part in self.parts]
-        scale = float(torch.linalg.eigvalsh(self._inner(torch.cat(flat)))[-1])
+        inner = self._inner(torch.cat(flat))
+        with decomposing("the curvature of the loss", inner, remedy=REMEDY):
+            scale = float(torch.linalg.eigvalsh(inner)[-1])
         if scale <= 0:
             raise DataError(
                 "no output depends on the latent factors, and the evidence prefers no λ; give "

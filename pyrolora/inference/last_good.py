@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import eagerly
 from pyrolora.columns import Batch
-from pyrolora.inference.objective import Objective
+from pyrolora.inference.objective import NotEvaluated, Objective
 from pyrolora.model import JointModel, evaluating
 from pyrolora.model.state import load_tensors
 from pyrolora.seeding import seeded
@@ -102,7 +102,7 @@ class LastGood:
                 loss = self.objective(batch, beta)
                 output = joint.network(batch, joint.program.mean())
                 likelihood = joint.task.log_prob(output, batch)
-            except ValueError:  # raised by Pyro's validation if a scale has overflowed
+            except (ValueError, NotEvaluated):
                 return False
         return bool(torch.isfinite(loss) & torch.isfinite(likelihood).all())
 

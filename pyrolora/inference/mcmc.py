@@ -15,7 +15,9 @@ from pyro.infer.autoguide import init_to_sample
 from torch import Tensor
 
 from pyrolora.columns import Batch
+from pyrolora.errors import NonFiniteError
 from pyrolora.model import JointModel, evaluating
+from pyrolora.options import changed_numbers
 from pyrolora.processes import processes, shared_out
 from pyrolora.seeding import give_way, seed_of_process
 
@@ -84,7 +86,7 @@ def nuts(
                 disable_progbar=not progress,
                 hook_fn=lambda *_: give_way(),
             )
-            with _loggers_kept():
+            with _loggers_kept(), _explained(joint):
                 chain.run()
             steps = torch.zeros(num_samples, dtype=torch.bool)
             steps[chain.diagnostics()["divergences"]["chain 0"]] = True
@@ -101,6 +103,24 @@ def nuts(
     names = [*found[0][0]]  # a site at a time, so that no more than one of them is there twice
     draws = {n: torch.stack([one.pop(n) for one, _ in found]).detach() for n in names}
     return draws, torch.stack([steps for _, steps in found])
+
+
+@contextmanager
+def _explained(joint: JointModel) -> Iterator[None]:
+    """Raise `NonFiniteError` where Pyro finds no start of a chain among 100 draws of the prior."""
+    try:
+        yield
+    except ValueError as error:
+        if "cannot find valid initial params" not in str(error):
+            raise
+        program = joint.program
+        numbers = [n for o in (program.options, program.bank.config) for n in changed_numbers(o)]
+        raise NonFiniteError(
+            "a chain of 'nuts' cannot start: at 100 draws of the prior the density of the "
+            f"posterior, or its gradient, is not finite, with {', '.join(numbers)}. Choose a "
+            "prior_scale (or sample_scale) and a lora_alpha nearer to the defaults, or look for "
+            "extreme inputs"
+        ) from error
 
 
 @contextmanager

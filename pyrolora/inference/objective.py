@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import Batch
 from pyrolora.inference.elbo import NamedELBO
 from pyrolora.model import JointGuide, JointModel
+
+
+class NotEvaluated(ArithmeticError):
+    """The parameters at hand are none of a law: a scale of zero, a singular covariance."""
 
 
 class Objective(nn.Module):
@@ -41,7 +47,14 @@ class Objective(nn.Module):
         return self.elbo.model
 
     def forward(self, batch: Batch, kl_weight: float) -> Tensor:
-        return self.elbo(batch, kl_weight=kl_weight) / self.observations
+        try:
+            return self.elbo(batch, kl_weight=kl_weight) / self.observations
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NotEvaluated(_first_line(error)) from error
+        except ValueError as error:
+            if not re.search("of (the )?distribution ", str(error)):  # as validation of laws says
+                raise
+            raise NotEvaluated(_first_line(error)) from error
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -52,3 +65,7 @@ class Objective(nn.Module):
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         self.joint.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -292,7 +292,7 @@ class Run:
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
         if joint.program.settles:
-            trainer.add_callback(SettleScales(joint, guide, self.data))
+            trainer.add_callback(SettleScales(joint, guide, self.data, trainer.failure))
         if self.held_back is not None and joint.program.previous is None:
             trainer.add_callback(ChooseWidth(joint, self.held_back))
         asked: Any = args.resume_from_checkpoint or None
@@ -310,7 +310,8 @@ class Run:
             warmed = trainer.state.global_step > 1 or not args.get_warmup_steps(1)
             warn_of_unmoved(joint, starts, args.learning_rate if warmed else 0.0)
         except NonFiniteError as error:
-            error.posterior = self._so_far(joint, guide)
+            if trainer.state.global_step:
+                error.posterior = self._so_far(joint, guide)
             raise
         except SaveError as error:
             unsaved = SaveError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,11 +14,15 @@ from pyrolora import defaults
 from pyrolora.columns import Batch
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
+from pyrolora.errors import NonFiniteError, listed
 from pyrolora.guides import Curvature, Guide
 from pyrolora.inference.gauss_newton import gauss_newton
+from pyrolora.matrices import decomposing
 from pyrolora.model import JointModel
 from pyrolora.progress import progress
 from pyrolora.seeding import give_way, seeded
+
+REMEDY = "choose a prior_scale, an init_scale and a lora_alpha nearer to the defaults"
 
 
 class SettleScales(TrainerCallback):
@@ -30,8 +34,10 @@ class SettleScales(TrainerCallback):
     they are, so that a resumed fit has the result of an uninterrupted one.
     """
 
-    def __init__(self, joint: JointModel, guide: Guide, data: Prepared) -> None:
-        self.joint, self.guide, self.data = joint, guide, data
+    def __init__(
+        self, joint: JointModel, guide: Guide, data: Prepared, failure: Callable[[str], Exception]
+    ) -> None:
+        self.joint, self.guide, self.data, self.failure = joint, guide, data, failure
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
@@ -39,7 +45,10 @@ class SettleScales(TrainerCallback):
             progress = (step + 1) / max(state.max_steps, 1)
             beta = self.guide.beta(self.joint.num_examples, progress)
             few = max(args.per_device_train_batch_size, defaults.CURVATURE_FEW)
-            settle(self.joint, self.data, beta, args, step, few)
+            try:
+                settle(self.joint, self.data, beta, args, step, few)
+            except NonFiniteError as error:
+                raise self.failure(f"has no optimal scales ({error})") from error
 
 
 def settle_finally(
@@ -64,7 +73,13 @@ def settle(
     most: int,
     title: str | None = None,
 ) -> None:
-    """Settle the scales by the curvature of at most ``most`` examples, picked at random."""
+    """Settle the scales by the curvature of at most ``most`` examples, picked at random.
+
+    Raises
+    ------
+    NonFiniteError
+        When the curvature, or an optimal scale, is not finite, or such a scale is zero.
+    """
     process = PartialState().process_index
     seed = (args.seed + 7919 * (step + 1) + 104729 * process) % (defaults.MAX_SEED + 1)
     with seeded(seed):
@@ -72,7 +87,13 @@ def settle(
         passes = max(1, defaults.CURVATURE_PASSES // len(picked))
         curvature = gauss_newton(joint, _batches(joint, data, picked, args, title), passes)
     entries, ranks = (reduce(t, "mean") for t in (curvature.entries, curvature.ranks))
-    joint.program.settle(Curvature(entries, ranks), beta)
+    with decomposing("the curvature of the loss", entries, ranks, remedy=REMEDY):
+        joint.program.settle(Curvature(entries, ranks), beta)
+    program = getattr(joint.program, "inner", joint.program)
+    if broken := program.outside():
+        raise NonFiniteError(
+            f"the optimum of {listed(broken)} is no positive number in single precision; {REMEDY}"
+        )
 
 
 def _batches(

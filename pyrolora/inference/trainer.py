@@ -18,11 +18,12 @@ from pyrolora.errors import ConfigError, NonFiniteError
 from pyrolora.guides import Guide
 from pyrolora.inference.callbacks import CheckStep, LogLines, Progress
 from pyrolora.inference.last_good import LastGood
-from pyrolora.inference.objective import Objective
+from pyrolora.inference.objective import NotEvaluated, Objective
 from pyrolora.inference.resuming import ResumingTrainer
 from pyrolora.inference.sharding import frozen_names
 from pyrolora.inference.stopping import Stop
 from pyrolora.model import JointModel
+from pyrolora.options import changed_numbers
 from pyrolora.progress import shows_bars, silenced
 from pyrolora.seeding import give_way
 
@@ -160,10 +161,8 @@ class SVITrainer(ResumingTrainer):
         self._batch = inputs, beta
         try:
             loss = model(inputs, beta)
-        except ValueError as error:  # raised by Pyro's validation if a scale has overflowed
-            if all(_is_finite(self.joint, name) for name in self.joint.program.scale_parameters()):
-                raise
-            raise self.failure("cannot be evaluated") from error
+        except NotEvaluated as error:
+            raise self.failure(f"cannot be evaluated ({error})") from error
         if not loss.requires_grad:  # layerdrop has left out every adapted layer, or none is used
             loss = loss + 0.0 * self._trained[0][1].sum()
         terms = self.model.estimator.terms
@@ -208,6 +207,14 @@ class SVITrainer(ResumingTrainer):
     def failure(self, what: str) -> NonFiniteError:
         """Go back to the last good state, and return the error of a fit that met no number."""
         step, rate = self.state.global_step, self.args.learning_rate
+        if step == 0:
+            options = self.guide, self.joint.program.bank.config
+            numbers = [number for some in options for number in changed_numbers(some)]
+            return NonFiniteError(
+                f"training stopped before step 1, and there is no posterior: the objective {what}, "
+                f"with {', '.join(numbers) or 'the default options'}. Choose numbers nearer to the "
+                "defaults, look for extreme inputs and labels, or load the network in float32"
+            )
         good = self.last_good.restore(step)
         went = "" if good == step else f"; those of step {step} give no finite objective"
         return NonFiniteError(
@@ -302,10 +309,6 @@ class SVITrainer(ResumingTrainer):
         if "train_loss" in logs:  # a mean over all steps, also those before a resume
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
-
-
-def _is_finite(joint: JointModel, name: str) -> bool:
-    return bool(torch.isfinite(joint.program.param(name)).all())
 
 
 def _sites(terms: Mapping[str, Tensor]) -> str:

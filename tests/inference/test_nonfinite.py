@@ -228,10 +228,12 @@ def test_a_scale_that_overflows_is_a_non_finite_objective_too(tmp_path: Path) ->
 
 
 def test_the_very_first_step_can_break(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="before step 1") as caught:
-        run(BreaksForward(0), tmp_path, GUIDES["map"], 8)
-    for _, B in caught.value.posterior.factors().values():
-        assert torch.equal(B, torch.zeros_like(B))
+    """There was no step to go back to: the error has no posterior, and the network is bare."""
+    for network in (BreaksForward(0), BreaksBackward(0)):
+        with pytest.raises(NonFiniteError, match=r"before step 1, .* with r=2") as caught:
+            run(network, tmp_path, GUIDES["map"], 8)
+        assert caught.value.posterior is None
+        assert not any(isinstance(module, Wrapper) for module in network.modules())
 
 
 @pytest.mark.parametrize("steps", [8, GOOD_STEPS])
