@@ -23,6 +23,7 @@ from pyrolora.data.examples import TensorExamples
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
+from pyrolora.fitting.held_back import calibrate, parted
 from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.streams import fill_rows, read_stream
@@ -40,11 +41,9 @@ from pyrolora.inference.head_laplace import check_last_layer
 from pyrolora.inference.identity import digest_of_data
 from pyrolora.inference.recording import check_recordable
 from pyrolora.inference.sharding import shard, sharding_asked
-from pyrolora.inference.widths import program_of
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors, evaluate, predict
-from pyrolora.predictive.calibration import calibrated
 from pyrolora.processes import all_processes
 from pyrolora.seeding import fitting
 from pyrolora.storage import describe_base
@@ -210,7 +209,7 @@ def fit_request(request: Request) -> Posterior:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
-        data, held_back = _parted(data, request, args)
+        data, held_back = parted(data, request, args)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
@@ -247,7 +246,7 @@ def fit_request(request: Request) -> Posterior:
             with compiled_for(joint.base, args):
                 posterior = _inferred(run, request)
             if held_back is not None:
-                _calibrate(posterior, held_back, args)
+                calibrate(posterior, held_back, args)
         _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
@@ -274,42 +273,6 @@ def _prepared(request: Request, origin: Origin) -> tuple[Prepared, Prepared | No
             request.held_out, network, task, tokenizer, splits=splits, to_learn=False
         )
     return data, held_out
-
-
-def _parted(
-    data: Prepared, request: Request, args: TrainingArguments
-) -> tuple[Prepared, Prepared | None]:
-    """Return the examples to learn from, and those that the guide holds back."""
-    share, n = request.options.held_back, len(data)
-    if not share:
-        return data, None
-    if data.whole is not None or data.texts is not None:
-        what = "a stream" if data.texts is None else "texts that share rows (packing=True)"
-        raise ConfigError(
-            f"hold_back={share!r} takes examples out of the training data, which are {what}; leave "
-            "it out, and call Posterior.calibrate with data of their own"
-        )
-    count = round(share * n)
-    if not 0 < count < n:
-        raise ConfigError(
-            f"hold_back={share!r} of {n} examples is {count}; it has to leave some to learn from, "
-            "and to hold back some to choose by: choose another share"
-        )
-    return data.parted(share, args.seed)
-
-
-def _calibrate(posterior: Posterior, held_back: Prepared, args: TrainingArguments) -> None:
-    """Set the temperature by the examples that were held back, and log what they have chosen."""
-    joint = posterior.model
-    factors = draw_factors(joint, defaults.TEMPERATURE_DRAWS, seed=args.seed)
-    size = args.per_device_eval_batch_size
-    prior = defaults.TEMPERATURE_PRIOR
-    calibration = calibrated(joint, held_back, factors, batch_size=size, prior=prior)
-    posterior.temperature = calibration.temperature
-    width = program_of(joint).width
-    assert width is not None
-    chosen = {"width": float(width[0].exp()), "temperature": calibration.temperature}
-    posterior.history.append({"held_back": len(held_back), **chosen})
 
 
 def _in_rows(build: Builder, rows: float, guide: Guide) -> JointModel:
