@@ -167,8 +167,8 @@ def fit(
         Before any training step, for a request that cannot be fitted.
     NonFiniteError
         When the objective stops being finite; its ``posterior`` has the last good state. It is
-        None where the objective was not finite from the start, or where training went well and
-        the posterior that follows from it does not predict finite numbers.
+        None where no step was made, where that state does not predict finite numbers either, or
+        where training went well and the posterior that follows from it does not.
     SaveError
         When the posterior, or a checkpoint, cannot be written to ``output_dir``; the error's
         ``posterior`` has it, or that of the step.
