@@ -494,6 +494,7 @@ COMMON: dict[str, list[Any]] = {
     "scale_learning_rate": [0.0, -1.0, NAN, INF],
     "draws_per_batch": [0, -1, 1.5],
     "scale_updates": ["adam", None],
+    "hold_back": [-0.1, 1.0, NAN, None],
 }
 GAUSSIAN: dict[str, list[Any]] = {
     **COMMON,
@@ -569,6 +570,7 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "sparse": FLAGS,
     },
 }
+OUT_OF_RANGE = {kind: {"head": ["x", None], **own} for kind, own in OUT_OF_RANGE.items()}
 OPTION_CASES = [
     pytest.param(kind, name, value, id=f"{kind.name}-{name}={value}")
     for kind, options in OUT_OF_RANGE.items()

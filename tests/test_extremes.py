@@ -31,10 +31,10 @@ def extremes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_a_part_of_the_table(extremes: Any) -> None:
-    """All extremes of data and network that are no options, each with another guide."""
+    """Every other extreme of data and network that is no option, with one guide after another."""
     size = len(extremes.GUIDES)
     chosen = extremes.cases()[: size * len(extremes.EXTREMES)][:: 2 * size + 1]
-    assert len({case.guide for case in chosen}) == len(chosen)
+    assert len({case.guide for case in chosen}) == min(size, len(chosen))
     assert extremes.run(chosen) == 0
 
 

@@ -154,7 +154,8 @@ def start_of(
     def started(layer: str, matrix: Tensor) -> Pair:
         base = bases[layer]
         matrix = oriented(base, matrix.detach()).float()
-        with decomposing(f"the matrix of {name!r} in layer {layer!r}", matrix, remedy=REMEDY):
+        checked = () if name in _FROM_GRADIENT else (matrix,)  # of gradients `make` says more
+        with decomposing(f"the matrix of {name!r} in layer {layer!r}", *checked, remedy=REMEDY):
             A, B = make(base, matrix, shapes[layer])
         return A.clone(), B.clone()  # not views, which keep all of the decomposition
 

@@ -16,8 +16,8 @@ from pyrolora.guides.centred import CentredProgram
 
 # Made of other methods of the same program, or of the options that it has.
 DERIVED = {
-    *("draw", "draws", "usual_draws", "sample_stored"),
-    *("options", "supports"),
+    *("draw", "draws", "usual_draws", "sample_stored", "drawn", "replay", "traced"),
+    *("options", "supports", "several_heads"),
 }
 
 
@@ -36,13 +36,13 @@ def test_a_wrapping_program_forwards_every_method_and_flag() -> None:
 @pytest.mark.parametrize("kind", [CentredProgram, FactorProgram])
 def test_subclasses_add_no_hook_that_others_call_without_forwarding_it(kind: type) -> None:
     """Their additions serve their subclasses."""
-    inner = {"sizes", "centre", "prior_loc", "row_sizes", "prior", "law", "loc", "in_rows"}
+    inner = {"sizes", "centre", "prior_loc", "row_sizes", "width", "prior", "law", "loc", "in_rows"}
     inner |= {"in_use", "normal_prior", "prior_scale", "units", "sites", "joint_law"}
     assert public(kind) - inner <= public(Program)
 
 
 def test_flat_forwards_every_part_of_its_guide() -> None:
-    made = {"build", "shapes", "name", "adapts"}  # its own
+    made = {"build", "shapes", "name", "adapts", "head"}  # its own
     assert public(Guide) - made <= public(Flat)
 
 
