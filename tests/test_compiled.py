@@ -15,7 +15,7 @@ from torch import nn
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.adapters import AdapterLayer, HeadSlot, bind
+from pyrolora.adapters import AdapterLayer, HeadSlot, bind, compiled
 from pyrolora.adapters.compiled import UNBOUND
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MonteCLoRA
@@ -150,6 +150,27 @@ def test_a_fit_beside_predictions_on_its_compiled_network_is_the_fit_alone():
         assert_same(alone, fit.result())
     for draws in found:
         torch.testing.assert_close(draws, expected, **CLOSE)
+
+
+def test_a_fit_gives_way_without_the_lock_of_compiled_code(monkeypatch):
+    free = []
+
+    def look(*_):
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(compiled._lock.acquire, blocking=False).result())
+            other.submit(compiled._lock.release)
+
+    monkeypatch.setattr("pyrolora.inference.run.give_way", look)
+    pyrolora.fit(
+        in_place(mlp(), "eager"),
+        (torch.randn(6, 4), torch.arange(6) % 3),
+        MonteCLoRA(head="gaussian"),
+        task="classification",
+        training=arguments("unused", max_steps=1),
+        adapter=AdapterConfig(r=2, modules_to_save=["2"]),
+    )
+    assert free
+    assert all(free)
 
 
 def test_the_trainer_s_arguments_compile_the_network_for_the_fit(plain):
