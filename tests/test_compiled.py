@@ -15,7 +15,8 @@ from torch import nn
 
 import pyrolora
 from pyrolora import AdapterConfig
-from pyrolora.adapters import AdapterLayer, HeadSlot, bind, compiled
+from pyrolora.adapters import AdapterLayer, HeadSlot, bind
+from pyrolora.adapters import compiled as compiled_code
 from pyrolora.adapters.compiled import UNBOUND
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MonteCLoRA
@@ -157,8 +158,8 @@ def test_a_fit_gives_way_without_the_lock_of_compiled_code(monkeypatch):
 
     def look(*_):
         with ThreadPoolExecutor(1) as other:
-            free.append(other.submit(compiled._lock.acquire, blocking=False).result())
-            other.submit(compiled._lock.release)
+            free.append(other.submit(compiled_code._lock.acquire, blocking=False).result())
+            other.submit(compiled_code._lock.release)
 
     monkeypatch.setattr("pyrolora.inference.run.give_way", look)
     pyrolora.fit(

@@ -16,9 +16,12 @@ import processes
 import pytest
 import together
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from problems import bert, tokens
 
 import pyrolora
+from pyrolora.processes import alone
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,17 @@ def test_a_block_in_one_process_changes_nothing():
         pyrolora.all_processes(timeout=0),
     ):
         pass
+
+
+def test_what_accelerate_knows_is_back_after_a_member():
+    accelerator = Accelerator(cpu=True)
+    states = PartialState._shared_state, AcceleratorState._shared_state
+    before = [dict(state) for state in states]
+    with alone():
+        assert not states[1]
+        assert Accelerator(cpu=True).num_processes == 1
+    assert [dict(state) for state in states] == before
+    assert accelerator.device.type == "cpu"
 
 
 # FSDP2 --------------------------------------------------------------------------------------------
