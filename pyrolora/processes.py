@@ -150,6 +150,17 @@ def share_generators(device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
+def check_agreement(what: str, value: Any, remedy: str) -> None:
+    """Raise `ConfigError` unless all processes of an open block have the same value."""
+    group = _OPEN.get()
+    if not group:
+        return
+    values = _exchanged(group, what, value)
+    if any(other != values[0] for other in values):
+        found = ", ".join(f"process {i} has {other}" for i, other in enumerate(values))
+        raise ConfigError(f"the processes differ in {what}: {found}; {remedy}")
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Have this process train and predict for itself for the block, as if it were the only one.

@@ -155,6 +155,12 @@ def test_a_process_that_opens_a_block_alone_does_not_hang(folder):
     assert first["seconds"] < 20
 
 
+def test_processes_do_not_go_on_from_different_checkpoints(folder):
+    """As where each machine has a disk of its own, on which the first process alone saves."""
+    error = alike(folder, "resumed_apart")["error"]
+    assert "process 0 has checkpoint-1, process 1 has None; set output_dir to one folder" in error
+
+
 def test_a_block_in_one_process_changes_nothing():
     with pyrolora.all_processes():
         pass
