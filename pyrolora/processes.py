@@ -150,22 +150,34 @@ def share_generators(device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
+def check_agreement(what: str, value: Any, remedy: str) -> None:
+    """Raise `ConfigError` unless all processes of an open block have the same value."""
+    group = _OPEN.get()
+    if not group:
+        return
+    values = _exchanged(group, what, value)
+    if any(other != values[0] for other in values):
+        found = ", ".join(f"process {i} has {other}" for i, other in enumerate(values))
+        raise ConfigError(f"the processes differ in {what}: {found}; {remedy}")
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """Have this process train and predict for itself for the block, as if it were the only one.
 
-    The Trainer and accelerate know of other processes by one state, which says otherwise meanwhile.
+    The Trainer and accelerate know of other processes by two states, which say otherwise meanwhile.
     """
-    state = PartialState._shared_state
-    before, token = dict(state), _OPEN.set(False)
+    states = PartialState._shared_state, AcceleratorState._shared_state
+    before, token = [dict(state) for state in states], _OPEN.set(False)
     only = {"num_processes": 1, "process_index": 0, "local_process_index": 0}
-    AcceleratorState._reset_state()
-    state.update(distributed_type=DistributedType.NO, backend=None, **only)
+    states[0].update(distributed_type=DistributedType.NO, backend=None, **only)
+    states[1].clear()
     try:
         yield
     finally:
-        AcceleratorState._reset_state()
-        state.update(before)
+        for state, kept in zip(states, before, strict=True):
+            state.clear()
+            state.update(kept)
         _OPEN.reset(token)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.adapters import AdapterLayer, HeadSlot, bind
+from pyrolora.adapters import compiled as compiled_code
 from pyrolora.adapters.compiled import UNBOUND
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MonteCLoRA
@@ -152,6 +153,27 @@ def test_a_fit_beside_predictions_on_its_compiled_network_is_the_fit_alone():
         torch.testing.assert_close(draws, expected, **CLOSE)
 
 
+def test_a_fit_gives_way_without_the_lock_of_compiled_code(monkeypatch):
+    free = []
+
+    def look(*_):
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(compiled_code._lock.acquire, blocking=False).result())
+            other.submit(compiled_code._lock.release)
+
+    monkeypatch.setattr("pyrolora.inference.run.give_way", look)
+    pyrolora.fit(
+        in_place(mlp(), "eager"),
+        (torch.randn(6, 4), torch.arange(6) % 3),
+        MonteCLoRA(head="gaussian"),
+        task="classification",
+        training=arguments("unused", max_steps=1),
+        adapter=AdapterConfig(r=2, modules_to_save=["2"]),
+    )
+    assert free
+    assert all(free)
+
+
 def test_the_trainer_s_arguments_compile_the_network_for_the_fit(plain):
     model = network()
     posterior = fitted(model, torch_compile=True, torch_compile_backend="counting")
@@ -272,14 +294,19 @@ def test_gradients_are_those_of_the_plain_network():
         assert float((one - other).norm() / one.norm()) < 1e-6
 
 
-def test_code_that_the_caller_compiles_around_the_posterior_sees_the_factors(plain):
-    batch = {k: torch.tensor(DATA[k]) for k in ("input_ids", "attention_mask")}
-    joint, factors = plain.model, plain.model.program.mean()
+def test_code_that_the_caller_compiles_around_the_posterior_sees_the_factors():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    data, training = (x, torch.arange(6) % 3), arguments("unused", max_steps=2)
+    posterior = pyrolora.fit(
+        mlp(), data, GUIDE, task="classification", training=training, **OPTIONS
+    )
+    joint = posterior.model
+    factors = joint.program.mean()
     with torch.no_grad():
-        expected = joint.network(batch, factors)
         with bind(joint.binding(factors)):
-            found = torch.compile(joint.base, backend="eager")(**batch).logits
-        assert not torch.allclose(joint.base(**batch).logits, expected)
+            expected = joint.base(x)
+            found = torch.compile(joint.base, backend="eager")(x)
+        assert not torch.allclose(joint.base(x), expected)
     torch.testing.assert_close(found, expected, **CLOSE)
 
 

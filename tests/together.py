@@ -292,6 +292,15 @@ def counted(folder: Path, processes: int) -> dict[str, Any]:
     return {**found, "draws at once": draws}
 
 
+def resumed_apart(folder: Path, processes: int) -> dict[str, str]:
+    """Have each process resume from a folder of its own, in which only the first has something."""
+    own = folder / str(torch.distributed.get_rank())
+    saving: dict[str, Any] = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    fitted(own, "map", processes, **saving)
+    again = lambda: fitted(own, "map", processes, resume_from_checkpoint="auto", **saving)  # noqa: E731
+    return {"error": error_of(again)}
+
+
 def waited(folder: Path, processes: int) -> dict[str, Any]:
     """Have the first process alone open a block: it ends by itself."""
     began, found = time.monotonic(), ""
@@ -328,5 +337,6 @@ def as_json(value: Any) -> Any:
 
 LONGER: dict[str, Callable[[Path, int], dict[str, Any]]] = {"guides": guides, "networks": networks}
 PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
-    part.__name__: part for part in (members, chains, shared, written, counted, sharded, waited)
+    part.__name__: part
+    for part in (members, chains, shared, written, counted, sharded, resumed_apart, waited)
 }

@@ -180,7 +180,8 @@ def compiled_in_place(network: nn.Module, **options: Any) -> Iterator[None]:
 def eagerly(network: nn.Module) -> Iterator[None]:
     """Run a network without its compiled code, if it has some, in the block.
 
-    The switch is the process's, so that one thread at a time has it.
+    The switch is the process's, so that one thread at a time has it. A fit that gives way to others
+    in the block would wait for them, and they for the switch.
     """
     if not is_compiled(network):
         yield

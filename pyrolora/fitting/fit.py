@@ -300,8 +300,8 @@ def _inferred(run: Run, request: Request) -> Posterior:
     """Run the guide's inference; a posterior that met NaN is saved, and is the error's."""
     try:
         run.guide.infer(run)
+        run.widen_head()
         with eagerly(run.joint.base):
-            run.widen_head()
             check_usable(run.joint, run.guide, run.data, run.args.seed)
         run.conclude()
     except (NonFiniteError, SaveError) as error:

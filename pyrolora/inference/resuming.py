@@ -221,13 +221,14 @@ class ResumingTrainer(Trainer):
         """Restore what callbacks have counted, as early stopping does; options stay the call's.
 
         The Trainer restores both, or neither. Of several callbacks of one class the newest states
-        are the last ones.
+        are the last ones. A number has to stay one; what is None at first may become anything.
         """
         for callback, kept in _last_states(self.callback_handler.callbacks, self.state):
             for name, value in callback.state()["attributes"].items():
-                if type(kept["attributes"][name]) is not type(value):
+                recalled = kept["attributes"][name]
+                if isinstance(value, int | float) and not isinstance(recalled, int | float):
                     raise TypeError(f"{name} of {type(callback).__name__} is of another type")
-                setattr(callback, name, kept["attributes"][name])
+                setattr(callback, name, recalled)
 
     def _unusable(self, name: str, reason: object) -> CheckpointError:
         return CheckpointError(

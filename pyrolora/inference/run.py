@@ -40,11 +40,20 @@ from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
 from pyrolora.inference.widths import ChooseWidth
 from pyrolora.model import JointModel, evaluating
-from pyrolora.processes import all_processes, alone, processes, share_generators, shared_out
+from pyrolora.processes import (
+    all_processes,
+    alone,
+    check_agreement,
+    processes,
+    share_generators,
+    shared_out,
+)
 from pyrolora.progress import progress, shows_bars, silenced
 from pyrolora.seeding import give_way, seeded
 
 Score = Callable[[JointModel, int | None], dict[str, float]]
+
+SHARED_FOLDER = "set output_dir to one folder that all of them see, also on several machines"
 
 
 @dataclass
@@ -302,6 +311,9 @@ class Run:
         try:
             if asked:
                 asked = checkpoint_to_resume(asked, args.output_dir)
+                with all_processes():
+                    name = None if asked is None else asked.name
+                    check_agreement("the checkpoint to resume from", name, SHARED_FOLDER)
             with stopping(args) as trainer.stop:
                 trainer.train(resume_from_checkpoint=None if asked is None else str(asked))
             trainer.check_end()

@@ -18,6 +18,7 @@ import torch
 from problems import Rows, arguments, bert, reviews, tokenizer, tokens
 from safetensors.torch import load_file, save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -334,6 +335,31 @@ def test_early_stopping_goes_on_counting_and_has_stopped(tmp_path, monkeypatch):
     seal(file.parent)
     with pytest.raises(CheckpointError, match=r"patience_counter of EarlyStopp.*of another type"):
         fitted(tmp_path / "run", **options, callbacks=patience(), resume="auto")
+
+
+class Lowest(TrainerCallback, ExportableState):
+    """A callback of a user's that keeps the lowest loss, and the steps at which it fell."""
+
+    def __init__(self):
+        self.loss, self.at = None, []
+
+    def state(self):
+        return {"args": {}, "attributes": {"loss": self.loss, "at": self.at}}
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if self.loss is None or logs.get("loss", self.loss) < self.loss:
+            self.loss, self.at = logs["loss"], [*self.at, state.global_step]
+
+
+def test_what_a_callback_has_found_goes_on(tmp_path):
+    options = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    whole, died, again = Lowest(), Lowest(), Lowest()
+    fitted(tmp_path / "whole", **options, callbacks=whole)
+    with pytest.raises(Stopped):
+        fitted(tmp_path / "run", **options, callbacks=[died, Stop(3)])
+    fitted(tmp_path / "run", **options, callbacks=again, resume="auto")
+    assert again.loss == whole.loss < 10
+    assert again.at == whole.at
 
 
 def test_the_oldest_checkpoints_go_and_those_that_are_not_whole_go_first(tmp_path):

@@ -16,9 +16,12 @@ import processes
 import pytest
 import together
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from problems import bert, tokens
 
 import pyrolora
+from pyrolora.processes import alone
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,12 @@ def test_a_process_that_opens_a_block_alone_does_not_hang(folder):
     assert first["seconds"] < 20
 
 
+def test_processes_do_not_go_on_from_different_checkpoints(folder):
+    """As where each machine has a disk of its own, on which the first process alone saves."""
+    error = alike(folder, "resumed_apart")["error"]
+    assert "process 0 has checkpoint-1, process 1 has None; set output_dir to one folder" in error
+
+
 def test_a_block_in_one_process_changes_nothing():
     with pyrolora.all_processes():
         pass
@@ -160,6 +169,17 @@ def test_a_block_in_one_process_changes_nothing():
         pyrolora.all_processes(timeout=0),
     ):
         pass
+
+
+def test_what_accelerate_knows_is_back_after_a_member():
+    accelerator = Accelerator(cpu=True)
+    states = PartialState._shared_state, AcceleratorState._shared_state
+    before = [dict(state) for state in states]
+    with alone():
+        assert not states[1]
+        assert Accelerator(cpu=True).num_processes == 1
+    assert [dict(state) for state in states] == before
+    assert accelerator.device.type == "cpu"
 
 
 # FSDP2 --------------------------------------------------------------------------------------------
