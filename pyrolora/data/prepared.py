@@ -81,7 +81,7 @@ class Prepared:
 
     def part(self, numbers: list[int]) -> Prepared:
         """Return the examples with these numbers."""
-        rows = torch.tensor(numbers)
+        rows = torch.tensor(numbers, dtype=torch.long)
         examples: Any = Subset(self.examples, numbers)
         if isinstance(self.examples, datasets.Dataset):
             examples = self.examples.select(numbers)
@@ -90,14 +90,19 @@ class Prepared:
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, examples=examples, labels=labels)
 
+    def of_rows(self) -> Sequence[int]:
+        """Return the number of the example that each row is of."""
+        if isinstance(self.examples, datasets.Dataset) and EXAMPLE in self.examples.column_names:
+            numbers: list[int] = self.examples.with_format(None)[EXAMPLE][:]
+            return numbers
+        return range(len(self))
+
     def parted(self, share: float, seed: int) -> tuple[Prepared, Prepared]:
         """Return the examples without a random share of them, and that share.
 
         The rows of one example, such as windows of a long context, stay together.
         """
-        of_rows: Any = range(len(self))
-        if isinstance(self.examples, datasets.Dataset) and EXAMPLE in self.examples.column_names:
-            of_rows = self.examples.with_format(None)[EXAMPLE][:]
+        of_rows = self.of_rows()
         numbers = sorted({*of_rows})
         order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
         chosen = {numbers[i] for i in order[: round(share * len(numbers))].tolist()}

@@ -19,7 +19,7 @@ def parted(
     data: Prepared, request: Request, args: TrainingArguments
 ) -> tuple[Prepared, Prepared | None]:
     """Return the examples to learn from, and those that the guide holds back."""
-    share, n = request.options.held_back, len(data)
+    share = request.options.held_back
     if not share:
         return data, None
     if data.whole is not None or data.texts is not None:
@@ -28,6 +28,7 @@ def parted(
             f"hold_back={share!r} sets training examples aside, and the training data are {what}; "
             "leave it out, and call Posterior.calibrate with data of their own"
         )
+    n = len({*data.of_rows()})
     count = round(share * n)
     if not 0 < count < n:
         raise ConfigError(

@@ -247,6 +247,13 @@ class Request:
                 f"guide {guide.name!r} trains nothing when the adapter is given; leave "
                 f"{', '.join(useless)} out"
             )
+        if guide.held_back:
+            raise ConfigError(
+                "hold_back chooses the width of the noise all through the training, and guide "
+                f"{full_name(guide)!r} with these options trains nothing when the adapter is "
+                f"given, got hold_back={guide.held_back!r}; choose scale_updates='gradient', which "
+                "trains the scales, or hold_back=0 and Posterior.calibrate after the fit"
+            )
 
     def _refuse(self, source: str, **options: Any) -> None:
         for name, value in options.items():

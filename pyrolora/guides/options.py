@@ -167,8 +167,9 @@ class Variational(Guide):
         at the means of the time, all through the training (`inference.widths`). That is the
         conditional marginal likelihood of c, given what the other examples have taught: evidence
         tells no scale of the noise that predicts well, as a mean that fits well costs it nothing.
-        It needs ``units="row"``. After an earlier posterior c is that one's, and the temperature
-        alone is chosen. 0: no example is held back, and c is 1.
+        It needs ``units="row"``, and steps of training: around a given adapter,
+        ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
+        temperature alone is chosen. 0: no example is held back, and c is 1.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (

@@ -17,7 +17,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import GaussianHead, full_name
 from pyrolora.inference.curvature import Kronecker
 from pyrolora.inference.evidence import best_precision
-from pyrolora.inference.recording import counted, masks, readable
+from pyrolora.inference.recording import readable
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import seeded
 
@@ -76,7 +76,8 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
         The training examples, on the model's device.
     whole
         Return H itself, as a Kronecker product with (1, 1); else that of KFAC-expand,
-        (Σ_ivt g gᵀ) ⊗ (mean of x xᵀ).
+        (Σ_ivt g gᵀ) ⊗ (mean of x xᵀ), both over the positions where a g is not 0. A causal
+        network's score layer runs over all tokens, and the last one's output alone is read.
     """
     assert isinstance(joint.program, GaussianHead)
     layer, inner = joint.heads.last_module(), joint.program.inner
@@ -88,13 +89,14 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
             drawn = replace(drawn, A=drawn.A.detach(), B=drawn.B.detach())
             with torch.enable_grad(), recorded(layer) as uses:
                 output = joint.run(batch, replace(joint.binding(drawn), eager=True))
+            read = [torch.zeros_like(x[..., 0], dtype=torch.bool) for x in uses.inputs]
             for v in joint.task.curvature(output.detach(), batch):
                 gradients = torch.autograd.grad(
                     output, uses.outputs, v, retain_graph=True, materialize_grads=True
                 )
                 sums.add_gradients(uses.inputs, gradients, len(next(iter(batch.values()))))
-            counting = masks(joint, batch)
-            sums.add_inputs([counted(x, counting) for x in uses.inputs])
+                read = [r | g.ne(0).any(-1) for r, g in zip(read, gradients, strict=True)]
+            sums.add_inputs([x[r] for x, r in zip(uses.inputs, read, strict=True)])
             seen += len(next(iter(batch.values())))
     return sums.curvature(joint.rows / max(seen, 1))
 

@@ -33,7 +33,7 @@ def check_history(history: Any) -> None:
         )
 
 
-def numbers(name: str, values: Any, shape: str) -> np.ndarray:
+def numbers(name: str, values: Any, shape: str, *, finite: bool = True) -> np.ndarray:
     """Return real numbers as an array.
 
     Parameters
@@ -44,17 +44,28 @@ def numbers(name: str, values: Any, shape: str) -> np.ndarray:
         What was passed for it.
     shape
         The shape that it must have, such as ``"(n, C)"``.
+    finite
+        Whether NaN and infinity, which a plot would leave out, are refused.
 
     Raises
     ------
     DataError
         For anything else.
     """
-    values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
+    plain = values
+    if isinstance(values, torch.Tensor):
+        plain = values.detach().cpu()
+        plain = plain.float() if plain.dtype == torch.bfloat16 else plain  # NumPy has none
     try:
-        found = np.asarray(values)
+        found = np.asarray(plain)
     except (TypeError, ValueError, OverflowError):
         found = np.asarray(None)
     if found.dtype.kind not in "biuf" or found.ndim != 1 + shape.count(", "):
         raise DataError(f"{name} must be numbers of the shape {shape}, got {values!r:.60}")
+    if finite and not np.isfinite(found).all():
+        missing = int((~np.isfinite(found)).sum())
+        raise DataError(
+            f"{name} must be finite, got NaN or infinity in {missing} of {found.size} numbers; "
+            "leave these examples out"
+        )
     return found

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
+ROUNDING = 1e-3
+"""By how much a probability in half precision may exceed 1."""
+
 
 def reliability_diagram(
     probs: ArrayLike, targets: ArrayLike, *, ax: Axes, label: str | None = None, bins: int = 10
@@ -46,8 +49,13 @@ def reliability_diagram(
             f"targets must be a label from 0 to {shares.shape[1] - 1} for each of {len(shares)} "
             f"rows of probs, got {targets!r:.60}"
         )
-    rows = torch.as_tensor(shares, dtype=torch.float32)[None]
-    prediction = ClassPrediction(torch.as_tensor(labels, dtype=torch.long), None, rows)
+    if shares.min() < 0 or shares.max() > 1 + ROUNDING:
+        raise DataError(
+            f"probs must be probabilities, got numbers from {shares.min():.4g} to "
+            f"{shares.max():.4g}; of logits pass softmax(logits)"
+        )
+    rows = torch.tensor(shares, dtype=torch.float32)[None]
+    prediction = ClassPrediction(torch.tensor(labels, dtype=torch.long), None, rows)
     table = reliability_table(prediction, bins)
     table = table[table["count"] > 0]
     x, y, counts = (table[name].to_numpy() for name in ("confidence", "accuracy", "count"))

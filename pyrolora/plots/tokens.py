@@ -58,7 +58,7 @@ def token_text(
         raise ConfigError(f"tokens must be a list of texts, got {tokens!r:.60}")
     if top is not None:
         positive("top", top, or_zero=True)
-    numbers = numbers_of("values", values, "(T,)").astype(float)
+    numbers = numbers_of("values", values, "(T,)", finite=False).astype(float)
     if numbers.shape != (len(tokens),):
         raise ConfigError(
             f"token_text needs one number per token, ({len(tokens)},), got shape {numbers.shape}; "

@@ -105,7 +105,7 @@ def card_of(
         mean_loading=_mean_loading(posterior, base, where),
         lost=_lost(posterior),
         metrics=[(plain(name), f"{value:.4g}") for name, value in scores.items()],
-        scored="On the data of the report" if judged else "At the last evaluation of the fit",
+        scored="On the data of the report" if judged else _last_evaluation(posterior),
         findings=[(plain(w.title), plain(f"{w.found} {w.advice}")) for w in warnings],
         judged=judged is not None,
         facts=_rows(facts),
@@ -203,6 +203,12 @@ def _scores(posterior: Subject) -> dict[str, float]:
             found.pop("loss", None)  # the nll again
             return found
     return {}
+
+
+def _last_evaluation(posterior: Subject) -> str:
+    """Return when the metrics of `_scores` were computed: before any temperature was chosen."""
+    tempered = ", at temperature 1" if posterior.temperature != 1 else ""
+    return f"At the last evaluation of the fit{tempered}"
 
 
 def _without_data(posterior: Subject) -> list[Finding]:

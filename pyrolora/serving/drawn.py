@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyrolora.adapters import AnyFactors, LaterFactors
+from pyrolora.adapters import AnyFactors, FlatFactors, LaterFactors
 from pyrolora.posterior import Posterior
 
 BUDGET = 2**28
@@ -27,7 +27,8 @@ class Drawn:
     Parameters
     ----------
     budget
-        The most bytes. Draws that are larger are made anew for every batch.
+        The most bytes. Draws that are larger, or made some at a time, are made anew for every
+        batch.
     """
 
     def __init__(self, budget: int = BUDGET) -> None:
@@ -75,8 +76,10 @@ class Drawn:
             self._kept.move_to_end(key)
             return self._kept[key]
         made = posterior.predictor.drawn(num_samples, seed, draws)
-        size = _bytes(made[0])
         repeatable = draws is not None or (num_samples and seed is not None)
+        if isinstance(made[0], LaterFactors):  # they have the random numbers' states, not factors
+            return made
+        size = _bytes(made[0])
         if repeatable and size <= self.budget:
             self._kept[key] = made
             self.bytes += size
@@ -90,11 +93,7 @@ class Drawn:
 
 
 def _bytes(factors: AnyFactors) -> int:
-    """Return the bytes of a draw's tensors, those of views that repeat one row included once.
-
-    Draws that are made later have none.
-    """
-    if isinstance(factors, LaterFactors):
-        return 0
+    """Return the bytes of a draw's tensors, those of views that repeat one row included once."""
+    assert isinstance(factors, FlatFactors)
     tensors = (factors.A, factors.B, factors.members, factors.seeds, factors.head)
     return sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor) and t.dim())

@@ -227,6 +227,25 @@ def test_a_kronecker_curvature_is_exact_for_one_example() -> None:
     torch.testing.assert_close(torch.kron(parts.rows, parts.columns), whole)
 
 
+def test_a_kronecker_curvature_takes_the_positions_that_are_read() -> None:
+    """The score layer of a causal network sees all tokens of a text, and its last one counts."""
+    posterior = pyrolora.fit(
+        llama_reward(2),
+        reviews(6),
+        GAUSSIAN,
+        tokenizer=letter_tokenizer(),
+        adapter=SMALL,
+        epochs=1,
+    )
+    joint, data = posterior.model, posterior.predictor.prepare(reviews(6), need_labels=True)
+    batch = to_device(data.collate([data.examples[0]]), "cpu")
+    assert batch["input_ids"].shape[-1] > 1
+    whole = head_curvature(joint, [batch], whole=True).columns
+    parts = head_curvature(joint, [batch], whole=False)
+    close = {"rtol": 1e-5, "atol": 1e-5 * float(whole.abs().max())}
+    torch.testing.assert_close(torch.kron(parts.rows, parts.columns), whole, **close)
+
+
 def test_beta_divides_the_curvature_and_four_times_the_data_halve_the_deviations() -> None:
     posterior = pyrolora.fit(
         mlp(outputs=1), pairs(400, 1), GAUSSIAN, task="regression", adapter=LAST, epochs=1, seed=1

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import bert, reviews, tokenizer
+from problems import bert, bert_spans, reviews, squad, tokenizer
 from torch import nn
 from transformers import TrainingArguments
 
@@ -19,6 +19,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import Flat, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference import widths
 from pyrolora.predictive.calibration import calibrated
+from pyrolora.tasks import QuestionAnswering
 
 GAUSSIAN = {"units": "row", "prior_mean": "learned", "prior_scale": 0.5, "init_scale": 0.5}
 GUIDES = {
@@ -241,6 +242,25 @@ def test_what_cannot_be_held_back_is_an_error() -> None:
         MonteCLoRA.relative(hold_back=1.0)
     with pytest.raises(ConfigError, match="of 4 examples is 0"):
         fitted(MonteCLoRA.relative(hold_back=0.1), n=4)
+
+
+def test_a_fit_without_steps_chooses_no_width() -> None:
+    given = fitted(MonteCLoRA(), n=8, epochs=1)
+    with pytest.raises(ConfigError, match=r"'montec'.* trains nothing .*got hold_back=0\.1"):
+        pyrolora.fit(given, reviews(20), MonteCLoRA.relative())
+
+
+def test_windows_of_one_context_are_held_back_together() -> None:
+    """What is held back is a share of the examples, however many windows they have."""
+    options = {"tokenizer": tokenizer(), "adapter": SMALL, "epochs": 1}
+    with pytest.raises(ConfigError, match="of 2 examples is 0"):
+        pyrolora.fit(bert_spans(), squad(2, 60), GUIDES["montec"], **options)
+    windows = prepare(squad(4, 60), bert_spans(), QuestionAnswering(), tokenizer())
+    assert len(windows) > 8
+    kept, back = windows.parted(0.25, 0)
+    assert len({*back.of_rows()}) == 1
+    assert not {*back.of_rows()} & {*kept.of_rows()}
+    assert len(kept) + len(back) == len(windows)
 
 
 def test_after_an_earlier_posterior_the_width_is_that_ones() -> None:

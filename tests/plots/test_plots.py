@@ -139,6 +139,20 @@ def test_entropies_far_from_zero_fill_their_picture(ax: Axes) -> None:
     assert ax.containers[-1][0].get_width() == 1
 
 
+def test_numbers_that_would_be_left_out_are_refused(ax: Axes) -> None:
+    probs, targets = binary([0.9, 0.6]), [0, 0]
+    with pytest.raises(DataError, match=r"probs must be finite, .* in 2 of 4 numbers"):
+        reliability_diagram(probs * torch.tensor([[1.0], [torch.nan]]), targets, ax=ax)
+    with pytest.raises(DataError, match="targets must be finite"):
+        reliability_diagram(probs, [0, torch.nan], ax=ax)
+    with pytest.raises(DataError, match=r"probabilities, got numbers from -.* softmax"):
+        reliability_diagram(probs.log(), targets, ax=ax)
+    with pytest.raises(DataError, match="inside must be finite"):
+        entropy_histogram([0.1, torch.inf], ax=ax)
+    reliability_diagram(probs.bfloat16(), targets, ax=ax)
+    entropy_histogram(torch.rand(5).bfloat16(), ax=ax)
+
+
 def test_what_cannot_be_drawn_is_refused(ax: Axes) -> None:
     with pytest.raises(ConfigError, match="bins must be a whole number >= 1, got 0"):
         reliability_diagram(binary([0.9]), [0], ax=ax, bins=0)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import pyrolora
+from pyrolora import defaults
+from pyrolora.adapters import LaterFactors
 from pyrolora.serving.drawn import Drawn
 from pyrolora.serving.errors import TooLongError, UnsupportedError
 from pyrolora.serving.text import encoded, first_stop, pieces, token_scores
@@ -173,6 +175,19 @@ def test_a_character_of_several_tokens_stands_at_its_last() -> None:
 )
 def test_the_first_stop_counts(stops: list[str], place: int | None) -> None:
     assert first_stop("abcabc", stops) == place
+
+
+def test_draws_that_are_made_some_at_a_time_are_not_kept(
+    classifier: pyrolora.Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sends a new seed with every request fills no memory."""
+    monkeypatch.setattr(defaults, "DRAWN_BYTES", 1)
+    drawn = Drawn()
+    first = drawn.factors(classifier, 3, 0)
+    assert isinstance(first, LaterFactors)
+    assert torch.equal(drawn.factors(classifier, 3, 0)[1].A, first[1].A)
+    drawn.factors(classifier, 2, None, (0, 1))
+    assert not drawn._kept
 
 
 def test_draws_are_kept_within_their_budget(

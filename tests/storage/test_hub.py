@@ -99,6 +99,15 @@ def test_a_saved_folder_has_a_card_of_the_facts_of_the_fit(fitted: Posterior, tm
     assert "peft=True" in card.text, "how to have the mean is said where it is not"
 
 
+def test_scores_from_before_the_temperature_say_so(
+    fitted: Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "At the last evaluation of the fit, of the predictive" in fitted.card().text
+    monkeypatch.setattr(fitted, "temperature", 2.0)
+    assert "At the last evaluation of the fit, at temperature 1, of the" in fitted.card().text
+    assert "temperature 1, of the" not in fitted.card(reviews(8, 1)).text
+
+
 def test_the_digest_of_the_data_is_that_of_the_data(network: Path):
     def digest(data: Any) -> str:
         model = AutoModelForSequenceClassification.from_pretrained(network)
