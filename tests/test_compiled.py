@@ -199,6 +199,9 @@ def test_arguments_that_torch_does_not_know_are_refused(steps):
     for options in ({"torch_compile_backend": "none such"}, {"torch_compile_mode": "fast"}):
         with pytest.raises(ConfigError, match=f"{next(iter(options))}=.*not known.*'"):
             fitted(network(), torch_compile=True, **options)
+    ignored = {"torch_compile_backend": "eager", "torch_compile_mode": "max-autotune"}
+    with pytest.raises(ConfigError, match=r"mode='max-autotune' has no effect with .*'eager'"):
+        fitted(network(), **ignored)
     assert not steps
 
 

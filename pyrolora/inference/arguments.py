@@ -156,7 +156,7 @@ def check_arguments(training: Any, read: Collection[str] = ()) -> None:
 
 
 def _check_compiler(training: TrainingArguments) -> None:
-    """Raise `ConfigError` for a backend or a mode that torch does not have."""
+    """Raise `ConfigError` for a backend or a mode that torch does not have, or does not use."""
     for name, known in (
         ("backend", torch.compiler.list_backends(exclude_tags=())),
         ("mode", [None, "default", *torch._inductor.list_mode_options()]),
@@ -167,6 +167,12 @@ def _check_compiler(training: TrainingArguments) -> None:
                 f"training=torch_compile_{name}={value!r} is not known to torch; choose "
                 f"{', '.join(repr(one) for one in known if one is not None)}"
             )
+    backend, mode = training.torch_compile_backend, training.torch_compile_mode
+    if mode is not None and backend != "inductor":
+        raise ConfigError(
+            f"training=torch_compile_mode={mode!r} has no effect with "
+            f"torch_compile_backend={backend!r}: modes are those of 'inductor'; leave one out"
+        )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
