@@ -228,6 +228,13 @@ class Request:
         """Refuse what a posterior brings itself, and a guide that has nothing to add to it."""
         guide = self.options
         how = guide.supports.post_hoc
+        if isinstance(guide, Variational) and guide.held_back and how is None:
+            raise ConfigError(
+                "hold_back chooses the width of the noise all through the training, and guide "
+                f"{full_name(guide)!r} with these options trains nothing when the adapter is "
+                f"given, got hold_back={guide.held_back!r}; choose scale_updates='gradient', which "
+                "trains the scales, or hold_back=0 and Posterior.calibrate after the fit"
+            )
         if how is None:
             able = ", ".join(n for n in available() if as_guide(n).supports.post_hoc is not None)
             raise ConfigError(
@@ -246,13 +253,6 @@ class Request:
             raise ConfigError(
                 f"guide {guide.name!r} trains nothing when the adapter is given; leave "
                 f"{', '.join(useless)} out"
-            )
-        if guide.held_back:
-            raise ConfigError(
-                "hold_back chooses the width of the noise all through the training, and guide "
-                f"{full_name(guide)!r} with these options trains nothing when the adapter is "
-                f"given, got hold_back={guide.held_back!r}; choose scale_updates='gradient', which "
-                "trains the scales, or hold_back=0 and Posterior.calibrate after the fit"
             )
 
     def _refuse(self, source: str, **options: Any) -> None:

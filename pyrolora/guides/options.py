@@ -219,9 +219,14 @@ class Variational(Guide):
         return self.hold_back
 
     @property
-    def post_hoc_scales(self) -> PostHoc:
-        """How the scales are inferred around means that stay."""
-        return "computed" if self.settles else "trained"
+    def post_hoc_scales(self) -> PostHoc | None:
+        """How the scales are inferred around means that stay.
+
+        The width that examples held back choose (``hold_back``) takes steps of training.
+        """
+        if self.settles:
+            return None if self.hold_back else "computed"
+        return "trained"
 
     def infer(self, fit: Fit) -> None:
         if self.settles and fit.program.previous is not None:
