@@ -314,6 +314,7 @@ def test_code_that_the_caller_compiles_around_the_posterior_sees_the_factors():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_checkpointing_keeps_the_numbers(plain):
     posterior = fitted(wrapped(network()), gradient_checkpointing=True)
     assert_same(plain, posterior)

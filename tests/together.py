@@ -64,7 +64,7 @@ def read(posterior: Any) -> dict[str, Any]:
     data = tokens(10, seed=1)
     return {
         "probs": posterior.predict(data, 4, seed=0, batch_size=3).draws,
-        "drawn": posterior.predict(data, draws=[2, 0], batch_size=3).draws,
+        "drawn": posterior.predict(data, draws=[1, 0], batch_size=3).draws,
         "metrics": posterior.evaluate(data, 4, seed=0, batch_size=3),
         "mean": posterior.predict(data, 0, batch_size=3).draws,
     }
@@ -220,7 +220,7 @@ def continued(folder: Path, processes: int, more: dict[str, Any]) -> dict[str, A
     """Go on from a posterior, by another guide and with other data."""
     point = trained(folder, bert(), tokens(16), "map", more)
     training = arguments(folder, max_steps=2, **more)
-    spread = pyrolora.fit(point, tokens(16), "laplace", training=training)
+    spread = pyrolora.fit(point, tokens(16), "meanfield", training=training)
     first = trained(folder, point.base, tokens(16), "meanfield", more)
     second = pyrolora.fit(first.base, tokens(16, seed=3), prior=first, training=training)
     return {"spread": spread.model.own_state(), "second": second.model.own_state()}
