@@ -18,6 +18,7 @@ from pyrolora.data.prepared import Prepared
 from pyrolora.guides.centred import CentredProgram
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way, seeded
+from pyrolora.tasks.prediction import log_mean_exp
 
 MEMORY = 0.7, 0.9
 """Weights of the past in the running means of the gradient, and of its square."""
@@ -74,7 +75,7 @@ class ChooseWidth(TrainerCallback):
                 (batch,) = self.data.loader(len(picked), picked)
                 batch = to_device(batch, device)
                 output = joint.network(batch, widened(joint, drawn, log_width))
-                loss = -mixed(joint.task.row_log_prob(output, batch)).mean()
+                loss = -log_mean_exp(joint.task.row_log_prob(output, batch)).mean()
                 loss = loss + _price(width[0] + log_width) / len(self.data)
                 (gradient,) = torch.autograd.grad(loss, log_width)
         return reduce(gradient, "mean")
@@ -114,10 +115,3 @@ def widened(joint: JointModel, drawn: FlatFactors, log_width: Tensor) -> FlatFac
 def _price(log_width: Tensor) -> Tensor:
     """Return −log of the prior of log c, N(0, τ²), but for a constant."""
     return 0.5 * (log_width / defaults.WIDTH_PRIOR).square()
-
-
-def mixed(scores: Tensor) -> Tensor:
-    """Return log 1/S Σ_s exp(scores), (n,), of scores (S, n) or (n,)."""
-    if scores.dim() == 1:
-        return scores
-    return scores.logsumexp(0) - math.log(len(scores))
