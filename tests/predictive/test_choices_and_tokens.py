@@ -54,6 +54,19 @@ def test_choices_are_learned(guide: str, request: pytest.FixtureRequest) -> None
     assert scores["nll"] < 0.5
 
 
+def test_a_loss_beyond_a_floats_exponent_is_an_infinite_perplexity() -> None:
+    for loss, expected in ((700.0, math.exp(700)), (800.0, math.inf)):
+        said = torch.full((1, 2), -2 * loss)
+        prediction = TokenPrediction(
+            targets=torch.zeros(2, 2),
+            log_likelihood=said,
+            num_tokens=torch.tensor([2, 2]),
+            entropy=torch.zeros(2),
+            aleatoric=torch.zeros(2),
+        )
+        assert prediction.metrics()["perplexity"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("guide", ["map", "montec"])
 def test_hidden_tokens_are_learned(guide: str, request: pytest.FixtureRequest) -> None:
     posterior = fit("masked") if guide == "map" else request.getfixturevalue("masked")
