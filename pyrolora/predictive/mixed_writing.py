@@ -14,7 +14,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from pyrolora import defaults
 from pyrolora.adapters import SharedPassError, after_calls
-from pyrolora.data import pass_rows
 from pyrolora.model import Mixture, Share, evaluating
 from pyrolora.predictive.asks import PER_ROW, Ask
 from pyrolora.predictive.decoding import (
@@ -250,15 +249,18 @@ def _read(asked: Sequence[Ask], written: Mapping[int, list[Tensor]]) -> dict[int
         )
         for voice, places in voices.items()
     }
-    length = max((one.longest for one in texts.values()), default=0)
+    longest = max((length for one in texts.values() for length in one.lengths), default=0)
     questions = [
         Question(
-            asked[places[0]].predictor.as_writer(), asked[places[0]].factors, one.prepared(length)
+            asked[places[0]].predictor.as_writer(),
+            asked[places[0]].factors,
+            one.prepared(longest),
+            one.lengths,
         )
         for one, places in zip(texts.values(), voices.values(), strict=True)
     ]
     made: dict[int, Generation] = {}
-    answers = predict_mixed(questions, rows=_rows_to_read(questions, length)) if questions else []
+    answers = predict_mixed(questions) if questions else []
     for (voice, places), read in zip(voices.items(), answers, strict=True):
         for i, place in enumerate(places):
             ask = asked[place]
@@ -266,10 +268,3 @@ def _read(asked: Sequence[Ask], written: Mapping[int, list[Tensor]]) -> dict[int
             draw = torch.tensor([*names]).repeat_interleave(ask.several)
             made[place] = texts[voice].generation(read, draw, ask.tokenizer, [i])
     return made
-
-
-def _rows_to_read(questions: Sequence[Question], length: int) -> int:
-    """Return the most rows of a pass that reads texts of this length."""
-    device = next(questions[0].predictor.joint.base.parameters()).device
-    one = torch.zeros(1, length, dtype=torch.long, device=device)
-    return pass_rows({"input_ids": one}, defaults.PREDICT_ROWS)

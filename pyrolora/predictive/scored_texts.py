@@ -57,10 +57,10 @@ class Texts:
         return {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
 
     @property
-    def longest(self) -> int:
-        """The most tokens of a text, those of its prompt included where it is continued."""
+    def lengths(self) -> list[int]:
+        """The tokens of each different text, those of its prompt included where it is continued."""
         before = 0 if self.start is not None else 1
-        return max(before * len(self.prompts[i]) + len(ids) for i, ids in self.places)
+        return [before * len(self.prompts[i]) + len(ids) for i, ids in self.places]
 
     def prepared(self, length: int = 0) -> Prepared:
         """Return the different texts as examples, filled up to this ``length`` at least."""
