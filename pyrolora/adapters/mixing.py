@@ -42,8 +42,9 @@ class Portion:
 
         It is (S b / block, rank, k).
         """
-        padded = pad(matrix, (0, 0, 0, rank - matrix.shape[-2]))
-        drawn = padded.expand(self.draws, *padded.shape[-2:])
+        if rank > matrix.shape[-2]:
+            matrix = pad(matrix, (0, 0, 0, rank - matrix.shape[-2]))
+        drawn = matrix.expand(self.draws, *matrix.shape[-2:])
         blocks = self.examples // block
         return drawn if blocks == 1 else drawn.repeat_interleave(blocks, 0)
 

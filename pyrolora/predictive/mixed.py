@@ -12,7 +12,8 @@ import torch
 
 from pyrolora import defaults
 from pyrolora.adapters import AnyFactors
-from pyrolora.data import Prepared, to_device
+from pyrolora.data import Prepared, pass_rows, to_device
+from pyrolora.data.examples import TensorExamples
 from pyrolora.model import Share, evaluating, mixed_pass
 from pyrolora.predictive.predict import named, predict
 from pyrolora.predictive.predictor import Predictor
@@ -32,11 +33,14 @@ class Question:
         The factors of its draws, or of one setting.
     prepared
         The examples.
+    lengths
+        The number of tokens of each, padding that was put behind them apart; None: nobody knows.
     """
 
     predictor: Predictor
     factors: AnyFactors
     prepared: Prepared
+    lengths: Sequence[int] | None = None
 
     @cached_property
     def distinct(self) -> tuple[AnyFactors, torch.Tensor]:
@@ -44,6 +48,22 @@ class Question:
         if self.factors.draws is None:
             return self.factors, torch.ones(1, dtype=torch.long)
         return self.factors.distinct()
+
+    def examples(self, numbers: Sequence[int], longest: int) -> list[Any]:
+        """Return the examples with these numbers, in tensors up to the ``longest`` of a pass."""
+        rows = [self.prepared.examples[number] for number in numbers]
+        if not self.filled:
+            return rows
+        return [{name: values[:longest] for name, values in row.items()} for row in rows]
+
+    @property
+    def filled(self) -> bool:
+        """Whether texts were filled up to one length."""
+        return self.lengths is not None and isinstance(self.prepared.examples, TensorExamples)
+
+    def length(self, number: int) -> int:
+        """Return the number of tokens of an example, 0 where nobody knows."""
+        return 0 if self.lengths is None else self.lengths[number]
 
     def share(self, size: int) -> Share:
         """Return the share of ``size`` of the examples in a pass."""
@@ -78,7 +98,8 @@ def predict_mixed(
         Most rows (draws x examples) of one pass.
     """
     answers = None
-    if len(questions) > 1 and all(question.share(1).mixes for question in questions):
+    share = len(questions) > 1 or questions[0].filled
+    if share and all(question.share(1).mixes for question in questions):
         answers = _together(questions, rows)
     return [question.alone() for question in questions] if answers is None else answers
 
@@ -87,8 +108,10 @@ def _together(questions: Sequence[Question], rows: int) -> list[Prediction] | No
     carrier = questions[0]
     device = next(carrier.predictor.joint.program.parameters()).device
     records: list[list[Any]] = [[] for _ in questions]
-    for piece in _pieces(questions, rows):
-        examples = [questions[k].prepared.examples[i] for k, numbers in piece for i in numbers]
+    orders: list[list[int]] = [[] for _ in questions]
+    for piece in _pieces(questions, rows, device):
+        longest = max(questions[k].length(i) for k, numbers in piece for i in numbers)
+        examples = [row for k, numbers in piece for row in questions[k].examples(numbers, longest)]
         batch = to_device(carrier.prepared.collate(examples), device)
         shares = [questions[k].share(len(numbers)) for k, numbers in piece]
         with DRAWING.shared(), evaluating(shares[0].joint):
@@ -99,31 +122,49 @@ def _together(questions: Sequence[Question], rows: int) -> list[Prediction] | No
         for (k, numbers), output in zip(piece, outputs, strict=True):
             own = {n: t[start : start + len(numbers)] for n, t in batch.items()}
             records[k].append(_record(questions[k], output, own))
+            orders[k] += numbers
             start += len(numbers)
     return [
-        named(question.predictor.joint.task.prediction.collect(kept, _task(question)), joint)
-        for question, kept in zip(questions, records, strict=True)
-        for joint in [question.predictor.joint]
+        _prediction(question, kept, order)
+        for question, kept, order in zip(questions, records, orders, strict=True)
     ]
 
 
-def _pieces(questions: Sequence[Question], rows: int) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield question -> the numbers of its examples, with at most ``rows`` rows per piece."""
+def _prediction(question: Question, records: Sequence[Any], order: Sequence[int]) -> Prediction:
+    """Return the prediction, whose examples were read in this order."""
+    joint = question.predictor.joint
+    made = named(joint.task.prediction.collect(records, _task(question)), joint).in_order(order)
+    finished: Prediction = question.prepared.collate.finish(made, question.prepared.examples)
+    return finished
+
+
+def _pieces(
+    questions: Sequence[Question], rows: int, device: torch.device
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Yield question -> the numbers of its examples, for one pass after the other.
+
+    Texts of like length share a pass, the longest come first, and a pass has as many rows as
+    `pass_rows` allows, of ``rows`` at most.
+    """
+    every = [(k, i) for k, question in enumerate(questions) for i in range(len(question.prepared))]
     piece: list[tuple[int, int]] = []
-    size = 0
-    for k, question in enumerate(questions):
-        settings = len(question.distinct[1])
-        for i in range(len(question.prepared)):
-            if piece and size + settings > rows:
-                yield _grouped(piece)
-                piece, size = [], 0
-            piece.append((k, i))
-            size += settings
+    size = most = 0
+    for k, i in sorted(every, key=lambda pair: -questions[pair[0]].length(pair[1])):
+        settings = len(questions[k].distinct[1])
+        if piece and size + settings > most:
+            yield _grouped(piece)
+            piece, size = [], 0
+        if not piece:
+            longest = torch.empty(1, questions[k].length(i), device=device)
+            most = pass_rows({"input_ids": longest}, rows)
+        piece.append((k, i))
+        size += settings
     yield _grouped(piece)
 
 
 def _grouped(piece: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-    return [(k, [i for _, i in pairs]) for k, pairs in groupby(piece, key=lambda pair: pair[0])]
+    pairs = groupby(sorted(piece), key=lambda pair: pair[0])
+    return [(k, [i for _, i in of_one]) for k, of_one in pairs]
 
 
 def _record(question: Question, output: torch.Tensor, batch: Any) -> Any:

@@ -14,7 +14,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from pyrolora import defaults
 from pyrolora.adapters import SharedPassError, after_calls
-from pyrolora.data import pass_rows
 from pyrolora.model import Mixture, Share, evaluating
 from pyrolora.predictive.asks import PER_ROW, Ask
 from pyrolora.predictive.decoding import (
@@ -236,40 +235,40 @@ def _cut(ask: Ask, rows: Tensor) -> list[Tensor]:
 
 def _read(asked: Sequence[Ask], written: Mapping[int, list[Tensor]]) -> dict[int, Generation]:
     """Return the continuations with the scores of all draws of their posterior."""
+    if not written:
+        return {}
     voices: dict[Any, list[int]] = {}
     for place in written:
         ask = asked[place]
         voices.setdefault((id(ask.predictor.joint), id(ask.factors)), []).append(place)
-    texts = {
-        voice: Texts(
-            asked[places[0]].joint,
-            [asked[place].ids for place in places],
-            {},
-            [written[place] for place in places],
-            padding_id(asked[places[0]].settings, asked[places[0]].tokenizer),
-        )
-        for voice, places in voices.items()
-    }
-    length = max((one.longest for one in texts.values()), default=0)
-    questions = [
-        Question(
-            asked[places[0]].predictor.as_writer(), asked[places[0]].factors, one.prepared(length)
-        )
-        for one, places in zip(texts.values(), voices.values(), strict=True)
-    ]
+    texts = [_texts(asked, places, written) for places in voices.values()]
+    every = _texts(asked, [place for places in voices.values() for place in places], written)
+    prepared, start = every.prepared(), 0
+    questions = []
+    for places, one in zip(voices.values(), texts, strict=True):
+        ask, numbers = asked[places[0]], [*range(start, start + len(one.places))]
+        part = prepared.part(numbers)
+        questions.append(Question(ask.predictor.as_writer(), ask.factors, part, one.lengths))
+        start += len(numbers)
     made: dict[int, Generation] = {}
-    answers = predict_mixed(questions, rows=_rows_to_read(questions, length)) if questions else []
-    for (voice, places), read in zip(voices.items(), answers, strict=True):
+    answers = predict_mixed(questions)
+    for places, one, read in zip(voices.values(), texts, answers, strict=True):
         for i, place in enumerate(places):
             ask = asked[place]
             names = ask.numbers or range(ask.draws)
             draw = torch.tensor([*names]).repeat_interleave(ask.several)
-            made[place] = texts[voice].generation(read, draw, ask.tokenizer, [i])
+            made[place] = one.generation(read, draw, ask.tokenizer, [i])
     return made
 
 
-def _rows_to_read(questions: Sequence[Question], length: int) -> int:
-    """Return the most rows of a pass that reads texts of this length."""
-    device = next(questions[0].predictor.joint.base.parameters()).device
-    one = torch.zeros(1, length, dtype=torch.long, device=device)
-    return pass_rows({"input_ids": one}, defaults.PREDICT_ROWS)
+def _texts(
+    asked: Sequence[Ask], places: Sequence[int], written: Mapping[int, list[Tensor]]
+) -> Texts:
+    first = asked[places[0]]
+    return Texts(
+        first.joint,
+        [asked[place].ids for place in places],
+        {},
+        [written[place] for place in places],
+        padding_id(first.settings, first.tokenizer),
+    )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from pyrolora import defaults
@@ -57,17 +56,17 @@ class Texts:
         return {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
 
     @property
-    def longest(self) -> int:
-        """The most tokens of a text, those of its prompt included where it is continued."""
+    def lengths(self) -> list[int]:
+        """The tokens of each different text, those of its prompt included where it is continued."""
         before = 0 if self.start is not None else 1
-        return max(before * len(self.prompts[i]) + len(ids) for i, ids in self.places)
+        return [before * len(self.prompts[i]) + len(ids) for i, ids in self.places]
 
-    def prepared(self, length: int = 0) -> Prepared:
-        """Return the different texts as examples, filled up to this ``length`` at least."""
+    def prepared(self) -> Prepared:
+        """Return the different texts as examples, filled up to the longest."""
         pairs = [(self.prompts[i], torch.tensor(ids, dtype=torch.long)) for i, ids in self.places]
         beside = {name: [rows[i] for i, _ in self.places] for name, rows in self.others.items()}
         examples = (
-            _examples(pairs, beside, self.pad, length)
+            _examples(pairs, beside, self.pad)
             if self.start is None
             else _apart(pairs, beside, self.pad, self.start)
         )
@@ -170,10 +169,7 @@ def _key(ids: Tensor) -> tuple[int, ...]:
 
 
 def _examples(
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    beside: Mapping[str, list[Tensor]],
-    pad: int,
-    length: int,
+    pairs: Sequence[tuple[Tensor, Tensor]], beside: Mapping[str, list[Tensor]], pad: int
 ) -> TensorExamples:
     """Return whole texts of one length, whose labels are the tokens of the continuations.
 
@@ -187,9 +183,6 @@ def _examples(
         MASK: pad_sequence([torch.ones_like(ids) for ids in whole], True, 0),
         LABELS: pad_sequence(labels, True, IGNORED),
     }
-    more = max(0, length - columns[LABELS].shape[1])
-    for name, value in (("input_ids", pad), (MASK, 0), (LABELS, IGNORED)):
-        columns[name] = F.pad(columns[name], (0, more), value=value)
     for name, rows in beside.items():
         if name in PER_TOKEN:
             last = [r[-1:] if name == PER_TOKEN[0] else r.new_zeros(1) for r in rows]

@@ -69,7 +69,8 @@ class Classify:
         """Return what these draws of the posterior are asked."""
         predictor = posterior.predictor
         factors = drawn.factors(posterior, self.num_samples, self.seed, self.draws)
-        return Question(predictor, factors, predictor.prepare(Rows(rows), need_labels=False))
+        prepared = predictor.prepare(Rows(rows), need_labels=False)
+        return Question(predictor, factors, prepared, [len(row["input_ids"]) for row in rows])
 
 
 def classified(asked: Sequence[tuple[Posterior, Classify, Columns]], drawn: Drawn) -> list[Labels]:

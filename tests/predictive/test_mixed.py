@@ -42,12 +42,16 @@ def posteriors() -> list[pyrolora.Posterior]:
     return several
 
 
-def questions(posteriors: list[pyrolora.Posterior], draws: list[int | None]) -> list[Question]:
+def questions(
+    posteriors: list[pyrolora.Posterior], draws: list[int | None], *, measured: bool = False
+) -> list[Question]:
     asked = []
     for number, posterior in enumerate(posteriors):
-        predictor = posterior.predictor
-        rows = predictor.prepare(TEXTS[: 1 + number % 3], need_labels=False)
-        asked.append(Question(predictor, predictor.factors(draws[number], 5, None), rows))
+        predictor, texts = posterior.predictor, TEXTS[: 1 + number % 3]
+        rows = predictor.prepare(texts, need_labels=False)
+        lengths = [len(ids) for ids in tokenizer()(texts)["input_ids"]] if measured else None
+        factors = predictor.factors(draws[number], 5, None)
+        asked.append(Question(predictor, factors, rows, lengths))
     return asked
 
 
@@ -68,6 +72,31 @@ def test_each_answer_is_that_of_the_posterior_alone(
         assert got.classes == alone.classes
     assert len(passes) == (1 if rows == 256 else 2)
     assert all(outputs is not None for outputs in passes)
+
+
+def test_texts_of_like_length_share_passes_of_few_tokens(
+    posteriors: list[pyrolora.Posterior], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers come in the order of the examples all the same."""
+    shapes = []
+    run = mixed.mixed_pass
+
+    def seen(shares: Any, batch: Any) -> Any:
+        rows = sum(share.size * (share.factors.draws or 1) for share in shares)
+        shapes.append((rows, batch["input_ids"].shape[1]))
+        assert batch["attention_mask"].sum(1).max() == shapes[-1][1]
+        return run(shares, batch)
+
+    monkeypatch.setattr("pyrolora.predictive.mixed.mixed_pass", seen)
+    monkeypatch.setattr("pyrolora.defaults.PREDICT_TOKENS_CPU", 48)
+    draws: list[int | None] = [4, 3, 8, 2, 0]
+    for number, got in enumerate(predict_mixed(questions(posteriors, draws, measured=True))):
+        alone = posteriors[number].predict(TEXTS[: 1 + number % 3], draws[number], seed=5)
+        torch.testing.assert_close(got.draws, alone.draws, atol=1e-6, rtol=1e-5)
+    widths = [width for _, width in shapes]
+    assert widths == sorted(widths, reverse=True)
+    assert len({*widths}) > 1
+    assert all(rows * width <= 48 for rows, width in shapes)
 
 
 def test_classes_may_differ_in_number_and_name() -> None:

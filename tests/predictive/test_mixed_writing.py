@@ -11,7 +11,7 @@ from problems import WORDS, llama, texts, tokenizer
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.model import Mixture
-from pyrolora.predictive import Ask, Generation, NewToken, generate_mixed, mixed_writing
+from pyrolora.predictive import Ask, Generation, NewToken, generate_mixed, mixed, mixed_writing
 
 PROMPTS = ["the film was good", "bad", "a very very dull book is", "fine"]
 
@@ -102,6 +102,31 @@ def test_greedy_texts_are_those_of_each_posterior_alone(
     assert len(passes) == 1 if rows == 256 else max(passes) <= 9
     for one, generation in zip(asked, got, strict=True):
         check(generation, alone(one))
+
+
+def test_draws_read_texts_of_like_length_without_common_padding(
+    posteriors: list[pyrolora.Posterior], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    run = mixed.mixed_pass
+
+    def seen(shares: Any, batch: Any) -> Any:
+        widths.append(batch["input_ids"].shape[1])
+        assert batch["attention_mask"].sum(1).max() == widths[-1]
+        return run(shares, batch)
+
+    monkeypatch.setattr(mixed, "mixed_pass", seen)
+    monkeypatch.setattr("pyrolora.defaults.PREDICT_TOKENS_CPU", 64)
+    for several in (posteriors, posteriors[:1]):
+        asked = [
+            ask(several[k % len(several)], PROMPTS[k % 4], 3, 5, max_new_tokens=2 + 3 * (k % 3))
+            for k in range(6)
+        ]
+        widths.clear()
+        for one, generation in zip(asked, generate_mixed(asked), strict=True):
+            check(generation, alone(one))
+        assert widths == sorted(widths, reverse=True)
+        assert len({*widths}) > 2
 
 
 def test_sampled_texts_are_those_of_their_seeds_whatever_stands_beside(
