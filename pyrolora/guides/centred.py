@@ -22,7 +22,7 @@ class CentredProgram(Program):
     Attributes
     ----------
     width
-        log c, and the running means of its gradient and of the square of that; None where no
+        log c, and running means of what it is chosen by (`inference.widths`), (4,); None where no
         examples are held back.
     """
 
@@ -34,7 +34,7 @@ class CentredProgram(Program):
         super().__init__(bank, options)
         self.register_buffer("prior_loc", None)
         self.register_buffer("row_sizes", None)
-        self.register_buffer("width", torch.zeros(3) if options.held_back else None)
+        self.register_buffer("width", torch.zeros(4) if options.held_back else None)
         if getattr(options, "prior_mean", None) == "start" and bank.origin is None:
             A, B = (bank.get_parameter(f"{factor}_loc").detach() for factor in "AB")
             start = bank.latent_part(self.options.latent, FlatFactors(A, B))

@@ -160,13 +160,14 @@ class Variational(Guide):
     hold_back
         Share of the training examples that are held back from the fit, at random, to choose one
         number c, by which the noise of all layers is multiplied, and then a temperature
-        (`Posterior.calibrate`):
+        (`Posterior.calibrate`). All through the training c moves to where the posterior knows how
+        far it overfits (`inference.widths`):
 
-            c = argmax Σ_held back log 1/K Σ_k p(y | a = m + c (a_k − m)),   a_k from the guide
+            mean_learnt log E p(y|θ) − mean_held back log E p(y|θ) = mean_learnt Var log p(y|θ) / β,
 
-        at the means of the time, all through the training (`inference.widths`). That is the
-        conditional marginal likelihood of c, given what the other examples have taught: evidence
-        tells no scale of the noise that predicts well, as a mean that fits well costs it nothing.
+        as it does on average where the posterior is exact. Evidence tells no scale of the noise
+        that predicts well, as a mean that fits well costs it nothing. The prior log c ~ N(0, 1)
+        counts beside it: where little has been learnt, or few examples are held back, c is near 1.
         It needs ``units="row"``, and steps of training: around a given adapter,
         ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
         temperature alone is chosen. 0: no example is held back, and c is 1.

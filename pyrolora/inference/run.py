@@ -303,7 +303,7 @@ class Run:
         if joint.program.settles:
             trainer.add_callback(SettleScales(joint, guide, self.data, trainer.failure))
         if self.held_back is not None and joint.program.previous is None:
-            trainer.add_callback(ChooseWidth(joint, self.held_back))
+            trainer.add_callback(ChooseWidth(joint, self.data, self.held_back))
         asked: Any = args.resume_from_checkpoint or None
         starts = starting_factors(joint)
         if args.save_strategy != "no" and args.should_save:

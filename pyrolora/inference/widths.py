@@ -1,4 +1,4 @@
-"""The width of the noise, from the likelihood of training examples that the fit holds back."""
+"""The width of the noise, from what training examples that the fit holds back say of it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way, seeded
 from pyrolora.tasks.prediction import log_mean_exp
 
-MEMORY = 0.7, 0.9
-"""Weights of the past in the running means of the gradient, and of its square."""
-TINY = 1e-12
+MEMORY = 0.85
+"""The weight of the past in the running means of what is measured."""
 
 
 def program_of(joint: JointModel) -> CentredProgram:
@@ -33,85 +32,88 @@ def program_of(joint: JointModel) -> CentredProgram:
 
 
 class ChooseWidth(TrainerCallback):
-    """Steps of log c up the likelihood of the examples held back, all through the training.
+    r"""Steps of log c towards the width at which a posterior knows how far it overfits.
 
-    With the means as they are, and K draws a_k from the guide, the likelihood of a few examples is
+    A posterior of the right width foretells how much worse it does on examples that it has not
+    learnt from (Watanabe's equation of state), from the variance over its draws θ of the
+    log-likelihoods of those that it has:
 
-        f(log c) = Σ_i log 1/K Σ_k p(y_i | m + c/c₀ (a_k − m)),
+        G − T = V / β,    G = −mean_held back log E p(y|θ),    T = −mean_learnt log E p(y|θ),
+                          V = mean_learnt Var log p(y|θ)
 
-    of which log c follows the gradient g at c₀, as Adam would: by the rate times m̂ / √v̂, with m̂
-    and v̂ running means of g and g². It moves both ways, towards the width with which what has been
-    learnt predicts best: that is small as long as the means still learn, and grows when they begin
-    to learn by heart. The prior log c ~ N(0, τ²) counts beside the examples, so that a few of them
-    that the means get right do not take the noise away.
+    A point has V = 0, however much it overfits: c grows. Noise that drowns what was learnt has no
+    gap to account for its V: c falls. V goes as c², and β (G − T) is measured with a standard error
+    e, so that the c looked for, with the prior log c ~ N(0, τ²), minimises
+
+        (β (G − T) − V)² / 2 e² + (log c)² / 2 τ²,
+
+    towards which log c takes damped Gauss-Newton steps, all through the training, with running
+    means of G − T, V and the variance of the scores, from a few examples and draws at a time.
+    Where few examples are held back, or little has been learnt, the prior decides.
 
     Its random numbers depend on the seed and the step alone, and leave those of the training as
     they are; its state is in the program, and so in the checkpoints.
+
+    References
+    ----------
+    S. Watanabe (2010), "Equations of states in singular statistical estimation", Neural Networks
+    23(1), arXiv 0712.0653.
     """
 
-    def __init__(self, joint: JointModel, data: Prepared) -> None:
-        self.joint, self.data = joint, data
+    def __init__(self, joint: JointModel, learnt: Prepared, held_back: Prepared) -> None:
+        self.joint, self.learnt, self.held_back = joint, learnt, held_back
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         if step and step % defaults.WIDTH_EVERY == 0:
-            number = step // defaults.WIDTH_EVERY
-            fall = 1 - 0.8 * step / max(state.max_steps, 1)
-            self._follow(self._gradient(args, step), number, defaults.WIDTH_RATE * fall)
-
-    def _gradient(self, args: TrainingArguments, step: int) -> Tensor:
-        """Return the gradient of the mean of −f per example, (), over all processes."""
-        joint = self.joint
-        device = program_of(joint).bank.get_parameter("A_loc").device
-        process = PartialState().process_index
-        give_way(joint)
-        with seeded((args.seed + 6271 * step + 104729 * process) % (defaults.MAX_SEED + 1)):
-            picked = torch.randint(len(self.data), (defaults.WIDTH_EXAMPLES,)).tolist()
-            drawn = drawn_noise(joint, defaults.WIDTH_DRAWS)
-            log_width = torch.zeros((), device=device, requires_grad=True)
-            width = program_of(joint).width
-            assert width is not None
-            with evaluating(joint), torch.enable_grad():
-                (batch,) = self.data.loader(len(picked), picked)
-                batch = to_device(batch, device)
-                output = joint.network(batch, widened(joint, drawn, log_width))
-                loss = -log_mean_exp(joint.task.row_log_prob(output, batch)).mean()
-                loss = loss + _price(width[0] + log_width) / len(self.data)
-                (gradient,) = torch.autograd.grad(loss, log_width)
-        return reduce(gradient, "mean")
+            self._follow(self._measured(args, step), step // defaults.WIDTH_EVERY)
 
     @torch.no_grad()
-    def _follow(self, gradient: Tensor, number: int, rate: float) -> None:
+    def _measured(self, args: TrainingArguments, step: int) -> Tensor:
+        """Return G - T, V and the variance of scores between examples, of all processes, (3,)."""
+        joint = self.joint
+        give_way(joint)
+        process = PartialState().process_index
+        with (
+            seeded((args.seed + 6271 * step + 104729 * process) % (defaults.MAX_SEED + 1)),
+            evaluating(joint),
+        ):
+            drawn = program_of(joint).factors(program_of(joint).draw(defaults.WIDTH_DRAWS))
+            learnt = scores(joint, self.learnt, drawn)
+            held_back = scores(joint, self.held_back, drawn)
+        of_learnt, of_held_back = log_mean_exp(learnt), log_mean_exp(held_back)
+        gap = of_learnt.mean() - of_held_back.mean()
+        spread = (of_learnt.var() + of_held_back.var()) / 2
+        return reduce(torch.stack([gap, learnt.var(0).mean(), spread]), "mean")
+
+    @torch.no_grad()
+    def _follow(self, measured: Tensor, number: int) -> None:
         width = program_of(self.joint).width
         assert width is not None
-        if not gradient.isfinite():
+        if not measured.isfinite().all():
             return  # the next step of the training finds out what is wrong
-        log_width, mean, square = width.clone()
-        mean = MEMORY[0] * mean + (1 - MEMORY[0]) * gradient
-        square = MEMORY[1] * square + (1 - MEMORY[1]) * gradient.square()
-        step = mean / (1 - MEMORY[0] ** number) / (square / (1 - MEMORY[1] ** number) + TINY).sqrt()
+        state = MEMORY * width[1:] + (1 - MEMORY) * measured
+        gap, variance, spread = (state / (1 - MEMORY**number)).tolist()
+        log_width = float(width[0])
+        beta = program_of(self.joint).options.beta(self.joint.num_examples)
+        # Of the examples held back there are so many, and of those measured the running means hold
+        # about as many as their weights have.
+        past = MEMORY**number
+        held = (1 + MEMORY) * (1 - past) / ((1 - MEMORY) * (1 + past)) * defaults.WIDTH_EXAMPLES
+        precision = 1 / max(beta**2 * spread * (1 / len(self.held_back) + 2 / held), 1e-12)
+        prior = defaults.WIDTH_PRIOR**-2
+        slope = 2 * variance * (beta * gap - variance) * precision - log_width * prior
+        step = slope / (4 * variance**2 * precision + prior)
         low, high = map(math.log, defaults.WIDTHS)
-        width.copy_(torch.stack([(log_width - rate * step).clamp(low, high), mean, square]))
+        log_width += defaults.WIDTH_RATE * min(max(step, -1.0), 1.0)
+        width[0] = min(max(log_width, low), high)
+        width[1:] = state
 
 
-def drawn_noise(joint: JointModel, num_samples: int) -> FlatFactors:
-    """Return factors of draws from the guide."""
-    program = program_of(joint)
-    with torch.no_grad():
-        return program.factors(program.draw(num_samples))
-
-
-def widened(joint: JointModel, drawn: FlatFactors, log_width: Tensor) -> FlatFactors:
-    """Return the draws with their noise times exp(``log_width``), and B as a constant."""
-    program = program_of(joint)
-    bank, latent = program.bank, program.options.latent
-    with torch.no_grad():
-        means = bank.means()
-        noise = bank.latent_part(latent, drawn) - bank.latent_part(latent, means)
-        means = FlatFactors(means.A.detach(), means.B.detach())
-    return bank.shifted(latent, noise * log_width.exp(), means)
-
-
-def _price(log_width: Tensor) -> Tensor:
-    """Return −log of the prior of log c, N(0, τ²), but for a constant."""
-    return 0.5 * (log_width / defaults.WIDTH_PRIOR).square()
+def scores(joint: JointModel, data: Prepared, factors: FlatFactors) -> Tensor:
+    """Return log p(y|θ) of a few examples, picked at random, given each draw: (draws, examples)."""
+    device = program_of(joint).bank.get_parameter("A_loc").device
+    picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
+    (batch,) = data.loader(len(picked), picked)
+    batch = to_device(batch, device)
+    return joint.task.row_log_prob(joint.network(batch, factors), batch)

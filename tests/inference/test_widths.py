@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig, defaults
+from pyrolora.adapters import FlatFactors
 from pyrolora.data import prepare
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Flat, LowRank, MeanField, MonteCLoRA
@@ -44,27 +45,78 @@ def width(posterior: pyrolora.Posterior) -> float:
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_gradient_is_that_of_the_likelihood(guide: str) -> None:
-    """Against differences of the mixture's likelihood over the same draws."""
+def test_it_measures_the_gap_and_the_variance(guide: str) -> None:
+    """Against predictions of the same examples at each of the draws, one by one."""
     posterior = fitted(guide, epochs=1)
     joint = posterior.model
-    data = prepare(reviews(20), posterior.base, posterior.task, tokenizer())
-    chooser = widths.ChooseWidth(joint, data)
-    found = float(chooser._gradient(TrainingArguments("x", seed=3), 8))
-
-    def loss(log_width: float) -> float:
-        with widths.seeded(3 + 6271 * 8), torch.no_grad(), widths.evaluating(joint):
+    parts = [prepare(reviews(n), posterior.base, posterior.task, tokenizer()) for n in (20, 12)]
+    gap, variance, spread = widths.ChooseWidth(joint, *parts)._measured(
+        TrainingArguments("x", seed=3), 8
+    )
+    with widths.seeded(3 + 6271 * 8), torch.no_grad(), widths.evaluating(joint):
+        drawn = widths.program_of(joint).factors(
+            widths.program_of(joint).draw(defaults.WIDTH_DRAWS)
+        )
+        found = []
+        for data in parts:
             picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
-            drawn = widths.drawn_noise(joint, defaults.WIDTH_DRAWS)
             (batch,) = data.loader(len(picked), picked)
-            factors = widths.widened(joint, drawn, torch.tensor(log_width))
-            scores = joint.task.row_log_prob(joint.network(batch, factors), batch).double()
-            of_data = -(scores.logsumexp(0) - math.log(len(scores))).mean()
-            place = math.log(width(posterior)) + log_width
-            return float(of_data + 0.5 * (place / defaults.WIDTH_PRIOR) ** 2 / len(data))
+            outputs = [joint.network(batch, FlatFactors(A, drawn.B)) for A in drawn.A]
+            found.append(torch.stack([joint.task.row_log_prob(o, batch) for o in outputs]))
+    learnt = found[0]
+    mixed = [part.exp().mean(0).log() for part in found]
+    assert float(gap) == pytest.approx(float(mixed[0].mean() - mixed[1].mean()), abs=1e-5)
+    assert float(variance) == pytest.approx(float(learnt.var(0).mean()), rel=1e-3)
+    both = (mixed[0].var() + mixed[1].var()) / 2
+    assert float(spread) == pytest.approx(float(both), rel=1e-3)
 
-    step = 0.05
-    assert found == pytest.approx((loss(step) - loss(-step)) / (2 * step), rel=0.05, abs=1e-5)
+
+@pytest.mark.parametrize("beta", [1.0, 0.25])
+def test_the_exact_posterior_knows_how_far_it_overfits(beta: float) -> None:
+    """The equation of state of linear regressions, whose posterior at β is N(w, β (XᵀX)⁻¹)."""
+    torch.manual_seed(0)
+    n, columns, fits, draws = 200, 10, 300, 40
+    x, apart = torch.randn(fits, n, columns), torch.randn(fits, 1000, columns)
+    y, new = torch.randn(fits, n, 1), torch.randn(fits, 1000, 1)  # the true weights are 0
+    gram = x.mT @ x
+    means = torch.linalg.solve(gram, x.mT @ y)
+    root = torch.linalg.cholesky(torch.linalg.inv(gram))
+    weights = means + beta**0.5 * root @ torch.randn(fits, columns, draws)
+
+    def found(scale: float) -> tuple[float, float]:
+        wide = means + scale * (weights - means)
+        learnt = -0.5 * (y - x @ wide).square()
+        held_back = -0.5 * (new - apart @ wide).square()
+        mixed = [part.logsumexp(-1) - math.log(draws) for part in (learnt, held_back)]
+        gap = mixed[0].mean() - mixed[1].mean() - of_truth
+        return float(gap), float(learnt.var(-1).mean())
+
+    of_truth = 0.5 * (new.square().mean() - y.square().mean())  # 0 in expectation
+    gap, variance = found(1.0)
+    assert variance == pytest.approx(beta * gap, rel=0.1)
+    for scale in (0.7, 1.4):
+        gap, variance = found(scale)
+        assert (variance - beta * gap) * (scale - 1) > 0.3 * beta * gap * abs(scale - 1)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.5, 5.0])
+def test_steps_lead_to_the_optimum(gap: float) -> None:
+    """Of the stated objective, where V goes as c² and the gap stands still."""
+    joint = fitted(epochs=1).model
+    data = prepare(reviews(12), joint.base, joint.task, tokenizer())
+    chooser = widths.ChooseWidth(joint, data, data)
+    state = widths.program_of(joint).width
+    assert state is not None
+    spread, at_one = 0.5, 0.1
+    for number in range(1, 201):
+        variance = at_one * math.exp(2 * float(state[0]))
+        chooser._follow(torch.tensor([gap, variance, spread]), number)
+    seen = (1 + widths.MEMORY) / (1 - widths.MEMORY) * defaults.WIDTH_EXAMPLES
+    squared_error = spread * (1 / len(data) + 2 / seen)
+    grid = torch.linspace(-4, 4, 8001)
+    loss = (gap - at_one * (2 * grid).exp()).square() / (2 * squared_error)
+    best = grid[(loss + grid.square() / (2 * defaults.WIDTH_PRIOR**2)).argmin()]
+    assert float(state[0]) == pytest.approx(float(best), abs=0.02)
 
 
 def test_draws_have_the_width() -> None:
@@ -86,46 +138,27 @@ def test_draws_have_the_width() -> None:
     torch.testing.assert_close(small, ratio / 3, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("start", [0.05, 3.0])
-def test_it_goes_to_the_best_width_from_both_sides(
-    start: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With means that stand still, that of the highest likelihood, by brute force."""
-    monkeypatch.setattr(defaults, "WIDTH_EVERY", 1)
-    monkeypatch.setattr(defaults, "WIDTH_PRIOR", 1e3)
+def test_labels_that_say_nothing_make_it_wide() -> None:
+    """A fit that learns random labels by heart has more noise than one with labels to learn."""
     torch.manual_seed(0)
     x = torch.randn(400, 6)
-    labels = (torch.rand(400) < 0.9).long() * (x[:, 0] > 0).long()  # sure, and wrong at times
-    network = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 2))
-    guide = MeanField(
-        units="row",
-        prior_mean="learned",
-        prior_scale=start,
-        init_scale=start,
-        scale_learning_rate=1e-9,  # only the width moves
-        hold_back=0.5,
-    )
-    options: dict[str, Any] = {"task": "classification", "adapter": AdapterConfig(r=2)}
-    sure = pyrolora.fit(network, (x, labels), "map", epochs=30, learning_rate=2e-2, **options)
-    posterior = pyrolora.fit(sure, (x, labels), guide, epochs=12)
-    joint = posterior.model
-    order = torch.randperm(400, generator=torch.Generator().manual_seed(defaults.SEED))
-    held = sorted(order[:200].tolist())
-    data = prepare((x[held], labels[held]), posterior.base, posterior.task)
-    (batch,) = data.loader(200, [*range(200)])
-    multiples = torch.linspace(-3, 3, 25)
-    with torch.no_grad(), widths.seeded(1), widths.evaluating(joint):
-        drawn = widths.drawn_noise(joint, 64)
-        losses = []
-        for multiple in multiples:
-            output = joint.network(batch, widths.widened(joint, drawn, multiple))
-            scores = joint.task.row_log_prob(output, batch)
-            few = scores.view(16, defaults.WIDTH_DRAWS, -1)  # the bound that is followed
-            losses.append(-(few.logsumexp(1)).mean())
-    curve = torch.stack(losses)
-    # Within the widths that the examples cannot tell from the best one.
-    good = multiples[curve < curve.min() + 0.02]
-    assert good.min() <= 0 <= good.max()
+    real = (x[:, 0] > 0).long()
+    guide = MonteCLoRA.relative(hold_back=0.5)
+    found = []
+    for labels in (real, real[torch.randperm(400)]):
+        torch.manual_seed(1)
+        network = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 2))
+        posterior = pyrolora.fit(
+            network,
+            (x, labels),
+            guide,
+            epochs=30,
+            learning_rate=2e-2,
+            task="classification",
+            adapter=AdapterConfig(r=2),
+        )
+        found.append(width(posterior))
+    assert found[1] > 1.5 * found[0]
 
 
 def test_examples_held_back_teach_the_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
