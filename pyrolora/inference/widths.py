@@ -22,6 +22,8 @@ from pyrolora.tasks.prediction import log_mean_exp
 
 MEMORY = 0.85
 """The weight of the past in the running means of what is measured."""
+POINTS = 1001
+"""Widths that are compared, 1 % apart."""
 
 
 def program_of(joint: JointModel) -> CentredProgram:
@@ -47,9 +49,9 @@ class ChooseWidth(TrainerCallback):
 
         (β (G − T) − V)² / 2 e² + (log c)² / 2 τ²,
 
-    towards which log c takes damped Gauss-Newton steps, all through the training, with running
-    means of G − T, V and the variance of the scores, from a few examples and draws at a time.
-    Where few examples are held back, or little has been learnt, the prior decides.
+    towards which log c moves all through the training, with running means of G − T, V and the
+    variance of the scores, from a few examples and draws at a time. Where few examples are held
+    back, or little has been learnt, the prior decides.
 
     Its random numbers depend on the seed and the step alone, and leave those of the training as
     they are; its state is in the program, and so in the checkpoints.
@@ -100,14 +102,26 @@ class ChooseWidth(TrainerCallback):
         # about as many as their weights have.
         past = MEMORY**number
         held = (1 + MEMORY) * (1 - past) / ((1 - MEMORY) * (1 + past)) * defaults.WIDTH_EXAMPLES
-        precision = 1 / max(beta**2 * spread * (1 / len(self.held_back) + 2 / held), 1e-12)
-        prior = defaults.WIDTH_PRIOR**-2
-        slope = 2 * variance * (beta * gap - variance) * precision - log_width * prior
-        step = slope / (4 * variance**2 * precision + prior)
-        low, high = map(math.log, defaults.WIDTHS)
-        log_width += defaults.WIDTH_RATE * min(max(step, -1.0), 1.0)
-        width[0] = min(max(log_width, low), high)
+        error = beta**2 * spread * (1 / len(self.held_back) + 2 / held)
+        best = likeliest(beta * gap, variance, error, log_width)
+        log_width += defaults.WIDTH_RATE * min(max(best - log_width, -1.0), 1.0)
+        width[0] = log_width
         width[1:] = state
+
+
+def likeliest(gap: float, variance: float, error: float, log_width: float) -> float:
+    """Return the log c of the lowest (gap − V)² / 2 error + (log c)² / 2 τ², of a fine grid.
+
+    V is ``variance`` at ``log_width``, and goes as c². (Between a point with a gap and the width
+    that accounts for it, gradients are small.)
+    """
+    low, high = map(math.log, defaults.WIDTHS)
+    grid = torch.linspace(low, high, POINTS, dtype=torch.float64)
+    missing = gap - variance * (2 * (grid - log_width)).exp()
+    loss = missing.square() / (2 * max(error, 1e-12)) + grid.square() / (
+        2 * defaults.WIDTH_PRIOR**2
+    )
+    return float(grid[loss.argmin()])
 
 
 def scores(joint: JointModel, data: Prepared, factors: FlatFactors) -> Tensor:
