@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -65,9 +65,14 @@ class Question:
         """Return the number of tokens of an example, 0 where nobody knows."""
         return 0 if self.lengths is None else self.lengths[number]
 
+    @cached_property
+    def whole(self) -> Share:
+        """The share of all examples in one pass."""
+        return Share(self.predictor.joint, self.distinct[0], len(self.prepared))
+
     def share(self, size: int) -> Share:
         """Return the share of ``size`` of the examples in a pass."""
-        return Share(self.predictor.joint, self.distinct[0], size)
+        return replace(self.whole, size=size, like=self.whole)
 
     def alone(self) -> Prediction:
         """Return the prediction without company."""
@@ -99,7 +104,7 @@ def predict_mixed(
     """
     answers = None
     share = len(questions) > 1 or questions[0].filled
-    if share and all(question.share(1).mixes for question in questions):
+    if share and all(question.whole.mixes for question in questions):
         answers = _together(questions, rows)
     return [question.alone() for question in questions] if answers is None else answers
 
@@ -169,8 +174,10 @@ def _grouped(piece: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
 
 def _record(question: Question, output: torch.Tensor, batch: Any) -> Any:
     """Return what the prediction keeps of the outputs (s, b, ...), one for each setting."""
-    outputs = output.repeat_interleave(question.distinct[1].to(output.device), 0)
-    return question.predictor.joint.task.prediction.reduce(_task(question), [outputs], batch)
+    counts = question.distinct[1]
+    if len(counts) < counts.sum():  # the copy of all logits would be for nothing
+        output = output.repeat_interleave(counts.to(output.device), 0)
+    return question.predictor.joint.task.prediction.reduce(_task(question), [output], batch)
 
 
 def _task(question: Question) -> Any:
