@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,9 @@ import pandas as pd
 import torch
 from common import RESULTS, markdown, positive, provenance, save_json, show
 from contestants import BASE, CONTESTANTS, LORA
-from networks import SHAPES, Case
+from networks import Case, narrowed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NARROW = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
-NAME = "counted"
 FREE = (
     "empty",
     "new_empty",
@@ -60,10 +56,9 @@ def count(contestant: Any, batches: list[Any]) -> Counter[str]:
 
 def table(layers: int, rank: int, names: list[str]) -> pd.DataFrame:
     """Kernels by contestant, for adapters on query, key and value and on all linear layers."""
-    options = {**NARROW, **HEADS, "num_hidden_layers": layers}
-    SHAPES[NAME] = replace(SHAPES["llama-12"], options=options, batch=2, length=8)
+    name = narrowed("llama-12", layers)
     rows = []
-    for case in (Case(NAME, rank), Case(f"{NAME}/all-linear", rank)):
+    for case in (Case(name, rank), Case(f"{name}/all-linear", rank)):
         network = case.shape.network("cpu")
         batches = case.shape.batches(2, torch.device("cpu"))
         for name in names:

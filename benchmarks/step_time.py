@@ -36,7 +36,7 @@ from contestants import (
     check_same_start,
     transformer,
 )
-from networks import Case, adapted_layers, case_names, title
+from networks import Case, adapted_layers, case_names, narrowed, title
 from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank
@@ -63,8 +63,10 @@ def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict
     data = case.shape.batches(args.warmup + 1 + args.steps, device)
     contestants = {name: CONTESTANTS[name](case, network) for name in args.contestants}
     if args.compile is not None:
-        for contestant in contestants.values():
+        compiled = {f"{name}, compiled": CONTESTANTS[name](case, network) for name in contestants}
+        for contestant in compiled.values():
             transformer(contestant.module).compile(backend=args.compile)
+        contestants |= compiled
     check_same_start(contestants, data[0], case.shape)
     counts = dict.fromkeys(contestants, 0)
 
@@ -77,13 +79,29 @@ def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict
     round_s = sum(sum(values) for values in first.values()) / 1e3
     rounds = min(args.steps, max(LEAST, int(60 * args.minutes / round_s)))
     times = take_turns(actions, rounds, 0, device, case.name)
+    steps = time_table(times, (LORA, BASE))
+    if args.compile is not None:
+        ratios = [to_plain(times, name) for name in steps["contestant"]]
+        steps["to the same, plain"] = ratios
     return {
         **case.describe(),
         "adapters": len(adapted_layers(case)),
         "network": describe_network(network),
-        "steps": time_table(times, (LORA, BASE)).to_dict("records"),
+        "steps": steps.to_dict("records"),
         "milliseconds": times,
     }
+
+
+def narrow(case_name: str, blocks: int) -> str:
+    """The case of the same kind and adapters with a narrow network."""
+    shape, slash, targets = case_name.partition("/")
+    return narrowed(shape, blocks) + slash + targets
+
+
+def to_plain(times: dict[str, list[float]], name: str) -> float:
+    """The median over rounds of a contestant's time to that of its network without compilation."""
+    plain = times[name.removesuffix(", compiled")]
+    return (torch.tensor(times[name]) / torch.tensor(plain)).median().item()
 
 
 # Pyro's own share -------------------------------------------------------------------------------
@@ -166,7 +184,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--minutes", type=float, default=5, help="fewer steps of a case that would take longer"
     )
     parser.add_argument("--warmup", type=int, default=1, help="steps before, not timed")
-    parser.add_argument("--compile", metavar="BACKEND", help="compile every network, by inductor")
+    parser.add_argument(
+        "--compile",
+        metavar="BACKEND",
+        help="every contestant takes part once more, compiled by this backend, such as inductor",
+    )
+    parser.add_argument(
+        "--narrow",
+        type=positive,
+        metavar="BLOCKS",
+        help="networks of the cases' kinds, but narrow and of so many blocks: the host's time",
+    )
     return parser.parse_args(argv)
 
 
@@ -187,7 +215,10 @@ def main(argv: list[str] | None = None) -> None:
     share = pyro_share(args, device)
     show(pd.DataFrame(share))
     name = f"step_time-{tag(device)}{'' if args.compile is None else f'-{args.compile}'}"
-    for case_name in args.cases or case_names(device):
+    cases = args.cases or case_names(device)
+    if args.narrow is not None:
+        cases = [narrow(name, args.narrow) for name in cases]
+    for case_name in cases:
         run = steps_of(Case(case_name, args.rank), args, device)
         show(pd.DataFrame(run["steps"]))
         runs = with_earlier(args.out / f"{name}.json", [run])

@@ -117,6 +117,9 @@ GRADIENT_BYTES = 2**30
 # summed over some layers at a time, and keeps some 200 eigenvectors per block (Yang et al. 2024:
 # 10).
 CURVATURE_BYTES = 2**31
+# The most features of a layer with a dense curvature, a matrix of that many rows: 4 GiB, and again
+# to decompose it. LLaMA's output layer has 32,000; one of 128,000 words would take 66 GB twice.
+CURVATURE_WIDTH = 2**15
 
 # Deep ensembles: most of the gain is there with five members (Lakshminarayanan et al. 2017).
 MEMBERS = 5

@@ -8,6 +8,7 @@ import torch
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
+from torch.distributions.transforms import ExpTransform, Transform
 
 
 def param_statement(
@@ -20,13 +21,21 @@ def param_statement(
     or overwrite a parameter. (``PyroModule`` in its module-local mode does the same for
     constrained parameters, but hands plain ones to ``SVI`` without their unconstrained half.)
     """
-    value: Tensor = transform_to(constraint)(unconstrained)
+    value: Tensor = _onto(constraint)(unconstrained)
     if not unconstrained.requires_grad:
         return value  # a frozen tensor is a constant of the program
     if value is unconstrained:  # no pickle takes a parameter with the mark below
         value = unconstrained.view_as(unconstrained)
     statement: Tensor = _stored(name, value, unconstrained, constraint=constraint, name=name)
     return statement
+
+
+def _onto(constraint: constraints.Constraint) -> Transform:
+    """Return torch's map onto a domain; onto positive numbers it adds 0 to 1 times exp x there."""
+    if constraint is constraints.positive:
+        return ExpTransform()
+    transform: Transform = transform_to(constraint)
+    return transform
 
 
 @effectful(type="param")
@@ -51,7 +60,7 @@ class ParamModule(nn.Module):
         self, name: str, value: Tensor, constraint: constraints.Constraint = constraints.real
     ) -> None:
         """Add a parameter that starts at the constrained ``value``."""
-        unconstrained = transform_to(constraint).inv(value.detach()).clone()
+        unconstrained = _onto(constraint).inv(value.detach()).clone()
         self._constraints[name] = constraint
         self.register_parameter(name, nn.Parameter(unconstrained))
 
@@ -79,4 +88,4 @@ class ParamModule(nn.Module):
     @torch.no_grad()
     def assign(self, name: str, value: Tensor) -> None:
         """Set the parameter to the constrained ``value``, in place."""
-        self.get_parameter(name).copy_(transform_to(self._constraints[name]).inv(value))
+        self.get_parameter(name).copy_(_onto(self._constraints[name]).inv(value))

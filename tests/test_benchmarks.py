@@ -321,4 +321,18 @@ def test_what_montec_starts_beside_map_does_not_grow_with_the_layers(
         assert kernels["pyrolora map"] < kernels["PEFT LoRA"] + 60  # of the whole fit, not a layer
         more.append([kernels[name] - kernels["pyrolora map"] for name in names[2:]])
     assert more[0] == more[1]
-    assert max(more[0]) <= 160
+    assert max(more[0]) <= 120
+
+
+def test_flat_starts_eleven_kernels_more_than_map_for_each_layer(
+    script: Callable[[str], Any], networks: Any
+) -> None:
+    """Three to draw W + E, in both directions, and five for the norms of its rows."""
+    operations = script("operations")
+    names = ["pyrolora map", "pyrolora flat"]
+    more = []
+    for blocks in (1, 3):
+        frame = operations.table(blocks, 2, names).set_index(["adapters on", "contestant"])
+        kernels = frame["kernels"]["query, key, value"]
+        more.append(kernels["pyrolora flat"] - kernels["pyrolora map"])
+    assert more[1] - more[0] == 11 * 3 * 2

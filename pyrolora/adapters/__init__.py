@@ -2,7 +2,14 @@
 
 from pyrolora.adapters.allocation import moved, pruned
 from pyrolora.adapters.bank import AdapterBank
-from pyrolora.adapters.binding import Binding, Factors, SharedPassError, bind, current_binding
+from pyrolora.adapters.binding import (
+    Binding,
+    Factors,
+    SharedPassError,
+    bind,
+    current_binding,
+    with_noise_measured,
+)
 from pyrolora.adapters.compiled import (
     after_calls,
     bare,
@@ -81,4 +88,5 @@ __all__ = [
     "unwrap",
     "unwrapped",
     "walk",
+    "with_noise_measured",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from pyrolora.adapters.adapted_linear import (
 )
 from pyrolora.adapters.compiled import Shown, shown, uncompiled
 from pyrolora.adapters.other_kinds import folded, is_other, looked_up, rows_of
-from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
+from pyrolora.adapters.weight_noise import WeightNoise, at_once, product_dtype, readable
+from pyrolora.adapters.wrapper import Wrapper
 from pyrolora.errors import BindingError
 
 
@@ -79,6 +80,29 @@ class Factors:
         if flat.dtype != hidden.dtype:
             return (flat + product(hidden, self.sB).to(flat.dtype)).view_as(out)
         return sum_with_product(flat, hidden, self.sB).view_as(out)
+
+
+def with_noise_measured(factors: Mapping[Any, Factors]) -> dict[Any, Factors]:
+    """Return the factors by layer, the size of the noise on the weights computed for all at once.
+
+    Layers whose weight is not there yet, or none that noise knows, leave it to their call; so do
+    several draws, whose products with all weights would take the memory of the draws once more.
+    """
+    noisy = {
+        layer: bound.noise
+        for layer, bound in factors.items()
+        if bound.noise is not None
+        and bound.A.dim() == bound.sB.dim() == 2
+        and isinstance(layer, Wrapper)
+        and readable(layer.base_layer)
+    }
+    if not noisy:
+        return {**factors}
+    bound = [factors[layer] for layer in noisy]
+    layers = [layer.base_layer for layer in noisy]
+    noises = at_once([*noisy.values()], layers, [f.A for f in bound], [f.sB for f in bound])
+    measured = zip(noisy, bound, noises, strict=True)
+    return {**factors, **{layer: replace(f, noise=noise) for layer, f, noise in measured}}
 
 
 @uncompiled

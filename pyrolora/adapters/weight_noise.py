@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,15 @@ class WeightNoise:
         σ, relative to a weight row's norm. At 0 nothing is drawn.
     stream
         The number of the layer: layers that share a seed get independent noise.
+    std
+        The standard deviations of the rows, (out,) or (S, out), where they were computed for many
+        layers `at_once`; None: `frozen` computes them.
     """
 
     seeds: tuple[int, ...]
     scale: float
     stream: int
+    std: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -90,7 +94,7 @@ class WeightNoise:
         weight = _plain_weight(layer)
         if self.scale == 0:
             return None
-        std = row_norms(weight, A, sB) * (self.scale / weight.shape[1] ** 0.5)
+        std = self.std if self.std is not None else _stds([self], [weight], [A], [sB])[0]
         std = self._per_draw(std, rows=x.shape[:-1].numel())
         return Noisy(weight, getattr(layer, "bias", None), std, self)
 
@@ -100,7 +104,7 @@ class WeightNoise:
             raise BindingError("the noise of several draws makes several weights; draw one by one")
         if self.scale == 0:
             return weight
-        std = row_norms(weight, A, sB) * (self.scale / weight.shape[1] ** 0.5)
+        std = _stds([self], [weight], [A], [sB])[0]
         return torch.cat([c.clone() for _, _, c in self._chunks(weight, std[None], weight.dtype)])
 
     def _per_draw(self, std: Tensor, rows: int) -> Tensor:
@@ -175,24 +179,81 @@ class Noisy:
         return rows.view(len(self.std), len(rows) // len(self.std), rows.shape[-1])
 
 
-@torch.no_grad()
-def row_norms(weight: Tensor, A: Tensor, sB: Tensor) -> Tensor:
-    """Return ‖(W + s B A)[i, :]‖ in float32, (out,) or (S, out).
+def at_once(
+    noises: Sequence[WeightNoise],
+    layers: Sequence[nn.Module],
+    A: Sequence[Tensor],
+    sB: Sequence[Tensor],
+) -> list[WeightNoise]:
+    """Return the noises with the standard deviations of their rows, in few kernels for all layers.
 
-    The weight is (out, in), and factors are as in `WeightNoise.frozen`. It is computed from
-    ‖W_i‖² + 2 s W_i · (BA)_i + s² ‖(BA)_i‖², whose products are of rank r, so that neither B A nor
-    a float32 copy of W is ever whole in memory.
+    The layers have to be `readable`; A and sB are theirs, as in `WeightNoise.frozen`.
     """
-    A, sB = A.float(), sB.float()
-    step = _rows_at_once(weight)
-    squares = []
-    with torch.autocast(weight.device.type, enabled=False):
-        gram = A @ A.mT
-        for W, b in zip(weight.split(step), sB.split(step, dim=-1), strict=True):
-            W = W.float()
-            frozen = torch.linalg.vector_norm(W, dim=1).square()
-            squares.append(frozen + (b * (2 * (A @ W.mT) + gram @ b)).sum(-2))
-    return torch.cat(squares, dim=-1).clamp_min(0).sqrt()
+    weights = [_plain_weight(layer) for layer in layers]
+    stds = _stds(noises, weights, A, sB)
+    return [replace(noise, std=std) for noise, std in zip(noises, stds, strict=True)]
+
+
+def readable(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is there to be read before the layer is called.
+
+    It is not where it is gathered for the call from several processes, or brought from elsewhere.
+    """
+    weight = layer._parameters.get("weight")
+    here = weight is not None and not weight.is_meta and is_dense(weight)
+    return here and computes_plainly(layer)
+
+
+@torch.no_grad()
+def _stds(
+    noises: Sequence[WeightNoise],
+    weights: Sequence[Tensor],
+    A: Sequence[Tensor],
+    sB: Sequence[Tensor],
+) -> list[Tensor]:
+    """Return σ ‖(W + s B A)[i, :]‖ / √in for each layer, (out,) or (S, out)."""
+    pairs = zip(noises, weights, strict=True)
+    stds = row_norms(weights, A, sB)
+    torch._foreach_mul_(stds, [noise.scale / W.shape[1] ** 0.5 for noise, W in pairs])
+    return stds
+
+
+@torch.no_grad()
+def row_norms(weights: Sequence[Tensor], A: Sequence[Tensor], sB: Sequence[Tensor]) -> list[Tensor]:
+    """Return ‖(W + s B A)[i, :]‖ of each layer in float32, (out,) or (S, out).
+
+    The weights are (out, in), and factors are as in `WeightNoise.frozen`. It is computed from
+    ‖W_i‖² + 2 s W_i · (BA)_i + s² ‖(BA)_i‖², whose products are of rank r, so that neither B A nor
+    a float32 copy of W is ever whole in memory. On small layers the number of kernels is the price:
+    what is no product with a weight runs once for all layers, in three times the memory of B.
+    """
+    frozen: list[Tensor] = []
+    crossed: list[Tensor] = []
+    updates: list[Tensor] = []
+    rights: list[Tensor] = []
+    with torch.autocast(weights[0].device.type, enabled=False):
+        for weight, left, right in zip(weights, A, sB, strict=True):
+            left, step = left.float(), _rows_at_once(weight)
+            gram = left @ left.mT
+            for W, b in zip(weight.split(step), right.float().split(step, dim=-1), strict=True):
+                W = W.float()
+                frozen.append(torch.linalg.vector_norm(W, dim=1))
+                crossed.append(left @ W.mT)
+                updates.append(gram @ b)
+                rights.append(b)
+    torch._foreach_mul_(frozen, frozen)
+    torch._foreach_add_(updates, crossed, alpha=2)
+    torch._foreach_mul_(updates, rights)
+    squares = [update.sum(-2) for update in updates]
+    torch._foreach_add_(squares, frozen)
+    torch._foreach_clamp_min_(squares, 0.0)
+    torch._foreach_sqrt_(squares)
+    counts = [-(-len(weight) // _rows_at_once(weight)) for weight in weights]
+    return [_joined([squares.pop(0) for _ in range(count)]) for count in counts]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _rows_at_once(weight: Tensor) -> int:

@@ -144,14 +144,14 @@ class ColumnNormal(TorchDistribution):
         whitened = whiten(self.scale_tril, centred, self.groups)
         log_diagonal = self.scale_tril.diagonal(dim1=-2, dim2=-1).log()
         # log|S_l| counts once per column, over the rows that the matrix has.
-        log_det = (log_diagonal * self.entry_weights()).sum((-2, -1))
+        half = (log_diagonal * self.half_weights()).sum((-2, -1))
         constant = 0.5 * self.event_shape[0] * math.log(2 * math.pi)
-        return -0.5 * whitened.square().sum(-1) - log_det - constant
+        return torch.sub(-0.5 * whitened.square().sum(-1), half, alpha=2) - constant
 
-    def entry_weights(self) -> Tensor:
-        """Return the number of columns c_l for the rows that matrix l has, else 0: (L, r)."""
+    def half_weights(self) -> Tensor:
+        """Return ½ c_l, of the columns, for the rows that matrix l has, else 0: (L, r)."""
         tril = self.scale_tril
-        return _entry_weights(self.groups, tril.shape[-1], tril.dtype, tril.device)
+        return _half_weights(self.groups, tril.shape[-1], tril.dtype, tril.device)
 
     @property
     def mean(self) -> Tensor:
@@ -232,11 +232,11 @@ class StandardColumns(ColumnNormal):
 
 
 @lru_cache(maxsize=64)
-def _entry_weights(
+def _half_weights(
     groups: tuple[BlockGroup, ...], rank: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     rows = [
-        [group.columns if row < group.rank else 0 for row in range(rank)]
+        [0.5 * group.columns if row < group.rank else 0.0 for row in range(rank)]
         for group in groups
         for _ in range(group.count)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -94,7 +95,8 @@ class WishartCholesky(TorchDistribution):
     Parameters
     ----------
     df : Tensor or float
-        Degrees of freedom ν > r - 1, shape ``batch_shape`` after broadcasting.
+        Degrees of freedom ν > r - 1, shape ``batch_shape`` after broadcasting. What follows from a
+        number alone is computed once.
     scale_tril : Tensor
         S, lower triangular with a positive diagonal, shape ``(*batch_shape, r, r)``.
     scale_diag : Tensor
@@ -120,6 +122,7 @@ class WishartCholesky(TorchDistribution):
 
     scale_diag: Tensor | None
     _tril: Tensor | None
+    _df: Tensor | float
 
     def __init__(
         self,
@@ -133,11 +136,11 @@ class WishartCholesky(TorchDistribution):
             raise ValueError("WishartCholesky needs one of scale_tril and scale_diag")
         scale, event_dims = (scale_tril, 2) if scale_diag is None else (scale_diag, 1)
         assert scale is not None
-        df = torch.as_tensor(df, dtype=scale.dtype, device=scale.device)
         batch_shape = scale.shape[:-event_dims]
-        if df.dim():  # torch's function is slow, and ν is one number mostly
+        if isinstance(df, Tensor):
+            df = df.to(scale)
             batch_shape = torch.broadcast_shapes(df.shape, batch_shape)
-        self.df = df.expand(batch_shape)
+        self._df = df
         scale = scale.expand(batch_shape + scale.shape[-event_dims:])
         self._tril, self.scale_diag = (scale, None) if scale_diag is None else (None, scale)
         event_shape = torch.Size([scale.shape[-1], scale.shape[-1]])
@@ -152,10 +155,28 @@ class WishartCholesky(TorchDistribution):
         """The number r of rows."""
         return int(self.event_shape[-1])
 
+    @property
+    def df(self) -> Tensor:
+        """The degrees of freedom ν, ``batch_shape``."""
+        df = self._df
+        if not isinstance(df, Tensor):
+            df = _number(df, *self._kind())
+        return df.expand(self.batch_shape)
+
+    @property
+    def multiplier(self) -> Tensor | float:
+        """ν as a number, if it is one, to multiply by."""
+        return self.df if isinstance(self._df, Tensor) else self._df
+
+    def _kind(self) -> tuple[torch.dtype, torch.device]:
+        scale = self._tril if self.scale_diag is None else self.scale_diag
+        assert scale is not None
+        return scale.dtype, scale.device
+
     def expand(self, batch_shape: Any, _instance: Any = None) -> WishartCholesky:
         new = self._get_checked_instance(WishartCholesky, _instance)
         batch_shape = torch.Size(batch_shape)
-        new.df = self.df.expand(batch_shape)
+        new._df = self._df
         tril, diag = self._tril, self.scale_diag
         new._tril = None if tril is None else tril.expand(batch_shape + self.event_shape)
         new.scale_diag = None if diag is None else diag.expand(batch_shape + diag.shape[-1:])
@@ -187,16 +208,21 @@ class WishartCholesky(TorchDistribution):
 
     def _chi_df(self) -> Tensor:
         """Return ν - i + 1 for i = 1..r, shape (*batch_shape, r)."""
-        i = torch.arange(self.rank, dtype=self.df.dtype, device=self.df.device)
-        return self.df.unsqueeze(-1) - i
+        return _chi_df(self.df, self.rank)
+
+    def _gamma_shape(self) -> Tensor:
+        """Return half of that, (*batch_shape, r)."""
+        if isinstance(self._df, Tensor):
+            return self._chi_df() / 2
+        return _gamma_shape(self._df, self.rank, *self._kind())
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))
         # χ(k) = sqrt(2 G) with G ~ Gamma(k / 2, 1), whose rsample is differentiable in k.
-        gamma = torch._standard_gamma((self._chi_df() / 2).expand(shape[:-1]))
-        chi = (2 * gamma.clamp(min=torch.finfo(gamma.dtype).tiny)).sqrt()
-        normal = torch.randn(shape, dtype=chi.dtype, device=chi.device)
-        factor = normal.tril(-1) + torch.diag_embed(chi)
+        # torch's draws of G are at least the smallest normal number.
+        chi = (2 * torch._standard_gamma(self._gamma_shape().expand(shape[:-1]))).sqrt()
+        factor = torch.randn(shape, dtype=chi.dtype, device=chi.device).tril_(-1)
+        factor.diagonal(dim1=-2, dim2=-1).copy_(chi)
         if self.scale_diag is not None:
             return self.scale_diag.unsqueeze(-1) * factor
         return self.scale_tril @ factor
@@ -238,3 +264,19 @@ class WishartCholesky(TorchDistribution):
     def _chi_mean(self) -> Tensor:
         half = 0.5 * self._chi_df()
         return math.sqrt(2.0) * (torch.lgamma(half + 0.5) - torch.lgamma(half)).exp()
+
+
+def _chi_df(df: Tensor, rank: int) -> Tensor:
+    return df.unsqueeze(-1) - torch.arange(rank, dtype=df.dtype, device=df.device)
+
+
+@lru_cache(maxsize=64)
+def _number(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # the cached tensor also serves training
+        return torch.tensor(number, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=64)
+def _gamma_shape(df: float, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return _chi_df(_number(df, dtype, device), rank) / 2

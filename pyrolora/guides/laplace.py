@@ -17,6 +17,7 @@ from pyrolora.adapters import AdapterBank
 from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.distributions import KroneckerNormal, TruncatedKroneckerNormal, orthonormal
 from pyrolora.errors import ConfigError
+from pyrolora.guides.dense import check_width
 from pyrolora.guides.engines import Fit, Law
 from pyrolora.guides.factor_program import FactorProgram
 from pyrolora.guides.full_laplace import REMEDY, FullLaplaceProgram, set_precision
@@ -165,6 +166,8 @@ class Laplace(Guide):
             )
         if self.full:
             fit.check_dual()
+        else:
+            _check_widths(fit.program.bank)
         fit.joint.adopt(fit.point(start))
         if self.full:
             self._keep_draws(fit, tune)
@@ -219,6 +222,17 @@ class Laplace(Guide):
                 f"linearised=True has no predictive for {task.name!r}: one Jacobian per "
                 "token and word is too many; leave it out for sampled predictions, or use 'montec'"
             )
+
+
+def _check_widths(bank: AdapterBank) -> None:
+    for name, spec in bank.specs.items():
+        check_width(
+            "the curvature of 'laplace'",
+            name,
+            max(spec.in_features, spec.out_features),
+            f"leave it out of target_modules, with exclude_modules=[{name!r}], or choose 'montec' "
+            "or 'meanfield'",
+        )
 
 
 def _score(fit: Fit, precision: float) -> float:

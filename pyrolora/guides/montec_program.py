@@ -35,7 +35,6 @@ class MonteCLoRAProgram(CentredProgram):
 
     _eye: Tensor
     _rows: Tensor
-    _df: Tensor
     _scale: Tensor
     _concentration: Tensor
     _epsilon: Tensor
@@ -51,6 +50,7 @@ class MonteCLoRAProgram(CentredProgram):
         super().__init__(bank, options)
         self.layout = bank.layout(options.latent)
         blocks, r = len(self.layout), self.layout.rank
+        self._full = all(block.rank == r for block in self.layout.blocks)
         self.df = float(options.df_per_rank * r)
         # The start is off the symmetric point, where all components have the same gradient.
         jitter = 0.5 + torch.rand(blocks, options.num_components)
@@ -68,7 +68,6 @@ class MonteCLoRAProgram(CentredProgram):
         constants = {
             "eye": torch.eye(r).expand(blocks, r, r),
             "rows": self.layout.rank_mask(),
-            "df": torch.tensor(self.df),
             "scale": torch.full((blocks, r), self.df**-0.5),
             "epsilon": self._sample_scales(),
             "concentration": torch.full((blocks, options.num_components), options.concentration),
@@ -172,7 +171,7 @@ class MonteCLoRAProgram(CentredProgram):
 
     def _covariance_prior(self) -> WishartCholesky:
         if self.previous is None:
-            return WishartCholesky(self._df, scale_diag=self._column_scale())
+            return WishartCholesky(self.df, scale_diag=self._column_scale())
         law: WishartCholesky = self.previous._covariance()
         return law
 
@@ -206,12 +205,15 @@ class MonteCLoRAProgram(CentredProgram):
         V is I where a block of lower rank has no row, and where a rank is idle.
         """
         rows, scale = self._in_use(), self._column_scale()
+        full = self._full and self.bank.active is None
         if self.options.covariance == "diagonal":
-            diagonal = torch.where(rows, self.param("scale_diag"), 1.0)
-            return WishartCholesky(self._df, scale_diag=diagonal * scale)
-        both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
-        tril = torch.where(both, self.param("scale_tril"), self._eye)
-        return WishartCholesky(self._df, tril * scale.unsqueeze(-2))
+            diagonal = self.param("scale_diag")
+            diagonal = diagonal if full else torch.where(rows, diagonal, 1.0)
+            return WishartCholesky(self.df, scale_diag=diagonal * scale)
+        tril = self.param("scale_tril")
+        if not full:
+            tril = torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), tril, self._eye)
+        return WishartCholesky(self.df, tril * scale.unsqueeze(-2))
 
     def _column_scale(self) -> Tensor:
         """Return the factors of V's columns for which E[Σ] = V, (L, r).

@@ -87,7 +87,8 @@ def kfac(
     output. It is exact for one example without positions, and for a Gaussian law of a linear
     function. A layer that is called several times counts as one with that many more positions.
     Positions where ``attention_mask`` is 0, and choices that an example does not have, do not
-    count.
+    count; nor do positions where every g_vt is 0, of which the left side has none: of a causal
+    classifier, which reads its last token, the last block is exact for one example.
 
     A and B of a layer share its two large matrices. With X the mean of x xᵀ over the layer's
     inputs, and G the sum of g gᵀ over gradients in what B gives, s included,
@@ -145,7 +146,7 @@ def kfac(
         for batch in (part for whole in batches for part in readable(joint, whole)):
             output, layers = recorded(joint, batch, means, sums)
             _accumulate(joint, batch, output, layers, sums)
-    empty = [name for name, layer in sums.items() if layer.positions == 0]
+    empty = [name for name, layer in sums.items() if layer.counted == 0]
     if empty:
         raise DataError(
             f"no position of any batch counts for layer {empty[0]!r}: there is no batch, or the "
@@ -156,7 +157,7 @@ def kfac(
     for name in sums:
         spec = bank.specs[name]
         A, B, s = factors["A"][name], factors["B"][name].mT, spec.scaling
-        X = sums[name].inputs.div_(sums[name].positions)
+        X = sums[name].inputs.div_(max(sums[name].positions, 1))
         G = sums[name].gradients.mul_(s**2)
         curvature[f"{name}.A"] = Kronecker(B.T @ G @ B, X)
         curvature[f"{name}.B"] = Kronecker(A @ X @ A.T, G)
@@ -165,11 +166,15 @@ def kfac(
 
 @dataclass
 class _Sums:
-    """Sums Σ x xᵀ (in, in) and Σ g gᵀ (out, out), and the number of positions in the first."""
+    """Sums Σ x xᵀ (in, in) and Σ g gᵀ (out, out), and numbers of positions.
+
+    Those in the first sum are read: a g is not 0 there. Others may count, and are not read.
+    """
 
     inputs: Tensor
     gradients: Tensor
     positions: int = 0
+    counted: int = 0
 
 
 def _accumulate(
@@ -180,17 +185,20 @@ def _accumulate(
     sums: dict[str, _Sums],
 ) -> None:
     counting = masks(joint, batch)
-    names = [name for name, layer in layers.items() for _ in layer.updates]
-    for name, layer in layers.items():
-        for x in layer.inputs:
-            rows = counted(x, counting).to(sums[name].inputs.dtype)
-            sums[name].inputs.addmm_(rows.T, rows)
-            sums[name].positions += len(rows)
+    uses = [(sums[name], x) for name, layer in layers.items() for x in layer.inputs]
     updates = [update for layer in layers.values() for update in layer.updates]
+    read = [torch.zeros_like(x[..., :1], dtype=torch.bool) for _, x in uses]
     for v in joint.task.curvature(output.detach(), batch):
         gradients = torch.autograd.grad(
             output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
         )
-        for name, gradient in zip(names, gradients, strict=True):
-            rows = counted(gradient, counting).to(sums[name].gradients.dtype)
-            sums[name].gradients.addmm_(rows.T, rows)
+        for (layer_sums, _), gradient, reached in zip(uses, gradients, read, strict=True):
+            rows = counted(gradient, counting).to(layer_sums.gradients.dtype)
+            layer_sums.gradients.addmm_(rows.T, rows)
+            reached |= gradient.ne(0).any(-1, keepdim=True)
+    for (layer_sums, x), reached in zip(uses, read, strict=True):
+        rows, places = counted(x, counting), counted(reached, counting).squeeze(-1)
+        layer_sums.counted += len(rows)
+        rows = rows[places].to(layer_sums.inputs.dtype)
+        layer_sums.inputs.addmm_(rows.T, rows)
+        layer_sums.positions += len(rows)

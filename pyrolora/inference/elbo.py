@@ -65,6 +65,7 @@ class NamedELBO(TraceMeanField_ELBO):
         self.terms = {}
         loss: Any = 0.0
         shared = []
+        divergences = iter(self._weighted(model_sites, guide_sites))
         for name, site in model_sites.items():
             if site["type"] != "sample" or site_is_subsample(site):
                 continue
@@ -79,12 +80,35 @@ class NamedELBO(TraceMeanField_ELBO):
                 shared.append(f"kl/{name}")
                 self.terms[shared[-1]] = torch.zeros(())  # in its place among the terms
             else:
-                term = guide_sites[name]["scale"] * self._kl(site, guide_sites[name])
+                term, self.terms[f"kl/{name}"] = next(divergences)
                 loss = loss + term
-                self.terms[f"kl/{name}"] = term.detach() / self._kl_weight
         if isinstance(loss, Tensor):  # on its device
             self.terms.update({name: loss.new_zeros(()) for name in shared})
         return loss
+
+    def _weighted(self, model_sites: Nodes, guide_sites: Nodes) -> list[tuple[Tensor, Tensor]]:
+        """Return the KL of each latent site times its weight, and what is logged of it.
+
+        Sites of one weight, which all have as a rule, are weighted together.
+        """
+        latent = {
+            name: (self._kl(site, guide_sites[name]), guide_sites[name]["scale"])
+            for name, site in model_sites.items()
+            if name in guide_sites
+            and site["type"] == "sample"
+            and not (site["is_observed"] or site_is_subsample(site))
+            and not guide_sites[name]["infer"].get(SHARED_LAW)
+        }
+        by_weight: dict[Any, list[str]] = {}
+        for name, (kl, weight) in latent.items():
+            by_weight.setdefault((weight, kl.dtype, kl.device), []).append(name)
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for (weight, _, _), names in by_weight.items():
+            terms = weight * torch.stack([latent[name][0] for name in names])
+            logged = terms.detach() / self._kl_weight
+            pairs = zip(terms.unbind(), logged.unbind(), strict=True)
+            found.update(zip(names, pairs, strict=True))
+        return [found[name] for name in latent]
 
     def _kl(self, site: Node, guide_site: Node) -> Tensor:
         value = guide_site["value"]

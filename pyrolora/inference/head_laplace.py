@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyrolora import defaults
 from pyrolora.columns import PLACES, Batch
 from pyrolora.data import Prepared, to_device
 from pyrolora.errors import ConfigError
 from pyrolora.guides import GaussianHead, full_name
+from pyrolora.guides.dense import check_width
 from pyrolora.inference.curvature import Kronecker
 from pyrolora.inference.evidence import best_precision
 from pyrolora.inference.recording import readable
@@ -110,6 +112,14 @@ def check_last_layer(joint: JointModel, data: Prepared) -> None:
             f"this {type(joint.base).__name__} has no task head with one (an output layer for "
             "tokens is none); leave head out, or name the layer in "
             "AdapterConfig(modules_to_save=[...])"
+        )
+    if joint.heads.last_entries().numel() > defaults.HEAD_ENTRIES:
+        layer = joint.heads.last_module()
+        check_width(
+            f"head='gaussian' of {guide!r}",
+            ".".join(filter(None, joint.heads.last_layer() or ())),
+            max(layer.in_features, layer.out_features),
+            "leave head out",
         )
     examples = [data.examples[i] for i in range(min(2, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)

@@ -30,6 +30,7 @@ from pyrolora.adapters import (
     layers_called,
     shares,
     sharing_of,
+    with_noise_measured,
 )
 from pyrolora.columns import INPUTS, PLACES, Batch
 from pyrolora.data.media.pieces import for_network
@@ -256,7 +257,7 @@ class AdaptedNetwork(nn.Module):
         with torch.autocast(device.type, enabled=False):
             per_layer = self.program.bank.layer_factors(factors, dtype)
         return Binding(
-            {layers[name]: value for name, value in per_layer.items()},
+            with_noise_measured({layers[name]: value for name, value in per_layer.items()}),
             {slots[name]: heads for name, heads in self.named_heads(factors).items()},
             rows=rows,
             eager=factors.head is not None,  # code would be compiled anew for each drawn head

@@ -187,7 +187,7 @@ def _(prediction: RegressionPrediction) -> dict[str, Metric]:
 
 @_metrics.register
 def _(prediction: TokenPrediction) -> dict[str, Metric]:
-    return {"nll": _per_token, "perplexity": lambda p: math.exp(as_number(_per_token(p)))}
+    return {"nll": _per_token, "perplexity": _perplexity}
 
 
 def _nll(prediction: Prediction) -> torch.Tensor:
@@ -198,6 +198,14 @@ def _nll(prediction: Prediction) -> torch.Tensor:
 
 def _per_token(prediction: TokenPrediction) -> Ratio:
     return Ratio(_nll(prediction).double(), prediction.num_tokens)
+
+
+def _perplexity(prediction: TokenPrediction) -> float:
+    """Return exp of the loss per token, infinite where no float holds it."""
+    try:
+        return math.exp(as_number(_per_token(prediction)))
+    except OverflowError:
+        return math.inf
 
 
 def _classes(prediction: ClassPrediction) -> tuple[torch.Tensor, torch.Tensor]:

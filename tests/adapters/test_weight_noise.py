@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from pyrolora.adapters import Factors, weight_noise
+from pyrolora.adapters import AdapterLayer, Factors, weight_noise, with_noise_measured
 from pyrolora.adapters.adapted_linear import adapted_linear
-from pyrolora.adapters.weight_noise import WeightNoise, product_dtype, row_norms
+from pyrolora.adapters.weight_noise import WeightNoise, product_dtype
 from pyrolora.errors import BindingError, ConfigError
 
 IN, OUT, RANK, DRAWS = 6, 11, 2, 3
@@ -34,6 +34,10 @@ def problem(*draws, outputs=OUT, inputs=IN, dtype=torch.float32):
 def dense_norms(weight, A, sB):
     """‖(W + s B A)[i, :]‖ the plain way, by way of float64."""
     return (weight.double() + sB.double().mT @ A.double()).norm(dim=-1).float()
+
+
+def row_norms(weight, A, sB):
+    return weight_noise.row_norms([weight], [A], [sB])[0]
 
 
 def layer_of(weight, bias=None):
@@ -323,6 +327,46 @@ def test_nothing_is_drawn_in_backward_for_an_input_without_gradient(monkeypatch)
         alone = linear(WeightNoise((5,), 0.3, 1), layer_of(weight), x, A, sB)
         assert alone.requires_grad == needs_gradient
         drawn.clear()
+
+
+# Many layers at once.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_noise_of_many_layers_measured_at_once_is_that_of_each_to_the_bit(dtype, small_chunks):
+    """Layers of two shapes and kinds, in several chunks and in one."""
+    shapes = [(OUT, IN), (3, 2 * IN), (OUT, IN), (5, 5)]
+    noises = [WeightNoise((7,), 0.1 * (i + 1), i) for i in range(5)]
+    problems = [problem(outputs=out, inputs=inputs, dtype=dtype) for out, inputs in shapes]
+    layers = [layer_of(weight) for weight, _, _ in problems]
+    turned = Conv1D(OUT, IN).to(dtype)
+    layers.append(turned)
+    problems.append((turned.weight.T, *problem(dtype=dtype)[1:]))
+    measured = weight_noise.at_once(noises, layers, *zip(*(p[1:] for p in problems), strict=True))
+    for noise, known, layer, (weight, A, sB) in zip(
+        noises, measured, layers, problems, strict=True
+    ):
+        assert noise.std is None
+        x = torch.randn(4, weight.shape[1], dtype=dtype)
+        assert torch.equal(linear(known, layer, x, A, sB), linear(noise, layer, x, A, sB))
+        expected = noise.scale * dense_norms(weight, A, sB) / weight.shape[1] ** 0.5
+        torch.testing.assert_close(known.std, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_measures_its_noise_before_its_layers_are_called():
+    """A layer that has no weight of its own before the call, and draws, leave it to the call."""
+    wrapped = [AdapterLayer(layer_of(problem()[0])) for _ in range(3)]
+    gathered = AdapterLayer(layer_of(problem()[0].to("meta")))
+    factors = {
+        layer: Factors(*problem()[1:], noise=WeightNoise((5,), 0.3, i))
+        for i, layer in enumerate([*wrapped[:2], gathered])
+    }
+    factors[wrapped[2]] = Factors(*problem(DRAWS)[1:], noise=WeightNoise((5,) * DRAWS, 0.3, 3))
+    measured = with_noise_measured(factors)
+    known = [measured[layer].noise.std is not None for layer in [*wrapped, gathered]]
+    assert known == [True, True, False, False]
+    plain = {wrapped[0]: Factors(*problem()[1:])}
+    assert with_noise_measured(plain) == plain
 
 
 # Where it has to work.

@@ -102,6 +102,31 @@ def test_validation_without_data_is_refused_before_any_step(steps):
     assert steps == []
 
 
+@pytest.mark.parametrize(
+    ("guide", "adapter"),
+    [
+        ("laplace", {"target_modules": ["q_proj", "lm_head"]}),
+        ("flat+laplace", {"target_modules": ["lm_head"]}),
+        (MAP(head="gaussian"), {"modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_a_vocabulary_too_wide_for_a_dense_curvature_is_refused_before_any_step(
+    guide, adapter, steps, monkeypatch
+):
+    """The adapters of an output layer, and the law of one that is trained in full."""
+    monkeypatch.setattr(defaults, "CURVATURE_WIDTH", 32)  # as wide as the widest other layer
+    monkeypatch.setattr(defaults, "HEAD_ENTRIES", 100)
+    rows = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}] * 4
+    options = {"adapter": AdapterConfig(r=2, **adapter), "epochs": 1, "eval_data": rows}
+    with pytest.raises(
+        ConfigError, match=r"'lm_head' has 40 of them.* at most 32 are taken; leave"
+    ):
+        pyrolora.fit(llama(vocab_size=40), rows, guide=guide, **options)
+    assert steps == []
+    pyrolora.fit(llama(vocab_size=32), rows, guide=guide, **options)
+    assert steps
+
+
 def test_a_fixed_prior_is_that_of_the_point_estimate_too():
     found = classifier(Laplace(prior_scale=0.3), epochs=3)
     plain, other = (classifier(MAP(prior_scale=scale), epochs=3) for scale in (0.3, 0.1))

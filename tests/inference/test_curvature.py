@@ -7,7 +7,7 @@ from functools import reduce
 
 import pytest
 import torch
-from problems import SIZES, bert, gpt2, mlp
+from problems import SIZES, bert, gpt2, llama_reward, mlp
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
@@ -239,6 +239,36 @@ def test_choices_that_an_example_does_not_have_change_nothing():
     assert_same(kfac(joint, [{**batch, **more, "choice_mask": own}]), expected)
 
 
+def test_positions_that_nothing_reads_do_not_count():
+    """A causal classifier reads the last token: so do most layers of its last block."""
+    joint = joint_of(llama_reward(3), "classification", r=1)
+    one = token_batch(2, 6)
+    one = {name: rows[1:] for name, rows in one.items()}
+    last = len(joint.base.model.layers) - 1
+    parts = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    expected, found = exact_blocks(joint, one), kfac(joint, [one])
+    for part in parts:
+        for factor in "AB":
+            name = f"model.layers.{last}.{part}.{factor}"
+            assert expected[name].norm() > 1e-6
+            scale = expected[name].abs().max().item()  # its norms are in single precision
+            torch.testing.assert_close(
+                dense(found[name]), expected[name], rtol=0, atol=1e-5 * scale
+            )
+    before = "model.layers.0.self_attn.q_proj.A"
+    assert not torch.allclose(dense(found[before]), expected[before])  # all positions are read
+
+
+def test_examples_without_gradient_leave_a_curvature_of_zero():
+    joint = joint_of(mlp(), "classification")
+    nn.init.zeros_(joint.base[2].base_layer.weight)
+    joint.program.bank.assign("B_loc", torch.zeros_like(joint.program.bank.B_loc))
+    found = kfac(joint, [{"inputs": numbers(3, 4), "labels": torch.arange(3)}])
+    assert found["0.A"].columns.count_nonzero() == 0
+    assert found["2.A"].columns.count_nonzero() > 0
+    assert all(dense(block).isfinite().all() for block in found.values())
+
+
 class Repeated(nn.Module):
     """f = W tanh(W x): one layer in two places."""
 
@@ -287,8 +317,9 @@ def test_a_language_model_takes_the_sampled_vector_at_every_position():
     for (name, (x, _)), g in zip(
         seen.items(), torch.autograd.grad(output, outs, grad_outputs=v), strict=True
     ):
-        x, g = x.flatten(0, 1), 1.5 * g.flatten(0, 1)
-        torch.testing.assert_close(found[f"{name}.A"].columns, x.T @ x / 18, **CLOSE)
+        # Nothing reads the last position, whose next word is in no label.
+        x, g = x[:, :-1].flatten(0, 1), 1.5 * g.flatten(0, 1)
+        torch.testing.assert_close(found[f"{name}.A"].columns, x.T @ x / 15, **CLOSE)
         torch.testing.assert_close(found[f"{name}.B"].columns, g.T @ g, **CLOSE)
 
 

@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from problems import batch_of, bert, tokens
+from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 
 import pyrolora
@@ -41,6 +42,40 @@ def test_a_site_without_a_closed_form_is_scored_at_the_draw():
             torch.manual_seed(seed)
             values.append(float(elbo.differentiable_loss(model, guide)))
         assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_sites_of_different_weights_dtypes_and_order_keep_their_terms():
+    """Sites of one weight are weighted together, whatever stands between them."""
+    laws = {"a": 0.5, "b": 2.0, "c": 0.5}
+
+    def model():
+        for name, weight in laws.items():
+            with poutine.scale(scale=weight):
+                dtype = torch.float64 if name == "c" else torch.float32
+                pyro.sample(name, dist.Normal(torch.zeros((), dtype=dtype), 1.0))
+            pyro.factor(f"after_{name}", torch.tensor(0.1))
+
+    def guide():
+        for number, (name, weight) in enumerate(laws.items()):
+            with poutine.scale(scale=weight):
+                dtype = torch.float64 if name == "c" else torch.float32
+                pyro.sample(name, dist.Normal(torch.tensor(number + 1.0, dtype=dtype), 1.0))
+
+    ours = NamedELBO()
+    for _ in range(2):
+        value = float(ours.differentiable_loss(model, guide))
+        assert value == pytest.approx(0.5 * 0.5 + 2.0 * 2.0 + 0.5 * 4.5 - 0.3, rel=1e-6)
+        assert {name: float(term) for name, term in ours.terms.items()} == pytest.approx(
+            {
+                "kl/a": 0.25,
+                "after_a": 0.1,
+                "kl/b": 4.0,
+                "after_b": 0.1,
+                "kl/c": 2.25,
+                "after_c": 0.1,
+            }
+        )
+        assert [*ours.terms] == ["kl/a", "after_a", "kl/b", "after_b", "kl/c", "after_c"]
 
 
 def test_validation_finds_a_site_with_the_wrong_shape_on_the_first_evaluation():

@@ -17,6 +17,7 @@ from pyrolora import AdapterConfig, Posterior
 from pyrolora.columns import CHOICE_MASK
 from pyrolora.data import prepare
 from pyrolora.predictive import ClassPrediction, TokenPrediction
+from pyrolora.predictive.metrics import values
 from pyrolora.tasks import CausalLM, MaskedLM
 
 # The texts here are classified elsewhere.
@@ -52,6 +53,19 @@ def test_choices_are_learned(guide: str, request: pytest.FixtureRequest) -> None
     assert scores.keys() == {"accuracy", "nll", "ece", "brier", "error_auroc", "aurc"}
     assert scores["accuracy"] > 0.9
     assert scores["nll"] < 0.5
+
+
+def test_a_loss_beyond_a_floats_exponent_is_an_infinite_perplexity() -> None:
+    for loss, expected in ((700.0, math.exp(700)), (800.0, math.inf)):
+        said = torch.full((1, 2), -2 * loss)
+        prediction = TokenPrediction(
+            targets=torch.zeros(2, 2),
+            log_likelihood=said,
+            num_tokens=torch.tensor([2, 2]),
+            entropy=torch.zeros(2),
+            aleatoric=torch.zeros(2),
+        )
+        assert float(values(prediction)["perplexity"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("guide", ["map", "montec"])
