@@ -89,7 +89,7 @@ FAULTS = (
     _fault("leave-one-out without the weights", "diagnostics/leave_one_out", "np.logaddexp.reduce(weights + scores, axis=-1)", "np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])", "diagnostics/test_leave_one_out.py"),
     _fault("k-hat at beta = 1", "diagnostics/importance", "scores.double().sum(-1) / beta", "scores.double().sum(-1)", "diagnostics/test_khat.py"),
     _fault("rows of a mixed pass in another order", "adapters/mixing", "drawn.repeat_interleave(blocks, 0)", "drawn.repeat(blocks, 1, 1)", "predictive/test_mixed.py"),
-    _fault("settings of a mixed pass count once each", "predictive/mixed", "output.repeat_interleave(question.distinct[1].to(output.device), 0)", "output", "predictive/test_mixed.py"),
+    _fault("settings of a mixed pass count once each", "predictive/mixed", "output.repeat_interleave(counts.to(output.device), 0)", "output", "predictive/test_mixed.py"),
     # Scales of adapters.
     _fault("rank-stabilised scaling divides by the rank", "adapters/config", "alpha / (rank**0.5 if self.use_rslora else rank)", "alpha / rank", "adapters/test_targets.py"),
     _fault("layers of different scalings share the first one", "adapters/bank", "if len(scalings) == 1:", "if scalings:", "adapters/test_bank.py"),
