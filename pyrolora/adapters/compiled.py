@@ -192,20 +192,26 @@ def eagerly(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def after_calls(network: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Apply ``change`` to what the network returns, in the block.
+    """Apply ``change`` to what the network returns to this thread, in the block.
 
-    It stays outside of compiled code, which would be made anew for each such function.
+    Others may run the network at the same time, and get what it returns. The change stays outside
+    of compiled code, which would be made anew for each such function.
     """
+    here = threading.get_ident()
+
+    def changed(output: Any) -> Any:
+        return change(output) if threading.get_ident() == here else output
+
     with _lock if is_compiled(network) else nullcontext(), compiled_calls(network):
         compiled = network._compiled_call_impl
         if compiled is None:
-            handle = network.register_forward_hook(lambda _, __, output: change(output))
+            handle = network.register_forward_hook(lambda _, __, output: changed(output))
             try:
                 yield
             finally:
                 handle.remove()
             return
-        network._compiled_call_impl = lambda *args, **kwargs: change(compiled(*args, **kwargs))
+        network._compiled_call_impl = lambda *args, **kwargs: changed(compiled(*args, **kwargs))
         try:
             yield
         finally:

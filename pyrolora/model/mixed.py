@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,11 +36,14 @@ class Share:
         The factors of S draws, or of one setting.
     size
         b, its rows, which are neighbours in the batch.
+    like
+        A share that differs in size alone, and may know its factors by name already.
     """
 
     joint: JointModel
     factors: AnyFactors
     size: int
+    like: Share | None = None
 
     @property
     def mixes(self) -> bool:
@@ -59,8 +63,11 @@ class Share:
         assert isinstance(self.factors, FlatFactors), "these draws are made some at a time"
         return self.factors
 
+    @cached_property
     def portion(self) -> Portion:
-        """Return the factors and heads by name."""
+        """The factors and heads by name."""
+        if self.like is not None:
+            return replace(self.like.portion, examples=self.size)
         joint = self.joint
         names: dict[Any, str] = {layer: name for name, layer in joint.attachment.layers.items()}
         factors = joint.binding(self.whole).factors
@@ -119,7 +126,7 @@ class Mixture:
     def binding(self) -> Binding:
         """Return the binding of the pass."""
         attachment = self.carrier.attachment
-        portions = [share.portion() for share in self.shares]
+        portions = [share.portion for share in self.shares]
         drawn = any(isinstance(share.joint.program, GaussianHead) for share in self.shares)
         binding = mixed_binding(portions, attachment.layers, attachment.heads)
         return replace(binding, eager=binding.eager or drawn)

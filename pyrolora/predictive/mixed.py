@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AnyFactors
 from pyrolora.data import Prepared, pass_rows, to_device
 from pyrolora.data.examples import TensorExamples
-from pyrolora.model import Share, evaluating, mixed_pass
+from pyrolora.model import Share, device_of, evaluating, mixed_pass
 from pyrolora.predictive.predict import named, predict
 from pyrolora.predictive.predictor import Predictor
 from pyrolora.seeding import DRAWING
@@ -65,9 +65,24 @@ class Question:
         """Return the number of tokens of an example, 0 where nobody knows."""
         return 0 if self.lengths is None else self.lengths[number]
 
+    def fits(self, rows: int) -> bool:
+        """Return whether a pass of at most ``rows`` rows holds all draws of the longest example."""
+        longest = max(self.length(number) for number in range(len(self.prepared)))
+        return len(self.distinct[1]) <= self.most(longest, rows)
+
+    def most(self, longest: int, rows: int) -> int:
+        """Return the most rows of a pass whose longest text has so many tokens (`pass_rows`)."""
+        device = device_of(self.predictor.joint.program)
+        return pass_rows({"input_ids": torch.empty(1, longest, device=device)}, rows)
+
+    @cached_property
+    def whole(self) -> Share:
+        """The share of all examples in one pass."""
+        return Share(self.predictor.joint, self.distinct[0], len(self.prepared))
+
     def share(self, size: int) -> Share:
         """Return the share of ``size`` of the examples in a pass."""
-        return Share(self.predictor.joint, self.distinct[0], size)
+        return replace(self.whole, size=size, like=self.whole)
 
     def alone(self) -> Prediction:
         """Return the prediction without company."""
@@ -88,7 +103,8 @@ def predict_mixed(
     """Return the prediction of every question; their rows share passes where they can.
 
     Each is the prediction of that posterior alone, up to rounding. The networks of all posteriors
-    have to be the same, but for the heads.
+    have to be the same, but for the heads. Draws of which a pass does not hold all, for the longest
+    of their examples, have passes of their own, as have those that `Share.mixes` excludes.
 
     Parameters
     ----------
@@ -97,19 +113,20 @@ def predict_mixed(
     rows
         Most rows (draws x examples) of one pass.
     """
-    answers = None
-    share = len(questions) > 1 or questions[0].filled
-    if share and all(question.share(1).mixes for question in questions):
-        answers = _together(questions, rows)
-    return [question.alone() for question in questions] if answers is None else answers
+    shared = [question for question in questions if question.whole.mixes and question.fits(rows)]
+    answers: list[Prediction] | None = None
+    if len(shared) > 1 or any(question.filled for question in shared):
+        answers = _together(shared, rows)
+    made = {} if answers is None else dict(zip(map(id, shared), answers, strict=True))
+    return [made[id(q)] if id(q) in made else q.alone() for q in questions]
 
 
 def _together(questions: Sequence[Question], rows: int) -> list[Prediction] | None:
     carrier = questions[0]
-    device = next(carrier.predictor.joint.program.parameters()).device
+    device = device_of(carrier.predictor.joint.program)
     records: list[list[Any]] = [[] for _ in questions]
     orders: list[list[int]] = [[] for _ in questions]
-    for piece in _pieces(questions, rows, device):
+    for piece in _pieces(questions, rows):
         longest = max(questions[k].length(i) for k, numbers in piece for i in numbers)
         examples = [row for k, numbers in piece for row in questions[k].examples(numbers, longest)]
         batch = to_device(carrier.prepared.collate(examples), device)
@@ -138,9 +155,7 @@ def _prediction(question: Question, records: Sequence[Any], order: Sequence[int]
     return finished
 
 
-def _pieces(
-    questions: Sequence[Question], rows: int, device: torch.device
-) -> Iterator[list[tuple[int, list[int]]]]:
+def _pieces(questions: Sequence[Question], rows: int) -> Iterator[list[tuple[int, list[int]]]]:
     """Yield question -> the numbers of its examples, for one pass after the other.
 
     Texts of like length share a pass, the longest come first, and a pass has as many rows as
@@ -155,8 +170,7 @@ def _pieces(
             yield _grouped(piece)
             piece, size = [], 0
         if not piece:
-            longest = torch.empty(1, questions[k].length(i), device=device)
-            most = pass_rows({"input_ids": longest}, rows)
+            most = questions[k].most(questions[k].length(i), rows)
         piece.append((k, i))
         size += settings
     yield _grouped(piece)
@@ -169,8 +183,10 @@ def _grouped(piece: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
 
 def _record(question: Question, output: torch.Tensor, batch: Any) -> Any:
     """Return what the prediction keeps of the outputs (s, b, ...), one for each setting."""
-    outputs = output.repeat_interleave(question.distinct[1].to(output.device), 0)
-    return question.predictor.joint.task.prediction.reduce(_task(question), [outputs], batch)
+    counts = question.distinct[1]
+    if len(counts) < counts.sum():  # the copy of all logits would be for nothing
+        output = output.repeat_interleave(counts.to(output.device), 0)
+    return question.predictor.joint.task.prediction.reduce(_task(question), [output], batch)
 
 
 def _task(question: Question) -> Any:

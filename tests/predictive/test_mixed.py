@@ -99,6 +99,23 @@ def test_texts_of_like_length_share_passes_of_few_tokens(
     assert all(rows * width <= 48 for rows, width in shapes)
 
 
+def test_draws_that_fill_a_pass_have_their_own(
+    posteriors: list[pyrolora.Posterior], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixed pass holds all draws of an example; other passes take some of them."""
+    sizes = []
+    run = mixed.mixed_pass
+    monkeypatch.setattr(
+        "pyrolora.predictive.mixed.mixed_pass", lambda *a: sizes.append(len(a[0])) or run(*a)
+    )
+    monkeypatch.setattr("pyrolora.defaults.PREDICT_TOKENS_CPU", 48)
+    draws: list[int | None] = [3, 20, 1]
+    for number, got in enumerate(predict_mixed(questions(posteriors[:3], draws, measured=True))):
+        alone = posteriors[number].predict(TEXTS[: 1 + number % 3], draws[number], seed=5)
+        torch.testing.assert_close(got.draws, alone.draws, atol=1e-6, rtol=1e-5)
+    assert max(sizes) == 2
+
+
 def test_classes_may_differ_in_number_and_name() -> None:
     """Two networks whose weights are equal but for the heads; the first runs both."""
     few, many = bert(2), bert(3)

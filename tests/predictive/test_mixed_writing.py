@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -272,6 +274,36 @@ def test_a_follower_is_told_of_every_token_with_the_law_of_the_draw(
             assert all(token.logprobs[0] >= token.logprob - 1e-6 for token in tokens)
             assert all(len(token.ids) == 2 for token in tokens)
     assert beside.follower.tokens == {}  # type: ignore[union-attr]
+
+
+def test_another_thread_sees_no_temperature(posteriors: list[pyrolora.Posterior]) -> None:
+    """It predicts on the network whose logits the pass tempers and follows."""
+    warm, other = posteriors[1], posteriors[0]
+    assert warm.temperature != 1
+    assert other.temperature == 1
+    read = other.predictor.reader(texts(4, seed=9), need_labels=False)
+    factors = other.predictor.factors(2, 5, None)
+    here, expected, seen = threading.get_ident(), read(factors), []
+
+    def predict_elsewhere(*_: Any) -> None:
+        if threading.get_ident() == here:
+            with ThreadPoolExecutor(1) as pool:
+                seen.append(pool.submit(read, factors).result())
+
+    told = Told()
+    asked = ask(warm, PROMPTS[0], 1, 5, max_new_tokens=3, follower=told)
+    plain = alone(asked)
+    handle = warm.base.register_forward_hook(predict_elsewhere)
+    try:
+        check(generate_mixed([asked])[0], plain)
+    finally:
+        handle.remove()
+    entropy = torch.tensor([token.entropy for token in told.tokens[0]])
+    torch.testing.assert_close(entropy, plain.entropy[0, 0], atol=1e-5, rtol=1e-5)
+    assert len(seen) >= 2
+    for got in seen:
+        torch.testing.assert_close(got.entropy, expected.entropy, equal_nan=True)
+        torch.testing.assert_close(got.log_likelihood, expected.log_likelihood)
 
 
 def test_a_pass_ends_when_nobody_waits_for_it(posteriors: list[pyrolora.Posterior]) -> None:
