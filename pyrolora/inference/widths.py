@@ -16,6 +16,7 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.guides.centred import CentredProgram
+from pyrolora.guides.wrapping import WrappingProgram
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way, seeded
 from pyrolora.tasks.prediction import log_mean_exp
@@ -27,8 +28,10 @@ POINTS = 1001
 
 
 def program_of(joint: JointModel) -> CentredProgram:
-    """Return the program whose noise has the width; flat noise is around it."""
-    program = getattr(joint.program, "inner", joint.program)
+    """Return the program whose noise has the width; flat noise, and a head's law, are around it."""
+    program = joint.program
+    while isinstance(program, WrappingProgram):
+        program = program.inner
     assert isinstance(program, CentredProgram)
     return program
 
@@ -125,9 +128,12 @@ def likeliest(gap: float, variance: float, error: float, log_width: float) -> fl
 
 
 def scores(joint: JointModel, data: Prepared, factors: FlatFactors) -> Tensor:
-    """Return log p(y|θ) of a few examples, picked at random, given each draw: (draws, examples)."""
+    """Return log p(y|θ) of a few examples, picked at random, given each draw: (draws, examples).
+
+    The tags of one example count as one: what was learnt of it, they share.
+    """
     device = program_of(joint).bank.get_parameter("A_loc").device
     picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
     (batch,) = data.loader(len(picked), picked)
     batch = to_device(batch, device)
-    return joint.task.row_log_prob(joint.network(batch, factors), batch)
+    return joint.task.log_prob(joint.network(batch, factors), batch)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import bert, bert_spans, reviews, squad, tokenizer
+from problems import bert, bert_spans, bert_tags, reviews, squad, tagged, tokenizer
 from torch import nn
 from transformers import TrainingArguments
 
@@ -62,13 +62,41 @@ def test_it_measures_the_gap_and_the_variance(guide: str) -> None:
             picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
             (batch,) = data.loader(len(picked), picked)
             outputs = [joint.network(batch, FlatFactors(A, drawn.B)) for A in drawn.A]
-            found.append(torch.stack([joint.task.row_log_prob(o, batch) for o in outputs]))
+            found.append(torch.stack([joint.task.log_prob(o, batch) for o in outputs]))
     learnt = found[0]
     mixed = [part.exp().mean(0).log() for part in found]
     assert float(gap) == pytest.approx(float(mixed[0].mean() - mixed[1].mean()), abs=1e-5)
     assert float(variance) == pytest.approx(float(learnt.var(0).mean()), rel=1e-3)
     both = (mixed[0].var() + mixed[1].var()) / 2
     assert float(spread) == pytest.approx(float(both), rel=1e-3)
+
+
+def test_the_tags_of_one_example_are_measured_together() -> None:
+    """What was learnt of an example, its tags share, and their scores vary together."""
+    options = {"tokenizer": tokenizer(), "epochs": 1, "adapter": SMALL}
+    joint = pyrolora.fit(bert_tags(), tagged(16), GUIDES["meanfield"], **options).model
+    data = prepare(tagged(16), joint.base, joint.task, tokenizer())
+    with widths.seeded(3), torch.no_grad(), widths.evaluating(joint):
+        drawn = widths.program_of(joint).factors(widths.program_of(joint).draw(2))
+        found = widths.scores(joint, data, drawn)
+    with widths.seeded(3):
+        widths.program_of(joint).draw(2)
+        picked = torch.randint(16, (defaults.WIDTH_EXAMPLES,))
+    assert found.shape == (2, defaults.WIDTH_EXAMPLES)
+    for draw, scores in enumerate(found):
+        with torch.no_grad(), widths.evaluating(joint):
+            (batch,) = data.loader(16)
+            output = joint.network(batch, FlatFactors(drawn.A[draw], drawn.B))
+            rows = joint.task.row_log_prob(output, batch)
+            owner = joint.task.token_mask(batch).nonzero()[:, 0]
+        summed = torch.zeros(16).index_add_(0, owner, rows)
+        torch.testing.assert_close(scores, summed[picked], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guide", ["montec", "flat+montec"])
+def test_a_head_with_a_law_leaves_the_width_where_it_is(guide: str) -> None:
+    posterior = fitted(dataclasses.replace(GUIDES[guide], head="gaussian"), n=16, epochs=1)
+    assert width(posterior) == posterior.history[-1]["width"]
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.25])
