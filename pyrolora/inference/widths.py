@@ -102,10 +102,11 @@ class ChooseWidth(TrainerCallback):
         log_width = float(width[0])
         beta = program_of(self.joint).options.beta(self.joint.num_examples)
         # Of the examples held back there are so many, and of those measured the running means hold
-        # about as many as their weights have.
+        # about as many as their weights have, in each process.
         past = MEMORY**number
-        held = (1 + MEMORY) * (1 - past) / ((1 - MEMORY) * (1 + past)) * defaults.WIDTH_EXAMPLES
-        error = beta**2 * spread * (1 / len(self.held_back) + 2 / held)
+        steps = (1 + MEMORY) * (1 - past) / ((1 - MEMORY) * (1 + past))
+        seen = steps * defaults.WIDTH_EXAMPLES * PartialState().num_processes
+        error = beta**2 * spread * (1 / len(self.held_back) + 2 / seen)
         best = likeliest(beta * gap, variance, error, log_width)
         log_width += defaults.WIDTH_RATE * min(max(best - log_width, -1.0), 1.0)
         width[0] = log_width

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,19 +128,23 @@ def test_the_exact_posterior_knows_how_far_it_overfits(beta: float) -> None:
         assert (variance - beta * gap) * (scale - 1) > 0.3 * beta * gap * abs(scale - 1)
 
 
-@pytest.mark.parametrize("gap", [0.0, 0.02, 0.5, 5.0])
-def test_steps_lead_to_the_optimum(gap: float) -> None:
+@pytest.mark.parametrize(("gap", "processes"), [(0.0, 1), (0.02, 1), (0.5, 1), (5.0, 1), (0.05, 8)])
+def test_steps_lead_to_the_optimum(
+    gap: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the stated objective, where V goes as c² and the gap stands still."""
+    state_of_all = SimpleNamespace(num_processes=processes, process_index=0)
     joint = fitted(epochs=1).model
-    data = prepare(reviews(12), joint.base, joint.task, tokenizer())
+    data = prepare(reviews(400), joint.base, joint.task, tokenizer())
     chooser = widths.ChooseWidth(joint, data, data)
     state = widths.program_of(joint).width
     assert state is not None
     spread, at_one = 0.5, 0.1
+    monkeypatch.setattr(widths, "PartialState", lambda: state_of_all)
     for number in range(1, 201):
         variance = at_one * math.exp(2 * float(state[0]))
         chooser._follow(torch.tensor([gap, variance, spread]), number)
-    seen = (1 + widths.MEMORY) / (1 - widths.MEMORY) * defaults.WIDTH_EXAMPLES
+    seen = (1 + widths.MEMORY) / (1 - widths.MEMORY) * defaults.WIDTH_EXAMPLES * processes
     squared_error = spread * (1 / len(data) + 2 / seen)
     grid = torch.linspace(-4, 4, 8001)
     loss = (gap - at_one * (2 * grid).exp()).square() / (2 * squared_error)
