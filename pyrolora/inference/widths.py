@@ -84,8 +84,9 @@ class ChooseWidth(TrainerCallback):
             evaluating(joint),
         ):
             drawn = program_of(joint).factors(program_of(joint).draw(defaults.WIDTH_DRAWS))
-            learnt = scores(joint, self.learnt, drawn)
-            held_back = scores(joint, self.held_back, drawn)
+            rows = args.per_device_train_batch_size
+            learnt = scores(joint, self.learnt, drawn, rows)
+            held_back = scores(joint, self.held_back, drawn, rows)
         of_learnt, of_held_back = log_mean_exp(learnt), log_mean_exp(held_back)
         gap = of_learnt.mean() - of_held_back.mean()
         spread = (of_learnt.var() + of_held_back.var()) / 2
@@ -128,13 +129,16 @@ def likeliest(gap: float, variance: float, error: float, log_width: float) -> fl
     return float(grid[loss.argmin()])
 
 
-def scores(joint: JointModel, data: Prepared, factors: FlatFactors) -> Tensor:
+def scores(joint: JointModel, data: Prepared, factors: FlatFactors, rows: int) -> Tensor:
     """Return log p(y|θ) of a few examples, picked at random, given each draw: (draws, examples).
 
-    The tags of one example count as one: what was learnt of it, they share.
+    The tags of one example count as one: what was learnt of it, they share. A pass has at most
+    ``rows`` rows, those of a step of the training, or an example in all draws.
     """
     device = program_of(joint).bank.get_parameter("A_loc").device
     picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
-    (batch,) = data.loader(len(picked), picked)
-    batch = to_device(batch, device)
-    return joint.task.log_prob(joint.network(batch, factors), batch)
+    parts = []
+    for batch in data.loader(max(1, rows // defaults.WIDTH_DRAWS), picked):
+        placed = to_device(batch, device)
+        parts.append(joint.task.log_prob(joint.network(placed, factors), placed))
+    return torch.cat(parts, -1)

@@ -79,7 +79,7 @@ def test_the_tags_of_one_example_are_measured_together() -> None:
     data = prepare(tagged(16), joint.base, joint.task, tokenizer())
     with widths.seeded(3), torch.no_grad(), widths.evaluating(joint):
         drawn = widths.program_of(joint).factors(widths.program_of(joint).draw(2))
-        found = widths.scores(joint, data, drawn)
+        found = widths.scores(joint, data, drawn, 32)
     with widths.seeded(3):
         widths.program_of(joint).draw(2)
         picked = torch.randint(16, (defaults.WIDTH_EXAMPLES,))
@@ -92,6 +92,37 @@ def test_the_tags_of_one_example_are_measured_together() -> None:
             owner = joint.task.token_mask(batch).nonzero()[:, 0]
         summed = torch.zeros(16).index_add_(0, owner, rows)
         torch.testing.assert_close(scores, summed[picked], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_passes_that_measure_are_no_larger_than_those_of_the_training(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joint = fitted(n=16, epochs=1).model
+    data = prepare(reviews(16), joint.base, joint.task, tokenizer())
+    sizes = []
+    run = joint.network
+
+    def seen(batch: Any, factors: FlatFactors) -> Any:
+        sizes.append(len(batch["input_ids"]) * defaults.WIDTH_DRAWS)
+        return run(batch, factors)
+
+    found = []
+    for most in (rows, 1000):
+        sizes.clear()
+        with (
+            widths.seeded(3),
+            torch.no_grad(),
+            widths.evaluating(joint),
+            monkeypatch.context() as m,
+        ):
+            m.setattr(joint, "network", seen)
+            drawn = widths.program_of(joint).factors(
+                widths.program_of(joint).draw(defaults.WIDTH_DRAWS)
+            )
+            found.append(widths.scores(joint, data, drawn, most))
+        assert max(sizes) <= max(most, defaults.WIDTH_DRAWS)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("guide", ["montec", "flat+montec"])
