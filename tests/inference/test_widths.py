@@ -159,13 +159,17 @@ def test_the_exact_posterior_knows_how_far_it_overfits(beta: float) -> None:
         assert (variance - beta * gap) * (scale - 1) > 0.3 * beta * gap * abs(scale - 1)
 
 
-@pytest.mark.parametrize(("gap", "processes"), [(0.0, 1), (0.02, 1), (0.5, 1), (5.0, 1), (0.05, 8)])
+@pytest.mark.parametrize(
+    ("gap", "beta", "processes"),
+    [(0.0, 1, 1), (0.02, 1, 1), (0.5, 1, 1), (5.0, 1, 1), (0.05, 1, 8), (0.1, 0.25, 1)],
+)
 def test_steps_lead_to_the_optimum(
-    gap: float, processes: int, monkeypatch: pytest.MonkeyPatch
+    gap: float, beta: float, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the stated objective, where V goes as c² and the gap stands still."""
     state_of_all = SimpleNamespace(num_processes=processes, process_index=0)
-    joint = fitted(epochs=1).model
+    guide = dataclasses.replace(GUIDES["montec"], kl_weight=beta)
+    joint = fitted(guide, n=16, epochs=1).model
     data = prepare(reviews(400), joint.base, joint.task, tokenizer())
     chooser = widths.ChooseWidth(joint, data, data)
     state = widths.program_of(joint).width
@@ -178,7 +182,8 @@ def test_steps_lead_to_the_optimum(
     seen = (1 + widths.MEMORY) / (1 - widths.MEMORY) * defaults.WIDTH_EXAMPLES * processes
     squared_error = spread * (1 / len(data) + 2 / seen)
     grid = torch.linspace(-4, 4, 8001)
-    loss = (gap - at_one * (2 * grid).exp()).square() / (2 * squared_error)
+    missing = beta * gap - at_one * (2 * grid).exp()
+    loss = missing.square() / (2 * beta**2 * squared_error)
     best = grid[(loss + grid.square() / (2 * defaults.WIDTH_PRIOR**2)).argmin()]
     assert float(state[0]) == pytest.approx(float(best), abs=0.02)
 
