@@ -50,6 +50,11 @@ FAULTS = (
     _fault("E of the squared norm of Dirichlet weights", "guides/mixture", "(a + 1) / (components * a + 1)", "(a + 1) / (components * a)", "inference/test_settling.py"),
     _fault("V at its optimum without beta", "guides/mixture", "mixture.squared(a) / price", "mixture.squared(a) / kappa", "inference/test_settling.py"),
     _fault("mean field at its optimum without beta", "guides/meanfield", "precision = entries / beta +", "precision = entries +", "inference/test_settling.py"),
+    # The width of the noise.
+    _fault("the width: the gap without beta", "inference/widths", "likeliest(beta * gap,", "likeliest(gap,", "inference/test_widths.py::test_steps_lead_to_the_optimum"),
+    _fault("the width: the error of the gap without beta", "inference/widths", "error = beta**2 * spread", "error = spread", "inference/test_widths.py::test_steps_lead_to_the_optimum"),
+    _fault("the width: the variance goes as the width", "inference/widths", "(2 * (grid - log_width)).exp()", "(grid - log_width).exp()", "inference/test_widths.py::test_steps_lead_to_the_optimum"),
+    _fault("the width: tags one by one", "inference/widths", "joint.task.log_prob(joint", "joint.task.row_log_prob(joint", "inference/test_widths.py::test_the_tags_of_one_example_are_measured_together"),
     # Distributions.
     _fault("KL of Wisharts: the other degrees of freedom", "distributions/kl", "0.5 * p.multiplier * (trace - r)", "0.5 * q.multiplier * (trace - r)", "distributions/test_kl.py"),
     _fault("KL of Wisharts: sign of the digamma", "distributions/kl", "+ 0.5 * (p.df - q.df) * torch.digamma", "- 0.5 * (p.df - q.df) * torch.digamma", "distributions/test_kl.py"),

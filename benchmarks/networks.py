@@ -158,8 +158,11 @@ NARROW = {
 
 
 def narrowed(name: str, layers: int) -> str:
-    """Add a shape of narrow layers and few tokens, in whose steps next to nothing is computed: what
-    remains is the host's time. Its name is the other's, with ``-narrow`` behind it."""
+    """Add a shape of narrow layers and few tokens, and return its name.
+
+    Next to nothing is computed in its steps: what remains is the host's time. Its name is the
+    other's, with ``-narrow`` behind it.
+    """
     shape = SHAPES[name]
     options = {**shape.options, **NARROW, "num_hidden_layers": layers}
     SHAPES[f"{name}-narrow"] = replace(shape, options=options, batch=2, length=8)

@@ -93,13 +93,13 @@ def steps_of(case: Case, args: argparse.Namespace, device: torch.device) -> dict
 
 
 def narrow(case_name: str, blocks: int) -> str:
-    """The case of the same kind and adapters with a narrow network."""
+    """Return the case of the same kind and adapters with a narrow network."""
     shape, slash, targets = case_name.partition("/")
     return narrowed(shape, blocks) + slash + targets
 
 
 def to_plain(times: dict[str, list[float]], name: str) -> float:
-    """The median over rounds of a contestant's time to that of its network without compilation."""
+    """Return the median over rounds of a contestant's time to that of its plain network."""
     plain = times[name.removesuffix(", compiled")]
     return (torch.tensor(times[name]) / torch.tensor(plain)).median().item()
 

@@ -29,9 +29,9 @@ CURVATURE_FEW = 32
 CURVATURE_EXAMPLES = 512
 CURVATURE_PASSES = 1024
 
-# The width of the noise by examples that are held back: every so many steps so many of them, in so
-# many draws, the rows of a batch of 32, so that 10 % of them cost what the rest saves. A tenth of a
-# few hundred examples tells a width within a third.
+# The width of the noise by examples that are held back: every so many steps so many of them, and of
+# those that are learnt, in so many draws. These are forward passes of two batches of 32, which cost
+# less than the steps that 10 % of the examples, held back, save.
 WIDTH_EVERY = 8
 WIDTH_EXAMPLES = 8
 WIDTH_DRAWS = 4

@@ -85,8 +85,9 @@ class Factors:
 def with_noise_measured(factors: Mapping[Any, Factors]) -> dict[Any, Factors]:
     """Return the factors by layer, the size of the noise on the weights computed for all at once.
 
-    Layers whose weight is not there yet, or none that noise knows, leave it to their call; so do
-    several draws, whose products with all weights would take the memory of the draws once more.
+    Layers whose weight is not there yet, or is not of a kind that takes noise, leave it to their
+    call; so do several draws, whose products with all weights would take the memory of the draws
+    once more.
     """
     noisy = {
         layer: bound.noise

@@ -16,6 +16,7 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.guides.centred import CentredProgram
+from pyrolora.guides.wrapping import WrappingProgram
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way, seeded
 from pyrolora.tasks.prediction import log_mean_exp
@@ -27,8 +28,10 @@ POINTS = 1001
 
 
 def program_of(joint: JointModel) -> CentredProgram:
-    """Return the program whose noise has the width; flat noise is around it."""
-    program = getattr(joint.program, "inner", joint.program)
+    """Return the program whose noise has the width; flat noise, and a head's law, are around it."""
+    program = joint.program
+    while isinstance(program, WrappingProgram):
+        program = program.inner
     assert isinstance(program, CentredProgram)
     return program
 
@@ -81,8 +84,9 @@ class ChooseWidth(TrainerCallback):
             evaluating(joint),
         ):
             drawn = program_of(joint).factors(program_of(joint).draw(defaults.WIDTH_DRAWS))
-            learnt = scores(joint, self.learnt, drawn)
-            held_back = scores(joint, self.held_back, drawn)
+            rows = args.per_device_train_batch_size
+            learnt = scores(joint, self.learnt, drawn, rows)
+            held_back = scores(joint, self.held_back, drawn, rows)
         of_learnt, of_held_back = log_mean_exp(learnt), log_mean_exp(held_back)
         gap = of_learnt.mean() - of_held_back.mean()
         spread = (of_learnt.var() + of_held_back.var()) / 2
@@ -99,10 +103,11 @@ class ChooseWidth(TrainerCallback):
         log_width = float(width[0])
         beta = program_of(self.joint).options.beta(self.joint.num_examples)
         # Of the examples held back there are so many, and of those measured the running means hold
-        # about as many as their weights have.
+        # about as many as their weights have, in each process.
         past = MEMORY**number
-        held = (1 + MEMORY) * (1 - past) / ((1 - MEMORY) * (1 + past)) * defaults.WIDTH_EXAMPLES
-        error = beta**2 * spread * (1 / len(self.held_back) + 2 / held)
+        steps = (1 + MEMORY) * (1 - past) / ((1 - MEMORY) * (1 + past))
+        seen = steps * defaults.WIDTH_EXAMPLES * PartialState().num_processes
+        error = beta**2 * spread * (1 / len(self.held_back) + 2 / seen)
         best = likeliest(beta * gap, variance, error, log_width)
         log_width += defaults.WIDTH_RATE * min(max(best - log_width, -1.0), 1.0)
         width[0] = log_width
@@ -124,10 +129,16 @@ def likeliest(gap: float, variance: float, error: float, log_width: float) -> fl
     return float(grid[loss.argmin()])
 
 
-def scores(joint: JointModel, data: Prepared, factors: FlatFactors) -> Tensor:
-    """Return log p(y|θ) of a few examples, picked at random, given each draw: (draws, examples)."""
+def scores(joint: JointModel, data: Prepared, factors: FlatFactors, rows: int) -> Tensor:
+    """Return log p(y|θ) of a few examples, picked at random, given each draw: (draws, examples).
+
+    The tags of one example count as one: what was learnt of it, they share. A pass has at most
+    ``rows`` rows, those of a step of the training, or an example in all draws.
+    """
     device = program_of(joint).bank.get_parameter("A_loc").device
     picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
-    (batch,) = data.loader(len(picked), picked)
-    batch = to_device(batch, device)
-    return joint.task.row_log_prob(joint.network(batch, factors), batch)
+    parts = []
+    for batch in data.loader(max(1, rows // defaults.WIDTH_DRAWS), picked):
+        placed = to_device(batch, device)
+        parts.append(joint.task.log_prob(joint.network(placed, factors), placed))
+    return torch.cat(parts, -1)

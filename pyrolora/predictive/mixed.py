@@ -34,7 +34,7 @@ class Question:
     prepared
         The examples.
     lengths
-        The number of tokens of each, padding that was put behind them apart; None: nobody knows.
+        The number of tokens of each, without the padding behind them; None: they are not known.
     """
 
     predictor: Predictor
@@ -62,7 +62,7 @@ class Question:
         return self.lengths is not None and isinstance(self.prepared.examples, TensorExamples)
 
     def length(self, number: int) -> int:
-        """Return the number of tokens of an example, 0 where nobody knows."""
+        """Return the number of tokens of an example, 0 where it is not known."""
         return 0 if self.lengths is None else self.lengths[number]
 
     def fits(self, rows: int) -> bool:

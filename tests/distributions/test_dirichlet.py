@@ -31,10 +31,11 @@ def test_value_and_gradient_are_torchs_to_the_bit(shape, dtype):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_the_gradient_is_that_of_finite_differences():
+def test_gradients_and_their_gradients_are_those_of_finite_differences():
     b = concentrations(3, 4, dtype=torch.float64)
     a = (concentrations(3, 4, dtype=torch.float64) + 0.1).requires_grad_()
     torch.autograd.gradcheck(lambda a: dirichlet_divergence(a, b), [a])
+    torch.autograd.gradgradcheck(lambda a: dirichlet_divergence(a, b), [a])
 
 
 def test_a_constant_broadcasts_and_equal_laws_are_no_way_apart():

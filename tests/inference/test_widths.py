@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from problems import bert, bert_spans, reviews, squad, tokenizer
+from problems import bert, bert_spans, bert_tags, reviews, squad, tagged, tokenizer
 from torch import nn
 from transformers import TrainingArguments
 
@@ -62,13 +63,72 @@ def test_it_measures_the_gap_and_the_variance(guide: str) -> None:
             picked = torch.randint(len(data), (defaults.WIDTH_EXAMPLES,)).tolist()
             (batch,) = data.loader(len(picked), picked)
             outputs = [joint.network(batch, FlatFactors(A, drawn.B)) for A in drawn.A]
-            found.append(torch.stack([joint.task.row_log_prob(o, batch) for o in outputs]))
+            found.append(torch.stack([joint.task.log_prob(o, batch) for o in outputs]))
     learnt = found[0]
     mixed = [part.exp().mean(0).log() for part in found]
     assert float(gap) == pytest.approx(float(mixed[0].mean() - mixed[1].mean()), abs=1e-5)
     assert float(variance) == pytest.approx(float(learnt.var(0).mean()), rel=1e-3)
     both = (mixed[0].var() + mixed[1].var()) / 2
     assert float(spread) == pytest.approx(float(both), rel=1e-3)
+
+
+def test_the_tags_of_one_example_are_measured_together() -> None:
+    """What was learnt of an example, its tags share, and their scores vary together."""
+    options = {"tokenizer": tokenizer(), "epochs": 1, "adapter": SMALL}
+    joint = pyrolora.fit(bert_tags(), tagged(16), GUIDES["meanfield"], **options).model
+    data = prepare(tagged(16), joint.base, joint.task, tokenizer())
+    with widths.seeded(3), torch.no_grad(), widths.evaluating(joint):
+        drawn = widths.program_of(joint).factors(widths.program_of(joint).draw(2))
+        found = widths.scores(joint, data, drawn, 32)
+    with widths.seeded(3):
+        widths.program_of(joint).draw(2)
+        picked = torch.randint(16, (defaults.WIDTH_EXAMPLES,))
+    assert found.shape == (2, defaults.WIDTH_EXAMPLES)
+    for draw, scores in enumerate(found):
+        with torch.no_grad(), widths.evaluating(joint):
+            (batch,) = data.loader(16)
+            output = joint.network(batch, FlatFactors(drawn.A[draw], drawn.B))
+            rows = joint.task.row_log_prob(output, batch)
+            owner = joint.task.token_mask(batch).nonzero()[:, 0]
+        summed = torch.zeros(16).index_add_(0, owner, rows)
+        torch.testing.assert_close(scores, summed[picked], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_passes_that_measure_are_no_larger_than_those_of_the_training(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joint = fitted(n=16, epochs=1).model
+    data = prepare(reviews(16), joint.base, joint.task, tokenizer())
+    sizes = []
+    run = joint.network
+
+    def seen(batch: Any, factors: FlatFactors) -> Any:
+        sizes.append(len(batch["input_ids"]) * defaults.WIDTH_DRAWS)
+        return run(batch, factors)
+
+    found = []
+    for most in (rows, 1000):
+        sizes.clear()
+        with (
+            widths.seeded(3),
+            torch.no_grad(),
+            widths.evaluating(joint),
+            monkeypatch.context() as m,
+        ):
+            m.setattr(joint, "network", seen)
+            drawn = widths.program_of(joint).factors(
+                widths.program_of(joint).draw(defaults.WIDTH_DRAWS)
+            )
+            found.append(widths.scores(joint, data, drawn, most))
+        assert max(sizes) <= max(most, defaults.WIDTH_DRAWS)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guide", ["montec", "flat+montec"])
+def test_a_head_with_a_law_leaves_the_width_where_it_is(guide: str) -> None:
+    posterior = fitted(dataclasses.replace(GUIDES[guide], head="gaussian"), n=16, epochs=1)
+    assert width(posterior) == posterior.history[-1]["width"]
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.25])
@@ -99,22 +159,31 @@ def test_the_exact_posterior_knows_how_far_it_overfits(beta: float) -> None:
         assert (variance - beta * gap) * (scale - 1) > 0.3 * beta * gap * abs(scale - 1)
 
 
-@pytest.mark.parametrize("gap", [0.0, 0.02, 0.5, 5.0])
-def test_steps_lead_to_the_optimum(gap: float) -> None:
+@pytest.mark.parametrize(
+    ("gap", "beta", "processes"),
+    [(0.0, 1, 1), (0.02, 1, 1), (0.5, 1, 1), (5.0, 1, 1), (0.05, 1, 8), (0.1, 0.25, 1)],
+)
+def test_steps_lead_to_the_optimum(
+    gap: float, beta: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the stated objective, where V goes as c² and the gap stands still."""
-    joint = fitted(epochs=1).model
-    data = prepare(reviews(12), joint.base, joint.task, tokenizer())
+    state_of_all = SimpleNamespace(num_processes=processes, process_index=0)
+    guide = dataclasses.replace(GUIDES["montec"], kl_weight=beta)
+    joint = fitted(guide, n=16, epochs=1).model
+    data = prepare(reviews(400), joint.base, joint.task, tokenizer())
     chooser = widths.ChooseWidth(joint, data, data)
     state = widths.program_of(joint).width
     assert state is not None
     spread, at_one = 0.5, 0.1
+    monkeypatch.setattr(widths, "PartialState", lambda: state_of_all)
     for number in range(1, 201):
         variance = at_one * math.exp(2 * float(state[0]))
         chooser._follow(torch.tensor([gap, variance, spread]), number)
-    seen = (1 + widths.MEMORY) / (1 - widths.MEMORY) * defaults.WIDTH_EXAMPLES
+    seen = (1 + widths.MEMORY) / (1 - widths.MEMORY) * defaults.WIDTH_EXAMPLES * processes
     squared_error = spread * (1 / len(data) + 2 / seen)
     grid = torch.linspace(-4, 4, 8001)
-    loss = (gap - at_one * (2 * grid).exp()).square() / (2 * squared_error)
+    missing = beta * gap - at_one * (2 * grid).exp()
+    loss = missing.square() / (2 * beta**2 * squared_error)
     best = grid[(loss + grid.square() / (2 * defaults.WIDTH_PRIOR**2)).argmin()]
     assert float(state[0]) == pytest.approx(float(best), abs=0.02)
 

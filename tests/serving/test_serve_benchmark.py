@@ -27,7 +27,15 @@ def test_every_answer_is_right_and_none_is_lost(
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "benchmark_serve", module)
     spec.loader.exec_module(module)
-    small = {"posteriors": 3, "draws": 2, "concurrency": 4, "requests": 6, "soak": 20, "texts": 3}
+    small = {
+        "posteriors": 3,
+        "draws": 2,
+        "concurrency": 4,
+        "requests": 6,
+        "soak": 20,
+        "texts": 3,
+        "repeats": 1,
+    }
     small |= {"writing-requests": 4, "writing-soak": 20, "new-tokens": 4}
     options = [str(part) for name, value in small.items() for part in (f"--{name}", value)]
     module.main([*options, "--out", str(tmp_path)])
