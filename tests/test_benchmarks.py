@@ -130,7 +130,8 @@ def test_steps_of_compiled_networks_run_compiled_code(
     contestants = ["--contestants", "base", "pyrolora map"]
     step_time.main([*command, *contestants, "--out", str(tmp_path)])
     (run,) = json.loads((tmp_path / "step_time-cpu-eager.json").read_text())["runs"]
-    assert {row["contestant"] for row in run["steps"]} == set(contestants[1:])
+    both = {f"{name}{compiled}" for name in contestants[1:] for compiled in ("", ", compiled")}
+    assert {row["contestant"] for row in run["steps"]} == both
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
 
 
