@@ -29,10 +29,13 @@ CURVATURE_FEW = 32
 CURVATURE_EXAMPLES = 512
 CURVATURE_PASSES = 1024
 
-# The width of the noise by examples that are held back: every so many steps so many of them, and of
-# those that are learnt, in so many draws. These are forward passes of two batches of 32, which cost
-# less than the steps that 10 % of the examples, held back, save.
-WIDTH_EVERY = 8
+# The width of the noise by examples that are held back: a tenth, where that comes to ten. Each time
+# that the steps have learnt from so many examples, so many of them, and of those that are learnt,
+# pass in so many draws. These are forward passes of two batches of 32, which cost less than the
+# steps that 10 % of the examples, held back, save.
+HOLD_BACK = 0.1
+HELD_BACK_LEAST = 10
+WIDTH_EVERY = 256
 WIDTH_EXAMPLES = 8
 WIDTH_DRAWS = 4
 WIDTH_RATE = 0.3
@@ -44,23 +47,19 @@ TEMPERATURE_DRAWS = 8
 
 # MonteCLoRA. The paper finds 4 components enough.
 NUM_COMPONENTS = 4
-# The prior of A is centred at zero and has the scale ε ‖π‖; V starts small, so that the network
-# learns before there is noise. Chosen on MRPC and CoLA; the alternatives that were tried:
-# docs/evidence.md#montec
-PRIOR_MEAN: Final = "zero"
-SAMPLE_SCALE = 0.3
-INIT_COVARIANCE = 0.01
-KL_WEIGHT = 0.2
+# The noise is relative to what is learnt, which has no price of its own; data choose its width, from
+# here on, and its shape is the optimum of the objective: docs/evidence.md#montec
+PRIOR_MEAN: Final = "learned"
+SAMPLE_SCALE = 1.0
+INIT_COVARIANCE = 1.0
 # ν = 4 r: at V = I the isotropic KL then costs 0.6 nats per column, at ν = r 4.6.
 DF_PER_RANK = 4
 # The Dirichlet prior: uniform on the simplex.
 CONCENTRATION = 1.0
 
-# Mean field. BLoB's prior; the scales start well below it, or the network does not learn. A KL
-# weight below 1 lets them stay small where data are few: docs/evidence.md#mean-field
-PRIOR_SCALE = 0.2
-INIT_SCALE = 0.02
-MEANFIELD_KL_WEIGHT = 0.2
+# Gaussian guides: likewise.
+PRIOR_SCALE = 1.0
+INIT_SCALE = 1.0
 
 # Entries of a closed KL whose intermediate values are held at a time: 16 MB each, of the 300 that a
 # factor of LLaMA-7B at rank 16 would take six times over.

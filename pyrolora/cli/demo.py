@@ -16,8 +16,9 @@ from pyrolora.files import replacing, write_whole
 ABOUT = """\
 Which of eight libraries does a sentence of documentation come from? {train} sentences to train on,
 {test} of other files to test on, and {unseen} of libraries that were never seen.
-map is plain LoRA, one answer; montec is MonteCLoRA with its defaults (kl_weight {beta:g}), {draws}
-draws of its posterior. Same network, data, steps and learning rate for both."""
+map is plain LoRA, one answer; montec is MonteCLoRA with its defaults, {draws} draws of its posterior.
+Same network, data, epochs and learning rate; of its sentences montec holds {held_back:g} % back, to choose
+how wide the posterior is, and learns from the rest."""
 READING = {
     "accuracy": "higher is better",
     "nll": "nats; lower is better",
@@ -78,7 +79,7 @@ def demo(
 
     data = sentences(train=train, test=test, unseen=test)
     sizes = {split: len(rows) for split, rows in data.items()}
-    say(ABOUT.format(draws=num_samples, beta=defaults.KL_WEIGHT, **sizes))
+    say(ABOUT.format(draws=num_samples, held_back=100 * defaults.HOLD_BACK, **sizes))
     contestants = {
         guide: run_guide(
             guide,

@@ -39,7 +39,7 @@ from pyrolora.guides import Guide
 from pyrolora.inference import Run
 from pyrolora.inference.head_laplace import check_last_layer
 from pyrolora.inference.identity import digest_of_data
-from pyrolora.inference.recording import check_recordable
+from pyrolora.inference.recording import check_recordable, unrecordable
 from pyrolora.inference.sharding import shard, sharding_asked
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
@@ -214,6 +214,8 @@ def fit_request(request: Request) -> Posterior:
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
             build = partial(_in_rows, origin.builder(attachment, data, args), data.rows)
+            if unrecordable(attachment):
+                request = dataclasses.replace(request, guide=request.options.without_inputs())
             joint = build(request.options)
             if request.options.reads_inputs:
                 check_recordable(joint)
@@ -366,7 +368,7 @@ def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> No
 
 def _warn_of_temperature(request: Request) -> None:
     source = request.prior if request.given is None else request.given
-    chosen_anew = request.options.held_back > 0
+    chosen_anew = request.given is None and request.options.held_back > 0
     if isinstance(source, Posterior) and source.temperature != 1 and not chosen_anew:
         warnings.warn(
             "the posterior that this fit starts from has the temperature "

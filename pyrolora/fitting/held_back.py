@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import TrainingArguments
 
 from pyrolora import defaults
@@ -18,18 +20,27 @@ from pyrolora.processes import all_processes
 def parted(
     data: Prepared, request: Request, args: TrainingArguments
 ) -> tuple[Prepared, Prepared | None]:
-    """Return the examples to learn from, and those that the guide holds back."""
+    """Return the examples to learn from, and those that the guide holds back.
+
+    Where nobody asked for it, none are held back of few examples, of a stream or of texts that
+    share rows, nor where an adapter is given, which may know them all.
+    """
     share = request.options.held_back
     if not share:
         return data, None
-    if data.whole is not None or data.texts is not None:
+    n = len({*data.of_rows()})
+    count = round(share * n)
+    apart = data.whole is None and data.texts is None
+    inner: Any = getattr(request.options, "inner", request.options)
+    usual = inner.hold_back is None
+    if usual and not (apart and request.given is None and count >= defaults.HELD_BACK_LEAST):
+        return data, None
+    if not apart:
         what = "a stream" if data.texts is None else "texts that share rows (packing=True)"
         raise ConfigError(
             f"hold_back={share!r} sets training examples aside, and the training data are {what}; "
-            "leave it out, and call Posterior.calibrate with data of their own"
+            "choose hold_back=None or 0, and call Posterior.calibrate with data of their own"
         )
-    n = len({*data.of_rows()})
-    count = round(share * n)
     if not 0 < count < n:
         raise ConfigError(
             f"hold_back={share!r} of {n} examples is {count}; it has to leave some to learn from, "

@@ -45,7 +45,7 @@ class CentredProgram(Program):
 
         None, unless scales are multiples of it. After an earlier posterior it is that of its means.
         """
-        if getattr(self.options, "units", None) != "row":
+        if getattr(self.options, "unit", None) != "row":
             return None
         if self.row_sizes is not None:
             return self.row_sizes

@@ -15,7 +15,7 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank, FlatFactors
 from pyrolora.checks import positive
 from pyrolora.guides.centred import CentredProgram
-from pyrolora.guides.options import Latent, PriorMean, Units, Variational, check_units
+from pyrolora.guides.options import Latent, PriorMean, Units, Variational, unit_of
 from pyrolora.guides.plates import flat, tempered
 from pyrolora.guides.program import Quantities, Sites
 
@@ -29,13 +29,14 @@ class GaussianGuide(Variational):
     prior_scale
         σ₀, in the ``units``.
     init_scale
-        Start of every σ_i, in the ``units``: with a small one the network learns before the noise
-        grows.
+        Start of every σ_i, in the ``units``: trained scales take many steps from a small one; by
+        curvature it is where the first estimate is made.
     units
         ``"row"``: scales are multiples of the root mean square of the row of the mean of A; for
         ``latent="A"`` and the learned prior mean. ``"fan_in"``: they are multiples of 1/√in for A
         and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every width and
-        rank. ``"one"``: they are absolute.
+        rank. ``"one"``: they are absolute. None: ``"row"`` where that is possible, else
+        ``"fan_in"``.
     prior_mean
         m₀: ``"learned"``, the means m of the guide, which then cost nothing (empirical Bayes);
         ``"start"``, the start of the factors (a price on what is learnt), or the adapter that a
@@ -48,16 +49,19 @@ class GaussianGuide(Variational):
 
     prior_scale: float = defaults.PRIOR_SCALE
     init_scale: float = defaults.INIT_SCALE
-    units: Units = "one"
+    units: Units | None = None
     prior_mean: PriorMean = defaults.PRIOR_MEAN
     latent: Latent = "A"
-    kl_weight: float = defaults.MEANFIELD_KL_WEIGHT
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("prior_scale", self.prior_scale)
         positive("init_scale", self.init_scale)
-        check_units(self.units, self.latent, self.prior_mean)
+        unit_of(self.units, self.latent, self.prior_mean)
+
+    @property
+    def unit(self) -> Units:
+        return unit_of(self.units, self.latent, self.prior_mean)
 
 
 class FactorProgram(CentredProgram):
@@ -83,13 +87,13 @@ class FactorProgram(CentredProgram):
         layout = self.bank.layout(latent)
         device = self.bank.get_parameter("A_loc").device
         one = torch.ones(layout.total, device=device)
-        if getattr(self.options, "units", "one") != "fan_in":  # SWAG has no units
+        if getattr(self.options, "unit", "one") != "fan_in":  # SWAG has none
             return one
         return layout.scale(layout.fan_in().to(device).rsqrt(), one)
 
     def prior_scale(self, site: str) -> Tensor:
         """Return σ₀ of each entry."""
-        if getattr(self.options, "units", "one") == "one":  # one number, whatever their number
+        if getattr(self.options, "unit", "one") == "one":  # one number, whatever their number
             device = self.bank.get_parameter("A_loc").device
             scale = torch.full((), float(self.options.prior_scale), device=device)
             return scale.expand(self.bank.layout(site).total)

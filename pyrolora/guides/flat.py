@@ -115,6 +115,9 @@ class Flat(Guide):
     def reads_inputs(self) -> bool:
         return self.inner.reads_inputs
 
+    def without_inputs(self) -> Flat:
+        return replace(self, inner=self.inner.without_inputs())
+
     @property
     def held_back(self) -> float:
         return self.inner.held_back

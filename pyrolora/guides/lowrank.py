@@ -33,8 +33,7 @@ class LowRank(GaussianGuide):
     rank
         K. It takes the memory of K more copies of the factors, and of two more each for AdamW.
     prior_scale, init_scale
-        σ₀, and the start of every σ_i, in the ``units``: a small start lets the network learn
-        before the noise.
+        σ₀, and the start of every σ_i, in the ``units``.
     units, prior_mean
         As in `GaussianGuide`.
     latent

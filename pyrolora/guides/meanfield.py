@@ -48,12 +48,16 @@ class MeanField(GaussianGuide):
     name = "meanfield"
 
     @property
+    def closed_scales(self) -> bool:
+        return True
+
+    @property
     def supports(self) -> Supports:
         return Supports(
             rank_allocation=True,
             prior=True,
             post_hoc=self.post_hoc_scales,
-            closed_scales=True,
+            closed_scales=self.closed_scales,
             independent_layers=True,
             distinct_prior=True,
             gaussian_head=True,

@@ -11,7 +11,7 @@ from pyrolora.checks import positive, true_or_false, whole_number
 from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit
 from pyrolora.guides.montec_program import MonteCLoRAProgram
-from pyrolora.guides.options import Latent, PriorMean, Units, Variational, check_units, require
+from pyrolora.guides.options import Latent, PriorMean, Units, Variational, require, unit_of
 from pyrolora.guides.supports import Supports
 
 ComponentPrior = Literal["isotropic", "hierarchical"]
@@ -74,7 +74,8 @@ class MonteCLoRA(Variational):
         no other size of A and B with the same B A escapes it. For ``latent="A"`` and the learned
         prior mean; after an earlier posterior D is that one's. ``"fan_in"``: ε₀ is a multiple of
         1/√in for A and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every
-        width and rank. ``"one"``: it is absolute (paper).
+        width and rank. ``"one"``: it is absolute (paper). None: ``"row"`` where that is possible,
+        else ``"fan_in"``.
     learn_sample_scale
         Learn the guide's ε, one per layer, from ε₀ on; its price is the KL of z.
     component_prior
@@ -91,8 +92,8 @@ class MonteCLoRA(Variational):
     concentration
         α₀.
     init_covariance
-        Start of V as a multiple of I: with a small one the network learns before the noise grows,
-        for ``scale_updates="gradient"``; by curvature it is where the first estimate is made.
+        Start of V as a multiple of I: trained scales take many steps from a small one; by
+        curvature it is where the first estimate is made.
     cooperation
         λ_c >= 0: adds −λ_c ‖π‖² per layer to the log joint density.
     latent
@@ -116,7 +117,7 @@ class MonteCLoRA(Variational):
 
     num_components: int = defaults.NUM_COMPONENTS
     sample_scale: float = defaults.SAMPLE_SCALE
-    units: Units = "one"
+    units: Units | None = None
     learn_sample_scale: bool = False
     component_prior: ComponentPrior = "isotropic"
     covariance: Covariance = "diagonal"
@@ -127,7 +128,6 @@ class MonteCLoRA(Variational):
     cooperation: float = 0.0
     latent: Latent = "A"
     sparse: bool = False
-    kl_weight: float = defaults.KL_WEIGHT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,17 +138,25 @@ class MonteCLoRA(Variational):
         require(self.df_per_rank >= 1, "df_per_rank", ">= 1", self.df_per_rank)
         for name in ("learn_sample_scale", "sparse"):
             true_or_false(name, getattr(self, name))
-        check_units(self.units, self.latent, self.prior_mean)
+        unit_of(self.units, self.latent, self.prior_mean)
+
+    @property
+    def unit(self) -> Units:
+        return unit_of(self.units, self.latent, self.prior_mean)
+
+    @property
+    def closed_scales(self) -> bool:
+        # Neither a learned ε has a closed optimum, nor V where the KL of the means has V⁻¹ in it.
+        inverse = self.component_prior == "hierarchical" and self.prior_mean != "learned"
+        return not (self.learn_sample_scale or inverse)
 
     @property
     def supports(self) -> Supports:
-        # Neither a learned ε has a closed optimum, nor V where the KL of the means has V⁻¹ in it.
-        inverse = self.component_prior == "hierarchical" and self.prior_mean != "learned"
         return Supports(
             rank_allocation=True,
             prior=True,
             post_hoc=self.post_hoc_scales,
-            closed_scales=not (self.learn_sample_scale or inverse),
+            closed_scales=self.closed_scales,
             independent_layers=True,
             distinct_prior=True,
             gaussian_head=True,
@@ -172,24 +180,6 @@ class MonteCLoRA(Variational):
             "scale_updates": "gradient",
             "kl_weight": 1e-5,
             "kl_weight_against": "mean",
-        }
-        return cls(**{**options, **changes})
-
-    @classmethod
-    def relative(cls, **changes: Any) -> MonteCLoRA:
-        """Return noise relative to what is learnt, of a width that data choose, with ``changes``.
-
-        Units are those of the rows, scales are set by curvature at the full price of the KL, and a
-        tenth of the training examples is held back to choose the width and a temperature.
-        """
-        options: dict[str, Any] = {
-            "units": "row",
-            "sample_scale": 1.0,
-            "prior_mean": "learned",
-            "init_covariance": 1.0,
-            "scale_updates": "curvature",
-            "kl_weight": 1.0,
-            "hold_back": 0.1,
         }
         return cls(**{**options, **changes})
 

@@ -251,7 +251,7 @@ class MonteCLoRAProgram(CentredProgram):
     def _sample_scales(self) -> Tensor:
         """Return ε₀ of every block, (L,)."""
         scale = torch.full((len(self.layout),), self.options.sample_scale)
-        if self.options.units == "fan_in":
+        if self.options.unit == "fan_in":
             scale = scale * self.layout.fan_in().rsqrt()
         return scale
 

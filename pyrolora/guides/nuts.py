@@ -33,7 +33,7 @@ HIGH_R_HAT = 1.05
 
 
 def _inner() -> MeanField:
-    return MeanField(kl_weight=1.0)
+    return MeanField(prior_scale=0.2, prior_mean="zero", units="one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 
@@ -119,6 +119,10 @@ class Guide(ABC):
         """Return the share of the training steps after which the learning rate is held."""
         return 1.0
 
+    def without_inputs(self) -> Self:
+        """Return the options for adapters whose inputs cannot be recorded."""
+        return self
+
     @property
     def held_back(self) -> float:
         """The share of the training examples that the fit does not learn from, to choose by."""
@@ -150,7 +154,10 @@ class Variational(Guide):
         Gauss-Newton matrix H of −log p(y|θ), in expectation under the present posterior: for
         θ_i ~ N(m_i, σ_i²) and the prior N(m_i0, σ₀²) the optimum is σ_i² = β / (H_ii + β / σ₀²). It
         depends neither on a learning rate nor on the number of steps. ``"gradient"``: they are
-        trained like the means.
+        trained like the means. None: by curvature where the optimum is a closed form and inputs
+        are known, else by gradient: for `LowRank`, a learned ε, the hierarchical form around
+        another mean than the learned one, adapted embeddings and parameters, and after an earlier
+        posterior.
     scale_learning_rate
         Learning rate of the scales of the posterior, where they are trained, and of the noise of a
         regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
@@ -170,7 +177,8 @@ class Variational(Guide):
         counts beside it: where little has been learnt, or few examples are held back, c is near 1.
         It needs ``units="row"``, and steps of training: around a given adapter,
         ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
-        temperature alone is chosen. 0: no example is held back, and c is 1.
+        temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
+        that is possible and comes to ten examples; the last entry of the history says it.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (
@@ -187,17 +195,17 @@ class Variational(Guide):
     kl_warmup: float = 0.0
     draws_per_batch: int = 1
     scale_learning_rate: float | None = None
-    scale_updates: ScaleUpdates = "gradient"
-    hold_back: float = 0.0
+    scale_updates: ScaleUpdates | None = None
+    hold_back: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share("hold_back", self.hold_back, "[0, 1)")
-        units = getattr(self, "units", None)
-        if self.hold_back and units != "row":
+        if self.hold_back is not None:
+            share("hold_back", self.hold_back, "[0, 1)")
+        if self.hold_back and self.unit != "row":
             raise ConfigError(
                 f"hold_back={self.hold_back!r} is for noise that is relative to the rows of A, "
-                + ("and this guide has none" if units is None else f"got units={units!r}")
+                + ("and this guide has none" if self.unit is None else f"got units={self.unit!r}")
                 + "; choose units='row', or hold_back=0 and Posterior.calibrate after the fit"
             )
         positive("kl_weight", self.kl_weight)
@@ -212,11 +220,28 @@ class Variational(Guide):
             )
 
     @property
+    def unit(self) -> Units | None:
+        """The unit of the scales of noise and prior; None where there is no choice."""
+        return None
+
+    @property
+    def closed_scales(self) -> bool:
+        """Whether the scales have a closed optimum, given the curvature."""
+        return False
+
+    @property
     def settles(self) -> bool:
+        if self.scale_updates is None:
+            return self.closed_scales
         return self.scale_updates == "curvature"
+
+    def without_inputs(self) -> Self:
+        return replace(self, scale_updates="gradient") if self.scale_updates is None else self
 
     @property
     def held_back(self) -> float:
+        if self.hold_back is None:
+            return defaults.HOLD_BACK if self.unit == "row" else 0.0
         return self.hold_back
 
     @property
@@ -230,10 +255,10 @@ class Variational(Guide):
         return "trained"
 
     def infer(self, fit: Fit) -> None:
-        if self.settles and fit.program.previous is not None:
+        if self.scale_updates == "curvature" and fit.program.previous is not None:
             raise ConfigError(
                 "scale_updates='curvature' has no closed optimum after an earlier posterior; "
-                "choose scale_updates='gradient' for the fit with prior="
+                "choose scale_updates=None or 'gradient' for the fit with prior="
             )
         super().infer(fit)
 
@@ -246,14 +271,24 @@ class Variational(Guide):
         return self.kl_weight * factor * rise
 
 
-def check_units(units: Units, latent: Latent, prior_mean: PriorMean) -> None:
-    """Raise `ConfigError` for units that do not go with the latent factors or the prior's mean."""
-    if units == "row" and (latent != "A" or prior_mean != "learned"):
+def unit_of(units: Units | None, latent: Latent, prior_mean: PriorMean) -> Units:
+    """Return the unit of scales; where none is chosen, that of the rows if it goes with the rest.
+
+    Raises
+    ------
+    ConfigError
+        For the unit of the rows where it does not go with the latent factors or the prior's mean.
+    """
+    in_rows = latent == "A" and prior_mean == "learned"
+    if units is None:
+        return "row" if in_rows else "fan_in"
+    if units == "row" and not in_rows:
         raise ConfigError(
             "units='row' takes the size of a row of A from its mean, which therefore has no price: "
             f"it goes with latent='A' and prior_mean='learned', got latent={latent!r} and "
             f"prior_mean={prior_mean!r}; choose units='fan_in' for those"
         )
+    return units
 
 
 def check_inner_head(inner: Guide, instead: str) -> None:

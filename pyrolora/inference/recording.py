@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrolora.adapters import Factors, FlatFactors
+from pyrolora.adapters import Attachment, Factors, FlatFactors
 from pyrolora.adapters.other_kinds import folded, is_embedding, rows_of
 from pyrolora.adapters.parameter_layer import ParameterSlot
 from pyrolora.columns import (
@@ -69,19 +69,22 @@ def recorded(
     return joint.run(batch, replace(plain, factors=bound, eager=True)), layers
 
 
-def check_recordable(joint: JointModel) -> None:
-    """Raise `ConfigError` for adapted parameters and embeddings, whose inputs cannot be recorded.
+def unrecordable(attachment: Attachment) -> list[str]:
+    """Return the names of adapted parameters and embeddings, whose inputs cannot be recorded.
 
     Those of parameters are seen by their module alone; those of embeddings are as many as the
     vocabulary, and the curvature has a matrix of that size.
     """
-    layers = joint.attachment.layers
-    hidden = [
+    return [
         name
-        for name, layer in layers.items()
+        for name, layer in attachment.layers.items()
         if isinstance(layer, ParameterSlot) or is_embedding(layer.base_layer)
     ]
-    if hidden:
+
+
+def check_recordable(joint: JointModel) -> None:
+    """Raise `ConfigError` for adapted layers whose inputs cannot be recorded."""
+    if hidden := unrecordable(joint.attachment):
         raise ConfigError(
             "the curvature of the likelihood (of 'laplace', and of scale_updates='curvature') is "
             "made of the inputs of each layer, and adapted parameters and embeddings have none "

@@ -70,8 +70,10 @@ class ChooseWidth(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        if step and step % defaults.WIDTH_EVERY == 0:
-            self._follow(self._measured(args, step), step // defaults.WIDTH_EVERY)
+        learnt = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        every = max(1, round(defaults.WIDTH_EVERY / learnt))
+        if step and step % every == 0:
+            self._follow(self._measured(args, step), step // every)
 
     @torch.no_grad()
     def _measured(self, args: TrainingArguments, step: int) -> Tensor:

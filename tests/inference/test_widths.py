@@ -25,10 +25,10 @@ from pyrolora.tasks import QuestionAnswering
 
 GAUSSIAN = {"units": "row", "prior_mean": "learned", "prior_scale": 0.5, "init_scale": 0.5}
 GUIDES = {
-    "montec": MonteCLoRA.relative(hold_back=0.25),
+    "montec": MonteCLoRA(hold_back=0.25),
     "meanfield": MeanField(**GAUSSIAN, hold_back=0.25),
     "lowrank": LowRank(**GAUSSIAN, hold_back=0.25),
-    "flat+montec": Flat(inner=MonteCLoRA.relative(hold_back=0.25)),
+    "flat+montec": Flat(inner=MonteCLoRA(hold_back=0.25)),
 }
 SMALL = AdapterConfig(r=2)
 
@@ -212,7 +212,7 @@ def test_labels_that_say_nothing_make_it_wide() -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 6)
     real = (x[:, 0] > 0).long()
-    guide = MonteCLoRA.relative(hold_back=0.5)
+    guide = MonteCLoRA(hold_back=0.5)
     found = []
     for labels in (real, real[torch.randperm(400)]):
         torch.manual_seed(1)
@@ -234,7 +234,7 @@ def test_examples_held_back_teach_the_means_nothing(monkeypatch: pytest.MonkeyPa
     """A width that stands still leaves the fit of the other examples, to the bit."""
     monkeypatch.setattr(defaults, "WIDTH_RATE", 0.0)
     whole = reviews(48)
-    guide = MonteCLoRA.relative(hold_back=0.25)
+    guide = MonteCLoRA(hold_back=0.25)
     posterior = fitted(guide, seed=5)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(5)).tolist()
     rest = [whole[i] for i in sorted(order[12:])]
@@ -347,15 +347,15 @@ def test_what_cannot_be_held_back_is_an_error() -> None:
     with pytest.raises(ConfigError, match="this guide has none"):
         pyrolora.guides.MAP(hold_back=0.1)
     with pytest.raises(ConfigError, match=r"\[0, 1\)"):
-        MonteCLoRA.relative(hold_back=1.0)
+        MonteCLoRA(hold_back=1.0)
     with pytest.raises(ConfigError, match="of 4 examples is 0"):
-        fitted(MonteCLoRA.relative(hold_back=0.1), n=4)
+        fitted(MonteCLoRA(hold_back=0.1), n=4)
 
 
 def test_a_fit_without_steps_chooses_no_width() -> None:
     given = fitted(MonteCLoRA(), n=8, epochs=1)
     with pytest.raises(ConfigError, match=r"'montec'.* trains nothing .*got hold_back=0\.1"):
-        pyrolora.fit(given, reviews(20), MonteCLoRA.relative())
+        pyrolora.fit(given, reviews(20), MonteCLoRA())
 
 
 def test_windows_of_one_context_are_held_back_together() -> None:
