@@ -47,8 +47,8 @@ TEMPERATURE_DRAWS = 8
 
 # MonteCLoRA. The paper finds 4 components enough.
 NUM_COMPONENTS = 4
-# The noise is relative to what is learnt, which has no price of its own; data choose its width, from
-# here on, and its shape is the optimum of the objective: docs/evidence.md#montec
+# The noise is relative to what is learnt, which has no price of its own. Data choose its width from
+# here on; its shape is the optimum of the objective: docs/evidence.md#montec
 PRIOR_MEAN: Final = "learned"
 SAMPLE_SCALE = 1.0
 INIT_COVARIANCE = 1.0

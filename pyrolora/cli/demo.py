@@ -16,9 +16,9 @@ from pyrolora.files import replacing, write_whole
 ABOUT = """\
 Which of eight libraries does a sentence of documentation come from? {train} sentences to train on,
 {test} of other files to test on, and {unseen} of libraries that were never seen.
-map is plain LoRA, one answer; montec is MonteCLoRA with its defaults, {draws} draws of its posterior.
-Same network, data, epochs and learning rate; of its sentences montec holds {held_back:g} % back, to choose
-how wide the posterior is, and learns from the rest."""
+map is plain LoRA, one answer; montec is MonteCLoRA with its defaults, {draws} draws of its
+posterior. Same network, data, epochs and learning rate for both; of the sentences montec holds
+{held_back:g} % back, to choose how wide the posterior is, and learns from the others."""
 READING = {
     "accuracy": "higher is better",
     "nll": "nats; lower is better",

@@ -43,14 +43,19 @@ class CentredProgram(Program):
     def sizes(self) -> Tensor | None:
         """Return c times the root mean square of each row of the latent means, (L, r).
 
-        None, unless scales are multiples of it. After an earlier posterior it is that of its means.
+        A start of the adapters that is taken off again is taken off here, too: what is left has
+        been learnt. None, unless scales are multiples of it. After an earlier posterior it is that
+        of its means.
         """
         if getattr(self.options, "unit", None) != "row":
             return None
         if self.row_sizes is not None:
             return self.row_sizes
-        means = self.bank.latent_part(self.options.latent, self.bank.means())
-        sizes = self.bank.layout(self.options.latent).row_sizes(means)
+        latent, origin = self.options.latent, self.bank.origin
+        means = self.bank.latent_part(latent, self.bank.means())
+        if origin is not None:
+            means = means - self.bank.latent_part(latent, origin)
+        sizes = self.bank.layout(latent).row_sizes(means)
         return sizes if self.width is None else sizes * self.width[0].exp()
 
     def centre(self, site: str) -> Tensor | None:

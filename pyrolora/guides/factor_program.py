@@ -32,11 +32,11 @@ class GaussianGuide(Variational):
         Start of every σ_i, in the ``units``: trained scales take many steps from a small one; by
         curvature it is where the first estimate is made.
     units
-        ``"row"``: scales are multiples of the root mean square of the row of the mean of A; for
-        ``latent="A"`` and the learned prior mean. ``"fan_in"``: they are multiples of 1/√in for A
-        and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every width and
-        rank. ``"one"``: they are absolute. None: ``"row"`` where that is possible, else
-        ``"fan_in"``.
+        ``"row"``: scales are multiples of the root mean square of what a rank has learnt, a row of
+        the mean of A (or of Bᵀ), less its start where that is taken off again; for the learned
+        prior mean. ``"fan_in"``: they are multiples of 1/√in for A and of 1/√r for B, so that the
+        noise of A x, or of B A x, is the same at every width and rank. ``"one"``: they are
+        absolute. None: ``"row"`` with the learned prior mean, else ``"fan_in"``.
     prior_mean
         m₀: ``"learned"``, the means m of the guide, which then cost nothing (empirical Bayes);
         ``"start"``, the start of the factors (a price on what is learnt), or the adapter that a
@@ -57,11 +57,11 @@ class GaussianGuide(Variational):
         super().__post_init__()
         positive("prior_scale", self.prior_scale)
         positive("init_scale", self.init_scale)
-        unit_of(self.units, self.latent, self.prior_mean)
+        unit_of(self.units, self.prior_mean)
 
     @property
     def unit(self) -> Units:
-        return unit_of(self.units, self.latent, self.prior_mean)
+        return unit_of(self.units, self.prior_mean)
 
 
 class FactorProgram(CentredProgram):
@@ -97,12 +97,16 @@ class FactorProgram(CentredProgram):
             device = self.bank.get_parameter("A_loc").device
             scale = torch.full((), float(self.options.prior_scale), device=device)
             return scale.expand(self.bank.layout(site).total)
-        return self.in_rows(self.options.prior_scale * self.units(site))
+        return self.in_rows(site, self.options.prior_scale * self.units(site))
 
-    def in_rows(self, scale: Tensor) -> Tensor:
+    def in_rows(self, site: str, scale: Tensor) -> Tensor:
         """Return the scale of each entry, times the size of its row where that is the unit."""
-        sizes = self.sizes()
-        return scale if sizes is None else self.bank.layouts["A"].scale_rows(sizes, scale)
+        sizes, layout = self.sizes(), self.bank.layout(site)
+        if sizes is None:
+            return scale
+        if site != self.options.latent:  # one of two: the blocks of A come first
+            sizes = sizes[: len(layout)] if site == "A" else sizes[-len(layout) :]
+        return layout.scale_rows(sizes, scale)
 
     @abstractmethod
     def law(self, site: str) -> dist.TorchDistribution:

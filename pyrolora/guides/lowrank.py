@@ -89,7 +89,7 @@ class LowRankProgram(FactorProgram):
         return {"scale": entries, "directions": entries.unsqueeze(-1)}
 
     def law(self, site: str) -> dist.TorchDistribution:
-        scale = self.in_use(site, self.in_rows(self.param("scale")))
+        scale = self.in_use(site, self.in_rows(site, self.param("scale")))
         directions = self.param("directions")
         active = self.bank.entries(site)
         if active is not None:

@@ -83,7 +83,7 @@ class MeanFieldProgram(FactorProgram):
     def settle(self, curvature: Curvature, beta: float) -> None:
         sizes = [self.bank.layouts[site].total for site in self.sites]
         for site, entries in zip(self.sites, curvature.entries.split(sizes), strict=True):
-            size = self.in_rows(torch.ones_like(entries))
+            size = self.in_rows(site, torch.ones_like(entries))
             precision = entries / beta + self.prior_scale(site) ** -2
             self.assign(f"{site}_scale", precision.rsqrt() / size)
 
@@ -91,5 +91,5 @@ class MeanFieldProgram(FactorProgram):
         return {f"{site}_scale": self.bank.spread(site, rows) for site in self.sites}
 
     def law(self, site: str) -> dist.TorchDistribution:
-        scale = self.in_use(site, self.in_rows(self.param(f"{site}_scale")))
+        scale = self.in_use(site, self.in_rows(site, self.param(f"{site}_scale")))
         return dist.Normal(self.loc(site), scale).to_event(1)

@@ -71,11 +71,12 @@ class MonteCLoRA(Variational):
     units
         ``"row"``: ε₀ is a multiple of d_k, the root mean square of row k of M, so that
         a_j = m_j + ε D Σ_k π_k δ_jk with D = diag(d): the noise is relative to what is learnt, and
-        no other size of A and B with the same B A escapes it. For ``latent="A"`` and the learned
-        prior mean; after an earlier posterior D is that one's. ``"fan_in"``: ε₀ is a multiple of
-        1/√in for A and of 1/√r for B, so that the noise of A x, or of B A x, is the same at every
-        width and rank. ``"one"``: it is absolute (paper). None: ``"row"`` where that is possible,
-        else ``"fan_in"``.
+        no other size of A and B with the same B A escapes it. (Where the adapters have a start that
+        is taken off again, d is that of M less the start.) For the learned prior mean; after an
+        earlier posterior D is that one's. ``"fan_in"``: ε₀ is a multiple of 1/√in for A and of 1/√r
+        for B, so that the noise of A x, or of B A x, is the same at every width and rank.
+        ``"one"``: it is absolute (paper). None: ``"row"`` with the learned prior mean, else
+        ``"fan_in"``.
     learn_sample_scale
         Learn the guide's ε, one per layer, from ε₀ on; its price is the KL of z.
     component_prior
@@ -138,11 +139,11 @@ class MonteCLoRA(Variational):
         require(self.df_per_rank >= 1, "df_per_rank", ">= 1", self.df_per_rank)
         for name in ("learn_sample_scale", "sparse"):
             true_or_false(name, getattr(self, name))
-        unit_of(self.units, self.latent, self.prior_mean)
+        unit_of(self.units, self.prior_mean)
 
     @property
     def unit(self) -> Units:
-        return unit_of(self.units, self.latent, self.prior_mean)
+        return unit_of(self.units, self.prior_mean)
 
     @property
     def closed_scales(self) -> bool:

@@ -204,7 +204,7 @@ class Variational(Guide):
             share("hold_back", self.hold_back, "[0, 1)")
         if self.hold_back and self.unit != "row":
             raise ConfigError(
-                f"hold_back={self.hold_back!r} is for noise that is relative to the rows of A, "
+                f"hold_back={self.hold_back!r} is for noise that is relative to what is learnt, "
                 + ("and this guide has none" if self.unit is None else f"got units={self.unit!r}")
                 + "; choose units='row', or hold_back=0 and Posterior.calibrate after the fit"
             )
@@ -271,22 +271,22 @@ class Variational(Guide):
         return self.kl_weight * factor * rise
 
 
-def unit_of(units: Units | None, latent: Latent, prior_mean: PriorMean) -> Units:
-    """Return the unit of scales; where none is chosen, that of the rows if it goes with the rest.
+def unit_of(units: Units | None, prior_mean: PriorMean) -> Units:
+    """Return the unit of scales; where none is chosen, that of the rows if it goes with the prior.
 
     Raises
     ------
     ConfigError
-        For the unit of the rows where it does not go with the latent factors or the prior's mean.
+        For the unit of the rows where the prior has another mean than the learned one.
     """
-    in_rows = latent == "A" and prior_mean == "learned"
+    in_rows = prior_mean == "learned"
     if units is None:
         return "row" if in_rows else "fan_in"
     if units == "row" and not in_rows:
         raise ConfigError(
-            "units='row' takes the size of a row of A from its mean, which therefore has no price: "
-            f"it goes with latent='A' and prior_mean='learned', got latent={latent!r} and "
-            f"prior_mean={prior_mean!r}; choose units='fan_in' for those"
+            "units='row' takes the size of a row from its mean, which therefore has no price: it "
+            f"goes with prior_mean='learned', got prior_mean={prior_mean!r}; choose "
+            "units='fan_in' for that"
         )
     return units
 
