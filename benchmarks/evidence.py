@@ -21,7 +21,7 @@ import pandas as pd
 import study_stages
 from common import RESULTS, markdown
 from matplotlib.figure import Figure
-from study_jobs import OWN_RATE, PEFT, Job, Row, describe
+from study_jobs import FORMER, OWN_RATE, PEFT, Job, Row, describe
 from study_stages import BATCHES, CHOOSING, CONFIRMING, METHODS, RATES
 from study_store import STORE, read_store
 from tasks import TASKS
@@ -89,9 +89,10 @@ def ordered(table: Table, *by: str) -> Table:
 
 
 @cache
-def default_options(guide: str) -> Row:
-    """The present ones, as a row has them; PEFT's are its own."""
-    options = {} if guide == PEFT else describe(guides.from_options(guide, {}))
+def options_of(guide: str, former: bool = False) -> Row:
+    """The defaults, the present or the former ones, as a row has them; PEFT's are its own."""
+    own = FORMER[guide] if former else {}
+    options = {} if guide == PEFT else describe(guides.from_options(guide, own))
     return dotted(json.loads(json.dumps(options)))
 
 
@@ -105,11 +106,20 @@ def dotted(options: Row, prefix: str = "") -> Row:
 
 
 def changes(guide: str, options: Row) -> str:
-    """How options differ from the present defaults, ``"kl_weight=1.0, inner.rho=0.1"``; one that
-    is newer than the row is ``absent``."""
-    default, own = default_options(guide), dotted(options)
+    """How options differ from the present defaults, ``"kl_weight=1.0, inner.rho=0.1"``, or, where
+    that is shorter, from the former ones, ``"formerly, kl_weight=1.0"``."""
+    own = dotted(options)
+    now = differences(own, options_of(guide))
+    if now and guide in FORMER:
+        then = ["formerly", *differences(own, options_of(guide, former=True))]
+        now = min(now, then, key=len)
+    return ", ".join(now)
+
+
+def differences(own: Row, default: Row) -> list[str]:
+    """``"NAME=VALUE"`` of each option that differs; one newer than the row is ``absent``."""
     both = {name: (own.get(name, "absent"), default.get(name, "absent")) for name in default | own}
-    return ", ".join(f"{name}={value}" for name, (value, usual) in both.items() if value != usual)
+    return [f"{name}={value}" for name, (value, usual) in both.items() if value != usual]
 
 
 # Selections -------------------------------------------------------------------------------------

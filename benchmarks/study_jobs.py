@@ -44,9 +44,37 @@ class Job:
         return {**about, "model": model, "data": data, "dtype": dtype}
 
 
+# The defaults until noise became relative to what is learnt, with a width by data.
+FORMER: dict[str, Row] = {
+    "montec": {
+        "sample_scale": 0.3,
+        "init_covariance": 0.01,
+        "units": "one",
+        "prior_mean": "zero",
+        "kl_weight": 0.2,
+        "scale_updates": "gradient",
+    },
+    "meanfield": {
+        "prior_scale": 0.2,
+        "init_scale": 0.02,
+        "units": "one",
+        "prior_mean": "zero",
+        "kl_weight": 0.2,
+        "scale_updates": "gradient",
+    },
+}
+FORMER["lowrank"] = FORMER["meanfield"]
+FORMER["flat+montec"] = {"inner": FORMER["montec"]}
+
+
 def describe(guide: guides.Guide) -> Row:
-    """A guide's options, an inner guide's below its own."""
+    """A guide's options, an inner guide's below its own, with what None comes to."""
     shallow = {f.name: getattr(guide, f.name) for f in dataclasses.fields(guide)}
+    if isinstance(guide, guides.Variational):
+        shallow["scale_updates"] = "curvature" if guide.settles else "gradient"
+        shallow["hold_back"] = guide.held_back
+        if guide.unit is not None:
+            shallow["units"] = guide.unit
     return {
         name: describe(value) if isinstance(value, guides.Guide) else value
         for name, value in shallow.items()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from study_jobs import OWN_RATE, PEFT, Job, Row
+from study_jobs import FORMER, OWN_RATE, PEFT, Job, Row
 from tasks import (
     TASKS,
 )
@@ -23,55 +24,59 @@ RATES = (3e-4, 1e-3, 3e-3)
 BATCHES = (16, 32)
 
 
-# Settings of which the defaults were one. ``AROUND_M`` is what the default was before the study.
+def former(guide: str = "montec", **options: Any) -> tuple[str, Row]:
+    """A guide with its former defaults, but for ``options``."""
+    return guide, {**FORMER[guide], **options}
+
+
+# Settings of which the former defaults were one. ``AROUND_M`` came before the study.
 AROUND_M = {"prior_mean": "learned", "init_covariance": 1.0}
-# Noise that stops at half the default's scale, at the same price of M and from the same start.
+# Noise that stops at half the former scale, at the same price of M and from the same start.
 NARROWER = {"sample_scale": 0.15, "kl_weight": 0.05, "init_covariance": 0.04}
 CANDIDATES: tuple[tuple[str, Row], ...] = (
     ("map", {}),
     ("montec", {}),
-    ("montec", {**AROUND_M, "sample_scale": 0.2, "kl_weight": 0.01}),
-    ("montec", {"sample_scale": 0.1, "kl_weight": 0.05}),
-    ("montec", NARROWER),
-    ("montec", {"init_covariance": 1.0, "sample_scale": 0.05, "kl_weight": 0.01}),
-    ("montec", {"init_covariance": 1.0, "sample_scale": 0.1, "kl_weight": 0.01}),
-    ("montec", {"init_covariance": 1.0, "sample_scale": 0.1, "kl_weight": 0.1}),
-    (
-        "montec",
-        {**AROUND_M, "component_prior": "hierarchical", "sample_scale": 0.1, "kl_weight": 0.01},
-    ),
+    former(),
+    former(**AROUND_M, sample_scale=0.2, kl_weight=0.01),
+    former(sample_scale=0.1, kl_weight=0.05),
+    former(**NARROWER),
+    former(init_covariance=1.0, sample_scale=0.05, kl_weight=0.01),
+    former(init_covariance=1.0, sample_scale=0.1, kl_weight=0.01),
+    former(init_covariance=1.0, sample_scale=0.1, kl_weight=0.1),
+    former(**AROUND_M, component_prior="hierarchical", sample_scale=0.1, kl_weight=0.01),
     ("meanfield", {}),
     ("flat", {"rho": 0.1}),
-    ("flat+montec", {"rho": 0.1}),
+    former("flat+montec", rho=0.1),
 )
 # How far the noise grows, at the same price of M and from the same start: ε √V is 0.03 at first.
 WIDTHS: tuple[tuple[str, Row], ...] = (
     ("map", {}),
     ("montec", {}),
-    ("montec", NARROWER),
-    ("montec", {"sample_scale": 0.2, "kl_weight": 0.1, "init_covariance": 0.0225}),
-    ("montec", {"sample_scale": 0.1, "kl_weight": 0.02, "init_covariance": 0.1}),
+    former(),
+    former(**NARROWER),
+    former(sample_scale=0.2, kl_weight=0.1, init_covariance=0.0225),
+    former(sample_scale=0.1, kl_weight=0.02, init_covariance=0.1),
 )
 CORNERS = ((3e-4, 32), (1e-3, 32), (3e-3, 16))  # the slowest fit, the usual one, the longest
 # The other options, one at a time.
 FORMS: tuple[tuple[str, Row], ...] = (
-    ("montec", {"draws_per_batch": 8}),
-    ("montec", {"latent": "AB"}),
-    ("montec", {"latent": "B"}),
-    ("montec", {"learn_sample_scale": True}),
-    ("montec", {"component_prior": "hierarchical"}),
-    ("montec", {"component_prior": "hierarchical", "learn_sample_scale": True}),
-    ("montec", {"covariance": "full"}),
-    ("montec", {"df_per_rank": 16}),
-    ("montec", {"num_components": 1}),
-    ("montec", {"num_components": 16}),
-    ("montec", {"kl_warmup": 0.5}),
-    ("meanfield", {}),
-    ("meanfield", {"draws_per_batch": 8}),
-    ("meanfield", {"latent": "AB"}),
-    ("meanfield", {"prior_scale": 0.1}),
-    ("meanfield", {"kl_weight": 0.05}),
-    ("meanfield", {"kl_weight": 1.0}),
+    former(draws_per_batch=8),
+    former(latent="AB"),
+    former(latent="B"),
+    former(learn_sample_scale=True),
+    former(component_prior="hierarchical"),
+    former(component_prior="hierarchical", learn_sample_scale=True),
+    former(covariance="full"),
+    former(df_per_rank=16),
+    former(num_components=1),
+    former(num_components=16),
+    former(kl_warmup=0.5),
+    former("meanfield"),
+    former("meanfield", draws_per_batch=8),
+    former("meanfield", latent="AB"),
+    former("meanfield", prior_scale=0.1),
+    former("meanfield", kl_weight=0.05),
+    former("meanfield", kl_weight=1.0),
     ("flat", {}),
     ("flat", {"rho": 0.1}),
     ("flat", {"rho": 0.2}),
@@ -82,13 +87,8 @@ SCALE_RATES: tuple[Row, ...] = ({}, {"scale_learning_rate": 1e-2}, {"scale_learn
 LONG = ((3e-3, 16, 8), (1e-3, 16, 8), (1e-3, 32, 16))
 
 
-# Noise relative to the rows of A, whose widths are set by curvature at the full price of the KL.
-RELATIVE = {
-    "scale_updates": "curvature",
-    "units": "row",
-    "prior_mean": "learned",
-    "kl_weight": 1.0,
-}
+# Noise relative to the rows of A, whose widths are set by curvature, of a fixed scale.
+RELATIVE = {"init_covariance": 0.01, "hold_back": 0.0}
 
 
 def choose() -> Iterator[Job]:
@@ -100,7 +100,7 @@ def choose() -> Iterator[Job]:
     for guide, options in FORMS:
         yield Job("books", 1000, guide, options)
     for options, (rate, batch, epochs) in itertools.product(SCALE_RATES, LONG):
-        yield Job("books", 1000, "montec", options, epochs, rate, batch)
+        yield Job("books", 1000, *former(**options), epochs, rate, batch)
 
 
 def one() -> Iterator[Job]:
@@ -169,10 +169,10 @@ def narrower() -> Iterator[Job]:
     laplace, on tasks that chose nothing."""
     for job in itertools.chain(confirm(), grid()):
         if job.guide == "montec":
-            yield dataclasses.replace(job, options=NARROWER)
+            yield dataclasses.replace(job, options=former(**NARROWER)[1])
     for task, options in itertools.product(("trec", "sst2"), SCALE_RATES):
         for rate, batch, epochs in LONG:
-            yield Job(task, 1000, "montec", options, epochs, rate, batch)
+            yield Job(task, 1000, *former(**options), epochs, rate, batch)
     for task in ("trec", "sst2"):
         yield Job(task, 1000, "laplace", {"tune": "marginal_likelihood"})
 
@@ -195,23 +195,6 @@ def relative() -> Iterator[Job]:
         yield Job("books", 1000, "montec", options, learning_rate=rate, batch=batch)
 
 
-# The same, with a width and a temperature by a tenth of the examples, which are held back.
-HELD_BACK = {**RELATIVE, "sample_scale": 1.0, "init_covariance": 1.0, "hold_back": 0.1}
-
-
-def held_back() -> Iterator[Job]:
-    """montec whose width examples held back choose, on all tasks, then at the corners of the
-    grid, with few examples, and with more seeds."""
-    for task in (*CHOOSING, *CONFIRMING):
-        yield Job(task, 1000, "montec", HELD_BACK)
-    for task, (rate, batch) in itertools.product(("books", "trec"), CORNERS):
-        yield Job(task, 1000, "montec", HELD_BACK, learning_rate=rate, batch=batch)
-    for task, epochs in itertools.product(("sst2", "trec"), (3, 16)):
-        yield Job(task, 1000, "montec", HELD_BACK, epochs=epochs)
-    for seed, task in itertools.product((1, 2), ("sst2", "trec", "cola", "books")):
-        yield Job(task, 1000, "montec", HELD_BACK, seed=seed)
-
-
 STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "choose": choose,
     "confirm": confirm,
@@ -222,5 +205,4 @@ STAGES: dict[str, Callable[[], Iterator[Job]]] = {
     "narrower": narrower,
     "dual": dual,
     "relative": relative,
-    "held_back": held_back,
 }

@@ -21,6 +21,7 @@ BEFORE = {
     "scale_updates": "gradient",
     "units": "one",
     "prior_mean": "zero",
+    "hold_back": 0.0,
     "curvature": "kronecker",
 }
 
