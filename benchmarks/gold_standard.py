@@ -54,6 +54,7 @@ PRIOR_SCALE = 0.5  # of meanfield, laplace and map
 # Of montec, so that an entry of A has the same standard deviation: with N components
 # E‖π‖² = 2 / (N + 1).
 SAMPLE_SCALE = PRIOR_SCALE * ((defaults.NUM_COMPONENTS + 1) / 2) ** 0.5
+TRAINED = {"scale_updates": "gradient", "draws_per_batch": 10, "scale_learning_rate": 0.05}
 BOUNDS = 4  # of the 20 that the Trainer logs a fit
 ADAPTER = AdapterConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
 
@@ -365,8 +366,8 @@ def under_a_prior(bench: Bench, plain: Posterior) -> None:
     network = bench.problem.network
     start = bench.trained(network, MAP(prior_scale=PRIOR_SCALE))
     for latent in ("A", "B", "AB"):
-        model = MeanField(latent=latent, prior_scale=PRIOR_SCALE, kl_weight=1.0)
-        field = replace(model, draws_per_batch=10, scale_learning_rate=0.05)
+        model = MeanField(latent=latent, prior_scale=PRIOR_SCALE, prior_mean="zero", units="one")
+        field = replace(model, **TRAINED, init_scale=0.02)
         low = LowRank(rank=10, **{f.name: getattr(field, f.name) for f in fields(field)})
         laplace = Laplace(latent=latent, prior_scale=PRIOR_SCALE)
         sampled = replace(laplace, linearised=False)
@@ -389,14 +390,8 @@ def monteclora(bench: Bench, plain: Posterior) -> None:
     around = bench.fit(plain, Laplace(latent="A", prior_scale=PRIOR_SCALE))
     for component_prior in ("hierarchical", "isotropic"):
         target = f"montec {component_prior}"
-        model = MonteCLoRA(
-            component_prior=component_prior,
-            prior_mean="learned",
-            init_covariance=1.0,
-            sample_scale=SAMPLE_SCALE,
-            kl_weight=1.0,
-        )
-        guide = replace(model, draws_per_batch=10, scale_learning_rate=0.05)
+        model = MonteCLoRA(component_prior=component_prior, sample_scale=SAMPLE_SCALE, units="one")
+        guide = replace(model, **TRAINED)
         learned = replace(guide, learn_sample_scale=True)
         full = replace(learned, covariance="full")
         bench.nuts(target, plain, model)
