@@ -22,12 +22,11 @@ SCALE_LEARNING_RATE = 1e-2
 SCALE_RATE = 10.0
 SCALE_STEPS = 256
 
-# The curvature by which scales are settled takes a few examples, with one backward pass per batch,
-# while the means are trained, and more at the end, where 1,024 passes through examples are a tenth
-# of eight epochs of 1,000.
-CURVATURE_FEW = 32
-CURVATURE_EXAMPLES = 512
-CURVATURE_PASSES = 1024
+# The curvature by which scales are settled takes a batch, or a few examples, while the means are
+# trained, which is as much as another step, some ten times in a fit; and more examples at the end,
+# as much as 3 % of eight epochs of 1,000.
+CURVATURE_FEW = 8
+CURVATURE_EXAMPLES = 256
 
 # The width of the noise by examples that are held back: a tenth, where that comes to ten. Each time
 # that the steps have learnt from so many examples, so many of them, and of those that are learnt,

@@ -84,8 +84,7 @@ def settle(
     seed = (args.seed + 7919 * (step + 1) + 104729 * process) % (defaults.MAX_SEED + 1)
     with seeded(seed):
         picked = torch.randperm(len(data))[:most].tolist()
-        passes = max(1, defaults.CURVATURE_PASSES // len(picked))
-        curvature = gauss_newton(joint, _batches(joint, data, picked, args, title), passes)
+        curvature = gauss_newton(joint, _batches(joint, data, picked, args, title), passes=1)
     entries, ranks = (reduce(t, "mean") for t in (curvature.entries, curvature.ranks))
     with decomposing("the curvature of the loss", entries, ranks, remedy=REMEDY):
         joint.program.settle(Curvature(entries, ranks), beta)
