@@ -14,7 +14,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora.checks import text_or_none
-from pyrolora.diagnostics.contraction import contractions, has_trained_widths, update_norms
+from pyrolora.diagnostics.contraction import (
+    chosen_width,
+    contractions,
+    has_trained_widths,
+    update_norms,
+)
 from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
 from pyrolora.pipelines.names import pipeline_name, reads_plain_texts
@@ -217,7 +222,9 @@ def _without_data(posterior: Subject) -> list[Finding]:
     blocks = contractions(program)
     checked = [
         findings.no_update(update_norms(program)),
-        findings.prior_dominated(blocks, trained=has_trained_widths(program)),
+        findings.prior_dominated(
+            blocks, trained=has_trained_widths(program), chosen=chosen_width(program)
+        ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
     ]

@@ -21,6 +21,7 @@ from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
     Contraction,
+    chosen_width,
     contractions,
     has_trained_widths,
     update_norms,
@@ -277,7 +278,9 @@ def _findings(
         findings.overconfident(prediction),
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
-        findings.prior_dominated(blocks, trained=has_trained_widths(program)),
+        findings.prior_dominated(
+            blocks, trained=has_trained_widths(program), chosen=chosen_width(program)
+        ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
         findings.few_examples(len(prediction.examples.unique())),
