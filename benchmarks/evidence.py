@@ -47,7 +47,9 @@ SETTINGS = [*UNIT, *RECIPE, "guide", "options", "changes", "draws"]
 COLUMNS = [*SETTINGS, *METRICS, "curve", "by_draws", "scored_size", "error", *ABOUT]
 NAMES = {name: name for name in METHODS} | {"map": "LoRA", PEFT: "MonteCLoRA of PEFT"}
 BEST, WITH_T = "LoRA at its best", "LoRA with temperature"
-ORDER = {name: place for place, name in enumerate([*TASKS, *METHODS])}
+FORMERLY = "formerly"  # what the defaults were before the present ones, and `changes` to them
+MONTEC_BEFORE = f"montec, {FORMERLY}"
+ORDER = {name: place for place, name in enumerate([*TASKS, *METHODS, MONTEC_BEFORE])}
 ROUNDING = 1e-5  # of differences in points: accuracies are stored from float32
 
 
@@ -111,7 +113,7 @@ def changes(guide: str, options: Row) -> str:
     own = dotted(options)
     now = differences(own, options_of(guide))
     if now and guide in FORMER:
-        then = ["formerly", *differences(own, options_of(guide, former=True))]
+        then = [FORMERLY, *differences(own, options_of(guide, former=True))]
         now = min(now, then, key=len)
     return ", ".join(now)
 
@@ -125,15 +127,15 @@ def differences(own: Row, default: Row) -> list[str]:
 # Selections -------------------------------------------------------------------------------------
 
 
-def defaults_only(frame: Table) -> Table:
+def defaults_only(frame: Table, changes: str = "") -> Table:
     """Fits with the present defaults; of those that differ in their draws alone, the most draws."""
-    rows = frame[frame["changes"] == ""].sort_values("draws", kind="stable")
+    rows = frame[frame["changes"] == changes].sort_values("draws", kind="stable")
     return rows.drop_duplicates(["guide", *UNIT, *RECIPE], keep="last").sort_index()
 
 
-def standard(frame: Table) -> Table:
+def standard(frame: Table, changes: str = "") -> Table:
     """The defaults, trained with the defaults of a job, or at the method's own rate."""
-    rows = defaults_only(frame)
+    rows = defaults_only(frame, changes)
     recipe = rows[RECIPE].assign(
         learning_rate=rows["learning_rate"].where(
             rows["learning_rate"] != rows["guide"].map(OWN_RATE),
@@ -194,6 +196,8 @@ def with_rivals(frame: Table) -> Table:
     rows = standard(frame)
     parts = [rows.assign(method=rows["guide"].map(NAMES))]
     parts += [RIVALS[name](frame).assign(method=name) for name in (BEST, WITH_T)]
+    before = standard(frame, FORMERLY)
+    parts.append(before[before["guide"] == "montec"].assign(method=MONTEC_BEFORE))
     return ordered(pd.concat([part for part in parts if len(part)] or parts), "task")
 
 
@@ -347,7 +351,8 @@ def ratios(frame: Table) -> Table:
     fits = with_classes(frame)
     parts = []
     for name, rival in RIVALS.items():
-        by_method = compare(standard(fits), rival(fits)).groupby("guide")
+        before = standard(fits, FORMERLY).query("guide == 'montec'").assign(guide=MONTEC_BEFORE)
+        by_method = compare(pd.concat([standard(fits), before]), rival(fits)).groupby("guide")
         how = {"NLL ratio": geometric, "ECE ratio": geometric, "points": "mean"}
         means = by_method.agg(how).assign(tasks=by_method.size()).reset_index()
         means.insert(0, "to", name)
@@ -443,7 +448,7 @@ def epochs(frame: Table) -> Table:
 def rivals(frame: Table) -> Table:
     """montec beside what one would use instead."""
     table = summary(with_rivals(frame), ["task", "method"])
-    return table[table["method"].isin([*RIVALS, NAMES[PEFT], "montec"])]
+    return table[table["method"].isin([*RIVALS, NAMES[PEFT], "montec", MONTEC_BEFORE])]
 
 
 @entry(TABLES, "candidates", "choose")
@@ -472,12 +477,18 @@ def candidates(frame: Table) -> Table:
 
 @entry(TABLES, "options", "confirm grid narrower")
 def options(frame: Table) -> Table:
-    """Other options on tasks that chose nothing, beside the defaults in the same fits."""
+    """Other options on tasks that chose nothing, beside the defaults that they differ from."""
     fits = with_classes(frame)
     fits = fits[fits["task"].isin(CONFIRMING)]
-    default, same = fits["changes"] == "", ["guide", *UNIT, *RECIPE]
-    both = fits[~default].merge(
-        fits[default], on=same, suffixes=("", " by default"), validate="many_to_one"
+    changed, same = fits["changes"].str.startswith(f"{FORMERLY},"), ["guide", *UNIT, *RECIPE]
+    both = pd.concat(
+        fits[rows & (fits["changes"] != default)].merge(
+            fits[fits["changes"] == default],
+            on=same,
+            suffixes=("", " by default"),
+            validate="many_to_one",
+        )
+        for rows, default in ((changed, FORMERLY), (~changed, ""))
     )
     groups = both.groupby(["guide", "changes", "task", *RECIPE], sort=False)
     shown = [
@@ -516,7 +527,9 @@ TABLES["failed"] = (failed, "_No fit failed._")
 
 # Pictures ---------------------------------------------------------------------------------------
 
-COLORS = {name: f"C{place}" for place, name in enumerate([*NAMES.values(), BEST, WITH_T])}
+COLORS = {
+    name: f"C{place}" for place, name in enumerate([*NAMES.values(), BEST, WITH_T, MONTEC_BEFORE])
+}
 
 
 def panels(tasks: Iterable[str], label: str) -> tuple[Figure, dict[str, Any]]:
