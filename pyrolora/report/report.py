@@ -277,7 +277,9 @@ def _findings(
         findings.overconfident(prediction),
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
-        findings.prior_dominated(blocks, trained=has_trained_widths(program)),
+        findings.prior_dominated(
+            blocks, trained=has_trained_widths(program), history=posterior.history
+        ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
         findings.few_examples(len(prediction.examples.unique())),
