@@ -15,6 +15,7 @@ from transformers import Pipeline
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
+from pyrolora.arviz.containers import HELD_BACK
 from pyrolora.checks import path_like, true_or_false, whole_number
 from pyrolora.data import TextOptions, prepare
 from pyrolora.data.labels import class_names_of
@@ -733,7 +734,15 @@ class Posterior:
             log_likelihood=log_likelihood,
             factors=factors,
             seed=seed,
+            held_back=self._held_back(),
         )
+
+    def _held_back(self) -> dict[str, float]:
+        """Return the share and the seed by which training examples were held back, if any were."""
+        if not any("held_back" in entry for entry in self.history):
+            return {}
+        share, seed = self.options.held_back, self.settings["seed"]
+        return dict(zip(HELD_BACK, (share, seed), strict=True))
 
     def summary(
         self,

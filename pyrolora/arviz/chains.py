@@ -8,7 +8,7 @@ from typing import Any
 from pyrolora.arviz.containers import container, dataset, group_names
 from pyrolora.errors import ConfigError
 
-FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples", "temperature")
+FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples")
 """Attributes that are equal in all fits that can be chains of one another."""
 
 
@@ -28,7 +28,8 @@ def as_chains(fits: Sequence[Any]) -> Any:
     ----------
     fits
         Results of ``Posterior.to_arviz``, or what was read from their files: two or more, with the
-        same guide, layers, data and number of draws. The fits differ in their seeds.
+        same guide, layers, data and number of draws. The fits differ in their seeds, and may
+        differ in the temperatures and in the examples that they have held back to choose these.
 
     Raises
     ------
@@ -55,7 +56,9 @@ def as_chains(fits: Sequence[Any]) -> Any:
     for name, first in fits[0].items():
         groups = [fit[name] for fit in fits]
         if "chain" in first.dims:
-            both = xarray.concat(groups, dim="chain", join="override", combine_attrs="override")
+            both = xarray.concat(
+                groups, dim="chain", join="override", combine_attrs="drop_conflicts"
+            )
             joined[name] = both.assign_coords(chain=range(both.sizes["chain"]))
         else:
             joined[name] = first

@@ -45,11 +45,13 @@ def inference_data(
     factors: bool = False,
     seed: int | None = None,
     temperature: float = 1.0,
+    held_back: Mapping[str, float] | None = None,
 ) -> Any:
     """Return draws of a fitted pair as ArviZ's container.
 
     `Posterior.to_arviz` describes the content. ``read(factors, temperature)`` returns the
-    prediction that draws of the factors make for the data; ``temperature`` is the posterior's.
+    prediction that draws of the factors make for the data; ``temperature`` is the posterior's, and
+    ``held_back`` the attributes that tell which training examples the fit did not learn from.
     """
     program = joint.program
     chains = program.chains if draws is None else 1
@@ -115,6 +117,7 @@ def inference_data(
         "draws": "counted" if numbers is None else "numbered",
         # NUTS samples the tempered model of its inner guide, which has the weight.
         "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
+        **(held_back or {}),
     }
     if log_likelihood and attrs["kl_weight"] != 1:
         attrs["leave_one_out"] = _leave_one_out_advice(float(attrs["kl_weight"]))

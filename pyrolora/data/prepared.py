@@ -104,8 +104,7 @@ class Prepared:
         """
         of_rows = self.of_rows()
         numbers = sorted({*of_rows})
-        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
-        chosen = {numbers[i] for i in order[: round(share * len(numbers))].tolist()}
+        chosen = {numbers[i] for i in random_share(len(numbers), share, seed)}
         rest = {*numbers} - chosen
         kept, back = (
             replace(
@@ -127,6 +126,12 @@ class Prepared:
         if len({*lengths}) == 1:
             return None
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
+def random_share(count: int, share: float, seed: int) -> list[int]:
+    """Return the numbers of a random share of so many examples."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[: round(share * count)].tolist()
 
 
 def prepare(

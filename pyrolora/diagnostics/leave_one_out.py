@@ -6,11 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from pyrolora.arviz.containers import CALIBRATED, container, dataset, group_names, is_modern
+from pyrolora.arviz.containers import (
+    CALIBRATED,
+    HELD_BACK,
+    container,
+    dataset,
+    group_names,
+    is_modern,
+)
+from pyrolora.data.prepared import random_share
 from pyrolora.diagnostics.psis import psis
 from pyrolora.errors import ConfigError, DataError
 
-ATTRIBUTES = ("kl_weight", "temperature", "num_examples")
+ATTRIBUTES = ("kl_weight", "num_examples")
 UNITS = {"log": 1, "negative_log": -1, "deviance": -2}
 """ArviZ's names for the scale of a score -> the factor of log p."""
 
@@ -28,8 +36,12 @@ def loo(idata: Any) -> Any:
     weights of β = 1: from a cold posterior (β < 1) it removes too little, so that it is too good;
     from a hot one too much. At β = 1 both are the same.
 
-    After `calibrate` to T the weights are the same, and the scored predictions are the calibrated
-    ones, p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
+    Examples that the fit held back (``hold_back``) are left out of the estimate altogether, since
+    no draw was aimed at them.
+
+    With a temperature T, of `calibrate` or of examples held back, the weights are the same, and
+    the scored predictions are the calibrated ones, p_T(y_i|θ_s): elpd is that of T, and ``az.loo``
+    is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
     same example stay, so that the estimate is exact only for draws of the posterior itself.
@@ -38,7 +50,8 @@ def loo(idata: Any) -> Any:
     ----------
     idata
         The result of ``Posterior.to_arviz(data=train, log_likelihood=True)`` for the training data,
-        or what was read from its file, or several joined by `as_chains`.
+        or what was read from its file, or several joined by `as_chains` that learnt from the same
+        examples.
 
     Returns
     -------
@@ -63,14 +76,14 @@ def loo(idata: Any) -> Any:
 
     likelihoods, beta = _likelihoods(idata)
     posterior, group = (dataset(idata[name]) for name in ("posterior", "log_likelihood"))
-    group = _per_example(group)
+    group = _learnt(group)
     tempered = {"posterior": posterior, "log_likelihood": group.astype(float) / beta}
     # k̂ and its warning are those of the weights; the scores that they weigh are put in below.
     result = arviz.loo(container(arviz, tempered), pointwise=True)
     weights, _ = psis(-likelihoods / beta, _relative_efficiency(arviz, posterior))
     scores = likelihoods
-    if group.attrs["temperature"] != 1:
-        scores = _by_example(_per_example(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED])
+    if "sample_stats" in group_names(idata) and CALIBRATED in dataset(idata["sample_stats"]):
+        scores = _by_example(_learnt(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED])
     each = np.logaddexp.reduce(weights + scores, axis=-1)
     whole = float((np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])).sum())
     return _replaced(arviz, result, each, whole)
@@ -91,11 +104,12 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "so that the β of the fit is not known; az.loo takes β = 1"
         )
     beta, expected = group.attrs["kl_weight"], group.attrs["num_examples"]
-    scores = _by_example(_per_example(group)["y"])
+    scores = _by_example(_learnt(group)["y"])
     if len(scores) != expected:
         raise DataError(
             f"leave-one-out needs the training data, {expected} examples, got {len(scores)}; "
-            "pass to_arviz the data that the posterior was fitted on, or score others with evaluate"
+            "pass to_arviz the data that the posterior was fitted on, or score others with "
+            "evaluate; fits that are joined as chains have to hold back the same examples, or none"
         )
     if np.ptp(scores, axis=-1).max() == 0:
         raise DataError(
@@ -114,6 +128,17 @@ def _per_example(group: Any) -> Any:
     if row == "example":
         return group
     return group.groupby(row).sum(keep_attrs=True).rename({row: "example"})
+
+
+def _learnt(group: Any) -> Any:
+    """Return the scores of each example, without those that the fit held back of all it got."""
+    examples = _per_example(group)
+    count, expected = examples.sizes["example"], group.attrs["num_examples"]
+    if count == expected or not {*HELD_BACK} <= {*group.attrs}:
+        return examples
+    share, seed = (group.attrs[name] for name in HELD_BACK)
+    back = random_share(count, float(share), int(seed))
+    return examples.drop_isel(example=back) if count - len(back) == expected else examples
 
 
 def _by_example(scores: Any) -> np.ndarray:

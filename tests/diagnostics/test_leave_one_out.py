@@ -122,10 +122,9 @@ X = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
 DATA = (X, torch.arange(10) % 3)
 
 
-def fitted(guide):
-    return pyrolora.fit(
-        mlp(), DATA, guide=guide, task="classification", adapter=AdapterConfig(r=1), epochs=1,
-    )  # fmt: skip
+def fitted(guide, data=None, **options):
+    config = {"task": "classification", "adapter": AdapterConfig(r=1), "epochs": 1, **options}
+    return pyrolora.fit(mlp(), DATA if data is None else data, guide=guide, **config)
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
@@ -205,8 +204,39 @@ def test_after_a_calibration_the_scores_are_those_of_its_temperature() -> None:
     np.testing.assert_allclose(found.loo_i.values, expected, rtol=1e-4)
     np.testing.assert_allclose(found.pareto_k.values, khat, atol=1e-2)
     posterior.temperature = 3.0
-    with pytest.raises(ConfigError, match=r"fit 1 has another temperature than fit 0: 3\.0 for 2"):
-        as_chains([after, posterior.to_arviz(50, **{**options, "seed": 1})])
+    other = posterior.to_arviz(50, **{**options, "seed": 1})
+    joined = as_chains([after, other])  # the draws of each with its own temperature
+    assert "temperature" not in joined["posterior"].attrs
+    both = [dataset_of(one, "sample_stats")[CALIBRATED] for one in (after, other)]
+    np.testing.assert_array_equal(
+        dataset_of(joined, "sample_stats")[CALIBRATED], np.concatenate(both)
+    )
+    assert np.isfinite(loo(joined).elpd_loo)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_examples_that_were_held_back_are_not_left_out_again(tmp_path) -> None:
+    """Of all examples that a fit got, the estimate is of those that it has learnt from."""
+    x, y = torch.randn(40, X.shape[1]), torch.arange(40) % 3
+    posterior = fitted(MonteCLoRA(hold_back=0.25), (x, y), seed=3)
+    back = torch.randperm(40, generator=torch.Generator().manual_seed(3))[:10].tolist()
+    learnt = [i for i in range(40) if i not in back]
+    whole = posterior.to_arviz(50, data=(x, y), log_likelihood=True)
+    part = posterior.to_arviz(50, data=(x[learnt], y[learnt]), log_likelihood=True)
+    found, expected = loo(whole), loo(part)
+    assert found["loo_i"].sizes["example"] == len(learnt)
+    np.testing.assert_allclose(found.loo_i.values, expected.loo_i.values, rtol=1e-4)
+    assert found["loo_i"]["example"].values.tolist() == learnt
+    whole.to_netcdf(tmp_path / "whole.nc")
+    assert loo(az.from_netcdf(tmp_path / "whole.nc")).elpd_loo == found.elpd_loo
+    posterior.save(tmp_path / "saved")
+    again = pyrolora.load(tmp_path / "saved", posterior.base)
+    idata = again.to_arviz(50, data=(x, y), log_likelihood=True)
+    np.testing.assert_allclose(loo(idata).elpd_loo, found.elpd_loo, rtol=1e-5)
+    other = fitted(MonteCLoRA(hold_back=0.25), (x, y), seed=4)
+    joined = as_chains([whole, other.to_arviz(50, data=(x, y), log_likelihood=True)])
+    with pytest.raises(DataError, match="hold back the same examples"):
+        loo(joined)
 
 
 def dataset_of(idata, group):
