@@ -43,7 +43,7 @@ from common import (
 from evidence import PART
 from language_tasks import MOST_WORDS, PROMPTS, load_examples, load_language_model
 from study_fits import scores
-from study_jobs import Row, describe
+from study_jobs import FORMER, Row, describe
 from study_store import append, key, read_store
 from tasks import Splits, identity
 
@@ -81,13 +81,6 @@ BLOB = {
     "scale_learning_rate": 0.01,
     "draws_per_batch": 4,
 }
-CURVATURE = {
-    "scale_updates": "curvature",
-    "prior_mean": "learned",
-    "units": "row",
-    "sample_scale": 6.0,
-    "kl_weight": 1.0,
-}
 TEMPERATURE = "MLE, temperature"
 METHODS = {
     "MLE": Method("map"),
@@ -95,7 +88,7 @@ METHODS = {
     "TFB": Method("tfb", after="MLE"),
     TEMPERATURE: Method("map", after="MLE"),  # the last: the others start from a posterior without
     "montec": Method("montec"),
-    "montec, curvature": Method("montec", CURVATURE),
+    "montec, formerly": Method("montec", FORMER["montec"]),
     "BLoB": Method("meanfield", BLOB),
     "MAP": Method("map", {"prior_scale": 0.2}),
     "MC dropout": Method("dropout", {"p": 0.1}),
