@@ -204,12 +204,13 @@ def fit_request(request: Request) -> Posterior:
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
     request.check()
     request = read_stream(request).loaded()
-    _warn_of_temperature(request)
     with opened_arguments(request) as args, sharding_asked(args) as sharding:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
         data, held_back = parted(data, request, args)
+        if held_back is None:
+            _warn_of_temperature(request)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
@@ -368,8 +369,7 @@ def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> No
 
 def _warn_of_temperature(request: Request) -> None:
     source = request.prior if request.given is None else request.given
-    chosen_anew = request.given is None and request.options.held_back > 0
-    if isinstance(source, Posterior) and source.temperature != 1 and not chosen_anew:
+    if isinstance(source, Posterior) and source.temperature != 1:
         warnings.warn(
             "the posterior that this fit starts from has the temperature "
             f"{source.temperature:.4g}, and the new one has none: call calibrate(...) on it",
