@@ -137,11 +137,11 @@ def fit(
             q(θ) = argmin −Σ_new log p(y|θ) + β KL(q ‖ q_earlier)
 
         so that the new data are learnt and the earlier data, which are not needed, are not
-        forgotten. The fit starts at the earlier means and scales, and trains both. Everything without a prior (the
-        factor that is not latent, the task head, the noise of a regression) stays as it is; with
-        ``latent="AB"`` both factors move. It works for ``"montec"``, ``"meanfield"``,
-        ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier fit except for
-        the weight of the KL and options of the training alone.
+        forgotten. The fit starts at the earlier means and scales, and trains both. Everything
+        without a prior (the factor that is not latent, the task head, the noise of a regression)
+        stays as it is; with ``latent="AB"`` both factors move. It works for ``"montec"``,
+        ``"meanfield"``, ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier
+        fit except for the weight of the KL and options of the training alone.
     epochs, learning_rate, batch_size, seed
         Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. The seed sets the
         process's random generators for the time of the fit; afterwards they are as before it.
