@@ -8,8 +8,10 @@ from typing import Any
 from pyrolora.arviz.containers import container, dataset, group_names
 from pyrolora.errors import ConfigError
 
-FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples", "temperature")
+FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples")
 """Attributes that are equal in all fits that can be chains of one another."""
+BY_HELD_BACK = ("temperature", "fit_seed")
+"""Those of fits that chose a temperature by examples that they held back, each by its own."""
 
 
 def as_chains(fits: Sequence[Any]) -> Any:
@@ -56,6 +58,9 @@ def as_chains(fits: Sequence[Any]) -> Any:
         groups = [fit[name] for fit in fits]
         if "chain" in first.dims:
             both = xarray.concat(groups, dim="chain", join="override", combine_attrs="override")
+            for key in BY_HELD_BACK:
+                if any(group.attrs.get(key) != first.attrs.get(key) for group in groups):
+                    both.attrs.pop(key, None)
             joined[name] = both.assign_coords(chain=range(both.sizes["chain"]))
         else:
             joined[name] = first
@@ -74,7 +79,8 @@ def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], number: int
     if set(first) != set(other):
         refuse("set of groups", sorted(first), sorted(other))
     for name, group in first.items():
-        for key in FITTED_FROM:
+        keys = (*FITTED_FROM, "held_back")
+        for key in keys if group.attrs.get("held_back") else (*keys, "temperature"):
             if group.attrs.get(key) != other[name].attrs.get(key):
                 refuse(key, group.attrs.get(key), other[name].attrs.get(key))
         if set(group.data_vars) != set(other[name].data_vars):

@@ -36,6 +36,13 @@ from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
 
+def at_random(n: int, count: int, seed: int) -> list[int]:
+    """Return so many of the numbers 0..n−1, those of the seed."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    picked: list[int] = order[:count].tolist()
+    return picked
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Data ready for a loader: indexable examples, their collator, and all labels.
@@ -104,8 +111,8 @@ class Prepared:
         """
         of_rows = self.of_rows()
         numbers = sorted({*of_rows})
-        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
-        chosen = {numbers[i] for i in order[: round(share * len(numbers))].tolist()}
+        n = len(numbers)
+        chosen = {numbers[i] for i in at_random(n, round(share * n), seed)}
         rest = {*numbers} - chosen
         kept, back = (
             replace(

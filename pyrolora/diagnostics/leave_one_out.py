@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from pyrolora.arviz.containers import CALIBRATED, container, dataset, group_names, is_modern
+from pyrolora.data.prepared import at_random
 from pyrolora.diagnostics.psis import psis
 from pyrolora.errors import ConfigError, DataError
 
@@ -38,7 +40,8 @@ def loo(idata: Any) -> Any:
     ----------
     idata
         The result of ``Posterior.to_arviz(data=train, log_likelihood=True)`` for the training data,
-        or what was read from its file, or several joined by `as_chains`.
+        or what was read from its file, or several joined by `as_chains`. Of the training examples
+        that the fit held back (``hold_back``) nothing is scored.
 
     Returns
     -------
@@ -63,14 +66,16 @@ def loo(idata: Any) -> Any:
 
     likelihoods, beta = _likelihoods(idata)
     posterior, group = (dataset(idata[name]) for name in ("posterior", "log_likelihood"))
-    group = _per_example(group)
+    kept = _learnt(group.attrs, _per_example(group).sizes["example"])
+    group = _per_example(group).isel(example=kept)
     tempered = {"posterior": posterior, "log_likelihood": group.astype(float) / beta}
     # k̂ and its warning are those of the weights; the scores that they weigh are put in below.
     result = arviz.loo(container(arviz, tempered), pointwise=True)
     weights, _ = psis(-likelihoods / beta, _relative_efficiency(arviz, posterior))
     scores = likelihoods
     if group.attrs["temperature"] != 1:
-        scores = _by_example(_per_example(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED])
+        calibrated = _per_example(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED]
+        scores = _by_example(calibrated.isel(example=kept))
     each = np.logaddexp.reduce(weights + scores, axis=-1)
     whole = float((np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])).sum())
     return _replaced(arviz, result, each, whole)
@@ -84,6 +89,11 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "none; make them with posterior.to_arviz(data=train, log_likelihood=True)"
         )
     group = dataset(idata["log_likelihood"])
+    if group.attrs.get("held_back") and not {"fit_seed", "temperature"} <= {*group.attrs}:
+        raise ConfigError(
+            "leave-one-out needs the examples that were learnt, and the fits that are joined here "
+            "held back different ones; call loo on each, or fit with hold_back=0"
+        )
     missing = [name for name in ATTRIBUTES if name not in group.attrs]
     if missing:
         raise ConfigError(
@@ -92,6 +102,7 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
         )
     beta, expected = group.attrs["kl_weight"], group.attrs["num_examples"]
     scores = _by_example(_per_example(group)["y"])
+    scores = scores[_learnt(group.attrs, len(scores))]
     if len(scores) != expected:
         raise DataError(
             f"leave-one-out needs the training data, {expected} examples, got {len(scores)}; "
@@ -103,6 +114,15 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "one draw, and no weights take an example out of it; score held-out data with evaluate"
         )
     return scores, float(beta)
+
+
+def _learnt(attrs: Mapping[str, Any], n: int) -> list[int]:
+    """Return which of n examples the posterior was fitted on, where n are all training examples."""
+    held_back = int(attrs.get("held_back", 0))
+    if n != attrs.get("num_examples", n) + held_back:
+        return list(range(n))
+    apart = {*at_random(n, held_back, int(attrs.get("fit_seed", 0)))}
+    return [number for number in range(n) if number not in apart]
 
 
 def _per_example(group: Any) -> Any:

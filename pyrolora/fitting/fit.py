@@ -204,12 +204,16 @@ def fit_request(request: Request) -> Posterior:
         raise ConfigError("fit needs gradients; call it outside of inference_mode and no_grad")
     request.check()
     request = read_stream(request).loaded()
-    _warn_of_temperature(request)
     with opened_arguments(request) as args, sharding_asked(args) as sharding:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
+        of_data = _digest(data)
         data, held_back = parted(data, request, args)
+        if held_back is not None:
+            of_data["held_back"] = len(held_back)
+        elif request.prior is not None or request.given is not None:
+            _warn_of_temperature(request)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
@@ -228,8 +232,9 @@ def fit_request(request: Request) -> Posterior:
             )
             if sharding is not None:
                 shard(joint, sharding, args.device)
+            settings = {**settings_of(args), **of_data}
             posterior_of = partial(
-                Posterior, tokenizer=origin.tokenizer, settings=settings_of(args), identity=identity
+                Posterior, tokenizer=origin.tokenizer, settings=settings, identity=identity
             )
             score = None if held_out is None else partial(_score, data=held_out, args=args)
             listeners = request.listeners
@@ -249,7 +254,6 @@ def fit_request(request: Request) -> Posterior:
                 posterior = _inferred(run, request)
             if held_back is not None:
                 calibrate(posterior, held_back, args)
-        _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
 
@@ -331,13 +335,14 @@ def _check_kept(error: NonFiniteError, run: Run) -> None:
         raise NonFiniteError(f"{error}. There is no error.posterior: {unusable}") from error
 
 
-def _keep_digest(posterior: Posterior, data: Prepared) -> None:
-    """Keep a digest of the training data; a data set of a user's own class has none.
+def _digest(data: Prepared) -> dict[str, Any]:
+    """Return the entry of a digest of the training data; a data set of a user's own class has none.
 
     Such a class may make its examples at random, and reading them would move its generators.
     """
     if isinstance(data.examples, TensorExamples | datasets.Dataset):
-        posterior.settings["data_digest"] = digest_of_data(data)
+        return {"data_digest": digest_of_data(data)}
+    return {}
 
 
 def _score(
@@ -368,8 +373,7 @@ def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> No
 
 def _warn_of_temperature(request: Request) -> None:
     source = request.prior if request.given is None else request.given
-    chosen_anew = request.given is None and request.options.held_back > 0
-    if isinstance(source, Posterior) and source.temperature != 1 and not chosen_anew:
+    if isinstance(source, Posterior) and source.temperature != 1:
         warnings.warn(
             "the posterior that this fit starts from has the temperature "
             f"{source.temperature:.4g}, and the new one has none: call calibrate(...) on it",

@@ -217,7 +217,9 @@ def _without_data(posterior: Subject) -> list[Finding]:
     blocks = contractions(program)
     checked = [
         findings.no_update(update_norms(program)),
-        findings.prior_dominated(blocks, trained=has_trained_widths(program)),
+        findings.prior_dominated(
+            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
+        ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
     ]

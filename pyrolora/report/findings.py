@@ -106,7 +106,9 @@ def no_better_than_chance(
     )
 
 
-def prior_dominated(blocks: Sequence[Contraction], *, trained: bool = False) -> Finding | None:
+def prior_dominated(
+    blocks: Sequence[Contraction], *, trained: bool = False, chosen: bool = False
+) -> Finding | None:
     """Warn where the posterior is its prior in more than half of the blocks.
 
     Parameters
@@ -114,9 +116,12 @@ def prior_dominated(blocks: Sequence[Contraction], *, trained: bool = False) -> 
     trained
         Whether gradient steps made the widths (`has_trained_widths`), so that the schedule, and not
         the data, may have left them there.
+    chosen
+        Whether examples that were held back chose the width of prior and posterior: then it is no
+        choice of the user's.
     """
     same = [block for block in blocks if block.prior_dominated]
-    if 2 * len(same) <= len(blocks):
+    if chosen or 2 * len(same) <= len(blocks):
         return None
     scales = np.median([block.scale for block in blocks])
     cause = "The data told the posterior next to nothing about them."

@@ -53,6 +53,7 @@ LOGGED = {
     *("step", "epoch", "loss", "elbo", "member"),
     *("r_hat", "effective_sample_size", "divergences", "kl_weight", "prior_precision"),
     *("noise_scale", "anchor_loss", "tolerated", "log_evidence", "head_precision"),
+    *("held_back", "width", "temperature"),
 }
 """Numbers that a fit adds to the history."""
 
@@ -177,6 +178,13 @@ def _task(name: str, value: Any) -> None:
     choice(*available())(name, value)
 
 
+def _settings(name: str, value: Any) -> None:
+    """Check the settings of a fit, of which one is a number that is counted with."""
+    mapping(scalar)(name, value)
+    if "held_back" in value:
+        count(1)(f"{name}.held_back", value["held_back"])
+
+
 def _history_entry(name: str, value: Any) -> None:
     """Check an entry of the history: values that reports read have to be numbers.
 
@@ -232,7 +240,7 @@ ENTRIES: dict[str, Check] = {
     "classes": optional(items(text())),
     "texts": optional(mapping(anything)),
     "num_examples": count(1),
-    "settings": mapping(scalar),
+    "settings": _settings,
     "history": items(_history_entry),
     "temperature": number(*defaults.TEMPERATURES),
 }
