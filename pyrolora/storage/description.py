@@ -219,6 +219,8 @@ EARLIER = {"temperature": 1.0, "texts": None}
 """Entries that folders of earlier versions do not have, and what they stand for."""
 EARLIER_GUIDE = {"head": "point"}
 """The same of the options of each guide."""
+EARLIER_TRAINED = {"hold_back": 0.0}
+"""The same of those of a guide whose scales are fitted."""
 EARLIER_ADAPTER, EARLIER_LAYER = {"target_parameters": None}, {"lookup": False}
 """The same of the entries of ``adapter``, and of each of ``layers``."""
 ENTRIES: dict[str, Check] = {
@@ -262,7 +264,8 @@ def _with_earlier(options: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the options of a guide, and of the one inside, from an earlier version's file."""
     inner = options.get("inner")
     nested = {"inner": _with_earlier(inner)} if isinstance(inner, dict) else {}
-    return {**EARLIER_GUIDE, **options, **nested}
+    trained = EARLIER_TRAINED if "scale_updates" in options else {}
+    return {**EARLIER_GUIDE, **trained, **options, **nested}
 
 
 def _options(name: str, kind: Any, values: Mapping[str, Any]) -> Any:
