@@ -31,6 +31,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from pyrolora.guides import MonteCLoRA
+
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
     *("very", "not", "the", "a", "was", "is", "fine", "dull"),
@@ -46,6 +48,10 @@ SIZES: dict[str, Any] = {
     "vocab_size": len(WORDS),
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Noise of the size that the options say, whatever is learnt, around a prior at zero.
+ABSOLUTE: dict[str, Any] = {"units": "one", "prior_mean": "zero"}
+ABSOLUTE_MIXTURE = {**ABSOLUTE, "sample_scale": 0.3, "init_covariance": 0.01}
+ABSOLUTE_GAUSSIAN = {**ABSOLUTE, "prior_scale": 0.2, "init_scale": 0.02}
 
 
 class Rows(TorchDataset[Any]):
@@ -59,6 +65,13 @@ class Rows(TorchDataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+
+def absolute(guide: type[Any], **changes: Any) -> Any:
+    """A guide of that class with absolute noise, and with trained scales at a low price."""
+    sizes = ABSOLUTE_MIXTURE if guide is MonteCLoRA else ABSOLUTE_GAUSSIAN
+    trained = {"scale_updates": "gradient", "kl_weight": 0.2}
+    return guide(**{**sizes, **trained, **changes})
 
 
 def arguments(folder: Any, **changes: Any) -> TrainingArguments:

@@ -213,8 +213,11 @@ def fit_request(request: Request) -> Posterior:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
+        of_data = _digest(data)
         data, held_back = parted(data, request, args)
-        if held_back is None:
+        if held_back is not None:
+            of_data["held_back"] = len(held_back)
+        elif request.prior is not None or request.given is not None:
             _warn_of_temperature(request)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
@@ -234,8 +237,9 @@ def fit_request(request: Request) -> Posterior:
             )
             if sharding is not None:
                 shard(joint, sharding, args.device)
+            settings = {**settings_of(args), **of_data}
             posterior_of = partial(
-                Posterior, tokenizer=origin.tokenizer, settings=settings_of(args), identity=identity
+                Posterior, tokenizer=origin.tokenizer, settings=settings, identity=identity
             )
             score = None if held_out is None else partial(_score, data=held_out, args=args)
             listeners = request.listeners
@@ -255,7 +259,6 @@ def fit_request(request: Request) -> Posterior:
                 posterior = _inferred(run, request)
             if held_back is not None:
                 calibrate(posterior, held_back, args)
-        _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
 
@@ -337,13 +340,14 @@ def _check_kept(error: NonFiniteError, run: Run) -> None:
         raise NonFiniteError(f"{error}. There is no error.posterior: {unusable}") from error
 
 
-def _keep_digest(posterior: Posterior, data: Prepared) -> None:
-    """Keep a digest of the training data; a data set of a user's own class has none.
+def _digest(data: Prepared) -> dict[str, Any]:
+    """Return the entry of a digest of the training data; a data set of a user's own class has none.
 
     Such a class may make its examples at random, and reading them would move its generators.
     """
     if isinstance(data.examples, TensorExamples | datasets.Dataset):
-        posterior.settings["data_digest"] = digest_of_data(data)
+        return {"data_digest": digest_of_data(data)}
+    return {}
 
 
 def _score(

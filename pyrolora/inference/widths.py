@@ -36,6 +36,12 @@ def program_of(joint: JointModel) -> CentredProgram:
     return program
 
 
+def chosen_width(joint: JointModel) -> float:
+    """Return c, by which the noise is multiplied."""
+    width = program_of(joint).width
+    return 1.0 if width is None else float(width[0].exp())
+
+
 class ChooseWidth(TrainerCallback):
     r"""Steps of log c towards the width at which a posterior knows how far it overfits.
 

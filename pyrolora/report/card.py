@@ -218,7 +218,7 @@ def _without_data(posterior: Subject) -> list[Finding]:
     checked = [
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), history=posterior.history
+            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

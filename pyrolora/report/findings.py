@@ -107,10 +107,7 @@ def no_better_than_chance(
 
 
 def prior_dominated(
-    blocks: Sequence[Contraction],
-    *,
-    trained: bool = False,
-    history: Sequence[Mapping[str, Any]] = (),
+    blocks: Sequence[Contraction], *, trained: bool = False, chosen: bool = False
 ) -> Finding | None:
     """Warn where the posterior is its prior in more than half of the blocks.
 
@@ -119,32 +116,24 @@ def prior_dominated(
     trained
         Whether gradient steps made the widths (`has_trained_widths`), so that the schedule, and not
         the data, may have left them there.
-    history
-        Its last entry says whether examples that were held back have chosen the size of them all.
+    chosen
+        Whether examples that were held back chose the width of prior and posterior: then it is no
+        choice of the user's.
     """
     same = [block for block in blocks if block.prior_dominated]
-    if 2 * len(same) <= len(blocks):
+    if chosen or 2 * len(same) <= len(blocks):
         return None
     scales = np.median([block.scale for block in blocks])
     cause = "The data told the posterior next to nothing about them."
     if trained:
         cause = "Whether the data or the number of training steps is the cause is not known."
-    title = "The spread of the adapters is the prior's, not the data's"
-    measured = "The uncertainty then measures the choice of the prior."
-    if chosen := next((entry for entry in reversed(history) if "width" in entry), None):
-        cause += (
-            f" How wide all of it is, c = {chosen['width']:.2g}, was chosen by "
-            f"{chosen['held_back']} examples that were held back."
-        )
-        title = "How the spread of the adapters is shared out is the prior's, not the data's"
-        measured = "The size of the uncertainty then comes from data, and its shape from the prior."
     return Finding(
         "prior_dominated",
-        title,
+        "The spread of the adapters is the prior's, not the data's",
         f"In {len(same)} of {len(blocks)} blocks the draws have the prior's spread around the "
         f"prior's mean (median of posterior over prior spread: {scales:.2f}). {cause}",
-        f"{measured} Lower kl_weight, use more data or train longer; or adapt fewer layers or "
-        "ranks.",
+        "The uncertainty then measures the choice of the prior. Lower kl_weight, use more data or "
+        "train longer; or adapt fewer layers or ranks.",
     )
 
 

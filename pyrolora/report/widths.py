@@ -11,8 +11,11 @@ from pyrolora.diagnostics.contraction import Contraction, has_trained_widths
 from pyrolora.guides import Program
 
 
-def about_widths(program: Program, blocks: Sequence[Contraction]) -> str:
-    """Return a sentence about what the widths of a posterior can show about the data."""
+def about_widths(program: Program, blocks: Sequence[Contraction], *, chosen: bool = False) -> str:
+    """Return a sentence about what the widths of a posterior can show about the data.
+
+    ``chosen``: examples that were held back chose the number by which all are multiplied.
+    """
     if not any(block.scale for block in blocks):
         return "The posterior is a point: it has no widths."
     if has_trained_widths(program):
@@ -21,9 +24,12 @@ def about_widths(program: Program, blocks: Sequence[Contraction]) -> str:
             "none. Their KL is no sign of learning, and whether the data would have them so is not "
             "known. (For montec and meanfield, scale_updates='curvature' finds out.)"
         )
+    scaled = (
+        " Examples that were held back chose one number that multiplies both." if chosen else ""
+    )
     return (
         "The widths are those of the objective: the prior's where the data said nothing. Their KL "
-        "shows that the data constrain the entries, which random labels do, too."
+        f"shows that the data constrain the entries, which random labels do, too.{scaled}"
     )
 
 
