@@ -15,7 +15,6 @@ from transformers import Pipeline
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
-from pyrolora.arviz.containers import HELD_BACK
 from pyrolora.checks import path_like, true_or_false, whole_number
 from pyrolora.data import TextOptions, prepare
 from pyrolora.data.labels import class_names_of
@@ -102,12 +101,18 @@ class Posterior:
         self.identity = dict(identity)
 
     def __repr__(self) -> str:
+        apart = f", held_back={self.held_back}" if self.held_back else ""
         cooled = "" if self.temperature == 1 else f", temperature={self.temperature:.4g}"
         return (
             f"Posterior(guide={full_name(self.options)!r}, task={self.task.name!r}, "
             f"base={type(self.base).__name__}, layers={len(self.bank.specs)}, "
-            f"num_examples={self.model.num_examples}{cooled})"
+            f"num_examples={self.model.num_examples}{apart}{cooled})"
         )
+
+    @property
+    def held_back(self) -> int:
+        """The number of training examples that the fit did not learn from, but chose by."""
+        return int(self.settings.get("held_back", 0)) if self.options.held_back else 0
 
     @property
     def base(self) -> nn.Module:
@@ -731,18 +736,12 @@ class Posterior:
             num_samples,
             draws=numbers,
             temperature=self.temperature,
+            held_back=self.held_back,
+            fit_seed=self.settings.get("seed", 0),
             log_likelihood=log_likelihood,
             factors=factors,
             seed=seed,
-            held_back=self._held_back(),
         )
-
-    def _held_back(self) -> dict[str, float]:
-        """Return the share and the seed by which training examples were held back, if any were."""
-        if not any("held_back" in entry for entry in self.history):
-            return {}
-        share, seed = self.options.held_back, self.settings["seed"]
-        return dict(zip(HELD_BACK, (share, seed), strict=True))
 
     def summary(
         self,
@@ -785,7 +784,7 @@ class Posterior:
         Parameters
         ----------
         data
-            The training data.
+            The training data. Of those that the fit held back, nothing is counted.
         num_samples
             S; every draw runs over all of ``data``.
         seed
@@ -812,7 +811,7 @@ class Posterior:
             When ``data`` has another number of examples than the fit.
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
-        if self.options.held_back and len(prepared) != self.model.num_examples:
+        if self.held_back and len(prepared) == self.model.num_examples + self.held_back:
             prepared, _ = prepared.parted(self.options.held_back, self.settings["seed"])
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 

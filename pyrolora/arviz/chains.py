@@ -10,6 +10,8 @@ from pyrolora.errors import ConfigError
 
 FITTED_FROM = ("guide", "guide_options", "task", "base", "num_examples")
 """Attributes that are equal in all fits that can be chains of one another."""
+BY_HELD_BACK = ("temperature", "fit_seed")
+"""Those of fits that chose a temperature by examples that they held back, each by its own."""
 
 
 def as_chains(fits: Sequence[Any]) -> Any:
@@ -28,8 +30,7 @@ def as_chains(fits: Sequence[Any]) -> Any:
     ----------
     fits
         Results of ``Posterior.to_arviz``, or what was read from their files: two or more, with the
-        same guide, layers, data and number of draws. The fits differ in their seeds, and may
-        differ in the temperatures and in the examples that they have held back to choose these.
+        same guide, layers, data and number of draws. The fits differ in their seeds.
 
     Raises
     ------
@@ -56,9 +57,10 @@ def as_chains(fits: Sequence[Any]) -> Any:
     for name, first in fits[0].items():
         groups = [fit[name] for fit in fits]
         if "chain" in first.dims:
-            both = xarray.concat(
-                groups, dim="chain", join="override", combine_attrs="drop_conflicts"
-            )
+            both = xarray.concat(groups, dim="chain", join="override", combine_attrs="override")
+            for key in BY_HELD_BACK:
+                if any(group.attrs.get(key) != first.attrs.get(key) for group in groups):
+                    both.attrs.pop(key, None)
             joined[name] = both.assign_coords(chain=range(both.sizes["chain"]))
         else:
             joined[name] = first
@@ -77,7 +79,8 @@ def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], number: int
     if set(first) != set(other):
         refuse("set of groups", sorted(first), sorted(other))
     for name, group in first.items():
-        for key in FITTED_FROM:
+        keys = (*FITTED_FROM, "held_back")
+        for key in keys if group.attrs.get("held_back") else (*keys, "temperature"):
             if group.attrs.get(key) != other[name].attrs.get(key):
                 refuse(key, group.attrs.get(key), other[name].attrs.get(key))
         if set(group.data_vars) != set(other[name].data_vars):

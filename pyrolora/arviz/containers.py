@@ -16,10 +16,6 @@ MOST_DIMS = 4
 CALIBRATED = "calibrated_log_likelihood"
 """Variable of ``sample_stats`` with log p_T(y_i | draw s), where the temperature T is not 1."""
 
-HELD_BACK = ("held_back", "held_back_seed")
-"""Attributes of a fit that held training examples back: their share, and the seed that chose them.
-"""
-
 Group = Mapping[str, tuple[np.ndarray, Sequence[str]]]
 """Variable -> (values, names of the dimensions after chain and draw)."""
 

@@ -45,13 +45,14 @@ def inference_data(
     factors: bool = False,
     seed: int | None = None,
     temperature: float = 1.0,
-    held_back: Mapping[str, float] | None = None,
+    held_back: int = 0,
+    fit_seed: int = 0,
 ) -> Any:
     """Return draws of a fitted pair as ArviZ's container.
 
     `Posterior.to_arviz` describes the content. ``read(factors, temperature)`` returns the
     prediction that draws of the factors make for the data; ``temperature`` is the posterior's, and
-    ``held_back`` the attributes that tell which training examples the fit did not learn from.
+    so is ``held_back``, the number of training examples that the fit did not learn from.
     """
     program = joint.program
     chains = program.chains if draws is None else 1
@@ -90,7 +91,7 @@ def inference_data(
             )
             prediction = read(all_drawn, temperature)
             groups |= _data_groups(prediction, shape)
-            num_examples = prediction.examples_of(num_examples)
+            num_examples, held_back = _counts(prediction, num_examples, held_back, options)
             if prediction.row != "example":
                 coords[prediction.row] = prediction.examples.tolist()
             if log_likelihood:  # the log-likelihood of the model has no temperature
@@ -117,11 +118,22 @@ def inference_data(
         "draws": "counted" if numbers is None else "numbered",
         # NUTS samples the tempered model of its inner guide, which has the weight.
         "kl_weight": getattr(options, "inner", options).beta(joint.num_examples),
-        **(held_back or {}),
     }
+    if held_back:
+        attrs |= {"held_back": held_back, "fit_seed": fit_seed}
     if log_likelihood and attrs["kl_weight"] != 1:
         attrs["leave_one_out"] = _leave_one_out_advice(float(attrs["kl_weight"]))
     return to_inference_data(groups, coords, attrs)
+
+
+def _counts(prediction: Prediction, learnt: int, held_back: int, options: Guide) -> tuple[int, int]:
+    """Return how many examples were learnt and held back, of these terms of the likelihood."""
+    of_learnt = prediction.examples_of(learnt)
+    if not held_back or of_learnt != learnt:  # the data are those that were learnt
+        return of_learnt, 0
+    n = prediction.examples_of(learnt + held_back)
+    apart = round(options.held_back * n)
+    return n - apart, apart
 
 
 @cache

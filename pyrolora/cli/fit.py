@@ -248,6 +248,12 @@ def _with_settings(request: Request, values: dict[str, dict[str, Any]]) -> Reque
 def _tell(folder: Path, guide: str, result: dict[str, Any], command: str) -> None:
     if result.get("metrics"):
         metrics_table({guide: result["metrics"]})
+    if held_back := result.get("held_back"):
+        tell(
+            f"{held_back} of {result['num_examples'] + held_back} examples were held back, and "
+            f"chose the width {result['width']:.3g} and the temperature "
+            f"{result['temperature']:.3g}."
+        )
     name = shlex.quote(str(folder))
     tell(f"The posterior is in {folder}. Next:")
     tell(f"  {command} evaluate {name} TEST_DATA")

@@ -70,9 +70,23 @@ def fitted(
     return posterior, {
         "guide": full_name(request.options),
         "num_examples": posterior.model.num_examples,
+        **_chosen(posterior),
         "layers": len(posterior.bank.specs),
         "seconds": round(time.perf_counter() - started, 1),
         "resumed_from_step": step,
+    }
+
+
+def _chosen(posterior: Posterior) -> dict[str, Any]:
+    """Return how many examples were held back, and what they chose."""
+    from pyrolora.inference.widths import chosen_width
+
+    if not posterior.held_back:
+        return {}
+    return {
+        "held_back": posterior.held_back,
+        "width": chosen_width(posterior.model),
+        "temperature": posterior.temperature,
     }
 
 

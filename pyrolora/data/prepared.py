@@ -36,6 +36,13 @@ from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
 
+def at_random(n: int, count: int, seed: int) -> list[int]:
+    """Return so many of the numbers 0..n−1, those of the seed."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    picked: list[int] = order[:count].tolist()
+    return picked
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Data ready for a loader: indexable examples, their collator, and all labels.
@@ -104,7 +111,8 @@ class Prepared:
         """
         of_rows = self.of_rows()
         numbers = sorted({*of_rows})
-        chosen = {numbers[i] for i in random_share(len(numbers), share, seed)}
+        n = len(numbers)
+        chosen = {numbers[i] for i in at_random(n, round(share * n), seed)}
         rest = {*numbers} - chosen
         kept, back = (
             replace(
@@ -126,12 +134,6 @@ class Prepared:
         if len({*lengths}) == 1:
             return None
         return sorted(range(len(lengths)), key=lambda i: -lengths[i])
-
-
-def random_share(count: int, share: float, seed: int) -> list[int]:
-    """Return the numbers of a random share of so many examples."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[: round(share * count)].tolist()
 
 
 def prepare(

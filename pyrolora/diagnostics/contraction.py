@@ -82,14 +82,6 @@ def has_trained_widths(program: Program) -> bool:
     )
 
 
-def chosen_width(program: Program) -> float | None:
-    """Return c, by which examples that were held back widened the prior; None if none were."""
-    while isinstance(program, WrappingProgram) and program.stored() is None:
-        program = program.inner
-    width = getattr(program, "width", None)
-    return float(width[0].exp()) if width is not None and width[1:].any() else None
-
-
 @torch.no_grad()
 def update_norms(program: Program) -> dict[str, float]:
     """Return ‖s B A‖ of the mean adapter by layer; nothing for an ensemble, which has several."""

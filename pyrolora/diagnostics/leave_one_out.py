@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from pyrolora.arviz.containers import (
-    CALIBRATED,
-    HELD_BACK,
-    container,
-    dataset,
-    group_names,
-    is_modern,
-)
-from pyrolora.data.prepared import random_share
+from pyrolora.arviz.containers import CALIBRATED, container, dataset, group_names, is_modern
+from pyrolora.data.prepared import at_random
 from pyrolora.diagnostics.psis import psis
 from pyrolora.errors import ConfigError, DataError
 
-ATTRIBUTES = ("kl_weight", "num_examples")
+ATTRIBUTES = ("kl_weight", "temperature", "num_examples")
 UNITS = {"log": 1, "negative_log": -1, "deviance": -2}
 """ArviZ's names for the scale of a score -> the factor of log p."""
 
@@ -36,12 +30,8 @@ def loo(idata: Any) -> Any:
     weights of β = 1: from a cold posterior (β < 1) it removes too little, so that it is too good;
     from a hot one too much. At β = 1 both are the same.
 
-    Examples that the fit held back (``hold_back``) are left out of the estimate altogether, since
-    no draw was aimed at them.
-
-    With a temperature T, of `calibrate` or of examples held back, the weights are the same, and
-    the scored predictions are the calibrated ones, p_T(y_i|θ_s): elpd is that of T, and ``az.loo``
-    is at T = 1.
+    After `calibrate` to T the weights are the same, and the scored predictions are the calibrated
+    ones, p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
     same example stay, so that the estimate is exact only for draws of the posterior itself.
@@ -50,8 +40,8 @@ def loo(idata: Any) -> Any:
     ----------
     idata
         The result of ``Posterior.to_arviz(data=train, log_likelihood=True)`` for the training data,
-        or what was read from its file, or several joined by `as_chains` that learnt from the same
-        examples.
+        or what was read from its file, or several joined by `as_chains`. Of the training examples
+        that the fit held back (``hold_back``) nothing is scored.
 
     Returns
     -------
@@ -76,14 +66,16 @@ def loo(idata: Any) -> Any:
 
     likelihoods, beta = _likelihoods(idata)
     posterior, group = (dataset(idata[name]) for name in ("posterior", "log_likelihood"))
-    group = _learnt(group)
+    kept = _learnt(group.attrs, _per_example(group).sizes["example"])
+    group = _per_example(group).isel(example=kept)
     tempered = {"posterior": posterior, "log_likelihood": group.astype(float) / beta}
     # k̂ and its warning are those of the weights; the scores that they weigh are put in below.
     result = arviz.loo(container(arviz, tempered), pointwise=True)
     weights, _ = psis(-likelihoods / beta, _relative_efficiency(arviz, posterior))
     scores = likelihoods
-    if "sample_stats" in group_names(idata) and CALIBRATED in dataset(idata["sample_stats"]):
-        scores = _by_example(_learnt(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED])
+    if group.attrs["temperature"] != 1:
+        calibrated = _per_example(dataset(idata["sample_stats"])[[CALIBRATED]])[CALIBRATED]
+        scores = _by_example(calibrated.isel(example=kept))
     each = np.logaddexp.reduce(weights + scores, axis=-1)
     whole = float((np.logaddexp.reduce(scores, axis=-1) - np.log(scores.shape[-1])).sum())
     return _replaced(arviz, result, each, whole)
@@ -97,6 +89,11 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "none; make them with posterior.to_arviz(data=train, log_likelihood=True)"
         )
     group = dataset(idata["log_likelihood"])
+    if group.attrs.get("held_back") and not {"fit_seed", "temperature"} <= {*group.attrs}:
+        raise ConfigError(
+            "leave-one-out needs the examples that were learnt, and the fits that are joined here "
+            "held back different ones; call loo on each, or fit with hold_back=0"
+        )
     missing = [name for name in ATTRIBUTES if name not in group.attrs]
     if missing:
         raise ConfigError(
@@ -104,12 +101,12 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "so that the β of the fit is not known; az.loo takes β = 1"
         )
     beta, expected = group.attrs["kl_weight"], group.attrs["num_examples"]
-    scores = _by_example(_learnt(group)["y"])
+    scores = _by_example(_per_example(group)["y"])
+    scores = scores[_learnt(group.attrs, len(scores))]
     if len(scores) != expected:
         raise DataError(
             f"leave-one-out needs the training data, {expected} examples, got {len(scores)}; "
-            "pass to_arviz the data that the posterior was fitted on, or score others with "
-            "evaluate; fits that are joined as chains have to hold back the same examples, or none"
+            "pass to_arviz the data that the posterior was fitted on, or score others with evaluate"
         )
     if np.ptp(scores, axis=-1).max() == 0:
         raise DataError(
@@ -117,6 +114,15 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             "one draw, and no weights take an example out of it; score held-out data with evaluate"
         )
     return scores, float(beta)
+
+
+def _learnt(attrs: Mapping[str, Any], n: int) -> list[int]:
+    """Return which of n examples the posterior was fitted on, where n are all training examples."""
+    held_back = int(attrs.get("held_back", 0))
+    if n != attrs.get("num_examples", n) + held_back:
+        return list(range(n))
+    apart = {*at_random(n, held_back, int(attrs.get("fit_seed", 0)))}
+    return [number for number in range(n) if number not in apart]
 
 
 def _per_example(group: Any) -> Any:
@@ -128,17 +134,6 @@ def _per_example(group: Any) -> Any:
     if row == "example":
         return group
     return group.groupby(row).sum(keep_attrs=True).rename({row: "example"})
-
-
-def _learnt(group: Any) -> Any:
-    """Return the scores of each example, without those that the fit held back of all it got."""
-    examples = _per_example(group)
-    count, expected = examples.sizes["example"], group.attrs["num_examples"]
-    if count == expected or not {*HELD_BACK} <= {*group.attrs}:
-        return examples
-    share, seed = (group.attrs[name] for name in HELD_BACK)
-    back = random_share(count, float(share), int(seed))
-    return examples.drop_isel(example=back) if count - len(back) == expected else examples
 
 
 def _by_example(scores: Any) -> np.ndarray:

@@ -80,8 +80,10 @@ def fit(
         name the ``task``). Its weights are not changed. A model that is loaded gets a head for the
         classes of ``data``, or, with ``prior``, of the earlier data. Or a `Posterior`, such as
         `from_peft` reads: its means and task head stay as they are, and the guide adds their
-        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, of the head alone
-        ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
+        spread (``"montec"``, ``"meanfield"``, ``"laplace"``, of the head alone
+        ``MAP(head="gaussian")``, without a training step; ``"lowrank"``, and others with
+        ``scale_updates="gradient"``, by training the scales; the model of ``"nuts"`` is conditioned
+        on them). It may have learnt from ``data``, so that none of these is held back.
     data
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw with a tokenizer or processor, or tokenised; a
@@ -95,7 +97,10 @@ def fit(
         text that a causal language model learns; scores are those of the text alone. In texts
         without labels for a masked language model some tokens are hidden, always the same. A
         warning names columns that are not read, and data that can be read in two ways raise a
-        `DataError`.
+        `DataError`. By default ``"montec"``, ``"meanfield"`` and ``"lowrank"`` hold a tenth of the
+        examples back, if that is ten or more, from which they do not learn: these choose how wide
+        the posterior is, and a temperature (the option ``hold_back`` of these guides). The last
+        entry of ``Posterior.history`` says how many, and what they chose.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options. None: ``"montec"``, or the guide of ``prior``.
@@ -132,11 +137,11 @@ def fit(
             q(θ) = argmin −Σ_new log p(y|θ) + β KL(q ‖ q_earlier)
 
         so that the new data are learnt and the earlier data, which are not needed, are not
-        forgotten. The fit starts at the earlier means and scales. Everything without a prior (the
-        factor that is not latent, the task head, the noise of a regression) stays as it is; with
-        ``latent="AB"`` both factors move. It works for ``"montec"``, ``"meanfield"``,
-        ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier fit except for
-        the weight of the KL and options of the training alone.
+        forgotten. The fit starts at the earlier means and scales, and trains both. Everything
+        without a prior (the factor that is not latent, the task head, the noise of a regression)
+        stays as it is; with ``latent="AB"`` both factors move. It works for ``"montec"``,
+        ``"meanfield"``, ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier
+        fit except for the weight of the KL and options of the training alone.
     epochs, learning_rate, batch_size, seed
         Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. The seed sets the
         process's random generators for the time of the fit; afterwards they are as before it.
@@ -208,8 +213,11 @@ def fit_request(request: Request) -> Posterior:
         set_seed(args.seed)
         origin = _origin_of(request)
         data, held_out = _prepared(request, origin)
+        of_data = _digest(data)
         data, held_back = parted(data, request, args)
-        if held_back is None:
+        if held_back is not None:
+            of_data["held_back"] = len(held_back)
+        elif request.prior is not None or request.given is not None:
             _warn_of_temperature(request)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
@@ -229,8 +237,9 @@ def fit_request(request: Request) -> Posterior:
             )
             if sharding is not None:
                 shard(joint, sharding, args.device)
+            settings = {**settings_of(args), **of_data}
             posterior_of = partial(
-                Posterior, tokenizer=origin.tokenizer, settings=settings_of(args), identity=identity
+                Posterior, tokenizer=origin.tokenizer, settings=settings, identity=identity
             )
             score = None if held_out is None else partial(_score, data=held_out, args=args)
             listeners = request.listeners
@@ -250,7 +259,6 @@ def fit_request(request: Request) -> Posterior:
                 posterior = _inferred(run, request)
             if held_back is not None:
                 calibrate(posterior, held_back, args)
-        _keep_digest(posterior, data)
         _save(posterior, request, args)
     return posterior
 
@@ -332,13 +340,14 @@ def _check_kept(error: NonFiniteError, run: Run) -> None:
         raise NonFiniteError(f"{error}. There is no error.posterior: {unusable}") from error
 
 
-def _keep_digest(posterior: Posterior, data: Prepared) -> None:
-    """Keep a digest of the training data; a data set of a user's own class has none.
+def _digest(data: Prepared) -> dict[str, Any]:
+    """Return the entry of a digest of the training data; a data set of a user's own class has none.
 
     Such a class may make its examples at random, and reading them would move its generators.
     """
     if isinstance(data.examples, TensorExamples | datasets.Dataset):
-        posterior.settings["data_digest"] = digest_of_data(data)
+        return {"data_digest": digest_of_data(data)}
+    return {}
 
 
 def _score(

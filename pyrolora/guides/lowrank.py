@@ -20,13 +20,16 @@ from pyrolora.guides.supports import Supports
 class LowRank(GaussianGuide):
     """A Gaussian over all latent factors at once, with K directions beside its diagonal.
 
-        prior  θ ~ N(0, σ₀² I)          guide  θ ~ N(m, S (I + F Fᵀ) S),  S = diag(σ)
+        prior  θ ~ N(m₀, σ₀² I)         guide  θ ~ N(m, S (I + F Fᵀ) S),  S = diag(σ)
 
     for the n entries θ of A, of B, or of both, over all layers; F is (n, K), in units of σ. Along a
     direction entries move together, within a layer, across A and B, and across layers. With
     v_i = σ_i² (1 + Σ_k F_ik²) the variances, the KL is a closed form of O(n K²):
 
-        ½ Σ_i [(v_i + m_i²) / σ₀² − 1 + log(σ₀² / σ_i²)] − ½ log|I + Fᵀ F|
+        ½ Σ_i [(v_i + (m_i − m_i0)²) / σ₀² − 1 + log(σ₀² / σ_i²)] − ½ log|I + Fᵀ F|
+
+    By default m₀ is m, which then costs nothing, and σ₀ and σ are multiples of the root mean square
+    of the row of the means. σ and F have no closed optimum given the curvature, and are trained.
 
     Parameters
     ----------

@@ -19,12 +19,13 @@ from pyrolora.guides.supports import Supports
 class MeanField(GaussianGuide):
     """A factorised Gaussian over the latent factors (the model of BLoB, with ``latent="A"``).
 
-        prior  θ_i ~ N(0, σ₀²)          guide  θ_i ~ N(m_i, σ_i²)
+        prior  θ_i ~ N(m_i0, σ₀²)       guide  θ_i ~ N(m_i, σ_i²)
 
     for the entries θ of A, of B, or of both; a factor that is not latent is its mean. The means
-    are the LoRA weights, m and σ are learned, and the KL is a closed form:
-    Σ_i log(σ₀/σ_i) + (σ_i² + m_i²) / (2 σ₀²) − ½. Around the start, a prior's m_i is the distance
-    from it; given the curvature, σ_i² = β / (H_ii + β / σ₀²).
+    are the LoRA weights, and the KL is a closed form:
+    Σ_i log(σ₀/σ_i) + (σ_i² + (m_i − m_i0)²) / (2 σ₀²) − ½. By default m_i0 is m_i, which then costs
+    nothing, and σ₀ and σ_i are multiples of the root mean square of the row of the means. Given the
+    curvature H of the loss, σ_i² = β / (H_ii + β / σ₀²), to which σ_i is set, not trained.
 
     A draw is one value of the weights for all tokens of a sequence, and for all examples of its
     group (``draws_per_batch``).

@@ -14,12 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora.checks import text_or_none
-from pyrolora.diagnostics.contraction import (
-    chosen_width,
-    contractions,
-    has_trained_widths,
-    update_norms,
-)
+from pyrolora.diagnostics.contraction import contractions, has_trained_widths, update_norms
 from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
 from pyrolora.pipelines.names import pipeline_name, reads_plain_texts
@@ -223,7 +218,7 @@ def _without_data(posterior: Subject) -> list[Finding]:
     checked = [
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=chosen_width(program)
+            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank
 from pyrolora.guides import Guide, full_name
+from pyrolora.inference.widths import chosen_width
 from pyrolora.model import JointModel
 from pyrolora.predictive import Predictor
 from pyrolora.report.examples import Examples
@@ -34,6 +35,9 @@ class Subject(Protocol):
     settings: dict[str, Any]
     tokenizer: Any
     temperature: float
+
+    @property
+    def held_back(self) -> int: ...
 
     @property
     def base(self) -> nn.Module: ...
@@ -86,8 +90,23 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
         "latent sites": ", ".join(f"{name} ({size:,})" for name, size in sites.items()),
         "task": posterior.task.name,
         "training examples": f"{posterior.model.num_examples:,}",
+        **_by_held_back(posterior),
         "temperature": f"{posterior.temperature:.4g}",
-        **{name.replace("_", " "): _value(value) for name, value in posterior.settings.items()},
+        **{
+            name.replace("_", " "): _value(value)
+            for name, value in posterior.settings.items()
+            if name != "held_back"
+        },
+    }
+
+
+def _by_held_back(posterior: Subject) -> dict[str, str]:
+    """Return how many examples were held back, and the width of the noise, if they chose it."""
+    if not posterior.held_back:
+        return {}
+    return {
+        "examples held back": f"{posterior.held_back:,}, for the width and the temperature",
+        "width of the noise": f"{chosen_width(posterior.model):.4g}",
     }
 
 

@@ -107,22 +107,21 @@ def no_better_than_chance(
 
 
 def prior_dominated(
-    blocks: Sequence[Contraction], *, trained: bool = False, chosen: float | None = None
+    blocks: Sequence[Contraction], *, trained: bool = False, chosen: bool = False
 ) -> Finding | None:
     """Warn where the posterior is its prior in more than half of the blocks.
 
-    A prior whose width the data chose, around means that they taught, is theirs: then it does not.
-
     Parameters
     ----------
-    chosen
-        The width of the prior that the data chose (`chosen_width`), or None.
     trained
         Whether gradient steps made the widths (`has_trained_widths`), so that the schedule, and not
         the data, may have left them there.
+    chosen
+        Whether examples that were held back chose the width of prior and posterior: then it is no
+        choice of the user's.
     """
     same = [block for block in blocks if block.prior_dominated]
-    if chosen is not None or 2 * len(same) <= len(blocks):
+    if chosen or 2 * len(same) <= len(blocks):
         return None
     scales = np.median([block.scale for block in blocks])
     cause = "The data told the posterior next to nothing about them."

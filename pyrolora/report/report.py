@@ -21,7 +21,6 @@ from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
     Contraction,
-    chosen_width,
     contractions,
     has_trained_widths,
     update_norms,
@@ -198,7 +197,9 @@ def report_on(
             fit_pictures=list(fit_pictures(posterior.history)),
             posterior_pictures=list(posterior_pictures(idata)),
             contractions=contraction_table(judged.blocks),
-            about_widths=about_widths(posterior.model.program, judged.blocks),
+            about_widths=about_widths(
+                posterior.model.program, judged.blocks, chosen=posterior.held_back > 0
+            ),
             labelled=prediction.targets is not None,
             facts_of_posterior=posterior_facts(posterior),
             options=option_facts(posterior.options),
@@ -279,7 +280,7 @@ def _findings(
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=chosen_width(program)
+            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

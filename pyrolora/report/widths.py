@@ -7,30 +7,29 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pyrolora.diagnostics.contraction import Contraction, chosen_width, has_trained_widths
+from pyrolora.diagnostics.contraction import Contraction, has_trained_widths
 from pyrolora.guides import Program
 
 
-def about_widths(program: Program, blocks: Sequence[Contraction]) -> str:
-    """Return a sentence about what the widths of a posterior can show about the data."""
+def about_widths(program: Program, blocks: Sequence[Contraction], *, chosen: bool = False) -> str:
+    """Return a sentence about what the widths of a posterior can show about the data.
+
+    ``chosen``: examples that were held back chose the number by which all are multiplied.
+    """
     if not any(block.scale for block in blocks):
         return "The posterior is a point: it has no widths."
-    chosen = chosen_width(program)
-    if chosen is not None:
-        return (
-            f"The prior's width is {chosen:.2g} times the size of what each rank has learnt, as "
-            "training examples chose from which the fit did not learn. A width below the prior's "
-            "says that the data constrain those entries, which random labels do, too."
-        )
     if has_trained_widths(program):
         return (
             "The widths come from the training steps: from their number and size, with any data or "
             "none. Their KL is no sign of learning, and whether the data would have them so is not "
             "known. (For montec and meanfield, scale_updates='curvature' finds out.)"
         )
+    scaled = (
+        " Examples that were held back chose one number that multiplies both." if chosen else ""
+    )
     return (
         "The widths are those of the objective: the prior's where the data said nothing. Their KL "
-        "shows that the data constrain the entries, which random labels do, too."
+        f"shows that the data constrain the entries, which random labels do, too.{scaled}"
     )
 
 

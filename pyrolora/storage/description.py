@@ -53,6 +53,7 @@ LOGGED = {
     *("step", "epoch", "loss", "elbo", "member"),
     *("r_hat", "effective_sample_size", "divergences", "kl_weight", "prior_precision"),
     *("noise_scale", "anchor_loss", "tolerated", "log_evidence", "head_precision"),
+    *("held_back", "width", "temperature"),
 }
 """Numbers that a fit adds to the history."""
 
@@ -177,6 +178,13 @@ def _task(name: str, value: Any) -> None:
     choice(*available())(name, value)
 
 
+def _settings(name: str, value: Any) -> None:
+    """Check the settings of a fit, of which one is a number that is counted with."""
+    mapping(scalar)(name, value)
+    if "held_back" in value:
+        count(1)(f"{name}.held_back", value["held_back"])
+
+
 def _history_entry(name: str, value: Any) -> None:
     """Check an entry of the history: values that reports read have to be numbers.
 
@@ -211,6 +219,8 @@ EARLIER = {"temperature": 1.0, "texts": None}
 """Entries that folders of earlier versions do not have, and what they stand for."""
 EARLIER_GUIDE = {"head": "point"}
 """The same of the options of each guide."""
+EARLIER_TRAINED = {"hold_back": 0.0}
+"""The same of those of a guide whose scales are fitted."""
 EARLIER_ADAPTER, EARLIER_LAYER = {"target_parameters": None}, {"lookup": False}
 """The same of the entries of ``adapter``, and of each of ``layers``."""
 ENTRIES: dict[str, Check] = {
@@ -232,7 +242,7 @@ ENTRIES: dict[str, Check] = {
     "classes": optional(items(text())),
     "texts": optional(mapping(anything)),
     "num_examples": count(1),
-    "settings": mapping(scalar),
+    "settings": _settings,
     "history": items(_history_entry),
     "temperature": number(*defaults.TEMPERATURES),
 }
@@ -254,7 +264,8 @@ def _with_earlier(options: Mapping[str, Any]) -> dict[str, Any]:
     """Complete the options of a guide, and of the one inside, from an earlier version's file."""
     inner = options.get("inner")
     nested = {"inner": _with_earlier(inner)} if isinstance(inner, dict) else {}
-    return {**EARLIER_GUIDE, **options, **nested}
+    trained = EARLIER_TRAINED if "scale_updates" in options else {}
+    return {**EARLIER_GUIDE, **trained, **options, **nested}
 
 
 def _options(name: str, kind: Any, values: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,33 @@ def test_fit_prints_its_result_as_one_json_document(place: Path, tmp_path: Path)
     assert record_of(tmp_path / "run")["result"]["metrics"] == pytest.approx(scores)
     assert "step 1/6" in result.err  # no bar: it is no terminal
     assert "it/s" not in result.err
+
+
+def test_fit_says_what_the_examples_that_were_held_back_chose(place: Path, tmp_path: Path) -> None:
+    reviews(100).to_json(tmp_path / "data.jsonl")
+    command = partial(fit_command, place, data=str(tmp_path / "data.jsonl"))
+    result = done(*command(tmp_path / "run"))
+    kept = record_of(tmp_path / "run")["result"]
+    posterior = pyrolora.load(tmp_path / "run")
+    assert (kept["num_examples"], kept["held_back"]) == (90, 10)
+    assert posterior.history[-1] == {
+        name: kept[name] for name in ("held_back", "width", "temperature")
+    }
+    assert posterior.options == MonteCLoRA()
+    assert (
+        f"10 of 100 examples were held back, and chose the width {kept['width']:.3g} and the "
+        f"temperature {kept['temperature']:.3g}." in " ".join(result.out.split())
+    )
+    known = done(*command(tmp_path / "run", "--json")).json  # finished: nothing is fitted
+    assert {name: known[name] for name in kept} == kept
+    for value in ("0", "0.0"):
+        result = done(*command(tmp_path / value, "--set", f"guide.hold_back={value}"))
+        assert "held back" not in result.out
+        assert record_of(tmp_path / value)["result"]["num_examples"] == 100
+        assert pyrolora.load(tmp_path / value).options.hold_back == 0
+    for value in ("None", "null"):
+        done(*command(tmp_path / value, "--set", f"guide.hold_back={value}"))
+        assert same(state(tmp_path / value), state(tmp_path / "run"))
 
 
 def test_fit_says_what_to_do_next(place: Path, tmp_path: Path) -> None:
@@ -219,7 +247,8 @@ def test_the_validation_split_of_the_evaluation_data_is_scored(place: Path, tmp_
         posterior = pyrolora.load(run)
         assert result.json["num_examples"] == 8
         assert result.json["metrics"] == pytest.approx(posterior.evaluate(splits[name], seed=3))
-        assert [entry["epoch"] for entry in posterior.history if "eval_nll" in entry] == [1, 2]
+        scored = [entry.get("epoch") for entry in posterior.history if "eval_nll" in entry]
+        assert scored == [1, 2, None], "the last with the scales of the end"
     found = done("evaluate", tmp_path / "test", tmp_path / "data", "--seed", 3, "--json").json
     assert found["nll"] == pytest.approx(result.json["metrics"]["nll"]), "the test split"
 

@@ -48,7 +48,11 @@ def fit(place: Path, output: str, *more: Any, epochs: int | None = 2) -> list[An
         (
             "nuts",
             ["guide.num_samples=4", "guide.warmup_steps=2", "guide.inner.prior_scale=0.5"],
-            NUTS(num_samples=4, warmup_steps=2, inner=MeanField(kl_weight=1.0, prior_scale=0.5)),
+            NUTS(
+                num_samples=4,
+                warmup_steps=2,
+                inner=MeanField(prior_scale=0.5, prior_mean="zero", units="one"),
+            ),
         ),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import mlp
+from problems import absolute, mlp
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -27,7 +27,7 @@ def program(guide: Guide, r: int = 8):
 @pytest.mark.parametrize("scale", [0.2, 0.05])
 def test_mean_field_against_its_prior(scale: float) -> None:
     """σ / σ₀ and rms(m) / σ₀ are parameters."""
-    made = program(MeanField(prior_scale=0.2, scale_learning_rate=1e-9, init_scale=scale))
+    made = program(absolute(MeanField, scale_learning_rate=1e-9, init_scale=scale))
     found = {one.block: one for one in contractions(made)}
     assert set(found) == {"0.A", "2.A"}, "B has no spread"
     means = made.bank.layouts["A"].matrices(made.bank.means().A)
@@ -40,7 +40,7 @@ def test_mean_field_against_its_prior(scale: float) -> None:
 
 
 def test_a_posterior_that_is_its_prior_is_found() -> None:
-    made = program(MeanField(prior_scale=0.2, init_scale=0.2, latent="AB"), r=16)
+    made = program(absolute(MeanField, init_scale=0.2, latent="AB"), r=16)
     made.bank.assign("A_loc", torch.zeros_like(made.bank.get_parameter("A_loc")))
     found = contractions(made)
     assert {one.block for one in found} == {"0.A", "2.A", "0.B", "2.B"}
@@ -49,10 +49,10 @@ def test_a_posterior_that_is_its_prior_is_found() -> None:
 
 def test_montec_starts_inside_its_prior() -> None:
     """V₀ = 0.01 I: a tenth of the prior's spread; the mixture weights' law is nearly the same."""
-    made = program(MonteCLoRA(init_covariance=0.01, sample_scale=0.3, scale_learning_rate=1e-9))
+    made = program(absolute(MonteCLoRA, scale_learning_rate=1e-9))
     for one in contractions(made):
         assert one.scale == pytest.approx(0.1, rel=0.25)
-    around = MonteCLoRA(init_covariance=1.0, prior_mean="learned", scale_learning_rate=1e-9)
+    around = MonteCLoRA(scale_updates="gradient", scale_learning_rate=1e-9)
     for one in contractions(program(around, r=16)):
         assert one.scale == pytest.approx(1, rel=0.15)
         assert one.shift < 0.15
@@ -76,7 +76,7 @@ def test_every_guide_with_a_prior_has_a_contraction(guide: Guide) -> None:
 
 
 def test_a_small_spread_around_a_large_mean_is_not_lost() -> None:
-    made = program(MeanField(prior_scale=0.2, init_scale=1e-4, scale_learning_rate=1e-9))
+    made = program(absolute(MeanField, init_scale=1e-4, scale_learning_rate=1e-9))
     made.bank.assign("A_loc", torch.full_like(made.bank.get_parameter("A_loc"), 100.0))
     for one in contractions(made):
         assert one.scale == pytest.approx(5e-4, rel=0.1)

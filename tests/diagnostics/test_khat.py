@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from problems import bert, bert_choice, llama, mlp, questions, texts, tokenizer, tokens
+from problems import absolute, bert, bert_choice, llama, mlp, questions, texts, tokenizer, tokens
 from torch import nn
 from torch.distributions import Normal
 
@@ -110,7 +110,7 @@ def from_weights(posterior, target, guide) -> float:
 @pytest.mark.parametrize("ratio", [1.0, 0.6, 1.3])
 def test_khat_is_that_of_the_exact_weights(beta, ratio):
     data = design()
-    posterior = linear(MeanField(prior_scale=PRIOR_SCALE, kl_weight=beta), data)
+    posterior = linear(absolute(MeanField, prior_scale=PRIOR_SCALE, kl_weight=beta), data)
     mean, variance = exact(posterior, data, beta)
     at(posterior, mean, ratio * variance.sqrt())
     found = posterior.khat(data, DRAWS, seed=3)
@@ -126,7 +126,7 @@ def test_khat_is_that_of_the_exact_weights(beta, ratio):
 def test_the_target_is_that_of_the_fits_own_weight_of_the_kl():
     """1/β scales the likelihood: what is the optimum for β = 0.3 is none for β = 1."""
     data = design()
-    posterior = linear(MeanField(prior_scale=PRIOR_SCALE, kl_weight=0.3), data)
+    posterior = linear(absolute(MeanField, prior_scale=PRIOR_SCALE, kl_weight=0.3), data)
     guide, target = exact(posterior, data, 0.3), exact(posterior, data, 1.0)
     at(posterior, guide[0], guide[1].sqrt())
     cold = posterior.khat(data, DRAWS, seed=3).khat
@@ -155,7 +155,7 @@ def test_laplace_is_exact_on_a_linear_layer(linearised):
 
 def test_the_seed_of_flat_cancels():
     data = design()
-    inner = MeanField(prior_scale=PRIOR_SCALE, kl_weight=1.0)
+    inner = absolute(MeanField, prior_scale=PRIOR_SCALE, kl_weight=1.0)
     plain, flat = linear(inner, data), linear(Flat(inner=inner), data)
     mean, variance = exact(plain, data, 1.0)
     at(plain, mean, 0.7 * variance.sqrt())
@@ -178,7 +178,7 @@ def test_a_layers_khat_is_that_of_its_conditional():
     data = (torch.randn(12, 3, generator=generator), torch.randn(12, generator=generator))
     network = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 1, bias=False))
     posterior = pyrolora.fit(
-        network, data, guide=MeanField(kl_weight=0.5), task="regression",
+        network, data, guide=absolute(MeanField, kl_weight=0.5), task="regression",
         adapter=AdapterConfig(r=1, lora_alpha=1.0), epochs=2, learning_rate=0.05, seed=0,
     )  # fmt: skip
     posterior.bank.assign("B_loc", torch.randn(5, generator=generator))
@@ -205,7 +205,8 @@ WIDE = {
         component_prior="hierarchical", covariance="full", latent="AB", learn_sample_scale=True,
         cooperation=0.5,
     ),
-    "mean field, both factors": MeanField(latent="AB"),
+    "mean field, both factors": absolute(MeanField, latent="AB"),
+    "mean field in rows": MeanField(latent="AB", init_scale=0.5, scale_updates="gradient"),
     "laplace": Laplace(),
     "flat": Flat(inner=MonteCLoRA(latent="B", sparse=True), at_prediction=True),
 }  # fmt: skip

@@ -246,7 +246,8 @@ def test_idle_ranks_cost_no_kl(tmp_path):
     widths = []
     for rank_allocation in ("uniform", allocation("snr", growth=3.0)):
         posterior = pyrolora.fit(
-            mlp(), data, guide=absolute(MeanField, latent="AB", kl_weight=1.0), task="classification",
+            mlp(), data, guide=absolute(MeanField, latent="AB", kl_weight=1.0),
+            task="classification",
             adapter=AdapterConfig(r=1, rank_allocation=rank_allocation, modules_to_save=[]),
             training=arguments(tmp_path, max_steps=1, learning_rate=1e-12),
         )  # fmt: skip

@@ -189,8 +189,11 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, updates):
 
 @pytest.mark.parametrize("scale_updates", ["gradient", "curvature"])
 def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_path, scale_updates):
-    """``load_best_model_at_end`` on the NLL of the predictive mean; scales by curvature are then set
-    to their optimum around the best means, and the posterior is evaluated once more."""
+    """``load_best_model_at_end`` on the NLL of the predictive mean.
+
+    Scales by curvature are then set to their optimum around the best means, and the posterior is
+    evaluated once more.
+    """
     data, held_out = reviews(32), reviews(24, seed=5)
     args = arguments(
         tmp_path,

@@ -226,9 +226,3 @@ def test_all_that_there_is_is_not_few() -> None:
     assert few_draws(3, stored=5) is not None
     assert few_draws(10, stored=400) is not None, "some of the draws of NUTS"
     assert few_draws(1, point=True) is None
-
-
-def test_a_prior_whose_width_the_data_chose_dominates_nothing() -> None:
-    prior = Contraction("0.A", 1.0, 0.0)
-    assert prior_dominated([prior]) is not None
-    assert prior_dominated([prior], chosen=1.5) is None

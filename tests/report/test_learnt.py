@@ -8,7 +8,7 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
-from problems import llama, mlp, texts, tokenizer
+from problems import absolute, llama, mlp, texts, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior
@@ -26,8 +26,8 @@ from pyrolora.report.widths import about_widths, contraction_table
 
 COMMON = {"units": "fan_in", "prior_mean": "start", "kl_weight": 1.0}
 GUIDES = {
-    "meanfield": MeanField(prior_scale=1.0, **COMMON),
-    "montec": MonteCLoRA(sample_scale=1.6, **COMMON),
+    "meanfield": MeanField(prior_scale=1.0, init_scale=0.02, **COMMON),
+    "montec": MonteCLoRA(sample_scale=1.6, init_covariance=0.01, **COMMON),
 }
 KINDS = ("real", "random", "none")
 
@@ -123,7 +123,7 @@ def test_the_kl_of_mean_field_is_the_fits_own(guide: Guide) -> None:
 
 def test_the_kl_of_montec_is_that_of_its_moments() -> None:
     """var a = ε² E‖π‖² V_kk, with E‖π‖² of the Dirichlet in closed form, against α₀ and I."""
-    program = fitted(MonteCLoRA(sample_scale=0.5, prior_mean="zero"), "real").model.program
+    program = fitted(absolute(MonteCLoRA, sample_scale=0.5), "real").model.program
 
     def squared(alpha: torch.Tensor) -> torch.Tensor:
         total = alpha.sum(-1)
@@ -146,10 +146,11 @@ def test_the_kl_of_montec_is_that_of_its_moments() -> None:
 @pytest.mark.parametrize(
     ("guide", "trained"),
     [
-        (MonteCLoRA(), True),
+        (MonteCLoRA(scale_updates="gradient"), True),
+        (MonteCLoRA(), False),
         (LowRank(rank=2), True),
         (SWAG(prior_scale=0.5, snapshots=4, rank=2), True),
-        (Flat(inner=MeanField(), rho=0.1), True),
+        (Flat(inner=MeanField(scale_updates="gradient"), rho=0.1), True),
         (Laplace(prior_scale=0.5), False),
     ],
 )
@@ -252,7 +253,7 @@ def test_texts_are_compared_with_the_network_without_the_adapters() -> None:
 
 
 def test_without_labels_the_page_says_what_is_not_known() -> None:
-    posterior = fitted(GUIDES["montec"], "real")
+    posterior = fitted(replace(GUIDES["montec"], scale_updates="gradient"), "real")
     inputs, _ = data("real", 30, 1)
     without = report_on(posterior, (inputs,), num_samples=2, seed=0).html
     assert "is not known without labels" in without

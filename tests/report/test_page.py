@@ -341,7 +341,7 @@ def test_the_page_says_what_made_it(made: Report) -> None:
     assert facts["entries of the adapters"] == str(2 * (4 + 16) + 2 * (16 + 3))
     assert facts["training examples"] == "24"
     assert facts["examples"] == "30"
-    assert facts["sample scale".replace(" ", "_")] == str(posterior.options.sample_scale)
+    assert facts["sample scale".replace(" ", "_")] == f"{posterior.options.sample_scale:g}"
     assert facts["learning rate"] == "0.01"
     assert facts["torch"] == version("torch")
     assert "noise" in facts["latent sites"]

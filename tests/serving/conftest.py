@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from problems import WORDS, bert, llama, reviews, texts, tokenizer
+from problems import WORDS, absolute, bert, llama, reviews, texts, tokenizer
 from servers import Live, Shop, running, served
 
 import pyrolora
 from pyrolora import AdapterConfig
+from pyrolora.guides import MeanField
 from pyrolora.serving.app import create_app
 
 CLASSIFIERS = ("reviews", "other", "third")
@@ -42,7 +43,10 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.fixture(scope="session")
 def writers(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """Two posteriors on one language model, one of them with a chat template."""
+    """Two posteriors on one language model, one of them with a chat template.
+
+    Their draws differ by little: each nearly predicts the next tokens that all do.
+    """
     root = tmp_path_factory.mktemp("writers")
     base = root / "decoder"
     network = llama(initializer_range=0.5)
@@ -50,12 +54,13 @@ def writers(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     network.save_pretrained(base)
     words = tokenizer()
     words.eos_token = "[SEP]"
+    guide = absolute(MeanField)
     words.save_pretrained(base)
     for seed, name in enumerate(("plain", "chat")):
         if name == "chat":
             words.chat_template = CHAT
             words.save_pretrained(base)
-        posterior = fitted(str(base), texts(16, seed=seed), None, guide="meanfield", seed=seed)
+        posterior = fitted(str(base), texts(16, seed=seed), None, guide=guide, seed=seed)
         posterior.save(root / "posteriors" / name)
     return Shop(root / "posteriors", base)
 

@@ -100,8 +100,8 @@ def _place(posterior: Exported, adapter: Adapter, adapters_at: str | None) -> st
 def _check_limits(posterior: Exported, top: int) -> None:
     if posterior.temperature != 1 and top != ALL:
         raise ConfigError(
-            f"{posterior.name!r} was calibrated (temperature {posterior.temperature:.3g}), and a "
-            "temperature acts on whole distributions; start the gateway with --top-logprobs -1"
+            f"{posterior.name!r} has the temperature {posterior.temperature:.3g}, which acts on "
+            "whole distributions; start the gateway with --top-logprobs -1"
         )
 
 
