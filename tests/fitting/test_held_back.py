@@ -107,7 +107,7 @@ def test_around_a_given_adapter_examples_are_held_back_where_somebody_asks() -> 
 
 def test_a_share_that_somebody_asked_for_may_be_few_and_is_no_empty_one() -> None:
     assert held_back(fitted(MeanField(hold_back=0.25), 8)) == 2
-    with pytest.raises(ConfigError, match="hold_back=0.01 of 20 examples is 0"):
+    with pytest.raises(ConfigError, match=r"hold_back=0\.01 of 20 examples is 0"):
         fitted(MeanField(hold_back=0.01), 20)
     assert held_back(fitted(MeanField(hold_back=0.0), 120)) == 0
 
