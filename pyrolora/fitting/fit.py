@@ -80,10 +80,8 @@ def fit(
         name the ``task``). Its weights are not changed. A model that is loaded gets a head for the
         classes of ``data``, or, with ``prior``, of the earlier data. Or a `Posterior`, such as
         `from_peft` reads: its means and task head stay as they are, and the guide adds their
-        spread (``"montec"``, ``"meanfield"``, ``"laplace"``, of the head alone
-        ``MAP(head="gaussian")``, without a training step; ``"lowrank"``, and others with
-        ``scale_updates="gradient"``, by training the scales; the model of ``"nuts"`` is conditioned
-        on them). It may have learnt from ``data``, so that none of these is held back.
+        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, of the head alone
+        ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
     data
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw with a tokenizer or processor, or tokenised; a
@@ -97,10 +95,7 @@ def fit(
         text that a causal language model learns; scores are those of the text alone. In texts
         without labels for a masked language model some tokens are hidden, always the same. A
         warning names columns that are not read, and data that can be read in two ways raise a
-        `DataError`. By default ``"montec"``, ``"meanfield"`` and ``"lowrank"`` hold a tenth of the
-        examples back, if that is ten or more, from which they do not learn: these choose how wide
-        the posterior is, and a temperature (the option ``hold_back`` of these guides). The last
-        entry of ``Posterior.history`` says how many, and what they chose.
+        `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
         object with its options. None: ``"montec"``, or the guide of ``prior``.
@@ -137,11 +132,11 @@ def fit(
             q(θ) = argmin −Σ_new log p(y|θ) + β KL(q ‖ q_earlier)
 
         so that the new data are learnt and the earlier data, which are not needed, are not
-        forgotten. The fit starts at the earlier means and scales, and trains both. Everything
-        without a prior (the factor that is not latent, the task head, the noise of a regression)
-        stays as it is; with ``latent="AB"`` both factors move. It works for ``"montec"``,
-        ``"meanfield"``, ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier
-        fit except for the weight of the KL and options of the training alone.
+        forgotten. The fit starts at the earlier means and scales. Everything without a prior (the
+        factor that is not latent, the task head, the noise of a regression) stays as it is; with
+        ``latent="AB"`` both factors move. It works for ``"montec"``, ``"meanfield"``,
+        ``"lowrank"``, and ``"flat"`` around them, with the options of the earlier fit except for
+        the weight of the KL and options of the training alone.
     epochs, learning_rate, batch_size, seed
         Shortcuts into ``training``; ``pyrolora/defaults.py`` has the defaults. The seed sets the
         process's random generators for the time of the fit; afterwards they are as before it.
@@ -215,10 +210,10 @@ def fit_request(request: Request) -> Posterior:
         data, held_out = _prepared(request, origin)
         of_data = _digest(data)
         data, held_back = parted(data, request, args)
-        if held_back is not None:
-            of_data["held_back"] = len(held_back)
-        elif request.prior is not None or request.given is not None:
+        if held_back is None:
             _warn_of_temperature(request)
+        else:
+            of_data["held_back"] = len(held_back)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:

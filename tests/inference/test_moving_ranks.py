@@ -179,7 +179,7 @@ class Renewed(TrainerCallback):
         (LowRank(latent="AB"), {"scale": "init_scale", "directions": None}),
         (absolute(MonteCLoRA, latent="AB"), {"scale_diag": "init_covariance"}),
         (absolute(MonteCLoRA, covariance="full"), {"scale_tril": "init_covariance"}),
-        (Flat(inner=MeanField(scale_updates="gradient")), {"inner.A_scale": "init_scale"}),
+        (Flat(inner=absolute(MeanField)), {"inner.A_scale": "init_scale"}),
     ],
     ids=["mean field", "low rank", "montec", "full covariance", "flat"],
 )
@@ -246,8 +246,7 @@ def test_idle_ranks_cost_no_kl(tmp_path):
     widths = []
     for rank_allocation in ("uniform", allocation("snr", growth=3.0)):
         posterior = pyrolora.fit(
-            mlp(), data, guide=absolute(MeanField, latent="AB", kl_weight=1.0),
-            task="classification",
+            mlp(), data, absolute(MeanField, latent="AB", kl_weight=1.0), task="classification",
             adapter=AdapterConfig(r=1, rank_allocation=rank_allocation, modules_to_save=[]),
             training=arguments(tmp_path, max_steps=1, learning_rate=1e-12),
         )  # fmt: skip

@@ -189,11 +189,8 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, updates):
 
 @pytest.mark.parametrize("scale_updates", ["gradient", "curvature"])
 def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_path, scale_updates):
-    """``load_best_model_at_end`` on the NLL of the predictive mean.
-
-    Scales by curvature are then set to their optimum around the best means, and the posterior is
-    evaluated once more.
-    """
+    """``load_best_model_at_end`` on the NLL of the predictive mean. Scales by curvature are then
+    set to their optimum around the best means, and the posterior is evaluated once more."""
     data, held_out = reviews(32), reviews(24, seed=5)
     args = arguments(
         tmp_path,
@@ -223,9 +220,9 @@ def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_p
     best = min(range(6), key=scores.__getitem__)
     assert len(scores) == (6 if scale_updates == "gradient" else 7)
     assert torch.equal(posterior.bank.get_parameter("A_loc"), means[best])
-    again = posterior.evaluate(held_out, defaults.EVAL_SAMPLES, batch_size=8, seed=args.seed)
-    expected = scores[best if scale_updates == "gradient" else -1]
-    assert again["nll"] == pytest.approx(expected, rel=1e-5)
+    draws, entry = (defaults.EVAL_SAMPLES, best) if scale_updates == "gradient" else (None, -1)
+    again = posterior.evaluate(held_out, draws, batch_size=8, seed=args.seed)
+    assert again["nll"] == pytest.approx(scores[entry], rel=1e-5)
 
 
 def test_history_names_each_kl():
