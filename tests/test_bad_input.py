@@ -493,14 +493,14 @@ COMMON: dict[str, list[Any]] = {
     "kl_warmup": [-0.1, 1.1, NAN, None, "0.1"],
     "scale_learning_rate": [0.0, -1.0, NAN, INF],
     "draws_per_batch": [0, -1, 1.5],
-    "scale_updates": ["adam", None],
-    "hold_back": [-0.1, 1.0, NAN, None],
+    "scale_updates": ["adam", False],
+    "hold_back": [-0.1, 1.0, NAN, "0.1"],
 }
 GAUSSIAN: dict[str, list[Any]] = {
     **COMMON,
     "prior_scale": [0.0, -1.0, NAN, INF],
     "init_scale": [0.0, -1.0, NAN, INF],
-    "units": ["width", None],
+    "units": ["width", 1.0],
     "prior_mean": ["x", 0.0, None],
 }
 OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
@@ -560,7 +560,7 @@ OUT_OF_RANGE: dict[type[guides.Guide], dict[str, list[Any]]] = {
         "component_prior": ["paper"],
         "covariance": ["lowrank"],
         "prior_mean": ["x", 0.0, None],
-        "units": ["width", None],
+        "units": ["width", 1.0],
         "df_per_rank": [0.5, NAN, INF],
         "concentration": [0.0, -1.0, NAN, INF],
         "init_covariance": [0.0, -1.0, NAN, INF],

@@ -28,7 +28,7 @@ SHORT = {"chains": 1, "num_samples": 4, "warmup_steps": 2, "max_tree_depth": 2}
 GUIDES: dict[str, Any] = {
     **{name: name for name in guides.available() if name not in ("flat", "nuts")},
     "nuts": guides.NUTS(**SHORT),
-    "montec by curvature": guides.MonteCLoRA(scale_updates="curvature"),
+    "montec, trained": guides.MonteCLoRA(scale_updates="gradient"),
     "flat+montec": "flat+montec",
 }
 WORDS = tokenizer()

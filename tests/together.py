@@ -220,7 +220,8 @@ def continued(folder: Path, processes: int, more: dict[str, Any]) -> dict[str, A
     """Go on from a posterior, by another guide and with other data."""
     point = trained(folder, bert(), tokens(16), "map", more)
     training = arguments(folder, max_steps=2, **more)
-    spread = pyrolora.fit(point, tokens(16), "meanfield", training=training)
+    guide = pyrolora.guides.MeanField(scale_updates="gradient")
+    spread = pyrolora.fit(point, tokens(16), guide, training=training)
     first = trained(folder, point.base, tokens(16), "meanfield", more)
     second = pyrolora.fit(first.base, tokens(16, seed=3), prior=first, training=training)
     return {"spread": spread.model.own_state(), "second": second.model.own_state()}

@@ -63,14 +63,22 @@ class Attachment:
         self.network = network
         self.specs = specs
         self._modules: dict[str, Wrapper] = {}
-        self.layers = {name: self._key(place) for name, place in standing.items()}
-        self.heads = {name: _wrap(network, name, HeadSlot) for name in heads}
+        self.layers: dict[str, AdapterLayer | ParameterSlot] = {}
+        self.heads: dict[str, HeadSlot] = {}
         self.attached = True
         self.checked = False
         self._requires_grad = shared.requires_grad
         shared.attachments.add(self)
-        if specs:
-            network.requires_grad_(False)
+        try:
+            for name, place in standing.items():
+                self.layers[name] = self._key(place)
+            for name in heads:
+                self.heads[name] = _wrap(network, name, HeadSlot)
+            if specs:
+                network.requires_grad_(False)
+        except BaseException:  # an interruption, with some of the layers wrapped
+            self.detach()
+            raise
 
     def _key(self, place: Place) -> AdapterLayer | ParameterSlot:
         """Wrap the module at ``place``, and return the key of its factors in a binding."""

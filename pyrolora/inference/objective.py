@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,14 +49,8 @@ class Objective(nn.Module):
         return self.elbo.model
 
     def forward(self, batch: Batch, kl_weight: float) -> Tensor:
-        try:
+        with evaluated():
             return self.elbo(batch, kl_weight=kl_weight) / self.observations
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise NotEvaluated(_first_line(error)) from error
-        except ValueError as error:
-            if not re.search("of (the )?distribution ", str(error)):  # as validation of laws says
-                raise
-            raise NotEvaluated(_first_line(error)) from error
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -65,6 +61,19 @@ class Objective(nn.Module):
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         self.joint.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+@contextmanager
+def evaluated() -> Iterator[None]:
+    """Raise `NotEvaluated` where the numbers of a law are none of its own."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NotEvaluated(_first_line(error)) from error
+    except ValueError as error:
+        if not re.search("of (the )?distribution ", str(error)):  # as validation of laws says
+            raise
+        raise NotEvaluated(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

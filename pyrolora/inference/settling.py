@@ -17,6 +17,7 @@ from pyrolora.data.prepared import Prepared
 from pyrolora.errors import NonFiniteError, listed
 from pyrolora.guides import Curvature, Guide
 from pyrolora.inference.gauss_newton import gauss_newton
+from pyrolora.inference.objective import NotEvaluated, evaluated
 from pyrolora.matrices import decomposing
 from pyrolora.model import JointModel
 from pyrolora.progress import progress
@@ -84,7 +85,12 @@ def settle(
     seed = (args.seed + 7919 * (step + 1) + 104729 * process) % (defaults.MAX_SEED + 1)
     with seeded(seed):
         picked = torch.randperm(len(data))[:most].tolist()
-        curvature = gauss_newton(joint, _batches(joint, data, picked, args, title), passes=1)
+        try:
+            with evaluated():
+                batches = _batches(joint, data, picked, args, title)
+                curvature = gauss_newton(joint, batches, passes)
+        except NotEvaluated as error:
+            raise NonFiniteError(f"the curvature cannot be evaluated: {error}; {REMEDY}") from error
     entries, ranks = (reduce(t, "mean") for t in (curvature.entries, curvature.ranks))
     with decomposing("the curvature of the loss", entries, ranks, remedy=REMEDY):
         joint.program.settle(Curvature(entries, ranks), beta)

@@ -17,6 +17,7 @@ from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.guides.centred import CentredProgram
 from pyrolora.guides.wrapping import WrappingProgram
+from pyrolora.inference.objective import NotEvaluated, evaluated
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way, seeded
 from pyrolora.tasks.prediction import log_mean_exp
@@ -92,10 +93,15 @@ class ChooseWidth(TrainerCallback):
             seeded((args.seed + 6271 * step + 104729 * process) % (defaults.MAX_SEED + 1)),
             evaluating(joint),
         ):
-            drawn = program_of(joint).factors(program_of(joint).draw(defaults.WIDTH_DRAWS))
             rows = args.per_device_train_batch_size
-            learnt = scores(joint, self.learnt, drawn, rows)
-            held_back = scores(joint, self.held_back, drawn, rows)
+            try:
+                with evaluated():
+                    drawn = program_of(joint).factors(program_of(joint).draw(defaults.WIDTH_DRAWS))
+                    learnt = scores(joint, self.learnt, drawn, rows)
+                    held_back = scores(joint, self.held_back, drawn, rows)
+            except NotEvaluated:  # NaN, in all processes
+                nothing = program_of(joint).bank.get_parameter("A_loc").new_full((3,), math.nan)
+                return reduce(nothing, "mean")
         of_learnt, of_held_back = log_mean_exp(learnt), log_mean_exp(held_back)
         gap = of_learnt.mean() - of_held_back.mean()
         spread = (of_learnt.var() + of_held_back.var()) / 2

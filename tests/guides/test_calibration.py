@@ -14,6 +14,7 @@ import pyro
 import pytest
 import torch
 from linear import GaussianOutputs, Layer, layer, svi
+from problems import ABSOLUTE, absolute
 from pyro import poutine
 from scipy import stats
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ def narrower(draws: Tensor) -> Tensor:
 def test_meanfield_is_calibrated_where_the_posterior_factorises():
     """XᵀX and BᵀB diagonal: every entry of A is a simulation of its own."""
     prior_scale, columns, outputs = 0.8, 128, 4
-    guide = MeanField(kl_weight=1.0, prior_scale=prior_scale)
+    guide = absolute(MeanField, kl_weight=1.0, prior_scale=prior_scale)
     problem = layer(guide, n=columns, inputs=columns, outputs=outputs)
     bank = problem.joint.program.bank
     ranks = nn.init.orthogonal_(torch.empty(2, outputs)) * torch.tensor([[0.4], [1.2]])
@@ -98,7 +99,7 @@ def test_nuts_is_calibrated_on_the_hierarchical_model():
     network = Parallel(parts, inputs, 1)
     config = AdapterConfig(r=1, lora_alpha=1.0)
     guide = MonteCLoRA(
-        component_prior="hierarchical", sample_scale=1.0, num_components=2, kl_weight=1.0
+        component_prior="hierarchical", sample_scale=1.0, num_components=2, **ABSOLUTE
     )
     attachment = attach(network, config)
     joint = build(network, attachment, config, guide, GaussianOutputs(), 4)

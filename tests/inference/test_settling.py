@@ -209,6 +209,18 @@ def test_the_noise_of_a_product_is_the_same_at_every_width(width: int) -> None:
         assert float(noise) == pytest.approx(1.0, rel=0.25)
 
 
+@pytest.mark.parametrize("guide", [guides.MonteCLoRA(), guides.MeanField()], ids=["montec", "mean"])
+def test_means_that_no_law_has_are_an_error_of_the_fit(guide: Any) -> None:
+    """The draws that a curvature is made of cannot be drawn, before the second step."""
+    network, data = linear(200, 16)
+    with pytest.raises(
+        pyrolora.errors.NonFiniteError, match=r"before step 2: .* no optimal scales .*Lower the l"
+    ):
+        pyrolora.fit(
+            network, data, guide, task="regression", adapter=ADAPTER, epochs=1, learning_rate=1e38
+        )
+
+
 def test_what_has_no_closed_optimum_is_refused() -> None:
     for options in (
         {"learn_sample_scale": True},

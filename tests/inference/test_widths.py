@@ -315,6 +315,20 @@ def test_what_was_chosen_is_kept(tmp_path: Any) -> None:
     )
 
 
+def test_what_cannot_be_measured_leaves_the_width() -> None:
+    """The next step of the training says what is wrong."""
+    joint = fitted("meanfield", n=16, epochs=1).model
+    data = prepare(reviews(16), joint.base, joint.task, tokenizer())
+    chooser, width = widths.ChooseWidth(joint, data, data), widths.program_of(joint).width
+    assert width is not None
+    before = width.clone()
+    joint.program.bank.get_parameter("A_loc").data.fill_(math.inf)
+    measured = chooser._measured(TrainingArguments("x"), 8)
+    assert measured.isnan().all()
+    chooser._follow(measured, 1)
+    assert torch.equal(width, before)
+
+
 def test_the_temperature_has_a_prior() -> None:
     """Of a few examples, all of them right, it makes no posterior that is sure of everything."""
     posterior = fitted(epochs=1)
