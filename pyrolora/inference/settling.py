@@ -88,7 +88,7 @@ def settle(
         try:
             with evaluated():
                 batches = _batches(joint, data, picked, args, title)
-                curvature = gauss_newton(joint, batches, passes)
+                curvature = gauss_newton(joint, batches, passes=1)
         except NotEvaluated as error:
             raise NonFiniteError(f"the curvature cannot be evaluated: {error}; {REMEDY}") from error
     entries, ranks = (reduce(t, "mean") for t in (curvature.entries, curvature.ranks))
