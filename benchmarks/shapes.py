@@ -375,9 +375,11 @@ def items() -> Iterator[Item]:
         unbounded=lambda s: s.copy + sum(s.squares),
     )
     yield Item("step of map", "n_B", entries(0, 1), step(MAP()))
-    yield Item("step of montec", "5 n_A + n_B", entries(5, 1), step(MonteCLoRA()))
-    yield Item("step of meanfield", "4 n_A + n_B", entries(4, 1), step(MeanField()))
-    yield Item("step of meanfield on A and B", "4 n", entries(4, 4), step(MeanField(latent="AB")))
+    yield Item("step of montec", "2 n_A + n_B", entries(2, 1), step(MonteCLoRA()))
+    yield Item("step of meanfield", "7.7 n_A + n_B", entries(7.7, 1), step(MeanField()))
+    yield Item(
+        "step of meanfield on A and B", "7.4 n", entries(7.4, 7.4), step(MeanField(latent="AB"))
+    )
     yield Item(
         f"step of lowrank, K = {directions}",
         "7.6 K n_A + n_B",

@@ -76,6 +76,15 @@ class Layout:
         """Multiply each row of each block by its number in ``per_row`` (..., L, r)."""
         return map_blocks(torch.mul, per_row[..., None], flat, self.groups)
 
+    def spread_rows(self, per_row: Tensor) -> Tensor:
+        """Return the number in ``per_row`` (L, r) of the row of each entry, flat."""
+        starts, parts = 0, []
+        for group in self.groups:
+            rows = per_row[starts : starts + group.count, : group.rank]
+            parts.append(rows.unsqueeze(-1).expand(group.shape).flatten())
+            starts += group.count
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
     def row_sizes(self, flat: Tensor) -> Tensor:
         """Return the root mean square of each row of each block, (L, rank).
 
@@ -84,7 +93,7 @@ class Layout:
         """
         sizes = [
             pad(
-                part.square().mean(-1).clamp(min=TINY**2).sqrt(),
+                (torch.linalg.vector_norm(part, dim=-1) * part.shape[-1] ** -0.5).clamp(min=TINY),
                 (0, self.rank - part.shape[-2]),
                 value=1.0,
             )

@@ -40,22 +40,25 @@ class CentredProgram(Program):
             start = bank.latent_part(self.options.latent, FlatFactors(A, B))
             self.prior_loc = start.clone()
 
-    def sizes(self) -> Tensor | None:
+    def sizes(self, site: str | None = None) -> Tensor | None:
         """Return c times the root mean square of each row of the latent means, (L, r).
 
         A start of the adapters that is taken off again is taken off here, too: what is left has
         been learnt. None, unless scales are multiples of it. After an earlier posterior it is that
-        of its means.
+        of its means. Of a ``site`` that has one of two latent factors, the rows are that factor's.
         """
+        latent, bank = self.options.latent if site is None else site, self.bank
         if getattr(self.options, "unit", None) != "row":
             return None
         if self.row_sizes is not None:
-            return self.row_sizes
-        latent, origin = self.options.latent, self.bank.origin
-        means = self.bank.latent_part(latent, self.bank.means())
-        if origin is not None:
-            means = means - self.bank.latent_part(latent, origin)
-        sizes = self.bank.layout(latent).row_sizes(means)
+            if latent == self.options.latent:
+                return self.row_sizes
+            blocks = len(bank.layout("A"))  # which come first
+            return self.row_sizes[:blocks] if latent == "A" else self.row_sizes[blocks:]
+        means = bank.latent_part(latent, bank.means())
+        if bank.origin is not None:
+            means = means - bank.latent_part(latent, bank.origin)
+        sizes = bank.layout(latent).row_sizes(means)
         return sizes if self.width is None else sizes * self.width[0].exp()
 
     def centre(self, site: str) -> Tensor | None:

@@ -97,16 +97,16 @@ class FactorProgram(CentredProgram):
             device = self.bank.get_parameter("A_loc").device
             scale = torch.full((), float(self.options.prior_scale), device=device)
             return scale.expand(self.bank.layout(site).total)
-        return self.in_rows(site, self.options.prior_scale * self.units(site))
+        if self.options.unit == "row":
+            return self.in_rows(site, self.options.prior_scale)
+        return self.options.prior_scale * self.units(site)
 
-    def in_rows(self, site: str, scale: Tensor) -> Tensor:
+    def in_rows(self, site: str, scale: Tensor | float) -> Tensor:
         """Return the scale of each entry, times the size of its row where that is the unit."""
-        sizes, layout = self.sizes(), self.bank.layout(site)
+        sizes = self.sizes(site)
         if sizes is None:
-            return scale
-        if site != self.options.latent:  # one of two: the blocks of A come first
-            sizes = sizes[: len(layout)] if site == "A" else sizes[-len(layout) :]
-        return layout.scale_rows(sizes, scale)
+            return torch.as_tensor(scale)
+        return self.bank.layout(site).spread_rows(sizes) * scale
 
     @abstractmethod
     def law(self, site: str) -> dist.TorchDistribution:
