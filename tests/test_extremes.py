@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import mlp
+from problems import ABSOLUTE, mlp
 
 import pyrolora
 from pyrolora import AdapterConfig, guides
@@ -135,9 +135,7 @@ REFUSED: dict[str, tuple[Any, AdapterConfig, str]] = {
         "precision is .*and single precision goes .*choose|Jacobian .* is not finite",
     ),
     "chains without a start": (
-        guides.NUTS(
-            inner=guides.MeanField(prior_scale=1e-30, kl_weight=1.0), chains=1, num_samples=4
-        ),
+        guides.NUTS(inner=guides.MeanField(prior_scale=1e-30, **ABSOLUTE), chains=1, num_samples=4),
         SMALL,
         r"chain of 'nuts' cannot start: .* with .*prior_scale=1e-30.*Choose",
     ),

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from problems import bert, llama, reviews, tokenizer, tokens
+from problems import absolute, bert, llama, reviews, tokenizer, tokens
 
 import pyrolora
 from pyrolora import AdapterConfig, Posterior, guides
@@ -41,8 +41,9 @@ GUIDES: dict[str, Guide] = {
     "hierarchical montec": MonteCLoRA(
         component_prior="hierarchical", covariance="full", latent="AB", learn_sample_scale=True
     ),
-    "mean field": MeanField(),
-    "mean field on both": MeanField(latent="AB"),
+    "mean field": absolute(MeanField),
+    "mean field on both": absolute(MeanField, latent="AB"),
+    "relative mean field on both": MeanField(latent="AB"),
     "low rank on both": LowRank(latent="AB", rank=2),
     "flat montec": Flat(inner=MonteCLoRA()),
     "swag": SWAG(),

@@ -13,7 +13,7 @@ import pyro
 import pytest
 import torch
 from peft import PeftModel
-from problems import batch_of, bert, gpt2, mlp, tokens
+from problems import absolute, batch_of, bert, gpt2, mlp, tokens
 from torch import Tensor, nn
 
 import pyrolora
@@ -224,7 +224,7 @@ def test_a_fit_on_top_of_a_posterior_keeps_its_start(guide: str) -> None:
 # Priors -------------------------------------------------------------------------------------------
 
 PRIORS: dict[str, Guide] = {
-    "meanfield": MeanField(latent="AB", kl_weight=1.0),
+    "meanfield": absolute(MeanField, latent="AB", kl_weight=1.0),
     "map": MAP(prior_scale=0.5),
     "montec": MonteCLoRA(prior_mean="zero", latent="AB", kl_weight=1.0, sample_scale=0.1),
     "hierarchical": MonteCLoRA(

@@ -142,6 +142,8 @@ def test_a_rate_of_scales_of_old_rows_is_the_default_where_it_still_is(
     for guide, batch in itertools.product(("montec", "map"), (32, 16)):  # 256 and 504 steps
         made = row(study, "sst2", guide, batch=batch, train_size=1000)
         made["settings"]["options"]["scale_learning_rate"] = 0.01
+        if guide == "montec":  # then the weight of a cold posterior was the default
+            made["settings"]["options"]["kl_weight"] = 0.2
         study.append(store, made)
     found = [made["settings"]["options"] for made in study.read_store(store).values()]
     assert [options["scale_learning_rate"] for options in found] == [None, 0.01, None, None]

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from pyrolora.arviz.containers import CALIBRATED, container, dataset, group_names, is_modern
-from pyrolora.data.prepared import at_random
 from pyrolora.diagnostics.psis import psis
 from pyrolora.errors import ConfigError, DataError
 
@@ -119,8 +118,10 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
 def _learnt(attrs: Mapping[str, Any], n: int) -> list[int]:
     """Return which of n examples the posterior was fitted on, where n are all training examples."""
     held_back = int(attrs.get("held_back", 0))
-    if n != attrs.get("num_examples", n) + held_back:
+    if not held_back or n != attrs["num_examples"] + held_back:
         return list(range(n))
+    from pyrolora.data.prepared import at_random  # which needs torch, as nothing else here does
+
     apart = {*at_random(n, held_back, int(attrs.get("fit_seed", 0)))}
     return [number for number in range(n) if number not in apart]
 

@@ -215,10 +215,10 @@ def fit_request(request: Request) -> Posterior:
         data, held_out = _prepared(request, origin)
         of_data = _digest(data)
         data, held_back = parted(data, request, args)
-        if held_back is not None:
-            of_data["held_back"] = len(held_back)
-        elif request.prior is not None or request.given is not None:
+        if held_back is None:
             _warn_of_temperature(request)
+        else:
+            of_data["held_back"] = len(held_back)
         check_evaluation(args, held_out)
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:

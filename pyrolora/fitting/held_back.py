@@ -32,8 +32,8 @@ def parted(
     count = round(share * n)
     apart = data.whole is None and data.texts is None
     inner: Any = getattr(request.options, "inner", request.options)
-    usual = inner.hold_back is None
-    if usual and not (apart and request.given is None and count >= defaults.HELD_BACK_LEAST):
+    enough = share * n >= defaults.HELD_BACK_LEAST
+    if inner.hold_back is None and not (apart and request.given is None and enough):
         return data, None
     if not apart:
         what = "a stream" if data.texts is None else "texts that share rows (packing=True)"

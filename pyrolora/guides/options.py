@@ -236,7 +236,8 @@ class Variational(Guide):
         return self.scale_updates == "curvature"
 
     def without_inputs(self) -> Self:
-        return replace(self, scale_updates="gradient") if self.scale_updates is None else self
+        chosen = self.scale_updates is not None or not self.settles
+        return self if chosen else replace(self, scale_updates="gradient")
 
     @property
     def held_back(self) -> float:

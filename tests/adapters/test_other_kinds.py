@@ -95,7 +95,7 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     make, data, names = CASES[request.param]
     config = AdapterConfig(r=2, lora_alpha=8, target_modules=names, modules_to_save=[])
     args = arguments(tmp_path_factory.mktemp("fit"), max_steps=2, learning_rate=2e-2)
-    guide = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
+    guide = MonteCLoRA(units="one", scale_updates="gradient")
     task = "classification" if request.param == "convnext" else None
     return make(), data, pyrolora.fit(make(), data, guide, adapter=config, training=args, task=task)
 

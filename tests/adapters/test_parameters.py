@@ -110,7 +110,7 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A network as it was, and a posterior with draws that are far apart."""
     make, router = NETWORKS[request.param]
     args = arguments(tmp_path_factory.mktemp("fit"), max_steps=2, learning_rate=2e-2)
-    guide = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
+    guide = MonteCLoRA(units="one", scale_updates="gradient")
     return make(), pyrolora.fit(make(), ROWS, guide, adapter=adapter(router), training=args)
 
 
@@ -310,6 +310,16 @@ def test_a_curvature_of_parameters_is_refused_before_training(
     with pytest.raises(ConfigError, match=r"inputs of each layer, .*gate_up_proj.0'.* 'montec'"):
         pyrolora.fit(mixtral(), ROWS, guide, adapter=config, training=args)
     assert not steps
+
+
+@pytest.mark.parametrize("guide", [MonteCLoRA(), MeanField()])
+def test_scales_of_parameters_are_trained_by_default(guide: Any, tmp_path: Path) -> None:
+    config = AdapterConfig(r=2, target_parameters=EXPERTS)
+    args = arguments(tmp_path, max_steps=1)
+    posterior = pyrolora.fit(mixtral(), ROWS, guide, adapter=config, training=args)
+    program = posterior.model.program
+    assert posterior.options == replace(guide, scale_updates="gradient")
+    assert all(program.get_parameter(name).requires_grad for name in program.scale_parameters())
 
 
 def test_all_linear_says_how_the_experts_are_adapted() -> None:

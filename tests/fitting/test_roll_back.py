@@ -146,9 +146,10 @@ def test_an_earlier_posterior_and_its_network_stay(
     network = bert(initializer_range=0.3) if origin == "prior on a copy" else first.base
     before, expected = look(network), first.predict(reviews(4), 2, seed=0).draws
     break_at(monkeypatch, EARLIER[stage])
-    model, prior = (first, None) if origin == "given" else (network, first)
+    options = {} if origin == "given" else {"prior": first, "epochs": 1}
+    model = first if origin == "given" else network
     with pytest.raises(Broken):
-        pyrolora.fit(model, reviews(16, 1), prior=prior, guide="meanfield", epochs=1)
+        pyrolora.fit(model, reviews(16, 1), guide="meanfield", **options)
     assert_unchanged(network, before)
     assert torch.equal(first.predict(reviews(4), 2, seed=0).draws, expected)
 

@@ -42,14 +42,14 @@ class CopiedProgram(FactorProgram):
     def __init__(self, bank: AdapterBank, options: Copied) -> None:
         super().__init__(bank, options)
         for factor in options.latent:
-            start = torch.full((bank.layouts[factor].total,), options.init_scale)
+            start = options.init_scale * self.units(factor)
             self.declare(f"{factor}_scale", start, constraints.positive)
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         return {f"{site}_scale": self.bank.spread(site, rows) for site in self.sites}
 
     def law(self, site: str) -> dist.TorchDistribution:
-        scale = self.in_use(site, self.in_rows(self.param(f"{site}_scale")))
+        scale = self.in_use(site, self.in_rows(site, self.param(f"{site}_scale")))
         return dist.Normal(self.loc(site), scale).to_event(1)
 
 

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from linear import Gaussian, Layer, layer, products, standard_errors, svi
+from problems import ABSOLUTE, absolute
 from torch import Tensor
 from torch.distributions import Chi2, Dirichlet, MultivariateNormal, kl_divergence
 
@@ -31,7 +32,7 @@ def assert_draws_from(chains: Tensor, law: Gaussian) -> None:
 def test_nuts_has_the_exact_posterior_of_one_factor_given_the_other(factor, beta):
     """Tempered by β it is ∝ p(θ) p(y|θ)^(1/β), and not that of another β."""
     problem = layer(MAP(), rank=1)
-    inner = MeanField(kl_weight=beta, prior_scale=PRIOR_SCALE, latent=factor)
+    inner = MeanField(kl_weight=beta, prior_scale=PRIOR_SCALE, latent=factor, **ABSOLUTE)
     posterior = problem.fit(NUTS(inner=inner, num_samples=150, warmup_steps=80))
     chains = posterior.model.program.get_buffer(factor).unflatten(0, (2, -1)).double()
     prior = problem.prior(factor, PRIOR_SCALE)
@@ -84,7 +85,7 @@ def test_nuts_integrates_over_mixture_weights_and_covariance(prior, prior_mean):
     problem = layer(MAP(), n=5, inputs=2, outputs=3, rank=1)
     options = MonteCLoRA(
         component_prior=prior, prior_mean=prior_mean, sample_scale=0.7, num_components=2,
-        kl_weight=1.0,
+        units="one",
     )  # fmt: skip
     posterior = problem.fit(NUTS(inner=options, num_samples=250, warmup_steps=150))
     program = posterior.model.program
@@ -149,7 +150,7 @@ def test_marginal_likelihood_of_a_fixed_point_is_the_exact_evidence_at_its_own_p
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_meanfield_converges_to_the_known_optimum(factor):
     """The mean of the exact posterior, and the variances 1 / Λ_ii of its precision Λ."""
-    problem = layer(MeanField(kl_weight=1.0, prior_scale=PRIOR_SCALE, latent=factor))
+    problem = layer(absolute(MeanField, kl_weight=1.0, prior_scale=PRIOR_SCALE, latent=factor))
     other = "B" if factor == "A" else "A"
     problem.joint.program.bank.get_parameter(f"{other}_loc").requires_grad_(False)
     svi(problem, steps=600, rate=0.1)
@@ -165,7 +166,8 @@ def test_meanfield_converges_to_the_known_optimum(factor):
 @pytest.mark.parametrize("factor", ["A", "B"])
 def test_lowrank_with_enough_directions_converges_to_the_exact_posterior(factor):
     """Its covariance, not the factorised one: correlations of the exact one are up to 0.6."""
-    problem = layer(LowRank(kl_weight=1.0, prior_scale=PRIOR_SCALE, latent=factor, rank=8))
+    options = {"kl_weight": 1.0, "prior_scale": PRIOR_SCALE, "latent": factor, "rank": 8}
+    problem = layer(absolute(LowRank, **options))
     other = "B" if factor == "A" else "A"
     problem.joint.program.bank.get_parameter(f"{other}_loc").requires_grad_(False)
     svi(problem, steps=900, rate=0.2)
@@ -248,9 +250,9 @@ def found_by(problem: Layer) -> tuple[Tensor, Tensor]:
 
 
 MONTEC = [
-    MonteCLoRA(
-        component_prior=prior, covariance=covariance, sample_scale=0.5, num_components=3,
-        kl_weight=1.0, prior_mean="learned", init_covariance=1.0,
+    absolute(
+        MonteCLoRA, component_prior=prior, covariance=covariance, sample_scale=0.5,
+        num_components=3, kl_weight=1.0, prior_mean="learned", init_covariance=1.0,
     )
     for prior in ("isotropic", "hierarchical")
     for covariance in ("diagonal", "full")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear import layer
-from problems import bert, reviews, tokenizer
+from problems import absolute, bert, reviews, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig
@@ -18,7 +18,7 @@ from pyrolora.model import JointGuide
 @pytest.mark.parametrize("latent", ["A", "B", "AB"])
 def test_draws_have_the_covariance_of_the_docstring(latent):
     """S (I + F Fᵀ) S around the means, over both factors at once; the other factor is its mean."""
-    problem = layer(LowRank(latent=latent, rank=2, init_scale=0.4))
+    problem = layer(absolute(LowRank, latent=latent, rank=2, init_scale=0.4))
     program = problem.joint.program
     program.assign("directions", torch.randn_like(program.get_parameter("directions")))
     draws = program.draw(40_000)
@@ -37,7 +37,7 @@ def test_draws_have_the_covariance_of_the_docstring(latent):
 
 
 def test_the_bound_has_the_closed_form_of_the_docstring():
-    problem = layer(LowRank(latent="AB", rank=3, prior_scale=0.8, init_scale=0.3))
+    problem = layer(absolute(LowRank, latent="AB", rank=3, prior_scale=0.8, init_scale=0.3))
     program, elbo = problem.joint.program, NamedELBO()
     program.assign("directions", torch.randn_like(program.get_parameter("directions")))
     elbo.differentiable_loss(problem.joint, JointGuide(program), problem.batch)

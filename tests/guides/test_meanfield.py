@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear import Layer, layer
-from problems import batch_of, bert, tokens
+from problems import absolute, batch_of, bert, tokens
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
@@ -34,7 +34,7 @@ def random_scales(problem: Layer) -> None:
 @pytest.mark.parametrize("latent", ["A", "B", "AB"])
 def test_kl_is_the_closed_form_of_the_docstring(latent):
     """Σ log(σ₀/σ) + (σ² + m²) / (2 σ₀²) − ½, in our bound, in Pyro's, and by Monte Carlo."""
-    problem = layer(MeanField(latent=latent, prior_scale=PRIOR_SCALE))
+    problem = layer(absolute(MeanField, latent=latent, prior_scale=PRIOR_SCALE))
     random_scales(problem)
     joint, program = problem.joint, problem.joint.program
     elbo, guide = NamedELBO(), JointGuide(program)
@@ -62,7 +62,7 @@ def test_kl_is_the_closed_form_of_the_docstring(latent):
 
 @pytest.mark.parametrize("latent", ["A", "B", "AB"])
 def test_latent_factors_vary_and_the_others_are_their_means(latent):
-    problem = layer(MeanField(latent=latent))
+    problem = layer(absolute(MeanField, latent=latent))
     random_scales(problem)
     program = problem.joint.program
     factors = program.factors(program.draw(20_000))
@@ -108,8 +108,8 @@ def encoder(guide: Guide) -> tuple[JointModel, dict[str, Tensor]]:
 
 
 GROUPED = {
-    "meanfield": MeanField(init_scale=0.5, latent="AB", draws_per_batch=3),
-    "montec": MonteCLoRA(sample_scale=0.5, draws_per_batch=3),
+    "meanfield": absolute(MeanField, init_scale=0.5, latent="AB", draws_per_batch=3),
+    "montec": MonteCLoRA(draws_per_batch=3),
 }
 
 
@@ -178,8 +178,8 @@ def gradients(joint: JointModel, batch: dict[str, Tensor], draws: int) -> tuple[
 @pytest.mark.parametrize("name", GROUPED)
 def test_several_draws_a_batch_change_no_expectation(name):
     """Gradient and terms of the bound at G = 3 have the means that they have at G = 1."""
-    options = {"meanfield": MeanField(init_scale=0.3), "montec": MonteCLoRA(sample_scale=0.3)}
-    problem = layer(options[name], n=6)
+    options = {"meanfield": {"init_scale": 0.3}, "montec": {}}
+    problem = layer(absolute(type(GROUPED[name]), **options[name]), n=6)
     results = []
     for count in (1, 3):
         problem.joint.program.draws_per_batch = count
@@ -201,7 +201,7 @@ def test_the_noise_of_the_gradient_is_that_of_the_groups_own_draws(equal):
     It is Σ_g H_g θ_g + constant, with H_g from the rows of group g and θ_g of covariance S, so that
     its covariance is Σ_g H_g S H_g, and H S H / G where all groups have the same rows.
     """
-    problem = layer(MeanField(init_scale=0.3), n=8)
+    problem = layer(absolute(MeanField, init_scale=0.3), n=8)
     if equal:
         problem = Layer(problem.joint, problem.inputs[:2].repeat(4, 1), problem.labels)
     random_scales(problem)

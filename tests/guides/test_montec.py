@@ -9,7 +9,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from problems import mlp
+from problems import absolute, mlp
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.poutine.util import site_is_subsample
@@ -71,8 +71,8 @@ def two_layers(options: MonteCLoRA) -> JointModel:
 
 
 def montec(**options: Any) -> MonteCLoRA:
-    """Around M, and V started at I, where the tests do not say otherwise."""
-    return MonteCLoRA(**{"prior_mean": "learned", "init_covariance": 1.0, **options})
+    """Absolute noise around M, and V started at I, where the tests do not say otherwise."""
+    return absolute(MonteCLoRA, **{"prior_mean": "learned", "init_covariance": 1.0, **options})
 
 
 def draws(joint: JointModel, n: int) -> dict[str, torch.Tensor]:

@@ -247,7 +247,7 @@ def test_the_target_of_the_chains_is_the_prior_times_the_likelihood_to_one_over_
 
     monkeypatch.setattr(mcmc.MCMC, "run", seen)
     problem = layer(MAP())
-    inner = MeanField(kl_weight=beta, prior_scale=0.8, prior_mean="zero")
+    inner = MeanField(kl_weight=beta, prior_scale=0.8, units="one", prior_mean="zero")
     with pytest.raises(Seen):
         problem.fit(NUTS(inner=inner))
     (trace,) = targets

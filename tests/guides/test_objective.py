@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from linear import Layer, layer
+from problems import absolute
 from pyro import poutine
 
 from pyrolora.guides import Flat, Guide, LowRank, MeanField, MonteCLoRA
@@ -113,7 +114,7 @@ def test_draws_of_a_batch_are_averaged():
 @pytest.mark.parametrize("prior_mean", ["learned", "zero"])
 def test_means_cost_nothing_where_the_prior_is_around_them(prior_mean):
     """KL = Σ ½ (σ² / σ₀² − 1) − log(σ / σ₀), and ½ ‖m / σ₀‖² more around zero."""
-    problem = layer(MeanField(prior_mean=prior_mean, prior_scale=0.8, init_scale=0.2))
+    problem = layer(absolute(MeanField, prior_mean=prior_mean, prior_scale=0.8, init_scale=0.2))
     elbo, program = NamedELBO(), problem.joint.program
     elbo.differentiable_loss(problem.joint, JointGuide(program), problem.batch)
     means = problem.mean("A")

@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 from linear import Layer, layer, svi
-from problems import bert, mlp, reviews, tokenizer
+from problems import absolute, bert, mlp, reviews, tokenizer
 from pyro import poutine
 from torch import Tensor, nn
 
@@ -48,8 +48,8 @@ def orthogonal(problem: Layer) -> Layer:
 @pytest.mark.parametrize(
     ("guide", "design", "steps"),
     [
-        (LowRank(kl_weight=1.0, prior_scale=PRIOR_SCALE, rank=8), "any", 900),
-        (MeanField(kl_weight=1.0, prior_scale=PRIOR_SCALE), "orthogonal", 300),
+        (absolute(LowRank, kl_weight=1.0, prior_scale=PRIOR_SCALE, rank=8), "any", 900),
+        (absolute(MeanField, kl_weight=1.0, prior_scale=PRIOR_SCALE), "orthogonal", 300),
     ],
     ids=["lowrank", "meanfield"],
 )
@@ -97,9 +97,10 @@ def posterior_of(problem: Layer, guide: Guide) -> Posterior:
 # MonteCLoRA --------------------------------------------------------------------------------------
 
 MONTEC = [
-    MonteCLoRA(
-        component_prior=prior, covariance=covariance, learn_sample_scale=learned, latent=latent,
-        prior_mean=mean, kl_weight=1.0, sample_scale=0.4, df_per_rank=8, num_components=3,
+    absolute(
+        MonteCLoRA, component_prior=prior, covariance=covariance, learn_sample_scale=learned,
+        latent=latent, prior_mean=mean, kl_weight=1.0, sample_scale=0.4, df_per_rank=8,
+        num_components=3,
     )
     for prior, covariance, learned, latent, mean in [
         ("isotropic", "diagonal", False, "A", "zero"),
@@ -108,7 +109,7 @@ MONTEC = [
         ("hierarchical", "diagonal", True, "B", "learned"),
     ]
 ]  # fmt: skip
-MONTEC.append(dataclasses.replace(MONTEC[1], latent="A", units="row"))
+MONTEC += [dataclasses.replace(MONTEC[1], latent=latent, units="row") for latent in ("A", "AB")]
 
 
 def changed(problem: Layer) -> None:
@@ -196,11 +197,11 @@ def test_the_cooperation_of_the_earlier_fit_does_not_count_again():
 GUIDES = {
     "montec": MonteCLoRA(latent="AB"),
     "montec hierarchical": MonteCLoRA(component_prior="hierarchical", covariance="full"),
-    "montec in units of its rows": MonteCLoRA(units="row", prior_mean="learned", df_per_rank=8),
+    "montec of absolute noise": absolute(MonteCLoRA, df_per_rank=8),
     "meanfield": MeanField(latent="AB"),
     "lowrank": LowRank(latent="B", rank=2),
     "flat+meanfield": Flat(inner=MeanField()),
-    "flat+meanfield in units of its rows": Flat(inner=MeanField(units="row", prior_mean="learned")),
+    "flat+meanfield of absolute noise": Flat(inner=absolute(MeanField)),
 }
 
 

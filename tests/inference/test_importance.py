@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import batch_of, bert, llama, mlp, tokens
+from problems import absolute, batch_of, bert, llama, mlp, tokens
 
 from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
@@ -97,7 +97,8 @@ def test_a_rank_that_does_nothing_is_worth_what_the_network_is_without_adapters(
 @pytest.mark.parametrize("allocation", ["uniform", "snr"])
 def test_signal_to_noise_of_mean_field_is_the_ratio_of_its_means_and_scales(allocation):
     """Given B: ‖m_k‖² / Σ_j σ_kj²."""
-    joint = joint_of(mlp(inputs=12), MeanField(), task="classification", rank_allocation=allocation)
+    options = {"task": "classification", "rank_allocation": allocation}
+    joint = joint_of(mlp(inputs=12), absolute(MeanField), **options)
     program = joint.program
     bank = program.bank
     program.assign("A_scale", 0.05 + 0.2 * torch.rand_like(program.A_scale))
@@ -115,8 +116,8 @@ def test_signal_to_noise_of_mean_field_is_the_ratio_of_its_means_and_scales(allo
 
 def test_signal_to_noise_with_both_factors_latent_is_that_of_the_product():
     """‖m_a‖² ‖m_b‖² / ((‖m_a‖² + Σσ²) (‖m_b‖² + Σσ²) − ‖m_a‖² ‖m_b‖²)."""
-    joint = joint_of(mlp(inputs=12), MeanField(latent="AB", init_scale=0.1),
-                     task="classification")  # fmt: skip
+    guide = absolute(MeanField, latent="AB", init_scale=0.1)
+    joint = joint_of(mlp(inputs=12), guide, task="classification")
     bank = joint.program.bank
     found = signal_to_noise(joint.program, 20_000)
     for i, (name, (A, B)) in enumerate(bank.matrices(bank.means()).items()):

@@ -133,13 +133,17 @@ def test_the_best_symmetric_weights_are_those_of_a_fine_search() -> None:
 # The data decide ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guide", [MONTEC, MEANFIELD], ids=["montec", "meanfield"])
+@pytest.mark.parametrize(
+    "guide",
+    [MONTEC, MEANFIELD, guides.MonteCLoRA(), guides.MeanField()],
+    ids=["montec", "meanfield", "montec by default", "meanfield by default"],
+)
 def test_widths_are_not_those_of_the_schedule(guide: Any) -> None:
     """Twice the steps, and half the rate with them. The noise of the function, s B A x, in units of
     the data's: that of A alone goes with B, which a longer training makes another one."""
     widths = []
-    for epochs, rate in ((40, 1e-2), (80, 1e-2), (80, 5e-3)):
-        posterior, _ = fitted(200, 16, guide, epochs=epochs, learning_rate=rate)
+    for epochs, rate in ((60, 2e-2), (120, 2e-2), (120, 1e-2)):
+        posterior, _ = fitted(200, 16, guide, epochs=epochs, learning_rate=rate, batch_size=60)
         widths.append(relative_deviation(posterior))
     assert max(widths) / min(widths) < 1.1
 

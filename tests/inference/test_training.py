@@ -13,7 +13,7 @@ from problems import arguments, bert, llama, mlp, reviews, tokenizer, tokens
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyrolora
-from pyrolora import AdapterConfig
+from pyrolora import AdapterConfig, defaults
 from pyrolora.guides import MAP, Flat, MonteCLoRA
 
 TARGETS = ["query", "key", "value"]
@@ -187,8 +187,10 @@ def test_a_killed_run_resumes_to_the_same_result(tmp_path, updates):
     assert [h["step"] for h in resumed.history] == [h["step"] for h in whole.history]
 
 
-def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_path):
-    """``load_best_model_at_end`` on the NLL of the predictive mean."""
+@pytest.mark.parametrize("scale_updates", ["gradient", "curvature"])
+def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_path, scale_updates):
+    """``load_best_model_at_end`` on the NLL of the predictive mean. Scales by curvature are then
+    set to their optimum around the best means, and the posterior is evaluated once more."""
     data, held_out = reviews(32), reviews(24, seed=5)
     args = arguments(
         tmp_path,
@@ -203,13 +205,24 @@ def test_evaluation_uses_the_predictive_mean_and_the_best_state_comes_back(tmp_p
         learning_rate=0.1,
         per_device_train_batch_size=8,
     )
-    posterior = pyrolora.fit(bert(), data, eval_data=held_out, tokenizer=tokenizer(), training=args)
-    scores = [entry["eval_nll"] for entry in posterior.history if "eval_nll" in entry]
-    assert len(scores) == 6
-    from pyrolora import defaults
+    guide = MonteCLoRA(scale_updates=scale_updates)
+    means = []
 
-    again = posterior.evaluate(held_out, defaults.EVAL_SAMPLES, batch_size=8, seed=args.seed)
-    assert again["nll"] == pytest.approx(min(scores), rel=1e-5)
+    class Means(TrainerCallback):
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            means.append(model.joint.program.bank.get_parameter("A_loc").detach().clone())
+
+    posterior = pyrolora.fit(
+        bert(), data, guide, eval_data=held_out, tokenizer=tokenizer(), training=args,
+        callbacks=[Means()],
+    )  # fmt: skip
+    scores = [entry["eval_nll"] for entry in posterior.history if "eval_nll" in entry]
+    best = min(range(6), key=scores.__getitem__)
+    assert len(scores) == (6 if scale_updates == "gradient" else 7)
+    assert torch.equal(posterior.bank.get_parameter("A_loc"), means[best])
+    draws, entry = (defaults.EVAL_SAMPLES, best) if scale_updates == "gradient" else (None, -1)
+    again = posterior.evaluate(held_out, draws, batch_size=8, seed=args.seed)
+    assert again["nll"] == pytest.approx(scores[entry], rel=1e-5)
 
 
 def test_history_names_each_kl():
@@ -277,7 +290,7 @@ def test_scales_have_their_own_learning_rate_and_no_weight_decay(tmp_path):
 
     groups = Groups()
     pyrolora.fit(
-        bert(), tokens(), guide=MonteCLoRA(scale_learning_rate=0.05),
+        bert(), tokens(), guide=MonteCLoRA(scale_learning_rate=0.05, scale_updates="gradient"),
         training=arguments(tmp_path, weight_decay=0.1, max_steps=1), callbacks=[groups],
     )  # fmt: skip
     decayed, plain, scales = groups.groups
@@ -288,13 +301,14 @@ def test_scales_have_their_own_learning_rate_and_no_weight_decay(tmp_path):
     assert len(plain["params"]) == 1  # the head's bias
 
 
-WARM = MonteCLoRA(kl_weight=1.0)
+WARM = MonteCLoRA()
+COLD = MonteCLoRA(kl_weight=0.2, scale_updates="gradient")
 TOWARDS_WARM = MonteCLoRA(kl_weight=0.01, kl_weight_against="mean")  # 1 with 100 examples
 
 
 @pytest.mark.parametrize(
     ("guide", "long"),
-    [(MAP(), 1e-2), (WARM, 1e-2), (TOWARDS_WARM, 1e-2), (MonteCLoRA(), 5e-3)],
+    [(MAP(), 1e-2), (WARM, 1e-2), (TOWARDS_WARM, 1e-2), (COLD, 5e-3)],
     ids=str,
 )
 def test_the_rate_of_scales_follows_that_of_the_means_and_the_length_of_a_cold_fit(guide, long):
@@ -322,6 +336,6 @@ def test_a_long_fit_has_a_lower_rate_of_scales_whatever_it_counts_in(tmp_path):
     for length in ({"max_steps": 1024}, by_epochs):
         once = Once()
         training = arguments(tmp_path, **length)
-        pyrolora.fit(bert(), data, "montec", training=training, callbacks=[once])
+        pyrolora.fit(bert(), data, COLD, training=training, callbacks=[once])
         assert once.steps == 1024
         assert once.rate == pytest.approx(5e-3)

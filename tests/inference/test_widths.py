@@ -33,6 +33,12 @@ GUIDES = {
 SMALL = AdapterConfig(r=2)
 
 
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every eight steps of four examples: the fits here are short."""
+    monkeypatch.setattr(defaults, "WIDTH_EVERY", 32)
+
+
 def fitted(guide: Any = "montec", n: int = 48, **more: Any) -> pyrolora.Posterior:
     options = {"epochs": 4, "batch_size": 4, "adapter": SMALL, "tokenizer": tokenizer(), **more}
     guide = GUIDES[guide] if isinstance(guide, str) else guide
@@ -342,8 +348,9 @@ def test_khat_takes_the_data_of_the_fit_whole_or_in_part() -> None:
 
 
 def test_what_cannot_be_held_back_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="units='row'"):
-        MonteCLoRA(hold_back=0.1)
+    for options in ({"units": "fan_in"}, {"prior_mean": "zero"}):
+        with pytest.raises(ConfigError, match=r"got units='fan_in'; choose units='row'"):
+            MonteCLoRA(hold_back=0.1, **options)
     with pytest.raises(ConfigError, match="this guide has none"):
         pyrolora.guides.MAP(hold_back=0.1)
     with pytest.raises(ConfigError, match=r"\[0, 1\)"):
@@ -355,7 +362,7 @@ def test_what_cannot_be_held_back_is_an_error() -> None:
 def test_a_fit_without_steps_chooses_no_width() -> None:
     given = fitted(MonteCLoRA(), n=8, epochs=1)
     with pytest.raises(ConfigError, match=r"'montec'.* trains nothing .*got hold_back=0\.1"):
-        pyrolora.fit(given, reviews(20), MonteCLoRA())
+        pyrolora.fit(given, reviews(20), MonteCLoRA(hold_back=0.1))
 
 
 def test_windows_of_one_context_are_held_back_together() -> None:

@@ -269,7 +269,7 @@ def test_a_calibrated_posterior_keeps_its_temperature(
     posterior.temperature = 1.7
     export_vllm(posterior, tmp_path / "warm", DRAWS)
     with running(app_of(stub_of(network))) as url:
-        with pytest.raises(ConfigError, match=r"calibrated \(temperature 1.7\).*-1"):
+        with pytest.raises(ConfigError, match=r"has the temperature 1\.7.*-1"):
             gateway_to(url, tmp_path / "warm", top=20)
         with running(create_app(gateway_to(url, tmp_path / "warm"))) as there:
             body = {"model": "warm", "prompt": PROMPT, "max_tokens": 5, "temperature": 0}

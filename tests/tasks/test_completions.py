@@ -345,7 +345,8 @@ def test_chats_from_a_file_to_the_end_on_the_command_line(tmp_path: Path) -> Non
          "--set", "texts.max_length=48", "--set", "texts.packing=true")  # fmt: skip
     posterior = pyrolora.load(run)
     assert posterior.texts == TextOptions(max_length=48, assistant_only_loss=True, packing=True)
-    found = done("evaluate", run, tmp_path / "chats.jsonl", "--json", "--num-samples", 2).json
+    drawn = ("--num-samples", 2, "--seed", 0)
+    found = done("evaluate", run, tmp_path / "chats.jsonl", "--json", *drawn).json
     assert found["nll"] == pytest.approx(posterior.evaluate(CHATS, 2, seed=0)["nll"], rel=1e-4)
     lines = done("generate", run, tmp_path / "asked.jsonl", "--num-samples", 0,
                  "--max-new-tokens", 3, "--stop-string", "zz").out.splitlines()  # fmt: skip

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from memory import LiveBytes
-from problems import arguments, llama, tokenizer
+from problems import absolute, arguments, llama, tokenizer
 from transformers import LlamaForCausalLM, Trainer
 
 import pyrolora
@@ -70,7 +70,7 @@ def all_logits(monkeypatch):
 
 @pytest.mark.parametrize("draws", [None, 2])
 def test_a_fit_and_all_that_it_says_are_those_with_every_logit(draws, all_logits, tmp_path):
-    guide = "map" if draws is None else pyrolora.guides.MonteCLoRA(draws_per_batch=draws)
+    guide = "map" if draws is None else absolute(pyrolora.guides.MonteCLoRA, draws_per_batch=draws)
     few = everything(tmp_path, guide)
     all_logits()
     every = everything(tmp_path, guide)

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from peft_trainer import Start
-from problems import arguments, bart, bert, summaries, t5, writer_tokenizer
+from problems import absolute, arguments, bart, bert, summaries, t5, writer_tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
     MBartConfig,
@@ -34,7 +34,7 @@ from pyrolora.tasks import Seq2Seq, task_for
 
 NETWORKS = {"T5": t5, "BART": bart}
 ADAPTER = AdapterConfig(r=2, target_modules="all-linear")
-WIDE = MonteCLoRA(sample_scale=1.0, init_covariance=1.0)
+WIDE = absolute(MonteCLoRA, sample_scale=1.0, init_covariance=1.0)
 
 
 def tokenised(data: datasets.Dataset) -> datasets.Dataset:
