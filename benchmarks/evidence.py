@@ -45,10 +45,11 @@ METRICS = [
 ABOUT = ["hardware", "versions", "side_by_side"]
 SETTINGS = [*UNIT, *RECIPE, "guide", "options", "changes", "draws"]
 COLUMNS = [*SETTINGS, *METRICS, "curve", "by_draws", "scored_size", "error", *ABOUT]
-NAMES = {name: name for name in METHODS} | {"map": "LoRA", PEFT: "MonteCLoRA of PEFT"}
 BEST, WITH_T = "LoRA at its best", "LoRA with temperature"
 FORMERLY = "formerly"  # what the defaults were before the present ones, and `changes` to them
 MONTEC_BEFORE = f"montec, {FORMERLY}"
+NAMES = {name: name for name in [*METHODS, MONTEC_BEFORE]}
+NAMES |= {"map": "LoRA", PEFT: "MonteCLoRA of PEFT"}
 ORDER = {name: place for place, name in enumerate([*TASKS, *METHODS, MONTEC_BEFORE])}
 ROUNDING = 1e-5  # of differences in points: accuracies are stored from float32
 
@@ -145,6 +146,13 @@ def standard(frame: Table, changes: str = "") -> Table:
     return rows[(recipe == STANDARD).all(axis=1)]
 
 
+def now_and_before(frame: Table) -> Table:
+    """Fits with the present defaults, and those of montec with the former ones, as one more."""
+    before = defaults_only(frame, FORMERLY)
+    before = before[before["guide"] == "montec"].assign(guide=MONTEC_BEFORE)
+    return pd.concat([defaults_only(frame), before])
+
+
 def plain_lora(frame: Table) -> Table:
     """LoRA without prior, whatever its training."""
     prior = frame["options"].map(lambda options: options.get("prior_scale")).notna()
@@ -205,16 +213,18 @@ def grid_cells(frame: Table) -> Table:
     """The fits of the stage `grid`."""
     keys = ["task", "examples", "guide", "seed", *RECIPE]
     cells = pd.DataFrame([dataclasses.asdict(job) for job in study_stages.grid()])[keys]
-    return defaults_only(frame).merge(cells.drop_duplicates(), on=keys)
+    before = cells[cells["guide"] == "montec"].assign(guide=MONTEC_BEFORE)
+    cells = pd.concat([cells, before]).drop_duplicates()
+    return now_and_before(frame).merge(cells, on=keys)
 
 
 def over_epochs(frame: Table) -> Table:
     """LoRA and montec at 3, 8 and 16 epochs, 1,000 examples, of the seeds that have all three."""
     fixed = {**STANDARD.drop("epochs"), "examples": EXAMPLES}
-    rows = defaults_only(frame)
+    rows = now_and_before(frame)
     rows = rows[(rows[list(fixed)] == pd.Series(fixed)).all(axis=1) & rows["epochs"].isin(EPOCHS)]
     there = rows.groupby(["guide", *UNIT])["epochs"].transform("nunique")
-    return rows[(there == len(EPOCHS)) & rows["guide"].isin(["map", "montec"])]
+    return rows[(there == len(EPOCHS)) & rows["guide"].isin(["map", "montec", MONTEC_BEFORE])]
 
 
 # Comparisons ------------------------------------------------------------------------------------
@@ -527,9 +537,7 @@ TABLES["failed"] = (failed, "_No fit failed._")
 
 # Pictures ---------------------------------------------------------------------------------------
 
-COLORS = {
-    name: f"C{place}" for place, name in enumerate([*NAMES.values(), BEST, WITH_T, MONTEC_BEFORE])
-}
+COLORS = {name: f"C{place}" for place, name in enumerate([*NAMES.values(), BEST, WITH_T])}
 
 
 def panels(tasks: Iterable[str], label: str) -> tuple[Figure, dict[str, Any]]:
@@ -595,7 +603,7 @@ def draw_grid(frame: Table) -> Figure | None:
     cells["panel"] = cells["task"] + ", " + cells["examples"].astype(str) + " examples"
     figure, axes = panels(cells["panel"], "accuracy")
     for (panel, guide), rows in cells.groupby(["panel", "guide"]):
-        mark(axes[panel], np.full(len(rows), METHODS.index(guide)), rows["accuracy"], NAMES[guide])
+        mark(axes[panel], np.full(len(rows), ORDER[guide]), rows["accuracy"], NAMES[guide])
         axes[panel].set_xticks([])
     return legend(figure, axes)
 
