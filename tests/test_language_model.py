@@ -142,7 +142,7 @@ def test_a_run_has_a_row_for_every_method_and_is_not_made_again(
     assert warm["accuracy"] == by_method["MLE"]["results"]["accuracy"]
     assert by_method["MLE"]["results"]["fit_s"] < by_method["TFB"]["results"]["fit_s"]
     text = (folder / "doc.md").read_text()
-    assert text.count("| montec, curvature |") == 3
+    assert text.count("| montec, formerly |") == 3
     for row in rows:  # as if the option had come after them
         row["settings"]["options"].pop("latent", None)
     (folder / "out" / script.STORE).write_text("\n".join(map(json.dumps, rows)))
