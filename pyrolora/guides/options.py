@@ -181,15 +181,6 @@ class Variational(Guide):
         that is possible and comes to ten examples; the last entry of the history says it.
     """
 
-    guide_only: ClassVar[tuple[str, ...]] = (
-        "kl_warmup",
-        "draws_per_batch",
-        "scale_learning_rate",
-        "scale_updates",
-        "hold_back",
-    )
-    """Options that do not change the model."""
-
     kl_weight: float = 1.0
     kl_weight_against: Against = "sum"
     kl_warmup: float = 0.0
