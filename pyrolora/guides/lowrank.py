@@ -49,7 +49,6 @@ class LowRank(GaussianGuide):
     """
 
     name = "lowrank"
-    guide_only = (*GaussianGuide.guide_only, "rank")
 
     rank: int = defaults.COVARIANCE_RANK
 

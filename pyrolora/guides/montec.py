@@ -109,12 +109,6 @@ class MonteCLoRA(Variational):
     """
 
     name = "montec"
-    guide_only = (
-        *Variational.guide_only,
-        "learn_sample_scale",
-        "covariance",
-        "init_covariance",
-    )
 
     num_components: int = defaults.NUM_COMPONENTS
     sample_scale: float = defaults.SAMPLE_SCALE

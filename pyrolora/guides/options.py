@@ -131,6 +131,9 @@ class Guide(ABC):
     def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
         """Raise `ConfigError` for a task that this method cannot serve."""
 
+    def check_given(self) -> None:  # noqa: B027 - `Supports.post_hoc` says it of most guides
+        """Raise `ConfigError` for options that ask for training around a given adapter in vain."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variational(Guide):
@@ -180,15 +183,6 @@ class Variational(Guide):
         temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
         that is possible and comes to ten examples; the last entry of the history says it.
     """
-
-    guide_only: ClassVar[tuple[str, ...]] = (
-        "kl_warmup",
-        "draws_per_batch",
-        "scale_learning_rate",
-        "scale_updates",
-        "hold_back",
-    )
-    """Options that do not change the model."""
 
     kl_weight: float = 1.0
     kl_weight_against: Against = "sum"
@@ -254,6 +248,15 @@ class Variational(Guide):
         if self.settles:
             return None if self.hold_back else "computed"
         return "trained"
+
+    def check_given(self) -> None:
+        if self.hold_back and self.settles:
+            raise ConfigError(
+                f"hold_back chooses the width of the noise all through the training, and "
+                f"{self.name!r} with these options trains nothing when the adapter is given, got "
+                f"hold_back={self.hold_back!r}; choose scale_updates='gradient', which trains the "
+                "scales, or hold_back=0 and Posterior.calibrate after the fit"
+            )
 
     def infer(self, fit: Fit) -> None:
         if self.scale_updates == "curvature" and fit.program.previous is not None:
