@@ -812,7 +812,8 @@ class Posterior:
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
         if self.held_back and len(prepared) == self.model.num_examples + self.held_back:
-            prepared, _ = prepared.parted(self.options.held_back, self.settings.get("seed", 0))
+            number = self.options.number_held_back(len({*prepared.of_rows()}))
+            prepared, _ = prepared.parted(number, self.settings.get("seed", 0))
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 
     # Report -------------------------------------------------------------------------------------

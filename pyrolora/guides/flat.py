@@ -119,6 +119,9 @@ class Flat(Guide):
     def held_back(self) -> float:
         return self.inner.held_back
 
+    def number_held_back(self, n: int) -> int:
+        return self.inner.number_held_back(n)
+
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
 

@@ -128,6 +128,10 @@ class Guide(ABC):
         """The share of the training examples that the fit does not learn from, to choose by."""
         return 0.0
 
+    def number_held_back(self, n: int) -> int:
+        """Return how many of n training examples the fit does not learn from."""
+        return round(self.held_back * n)
+
     def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
         """Raise `ConfigError` for a task that this method cannot serve."""
 
@@ -181,7 +185,8 @@ class Variational(Guide):
         It needs ``units="row"``, and steps of training: around a given adapter,
         ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
         temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
-        that is possible and comes to ten examples; the last entry of the history says it.
+        that is possible and comes to ten examples, but at most 250, which tell two numbers well
+        enough; the last entry of the history says it.
     """
 
     kl_weight: float = 1.0
@@ -238,6 +243,10 @@ class Variational(Guide):
         if self.hold_back is None:
             return defaults.HOLD_BACK if self.unit == "row" else 0.0
         return self.hold_back
+
+    def number_held_back(self, n: int) -> int:
+        number = super().number_held_back(n)
+        return number if self.hold_back is not None else min(number, defaults.HELD_BACK_MOST)
 
     @property
     def post_hoc_scales(self) -> PostHoc | None:

@@ -63,6 +63,17 @@ def test_a_tenth_is_held_back_where_it_comes_to_ten(name: str, n: int, count: in
     assert posterior.model.num_examples == n - count
 
 
+def test_no_more_are_held_back_than_choose_two_numbers_well() -> None:
+    """Nor does anything that takes the whole data again think so; who asks for a share has it."""
+    posterior = fitted(Flat(inner=MeanField()), 3000, batch_size=300)
+    assert (held_back(posterior), posterior.model.num_examples) == (250, 2750)
+    assert posterior.khat(rows(3000), 25, seed=0).dimensions
+    drawn = posterior.to_arviz(4, data=rows(3000), log_likelihood=True)
+    attrs = drawn["log_likelihood"].attrs
+    assert (attrs["num_examples"], attrs["held_back"]) == (2750, 250)
+    assert held_back(fitted(MeanField(hold_back=0.1), 3000, batch_size=300)) == 300
+
+
 def test_few_examples_are_few_whatever_their_rows() -> None:
     """Windows of long contexts are no examples."""
     data = squad(12, 60)
