@@ -21,6 +21,7 @@ from pyrolora.fitting.stored import StoredPosterior
 from pyrolora.fitting.supervised import text_options_of
 from pyrolora.guides import Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import OF_STEPS, set_for_steps
+from pyrolora.inference.recording import as_recordable
 from pyrolora.posterior import Posterior
 from pyrolora.tasks import Task
 
@@ -78,7 +79,14 @@ class Request:
 
     @cached_property
     def options(self) -> Guide:
-        """The guide; if ``guide`` is at most a name, that of the prior has its options."""
+        """The guide that is inferred: the one asked for, as the layers of ``given`` allow it."""
+        if isinstance(self.given, Posterior):
+            return as_recordable(self.asked, self.given.model.attachment)
+        return self.asked
+
+    @cached_property
+    def asked(self) -> Guide:
+        """The guide asked for; of the prior's guide the name stands for the prior's options."""
         prior, guide = self.prior, self.guide
         if prior is None:
             return as_guide("montec" if guide is None else guide)
@@ -121,7 +129,9 @@ class Request:
         """Return the request with its posteriors in memory, and their network in its place."""
         if isinstance(self.given, StoredPosterior):
             given = self.given.load(self.model, self.data, self.task)
-            return dataclasses.replace(self, model=given.base, given=given, task=None)
+            request = dataclasses.replace(self, model=given.base, given=given, task=None)
+            request._check_given(given)
+            return request
         if isinstance(self.prior, StoredPosterior):
             prior = self.prior.load(self.model, self.data, None)
             return dataclasses.replace(self, model=prior.base, prior=prior)
@@ -226,7 +236,11 @@ class Request:
 
     def _check_given(self, given: Posterior | StoredPosterior) -> None:
         """Refuse what a posterior brings itself, and a guide that has nothing to add to it."""
+        from_peft = isinstance(given, StoredPosterior) and given.from_peft
+        self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
         guide = self.options
+        if isinstance(given, StoredPosterior) and guide.without_inputs() != guide:
+            return  # what is trained depends on its layers, which `loaded` knows
         how = guide.supports.post_hoc
         guide.check_given()
         if how is None:
@@ -235,8 +249,6 @@ class Request:
                 f"guide {full_name(guide)!r} has nothing to infer when the adapter is given; "
                 f"choose one of {able}, or fit the network anew"
             )
-        from_peft = isinstance(given, StoredPosterior) and given.from_peft
-        self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
         if how != "computed":
             return
         useless = [name for name in ("epochs", "learning_rate", "callbacks") if getattr(self, name)]

@@ -25,6 +25,7 @@ from pyrolora.columns import (
 from pyrolora.data.inputs import written_length
 from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, listed
+from pyrolora.guides import Guide
 from pyrolora.model import JointModel
 
 OF_DECODER = (LABELS, DECODER_IDS, DECODER_MASK)
@@ -80,6 +81,11 @@ def unrecordable(attachment: Attachment) -> list[str]:
         for name, layer in attachment.layers.items()
         if isinstance(layer, ParameterSlot) or is_embedding(layer.base_layer)
     ]
+
+
+def as_recordable(guide: Guide, attachment: Attachment) -> Guide:
+    """Return the guide as it is inferred on these layers, whose inputs may not be recordable."""
+    return guide.without_inputs() if unrecordable(attachment) else guide
 
 
 def check_recordable(joint: JointModel) -> None:
