@@ -24,7 +24,7 @@ from pyrolora.data.examples import TensorExamples
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError, listed
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
-from pyrolora.fitting.held_back import calibrate, parted
+from pyrolora.fitting.held_back import calibrate, check_width, parted
 from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.streams import fill_rows, read_stream
@@ -223,6 +223,8 @@ def fit_request(request: Request) -> Posterior:
             build = partial(_in_rows, origin.builder(attachment, data, args), data.rows)
             request = _recordable(request, attachment)
             joint = build(request.options)
+            if held_back is not None:
+                check_width(joint)
             if request.options.reads_inputs:
                 check_recordable(joint)
             with eagerly(joint.base):

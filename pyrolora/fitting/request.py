@@ -100,6 +100,11 @@ class Request:
         return as_guide(guide)
 
     @property
+    def inherits(self) -> bool:
+        """Whether the guide's options are those of the prior, asked for with the earlier data."""
+        return self.prior is not None and self.asked == self.prior.options
+
+    @property
     def shortcuts(self) -> dict[str, Any]:
         """The Trainer's arguments that are keywords of `fit`, if they are set."""
         names = (*_DEFAULTS, "output_dir")
@@ -228,6 +233,8 @@ class Request:
         free = {option.name for option in dataclasses.fields(Variational)}
         for option in dataclasses.fields(later):
             before, now = getattr(earlier, option.name), getattr(later, option.name)
+            if option.name == "units":
+                before, now = earlier.unit, later.unit  # of which None is one
             if option.name not in free and before != now:
                 raise ConfigError(
                     f"{option.name}={now!r}, and in the prior it is {before!r}; it has to be the "

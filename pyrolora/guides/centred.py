@@ -34,7 +34,8 @@ class CentredProgram(Program):
         super().__init__(bank, options)
         self.register_buffer("prior_loc", None)
         self.register_buffer("row_sizes", None)
-        self.register_buffer("width", torch.zeros(4) if options.held_back else None)
+        scaled = options.held_back and options.unit == "row"
+        self.register_buffer("width", torch.zeros(4) if scaled else None)
         if getattr(options, "prior_mean", None) == "start" and bank.origin is None:
             A, B = (bank.get_parameter(f"{factor}_loc").detach() for factor in "AB")
             start = bank.latent_part(self.options.latent, FlatFactors(A, B))
@@ -48,7 +49,7 @@ class CentredProgram(Program):
         of its means. Of a ``site`` that has one of two latent factors, the rows are that factor's.
         """
         latent, bank = self.options.latent if site is None else site, self.bank
-        if getattr(self.options, "unit", None) != "row":
+        if self.options.unit != "row":
             return None
         if self.row_sizes is not None:
             if latent == self.options.latent:
