@@ -56,11 +56,13 @@ class CentredProgram(Program):
                 return self.row_sizes
             blocks = len(bank.layout("A"))  # which come first
             return self.row_sizes[:blocks] if latent == "A" else self.row_sizes[blocks:]
-        means = bank.latent_part(latent, bank.means())
-        if bank.origin is not None:
-            means = means - bank.latent_part(latent, bank.origin)
-        sizes = bank.layout(latent).row_sizes(means)
+        sizes = bank.layout(latent).row_sizes(self.learnt(latent))
         return sizes if self.width is None else sizes * self.width[0].exp()
+
+    def learnt(self, site: str) -> Tensor:
+        """Return the means of the factors of a site, flat, less a start that is taken off again."""
+        means, origin = self.bank.latent_part(site, self.bank.means()), self.bank.origin
+        return means if origin is None else means - self.bank.latent_part(site, origin)
 
     def centre(self, site: str) -> Tensor | None:
         """Return the prior's mean of the factors of a site, flat; None: zero."""
