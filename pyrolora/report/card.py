@@ -19,7 +19,7 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
 from pyrolora.pipelines.names import pipeline_name, reads_plain_texts
 from pyrolora.report import findings
-from pyrolora.report.facts import Subject, option_facts, posterior_facts
+from pyrolora.report.facts import Subject, chose_width, option_facts, posterior_facts
 from pyrolora.report.findings import Finding
 from pyrolora.report.report import Judgement
 from pyrolora.storage import MEAN_FOLDER
@@ -218,7 +218,7 @@ def _without_data(posterior: Subject) -> list[Finding]:
     checked = [
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
+            blocks, trained=has_trained_widths(program), chosen=chose_width(posterior)
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

@@ -101,13 +101,22 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
 
 
 def _by_held_back(posterior: Subject) -> dict[str, str]:
-    """Return how many examples were held back, and the width of the noise, if they chose it."""
+    """Return how many examples were held back, and the width of the noise."""
     if not posterior.held_back:
         return {}
+    chosen = "the width and the temperature" if chose_width(posterior) else "the temperature"
     return {
-        "examples held back": f"{posterior.held_back:,}, for the width and the temperature",
+        "examples held back": f"{posterior.held_back:,}, for {chosen}",
         "width of the noise": f"{chosen_width(posterior.model):.4g}",
     }
+
+
+def chose_width(posterior: Subject) -> bool:
+    """Return whether examples that were held back chose the width of prior and posterior.
+
+    After an earlier posterior the width is that one's.
+    """
+    return posterior.held_back > 0 and posterior.model.program.previous is None
 
 
 def option_facts(guide: Guide) -> dict[str, str]:

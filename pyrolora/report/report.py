@@ -34,6 +34,7 @@ from pyrolora.report import findings
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import (
     Subject,
+    chose_width,
     data_facts,
     label_table,
     option_facts,
@@ -198,7 +199,7 @@ def report_on(
             posterior_pictures=list(posterior_pictures(idata)),
             contractions=contraction_table(judged.blocks),
             about_widths=about_widths(
-                posterior.model.program, judged.blocks, chosen=posterior.held_back > 0
+                posterior.model.program, judged.blocks, chosen=chose_width(posterior)
             ),
             labelled=prediction.targets is not None,
             facts_of_posterior=posterior_facts(posterior),
@@ -280,7 +281,7 @@ def _findings(
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
+            blocks, trained=has_trained_widths(program), chosen=chose_width(posterior)
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
