@@ -31,7 +31,7 @@ def parted(
     share = request.options.held_back
     if not share:
         return data, None
-    n = len({*data.of_rows()})
+    n = len({*data.of_rows})
     count = round(share * n)
     apart = data.whole is None and data.texts is None
     inner: Any = getattr(request.options, "inner", request.options)
