@@ -136,7 +136,7 @@ class Posterior:
 
     @property
     def temperature(self) -> float:
-        """T of every prediction, which `calibrate` sets; 1 without. May be set, as to 1."""
+        """T of every prediction, by examples held back or `calibrate`, else 1. May be set."""
         return self._temperature
 
     @temperature.setter
@@ -706,11 +706,12 @@ class Posterior:
             with ``choices``, ``y`` is the choice (`predict_choices`).
         log_likelihood
             With ``data``: adds the pointwise log-likelihood of the model, without the temperature
-            of `calibrate`. `pyrolora.diagnostics.loo` makes a leave-one-out estimate of those of
+            of predictions. `pyrolora.diagnostics.loo` makes a leave-one-out estimate of those of
             the training data, exact for draws of the posterior itself: its weights are
             p(y_i|θ)^(−1/β) with the β of the fit, which is the attribute ``kl_weight`` of every
             group. ``az.loo`` has those of β = 1; for another β a log says so, once, and so does
-            the attribute ``leave_one_out``. After `calibrate`, ``sample_stats`` also has the
+            the attribute ``leave_one_out``. Where predictions have a temperature, which examples
+            held back or `calibrate` have chosen, ``sample_stats`` also has the
             ``calibrated_log_likelihood``, which `loo` then scores by. With means, a head and a
             noise that were fitted to the same data both are too good; for held-out data there is
             ``evaluate(data)["nll"]``.
@@ -812,7 +813,7 @@ class Posterior:
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
         if self.held_back and len(prepared) == self.model.num_examples + self.held_back:
-            number = self.options.number_held_back(len({*prepared.of_rows()}))
+            number = self.options.number_held_back(len({*prepared.of_rows}))
             prepared, _ = prepared.parted(number, self.settings.get("seed", 0))
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 

@@ -78,12 +78,8 @@ class Layout:
 
     def spread_rows(self, per_row: Tensor) -> Tensor:
         """Return the number in ``per_row`` (L, r) of the row of each entry, flat."""
-        starts, parts = 0, []
-        for group in self.groups:
-            rows = per_row[starts : starts + group.count, : group.rank]
-            parts.append(rows.unsqueeze(-1).expand(group.shape).flatten())
-            starts += group.count
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        places = per_row.new_empty(()).expand(self.total)  # of which the shapes count alone
+        return map_blocks(Tensor.expand_as, per_row[..., None], places, self.groups)
 
     def row_sizes(self, flat: Tensor) -> Tensor:
         """Return the root mean square of each row of each block, (L, rank).

@@ -249,10 +249,10 @@ def _tell(folder: Path, guide: str, result: dict[str, Any], command: str) -> Non
     if result.get("metrics"):
         metrics_table({guide: result["metrics"]})
     if held_back := result.get("held_back"):
+        width = f"the width {result['width']:.3g} and " if "width" in result else ""
         tell(
             f"{held_back} of {result['num_examples'] + held_back} examples were held back, and "
-            f"chose the width {result['width']:.3g} and the temperature "
-            f"{result['temperature']:.3g}."
+            f"chose {width}the temperature {result['temperature']:.3g}."
         )
     name = shlex.quote(str(folder))
     tell(f"The posterior is in {folder}. Next:")

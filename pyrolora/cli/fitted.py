@@ -83,9 +83,11 @@ def _chosen(posterior: Posterior) -> dict[str, Any]:
 
     if not posterior.held_back:
         return {}
+    # After an earlier posterior the width is that one's.
+    chose_width = posterior.model.program.previous is None
     return {
         "held_back": posterior.held_back,
-        "width": chosen_width(posterior.model),
+        **({"width": chosen_width(posterior.model)} if chose_width else {}),
         "temperature": posterior.temperature,
     }
 

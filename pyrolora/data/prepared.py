@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import datasets
@@ -97,8 +97,9 @@ class Prepared:
         labels = None if self.labels is None else self.labels[rows]
         return replace(self, examples=examples, labels=labels)
 
+    @cached_property
     def of_rows(self) -> Sequence[int]:
-        """Return the number of the example that each row is of."""
+        """The number of the example that each row is of."""
         if isinstance(self.examples, datasets.Dataset) and EXAMPLE in self.examples.column_names:
             numbers: list[int] = self.examples.with_format(None)[EXAMPLE][:]
             return numbers
@@ -109,13 +110,13 @@ class Prepared:
 
         The rows of one example, such as windows of a long context, stay together.
         """
-        of_rows = self.of_rows()
+        of_rows = self.of_rows
         numbers = sorted({*of_rows})
         chosen = {numbers[i] for i in at_random(len(numbers), number, seed)}
         rest = {*numbers} - chosen
         kept, back = (
             replace(
-                self.part([row for row, number in enumerate(of_rows) if number in part]),
+                self.part([row for row, number in enumerate(self.of_rows) if number in part]),
                 collate=self.collate.part(sorted(part)),
             )
             for part in (rest, chosen)

@@ -29,8 +29,9 @@ def loo(idata: Any) -> Any:
     weights of β = 1: from a cold posterior (β < 1) it removes too little, so that it is too good;
     from a hot one too much. At β = 1 both are the same.
 
-    After `calibrate` to T the weights are the same, and the scored predictions are the calibrated
-    ones, p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
+    With a temperature T, which examples held back or `calibrate` have chosen, the weights are the
+    same, and the scored predictions are the calibrated ones, p_T(y_i|θ_s): elpd is that of T, and
+    ``az.loo`` is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
     same example stay, so that the estimate is exact only for draws of the posterior itself.
@@ -63,10 +64,9 @@ def loo(idata: Any) -> Any:
     """
     import arviz
 
-    likelihoods, beta = _likelihoods(idata)
-    posterior, group = (dataset(idata[name]) for name in ("posterior", "log_likelihood"))
-    kept = _learnt(group.attrs, _per_example(group).sizes["example"])
-    group = _per_example(group).isel(example=kept)
+    group, kept = _likelihoods(idata)
+    posterior, beta = dataset(idata["posterior"]), float(group.attrs["kl_weight"])
+    likelihoods = _by_example(group["y"])
     tempered = {"posterior": posterior, "log_likelihood": group.astype(float) / beta}
     # k̂ and its warning are those of the weights; the scores that they weigh are put in below.
     result = arviz.loo(container(arviz, tempered), pointwise=True)
@@ -80,8 +80,8 @@ def loo(idata: Any) -> Any:
     return _replaced(arviz, result, each, whole)
 
 
-def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
-    """Return log p(y_i|θ_s), (n, S), and β."""
+def _likelihoods(idata: Any) -> tuple[Any, list[int]]:
+    """Return log p(y_i|θ_s) of the examples that were learnt, and their places among all."""
     if "log_likelihood" not in group_names(idata):
         raise ConfigError(
             "leave-one-out weighs draws by the log-likelihoods of the training data, and idata has "
@@ -99,20 +99,20 @@ def _likelihoods(idata: Any) -> tuple[np.ndarray, float]:
             f"the log-likelihoods have no attributes {missing}, which Posterior.to_arviz writes: "
             "so that the β of the fit is not known; az.loo takes β = 1"
         )
-    beta, expected = group.attrs["kl_weight"], group.attrs["num_examples"]
-    scores = _by_example(_per_example(group)["y"])
-    scores = scores[_learnt(group.attrs, len(scores))]
-    if len(scores) != expected:
+    group, expected = _per_example(group), group.attrs["num_examples"]
+    kept = _learnt(group.attrs, group.sizes["example"])
+    if len(kept) != expected:
         raise DataError(
-            f"leave-one-out needs the training data, {expected} examples, got {len(scores)}; "
+            f"leave-one-out needs the training data, {expected} examples, got {len(kept)}; "
             "pass to_arviz the data that the posterior was fitted on, or score others with evaluate"
         )
-    if np.ptp(scores, axis=-1).max() == 0:
+    group = group.isel(example=kept)
+    if np.ptp(_by_example(group["y"]), axis=-1).max() == 0:
         raise DataError(
             "the log-likelihoods are the same under every draw: the posterior is a point, or has "
             "one draw, and no weights take an example out of it; score held-out data with evaluate"
         )
-    return scores, float(beta)
+    return group, kept
 
 
 def _learnt(attrs: Mapping[str, Any], n: int) -> list[int]:

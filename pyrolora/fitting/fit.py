@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -15,15 +16,15 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from pyrolora import defaults
-from pyrolora.adapters import bare, eagerly
+from pyrolora.adapters import Attachment, bare, eagerly
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
 from pyrolora.data.examples import TensorExamples
-from pyrolora.errors import ConfigError, NonFiniteError, SaveError
+from pyrolora.errors import ConfigError, NonFiniteError, SaveError, listed
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
-from pyrolora.fitting.held_back import calibrate, parted
+from pyrolora.fitting.held_back import calibrate, check_width, parted
 from pyrolora.fitting.origin import Builder, Origin
 from pyrolora.fitting.request import Request
 from pyrolora.fitting.streams import fill_rows, read_stream
@@ -35,11 +36,11 @@ from pyrolora.fitting.training import (
     settings_of,
 )
 from pyrolora.fitting.usable import check_usable
-from pyrolora.guides import Guide
+from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Run
 from pyrolora.inference.head_laplace import check_last_layer
 from pyrolora.inference.identity import digest_of_data
-from pyrolora.inference.recording import check_recordable, unrecordable
+from pyrolora.inference.recording import as_recordable, check_recordable, unrecordable
 from pyrolora.inference.sharding import shard, sharding_asked
 from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
@@ -48,6 +49,8 @@ from pyrolora.processes import all_processes
 from pyrolora.seeding import fitting
 from pyrolora.storage import describe_base
 from pyrolora.tasks import Task, choice_task
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -218,9 +221,10 @@ def fit_request(request: Request) -> Posterior:
         choose_best(args, origin.task, request)
         with attached(origin.network, partial(origin.attach, data, args)) as attachment:
             build = partial(_in_rows, origin.builder(attachment, data, args), data.rows)
-            if unrecordable(attachment):
-                request = dataclasses.replace(request, guide=request.options.without_inputs())
+            request = _recordable(request, attachment)
             joint = build(request.options)
+            if held_back is not None:
+                check_width(joint)
             if request.options.reads_inputs:
                 check_recordable(joint)
             with eagerly(joint.base):
@@ -286,6 +290,20 @@ def _in_rows(build: Builder, rows: float, guide: Guide) -> JointModel:
     joint = build(guide)
     joint.rows = rows
     return joint
+
+
+def _recordable(request: Request, attachment: Attachment) -> Request:
+    """Return the request as it can be fitted on these layers; log what else is inferred."""
+    guide = as_recordable(request.asked, attachment)
+    if guide != request.asked:
+        logger.warning(
+            "the scales of %r are trained (scale_updates='gradient'), not set by curvature: it is "
+            "made of the inputs of each layer, and adapted parameters and embeddings have none "
+            "that it could use: %s",
+            full_name(guide),
+            listed(unrecordable(attachment), most=2),
+        )
+    return dataclasses.replace(request, guide=guide)
 
 
 def _set_texts(task: Task, request: Request) -> None:

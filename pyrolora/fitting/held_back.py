@@ -10,7 +10,9 @@ from pyrolora import defaults
 from pyrolora.data import Prepared
 from pyrolora.errors import ConfigError
 from pyrolora.fitting.request import Request
+from pyrolora.guides.wrapping import innermost
 from pyrolora.inference.widths import program_of
+from pyrolora.model import JointModel
 from pyrolora.posterior import Posterior
 from pyrolora.predictive import draw_factors
 from pyrolora.predictive.calibration import calibrated
@@ -23,17 +25,19 @@ def parted(
     """Return the examples to learn from, and those that the guide holds back.
 
     Where nobody asked for it, none are held back of few examples, of a stream or of texts that
-    share rows, nor where an adapter is given, which may know them all.
+    share rows, nor where an adapter is given, which may know them all. A share that comes with the
+    options of a prior was asked of the earlier data.
     """
     share = request.options.held_back
     if not share:
         return data, None
-    n = len({*data.of_rows()})
+    n = len({*data.of_rows})
     count = request.options.number_held_back(n)
     apart = data.whole is None and data.texts is None
     inner: Any = getattr(request.options, "inner", request.options)
     enough = share * n >= defaults.HELD_BACK_LEAST
-    if inner.hold_back is None and not (apart and request.given is None and enough):
+    asked = getattr(inner, "hold_back", None) is not None and not request.inherits
+    if not asked and not (apart and request.given is None and enough):
         return data, None
     if not apart:
         what = "a stream" if data.texts is None else "texts that share rows (packing=True)"
@@ -47,6 +51,18 @@ def parted(
             "and to hold back some to choose by: choose another share"
         )
     return data.parted(count, args.seed)
+
+
+def check_width(joint: JointModel) -> None:
+    """Raise `ConfigError` for a guide whose noise has no width that examples held back choose."""
+    program = innermost(joint.program)
+    if getattr(program, "width", None) is None:
+        options = program.options
+        raise ConfigError(
+            f"guide {options.name!r} holds back {options.held_back!r} of the examples to choose a "
+            f"width of its noise, and its program {type(program).__name__} has none; build it on "
+            "pyrolora.guides.FactorProgram with the unit 'row', or let held_back be 0"
+        )
 
 
 def calibrate(posterior: Posterior, held_back: Prepared, args: TrainingArguments) -> None:

@@ -21,6 +21,7 @@ from pyrolora.fitting.stored import StoredPosterior
 from pyrolora.fitting.supervised import text_options_of
 from pyrolora.guides import Guide, Variational, as_guide, available, full_name
 from pyrolora.inference import OF_STEPS, set_for_steps
+from pyrolora.inference.recording import as_recordable
 from pyrolora.posterior import Posterior
 from pyrolora.tasks import Task
 
@@ -78,7 +79,14 @@ class Request:
 
     @cached_property
     def options(self) -> Guide:
-        """The guide; if ``guide`` is at most a name, that of the prior has its options."""
+        """The guide that is inferred: the one asked for, as the layers of ``given`` allow it."""
+        if isinstance(self.given, Posterior):
+            return as_recordable(self.asked, self.given.model.attachment)
+        return self.asked
+
+    @cached_property
+    def asked(self) -> Guide:
+        """The guide asked for; of the prior's guide the name stands for the prior's options."""
         prior, guide = self.prior, self.guide
         if prior is None:
             return as_guide("montec" if guide is None else guide)
@@ -90,6 +98,11 @@ class Request:
         if guide is None or guide == full_name(prior.options):
             return prior.options
         return as_guide(guide)
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the guide's options are those of the prior, asked for with the earlier data."""
+        return self.prior is not None and self.asked == self.prior.options
 
     @property
     def shortcuts(self) -> dict[str, Any]:
@@ -121,7 +134,9 @@ class Request:
         """Return the request with its posteriors in memory, and their network in its place."""
         if isinstance(self.given, StoredPosterior):
             given = self.given.load(self.model, self.data, self.task)
-            return dataclasses.replace(self, model=given.base, given=given, task=None)
+            request = dataclasses.replace(self, model=given.base, given=given, task=None)
+            request._check_given(given)
+            return request
         if isinstance(self.prior, StoredPosterior):
             prior = self.prior.load(self.model, self.data, None)
             return dataclasses.replace(self, model=prior.base, prior=prior)
@@ -218,6 +233,8 @@ class Request:
         free = {option.name for option in dataclasses.fields(Variational)}
         for option in dataclasses.fields(later):
             before, now = getattr(earlier, option.name), getattr(later, option.name)
+            if option.name == "units":
+                before, now = earlier.unit, later.unit  # of which None is one
             if option.name not in free and before != now:
                 raise ConfigError(
                     f"{option.name}={now!r}, and in the prior it is {before!r}; it has to be the "
@@ -226,7 +243,11 @@ class Request:
 
     def _check_given(self, given: Posterior | StoredPosterior) -> None:
         """Refuse what a posterior brings itself, and a guide that has nothing to add to it."""
+        from_peft = isinstance(given, StoredPosterior) and given.from_peft
+        self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
         guide = self.options
+        if isinstance(given, StoredPosterior) and guide.without_inputs() != guide:
+            return  # what is trained depends on its layers, which `loaded` knows
         how = guide.supports.post_hoc
         guide.check_given()
         if how is None:
@@ -235,8 +256,6 @@ class Request:
                 f"guide {full_name(guide)!r} has nothing to infer when the adapter is given; "
                 f"choose one of {able}, or fit the network anew"
             )
-        from_peft = isinstance(given, StoredPosterior) and given.from_peft
-        self._refuse("the posterior", adapter=self.adapter, task=None if from_peft else self.task)
         if how != "computed":
             return
         useless = [name for name in ("epochs", "learning_rate", "callbacks") if getattr(self, name)]

@@ -34,7 +34,8 @@ class CentredProgram(Program):
         super().__init__(bank, options)
         self.register_buffer("prior_loc", None)
         self.register_buffer("row_sizes", None)
-        self.register_buffer("width", torch.zeros(4) if options.held_back else None)
+        scaled = options.held_back and options.unit == "row"
+        self.register_buffer("width", torch.zeros(4) if scaled else None)
         if getattr(options, "prior_mean", None) == "start" and bank.origin is None:
             A, B = (bank.get_parameter(f"{factor}_loc").detach() for factor in "AB")
             start = bank.latent_part(self.options.latent, FlatFactors(A, B))
@@ -48,18 +49,20 @@ class CentredProgram(Program):
         of its means. Of a ``site`` that has one of two latent factors, the rows are that factor's.
         """
         latent, bank = self.options.latent if site is None else site, self.bank
-        if getattr(self.options, "unit", None) != "row":
+        if self.options.unit != "row":
             return None
         if self.row_sizes is not None:
             if latent == self.options.latent:
                 return self.row_sizes
             blocks = len(bank.layout("A"))  # which come first
             return self.row_sizes[:blocks] if latent == "A" else self.row_sizes[blocks:]
-        means = bank.latent_part(latent, bank.means())
-        if bank.origin is not None:
-            means = means - bank.latent_part(latent, bank.origin)
-        sizes = bank.layout(latent).row_sizes(means)
+        sizes = bank.layout(latent).row_sizes(self.learnt(latent))
         return sizes if self.width is None else sizes * self.width[0].exp()
+
+    def learnt(self, site: str) -> Tensor:
+        """Return the means of the factors of a site, flat, less a start that is taken off again."""
+        means, origin = self.bank.latent_part(site, self.bank.means()), self.bank.origin
+        return means if origin is None else means - self.bank.latent_part(site, origin)
 
     def centre(self, site: str) -> Tensor | None:
         """Return the prior's mean of the factors of a site, flat; None: zero."""

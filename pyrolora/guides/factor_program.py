@@ -85,19 +85,20 @@ class FactorProgram(CentredProgram):
         layout = self.bank.layout(latent)
         device = self.bank.get_parameter("A_loc").device
         one = torch.ones(layout.total, device=device)
-        if getattr(self.options, "unit", "one") != "fan_in":  # SWAG has none
+        if self.options.unit != "fan_in":
             return one
         return layout.scale(layout.fan_in().to(device).rsqrt(), one)
 
     def prior_scale(self, site: str) -> Tensor:
         """Return σ₀ of each entry."""
-        if getattr(self.options, "unit", "one") == "one":  # one number, whatever their number
-            device = self.bank.get_parameter("A_loc").device
-            scale = torch.full((), float(self.options.prior_scale), device=device)
-            return scale.expand(self.bank.layout(site).total)
+        scale = self.options.prior_scale
         if self.options.unit == "row":
-            return self.in_rows(site, self.options.prior_scale)
-        return self.options.prior_scale * self.units(site)
+            return self.in_rows(site, scale)
+        if self.options.unit == "fan_in":
+            return scale * self.units(site)
+        device = self.bank.get_parameter("A_loc").device
+        number = torch.full((), float(scale), device=device)  # one, however many the entries
+        return number.expand(self.bank.layout(site).total)
 
     def in_rows(self, site: str, scale: Tensor | float) -> Tensor:
         """Return the scale of each entry, times the size of its row where that is the unit."""

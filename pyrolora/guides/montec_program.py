@@ -113,8 +113,8 @@ class MonteCLoRAProgram(CentredProgram):
     def quantities(self, sites: Sites) -> Quantities:
         """Return the mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank.
 
-        The last is |m_k| / sd(a_k), with |m_k| the root mean square of the means and sd = ε ‖π‖
-        √Σ_kk.
+        The last is |m_k| / sd(a_k), with |m_k| the root mean square of the means, less a start that
+        is taken off again, and sd = ε ‖π‖ √Σ_kk.
         """
         tril = self._cut(sites["covariance_tril"])
         covariance = tril @ tril.mT
@@ -301,6 +301,6 @@ class MonteCLoRAProgram(CentredProgram):
         return torch.cat([part.square().sum((-2, -1)) for part in parts])
 
     def _signal(self) -> Tensor:
-        """Return the root mean square of each row of the means, (L, r); 0 if not in use."""
-        means = self.bank.latent_part(self.options.latent, self.bank.means()).detach()
-        return torch.where(self._in_use(), self.layout.row_sizes(means), 0.0)
+        """Return the root mean square of each row of what was learnt, (L, r); 0 if not in use."""
+        learnt = self.learnt(self.options.latent).detach()
+        return torch.where(self._in_use(), self.layout.row_sizes(learnt), 0.0)

@@ -106,6 +106,11 @@ class Guide(ABC):
         return min(highest, defaults.SCALE_RATE * learning_rate)
 
     @property
+    def unit(self) -> str | None:
+        """The unit of the scales of noise and prior, one of `Units`; None: there is no choice."""
+        return None
+
+    @property
     def settles(self) -> bool:
         """Whether `Program.settle` sets the scales to their optimum, so that none is trained."""
         return False
@@ -217,11 +222,6 @@ class Variational(Guide):
                 f"the scales of {self.name!r} with these options have no closed optimum, got "
                 "scale_updates='curvature'; leave it out, or choose scale_updates='gradient'"
             )
-
-    @property
-    def unit(self) -> Units | None:
-        """The unit of the scales of noise and prior; None where there is no choice."""
-        return None
 
     @property
     def closed_scales(self) -> bool:

@@ -13,7 +13,15 @@ from pyrolora import defaults
 from pyrolora.adapters import LayerSpec
 from pyrolora.columns import Batch
 from pyrolora.errors import DataError
-from pyrolora.inference.recording import Recording, counted, masks, readable, recorded
+from pyrolora.inference.recording import (
+    Recording,
+    counted,
+    masks,
+    read,
+    readable,
+    recorded,
+    sizes_of,
+)
 from pyrolora.model import JointModel, evaluating
 
 
@@ -87,8 +95,9 @@ def kfac(
     output. It is exact for one example without positions, and for a Gaussian law of a linear
     function. A layer that is called several times counts as one with that many more positions.
     Positions where ``attention_mask`` is 0, and choices that an example does not have, do not
-    count; nor do positions where every g_vt is 0, of which the left side has none: of a causal
-    classifier, which reads its last token, the last block is exact for one example.
+    count; nor do positions that nothing reads (`recording.read`), where every g_vt is 0 and the
+    left side has none: of a causal classifier, which reads its last token, the last block is exact
+    for one example.
 
     A and B of a layer share its two large matrices. With X the mean of x xᵀ over the layer's
     inputs, and G the sum of g gᵀ over gradients in what B gives, s included,
@@ -168,7 +177,7 @@ def kfac(
 class _Sums:
     """Sums Σ x xᵀ (in, in) and Σ g gᵀ (out, out), and numbers of positions.
 
-    Those in the first sum are read: a g is not 0 there. Others may count, and are not read.
+    Those in the first sum are `read`. Others may count, and are not read.
     """
 
     inputs: Tensor
@@ -187,16 +196,18 @@ def _accumulate(
     counting = masks(joint, batch)
     uses = [(sums[name], x) for name, layer in layers.items() for x in layer.inputs]
     updates = [update for layer in layers.values() for update in layer.updates]
-    read = [torch.zeros_like(x[..., :1], dtype=torch.bool) for _, x in uses]
+    sizes = [x.new_zeros(x.shape[:-1]) for _, x in uses]
     for v in joint.task.curvature(output.detach(), batch):
         gradients = torch.autograd.grad(
             output, updates, grad_outputs=v, retain_graph=True, materialize_grads=True
         )
-        for (layer_sums, _), gradient, reached in zip(uses, gradients, read, strict=True):
+        for (layer_sums, _), gradient, size in zip(uses, gradients, sizes, strict=True):
             rows = counted(gradient, counting).to(layer_sums.gradients.dtype)
             layer_sums.gradients.addmm_(rows.T, rows)
-            reached |= gradient.ne(0).any(-1, keepdim=True)
-    for (layer_sums, x), reached in zip(uses, read, strict=True):
+            torch.maximum(size, sizes_of(gradient), out=size)
+    examples = len(next(iter(batch.values())))
+    for (layer_sums, x), size in zip(uses, sizes, strict=True):
+        reached = read(size, examples).unsqueeze(-1)
         rows, places = counted(x, counting), counted(reached, counting).squeeze(-1)
         layer_sums.counted += len(rows)
         rows = rows[places].to(layer_sums.inputs.dtype)

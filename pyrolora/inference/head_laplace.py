@@ -19,7 +19,7 @@ from pyrolora.guides import GaussianHead, full_name
 from pyrolora.guides.dense import check_width
 from pyrolora.inference.curvature import Kronecker
 from pyrolora.inference.evidence import best_precision
-from pyrolora.inference.recording import readable
+from pyrolora.inference.recording import read, readable, sizes_of
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import seeded
 
@@ -78,8 +78,8 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
         The training examples, on the model's device.
     whole
         Return H itself, as a Kronecker product with (1, 1); else that of KFAC-expand,
-        (Σ_ivt g gᵀ) ⊗ (mean of x xᵀ), both over the positions where a g is not 0. A causal
-        network's score layer runs over all tokens, and the last one's output alone is read.
+        (Σ_ivt g gᵀ) ⊗ (mean of x xᵀ), both over the positions that are read (`recording.read`). A
+        causal network's score layer runs over all tokens, and the last one's output alone is read.
     """
     assert isinstance(joint.program, GaussianHead)
     layer, inner = joint.heads.last_module(), joint.program.inner
@@ -91,15 +91,20 @@ def head_curvature(joint: JointModel, batches: Iterable[Batch], *, whole: bool) 
             drawn = replace(drawn, A=drawn.A.detach(), B=drawn.B.detach())
             with torch.enable_grad(), recorded(layer) as uses:
                 output = joint.run(batch, replace(joint.binding(drawn), eager=True))
-            read = [torch.zeros_like(x[..., 0], dtype=torch.bool) for x in uses.inputs]
+            examples = len(next(iter(batch.values())))
+            sizes = [y.new_zeros(y.shape[:-1]) for y in uses.outputs]
             for v in joint.task.curvature(output.detach(), batch):
                 gradients = torch.autograd.grad(
                     output, uses.outputs, v, retain_graph=True, materialize_grads=True
                 )
-                sums.add_gradients(uses.inputs, gradients, len(next(iter(batch.values()))))
-                read = [r | g.ne(0).any(-1) for r, g in zip(read, gradients, strict=True)]
-            sums.add_inputs([x[r] for x, r in zip(uses.inputs, read, strict=True)])
-            seen += len(next(iter(batch.values())))
+                sums.add_gradients(uses.inputs, gradients, examples)
+                sizes = [
+                    torch.maximum(size, sizes_of(g))
+                    for size, g in zip(sizes, gradients, strict=True)
+                ]
+            places = [read(size, examples) for size in sizes]
+            sums.add_inputs([x[r] for x, r in zip(uses.inputs, places, strict=True)])
+            seen += examples
     return sums.curvature(joint.rows / max(seen, 1))
 
 

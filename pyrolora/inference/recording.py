@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,8 +27,11 @@ from pyrolora.columns import (
 from pyrolora.data.inputs import written_length
 from pyrolora.data.padding import MASK
 from pyrolora.errors import ConfigError, listed
+from pyrolora.guides import Guide
 from pyrolora.model import JointModel
 
+ROUNDING = 1e-5
+"""Of the largest gradient of an example; fused attention leaves up to 1e-6 of it for zero."""
 OF_DECODER = (LABELS, DECODER_IDS, DECODER_MASK)
 """The columns with a number per position of a decoder."""
 
@@ -80,6 +85,11 @@ def unrecordable(attachment: Attachment) -> list[str]:
         for name, layer in attachment.layers.items()
         if isinstance(layer, ParameterSlot) or is_embedding(layer.base_layer)
     ]
+
+
+def as_recordable(guide: Guide, attachment: Attachment) -> Guide:
+    """Return the guide as it is inferred on these layers, whose inputs may not be recordable."""
+    return guide.without_inputs() if unrecordable(attachment) else guide
 
 
 def check_recordable(joint: JointModel) -> None:
@@ -140,6 +150,22 @@ def masks(joint: JointModel, batch: Batch) -> list[Tensor]:
     if choices is not None:
         masks.append(choices.flatten().bool())
     return masks
+
+
+def sizes_of(gradient: Tensor) -> Tensor:
+    """Return the largest number of the gradient at each position, without the last dimension."""
+    return torch.linalg.vector_norm(gradient.detach(), math.inf, dim=-1)
+
+
+def read(sizes: Tensor, examples: int) -> Tensor:
+    """Return which positions are read, given the size of the gradient in each, examples first.
+
+    A position is read where its gradient is more than `ROUNDING` of the largest in its example.
+    Less is what rounding leaves of zero, as in the query of a decoder's first token, which attends
+    to itself alone; and its square is lost beside that of the largest.
+    """
+    rows = sizes.reshape(examples, -1)
+    return (rows > ROUNDING * rows.amax(-1, keepdim=True)).reshape(sizes.shape)
 
 
 def counted(tensor: Tensor, masks: list[Tensor]) -> Tensor:

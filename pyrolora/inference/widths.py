@@ -43,11 +43,6 @@ def chosen_width(joint: JointModel) -> float:
     return 1.0 if width is None else float(width[0].exp())
 
 
-def width_has_moved(joint: JointModel) -> bool:
-    """Return whether examples that were held back have moved c by more than 5 %."""
-    return abs(math.log(chosen_width(joint))) > 0.05
-
-
 class ChooseWidth(TrainerCallback):
     r"""Steps of log c towards the width at which a posterior knows how far it overfits.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -101,13 +102,27 @@ def posterior_facts(posterior: Subject) -> dict[str, str]:
 
 
 def _by_held_back(posterior: Subject) -> dict[str, str]:
-    """Return how many examples were held back, and the width of the noise, if they chose it."""
+    """Return how many examples were held back, and the width of the noise."""
     if not posterior.held_back:
         return {}
+    chosen = "the width and the temperature" if chose_width(posterior) else "the temperature"
     return {
-        "examples held back": f"{posterior.held_back:,}, for the width and the temperature",
+        "examples held back": f"{posterior.held_back:,}, for {chosen}",
         "width of the noise": f"{chosen_width(posterior.model):.4g}",
     }
+
+
+def chose_width(posterior: Subject) -> bool:
+    """Return whether examples that were held back chose the width of prior and posterior.
+
+    After an earlier posterior the width is that one's.
+    """
+    return posterior.held_back > 0 and posterior.model.program.previous is None
+
+
+def moved_width(posterior: Subject) -> bool:
+    """Return whether they moved it by more than 5 %: where nothing is learnt, they do not."""
+    return chose_width(posterior) and abs(math.log(chosen_width(posterior.model))) > 0.05
 
 
 def option_facts(guide: Guide) -> dict[str, str]:

@@ -28,15 +28,16 @@ from pyrolora.diagnostics.contraction import (
 from pyrolora.errors import ConfigError, listed
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
-from pyrolora.inference.widths import width_has_moved
 from pyrolora.predictive import auroc, evaluate, reliability_table
 from pyrolora.predictive.standard_errors import scores
 from pyrolora.report import findings
 from pyrolora.report.examples import Examples
 from pyrolora.report.facts import (
     Subject,
+    chose_width,
     data_facts,
     label_table,
+    moved_width,
     option_facts,
     posterior_facts,
     versions,
@@ -199,7 +200,7 @@ def report_on(
             posterior_pictures=list(posterior_pictures(idata)),
             contractions=contraction_table(judged.blocks),
             about_widths=about_widths(
-                posterior.model.program, judged.blocks, chosen=posterior.held_back > 0
+                posterior.model.program, judged.blocks, chosen=chose_width(posterior)
             ),
             labelled=prediction.targets is not None,
             facts_of_posterior=posterior_facts(posterior),
@@ -281,9 +282,7 @@ def _findings(
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks,
-            trained=has_trained_widths(program),
-            chosen=posterior.held_back > 0 and width_has_moved(posterior.model),
+            blocks, trained=has_trained_widths(program), chosen=moved_width(posterior)
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

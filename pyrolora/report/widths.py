@@ -19,18 +19,34 @@ def about_widths(program: Program, blocks: Sequence[Contraction], *, chosen: boo
     if not any(block.scale for block in blocks):
         return "The posterior is a point: it has no widths."
     if has_trained_widths(program):
-        return (
+        said = (
             "The widths come from the training steps: from their number and size, with any data or "
             "none. Their KL is no sign of learning, and whether the data would have them so is not "
-            "known. (For montec and meanfield, scale_updates='curvature' finds out.)"
+            "known."
         )
-    scaled = (
-        " Examples that were held back chose one number that multiplies both." if chosen else ""
-    )
-    return (
-        "The widths are those of the objective: the prior's where the data said nothing. Their KL "
-        f"shows that the data constrain the entries, which random labels do, too.{scaled}"
-    )
+        if could_settle(program):
+            said += " (scale_updates='curvature' finds out.)"
+    else:
+        said = (
+            "The widths are those of the objective: the prior's where the data said nothing. Their "
+            "KL shows that the data constrain the entries, which random labels do, too."
+        )
+    if chosen:
+        said += (
+            " Examples that were held back chose one number that multiplies the widths of both, "
+            "posterior and prior."
+        )
+    return said
+
+
+def could_settle(program: Program) -> bool:
+    """Return whether curvature could set the widths: they have a closed optimum, and layers inputs.
+
+    Adapted embeddings and parameters have none that a curvature could be made of.
+    """
+    bank = program.bank
+    readable = not (bank.config.target_parameters or any(s.lookup for s in bank.specs.values()))
+    return program.supports.closed_scales and program.previous is None and readable
 
 
 def contraction_table(blocks: Sequence[Contraction]) -> pd.DataFrame:

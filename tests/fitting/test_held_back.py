@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from guides.outside import CopiedProgram
 from problems import arguments, bert_spans, llama, mlp, squad, texts, tokenizer
 
 import pyrolora
 from pyrolora import AdapterConfig, TextOptions
+from pyrolora.adapters import AdapterBank
 from pyrolora.errors import ConfigError
-from pyrolora.guides import Flat, Guide, LowRank, MeanField, MonteCLoRA
+from pyrolora.guides import Flat, Guide, LowRank, MeanField, MonteCLoRA, Supports
 
 ASKED = MeanField(hold_back=0.25, scale_updates="gradient")
 GUIDES = {
@@ -30,7 +33,7 @@ def rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, (x[:, 0] > 0).long()
 
 
-def fitted(guide: Guide | str, n: int, model: Any = None, **more: Any) -> pyrolora.Posterior:
+def fitted(guide: Guide | str | None, n: int, model: Any = None, **more: Any) -> pyrolora.Posterior:
     if model is None and "prior" not in more:
         more = {"task": "classification", "adapter": AdapterConfig(r=1), "epochs": 1, **more}
     return pyrolora.fit(mlp() if model is None else model, rows(n), guide, **more)
@@ -124,6 +127,58 @@ def test_a_share_that_somebody_asked_for_may_be_few_and_is_no_empty_one() -> Non
     with pytest.raises(ConfigError, match=r"hold_back=0\.01 of 20 examples is 0"):
         fitted(MeanField(hold_back=0.01), 20)
     assert held_back(fitted(MeanField(hold_back=0.0), 120)) == 0
+
+
+@pytest.mark.parametrize("named", [None, "meanfield"])
+def test_a_share_of_the_earlier_data_is_no_share_of_few_later_ones(named: str | None) -> None:
+    """It is one of many; and of few, where somebody asks for it."""
+    earlier = fitted(MeanField(hold_back=0.2), 40)
+    earlier.temperature = 1.0
+    later = partial(fitted, model=earlier.base, prior=earlier, epochs=1)
+    for n, count in [(2, 0), (49, 0), (60, 12)]:
+        found = later(named, n)
+        assert held_back(found) == count
+        assert found.options == earlier.options
+    assert held_back(later(MeanField(hold_back=0.25), 8)) == 2
+    with pytest.raises(ConfigError, match=r"hold_back=0\.1 of 2 examples is 0"):
+        later(MeanField(hold_back=0.1), 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside(Guide):
+    """A guide that is registered from outside, with a constant share of its own."""
+
+    name = "outside"
+
+    latent: str = "A"
+    prior_scale: float = 1.0
+    init_scale: float = 1.0
+    prior_mean: str = "learned"
+    units: str = "row"
+
+    @property
+    def unit(self) -> str:
+        return self.units
+
+    @property
+    def held_back(self) -> float:
+        return 0.25
+
+    @property
+    def supports(self) -> Supports:
+        return Supports(distinct_prior=True, rank_allocation=True, prior=True)
+
+    def build(self, bank: AdapterBank) -> CopiedProgram:
+        return CopiedProgram(bank, self)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("around", [lambda guide: guide, lambda guide: Flat(inner=guide)])
+def test_a_guide_from_outside_may_hold_a_share_back(around: Any) -> None:
+    guide = around(Outside())
+    assert held_back(fitted(guide, 40)) == 10
+    assert held_back(fitted(guide, 20)) == 0
+    with pytest.raises(ConfigError, match=r"'outside' holds back 0\.25 .* CopiedProgram has none"):
+        fitted(around(Outside(units="one")), 40)
 
 
 def test_a_temperature_that_is_not_chosen_anew_is_warned_of() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError
+from pyrolora.fitting import Request, StoredPosterior, fit_request
 from pyrolora.guides import MAP, NUTS, Flat, Guide, LowRank, MeanField, MonteCLoRA
 
 GUIDES: dict[str, Guide] = {
@@ -47,6 +49,11 @@ def on_texts(guide: Any, n: int = 24, **adapter: Any) -> pyrolora.Posterior:
         bert(initializer_range=0.3), reviews(n), guide, tokenizer=tokenizer(),
         adapter=AdapterConfig(r=2, **adapter), epochs=2, batch_size=8,
     )  # fmt: skip
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What fits have logged."""
+    return [r.getMessage() for r in caplog.records if r.name == "pyrolora.fitting.fit"]
 
 
 # What they say -----------------------------------------------------------------------------------
@@ -108,16 +115,75 @@ def test_noise_of_the_first_steps_does_not_shrink_a(name: str, latent: str) -> N
 
 
 @pytest.mark.parametrize("name", ["montec", "meanfield", "lowrank"])
-def test_scales_of_embeddings_are_trained(name: str) -> None:
+def test_scales_of_embeddings_are_trained(name: str, caplog: pytest.LogCaptureFixture) -> None:
     posterior = on_texts(GUIDES[name], target_modules=["word_embeddings", "query"])
     program = posterior.model.program
     assert not program.settles
     assert posterior.options.scale_updates == (None if name == "lowrank" else "gradient")
+    assert len(told(caplog)) == (name != "lowrank")
     assert posterior.options.held_back == 0.1
     fresh = posterior.options.build(program.bank)
     for scale in program.scale_parameters():
         assert program.get_parameter(scale).requires_grad
         assert not torch.equal(program.get_parameter(scale), fresh.get_parameter(scale)), scale
+
+
+def numbered(n: int = 24) -> tuple[Tensor, Tensor]:
+    """Words by their numbers, with a real-valued label."""
+    words = torch.randint(10, (n, 3), generator=torch.Generator().manual_seed(n))
+    return words, words.sum(-1) / 10
+
+
+def embedding() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 1))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("name", ["montec", "meanfield"])
+def test_scales_around_adapted_embeddings_that_are_given_are_trained(
+    name: str, stored: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are asked for steps, examples held back and a learned noise, as trained ones are."""
+    given: Any = pyrolora.fit(
+        embedding(), numbered(), "map", task="regression", epochs=2,
+        adapter=AdapterConfig(r=2, target_modules=["0"], modules_to_save=["2"]),
+    )  # fmt: skip
+    model = given.base
+    assert not told(caplog)
+    if stored:
+        given.save(tmp_path)
+        given, model = StoredPosterior(tmp_path), embedding()
+    guide = replace(GUIDES[name], hold_back=0.25)
+    request = Request(
+        model=model, given=given, data=numbered(), guide=guide, epochs=3, batch_size=4
+    )
+    posterior = fit_request(request)
+    (message,) = told(caplog)
+    assert f"the scales of {name!r} are trained" in message
+    assert message.endswith("'0'")
+    assert posterior.options == replace(guide, scale_updates="gradient")
+    assert posterior.held_back == 6
+    assert any("elbo" in entry for entry in posterior.history)
+    trained = {name for name, p in posterior.model.named_parameters() if p.requires_grad}
+    assert trained == {
+        "task.noise_scale",
+        *(f"program.{name}" for name in posterior.model.program.scale_parameters()),
+    }
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_is_trained_in_vain_around_a_given_adapter_is_refused(
+    stored: bool, tmp_path: Path
+) -> None:
+    given: Any = on_texts("map")
+    if stored:
+        given.save(tmp_path)
+        given = StoredPosterior(tmp_path)
+    network = bert(initializer_range=0.3)
+    request = Request(model=network, given=given, data=reviews(24), guide="montec", epochs=3)
+    with pytest.raises(ConfigError, match=r"'montec' trains nothing .* leave epochs out"):
+        fit_request(request)
 
 
 @pytest.mark.parametrize("name", ["montec", "meanfield"])

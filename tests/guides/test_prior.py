@@ -308,6 +308,24 @@ def test_what_cannot_be_a_prior_is_refused():
         pyrolora.fit(network, reviews(12), prior=low, **more)
 
 
+@pytest.mark.parametrize("kind", [MeanField, LowRank, MonteCLoRA])
+def test_units_are_the_same_by_what_they_come_to(kind):
+    network = bert()
+    for spelled, same, other in [
+        ({}, {"units": "row"}, {"units": "fan_in"}),
+        ({"prior_mean": "zero"}, {"units": "fan_in"}, {"units": "one"}),
+    ]:
+        first = pyrolora.fit(network, reviews(12), kind(**spelled), **TEXTS, epochs=1)
+        guide = kind(**{**spelled, **same})
+        later = pyrolora.fit(network, reviews(12), guide, prior=first, epochs=1)
+        assert later.options == guide
+        found = rf"units='{other['units']}', and in the prior it is '{same['units']}'"
+        with pytest.raises(ConfigError, match=found):
+            pyrolora.fit(network, reviews(12), kind(**{**spelled, **other}), prior=first)
+        first.detach()
+        later.detach()
+
+
 def test_a_name_means_the_options_of_the_prior():
     network = bert()
     first = pyrolora.fit(network, reviews(12), MeanField(latent="AB"), **TEXTS, epochs=1)

@@ -192,6 +192,28 @@ def test_a_start_that_is_taken_off_is_no_signal(name: str, latent: str, start: s
     torch.testing.assert_close(noise, 0.5 * sizes(joint), rtol=0.15, atol=0)
 
 
+@every_factor
+@pytest.mark.parametrize("start", ["pissa", "lora-ga"])
+@pytest.mark.parametrize("units", ["row", "one"])
+def test_the_ratio_of_signal_to_noise_is_that_of_what_was_learnt(
+    latent: str, start: str, units: str
+) -> None:
+    guide = MonteCLoRA(sample_scale=0.5, units=units, latent=latent)
+    joint = joint_of(guide, 5, 4, 3, start=start)
+    program, bank = joint.program, joint.program.bank
+    steps = [0.01 * torch.randn_like(getattr(bank.origin, factor)) for factor in "AB"]
+    for factor, step in zip("AB", steps, strict=True):
+        bank.assign(f"{factor}_loc", getattr(bank.origin, factor) + step)
+    sites = program.draw(3)
+    found, _ = program.quantities(sites)["signal_to_noise"]
+    diagonal = sites["covariance_tril"].square().sum(-1).sqrt()
+    expected = 1 / (0.5 * sites["mixture_weights"].norm(dim=-1)[..., None] * diagonal)
+    if units == "one":
+        learnt = bank.latent_part(latent, FlatFactors(*steps))
+        expected = expected * program.layout.row_sizes(learnt)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", BY_CURVATURE)
 @every_factor
 def test_the_law_of_the_update_is_one_for_every_size_of_a_and_b(name: str, latent: str) -> None:

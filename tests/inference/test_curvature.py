@@ -7,7 +7,7 @@ from functools import reduce
 
 import pytest
 import torch
-from problems import SIZES, bert, gpt2, llama_reward, mlp
+from problems import SIZES, bert, gpt2, llama, llama_reward, mlp
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.autograd.functional import hessian, jacobian
@@ -20,6 +20,7 @@ from pyrolora.errors import DataError
 from pyrolora.guides import MAP
 from pyrolora.inference import Kronecker, best_precision, kfac, log_marginal_likelihood
 from pyrolora.inference.evidence import PRECISIONS
+from pyrolora.inference.recording import read
 from pyrolora.model import build
 from pyrolora.tasks import task_for
 
@@ -257,6 +258,29 @@ def test_positions_that_nothing_reads_do_not_count():
             )
     before = "model.layers.0.self_attn.q_proj.A"
     assert not torch.allclose(dense(found[before]), expected[before])  # all positions are read
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_query_that_decides_nothing_is_not_read_whatever_rounding_leaves_of_it(attention):
+    """That of the first token, which attends to itself alone; nor the last, which nothing reads."""
+    network = llama()
+    network.config._attn_implementation = attention
+    joint = joint_of(network)
+    ids = torch.randint(4, 16, (3, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    name, seen = "model.layers.1.self_attn.q_proj", []
+    joint.attachment.layers[name].register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    joint.network(batch, joint.program.bank.means())
+    x = seen[0].detach()[:, 1:-1].flatten(0, 1)
+    found = kfac(joint, [batch])[f"{name}.A"].columns
+    torch.testing.assert_close(found, x.T @ x / 12, **CLOSE)
+
+
+def test_a_position_is_read_by_the_largest_gradient_of_its_own_example():
+    sizes = torch.tensor([[1.0, 1e-6, 1e-4], [1e-7, 0.0, 1e-13], [0.0, 0.0, 0.0]])
+    expected = torch.tensor([[True, False, True], [True, False, False], [False] * 3])
+    assert torch.equal(read(sizes, 3), expected)
+    assert torch.equal(read(sizes.flatten(), 3), expected.flatten())
 
 
 def test_examples_without_gradient_leave_a_curvature_of_zero():

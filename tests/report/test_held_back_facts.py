@@ -17,7 +17,7 @@ from pyrolora.arviz import as_chains
 from pyrolora.data import prepare
 from pyrolora.diagnostics import loo
 from pyrolora.errors import CheckpointError, ConfigError, DataError
-from pyrolora.guides import Flat, Guide, MeanField, MonteCLoRA
+from pyrolora.guides import Flat, Guide, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference.widths import chosen_width
 from pyrolora.report import report_on
 from pyrolora.storage.description import described, digest_of
@@ -99,7 +99,24 @@ def test_card_and_report_name_what_they_chose() -> None:
     made = report_on(posterior, data(30), num_samples=2, seed=0)
     assert "<dt>examples held back</dt><dd>10, for the width and the temperature</dd>" in made.html
     assert f"<dt>width of the noise</dt><dd>{width:.4g}</dd>" in made.html
-    assert "held back chose one number that multiplies both" in made.html
+    assert "held back chose one number that multiplies the widths" in made.html
+
+
+@pytest.mark.filterwarnings("ignore:the posterior that this fit starts from has the temperature")
+def test_after_an_earlier_posterior_they_have_chosen_the_temperature_alone() -> None:
+    earlier = fitted()
+    later = pyrolora.fit(earlier.base, data(), prior=earlier, epochs=1, seed=1)
+    assert chosen_width(later.model) == chosen_width(earlier.model)
+    card = str(later.card())
+    assert "| examples held back | 10, for the temperature |" in card
+    made = report_on(later, data(30), num_samples=2, seed=0)
+    assert "held back chose one number" not in made.html
+
+
+def test_trained_widths_are_multiplied_by_what_was_chosen_too() -> None:
+    made = report_on(fitted(LowRank()), data(30), num_samples=2, seed=0)
+    assert "The widths come from the training steps" in made.html
+    assert "held back chose one number that multiplies the widths" in made.html
 
 
 def test_a_width_that_data_chose_is_not_put_down_to_the_prior() -> None:

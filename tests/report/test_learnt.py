@@ -93,6 +93,7 @@ def test_real_data_random_labels_and_no_data_are_told_apart(name: str, updates: 
         assert widths["real"] == pytest.approx(widths["none"], rel=0.1)
         assert "no sign of learning" in said
         assert "not known" in said
+        assert "scale_updates='curvature' finds out" in said
 
 
 @pytest.mark.filterwarnings("ignore:training has not moved the adapters")
@@ -183,6 +184,36 @@ def test_every_width_is_put_down_to_what_made_it(guide: Guide, trained: bool) ->
     lowest, highest = table["KL, lowest rank"], table["KL, highest rank"]
     both = table["KL of the width"] + table["KL of the mean"]
     assert ((lowest <= both + 1e-9) & (both <= highest + 1e-9)).all()
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [LowRank(), LowRank(**COMMON), MonteCLoRA(learn_sample_scale=True)],
+    ids=["lowrank", "lowrank, fan_in", "montec"],
+)
+def test_curvature_is_no_advice_where_nothing_is_set_by_it(guide: Guide) -> None:
+    program = fitted(guide, "real").model.program
+    said = about_widths(program, contractions(program))
+    assert said.endswith("is not known.")
+    said = about_widths(program, contractions(program), chosen=True)
+    assert said.endswith("one number that multiplies the widths of both, posterior and prior.")
+
+
+def test_curvature_is_no_advice_after_an_earlier_posterior_nor_for_embeddings() -> None:
+    earlier = fitted(GUIDES["meanfield"], "real")
+    data_ = data("real", 40, 2)
+    later = pyrolora.fit(earlier.base, data_, prior=earlier, epochs=1).model.program
+    assert about_widths(later, contractions(later)).endswith("is not known.")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Embedding(5, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2)
+    )
+    words = torch.randint(5, (20, 2))
+    lookup = pyrolora.fit(
+        network, (words, words[:, 0] % 2), "meanfield", task="classification", epochs=1,
+        adapter=AdapterConfig(r=1, target_modules=["0"], modules_to_save=["2"]),
+    ).model.program  # fmt: skip
+    assert about_widths(lookup, contractions(lookup)).endswith("is not known.")
 
 
 def test_a_point_has_no_widths() -> None:
