@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import pyro
@@ -17,7 +16,7 @@ from pyrolora.distributions.column_normal import split_blocks, whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.guides.centred import CentredProgram
 from pyrolora.guides.engines import Curvature
-from pyrolora.guides.mixture import SymmetricMixture, optimal_scales
+from pyrolora.guides.mixture import SymmetricMixture, optimal_scales, symmetric_mixture
 from pyrolora.guides.plates import flat, tempered
 from pyrolora.guides.program import Quantities, Sites
 
@@ -278,10 +277,10 @@ class MonteCLoRAProgram(CentredProgram):
         else:
             self.assign("scale_tril", torch.linalg.cholesky(V))
 
-    @cached_property
+    @property
     def _mixture(self) -> SymmetricMixture:
         options = self.options
-        return SymmetricMixture(options.num_components, options.concentration, options.sparse)
+        return symmetric_mixture(options.num_components, options.concentration, options.sparse)
 
     def _kappa(self) -> Tensor:
         """Return the weight of ½ (tr V − log|V|) in the KL, (L,): ν, and 1 per column of z."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import mlp
 from torch import Tensor, nn
 from torch.distributions import Dirichlet, kl_divergence
 
@@ -128,6 +129,16 @@ def test_the_best_symmetric_weights_are_those_of_a_fine_search() -> None:
         f = kl + loss * (a + 1) / (4 * a + 1)
         found = float(table.best(torch.tensor([loss]), torch.zeros(1))[0])
         assert found == pytest.approx(float(a[f.argmin()]), rel=0.03)
+
+
+def test_fits_share_the_moments_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take as long as the rest of a short fit."""
+    options = {"task": "classification", "epochs": 1, "adapter": ADAPTER}
+    data = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    pyrolora.fit(mlp(), data, MONTEC, **options)
+    monkeypatch.setattr(SymmetricMixture, "__init__", None)
+    again = pyrolora.fit(mlp(), data, MONTEC, **options)
+    assert again.history
 
 
 # The data decide ------------------------------------------------------------------------------
