@@ -178,7 +178,8 @@ class Variational(Guide):
         It needs ``units="row"``, and steps of training: around a given adapter,
         ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
         temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
-        that is possible and comes to ten examples; the last entry of the history says it.
+        that is possible and comes to ten examples. `Posterior.held_back` is how many there were,
+        and the last entry of the history has c and the temperature.
     """
 
     guide_only: ClassVar[tuple[str, ...]] = (

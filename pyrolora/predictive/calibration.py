@@ -112,7 +112,7 @@ def warn_untempered(target: str, temperature: float) -> None:
     if temperature != 1:
         warnings.warn(
             f"{target} does not hold the temperature {temperature:.4g} of this posterior: its "
-            "predictions are those before calibrate(...); divide its logits by it, or multiply the "
+            "predictions are those at temperature 1; divide its logits by it, or multiply the "
             "variance of a regression's noise by it",
             UserWarning,
             stacklevel=3,
