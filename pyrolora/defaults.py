@@ -28,12 +28,14 @@ SCALE_STEPS = 256
 CURVATURE_FEW = 8
 CURVATURE_EXAMPLES = 256
 
-# The width of the noise by examples that are held back: a tenth, where that comes to ten. Each time
+# The width of the noise by examples that are held back: a tenth, where that comes to ten, and
+# not more than tell two numbers well enough: what is held back is not learnt. Each time
 # that the steps have learnt from so many examples, so many of them, and of those that are learnt,
 # pass in so many draws. These are forward passes of two batches of 32, which cost less than the
 # steps that 10 % of the examples, held back, save.
 HOLD_BACK = 0.1
 HELD_BACK_LEAST = 10
+HELD_BACK_MOST = 250
 WIDTH_EVERY = 256
 WIDTH_EXAMPLES = 8
 WIDTH_DRAWS = 4

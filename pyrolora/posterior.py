@@ -816,7 +816,8 @@ class Posterior:
         """
         prepared = prepare(data, self.base, self.task, self.tokenizer)
         if self.held_back and len(prepared) == self.model.num_examples + self.held_back:
-            prepared, _ = prepared.parted(self.options.held_back, self.settings.get("seed", 0))
+            number = self.options.number_held_back(len({*prepared.of_rows()}))
+            prepared, _ = prepared.parted(number, self.settings.get("seed", 0))
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 
     # Report -------------------------------------------------------------------------------------
@@ -987,7 +988,7 @@ class Posterior:
         """Return a plain model with an adapter added to its weights, and the posterior's head.
 
         This posterior and its network stay as they are. The model cannot hold a `temperature`
-        other than 1: a warning says how to apply it.
+        other than 1: a warning says how the mean adapter gets one.
 
         Parameters
         ----------
@@ -1018,7 +1019,7 @@ class Posterior:
         """Write a LoRA adapter that ``peft.PeftModel.from_pretrained(network, path)`` loads.
 
         Its outputs are the same, but for a `temperature` other than 1, which an adapter cannot
-        hold: a warning says how to apply it. PEFT itself is not needed to write it.
+        hold: a warning says how the mean adapter gets one. PEFT itself is not needed to write it.
 
         Parameters
         ----------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +401,17 @@ def test_guides_without_a_spread_to_infer_are_refused(guide: str, given: Posteri
     with pytest.raises(ConfigError, match=able) as error:
         pyrolora.fit(given, reviews(4), guide=guide)
     assert repr(pyrolora.guides.full_name(pyrolora.guides.as_guide(guide))) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["montec", "meanfield"])
+def test_noise_on_weights_is_refused_where_scales_are_computed(name: str, given: Posterior) -> None:
+    """It acts in training, and there is none."""
+    for guide in (f"flat+{name}", Flat(inner=GUIDES[name], at_prediction=True)):
+        with pytest.raises(ConfigError, match=rf"'flat\+{name}' .*'gradient' .*'{name}' alone"):
+            pyrolora.fit(given, reviews(4), guide=guide)
+    held = Flat(inner=replace(GUIDES[name], hold_back=0.2))
+    with pytest.raises(ConfigError, match=rf"'{name}' .* trains nothing .*got hold_back=0\.2"):
+        pyrolora.fit(given, reviews(4), guide=held)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def _counts(prediction: Prediction, learnt: int, held_back: int, options: Guide)
     if not held_back or of_learnt != learnt:  # the data are those that were learnt
         return of_learnt, 0
     n = prediction.examples_of(learnt + held_back)
-    apart = round(options.held_back * n)
+    apart = options.number_held_back(n)
     return n - apart, apart
 
 

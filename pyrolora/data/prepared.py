@@ -104,15 +104,14 @@ class Prepared:
             return numbers
         return range(len(self))
 
-    def parted(self, share: float, seed: int) -> tuple[Prepared, Prepared]:
-        """Return the examples without a random share of them, and that share.
+    def parted(self, number: int, seed: int) -> tuple[Prepared, Prepared]:
+        """Return the examples without a random number of them, and these.
 
         The rows of one example, such as windows of a long context, stay together.
         """
         of_rows = self.of_rows()
         numbers = sorted({*of_rows})
-        n = len(numbers)
-        chosen = {numbers[i] for i in at_random(n, round(share * n), seed)}
+        chosen = {numbers[i] for i in at_random(len(numbers), number, seed)}
         rest = {*numbers} - chosen
         kept, back = (
             replace(

@@ -29,7 +29,7 @@ def parted(
     if not share:
         return data, None
     n = len({*data.of_rows()})
-    count = round(share * n)
+    count = request.options.number_held_back(n)
     apart = data.whole is None and data.texts is None
     inner: Any = getattr(request.options, "inner", request.options)
     enough = share * n >= defaults.HELD_BACK_LEAST
@@ -46,7 +46,7 @@ def parted(
             f"hold_back={share!r} of {n} examples is {count}; it has to leave some to learn from, "
             "and to hold back some to choose by: choose another share"
         )
-    return data.parted(share, args.seed)
+    return data.parted(count, args.seed)
 
 
 def calibrate(posterior: Posterior, held_back: Prepared, args: TrainingArguments) -> None:

@@ -228,13 +228,7 @@ class Request:
         """Refuse what a posterior brings itself, and a guide that has nothing to add to it."""
         guide = self.options
         how = guide.supports.post_hoc
-        if isinstance(guide, Variational) and guide.hold_back and how is None:
-            raise ConfigError(
-                "hold_back chooses the width of the noise all through the training, and guide "
-                f"{full_name(guide)!r} with these options trains nothing when the adapter is "
-                f"given, got hold_back={guide.hold_back!r}; choose scale_updates='gradient', which "
-                "trains the scales, or hold_back=0 and Posterior.calibrate after the fit"
-            )
+        guide.check_given()
         if how is None:
             able = ", ".join(n for n in available() if as_guide(n).supports.post_hoc is not None)
             raise ConfigError(

@@ -45,8 +45,6 @@ class GaussianGuide(Variational):
         ``"A"``, ``"B"``, or ``"AB"``.
     """
 
-    guide_only = (*Variational.guide_only, "init_scale")
-
     prior_scale: float = defaults.PRIOR_SCALE
     init_scale: float = defaults.INIT_SCALE
     units: Units | None = None

@@ -84,11 +84,8 @@ class Flat(Guide):
 
     @property
     def supports(self) -> Supports:
-        return (
-            self.inner.supports
-            if isinstance(self.inner, Variational)
-            else replace(self.inner.supports, post_hoc=None)
-        )
+        inner = self.inner.supports
+        return inner if inner.post_hoc == "trained" else replace(inner, post_hoc=None)
 
     def build(self, bank: AdapterBank) -> FlatProgram:
         program = FlatProgram(self.inner.build(bank), self)
@@ -122,11 +119,25 @@ class Flat(Guide):
     def held_back(self) -> float:
         return self.inner.held_back
 
+    def number_held_back(self, n: int) -> int:
+        return self.inner.number_held_back(n)
+
     def rate_held_from(self) -> float:
         return self.inner.rate_held_from()
 
     def check(self, task: Law) -> None:
         self.inner.check(task)
+
+    def check_given(self) -> None:
+        inner = self.inner
+        inner.check_given()
+        if isinstance(inner, Variational) and inner.supports.post_hoc == "computed":
+            raise ConfigError(
+                f"the noise on the weights of '{self.name}+{inner.name}' acts in training, and "
+                "nothing is trained when the adapter is given, whose scales are computed; choose "
+                f"scale_updates='gradient' for the inner guide, which trains them, or "
+                f"{inner.name!r} alone"
+            )
 
 
 class _FlatFit:

@@ -22,11 +22,10 @@ from pyrolora.errors import ConfigError
 from pyrolora.guides.engines import Fit
 from pyrolora.guides.map import MAP
 from pyrolora.guides.meanfield import MeanField
-from pyrolora.guides.montec import MonteCLoRA
 from pyrolora.guides.options import Guide, Variational, check_inner_head
-from pyrolora.guides.program import picked
+from pyrolora.guides.program import Program, picked
 from pyrolora.guides.supports import Supports
-from pyrolora.guides.wrapping import WrappingProgram
+from pyrolora.guides.wrapping import WrappingProgram, innermost
 
 HIGH_R_HAT = 1.05
 """Above it chains do not agree."""
@@ -56,7 +55,10 @@ class NUTS(Guide):
     ----------
     inner
         The guide whose model is sampled: `MeanField`, `MonteCLoRA`, or `MAP` with a prior. Options
-        that belong to its guide alone are refused.
+        of its guide alone and of its training, such as ``init_scale``, make no difference. Of noise
+        that is relative to the rows the width c is that of the posterior that is passed to
+        ``fit``, so that the prior is the one of that fit; else, and with ``hold_back=0``, it is 1.
+        NUTS holds no examples back to choose it by: a ``hold_back`` above 0 is refused.
     chains, num_samples, warmup_steps
         Number of chains, and per chain the steps that are kept and those for adaptation.
     target_accept_prob, max_tree_depth
@@ -94,15 +96,12 @@ class NUTS(Guide):
                 f"where NUTS cannot move; MeanField(latent={inner.latent!r}) has it as a constant"
             )
         check_inner_head(inner, "a guide that is not sampled, whose head can be Gaussian")
-        # Values that nobody set: the defaults, and those of a preset.
-        usual = [type(inner)(), *([MonteCLoRA.paper()] if isinstance(inner, MonteCLoRA) else [])]
-        for name in inner.guide_only:
-            value = getattr(inner, name)
-            if all(value != getattr(options, name) for options in usual):
-                raise ConfigError(
-                    f"{name}={value!r} is an option of the guide of {inner.name!r}, and "
-                    "NUTS samples its model; leave it out"
-                )
+        if inner.hold_back:
+            raise ConfigError(
+                f"hold_back={inner.hold_back!r} of the inner {inner.name!r} chooses the width of "
+                "the noise in training, and NUTS trains no noise; leave it out, and the width is "
+                "that of the posterior that is passed to fit, or choose hold_back=0 for the width 1"
+            )
 
     @property
     def supports(self) -> Supports:
@@ -180,6 +179,14 @@ class NUTSProgram(WrappingProgram):
     def guide(self, kl_weight: float = 1.0) -> None:
         """Sample one of the draws, whose number is the auxiliary site ``draw``."""
         self.sample_stored()
+
+    @torch.no_grad()
+    def adopt(self, other: Program) -> None:
+        """Take the means of ``other``, and the width of its noise where the inner one has one."""
+        super().adopt(other)
+        width, chosen = (getattr(innermost(p), "width", None) for p in (self, other))
+        if width is not None and chosen is not None:
+            width.copy_(chosen)
 
     def mean(self) -> FlatFactors:
         """Return the mean of the update over draws: of the one factor that varies, or pooled."""

@@ -128,8 +128,15 @@ class Guide(ABC):
         """The share of the training examples that the fit does not learn from, to choose by."""
         return 0.0
 
+    def number_held_back(self, n: int) -> int:
+        """Return how many of n training examples the fit does not learn from."""
+        return round(self.held_back * n)
+
     def check(self, task: Law) -> None:  # noqa: B027 - most guides serve every task
         """Raise `ConfigError` for a task that this method cannot serve."""
+
+    def check_given(self) -> None:  # noqa: B027 - `Supports.post_hoc` says it of most guides
+        """Raise `ConfigError` for options that ask for training around a given adapter in vain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,18 +185,10 @@ class Variational(Guide):
         It needs ``units="row"``, and steps of training: around a given adapter,
         ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
         temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
-        that is possible and comes to ten examples. `Posterior.held_back` is how many there were,
-        and the last entry of the history has c and the temperature.
+        that is possible and comes to ten examples, but at most 250, which tell two numbers well
+        enough. `Posterior.held_back` is how many there were, and the last entry of the history has
+        c and the temperature.
     """
-
-    guide_only: ClassVar[tuple[str, ...]] = (
-        "kl_warmup",
-        "draws_per_batch",
-        "scale_learning_rate",
-        "scale_updates",
-        "hold_back",
-    )
-    """Options that do not change the model."""
 
     kl_weight: float = 1.0
     kl_weight_against: Against = "sum"
@@ -246,6 +245,10 @@ class Variational(Guide):
             return defaults.HOLD_BACK if self.unit == "row" else 0.0
         return self.hold_back
 
+    def number_held_back(self, n: int) -> int:
+        number = super().number_held_back(n)
+        return number if self.hold_back is not None else min(number, defaults.HELD_BACK_MOST)
+
     @property
     def post_hoc_scales(self) -> PostHoc | None:
         """How the scales are inferred around means that stay.
@@ -255,6 +258,15 @@ class Variational(Guide):
         if self.settles:
             return None if self.hold_back else "computed"
         return "trained"
+
+    def check_given(self) -> None:
+        if self.hold_back and self.settles:
+            raise ConfigError(
+                f"hold_back chooses the width of the noise all through the training, and "
+                f"{self.name!r} with these options trains nothing when the adapter is given, got "
+                f"hold_back={self.hold_back!r}; choose scale_updates='gradient', which trains the "
+                "scales, or hold_back=0 and Posterior.calibrate after the fit"
+            )
 
     def infer(self, fit: Fit) -> None:
         if self.scale_updates == "curvature" and fit.program.previous is not None:

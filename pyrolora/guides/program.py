@@ -223,6 +223,10 @@ class Program(ParamModule, ABC):
 
     # Earlier fits -------------------------------------------------------------------------------
 
+    def adopt(self, other: Program) -> None:
+        """Take the means of ``other``."""
+        self.bank.load_state_dict(other.bank.state_dict())
+
     def recentre(self) -> None:
         """Move a prior around the start of the means to the means as they are now."""
 

@@ -148,3 +148,10 @@ class WrappingProgram(Program):
     @staticmethod
     def _prefixed(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"inner.{name}": mask for name, mask in entries.items()}
+
+
+def innermost(program: Program) -> Program:
+    """Return the program that is around no other one."""
+    while isinstance(program, WrappingProgram):
+        program = program.inner
+    return program

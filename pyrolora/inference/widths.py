@@ -43,6 +43,11 @@ def chosen_width(joint: JointModel) -> float:
     return 1.0 if width is None else float(width[0].exp())
 
 
+def width_has_moved(joint: JointModel) -> bool:
+    """Return whether examples that were held back have moved c by more than 5 %."""
+    return abs(math.log(chosen_width(joint))) > 0.05
+
+
 class ChooseWidth(TrainerCallback):
     r"""Steps of log c towards the width at which a posterior knows how far it overfits.
 
@@ -80,8 +85,7 @@ class ChooseWidth(TrainerCallback):
         learnt = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         every = max(1, round(defaults.WIDTH_EVERY / learnt))
         if step and step % every == 0:
-            left = 1 - step / max(state.max_steps, step)
-            self._follow(self._measured(args, step), step // every, left)
+            self._follow(self._measured(args, step), step // every)
 
     @torch.no_grad()
     def _measured(self, args: TrainingArguments, step: int) -> Tensor:
@@ -108,12 +112,8 @@ class ChooseWidth(TrainerCallback):
         return reduce(torch.stack([gap, learnt.var(0).mean(), spread]), "mean")
 
     @torch.no_grad()
-    def _follow(self, measured: Tensor, number: int, left: float = 1.0) -> None:
-        """Move log c by what was measured for the time of that number.
-
-        Steps become shorter as the share of the training that is ``left`` does: what is measured is
-        noisy, and means that settle need a width that does, too.
-        """
+    def _follow(self, measured: Tensor, number: int) -> None:
+        """Move log c by what was measured for the time of that number."""
         width = program_of(self.joint).width
         assert width is not None
         if not measured.isfinite().all():
@@ -129,7 +129,7 @@ class ChooseWidth(TrainerCallback):
         seen = steps * defaults.WIDTH_EXAMPLES * PartialState().num_processes
         error = beta**2 * spread * (1 / len(self.held_back) + 2 / seen)
         best = likeliest(beta * gap, variance, error, log_width)
-        log_width += left * defaults.WIDTH_RATE * min(max(best - log_width, -1.0), 1.0)
+        log_width += defaults.WIDTH_RATE * min(max(best - log_width, -1.0), 1.0)
         width[0] = log_width
         width[1:] = state
 

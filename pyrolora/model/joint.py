@@ -96,7 +96,7 @@ class JointModel(AdaptedNetwork):
         """
         self.heads.adopt(other.heads, member)
         if member is None:
-            self.program.bank.load_state_dict(other.program.bank.state_dict())
+            self.program.adopt(other.program)
             self.task.load_state_dict(other.task.state_dict())
 
     def widen_head(self) -> None:

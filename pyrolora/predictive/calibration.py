@@ -111,9 +111,10 @@ def warn_untempered(target: str, temperature: float) -> None:
     """Warn that ``target``, which a posterior is exported to, does not hold its temperature."""
     if temperature != 1:
         warnings.warn(
-            f"{target} does not hold the temperature {temperature:.4g} of this posterior: its "
-            "predictions are those at temperature 1; divide its logits by it, or multiply the "
-            "variance of a regression's noise by it",
+            f"{target} does not hold the temperature {temperature:.4g} of this posterior, which "
+            "was chosen for its draws together: its predictions are those at temperature 1. "
+            "posterior.calibrate(data, num_samples=0) finds the mean adapter's own, by which its "
+            "logits are to be divided, or the variance of a regression's noise multiplied",
             UserWarning,
             stacklevel=3,
         )

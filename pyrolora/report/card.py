@@ -17,6 +17,7 @@ from pyrolora.checks import text_or_none
 from pyrolora.diagnostics.contraction import contractions, has_trained_widths, update_norms
 from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
+from pyrolora.inference.widths import width_has_moved
 from pyrolora.pipelines.names import pipeline_name, reads_plain_texts
 from pyrolora.report import findings
 from pyrolora.report.facts import Subject, option_facts, posterior_facts
@@ -218,7 +219,9 @@ def _without_data(posterior: Subject) -> list[Finding]:
     checked = [
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
+            blocks,
+            trained=has_trained_widths(program),
+            chosen=posterior.held_back > 0 and width_has_moved(posterior.model),
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

@@ -117,7 +117,7 @@ def prior_dominated(
         Whether gradient steps made the widths (`has_trained_widths`), so that the schedule, and not
         the data, may have left them there.
     chosen
-        Whether examples that were held back chose the width of prior and posterior: then it is no
+        Whether examples that were held back moved the width of prior and posterior: then it is no
         choice of the user's.
     """
     same = [block for block in blocks if block.prior_dominated]

@@ -28,6 +28,7 @@ from pyrolora.diagnostics.contraction import (
 from pyrolora.errors import ConfigError, listed
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
+from pyrolora.inference.widths import width_has_moved
 from pyrolora.predictive import auroc, evaluate, reliability_table
 from pyrolora.predictive.standard_errors import scores
 from pyrolora.report import findings
@@ -280,7 +281,9 @@ def _findings(
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
         findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=posterior.held_back > 0
+            blocks,
+            trained=has_trained_widths(program),
+            chosen=posterior.held_back > 0 and width_has_moved(posterior.model),
         ),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),

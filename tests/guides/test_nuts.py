@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import arviz as az
@@ -20,7 +23,10 @@ from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError
 from pyrolora.guides import MAP, NUTS, Ensemble, Flat, Laplace, MeanField, MonteCLoRA
 from pyrolora.inference import mcmc
+from pyrolora.inference.widths import chosen_width, program_of
 from pyrolora.posterior import Posterior
+from pyrolora.seeding import seeded
+from pyrolora.storage.description import digest_of
 
 MEANFIELD = MeanField(kl_weight=1.0)
 MONTEC = MonteCLoRA(component_prior="hierarchical", kl_weight=1.0, num_components=2)
@@ -155,6 +161,79 @@ def test_draws_are_saved_and_loaded(tmp_path):
     )
 
 
+# Options of the inner guide ----------------------------------------------------------------------
+
+
+@DISAGREE
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (MeanField, {"init_scale": 0.1, "draws_per_batch": 2, "kl_warmup": 0.5}),
+        (MeanField, {"scale_learning_rate": 0.5, "scale_updates": "gradient", "hold_back": 0}),
+        (MonteCLoRA, {"covariance": "full", "init_covariance": 0.5}),
+        (MonteCLoRA, {"learn_sample_scale": True}),
+    ],
+    ids=str,
+)
+def test_options_of_the_inner_guide_alone_make_no_difference(kind, options):
+    plain, changed = (fitted(NUTS(inner=kind(**o), **SHORT)) for o in ({}, options))
+    for name, values in stored(plain).items():
+        assert torch.equal(stored(changed)[name], values), name
+
+
+@DISAGREE
+def test_a_folder_of_other_defaults_and_fewer_options_loads(tmp_path):
+    inner = MeanField(prior_scale=0.2, prior_mean="zero", units="one", init_scale=0.02, hold_back=0)
+    posterior = fitted(NUTS(inner=inner, **SHORT))
+    posterior.save(tmp_path)
+    file = tmp_path / "posterior.json"
+    saved = json.loads(file.read_text())
+    del saved["guide"]["options"]["inner"]["hold_back"]
+    saved["digest"] = digest_of(saved)
+    file.write_text(json.dumps(saved))
+    loaded = pyrolora.load(tmp_path, mlp(outputs=2))
+    assert loaded.options == posterior.options
+    assert torch.equal(stored(loaded)["A"], stored(posterior)["A"])
+
+
+# The prior of a fit ------------------------------------------------------------------------------
+
+
+def prior_draws(posterior: Posterior) -> tuple[Tensor, Tensor]:
+    program = posterior.model.program
+    with seeded(0):
+        trace = program.traced(64, program.model)
+    factors = trace.nodes["_RETURN"]["value"]
+    return factors.A, factors.B
+
+
+@DISAGREE
+@pytest.mark.parametrize(
+    ("guide", "flat"),
+    [(MonteCLoRA(), False), (MonteCLoRA(latent="AB"), True), (MeanField(), False)],
+    ids=["montec", "flat+montec", "meanfield"],
+)
+def test_the_prior_is_that_of_the_fit_whose_width_data_chose(guide, flat, tmp_path):
+    fit = replace(guide, hold_back=0.25)
+    given = fitted(Flat(inner=fit) if flat else fit)
+    program_of(given.model).width[0] = math.log(7.0)
+    given.temperature = 1.0
+    posterior = pyrolora.fit(given, data(), NUTS(inner=guide, **SHORT))
+    for found, expected in zip(prior_draws(posterior), prior_draws(given), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert chosen_width(posterior.model) == pytest.approx(7.0)
+    posterior.save(tmp_path)
+    loaded = pyrolora.load(tmp_path, mlp(outputs=2))
+    torch.testing.assert_close(prior_draws(loaded), prior_draws(posterior))
+
+    unit = pyrolora.fit(given, data(), NUTS(inner=replace(guide, hold_back=0), **SHORT))
+    narrow, wide = prior_draws(unit)[0], prior_draws(given)[0]
+    mean = given.bank.means().A
+    torch.testing.assert_close(7 * (narrow - mean), wide - mean, rtol=1e-4, atol=1e-5)
+    again = pyrolora.fit(given, data(), guide)  # which adds a spread of its own
+    assert chosen_width(again.model) == 1
+
+
 # What it refuses ---------------------------------------------------------------------------------
 
 
@@ -175,23 +254,10 @@ def test_a_factor_that_is_a_point_mass_in_the_model_is_refused():
     NUTS(inner=MAP(prior_scale=0.5))
 
 
-@pytest.mark.parametrize(
-    ("kind", "option"),
-    [
-        (MeanField, {"init_scale": 0.1}),
-        (MeanField, {"draws_per_batch": 2}),
-        (MeanField, {"kl_warmup": 0.5}),
-        (MeanField, {"scale_learning_rate": 0.5}),
-        (MonteCLoRA, {"covariance": "full"}),
-        (MonteCLoRA, {"learn_sample_scale": True}),
-        (MonteCLoRA, {"init_covariance": 0.5}),
-    ],
-    ids=str,
-)
-def test_options_of_the_inner_guide_alone_are_refused(kind, option):
-    (name,) = option
-    with pytest.raises(ConfigError, match=rf"^{name}=.* option of the guide of {kind.name!r}"):
-        NUTS(inner=kind(**option))
+def test_examples_are_not_held_back_inside():
+    with pytest.raises(ConfigError, match=r"^hold_back=0\.2 of the inner 'montec' .* leave it out"):
+        NUTS(inner=MonteCLoRA(hold_back=0.2))
+    NUTS(inner=MonteCLoRA(hold_back=0))
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def learnt() -> tuple[torch.Tensor, torch.Tensor]:
     """The examples that the fits of seed 1 have learnt from."""
     posterior = fitted()
     prepared = prepare(data(), posterior.base, posterior.task)
-    kept, _ = prepared.parted(0.1, seed=1)
+    kept, _ = prepared.parted(HELD_BACK, seed=1)
     return kept.examples.columns["inputs"], kept.labels
 
 

@@ -95,6 +95,26 @@ def test_real_data_random_labels_and_no_data_are_told_apart(name: str, updates: 
         assert "not known" in said
 
 
+@pytest.mark.filterwarnings("ignore:training has not moved the adapters")
+@pytest.mark.parametrize("n", [96, 300])
+@pytest.mark.parametrize("guide", ["montec", "meanfield"])
+def test_the_defaults_tell_them_apart(guide: str, n: int) -> None:
+    """With and without examples that are held back, which move no width where nothing is learnt."""
+    found = {}
+    for kind in KINDS:
+        posterior = pyrolora.fit(
+            mlp(), data(kind, n, 0), guide, task="classification", epochs=8, batch_size=16,
+            adapter=AdapterConfig(r=4, target_modules=["0"]), learning_rate=0.03, seed=0,
+        )  # fmt: skip
+        assert posterior.held_back == (30 if n == 300 else 0)
+        report = report_on(posterior, data(kind, 200, 1), num_samples=16, seed=0)
+        found[kind] = {finding.name for finding in report.findings}
+    assert found["real"] == set()
+    assert "no_better_than_chance" in found["random"]
+    assert "no_update" not in found["random"]
+    assert found["none"] == {"no_better_than_chance", "no_update", "prior_dominated"}
+
+
 # The KL -------------------------------------------------------------------------------------------
 
 
