@@ -35,8 +35,8 @@ def compare(
     Parameters
     ----------
     posteriors
-        Name -> posterior; their networks may differ. Each predicts at its own temperature
-        (`Posterior.calibrate`).
+        Name -> posterior; their networks may differ. Each predicts at its own
+        `Posterior.temperature`.
     data
         As in `Posterior.evaluate`.
     num_samples

@@ -64,7 +64,7 @@ class PosteriorLM(HFLM):
     w_s ∝ Π_{u<t} p_s(y_u | x, y_<u) is what the tokens so far say about the draws. Texts
     (``generate_until``) are written by every draw; the answer is the one that the mixture finds
     likeliest per token, or that of the first draw where tokens are sampled. With ``num_samples=0``
-    all are those of the merged mean. The temperature of `Posterior.calibrate` holds.
+    all are those of the merged mean. `Posterior.temperature` holds.
 
     Parameters
     ----------

@@ -136,7 +136,10 @@ class Posterior:
 
     @property
     def temperature(self) -> float:
-        """T of every prediction, by examples held back or `calibrate`, else 1. May be set."""
+        """T of every prediction; it may be set, as to 1.
+
+        A fit that holds examples back chooses it, and so does `calibrate`; otherwise it is 1.
+        """
         return self._temperature
 
     @temperature.setter
@@ -314,8 +317,9 @@ class Posterior:
 
         From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
         texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
-        it. (Of a causal language model that was fitted to choose it is the T of its choices, and
-        not of the texts that it writes.) What describes the fit has no temperature: `model`,
+        it. A fit that holds examples back (``hold_back``) has chosen one already, which this one
+        replaces. (Of a causal language model that was fitted to choose it is the T of its choices,
+        and not of the texts that it writes.) What describes the fit has no temperature: `model`,
         `guide`, `khat`, ArviZ's ``log_likelihood`` (leave-one-out weighs draws by the likelihood
         that made them), and a later fit. `merge` and `to_peft` cannot hold it, and warn.
 
@@ -705,16 +709,15 @@ class Posterior:
             ``az.plot_ppc``; in its ``observed_data`` a token that does not count is -100. For data
             with ``choices``, ``y`` is the choice (`predict_choices`).
         log_likelihood
-            With ``data``: adds the pointwise log-likelihood of the model, without the temperature
-            of predictions. `pyrolora.diagnostics.loo` makes a leave-one-out estimate of those of
+            With ``data``: adds the pointwise log-likelihood of the model, without the temperature.
+            `pyrolora.diagnostics.loo` makes a leave-one-out estimate of those of
             the training data, exact for draws of the posterior itself: its weights are
             p(y_i|θ)^(−1/β) with the β of the fit, which is the attribute ``kl_weight`` of every
             group. ``az.loo`` has those of β = 1; for another β a log says so, once, and so does
-            the attribute ``leave_one_out``. Where predictions have a temperature, which examples
-            held back or `calibrate` have chosen, ``sample_stats`` also has the
-            ``calibrated_log_likelihood``, which `loo` then scores by. With means, a head and a
-            noise that were fitted to the same data both are too good; for held-out data there is
-            ``evaluate(data)["nll"]``.
+            the attribute ``leave_one_out``. Where the temperature is not 1, ``sample_stats`` also
+            has the ``calibrated_log_likelihood``, which `loo` then scores by. With means, a head
+            and a noise that were fitted to the same data both are too good; for held-out data
+            there is ``evaluate(data)["nll"]``.
         factors
             Adds every entry of A and B, ``A[layer]`` and ``B[layer]``; by default there are the
             guide's scales (mixture weights, Σ, signal-to-noise) and ``adapter_norm``, ‖s B A‖_F per
@@ -984,7 +987,8 @@ class Posterior:
     def merge(self, draw: str | int = "mean", *, dequantize: bool = False) -> nn.Module:
         """Return a plain model with an adapter added to its weights, and the posterior's head.
 
-        This posterior and its network stay as they are.
+        This posterior and its network stay as they are. The model cannot hold a `temperature`
+        other than 1: a warning says how the mean adapter gets one.
 
         Parameters
         ----------
@@ -1014,7 +1018,8 @@ class Posterior:
     ) -> None:
         """Write a LoRA adapter that ``peft.PeftModel.from_pretrained(network, path)`` loads.
 
-        Its outputs are the same; PEFT itself is not needed to write it.
+        Its outputs are the same, but for a `temperature` other than 1, which an adapter cannot
+        hold: a warning says how the mean adapter gets one. PEFT itself is not needed to write it.
 
         Parameters
         ----------

@@ -36,7 +36,8 @@ def calibrate(
     pyrolora calibrate run held_out.jsonl
 
     The temperature with the lowest negative log-likelihood is stored in the run's
-    folder, and predict, evaluate, compare, generate and report use it from then on.
+    folder, and predict, evaluate, compare, generate and report use it from then on, in
+    the place of the one that the fit chose by the examples that it held back.
     Data that the fit has seen are of no use here. Data that chose a temperature score
     too well later: keep others for evaluation. A second call starts anew.
     """

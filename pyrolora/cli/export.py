@@ -144,15 +144,18 @@ def _flags(names: Sequence[str]) -> str:
 def _for_vllm(posterior: Posterior, path: Path, draws: Sequence[int] | None) -> str:
     """Write draws for vLLM; return the commands that serve them."""
     from pyrolora.serving.vllm.checks import serve_line
+    from pyrolora.serving.vllm.engine import ALL
     from pyrolora.serving.vllm.export import export_vllm
     from pyrolora.serving.vllm.exported import read_exported
 
     export_vllm(posterior, path, draws)
     network = str(posterior.base.name_or_path or "NETWORK")
     directory = shlex.quote(str(path.parent))
+    # A temperature acts on whole distributions.
+    top, option = (TOP_LOGPROBS, "") if posterior.temperature == 1 else (ALL, " --top-logprobs -1")
     return (
-        f"{serve_line(network, [read_exported(path)], TOP_LOGPROBS)} --port 8001; then pyrolora "
-        f"serve {directory} --engine vllm --url http://127.0.0.1:8001"
+        f"{serve_line(network, [read_exported(path)], top)} --port 8001; then pyrolora "
+        f"serve {directory} --engine vllm --url http://127.0.0.1:8001{option}"
     )
 
 

@@ -29,9 +29,8 @@ def loo(idata: Any) -> Any:
     weights of β = 1: from a cold posterior (β < 1) it removes too little, so that it is too good;
     from a hot one too much. At β = 1 both are the same.
 
-    With a temperature T, which examples held back or `calibrate` have chosen, the weights are the
-    same, and the scored predictions are the calibrated ones, p_T(y_i|θ_s): elpd is that of T, and
-    ``az.loo`` is at T = 1.
+    At a temperature T, which the fit or `calibrate` has chosen, the weights are the same, and the
+    scored predictions are p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
     same example stay, so that the estimate is exact only for draws of the posterior itself.

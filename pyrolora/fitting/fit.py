@@ -101,7 +101,10 @@ def fit(
         `DataError`.
     guide
         A name from ``pyrolora.guides.available()``, two joined as in ``"flat+montec"``, or a guide
-        object with its options. None: ``"montec"``, or the guide of ``prior``.
+        object with its options. None: ``"montec"``, or the guide of ``prior``. With their defaults
+        ``"montec"``, ``"meanfield"`` and ``"lowrank"`` hold a tenth of the training examples back,
+        if that is ten or more, but at most 250; these choose the width of the noise and a
+        temperature, and are not learnt (``hold_back`` of the guide, `Posterior.held_back`).
     eval_data
         Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
         draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``). ``"laplace"`` sets the scale of

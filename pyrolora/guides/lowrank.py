@@ -31,6 +31,10 @@ class LowRank(GaussianGuide):
     By default m₀ is m, which then costs nothing, and σ₀ and σ are multiples of the root mean square
     of the row of the means. σ and F have no closed optimum given the curvature, and are trained.
 
+    By default a tenth of the training examples is held back, if that is ten or more, but at most
+    250: these choose one number c, by which σ₀ and all σ_i are multiplied, and a temperature. The
+    options from ``kl_weight`` to ``hold_back`` are those of `Variational`, which has this rule.
+
     Parameters
     ----------
     rank

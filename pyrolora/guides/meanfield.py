@@ -30,6 +30,10 @@ class MeanField(GaussianGuide):
     A draw is one value of the weights for all tokens of a sequence, and for all examples of its
     group (``draws_per_batch``).
 
+    By default a tenth of the training examples is held back, if that is ten or more, but at most
+    250: these choose one number c, by which σ₀ and all σ_i are multiplied, and a temperature. The
+    options from ``kl_weight`` to ``hold_back`` are those of `Variational`, which has this rule.
+
     Parameters
     ----------
     prior_scale, init_scale

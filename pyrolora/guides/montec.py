@@ -62,6 +62,10 @@ class MonteCLoRA(Variational):
     Dirichlet, its Wishart, and its noise around its M, which no longer moves. Given Σ the law of z
     then differs from the guide's in its mean, and in ε where that is learned.
 
+    By default a tenth of the training examples is held back, if that is ten or more, but at most
+    250: these choose one number c, by which ε is multiplied in all layers, and a temperature. The
+    options from ``kl_weight`` to ``hold_back`` are those of `Variational`, which has this rule.
+
     Parameters
     ----------
     num_components

@@ -191,7 +191,8 @@ class Variational(Guide):
         ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
         temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
         that is possible and comes to ten examples, but at most 250, which tell two numbers well
-        enough; the last entry of the history says it.
+        enough. `Posterior.held_back` is how many there were, and the last entry of the history has
+        c and the temperature.
     """
 
     kl_weight: float = 1.0

@@ -604,6 +604,23 @@ def test_from_a_run_to_an_answer_by_the_commands(
     assert answers[0]["choices"][0]["uncertainty"]["top_logprobs"] == 20
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+def test_the_commands_that_an_export_prints_serve_its_temperature(
+    writers: Any, tmp_path: Path, temperature: float
+) -> None:
+    posterior = pyrolora.load(writers.directory / "plain", writers.base)
+    posterior.temperature = temperature
+    posterior.save(tmp_path / "run")
+    said = pyrolora_(
+        *("export", tmp_path / "run", tmp_path / "adapters" / "books", "--to", "vllm"),
+        *("--draws", "0", "--model", writers.base),
+    )
+    assert said.code == 0, said.err
+    printed = " ".join(said.out.split())
+    assert ("--max-logprobs -1" in printed) == (temperature != 1)
+    assert ("--top-logprobs -1" in printed) == (temperature != 1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
