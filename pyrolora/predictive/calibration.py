@@ -113,8 +113,9 @@ def warn_untempered(target: str, temperature: float) -> None:
         warnings.warn(
             f"{target} does not hold the temperature {temperature:.4g} of this posterior, which "
             "was chosen for its draws together: its predictions are those at temperature 1. "
-            "posterior.calibrate(data, num_samples=0) finds the mean adapter's own, by which its "
-            "logits are to be divided, or the variance of a regression's noise multiplied",
+            "posterior.calibrate(data, num_samples=0) finds the mean adapter's own, and "
+            "calibrate(data, draws=[k]) that of draw k: divide its logits by it, or multiply the "
+            "variance of a regression's noise by it",
             UserWarning,
             stacklevel=3,
         )
