@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyrolora.adapters import AdapterBank, FlatFactors
-from pyrolora.guides import SWAG, Program, Variational, WrappingProgram
+from pyrolora.guides import SWAG, Program, Variational
 from pyrolora.guides.factor_program import FactorProgram
+from pyrolora.guides.wrapping import innermost
 from pyrolora.model import evaluating
 from pyrolora.seeding import DRAWING, seeded
 
@@ -76,7 +77,7 @@ def has_trained_widths(program: Program) -> bool:
     The number and the size of the steps then decide how wide they are, with any data or none, so
     that the widths are no sign of learning.
     """
-    options = getattr(program.options, "inner", program.options)
+    options = innermost(program).options
     return (
         isinstance(options, Variational | SWAG) and not program.settles and program.stored() is None
     )
@@ -110,9 +111,7 @@ def contractions(program: Program) -> list[Contraction]:
     if program.members > 1 or not program.supports.distinct_prior:
         return []
     with DRAWING, evaluating(program):
-        core = program
-        while isinstance(core, WrappingProgram) and program.stored() is None:
-            core = core.inner
+        core = innermost(program) if program.stored() is None else program
         moments = _stated(core) if isinstance(core, FactorProgram) else _drawn(program)
         return [_contraction(block, m) for block, m in moments if m.prior_variance.mean() > 0]
 

@@ -105,6 +105,10 @@ class Flat(Guide):
         return self.inner.scale_rate(learning_rate, steps, num_examples)
 
     @property
+    def unit(self) -> str | None:
+        return self.inner.unit
+
+    @property
     def settles(self) -> bool:
         return self.inner.settles
 

@@ -121,6 +121,9 @@ class WrappingProgram(Program):
 
     # Earlier fits -------------------------------------------------------------------------------
 
+    def adopt(self, other: Program) -> None:
+        self.inner.adopt(other)
+
     def recentre(self) -> None:
         self.inner.recentre()
 

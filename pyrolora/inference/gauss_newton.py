@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrolora.columns import Batch
 from pyrolora.guides import Curvature, Latent
+from pyrolora.guides.wrapping import innermost
 from pyrolora.inference.recording import Recording, readable, recorded
 from pyrolora.model import JointModel, evaluating
 
@@ -41,7 +42,7 @@ def gauss_newton(joint: JointModel, batches: Iterable[Batch], passes: int) -> Cu
     ----------
     K. Osawa et al. (2019), "Practical Deep Learning with Bayesian Principles" (VOGN), NeurIPS.
     """
-    program = getattr(joint.program, "inner", joint.program)
+    program = innermost(joint.program)
     latent = program.options.latent
     layout = program.bank.layout(latent)
     zeros = [

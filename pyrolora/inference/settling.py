@@ -16,6 +16,7 @@ from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.errors import NonFiniteError, listed
 from pyrolora.guides import Curvature, Guide
+from pyrolora.guides.wrapping import innermost
 from pyrolora.inference.gauss_newton import gauss_newton
 from pyrolora.inference.objective import NotEvaluated, evaluated
 from pyrolora.matrices import decomposing
@@ -94,7 +95,7 @@ def settle(
     entries, ranks = (reduce(t, "mean") for t in (curvature.entries, curvature.ranks))
     with decomposing("the curvature of the loss", entries, ranks, remedy=REMEDY):
         joint.program.settle(Curvature(entries, ranks), beta)
-    program = getattr(joint.program, "inner", joint.program)
+    program = innermost(joint.program)
     if broken := program.outside():
         raise NonFiniteError(
             f"the optimum of {listed(broken)} is no positive number in single precision; {REMEDY}"

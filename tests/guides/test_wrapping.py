@@ -37,7 +37,7 @@ def test_a_wrapping_program_forwards_every_method_and_flag() -> None:
 def test_subclasses_add_no_hook_that_others_call_without_forwarding_it(kind: type) -> None:
     """Their additions serve their subclasses."""
     inner = {"sizes", "centre", "prior_loc", "row_sizes", "width", "prior", "law", "loc", "in_rows"}
-    inner |= {"in_use", "normal_prior", "prior_scale", "units", "sites", "joint_law"}
+    inner |= {"learnt", "in_use", "normal_prior", "prior_scale", "units", "sites", "joint_law"}
     assert public(kind) - inner <= public(Program)
 
 
