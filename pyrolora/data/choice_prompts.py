@@ -24,6 +24,7 @@ from pyrolora.columns import CHOICE_TOKENS, COMPLETION_MASK, LABELS
 from pyrolora.data.chats.chat import shared
 from pyrolora.data.columns import CHOICES, check_text, context_columns
 from pyrolora.data.encoding import Encoder, last_tokens
+from pyrolora.data.examples import mapped
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import choice_number, choice_texts, warn_cut
 from pyrolora.errors import ConfigError, DataError
@@ -197,8 +198,6 @@ def _nested(values: list[Any], like: list[list[str]]) -> list[list[Any]]:
 
 def _mapped(data: datasets.Dataset, encode: Any, like: Encoder) -> datasets.Dataset:
     """Return the encoded data, with a warning of texts that were cut."""
-    made = data.with_format(None).map(
-        encode, batched=True, remove_columns=data.column_names, desc="tokenising"
-    )
+    made = mapped(data, encode, batched=True, remove_columns=data.column_names, desc="tokenising")
     warn_cut(sum(made["cut"]), len(made), like.limit, like.source)
     return made.remove_columns("cut")

@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 
 from pyrolora.columns import COMPLETION_MASK, INPUTS, LABELS, TAGS
-from pyrolora.data.examples import first_of, is_nested, is_plain, is_text
+from pyrolora.data.examples import first_of, is_nested, is_plain, is_text, unformatted
 from pyrolora.errors import DataError
 
 CHOICES = "choices"
@@ -219,7 +219,7 @@ def warn_unread(left: list[str], reader: str) -> None:
 def check_two_labels(data: datasets.Dataset) -> None:
     """Raise `DataError` for two columns of labels that differ."""
     if all(name in data.column_names for name in TARGETS):
-        stored = data.with_format(None)
+        stored = unformatted(data)
         if list(stored[LABELS]) != list(stored["label"]):
             raise DataError(TWO_LABELS)
 

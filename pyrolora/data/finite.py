@@ -62,11 +62,13 @@ def check_finite(batch: Mapping[str, Any], numbers: Sequence[int]) -> None:
 
 def _check_columns(data: datasets.Dataset, dtype: torch.dtype) -> None:
     """Check the columns of a data set as they are stored, without making examples of them."""
-    stored = data.with_format("arrow")
-    real = [f.name for f in stored[:1].schema if f.name != LABELS and _is_real(f.type)]
-    size = 1000
-    for start in range(0, len(data), size) if real else ():
-        table = stored.select_columns(real)[start : start + size]
+    schema = data.features.arrow_schema
+    real = [field.name for field in schema if field.name != LABELS and _is_real(field.type)]
+    if not real:
+        return
+    stored, size = data.with_format("arrow", columns=real), 1000
+    for start in range(0, len(data), size):
+        table = stored[start : start + size]
         for name in real:
             if not _finite(table[name].combine_chunks(), dtype):
                 rows = enumerate(data.with_format(None)[start : start + size][name], start)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from pyrolora.columns import IGNORED, INPUTS, LABELS
-from pyrolora.data.examples import TensorExamples, as_dict, as_numbers, first_of, is_plain, is_text
+from pyrolora.data.examples import (
+    TensorExamples,
+    as_dict,
+    as_numbers,
+    first_of,
+    is_plain,
+    is_text,
+    unformatted,
+)
 from pyrolora.data.target import Target
 from pyrolora.errors import DataError
 
@@ -91,7 +99,7 @@ def has_names(examples: Any, classes: Collection[str]) -> bool:
     """Return whether labels are names, or numbers with some of the names of these classes."""
     if not isinstance(examples, datasets.Dataset):
         return False
-    column = _label_column(examples.with_format(None))
+    column = _label_column(unformatted(examples))
     feature = None if column is None else examples.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return not {*map(plain_name, classes)}.isdisjoint(map(plain_name, feature.names))
@@ -126,7 +134,7 @@ def numbered(data: datasets.Dataset, network: nn.Module, task: Target) -> datase
     DataError
         For names of no class, and for labels with two readings.
     """
-    stored = data.with_format(None)
+    stored = unformatted(data)
     column = _label_column(stored)
     classes = class_names_of(network, task) or _made_up_names(network)
     if column is None or not classes:
@@ -258,7 +266,7 @@ def known_names(examples: Any, network: nn.Module, task: Target) -> list[str] | 
 
     They are those of numbered classes, where neither the network nor an earlier fit has names.
     """
-    feature = examples.features.get(_label_column(examples.with_format(None)) or "")
+    feature = examples.features.get(_label_column(unformatted(examples)) or "")
     named = isinstance(feature, datasets.ClassLabel) and not _unnamed(feature.names)
     if not named or class_names_of(network, task):
         return None
@@ -312,7 +320,7 @@ def all_labels(
     if isinstance(examples, TensorExamples) and LABELS in examples.columns and not changed:
         return examples.columns[LABELS]
     if is_plain(examples) and LABELS in examples.column_names and not changed:
-        rows = list(examples.with_format(None)[LABELS])
+        rows = list(unformatted(examples)[LABELS])
     elif LABELS not in as_row(examples[0]):
         return None
     else:

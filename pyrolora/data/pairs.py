@@ -16,7 +16,7 @@ from pyrolora.data.columns import (
     is_row_name,
 )
 from pyrolora.data.encoding import Encoder
-from pyrolora.data.examples import is_text
+from pyrolora.data.examples import is_text, mapped
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 
@@ -108,9 +108,7 @@ def encode_pairs(
         made, written = reader(joined_texts(rows, source)), writer(rows[target])
         return {**made, LABELS: written["input_ids"], "cut_targets": written["cut"]}
 
-    made = data.with_format(None).map(
-        encoded, batched=True, remove_columns=data.column_names, desc="tokenising"
-    )
+    made = mapped(data, encoded, batched=True, remove_columns=data.column_names, desc="tokenising")
     warn_cut(sum(made["cut"]), len(made), reader.limit)
     warn_cut(sum(made["cut_targets"]), len(made), writer.limit, what="targets")
     return made.remove_columns(["cut", "cut_targets"])

@@ -14,6 +14,7 @@ from pyrolora.data.chats.chat import OF_TEMPLATE, ChatTemplate, messages_of, tem
 from pyrolora.data.chats.dialogues import ASKED
 from pyrolora.data.columns import PREFERENCES
 from pyrolora.data.encoding import Encoder, last_tokens
+from pyrolora.data.examples import mapped
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
@@ -59,9 +60,7 @@ def encode_preferences(
         }
         return {**made, MARGIN: _margin(row[MARGIN], number)} if margin else made
 
-    made = data.with_format(None).map(
-        encode, with_indices=True, remove_columns=names, desc="tokenising"
-    )
+    made = mapped(data, encode, with_indices=True, remove_columns=names, desc="tokenising")
     warn_cut(sum(made["cut"]), len(made), limit, encoder.source)
     return made.remove_columns("cut"), (*texts, *beside, *margin)
 

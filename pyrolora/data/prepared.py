@@ -307,7 +307,7 @@ def token_counts(examples: Any) -> list[int] | None:
         return None if ids is None or ids.dim() < 2 else [ids.shape[-1]] * len(ids)
     if not isinstance(examples, datasets.Dataset) or "input_ids" not in examples.column_names:
         return None
-    tokens = examples.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"]
-    if is_nested(examples.with_format(None)[0]["input_ids"]):
+    tokens = examples.with_format("arrow", columns=["input_ids"])[:]["input_ids"]
+    if is_nested(tokens[0].as_py()):
         return [max(map(len, choices)) for choices in tokens.to_pylist()]
     return [*pc.list_value_length(tokens).to_pylist()]

@@ -14,6 +14,7 @@ from pyrolora import defaults
 from pyrolora.columns import LABELS
 from pyrolora.data.columns import SPANS, check_text
 from pyrolora.data.encoding import TOO_LONG
+from pyrolora.data.examples import mapped, unformatted
 from pyrolora.errors import DataError
 
 QUESTION, CONTEXT, ANSWERS = "question", "context", "answers"
@@ -233,9 +234,10 @@ def encode_spans(data: datasets.Dataset, tokenizer: Any, limit: float) -> datase
             "use_fast=True), or pass tokens with 'start_positions' and 'end_positions'"
         )
     read = [n for n in (QUESTION, CONTEXT, ANSWERS, "is_impossible") if n in data.column_names]
-    plain = data.with_format(None).select_columns(read)
+    plain = unformatted(data).select_columns(read)
     windows = Windows(tokenizer, limit)
-    made = plain.map(
+    made = mapped(
+        plain,
         lambda rows, numbers: windows(rows, numbers),
         batched=True,
         with_indices=True,

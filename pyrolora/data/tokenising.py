@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pyrolora.columns import LABELS
 from pyrolora.data.columns import CHOICES, check_text, context_columns
 from pyrolora.data.encoding import OWN_LIMIT, Encoder
+from pyrolora.data.examples import mapped
 from pyrolora.errors import DataError
 
 
@@ -23,7 +24,8 @@ def encode_texts(
 ) -> datasets.Dataset:
     """Return the tokens of a column of texts, or of two columns as pairs."""
     check_text(data, text, encoder.tokenizer)
-    made = data.with_format(None).map(
+    made = mapped(
+        data,
         lambda rows: encoder(*(rows[name] for name in text)),
         batched=True,
         remove_columns=[name for name in data.column_names if name != LABELS],
@@ -61,9 +63,7 @@ def encode_choices(data: datasets.Dataset, encoder: Encoder) -> datasets.Dataset
             made[LABELS] = [choice_number(label, texts) for label, texts in pairs]
         return made
 
-    made = data.with_format(None).map(
-        encode, batched=True, remove_columns=data.column_names, desc="tokenising"
-    )
+    made = mapped(data, encode, batched=True, remove_columns=data.column_names, desc="tokenising")
     _check_empty(np.array([min(map(len, rows)) for rows in made["input_ids"]]))
     warn_cut(sum(map(any, made["cut"])), len(made), encoder.limit, encoder.source)
     return made.remove_columns("cut")

@@ -111,12 +111,11 @@ def auroc(low: torch.Tensor, high: torch.Tensor) -> float:
 
     For out-of-distribution data: ``auroc(inside.entropy, outside.entropy)``.
     """
-    from scipy.stats import rankdata
-
     low, high = (scores[~scores.isnan()] for scores in (low, high))
     if not len(low) or not len(high):
         return float("nan")
-    ranks = rankdata(torch.cat([low, high]).numpy())
+    _, place, ties = torch.cat([low, high]).unique(return_inverse=True, return_counts=True)
+    ranks = (ties.cumsum(0) - (ties.double() - 1) / 2)[place]  # tied scores share their mean rank
     above = ranks[len(low) :].sum() - len(high) * (len(high) + 1) / 2  # Mann and Whitney's U
     return float(above / (len(low) * len(high)))
 

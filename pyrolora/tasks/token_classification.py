@@ -25,7 +25,7 @@ from pyrolora.data.columns import (
     words_column,
 )
 from pyrolora.data.encoding import WORD_IDS, Encoder
-from pyrolora.data.examples import is_plain
+from pyrolora.data.examples import is_plain, mapped
 from pyrolora.data.inputs import encoder_for
 from pyrolora.data.labels import class_names, known_names, numbered, with_column
 from pyrolora.data.multi_hot import flat_labels
@@ -124,8 +124,8 @@ class TagCollator(Collator):
             pairs = zip(places, rows[tags], strict=True)
             return {**made, LABELS: [_aligned(row, own_tags) for row, own_tags in pairs]}
 
-        made = data.with_format(None).map(
-            encoded, batched=True, remove_columns=data.column_names, desc="tokenising"
+        made = mapped(
+            data, encoded, batched=True, remove_columns=data.column_names, desc="tokenising"
         )
         warn_cut(sum(made["cut"]), len(made), encoder.limit)
         warn_lost(made[LOST], self.tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from pyrolora.data import Prepared, prepare
+from pyrolora.data.examples import mapped, unformatted
 from pyrolora.errors import DataError
 from pyrolora.tasks import (
     CausalLM,
@@ -484,3 +486,36 @@ def test_rows_that_come_as_tables_are_read_as_rows(form: str) -> None:
 def test_a_list_of_this_and_that_is_refused(rows: list[Any]) -> None:
     with pytest.raises(DataError, match="got dict and str"):
         prepare(rows, llama(), CausalLM(), tokenizer())
+
+
+class Plus:
+    """A function that counts how often it is pickled."""
+
+    pickled = 0
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"b": row["a"] + 1}
+
+    def __reduce__(self) -> Any:
+        Plus.pickled += 1
+        return Plus, ()
+
+
+def test_a_fingerprint_is_taken_where_a_result_is_kept(tmp_path: Path) -> None:
+    """Of a function with a tokenizer it takes longer than the tokenising of many texts."""
+    Plus.pickled = 0
+    here = datasets.Dataset.from_list([{"a": 1}, {"a": 2}])
+    assert mapped(here, Plus())["b"][:] == [2, 3]
+    assert Plus.pickled == 0
+    here.save_to_disk(tmp_path)
+    stored = datasets.load_from_disk(tmp_path)
+    first, second = (mapped(stored, Plus()) for _ in range(2))
+    assert Plus.pickled
+    assert first.cache_files == second.cache_files != []
+
+
+def test_what_has_no_format_is_not_copied() -> None:
+    rows = datasets.Dataset.from_list([{"a": 1, "b": 2}])
+    assert unformatted(rows) is rows
+    for form in (rows.with_format("numpy"), rows.with_format(None, columns=["a"])):
+        assert unformatted(form)[0] == {"a": 1, "b": 2}

@@ -17,6 +17,7 @@ from pyrolora.data.chats.dialogues import Dialogue
 from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import check_text
 from pyrolora.data.encoding import TOO_LONG, Encoder
+from pyrolora.data.examples import mapped
 from pyrolora.data.padding import MASK
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
@@ -49,7 +50,8 @@ class DialogueEncoder:
     def __call__(self, data: datasets.Dataset) -> datasets.Dataset:
         """Return a data set of ``input_ids``, ``labels`` and an ``attention_mask``."""
         self.check(data)
-        made = data.with_format(None).map(
+        made = mapped(
+            data,
             self._columns,
             batched=True,
             with_indices=True,

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pyrolora.data.encoding import TOO_LONG, Encoder
-from pyrolora.data.examples import TensorExamples, is_nested, is_plain
+from pyrolora.data.examples import TensorExamples, is_nested, is_plain, mapped
 from pyrolora.data.tokenising import warn_cut
 from pyrolora.errors import DataError
 
@@ -42,7 +42,7 @@ def cut_rows(examples: Any, encoder: Encoder, most: int | None) -> Any:
     if not any(long):
         return examples
     warn_cut(sum(long), len(long), limit, encoder.source)
-    return examples.with_format(None).map(_cut, fn_kwargs={"limit": limit}, desc="cutting")
+    return mapped(examples, _cut, fn_kwargs={"limit": limit}, desc="cutting")
 
 
 def _cut(row: dict[str, Any], limit: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pyrolora.data.chats.dialogues import Dialogue, dialogue_of, prompt_of
 from pyrolora.data.chats.text_options import TextOptions
 from pyrolora.data.columns import is_list
 from pyrolora.data.encoding import Encoder
+from pyrolora.data.examples import mapped
 from pyrolora.data.media.media import Pictures
 from pyrolora.data.media.pictures import as_picture, checked_array, is_picture
 from pyrolora.data.media.pieces import COUNT, PER_TOKEN, joined
@@ -113,7 +114,8 @@ class Illustrator(Pictures):
             except DataError as error:
                 raise DataError(f"example {number}: {error}") from error
 
-        made = data.with_format(None).map(
+        made = mapped(
+            data,
             encode,
             with_indices=True,
             remove_columns=[name for name in data.column_names if name != kept],
