@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 WORKERS ?= 2
+# Each process has a stretch of the tests, so that those of a file share what they have made.
+SPREAD := -n $(WORKERS) --dist worksteal
 
 .PHONY: install demo test docs notebooks verify lowest lock clean
 
@@ -32,8 +34,8 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --durations 10
-	OMP_NUM_THREADS=1 PYROLORA_DEVICE=mock $(BIN)/pytest -n $(WORKERS) tests/device
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" $(SPREAD) --durations 10
+	OMP_NUM_THREADS=1 PYROLORA_DEVICE=mock $(BIN)/pytest $(SPREAD) tests/device
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
@@ -46,7 +48,7 @@ notebooks: install
 	PYTHONWARNINGS=ignore TQDM_DISABLE=1 TRANSFORMERS_VERBOSITY=error $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 verify: install $(VENV)/.docs build/quantisers/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n $(WORKERS) --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow $(SPREAD) --durations 10
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py --workers $(WORKERS)
 	OMP_NUM_THREADS=1 PYTHONPATH=build/quantisers $(BIN)/pytest tests/storage/test_quantised.py
 	$(MAKE) lowest

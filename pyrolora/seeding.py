@@ -217,7 +217,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     with DRAWING:
         before = torch.get_rng_state(), _of_devices()
         try:
-            torch.manual_seed(int(seed))
+            seed_torch(int(seed))
             yield
         finally:
             torch.set_rng_state(before[0])
@@ -298,6 +298,18 @@ def _restore(states: Generators) -> None:
     if not devices and _devices_in_use() and hasattr(module, "manual_seed_all"):
         module.manual_seed_all(torch.initial_seed())  # in use since then: from the CPU's seed
     _restore_devices(devices)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators, as ``torch.manual_seed`` does.
+
+    Without an accelerator that of the CPU is all there are, and torch would write down the caller's
+    stack for devices to come, which takes longer than a draw.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def _device_module() -> Any:

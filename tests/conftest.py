@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from pyrolora.inference import SVITrainer
+from pyrolora.seeding import seed_torch
 
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    torch.manual_seed(0)
+    seed_torch(0)
     pyro.clear_param_store()
     pyro.enable_validation(True)
     yield

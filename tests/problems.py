@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from pyrolora.guides import MonteCLoRA
+from pyrolora.seeding import seed_torch
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "film", "book"),
@@ -150,21 +151,21 @@ def mask_tokenizer() -> PreTrainedTokenizerFast:
 
 def bert(num_labels: int = 2, seed: int = 0, **changes: Any) -> BertForSequenceClassification:
     """A tiny BERT classifier (regression with one label), without dropout unless asked for."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     config = BertConfig(**{**SIZES, **NO_DROPOUT, "num_labels": num_labels, **changes})
     return BertForSequenceClassification(config).eval()
 
 
 def bert_choice(seed: int = 0, **changes: Any) -> BertForMultipleChoice:
     """A tiny BERT that scores choices; its weights are large enough for scores to differ."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {**SIZES, **NO_DROPOUT, "initializer_range": 0.3, **changes}
     return BertForMultipleChoice(BertConfig(**sizes)).eval()
 
 
 def bert_tags(seed: int = 0, **changes: Any) -> BertForTokenClassification:
     """A tiny BERT that tags tokens with one of three classes."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {**SIZES, **NO_DROPOUT, "num_labels": 3, "initializer_range": 0.3, **changes}
     return BertForTokenClassification(BertConfig(**sizes)).eval()
 
@@ -180,27 +181,27 @@ def bert_labels(
 
 def bert_spans(seed: int = 0, **changes: Any) -> BertForQuestionAnswering:
     """A tiny BERT with logits for the first and the last token of an answer."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     return BertForQuestionAnswering(BertConfig(**{**SIZES, **NO_DROPOUT, **changes})).eval()
 
 
 def bert_mlm(seed: int = 0, **changes: Any) -> BertForMaskedLM:
     """A tiny masked language model for `mask_tokenizer`."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {**SIZES, **NO_DROPOUT, "initializer_range": 0.3, "vocab_size": len(WORDS) + 1}
     return BertForMaskedLM(BertConfig(**{**sizes, **changes})).eval()
 
 
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     """A tiny LLaMA with grouped key and value heads."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {**SIZES, "num_key_value_heads": 1, "pad_token_id": 0, **changes}
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def llama_reward(outputs: int = 1, seed: int = 0) -> LlamaForSequenceClassification:
     """A tiny LLaMA that gives a text one number, for `letter_tokenizer`."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {**SIZES, "vocab_size": len(LETTERED), "num_key_value_heads": 1, "pad_token_id": 0}
     config = LlamaConfig(**sizes, num_labels=outputs, initializer_range=0.3)
     return LlamaForSequenceClassification(config).eval()
@@ -208,14 +209,14 @@ def llama_reward(outputs: int = 1, seed: int = 0) -> LlamaForSequenceClassificat
 
 def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
     """A tiny GPT-2, whose layers are transformers' ``Conv1D``."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, **changes}
     return GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(WORDS), pad_token_id=0)).eval()
 
 
 def t5(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
     """A tiny T5 for `writer_tokenizer`, whose positions are relative and have no end."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     special = {"pad_token_id": 0, "eos_token_id": 3}
     more = {"dropout_rate": 0.0, "initializer_factor": 2.0, "decoder_start_token_id": 0, **changes}
@@ -225,7 +226,7 @@ def t5(seed: int = 0, **changes: Any) -> T5ForConditionalGeneration:
 
 def bart(seed: int = 0, **changes: Any) -> BartForConditionalGeneration:
     """A tiny BART for `writer_tokenizer`, with a table of 24 positions."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     sizes = {
         f"{part}_{name}": size
         for part in ("encoder", "decoder")
@@ -251,7 +252,7 @@ def writer_tokenizer() -> PreTrainedTokenizerFast:
 
 def mlp(inputs: int = 4, outputs: int = 3, seed: int = 0) -> nn.Sequential:
     """A plain network."""
-    torch.manual_seed(seed)
+    seed_torch(seed)
     return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, outputs))
 
 

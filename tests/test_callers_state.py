@@ -16,6 +16,7 @@ from surroundings import undisturbed
 import pyrolora
 from pyrolora import AdapterConfig, guides
 from pyrolora.errors import PyroLoraError
+from pyrolora.seeding import seeded
 
 SHORT = {"chains": 1, "num_samples": 4, "warmup_steps": 2, "max_tree_depth": 2}
 OPTIONS = {"epochs": 1, "seed": 3, "batch_size": 4, "tokenizer": tokenizer()}
@@ -43,6 +44,22 @@ def left_alone(call: Callable[[], Any]) -> Any:
 def posterior() -> pyrolora.Posterior:
     network = bert(initializer_range=0.3)
     return pyrolora.fit(network, DATA, "montec", adapter=ADAPTER, **OPTIONS)
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**64 - 1])
+def test_a_seed_gives_the_numbers_of_torchs(seed: int) -> None:
+    with seeded(seed):
+        found = torch.randn(5)
+    torch.manual_seed(seed)
+    assert torch.equal(found, torch.randn(5))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="whose generators are seeded, too")
+def test_a_seed_does_not_write_down_the_callers_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does for devices that are used later; it takes most of the time of a seed."""
+    monkeypatch.setattr("traceback.format_stack", None)
+    with seeded(3):
+        torch.randn(5)
 
 
 @pytest.mark.filterwarnings("ignore:the chains of NUTS do not agree")

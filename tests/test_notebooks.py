@@ -15,7 +15,7 @@ def test_there_are_notebooks():
     assert "01_quickstart" in [path.stem for path in NOTEBOOKS]
 
 
-FIRST = {"01_quickstart", "05_your_own_module"}  # the others take minutes: `make verify`
+FIRST = {"01_quickstart"}  # the others take longer: `make verify`
 RUN = [
     pytest.param(path, marks=[] if path.stem in FIRST else [pytest.mark.slow], id=path.stem)
     for path in NOTEBOOKS

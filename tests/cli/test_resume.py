@@ -128,7 +128,7 @@ def test_other_settings_do_not_go_on_from_the_checkpoints(
 
 def test_a_killed_process_goes_on_to_the_same_result(place: Path, tmp_path: Path) -> None:
     """SIGKILL between the first checkpoint and the end, in a process of its own."""
-    epochs = 60
+    epochs = 30
     killed = tmp_path / "killed"
     words = [sys.executable, "-m", "pyrolora", *command(place, killed, epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -191,7 +191,7 @@ def test_bound_against_the_uncollapsed_pair(hierarchical):
 
 
 @pytest.mark.parametrize("prior", ["isotropic", "hierarchical"])
-@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("learn", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_closed_form_and_sampled_elbo_agree(prior, learn):
     """`TraceMeanField_ELBO`, `Trace_ELBO` and ours estimate one bound, and its gradient."""
     options = montec(

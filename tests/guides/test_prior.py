@@ -48,7 +48,7 @@ def orthogonal(problem: Layer) -> Layer:
 @pytest.mark.parametrize(
     ("guide", "design", "steps"),
     [
-        (absolute(LowRank, kl_weight=1.0, prior_scale=PRIOR_SCALE, rank=8), "any", 900),
+        (absolute(LowRank, kl_weight=1.0, prior_scale=PRIOR_SCALE, rank=8), "any", 600),
         (absolute(MeanField, kl_weight=1.0, prior_scale=PRIOR_SCALE), "orthogonal", 300),
     ],
     ids=["lowrank", "meanfield"],

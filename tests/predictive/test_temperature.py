@@ -66,7 +66,7 @@ def labelled(logits, factor):
 @pytest.mark.parametrize("factor", [0.4, 3.0])
 def test_the_factor_of_the_logits_is_found(factor):
     posterior = identity()
-    found = posterior.calibrate(labelled(2 * torch.randn(20_000, 3), factor), batch_size=5000)
+    found = posterior.calibrate(labelled(2 * torch.randn(6000, 3), factor), batch_size=1500)
     assert found.temperature == pytest.approx(factor, rel=0.05)
     assert posterior.temperature == found.temperature
     assert found.nll_after < found.nll_before
