@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.arviz import inference_data, summary
 from pyrolora.checks import path_like, true_or_false, whole_number
-from pyrolora.data import TextOptions, prepare
+from pyrolora.data import Prepared, TextOptions, prepare
 from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics import PSIS, khat
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
+from pyrolora.inference.identity import known_digest
 from pyrolora.model import JointGuide, JointModel
 from pyrolora.peft import export_factors, why_no_mean
 from pyrolora.pipelines import pipeline
@@ -788,7 +790,8 @@ class Posterior:
         Parameters
         ----------
         data
-            The training data. Of those that the fit held back, nothing is counted.
+            The training data. Of those that the fit held back, nothing is counted; they are known
+            by their places, so that the order is that of the fit.
         num_samples
             S; every draw runs over all of ``data``.
         seed
@@ -817,8 +820,21 @@ class Posterior:
         prepared = prepare(data, self.base, self.task, self.tokenizer)
         if self.held_back and len(prepared) == self.model.num_examples + self.held_back:
             number = self.options.number_held_back(len({*prepared.of_rows}))
+            self._check_same(prepared)
             prepared, _ = prepared.parted(number, self.settings.get("seed", 0))
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
+
+    def _check_same(self, data: Prepared) -> None:
+        """Warn of data that are not those of the fit in their order, where both have a digest."""
+        before, now = self.settings.get("data_digest"), known_digest(data)
+        if before is not None and now is not None and before != now:
+            warnings.warn(
+                f"{self.held_back} of the training examples were held back, and are known by their "
+                "places alone; these are other examples than those of the fit, or in another "
+                "order, so that others are left out: pass the training data as the fit got them",
+                UserWarning,
+                stacklevel=3,
+            )
 
     # Report -------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ def loo(idata: Any) -> Any:
     idata
         The result of ``Posterior.to_arviz(data=train, log_likelihood=True)`` for the training data,
         or what was read from its file, or several joined by `as_chains`. Of the training examples
-        that the fit held back (``hold_back``) nothing is scored.
+        that the fit held back (``hold_back``) nothing is scored; they are known by their places, so
+        that the order is that of the fit.
 
     Returns
     -------

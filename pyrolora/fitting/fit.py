@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -20,7 +19,6 @@ from pyrolora.adapters import Attachment, bare, eagerly
 from pyrolora.adapters.config import AdapterConfig
 from pyrolora.attaching import attached
 from pyrolora.data import Prepared, TextOptions, prepare
-from pyrolora.data.examples import TensorExamples
 from pyrolora.errors import ConfigError, NonFiniteError, SaveError, listed
 from pyrolora.fitting.earlier import Continued, Given
 from pyrolora.fitting.fresh import Fresh
@@ -39,7 +37,7 @@ from pyrolora.fitting.usable import check_usable
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Run
 from pyrolora.inference.head_laplace import check_last_layer
-from pyrolora.inference.identity import digest_of_data
+from pyrolora.inference.identity import known_digest
 from pyrolora.inference.recording import as_recordable, check_recordable, unrecordable
 from pyrolora.inference.sharding import shard, sharding_asked
 from pyrolora.model import JointModel
@@ -357,13 +355,9 @@ def _check_kept(error: NonFiniteError, run: Run) -> None:
 
 
 def _digest(data: Prepared) -> dict[str, Any]:
-    """Return the entry of a digest of the training data; a data set of a user's own class has none.
-
-    Such a class may make its examples at random, and reading them would move its generators.
-    """
-    if isinstance(data.examples, TensorExamples | datasets.Dataset):
-        return {"data_digest": digest_of_data(data)}
-    return {}
+    """Return the entry of a digest of the training data, where they have one."""
+    digest = known_digest(data)
+    return {} if digest is None else {"data_digest": digest}
 
 
 def _score(

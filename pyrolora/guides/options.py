@@ -208,10 +208,12 @@ class Variational(Guide):
         if self.hold_back is not None:
             share("hold_back", self.hold_back, "[0, 1)")
         if self.hold_back and self.unit != "row":
+            received, remedy = f"got units={self.unit!r}", "units='row', or hold_back=0"
+            if self.unit is None:
+                received, remedy = f"and {self.name!r} has none", "another guide, or hold_back=0"
             raise ConfigError(
                 f"hold_back={self.hold_back!r} is for noise that is relative to what is learnt, "
-                + ("and this guide has none" if self.unit is None else f"got units={self.unit!r}")
-                + "; choose units='row', or hold_back=0 and Posterior.calibrate after the fit"
+                f"{received}; choose {remedy} and Posterior.calibrate after the fit"
             )
         positive("kl_weight", self.kl_weight)
         share("kl_warmup", self.kl_warmup, "[0, 1]")

@@ -112,6 +112,16 @@ def digest_of_data(data: Prepared) -> str:
     return digest.hexdigest()
 
 
+def known_digest(data: Prepared) -> str | None:
+    """Return the digest of tables and tensors; a data set of a user's own class has none.
+
+    Such a class may make its examples at random, and reading them would move its generators.
+    """
+    if isinstance(data.examples, TensorExamples | datasets.Dataset):
+        return digest_of_data(data)
+    return None
+
+
 def _digest_of_constants(joint: JointModel) -> str:
     """Return a digest of the posterior's parameters that are constants of the fit.
 

@@ -361,11 +361,18 @@ def test_khat_takes_the_data_of_the_fit_whole_or_in_part() -> None:
     assert posterior.khat(whole, 50, seed=1).khat == posterior.khat(part, 50, seed=1).khat
 
 
+def test_khat_of_the_whole_data_in_another_order_is_warned_of() -> None:
+    """Examples that were held back are known by their places alone."""
+    posterior = fitted(epochs=1)
+    with pytest.warns(UserWarning, match=r"12 of .* in another order, .* as the fit got them"):
+        posterior.khat(reviews(48).select(range(47, -1, -1)), 50, seed=1)
+
+
 def test_what_cannot_be_held_back_is_an_error() -> None:
     for options in ({"units": "fan_in"}, {"prior_mean": "zero"}):
         with pytest.raises(ConfigError, match=r"got units='fan_in'; choose units='row'"):
             MonteCLoRA(hold_back=0.1, **options)
-    with pytest.raises(ConfigError, match="this guide has none"):
+    with pytest.raises(ConfigError, match=r"'map' has none; choose another guide, or hold_back=0"):
         pyrolora.guides.MAP(hold_back=0.1)
     with pytest.raises(ConfigError, match=r"\[0, 1\)"):
         MonteCLoRA(hold_back=1.0)
