@@ -32,7 +32,16 @@ def _clean_state() -> Iterator[None]:
 def _quiet() -> None:
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
-    gc.freeze()  # accelerate collects after every fit: most of its time, over all of the libraries
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """accelerate collects after every fit, which would look at all of the libraries each time.
+
+    Some are imported by the tests of the file before.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
