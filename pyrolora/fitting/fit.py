@@ -107,8 +107,8 @@ def fit(
         Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
         draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``), at temperature 1:
         `Posterior.evaluate` has the scores at the temperature that the fit chooses last.
-        ``"laplace"`` sets the scale of
-        its prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
+        ``"laplace"`` sets the scale of its prior by it, unless told otherwise, and
+        ``rank_allocation="alora"`` judges ranks by it.
     num_examples
         n, the number of all examples of a stream (``datasets.IterableDataset``), of which the fit
         reads as many as the ``max_steps`` of ``training`` take.
