@@ -105,8 +105,10 @@ def fit(
         temperature, and are not learnt (``hold_back`` of the guide, `Posterior.held_back`).
     eval_data
         Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
-        draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``). ``"laplace"`` sets the scale of
-        its prior by it, unless told otherwise, and ``rank_allocation="alora"`` judges ranks by it.
+        draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``), at temperature 1:
+        `Posterior.evaluate` has the scores at the temperature that the fit chooses last.
+        ``"laplace"`` sets the scale of its prior by it, unless told otherwise, and
+        ``rank_allocation="alora"`` judges ranks by it.
     num_examples
         n, the number of all examples of a stream (``datasets.IterableDataset``), of which the fit
         reads as many as the ``max_steps`` of ``training`` take.
