@@ -234,7 +234,9 @@ def test_what_is_about_the_fit_and_what_leaves_it_has_no_temperature(tmp_path):
     assert posterior.khat(data, 25, seed=0) == khat
     with pytest.warns(UserWarning, match="a merged model does not hold the temperature 2"):
         posterior.merge()
-    with pytest.warns(UserWarning, match=r"an adapter does not hold the .* divide its logits"):
+    with pytest.warns(
+        UserWarning, match=r"an adapter does not hold the .* its logits are to be divided"
+    ):
         posterior.to_peft(tmp_path / "adapter")
     with pytest.warns(UserWarning, match="starts from has the temperature 2"):
         later = pyrolora.fit(posterior, data, "laplace", seed=0)
