@@ -21,6 +21,9 @@ MAX_SEED = 2**32 - 1  # the Trainer seeds NumPy's generator, too, which takes no
 SCALE_LEARNING_RATE = 1e-2
 SCALE_RATE = 10.0
 SCALE_STEPS = 256
+# Relative to what is learnt, trained scales begin at the prior's width and have to come down from
+# it, as far as the data say: by factors of 10, in the hundreds of steps of a fit.
+SCALE_LEARNING_RATE_FROM_PRIOR = 0.1
 
 # The curvature by which scales are settled takes a batch, or a few examples, while the means are
 # trained, which is as much as another step, some ten times in a fit; and more examples at the end,

@@ -175,7 +175,8 @@ class Variational(Guide):
         regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
         does not grow before the means have learnt, but at most 1e-2, or, where β < 1, at most
         1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
-        learnt. At β = 1 the optimum is what is asked for, and a fast approach does no harm.
+        learnt. At β = 1 the optimum is what is asked for, and a fast approach does no harm: with
+        ``units="row"``, where trained scales begin at the prior's and the data narrow them, 0.1.
     hold_back
         Share of the training examples that are held back from the fit, at random, to choose one
         number c, by which the noise of all layers is multiplied, and then a temperature
@@ -279,7 +280,12 @@ class Variational(Guide):
         super().infer(fit)
 
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
-        return self.scale_learning_rate or super().scale_rate(learning_rate, steps, num_examples)
+        if self.scale_learning_rate:
+            return self.scale_learning_rate
+        from_prior = self.unit == "row" and not self.settles
+        if from_prior and self.beta(num_examples) == 1:
+            return defaults.SCALE_LEARNING_RATE_FROM_PRIOR
+        return super().scale_rate(learning_rate, steps, num_examples)
 
     def beta(self, num_examples: int, progress: float = 1.0) -> float:
         factor = num_examples if self.kl_weight_against == "mean" else 1

@@ -86,3 +86,20 @@ def test_options_that_make_no_sense_are_refused(options):
     (name,) = options
     with pytest.raises(ConfigError, match=name):
         LowRank(**options)
+
+
+@pytest.mark.parametrize(("n", "epochs"), [(250, 80), (1000, 40)])
+def test_by_default_the_data_decide_the_widths(n: int, epochs: int) -> None:
+    """They are those of a linear regression's posterior, from the prior's, which is far wider."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 16, generator=generator)
+    weight = torch.randn(16, generator=generator) / 4
+    y = (x @ weight + 0.3 * torch.randn(n, generator=generator))[:, None]
+    network = torch.nn.Sequential(torch.nn.Linear(16, 1))
+    posterior = pyrolora.fit(
+        network, (x, y), LowRank(hold_back=0), task="regression", epochs=epochs, batch_size=32,
+        adapter=AdapterConfig(r=1, target_modules=["0"]), learning_rate=0.02, seed=0,
+    )  # fmt: skip
+    spread = posterior.predict(torch.eye(16), 200, seed=0).epistemic
+    exact = 0.3 / n**0.5
+    assert 0.8 * exact < spread.median() < 1.35 * exact

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import pyrolora
 from pyrolora import AdapterConfig, defaults
-from pyrolora.guides import MAP, Flat, MonteCLoRA
+from pyrolora.guides import MAP, Flat, LowRank, MonteCLoRA
 
 TARGETS = ["query", "key", "value"]
 
@@ -318,6 +318,14 @@ def test_the_rate_of_scales_follows_that_of_the_means_and_the_length_of_a_cold_f
         assert kind.scale_rate(1e-1, 256, 100) == pytest.approx(1e-2)
         assert kind.scale_rate(1e-3, 1024, 100) == pytest.approx(long)
         assert kind.scale_rate(3e-4, 1024, 100) == pytest.approx(3e-3)
+
+
+def test_scales_that_begin_at_the_width_of_the_prior_come_down_fast():
+    cold = LowRank(kl_weight=0.5)
+    for kind in (LowRank(), MonteCLoRA(scale_updates="gradient"), Flat(inner=LowRank())):
+        assert kind.scale_rate(3e-4, 100, 100) == kind.scale_rate(1e-1, 1024, 9) == 0.1
+    for kind in (cold, LowRank(units="one"), MonteCLoRA()):
+        assert kind.scale_rate(1e-3, 256, 100) == pytest.approx(1e-2)
 
 
 def test_a_rate_of_scales_that_is_given_is_the_rate():
