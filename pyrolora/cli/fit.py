@@ -236,9 +236,12 @@ def _with_settings(request: Request, values: dict[str, dict[str, Any]]) -> Reque
         texts = settings.build(TextOptions, "texts", values["texts"])
     if values["adapter"]:
         adapter = settings.build(AdapterConfig, "adapter", values["adapter"])
+    guide = request.guide
+    if values["guide"]:
+        guide = settings.refined(request.options, values["guide"])
     return replace(
         request,
-        guide=settings.refined(request.options, values["guide"]),
+        guide=guide,
         adapter=adapter,
         texts=texts,
         training_options=values["training"],

@@ -102,7 +102,9 @@ class Request:
     @property
     def inherits(self) -> bool:
         """Whether the guide's options are those of the prior, asked for with the earlier data."""
-        return self.prior is not None and self.asked == self.prior.options
+        if self.prior is None or isinstance(self.guide, Guide):
+            return False
+        return self.asked == self.prior.options
 
     @property
     def shortcuts(self) -> dict[str, Any]:
