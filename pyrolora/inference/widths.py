@@ -16,7 +16,7 @@ from pyrolora.adapters import FlatFactors
 from pyrolora.data.collate import to_device
 from pyrolora.data.prepared import Prepared
 from pyrolora.guides.centred import CentredProgram
-from pyrolora.guides.wrapping import WrappingProgram
+from pyrolora.guides.wrapping import innermost
 from pyrolora.inference.objective import NotEvaluated, evaluated
 from pyrolora.model import JointModel, evaluating
 from pyrolora.seeding import give_way, seeded
@@ -30,9 +30,7 @@ POINTS = 1001
 
 def program_of(joint: JointModel) -> CentredProgram:
     """Return the program whose noise has the width; flat noise, and a head's law, are around it."""
-    program = joint.program
-    while isinstance(program, WrappingProgram):
-        program = program.inner
+    program = innermost(joint.program)
     assert isinstance(program, CentredProgram)
     return program
 
