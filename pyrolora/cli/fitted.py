@@ -80,14 +80,13 @@ def fitted(
 def _chosen(posterior: Posterior) -> dict[str, Any]:
     """Return how many examples were held back, and what they chose."""
     from pyrolora.inference.widths import chosen_width
+    from pyrolora.report.facts import chose_width
 
     if not posterior.held_back:
         return {}
-    # After an earlier posterior the width is that one's.
-    chose_width = posterior.model.program.previous is None
     return {
         "held_back": posterior.held_back,
-        **({"width": chosen_width(posterior.model)} if chose_width else {}),
+        **({"width": chosen_width(posterior.model)} if chose_width(posterior) else {}),
         "temperature": posterior.temperature,
     }
 
