@@ -31,6 +31,11 @@ SCALE_LEARNING_RATE_FROM_PRIOR = 0.1
 CURVATURE_FEW = 8
 CURVATURE_EXAMPLES = 256
 
+# Scales without a closed optimum are trained from that of a diagonal curvature, to which they are
+# set for the last time at this share of the steps. Where the rate falls to zero, a sixteenth of the
+# way of the means is left, and in some hundred steps scales still move by factors from there.
+SETTLED_LAST = 0.75
+
 # The width of the noise by examples that are held back: a tenth, where that comes to ten, and
 # not more than tell two numbers well enough: what is held back is not learnt. Each time
 # that the steps have learnt from so many examples, so many of them, and of those that are learnt,

@@ -113,6 +113,10 @@ class Flat(Guide):
         return self.inner.settles
 
     @property
+    def settles_at_first(self) -> bool:
+        return self.inner.settles_at_first
+
+    @property
     def reads_inputs(self) -> bool:
         return self.inner.reads_inputs
 

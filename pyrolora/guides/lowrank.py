@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from pyrolora import defaults
 from pyrolora.adapters import AdapterBank
 from pyrolora.checks import whole_number
+from pyrolora.guides.engines import Curvature
 from pyrolora.guides.factor_program import FactorProgram, GaussianGuide
 from pyrolora.guides.supports import Supports
 
@@ -29,7 +30,9 @@ class LowRank(GaussianGuide):
         ½ Σ_i [(v_i + (m_i − m_i0)²) / σ₀² − 1 + log(σ₀² / σ_i²)] − ½ log|I + Fᵀ F|
 
     By default m₀ is m, which then costs nothing, and σ₀ and σ are multiples of the root mean square
-    of the row of the means. σ and F have no closed optimum given the curvature, and are trained.
+    of the row of the means. σ and F have no closed optimum given the curvature. With
+    ``scale_updates=None`` σ is set to the optimum without correlations before some of the steps,
+    and both are trained.
 
     By default a tenth of the training examples is held back, if that is ten or more, but at most
     250: these choose one number c, by which σ₀ and all σ_i are multiplied, and a temperature. The
@@ -61,6 +64,10 @@ class LowRank(GaussianGuide):
         whole_number("rank", self.rank, at_least=1)
 
     @property
+    def settles_at_first(self) -> bool:
+        return self.scale_updates is None
+
+    @property
     def supports(self) -> Supports:
         return Supports(
             rank_allocation=True,
@@ -89,6 +96,18 @@ class LowRankProgram(FactorProgram):
         # At zero the directions would have no gradient; this is a hundredth of the variance.
         start = 0.1 * options.rank**-0.5 * torch.randn(total, options.rank)
         self.declare("directions", start)
+
+    @torch.no_grad()
+    def settle(self, curvature: Curvature, beta: float) -> None:
+        """Set σ to the optimum without correlations, given how long F's rows are.
+
+        The training goes on from there; without correlations in the curvature it stays.
+        """
+        latent = self.options.latent
+        size = self.in_rows(latent, torch.ones_like(curvature.entries))
+        longer = 1 + self.param("directions").square().sum(-1)
+        precision = curvature.entries / beta + self.prior_scale(latent) ** -2
+        self.assign("scale", (longer * precision).rsqrt() / size)
 
     def rank_entries(self, rows: Tensor) -> dict[str, Tensor]:
         entries = self.bank.spread(self.options.latent, rows)

@@ -116,6 +116,14 @@ class Guide(ABC):
         return False
 
     @property
+    def settles_at_first(self) -> bool:
+        """Whether `Program.settle` sets the scales before some steps, which then train them on.
+
+        It does where the inputs of the layers are known.
+        """
+        return False
+
+    @property
     def reads_inputs(self) -> bool:
         """Whether inference reads the inputs of the adapted layers, as a curvature is made of."""
         return self.settles
@@ -167,16 +175,17 @@ class Variational(Guide):
         θ_i ~ N(m_i, σ_i²) and the prior N(m_i0, σ₀²) the optimum is σ_i² = β / (H_ii + β / σ₀²). It
         depends neither on a learning rate nor on the number of steps. ``"gradient"``: they are
         trained like the means. None: by curvature where the optimum is a closed form and inputs
-        are known, else by gradient: for `LowRank`, a learned ε, the hierarchical form around
-        another mean than the learned one, adapted embeddings and parameters, and after an earlier
-        posterior.
+        are known, else by gradient: for a learned ε, the hierarchical form around another mean than
+        the learned one, adapted embeddings and parameters, and after an earlier posterior. For
+        `LowRank` both: by the curvature's diagonal before steps 0, 1, 2, 4, ... and after three
+        quarters of the steps, and by gradient from there.
     scale_learning_rate
         Learning rate of the scales of the posterior, where they are trained, and of the noise of a
         regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
         does not grow before the means have learnt, but at most 1e-2, or, where β < 1, at most
         1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
-        learnt. At β = 1 the optimum is what is asked for, and a fast approach does no harm: with
-        ``units="row"``, where trained scales begin at the prior's and the data narrow them, 0.1.
+        learnt. With ``units="row"``, where trained scales begin at the prior's and the data narrow
+        them, 0.1 at any β.
     hold_back
         Share of the training examples that are held back from the fit, at random, to choose one
         number c, by which the noise of all layers is multiplied, and then a temperature
@@ -282,8 +291,7 @@ class Variational(Guide):
     def scale_rate(self, learning_rate: float, steps: int, num_examples: int) -> float:
         if self.scale_learning_rate:
             return self.scale_learning_rate
-        from_prior = self.unit == "row" and not self.settles
-        if from_prior and self.beta(num_examples) == 1:
+        if self.unit == "row" and not self.settles:
             return defaults.SCALE_LEARNING_RATE_FROM_PRIOR
         return super().scale_rate(learning_rate, steps, num_examples)
 

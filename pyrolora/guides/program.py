@@ -155,6 +155,11 @@ class Program(ParamModule, ABC):
         """Whether `settle` sets the scales; around an earlier posterior they are trained."""
         return self.previous is None and self.options.settles
 
+    @property
+    def settles_at_first(self) -> bool:
+        """Whether `settle` sets the scales before some steps of the training, which train them."""
+        return self.previous is None and self.options.settles_at_first
+
     def hold_scales(self) -> None:
         """Make constants of the scales that `settle` sets: the optimiser leaves them alone."""
         if self.settles:

@@ -93,11 +93,16 @@ class WrappingProgram(Program):
     def settles(self) -> bool:
         return self.inner.settles
 
+    @property
+    def settles_at_first(self) -> bool:
+        return self.inner.settles_at_first
+
     def hold_scales(self) -> None:
         self.inner.hold_scales()
 
     def settle(self, curvature: Curvature, beta: float) -> None:
-        self._inner_for("closed_scales").settle(curvature, beta)
+        inner = self.inner if self.settles_at_first else self._inner_for("closed_scales")
+        inner.settle(curvature, beta)
 
     # Training -----------------------------------------------------------------------------------
 

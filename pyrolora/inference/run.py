@@ -35,6 +35,7 @@ from pyrolora.inference.members import (
 )
 from pyrolora.inference.moved import starting_factors, warn_of_unmoved
 from pyrolora.inference.ranks import AllocateRanks
+from pyrolora.inference.recording import unrecordable
 from pyrolora.inference.settling import SettleScales, settle_finally
 from pyrolora.inference.stopping import stopping
 from pyrolora.inference.trainer import SVITrainer
@@ -300,7 +301,7 @@ class Run:
         checkpointing = getattr(joint.base, "is_activation_checkpointing", False)
         if checkpointing and not args.gradient_checkpointing:
             joint.activation_checkpointing_enable()  # the user's, with our binding carried over
-        if joint.program.settles:
+        if _settled_in_training(joint):
             trainer.add_callback(SettleScales(joint, guide, self.data, trainer.failure))
         if self.held_back is not None and joint.program.previous is None:
             trainer.add_callback(ChooseWidth(joint, self.data, self.held_back))
@@ -340,6 +341,12 @@ class Run:
             joint.eval()
             joint.program.progress = 1.0
             self.history += [{**entry, **(mark or {})} for entry in trainer.state.log_history]
+
+
+def _settled_in_training(joint: JointModel) -> bool:
+    program = joint.program
+    at_first = program.settles_at_first and not unrecordable(joint.attachment)
+    return program.settles or at_first
 
 
 def _is_trained(joint: JointModel) -> bool:

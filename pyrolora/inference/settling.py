@@ -30,7 +30,8 @@ REMEDY = "choose a prior_scale, an init_scale and a lora_alpha nearer to the def
 class SettleScales(TrainerCallback):
     """Settling of the scales on a few examples before steps 0, 1, 2, 4, 8, ... of the optimiser.
 
-    Scales change on the scale of log time, as the means do.
+    Scales change on the scale of log time, as the means do. Those that steps train on are set once
+    more where `defaults.SETTLED_LAST` of the steps are done: from there on the means hardly move.
 
     Its random numbers depend on the seed and the step alone, and leave those of the training as
     they are, so that a resumed fit has the result of an uninterrupted one.
@@ -43,12 +44,15 @@ class SettleScales(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        if step & (step - 1) == 0:
+        last = int(defaults.SETTLED_LAST * state.max_steps)
+        finally_ = self.joint.program.settles_at_first and step == last
+        if finally_ or step & (step - 1) == 0:
             progress = (step + 1) / max(state.max_steps, 1)
             beta = self.guide.beta(self.joint.num_examples, progress)
             few = max(args.per_device_train_batch_size, defaults.CURVATURE_FEW)
+            most = defaults.CURVATURE_EXAMPLES if finally_ else few
             try:
-                settle(self.joint, self.data, beta, args, step, few)
+                settle(self.joint, self.data, beta, args, step, most)
             except NonFiniteError as error:
                 raise self.failure(f"has no optimal scales ({error})") from error
 

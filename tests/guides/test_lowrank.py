@@ -10,7 +10,8 @@ from problems import absolute, bert, reviews, tokenizer
 import pyrolora
 from pyrolora import AdapterConfig
 from pyrolora.errors import ConfigError
-from pyrolora.guides import LowRank
+from pyrolora.guides import Flat, LowRank
+from pyrolora.guides.wrapping import innermost
 from pyrolora.inference import NamedELBO
 from pyrolora.model import JointGuide
 
@@ -86,6 +87,48 @@ def test_options_that_make_no_sense_are_refused(options):
     (name,) = options
     with pytest.raises(ConfigError, match=name):
         LowRank(**options)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("given", [False, True], ids=["anew", "around given means"])
+def test_a_short_fit_has_the_widths_of_its_optimum(beta: float, given: bool) -> None:
+    """They are σ_i² = 1 / (H_ii / β + 1 / σ₀²), to which small correlations add a few per cent."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 16, generator=generator)
+    weight = torch.randn(16, generator=generator) / 4
+    y = (x @ weight + 0.3 * torch.randn(200, generator=generator))[:, None]
+    network = torch.nn.Sequential(torch.nn.Linear(16, 1))
+    guide = Flat(inner=LowRank(kl_weight=beta, hold_back=0), rho=1e-6)
+    options = {"task": "regression", "adapter": AdapterConfig(r=1, target_modules=["0"]), "seed": 0}
+    if given:
+        means = pyrolora.fit(network, (x, y), "map", epochs=20, learning_rate=0.02, **options)
+        posterior = pyrolora.fit(means, (x, y), guide.inner, seed=0)
+    else:
+        posterior = pyrolora.fit(network, (x, y), guide, learning_rate=0.02, **options)
+    program = innermost(posterior.model.program)
+    slope = program.bank.specs["0"].scaling * program.bank.means().B.detach()
+    noise = posterior.model.task.param("noise_scale").detach()
+    H = (slope / noise).square() * x.square().sum(0)
+    optimum = (H / beta + program.prior_scale("A").detach() ** -2).rsqrt()
+    ratio = program.law("A").variance.detach().sqrt() / optimum
+    assert 0.85 < ratio.median() < 1.2
+    assert ((ratio / ratio.median() - 1).abs() < 0.3).float().mean() > 0.9
+
+
+def test_adapted_embeddings_have_scales_that_are_trained_alone() -> None:
+    """No curvature is made of their inputs."""
+    network = torch.nn.Sequential(
+        torch.nn.Embedding(5, 4), torch.nn.Flatten(), torch.nn.Linear(8, 2)
+    )
+    posterior = pyrolora.fit(
+        network,
+        (torch.randint(0, 5, (12, 2)), torch.randint(0, 2, (12,))),
+        LowRank(),
+        task="classification",
+        adapter=AdapterConfig(r=2, target_modules=["0"]),
+        epochs=1,
+    )
+    assert torch.isfinite(posterior.model.program.param("scale")).all()
 
 
 @pytest.mark.parametrize(("n", "epochs"), [(250, 80), (1000, 40)])

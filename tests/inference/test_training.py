@@ -321,10 +321,10 @@ def test_the_rate_of_scales_follows_that_of_the_means_and_the_length_of_a_cold_f
 
 
 def test_scales_that_begin_at_the_width_of_the_prior_come_down_fast():
-    cold = LowRank(kl_weight=0.5)
-    for kind in (LowRank(), MonteCLoRA(scale_updates="gradient"), Flat(inner=LowRank())):
+    trained = MonteCLoRA(scale_updates="gradient")
+    for kind in (LowRank(), LowRank(kl_weight=0.5), trained, Flat(inner=LowRank())):
         assert kind.scale_rate(3e-4, 100, 100) == kind.scale_rate(1e-1, 1024, 9) == 0.1
-    for kind in (cold, LowRank(units="one"), MonteCLoRA()):
+    for kind in (LowRank(units="one"), MonteCLoRA()):
         assert kind.scale_rate(1e-3, 256, 100) == pytest.approx(1e-2)
 
 
