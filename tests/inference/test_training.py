@@ -302,7 +302,7 @@ def test_scales_have_their_own_learning_rate_and_no_weight_decay(tmp_path):
 
 
 WARM = MonteCLoRA()
-COLD = MonteCLoRA(kl_weight=0.2, scale_updates="gradient")
+COLD = MonteCLoRA(kl_weight=0.2, scale_updates="gradient", units="one")
 TOWARDS_WARM = MonteCLoRA(kl_weight=0.01, kl_weight_against="mean")  # 1 with 100 examples
 
 
