@@ -39,7 +39,7 @@ STANDARD = pd.Series({name: getattr(Job, name) for name in RECIPE})
 COOLED = ["nll", "ece", "brier"]  # what a temperature changes
 METRICS = [
     *("accuracy", *COOLED, "ece_exact", "error_auroc", "ood_auroc", "mcc", "rmse", "pearson"),
-    *("crps", "coverage", "held_out_nll", "fit_s", "predict_s"),
+    *("ood_auroc_epistemic", "crps", "coverage", "held_out_nll", "fit_s", "predict_s"),
     *(f"{name}_ts" for name in COOLED),
 ]
 ABOUT = ["hardware", "versions", "side_by_side"]
@@ -355,6 +355,25 @@ def stage_one(frame: Table) -> Table:
     return summary(standard(frame), ["task", "examples", "guide"])
 
 
+@entry(TABLES, "outside", "one")
+def outside(frame: Table) -> Table:
+    """How well the total uncertainty, its epistemic part and LoRA's entropy find other data."""
+    rows = standard(frame)
+    measured = rows.dropna(subset="ood_auroc_epistemic").query("guide != 'map'")
+    lora = rows.query("guide == 'map'")[[*UNIT, "ood_auroc", "error_auroc"]]
+    both = measured.merge(lora, on=UNIT, suffixes=("", "_lora"))
+    names = {
+        "ood_auroc": "other data: entropy",
+        "ood_auroc_epistemic": "epistemic part",
+        "ood_auroc_lora": "LoRA's entropy",
+        "error_auroc": "errors: entropy",
+        "error_auroc_lora": "LoRA's entropy, errors",
+    }
+    groups = both.groupby(["task", "examples", "guide"], sort=False)
+    means = groups[list(names)].mean().assign(seeds=groups["seed"].nunique())
+    return readable(means.reset_index().rename(columns=names))
+
+
 @entry(TABLES, "ratios", "confirm one two")
 def ratios(frame: Table) -> Table:
     """Every method against LoRA as it is, stopped in time, and with a temperature."""
@@ -443,6 +462,29 @@ def grid(frame: Table) -> Table:
     by_seed = by_seed[by_seed["cells"] == by_seed.groupby(by)["cells"].transform("max")]
     table = by_seed.groupby(by, sort=False)
     return readable(table.mean().assign(seeds=table.size()).astype({"cells": int}).reset_index())
+
+
+@entry(TABLES, "recipes", "confirm grid")
+def recipes(frame: Table) -> Table:
+    """The default montec beside LoRA of the same seeds, at each length, rate and batch size."""
+    fits = defaults_only(frame[frame["ece"].notna()])
+    keys = [*UNIT, *RECIPE]
+    lora = plain_lora(fits)[[*keys, "accuracy", *COOLED, "nll_ts"]]
+    both = fits[fits["guide"] == "montec"].merge(lora, on=keys, suffixes=("", "_lora"))
+    both = both.assign(points=100 * (both["accuracy"] - both["accuracy_lora"]))
+    names = {
+        "accuracy_lora": "LoRA: accuracy",
+        "nll_lora": "nll",
+        "ece_lora": "ece",
+        "nll_ts_lora": "nll, temperature",
+        "accuracy": "montec: accuracy",
+        "nll": "nll of montec",
+        "ece": "ece of montec",
+        "points": "points",
+    }
+    groups = both.groupby(["task", "examples", *RECIPE], sort=False)
+    means = groups[list(names)].mean().assign(seeds=groups["seed"].nunique())
+    return readable(means.reset_index().rename(columns=names))
 
 
 @entry(TABLES, "epochs", "confirm")

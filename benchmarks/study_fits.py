@@ -88,7 +88,10 @@ def _run(job: Job, place: Place) -> Row:
     if isinstance(scored, ClassPrediction):
         results["ece_exact"] = exact_ece(scored)
     if splits.outside is not None:
-        results["ood_auroc"] = auroc(scored.entropy, fitted.predict(splits.outside, draws).entropy)
+        outside = fitted.predict(splits.outside, draws)
+        results["ood_auroc"] = auroc(scored.entropy, outside.entropy)
+        if draws:
+            results["ood_auroc_epistemic"] = auroc(scored.epistemic, outside.epistemic)
     results["by_draws"] = {str(count): scores(few) for count, few in fewer(scored)}
     held_out = fitted.predict(splits.held_out, draws)
     results["held_out_nll"] = evaluate(held_out)["nll"]
