@@ -479,6 +479,7 @@ def recipes(frame: Table) -> Table:
         "nll_ts_lora": "nll, temperature",
         "accuracy": "montec: accuracy",
         "nll": "nll of montec",
+        "nll_ts": "nll of montec, temperature",
         "ece": "ece of montec",
         "points": "points",
     }
