@@ -41,6 +41,12 @@ def chosen_width(joint: JointModel) -> float:
     return 1.0 if width is None else float(width[0].exp())
 
 
+def has_measured(joint: JointModel) -> bool:
+    """Return whether a step has measured what c follows; a short fit ends before."""
+    width = program_of(joint).width
+    return width is not None and bool(width[1:].any())
+
+
 class ChooseWidth(TrainerCallback):
     r"""Steps of log c towards the width at which a posterior knows how far it overfits.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyrolora.adapters import AdapterBank
 from pyrolora.guides import Guide, full_name
-from pyrolora.inference.widths import chosen_width
+from pyrolora.inference.widths import chosen_width, has_measured
 from pyrolora.model import JointModel
 from pyrolora.predictive import Predictor
 from pyrolora.report.examples import Examples
@@ -115,9 +115,13 @@ def _by_held_back(posterior: Subject) -> dict[str, str]:
 def chose_width(posterior: Subject) -> bool:
     """Return whether examples that were held back chose the width of prior and posterior.
 
-    After an earlier posterior the width is that one's.
+    After an earlier posterior the width is that one's; a short fit ends before the first choice.
     """
-    return posterior.held_back > 0 and posterior.model.program.previous is None
+    return (
+        posterior.held_back > 0
+        and posterior.model.program.previous is None
+        and has_measured(posterior.model)
+    )
 
 
 def moved_width(posterior: Subject) -> bool:

@@ -84,7 +84,11 @@ def test_fit_prints_its_result_as_one_json_document(place: Path, tmp_path: Path)
 def test_fit_says_what_the_examples_that_were_held_back_chose(place: Path, tmp_path: Path) -> None:
     reviews(100).to_json(tmp_path / "data.jsonl")
     command = partial(fit_command, place, data=str(tmp_path / "data.jsonl"))
-    result = done(*command(tmp_path / "run"))
+    short = done(*command(tmp_path / "short"))  # it ends before the first choice of the width
+    assert "were held back, and chose the temperature" in " ".join(short.out.split())
+    assert "width" not in record_of(tmp_path / "short")["result"]
+    longer = ("--epochs", "3")
+    result = done(*command(tmp_path / "run", *longer))
     kept = record_of(tmp_path / "run")["result"]
     posterior = pyrolora.load(tmp_path / "run")
     assert (kept["num_examples"], kept["held_back"]) == (90, 10)
@@ -96,7 +100,7 @@ def test_fit_says_what_the_examples_that_were_held_back_chose(place: Path, tmp_p
         f"10 of 100 examples were held back, and chose the width {kept['width']:.3g} and the "
         f"temperature {kept['temperature']:.3g}." in " ".join(result.out.split())
     )
-    known = done(*command(tmp_path / "run", "--json")).json  # finished: nothing is fitted
+    known = done(*command(tmp_path / "run", *longer, "--json")).json  # finished: nothing is fitted
     assert {name: known[name] for name in kept} == kept
     for value in ("0", "0.0"):
         result = done(*command(tmp_path / value, "--set", f"guide.hold_back={value}"))
@@ -105,7 +109,7 @@ def test_fit_says_what_the_examples_that_were_held_back_chose(place: Path, tmp_p
         assert pyrolora.load(tmp_path / value).options.hold_back == 0
     for value in ("None", "null"):
         done(*command(tmp_path / value, "--set", f"guide.hold_back={value}"))
-        assert same(state(tmp_path / value), state(tmp_path / "run"))
+        assert same(state(tmp_path / value), state(tmp_path / "short"))
 
 
 def test_fit_says_what_to_do_next(place: Path, tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ def test_after_an_earlier_posterior_they_have_chosen_the_temperature_alone() -> 
     assert "held back chose one number" not in made.html
 
 
+def test_a_fit_that_ends_before_the_first_choice_has_chosen_the_temperature_alone() -> None:
+    card = str(fitted(MonteCLoRA(hold_back=0.5), 20).card())
+    assert "| examples held back | 10, for the temperature |" in card
+
+
 def test_trained_widths_are_multiplied_by_what_was_chosen_too() -> None:
     made = report_on(fitted(LowRank()), data(30), num_samples=2, seed=0)
     assert "The widths come from the training steps" in made.html
