@@ -231,6 +231,8 @@ def test_a_program_refuses_by_name_what_its_guide_does_not_state(name: str) -> N
         "closed_scales": lambda: program.settle(None, 1.0),  # type: ignore[arg-type]
         "stored_draws": lambda: program.pick(torch.zeros(1, dtype=torch.long)),
     }
+    if program.settles_at_first:  # it sets the scales, too, though not to their optimum
+        del asked["closed_scales"]
     for capability, ask in asked.items():
         if not getattr(program.supports, capability):
             with pytest.raises(ConfigError, match=f"does not support '{capability}'"):
