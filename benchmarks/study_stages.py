@@ -13,7 +13,10 @@ from tasks import (
 )
 
 CHOOSING = ("cola", "mrpc", "rte", "books")
-CONFIRMING = ("sst2", "trec", "stsb", "openbookqa", "arc_easy")
+CONFIRMING = (
+    *("sst2", "trec", "stsb", "openbookqa", "arc_easy"),
+    *("trec_fine", "plays", "arc_challenge"),
+)
 MORE = ("lowrank", "swag", "dropout", "full")
 METHODS = (
     *("map", "montec", "flat", "flat+montec", "meanfield", "laplace", PEFT, "ensemble"),

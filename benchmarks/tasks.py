@@ -42,20 +42,38 @@ class Task:
     score: str = "accuracy"
     classes: int = 2  # 1: regression
     outside: bool = True  # whether TREC's questions are another distribution
-    texts: bool = False  # whether the classes are the texts of ``TEXTS``
+    texts: str = ""  # the files of ``TEXTS`` whose passages are told apart
+    parts: str = ""  # a line that begins each of the parts of one file, which are the classes
+    words: int = PASSAGE_WORDS  # of a passage
+    folder: str = ""  # where that is not the task's name
+    label: str = "label"
 
 
 PAIR = ("sentence1", "sentence2")
 TASKS = {
-    "books": Task(("sentence",), classes=13, texts=True),
+    "books": Task(("sentence",), classes=13, texts="*.txt.xz"),
     "cola": Task(("sentence",), score="mcc"),
     "mrpc": Task(PAIR),
     "rte": Task(PAIR),
     "sst2": Task(("sentence",)),
     "trec": Task(("sentence",), scored="test", classes=6, outside=False),
+    "trec_fine": Task(
+        ("sentence",),
+        scored="test",
+        classes=50,
+        outside=False,
+        folder="trec",
+        label="fine_label",
+    ),
+    "plays": Task(
+        ("sentence",), classes=8, texts="shakespeare*", parts="Dramatis Personae", words=32
+    ),
     "stsb": Task(PAIR, kind="regression", score="pearson", classes=1),
     "openbookqa": Task(("question", "choices"), kind="multiple choice", outside=False),
     "arc_easy": Task(("question", "choices"), scored="test", kind="multiple choice", outside=False),
+    "arc_challenge": Task(
+        ("question", "choices"), scored="test", kind="multiple choice", outside=False
+    ),
 }
 
 
@@ -73,15 +91,17 @@ class Splits:
 def task_files(folder: Path, name: str) -> list[Path]:
     """The training file and the scored file, or the texts; and the file of the other
     distribution."""
-    if TASKS[name].texts:
-        files = sorted((folder / TEXTS).glob("*.txt.xz"))
-        if len(files) != TASKS[name].classes:
+    task = TASKS[name]
+    if task.texts:
+        files = sorted((folder / TEXTS).glob(task.texts))
+        if len(files) != (1 if task.parts else task.classes):
             raise SystemExit(
-                f"{folder / TEXTS} has {len(files)} files *.txt.xz; the task {name!r} takes "
-                f"{TASKS[name].classes}"
+                f"{folder / TEXTS} has {len(files)} files {task.texts}; the task {name!r} takes "
+                f"{1 if task.parts else task.classes}"
             )
     else:
-        files = [folder / name / f"{split}.jsonl" for split in ("train", TASKS[name].scored)]
+        own = folder / (task.folder or name)
+        files = [own / f"{split}.jsonl" for split in ("train", task.scored)]
     files.append(folder / "trec" / "test.jsonl")
     for path in files:
         if not path.is_file():
@@ -98,7 +118,9 @@ def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
     """``examples`` training examples picked by ``seed``; 0 for all but the held-out ones."""
     task = TASKS[name]
     *files, trec = task_files(folder, name)
-    train, scored = passages(files) if task.texts else map(_read, files)
+    train, scored = passages(_texts(files, task), task.words) if task.texts else map(_read, files)
+    if task.label != "label":
+        train, scored = _numbered(train, scored, task.label)
     columns = [*task.columns, "label"]
     train = train.select_columns(columns).shuffle(seed=seed)
     size = min(examples or len(train), len(train) - HELD_OUT)
@@ -112,17 +134,26 @@ def load_task(folder: Path, name: str, examples: int, seed: int) -> Splits:
     )
 
 
-def passages(texts: Sequence[Path]) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _texts(files: Sequence[Path], task: Task) -> list[list[str]]:
+    """The words of each class: of a file, or of a part of the one file."""
+    texts = [lzma.decompress(path.read_bytes()).decode() for path in files]
+    if task.parts:
+        texts = texts[0].split(f"\n{task.parts}\n")[1:]
+    return [text.split() for text in texts]
+
+
+def passages(
+    texts: Sequence[list[str]], passage_words: int
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Which text is a passage from? Those that are scored are of the last fifth of a text."""
     pick = random.Random(SHUFFLE)
     rows: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    for label, path in enumerate(texts):
-        words = lzma.decompress(path.read_bytes()).decode().split()
-        starts = range(0, len(words) - PASSAGE_WORDS + 1, PASSAGE_WORDS)
+    for label, words in enumerate(texts):
+        starts = range(0, len(words) - passage_words + 1, passage_words)
         cut = 4 * len(starts) // 5
         for part, own, size in zip(rows, (starts[:cut], starts[cut:]), PASSAGES, strict=True):
             for start in sorted(pick.sample(own, min(size, len(own)))):
-                passage = " ".join(words[start : start + PASSAGE_WORDS])
+                passage = " ".join(words[start : start + passage_words])
                 part.append({"sentence": passage, "label": label})
     train, scored = (datasets.Dataset.from_list(part) for part in rows)
     return train, scored
@@ -165,6 +196,17 @@ def _read(path: Path) -> datasets.Dataset:
 
 def _few(data: datasets.Dataset, most: int) -> datasets.Dataset:
     return data.shuffle(seed=SHUFFLE).select(range(min(most, len(data))))
+
+
+def _numbered(
+    train: datasets.Dataset, scored: datasets.Dataset, column: str
+) -> list[datasets.Dataset]:
+    """Both with the names of classes in that column as numbers, in the order of the alphabet."""
+    numbers = {name: number for number, name in enumerate(sorted(set(train[column])))}
+    return [
+        part.remove_columns("label").add_column("label", [numbers[name] for name in part[column]])
+        for part in (train, scored)
+    ]
 
 
 def _as_float(data: datasets.Dataset) -> datasets.Dataset:
