@@ -125,7 +125,10 @@ def chose_width(posterior: Subject) -> bool:
 
 
 def moved_width(posterior: Subject) -> bool:
-    """Return whether they moved it by more than 5 %: where nothing is learnt, they do not."""
+    """Return whether they moved it by more than 5 %.
+
+    Where nothing is learnt, not even by heart, they do not.
+    """
     return chose_width(posterior) and abs(math.log(chosen_width(posterior.model))) > 0.05
 
 
