@@ -242,9 +242,23 @@ def test_seeds_share_what_is_scored_and_no_example_has_two_uses(study: Any, plac
     assert len(study.load_task(place.data, "cola", 0, 0).train) == 40 - 16
 
 
+def test_parts_of_a_text_and_names_of_classes_are_classes(study: Any, place: Any) -> None:
+    tasks = importlib.import_module("tasks")
+    path = place.data / "plays.txt.xz"
+    path.write_bytes(lzma.compress(b"before\nACTORS\na b\nACTORS\nc\n"))
+    parts = tasks.Task(("sentence",), classes=2, texts="*", parts="ACTORS")
+    assert tasks._texts([path], parts) == [["a", "b"], ["c"]]
+    train, scored = (
+        datasets.Dataset.from_dict({"label": [5] * len(names), "kind": names})
+        for names in (["y", "x", "z"], ["z", "x"])
+    )
+    numbered = [list(part["label"]) for part in tasks._numbered(train, scored, "kind")]
+    assert numbered == [[1, 0, 2], [2, 0]]
+
+
 def test_passages_of_texts(study: Any, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = importlib.import_module("tasks")
-    monkeypatch.setitem(tasks.TASKS, "books", tasks.Task(("sentence",), classes=2, texts=True))
+    monkeypatch.setitem(tasks.TASKS, "books", tasks.Task(("sentence",), classes=2, texts="*"))
     monkeypatch.setattr(tasks, "PASSAGES", (20, 6))
     folder = place.data / "lm_text"
     folder.mkdir()
@@ -275,6 +289,8 @@ def test_a_fit_gives_a_row(study: Any, place: Any, guide: str) -> None:
     scores = {"accuracy", "nll", "ece", "brier", "error_auroc", "aurc", "mcc"}
     ours = {"held_out_nll", "ece_exact", "nll_ts", "ece_ts", "brier_ts", "temperature", "ood_auroc"}
     about = {"curve", "by_draws", "fit_s", "predict_s", "train_size", "scored_size", "draws"}
+    if guide == "montec":
+        ours = ours | {"ood_auroc_epistemic"}
     assert set(results) == scores | ours | about
     sizes = [results[name] for name in ("train_size", "scored_size", "draws")]
     assert sizes == [16, 12, 2 if guide == "montec" else 0]
