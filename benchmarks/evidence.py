@@ -324,6 +324,13 @@ def summary(rows: Table, by: list[str]) -> Table:
     return readable(means[[*by, "score", "accuracy", *shown, "seeds"]])
 
 
+def seed_means(rows: Table, by: list[str], names: Mapping[str, str]) -> Table:
+    """Means over seeds of the columns that have names, under these."""
+    groups = rows.groupby(by, sort=False)
+    means = groups[list(names)].mean().assign(seeds=groups["seed"].nunique())
+    return readable(means.reset_index().rename(columns=names))
+
+
 def readable(table: Table) -> Table:
     """Names of methods, "all" for 0 examples, rates in full."""
     table = table.rename(columns={"guide": "method", "changes": "options"})
@@ -358,9 +365,8 @@ def stage_one(frame: Table) -> Table:
 @entry(TABLES, "outside", "one")
 def outside(frame: Table) -> Table:
     """How well the total uncertainty, its epistemic part and LoRA's entropy find other data."""
-    rows = standard(frame)
-    measured = rows.dropna(subset="ood_auroc_epistemic").query("guide != 'map'")
-    lora = rows.query("guide == 'map'")[[*UNIT, "ood_auroc", "error_auroc"]]
+    measured = standard(frame).dropna(subset="ood_auroc_epistemic")
+    lora = equal_epochs(frame)[[*UNIT, "ood_auroc", "error_auroc"]]
     both = measured.merge(lora, on=UNIT, suffixes=("", "_lora"))
     names = {
         "ood_auroc": "other data: entropy",
@@ -369,9 +375,7 @@ def outside(frame: Table) -> Table:
         "error_auroc": "errors: entropy",
         "error_auroc_lora": "LoRA's entropy, errors",
     }
-    groups = both.groupby(["task", "examples", "guide"], sort=False)
-    means = groups[list(names)].mean().assign(seeds=groups["seed"].nunique())
-    return readable(means.reset_index().rename(columns=names))
+    return seed_means(both, ["task", "examples", "guide"], names)
 
 
 @entry(TABLES, "ratios", "confirm one two")
@@ -483,9 +487,7 @@ def recipes(frame: Table) -> Table:
         "ece": "ece of montec",
         "points": "points",
     }
-    groups = both.groupby(["task", "examples", *RECIPE], sort=False)
-    means = groups[list(names)].mean().assign(seeds=groups["seed"].nunique())
-    return readable(means.reset_index().rename(columns=names))
+    return seed_means(both, ["task", "examples", *RECIPE], names)
 
 
 @entry(TABLES, "epochs", "confirm")

@@ -94,10 +94,11 @@ def task_files(folder: Path, name: str) -> list[Path]:
     task = TASKS[name]
     if task.texts:
         files = sorted((folder / TEXTS).glob(task.texts))
-        if len(files) != (1 if task.parts else task.classes):
+        number = 1 if task.parts else task.classes
+        if len(files) != number:
             raise SystemExit(
                 f"{folder / TEXTS} has {len(files)} files {task.texts}; the task {name!r} takes "
-                f"{1 if task.parts else task.classes}"
+                f"{number}"
             )
     else:
         own = folder / (task.folder or name)

@@ -44,15 +44,15 @@ class SettleScales(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        last = int(defaults.SETTLED_LAST * state.max_steps)
-        finally_ = self.joint.program.settles_at_first and step == last
-        if finally_ or step & (step - 1) == 0:
+        last = step == int(defaults.SETTLED_LAST * state.max_steps)
+        last = last and self.joint.program.settles_at_first
+        if last or step & (step - 1) == 0:
             progress = (step + 1) / max(state.max_steps, 1)
             beta = self.guide.beta(self.joint.num_examples, progress)
             few = max(args.per_device_train_batch_size, defaults.CURVATURE_FEW)
-            most = defaults.CURVATURE_EXAMPLES if finally_ else few
+            number = defaults.CURVATURE_EXAMPLES if last else few
             try:
-                settle(self.joint, self.data, beta, args, step, most)
+                settle(self.joint, self.data, beta, args, step, number)
             except NonFiniteError as error:
                 raise self.failure(f"has no optimal scales ({error})") from error
 
