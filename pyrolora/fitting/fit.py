@@ -104,9 +104,10 @@ def fit(
         if that is ten or more, but at most 250; these choose the width of the noise and a
         temperature, and are not learnt (``hold_back`` of the guide, `Posterior.held_back`).
     eval_data
-        Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
-        draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``), at temperature 1:
-        `Posterior.evaluate` has the scores at the temperature that the fit chooses last.
+        Evaluation data, scored every epoch by the predictive mean over draws, and once more where
+        the posterior is finished after the training (scales set by curvature, ``"laplace"``,
+        ``"nuts"``, ``"ensemble"``, ...). These scores are at temperature 1: `Posterior.evaluate`
+        has those at the temperature that the fit chooses last.
         ``"laplace"`` sets the scale of its prior by it, unless told otherwise, and
         ``rank_allocation="alora"`` judges ranks by it.
     num_examples
