@@ -81,8 +81,8 @@ def fit(
         name the ``task``). Its weights are not changed. A model that is loaded gets a head for the
         classes of ``data``, or, with ``prior``, of the earlier data. Or a `Posterior`, such as
         `from_peft` reads: its means and task head stay as they are, and the guide adds their
-        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, of the head alone
-        ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
+        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, ``"tfb"``, of the head
+        alone ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
     data
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw with a tokenizer or processor, or tokenised; a
