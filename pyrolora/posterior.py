@@ -69,7 +69,9 @@ class Posterior:
         The guide's options.
     history
         The log of the fit, one dict per entry: ``loss``, ``elbo``, ``log_likelihood``,
-        ``kl/<site>``, evaluation metrics, ``ranks_lost``, by ``step`` and ``epoch``.
+        ``kl/<site>``, evaluation metrics, ``ranks_lost``, by ``step`` and ``epoch``. Where examples
+        were held back, the last entry has ``held_back``, their number, and what they have chosen:
+        ``width``, the c of ``hold_back`` of the guide, and ``temperature``.
     tokenizer
         The tokenizer for raw text, or the processor for pictures and sounds, or None.
     settings
