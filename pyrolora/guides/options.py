@@ -176,9 +176,9 @@ class Variational(Guide):
         depends neither on a learning rate nor on the number of steps. ``"gradient"``: they are
         trained like the means. None: by curvature where the optimum is a closed form and inputs
         are known, else by gradient: for a learned ε, the hierarchical form around another mean than
-        the learned one, adapted embeddings and parameters, and after an earlier posterior. For
-        `LowRank` both: by the curvature's diagonal before steps 0, 1, 2, 4, ... and after three
-        quarters of the steps, and by gradient from there.
+        the learned one, where embeddings or parameters are adapted (then for all layers), and after
+        an earlier posterior. For `LowRank` both: by the curvature's diagonal before steps 0, 1, 2,
+        4, ... and after three quarters of the steps, and by gradient from there.
     scale_learning_rate
         Learning rate of the scales of the posterior, where they are trained, and of the noise of a
         regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
