@@ -1,4 +1,8 @@
-"""Defaults of all options that a fit depends on, each with its reason."""
+"""Defaults that were chosen, each with its reason.
+
+Those that change nothing (a KL weight of 1, no dropout), the shape of the adapters, and what Pyro's
+NUTS takes, stand with their options.
+"""
 
 from __future__ import annotations
 

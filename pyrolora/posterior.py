@@ -69,7 +69,9 @@ class Posterior:
         The guide's options.
     history
         The log of the fit, one dict per entry: ``loss``, ``elbo``, ``log_likelihood``,
-        ``kl/<site>``, evaluation metrics, ``ranks_lost``, by ``step`` and ``epoch``.
+        ``kl/<site>``, evaluation metrics, ``ranks_lost``, by ``step`` and ``epoch``. Where examples
+        were held back, the last entry has ``held_back``, their number, and what they have chosen:
+        ``width``, the c of ``hold_back`` of the guide, and ``temperature``.
     tokenizer
         The tokenizer for raw text, or the processor for pictures and sounds, or None.
     settings
@@ -318,12 +320,13 @@ class Posterior:
         2017, ICML).
 
         From then on T is in `predict`, `evaluate`, `log_likelihood`, `generate`, choices between
-        texts, `report`, `pyrolora.compare` and ArviZ's ``posterior_predictive``, and `save` keeps
-        it. A fit that holds examples back (``hold_back``) has chosen one already, which this one
-        replaces. (Of a causal language model that was fitted to choose it is the T of its choices,
-        and not of the texts that it writes.) What describes the fit has no temperature: `model`,
-        `guide`, `khat`, ArviZ's ``log_likelihood`` (leave-one-out weighs draws by the likelihood
-        that made them), and a later fit. `merge` and `to_peft` cannot hold it, and warn.
+        texts, `report`, `pyrolora.compare`, `pyrolora.diagnostics.loo` and ArviZ's
+        ``posterior_predictive``, and `save` keeps it. A fit that holds examples back
+        (``hold_back``) has chosen one already, which this one replaces. (Of a causal language model
+        that was fitted to choose it is the T of its choices, and not of the texts that it writes.)
+        What describes the fit has no temperature: `model`, `guide`, `khat`, ArviZ's
+        ``log_likelihood`` (leave-one-out weighs draws by the likelihood that made them), and a
+        later fit. `merge` and `to_peft` cannot hold it, and warn.
 
         Parameters
         ----------
@@ -813,7 +816,8 @@ class Posterior:
         ------
         ConfigError
             For a guide without a density: ``"map"`` with a point head, ``"ensemble"``, ``"nuts"``,
-            ``"dropout"``, ``"full"``, ``"tfb"``, and ``"swag"`` without a prior.
+            ``"dropout"``, ``"full"``, ``"tfb"``, ``Laplace(curvature="full")``, and ``"swag"``
+            without a prior.
         DataError
             When ``data`` has another number of examples than the fit.
         """

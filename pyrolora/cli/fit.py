@@ -43,7 +43,8 @@ def fit(
         str | None,
         typer.Option(
             help="How to infer the posterior: {guides} (map is plain LoRA; full trains every "
-            "weight); flat around another one: flat+montec.",
+            "weight); flat around another one: flat+montec. Some hold a tenth of the "
+            "examples back, to choose by; --set guide.hold_back=0: none.",
             show_default="montec, or that of --prior",
         ),
     ] = None,

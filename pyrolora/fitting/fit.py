@@ -81,8 +81,8 @@ def fit(
         name the ``task``). Its weights are not changed. A model that is loaded gets a head for the
         classes of ``data``, or, with ``prior``, of the earlier data. Or a `Posterior`, such as
         `from_peft` reads: its means and task head stay as they are, and the guide adds their
-        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, of the head alone
-        ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
+        spread (``"montec"``, ``"meanfield"``, ``"lowrank"``, ``"laplace"``, ``"tfb"``, of the head
+        alone ``MAP(head="gaussian")``; the model of ``"nuts"`` is conditioned on them).
     data
         Training data: a ``datasets.Dataset`` or ``DatasetDict`` (split ``train``; its
         ``validation`` becomes ``eval_data``), raw with a tokenizer or processor, or tokenised; a
@@ -104,9 +104,10 @@ def fit(
         if that is ten or more, but at most 250; these choose the width of the noise and a
         temperature, and are not learnt (``hold_back`` of the guide, `Posterior.held_back`).
     eval_data
-        Evaluation data, scored every epoch by the predictive mean over draws, and at the end where
-        draws come then (``"laplace"``, ``"nuts"``, ``"ensemble"``), at temperature 1:
-        `Posterior.evaluate` has the scores at the temperature that the fit chooses last.
+        Evaluation data, scored every epoch by the predictive mean over draws, and once more where
+        the posterior is finished after the training (scales set by curvature, ``"laplace"``,
+        ``"nuts"``, ``"ensemble"``, ...). These scores are at temperature 1: `Posterior.evaluate`
+        has those at the temperature that the fit chooses last.
         ``"laplace"`` sets the scale of its prior by it, unless told otherwise, and
         ``rank_allocation="alora"`` judges ranks by it.
     num_examples

@@ -50,7 +50,8 @@ class Flat(Guide):
     Parameters
     ----------
     inner
-        The guide of the factors.
+        The guide of the factors. Its options say how scales are inferred, and which share of the
+        examples is held back.
     rho
         ρ, the final noise relative to the norm of a row.
     at_prediction

@@ -93,7 +93,8 @@ class MonteCLoRA(Variational):
         ``"zero"``.
     df_per_rank
         ν / r >= 1, with r the highest rank that a layer has or, where ranks move, can have. For the
-        hierarchical form around zero ν > r + 1: below, E[Σ⁻¹] and with it the KL is infinite.
+        hierarchical form around zero or the start, and after an earlier posterior, ν > r + 1:
+        below, E[Σ⁻¹] and with it the KL is infinite.
     concentration
         α₀.
     init_covariance

@@ -54,11 +54,13 @@ class NUTS(Guide):
     Parameters
     ----------
     inner
-        The guide whose model is sampled: `MeanField`, `MonteCLoRA`, or `MAP` with a prior. Options
-        of its guide alone and of its training, such as ``init_scale``, make no difference. Of noise
-        that is relative to the rows the width c is that of the posterior that is passed to
-        ``fit``, so that the prior is the one of that fit; else, and with ``hold_back=0``, it is 1.
-        NUTS holds no examples back to choose it by: a ``hold_back`` above 0 is refused.
+        The guide whose model is sampled, one whose prior has a width: `MeanField`, `LowRank`,
+        `MonteCLoRA`, or `MAP` with a ``prior_scale``. By default `MeanField` with the prior
+        N(0, 0.2²), in absolute units. Options of its guide alone and of its training, such as
+        ``init_scale``, make no difference. Of noise that is relative to the rows the width c is
+        that of the posterior that is passed to ``fit``, so that the prior is the one of that fit;
+        else, and with ``hold_back=0``, it is 1. NUTS holds no examples back to choose it by: a
+        ``hold_back`` above 0 is refused.
     chains, num_samples, warmup_steps
         Number of chains, and per chain the steps that are kept and those for adaptation.
     target_accept_prob, max_tree_depth

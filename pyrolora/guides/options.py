@@ -176,16 +176,17 @@ class Variational(Guide):
         depends neither on a learning rate nor on the number of steps. ``"gradient"``: they are
         trained like the means. None: by curvature where the optimum is a closed form and inputs
         are known, else by gradient: for a learned ε, the hierarchical form around another mean than
-        the learned one, adapted embeddings and parameters, and after an earlier posterior. For
-        `LowRank` both: by the curvature's diagonal before steps 0, 1, 2, 4, ... and after three
-        quarters of the steps, and by gradient from there.
+        the learned one, where embeddings or parameters are adapted (then for all layers), and after
+        an earlier posterior. For `LowRank` both: by the curvature's diagonal before steps 0, 1, 2,
+        4, ... and after three quarters of the steps, and by gradient from there.
     scale_learning_rate
         Learning rate of the scales of the posterior, where they are trained, and of the noise of a
         regression; the means have the fit's ``learning_rate``. None: ten times that, so that noise
         does not grow before the means have learnt, but at most 1e-2, or, where β < 1, at most
         1e-2 √(256 / T) in a fit of T > 256 steps: the noise of a cold posterior outgrows what is
         learnt. With ``units="row"``, where trained scales begin at the prior's and the data narrow
-        them, 0.1 at any β.
+        them, 0.1 at any β; not for scales that are set by curvature in a first fit, and trained
+        only after an earlier posterior, whose widths they begin at.
     hold_back
         Share of the training examples that are held back from the fit, at random, to choose one
         number c, by which the noise of all layers is multiplied, and then a temperature
@@ -198,11 +199,11 @@ class Variational(Guide):
         that predicts well, as a mean that fits well costs it nothing. The prior log c ~ N(0, 1)
         counts beside it: where little has been learnt, or few examples are held back, c is near 1.
         It needs ``units="row"``, and steps of training: around a given adapter,
-        ``scale_updates="gradient"``. After an earlier posterior c is that one's, and the
-        temperature alone is chosen. 0: no example is held back, and c is 1. None: a tenth, where
-        that is possible and comes to ten examples, but at most 250, which tell two numbers well
-        enough. `Posterior.held_back` is how many there were, and the last entry of the history has
-        c and the temperature.
+        ``scale_updates="gradient"`` (`LowRank` trains its scales anyway). After an earlier
+        posterior c is that one's, and the temperature alone is chosen. 0: no example is held back,
+        and c is 1. None: a tenth, where that is possible and comes to ten examples, but at most
+        250, which tell two numbers well enough. `Posterior.held_back` is how many there were, and
+        the last entry of the history has c and the temperature.
     """
 
     kl_weight: float = 1.0
