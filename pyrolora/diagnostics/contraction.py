@@ -72,15 +72,22 @@ class Moments:
 
 
 def has_trained_widths(program: Program) -> bool:
-    """Return whether training steps made the widths.
+    """Return whether training steps alone made the widths.
 
     The number and the size of the steps then decide how wide they are, with any data or none, so
     that the widths are no sign of learning.
     """
     options = innermost(program).options
-    return (
-        isinstance(options, Variational | SWAG) and not program.settles and program.stored() is None
-    )
+    settled = program.settles or (program.settles_at_first and has_inputs(program.bank))
+    return isinstance(options, Variational | SWAG) and not settled and program.stored() is None
+
+
+def has_inputs(bank: AdapterBank) -> bool:
+    """Return whether all adapted layers have inputs that a curvature can be made of.
+
+    Adapted embeddings and parameters have none.
+    """
+    return not (bank.config.target_parameters or any(s.lookup for s in bank.specs.values()))
 
 
 @torch.no_grad()

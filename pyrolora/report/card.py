@@ -14,14 +14,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pyrolora.checks import text_or_none
-from pyrolora.diagnostics.contraction import contractions, has_trained_widths, update_norms
+from pyrolora.diagnostics.contraction import contractions, update_norms
 from pyrolora.errors import ConfigError
 from pyrolora.guides import full_name
 from pyrolora.pipelines.names import pipeline_name, reads_plain_texts
 from pyrolora.report import findings
-from pyrolora.report.facts import Subject, moved_width, option_facts, posterior_facts
+from pyrolora.report.facts import Subject, option_facts, posterior_facts
 from pyrolora.report.findings import Finding
 from pyrolora.report.report import Judgement
+from pyrolora.report.widths import prior_finding
 from pyrolora.storage import MEAN_FOLDER
 from pyrolora.visible import visible
 
@@ -217,9 +218,7 @@ def _without_data(posterior: Subject) -> list[Finding]:
     blocks = contractions(program)
     checked = [
         findings.no_update(update_norms(program)),
-        findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=moved_width(posterior)
-        ),
+        prior_finding(posterior, blocks),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
     ]

@@ -107,7 +107,11 @@ def no_better_than_chance(
 
 
 def prior_dominated(
-    blocks: Sequence[Contraction], *, trained: bool = False, chosen: bool = False
+    blocks: Sequence[Contraction],
+    *,
+    trained: bool = False,
+    chosen: bool = False,
+    relative: bool = False,
 ) -> Finding | None:
     """Warn where the posterior is its prior in more than half of the blocks.
 
@@ -119,6 +123,8 @@ def prior_dominated(
     chosen
         Whether examples that were held back moved the width of prior and posterior: then it is no
         choice of the user's.
+    relative
+        Whether examples that are held back could choose it: with ``units="row"``.
     """
     same = [block for block in blocks if block.prior_dominated]
     if chosen or 2 * len(same) <= len(blocks):
@@ -127,13 +133,14 @@ def prior_dominated(
     cause = "The data told the posterior next to nothing about them."
     if trained:
         cause = "Whether the data or the number of training steps is the cause is not known."
+    choose = "Have examples choose its width (hold_back), l" if relative else "L"
     return Finding(
         "prior_dominated",
         "The spread of the adapters is the prior's, not the data's",
         f"In {len(same)} of {len(blocks)} blocks the draws have the prior's spread around the "
         f"prior's mean (median of posterior over prior spread: {scales:.2f}). {cause}",
-        "The uncertainty then measures the choice of the prior. Lower kl_weight, use more data or "
-        "train longer; or adapt fewer layers or ranks.",
+        f"The uncertainty then measures the choice of the prior. {choose}ower kl_weight, use more "
+        "data or train longer; or adapt fewer layers or ranks.",
     )
 
 

@@ -22,7 +22,6 @@ from pyrolora.diagnostics.chance import without_adapters
 from pyrolora.diagnostics.contraction import (
     Contraction,
     contractions,
-    has_trained_widths,
     update_norms,
 )
 from pyrolora.errors import ConfigError, listed
@@ -37,7 +36,6 @@ from pyrolora.report.facts import (
     chose_width,
     data_facts,
     label_table,
-    moved_width,
     option_facts,
     posterior_facts,
     versions,
@@ -46,7 +44,7 @@ from pyrolora.report.findings import Finding
 from pyrolora.report.pictures import fit_pictures, posterior_pictures, prediction_pictures
 from pyrolora.report.shaded import shaded_texts
 from pyrolora.report.tables import Estimate, example_tables, metrics_table
-from pyrolora.report.widths import about_widths, contraction_table
+from pyrolora.report.widths import about_widths, contraction_table, prior_finding
 from pyrolora.tasks import Prediction
 
 TEMPLATE = "page.html.jinja"
@@ -281,9 +279,7 @@ def _findings(
         findings.overconfident(prediction),
         findings.no_better_than_chance(prediction, plain),
         findings.no_update(update_norms(program)),
-        findings.prior_dominated(
-            blocks, trained=has_trained_widths(program), chosen=moved_width(posterior)
-        ),
+        prior_finding(posterior, blocks),
         findings.not_converged(posterior.history),
         findings.chains_disagree(posterior.history),
         findings.few_examples(len(prediction.examples.unique())),

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pyrolora.diagnostics.contraction import Contraction, has_trained_widths
+from pyrolora.diagnostics.contraction import Contraction, has_inputs, has_trained_widths
 from pyrolora.guides import Program
+from pyrolora.guides.wrapping import innermost
+from pyrolora.report.facts import Subject, moved_width
+from pyrolora.report.findings import Finding, prior_dominated
 
 
 def about_widths(program: Program, blocks: Sequence[Contraction], *, chosen: bool = False) -> str:
@@ -31,6 +34,11 @@ def about_widths(program: Program, blocks: Sequence[Contraction], *, chosen: boo
             "The widths are those of the objective: the prior's where the data said nothing. Their "
             "KL shows that the data constrain the entries, which random labels do, too."
         )
+        if program.settles_at_first:
+            said += (
+                " (Curvature set them as if entries were independent, for the last time after "
+                "three quarters of the steps, and the other steps have trained them from there.)"
+            )
     if chosen:
         said += (
             " Examples that were held back chose one number that multiplies the widths of both, "
@@ -39,14 +47,21 @@ def about_widths(program: Program, blocks: Sequence[Contraction], *, chosen: boo
     return said
 
 
-def could_settle(program: Program) -> bool:
-    """Return whether curvature could set the widths: they have a closed optimum, and layers inputs.
+def prior_finding(posterior: Subject, blocks: Sequence[Contraction]) -> Finding | None:
+    """Return the warning about a posterior that is its prior, if it is."""
+    program = posterior.model.program
+    return prior_dominated(
+        blocks,
+        trained=has_trained_widths(program),
+        chosen=moved_width(posterior),
+        relative=getattr(innermost(program), "width", None) is not None,
+    )
 
-    Adapted embeddings and parameters have none that a curvature could be made of.
-    """
-    bank = program.bank
-    readable = not (bank.config.target_parameters or any(s.lookup for s in bank.specs.values()))
-    return program.supports.closed_scales and program.previous is None and readable
+
+def could_settle(program: Program) -> bool:
+    """Return whether curvature could set the widths, which then have a closed optimum."""
+    closed = program.supports.closed_scales and program.previous is None
+    return closed and has_inputs(program.bank)
 
 
 def contraction_table(blocks: Sequence[Contraction]) -> pd.DataFrame:

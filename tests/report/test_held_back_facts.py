@@ -119,7 +119,7 @@ def test_a_fit_that_ends_before_the_first_choice_has_chosen_the_temperature_alon
 
 
 def test_trained_widths_are_multiplied_by_what_was_chosen_too() -> None:
-    made = report_on(fitted(LowRank()), data(30), num_samples=2, seed=0)
+    made = report_on(fitted(LowRank(scale_updates="gradient")), data(30), num_samples=2, seed=0)
     assert "The widths come from the training steps" in made.html
     assert "held back chose one number that multiplies the widths" in made.html
 

@@ -22,7 +22,7 @@ from pyrolora.guides import MAP, SWAG, Flat, Guide, Laplace, LowRank, MeanField,
 from pyrolora.predictive import ClassPrediction, RegressionPrediction
 from pyrolora.report import report_on
 from pyrolora.report.findings import no_better_than_chance, no_update, prior_dominated
-from pyrolora.report.widths import about_widths, contraction_table
+from pyrolora.report.widths import about_widths, contraction_table, prior_finding
 
 COMMON = {"units": "fan_in", "prior_mean": "start", "kl_weight": 1.0}
 GUIDES = {
@@ -169,7 +169,8 @@ def test_the_kl_of_montec_is_that_of_its_moments() -> None:
     [
         (MonteCLoRA(scale_updates="gradient"), True),
         (MonteCLoRA(), False),
-        (LowRank(rank=2), True),
+        (LowRank(rank=2), False),
+        (LowRank(rank=2, scale_updates="gradient"), True),
         (SWAG(prior_scale=0.5, snapshots=4, rank=2), True),
         (Flat(inner=MeanField(scale_updates="gradient"), rho=0.1), True),
         (Laplace(prior_scale=0.5), False),
@@ -188,8 +189,8 @@ def test_every_width_is_put_down_to_what_made_it(guide: Guide, trained: bool) ->
 
 @pytest.mark.parametrize(
     "guide",
-    [LowRank(), LowRank(**COMMON), MonteCLoRA(learn_sample_scale=True)],
-    ids=["lowrank", "lowrank, fan_in", "montec"],
+    [LowRank(scale_updates="gradient"), MonteCLoRA(learn_sample_scale=True)],
+    ids=["lowrank", "montec"],
 )
 def test_curvature_is_no_advice_where_nothing_is_set_by_it(guide: Guide) -> None:
     program = fitted(guide, "real").model.program
@@ -197,6 +198,26 @@ def test_curvature_is_no_advice_where_nothing_is_set_by_it(guide: Guide) -> None
     assert said.endswith("is not known.")
     said = about_widths(program, contractions(program), chosen=True)
     assert said.endswith("one number that multiplies the widths of both, posterior and prior.")
+
+
+def test_widths_that_are_trained_from_the_curvatures_are_no_schedules() -> None:
+    program = fitted(LowRank(), "real").model.program
+    said = about_widths(program, contractions(program))
+    assert "no sign of learning" not in said
+    assert "three quarters of the steps" in said
+
+
+@pytest.mark.filterwarnings("ignore:training has not moved the adapters")
+def test_advice_names_the_examples_that_could_choose_the_width() -> None:
+    few = fitted(LowRank(), "none")
+    assert not few.held_back
+    found = prior_finding(few, contractions(few.model.program))
+    assert found is not None
+    assert "hold_back" in found.advice
+    absolute = fitted(LowRank(**COMMON), "none")
+    found = prior_finding(absolute, contractions(absolute.model.program))
+    assert found is not None
+    assert "hold_back" not in found.advice
 
 
 def test_curvature_is_no_advice_after_an_earlier_posterior_nor_for_embeddings() -> None:
