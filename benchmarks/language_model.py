@@ -5,7 +5,7 @@ there. The tables of docs/language_model.md are made of the rows at the end of e
 
 The protocol of BLoB (arXiv 2406.11675) as it is here: LoRA of rank 8, alpha 16, on the query and
 value projections, batches of 4, AdamW at 1e-4 with a warm-up over 6 % of the steps, 10 draws. What
-differs: the model, the tasks' sizes, few epochs. Their adapter on the output layer is here the
+differs: the model, the tasks' sizes, fewer steps. Their adapter on the output layer is here the
 classifier's head, whose rows start as those of the answers' words, trained whole, a point; choices
 are told by the likelihood of their texts, with the output layer as it is.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import os
 import tempfile
@@ -103,6 +104,7 @@ class Job:
     task: str
     method: str
     seed: int
+    epochs: int
     args: argparse.Namespace
 
     def methods(self) -> list[str]:
@@ -120,7 +122,7 @@ class Job:
             "prompt": dataclasses.asdict(PROMPTS[self.task]),
             "examples": args.examples,
             "others": [args.held_out, args.scored, TUNED_ON, ANCHORS, MOST_WORDS],
-            "epochs": args.epochs,
+            "epochs": self.epochs,
             "batch": args.batch_size,
             "learning_rate": args.learning_rate,
             "warm_up": WARM_UP,
@@ -132,11 +134,10 @@ class Job:
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """A seed of everything, then the next; a task after the other, so that tables fill whole."""
-    for seed in args.seeds:
-        for task in args.tasks:
-            for method, own in METHODS.items():
-                if own.after is None:
-                    yield Job(task, method, seed, args)
+    for seed, epochs, task in itertools.product(args.seeds, args.epochs, args.tasks):
+        for method, own in METHODS.items():
+            if own.after is None:
+                yield Job(task, method, seed, epochs, args)
 
 
 def adapter(task: str, args: argparse.Namespace) -> pyrolora.AdapterConfig:
@@ -159,7 +160,7 @@ def run(job: Job) -> Iterator[tuple[str, Row]]:
         args.data, job.task, (args.examples, args.held_out, args.scored), job.seed
     )
     network, tokenizer = load_language_model(args.model, job.task, job.seed, args.dtype)
-    training = arguments(args, job.seed)
+    training = arguments(job)
     start = time.process_time()
     trained = pyrolora.fit(
         network,
@@ -202,14 +203,15 @@ def guide(method: str) -> guides.Guide:
     return guides.from_options(METHODS[method].guide, METHODS[method].options)
 
 
-def arguments(args: argparse.Namespace, seed: int) -> Any:
-    steps = math.ceil(args.examples / args.batch_size) * args.epochs
+def arguments(job: Job) -> Any:
+    args = job.args
+    steps = math.ceil(args.examples / args.batch_size) * job.epochs
     return training_arguments(
         tempfile.gettempdir(),
-        epochs=args.epochs,
+        epochs=job.epochs,
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,
-        seed=seed,
+        seed=job.seed,
         save=False,
         warmup_steps=math.ceil(WARM_UP * steps),
         disable_tqdm=True,
@@ -221,7 +223,7 @@ def scored(posterior: Any, splits: Splits, job: Job, seconds: float) -> Row:
     """Scores of the predictive mean over draws, and what they took: seconds of the processor."""
     start = time.process_time()
     prediction = posterior.predict(splits.scored, num_samples=job.args.draws, seed=job.seed)
-    steps = math.ceil(len(splits.train) / job.args.batch_size) * job.args.epochs
+    steps = math.ceil(len(splits.train) / job.args.batch_size) * job.epochs
     return {
         **scores(prediction),
         "fit_s": seconds,
@@ -285,7 +287,7 @@ def made(job: Job) -> Iterator[tuple[str, Row]]:
 
 def line(job: Job, method: str, results: Row) -> str:
     """What is printed of a finished row."""
-    about = f"{job.task} s{job.seed} {method}"
+    about = f"{job.task} s{job.seed} {job.epochs} epochs {method}"
     if "error" in results:
         return f"{about}: {results['error']}"
     found = " ".join(f"{name} {results[name]:.3f}" for name in ("accuracy", "nll", "ece"))
@@ -315,7 +317,7 @@ def frame_of(rows: Mapping[str, Row]) -> pd.DataFrame:
 
 def per_task(frame: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, ± their standard error where there are several."""
-    groups = frame.groupby(["task", "method"], observed=True)
+    groups = frame.groupby(["epochs", "task", "method"], observed=True)
     shown = pd.DataFrame({SCORES[name]: groups[name].apply(with_error) for name in SCORES})
     for name in ("s / step", "predict s"):
         shown[name] = groups[name].mean().map("{:.2f}".format)
@@ -329,8 +331,12 @@ def with_error(values: pd.Series) -> str:
 
 
 def over_tasks(frame: pd.DataFrame) -> pd.DataFrame:
-    """Over the tasks and seeds that every method has: mean accuracy and ECE, and the geometric
-    mean of NLL relative to MLE."""
+    """For each number of epochs, over the tasks and seeds that every method has: mean accuracy and
+    ECE, and the geometric mean of NLL relative to MLE."""
+    return pd.concat([_over_tasks(own) for _, own in frame.groupby("epochs")])
+
+
+def _over_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     wide = frame.pivot_table(
         index=["task", "seed"], columns="method", values=list(SCORES), observed=True
     ).dropna()
@@ -338,6 +344,7 @@ def over_tasks(frame: pd.DataFrame) -> pd.DataFrame:
     relative = np.log(wide["nll"]).sub(np.log(wide["nll"]["MLE"]), axis=0)
     return pd.DataFrame(
         {
+            "epochs": frame["epochs"].iloc[0],
             "method": names,
             "accuracy": [wide["accuracy"][name].mean() for name in names],
             "NLL to MLE's": [float(np.exp(relative[name].mean())) for name in names],
@@ -380,7 +387,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--examples", type=positive, default=200, help="to train on, of each task")
     add("--held-out", type=positive, default=200, help="that choose the temperature")
     add("--scored", type=positive, default=100, help="at most")
-    add("--epochs", type=positive, default=2)
+    add("--epochs", type=positive, nargs="+", default=[2, 10], help="one or several")
     add("--batch-size", type=positive, default=4)
     add("--learning-rate", type=float, default=1e-4)
     add("--draws", type=positive, default=10, help="of a prediction")

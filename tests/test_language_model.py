@@ -184,7 +184,7 @@ def rows_of(script: Any, nll: dict[tuple[str, int], dict[str, float]]) -> pd.Dat
     about = {"accuracy": 0.5, "ece": 0.1, "fit_s": 8.0, "predict_s": 1.0, "steps": 4}
     rows = {
         f"{task} {seed} {method}": {
-            "settings": {"task": task, "seed": seed, "method": method},
+            "settings": {"task": task, "seed": seed, "method": method, "epochs": 2},
             "results": {**about, "nll": value},
         }
         for (task, seed), own in nll.items()
@@ -215,3 +215,17 @@ def test_over_tasks_only_those_count_that_every_method_has(script: Any) -> None:
     table = script.over_tasks(frame).set_index("method")
     assert table["NLL to MLE's"].tolist() == pytest.approx([1.0, 0.5 ** (1 / 3)])
     assert table["tasks x seeds"].tolist() == [3, 3]
+
+
+def test_numbers_of_epochs_have_lines_of_their_own(script: Any, folder: Path) -> None:
+    args = script.parse([*command(folder, "0", "--tasks", "sst2"), "--epochs", "1", "3"])
+    epochs = [job.settings(job.method)["epochs"] for job in script.jobs(args)]
+    trained = len(epochs) // 2
+    assert epochs == [1] * trained + [3] * trained
+    few = rows_of(script, {("sst2", 0): {"MLE": 1.0, "montec": 0.5}})
+    many = few.assign(epochs=10, nll=few["nll"] * [1, 3])
+    frame = pd.concat([few, many])
+    assert script.per_task(frame)["NLL"].tolist() == ["1.000", "0.500", "1.000", "1.500"]
+    table = script.over_tasks(frame)
+    assert table["epochs"].tolist() == [2, 2, 10, 10]
+    assert table["NLL to MLE's"].tolist() == pytest.approx([1, 0.5, 1, 1.5])
