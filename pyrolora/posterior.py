@@ -717,8 +717,9 @@ class Posterior:
             the training data, exact for draws of the posterior itself: its weights are
             p(y_i|θ)^(−1/β) with the β of the fit, which is the attribute ``kl_weight`` of every
             group. ``az.loo`` has those of β = 1; for another β a log says so, once, and so does
-            the attribute ``leave_one_out``. Where the temperature is not 1, ``sample_stats`` also
-            has the ``calibrated_log_likelihood``, which `loo` then scores by. With means, a head
+            the attribute ``leave_one_out``. Where the temperature is not 1, or examples that were
+            held back chose it, ``sample_stats`` has the ``calibrated_log_likelihood``, too, which
+            `loo` scores by. With means, a head
             and a noise that were fitted to the same data both are too good; for held-out data
             there is ``evaluate(data)["nll"]``.
         factors

@@ -99,7 +99,7 @@ def inference_data(
             if log_likelihood:  # the log-likelihood of the model has no temperature
                 untempered = prediction if temperature == 1 else read(all_drawn, 1.0)
                 groups["log_likelihood"] = {"y": (_scores(untempered, shape), (untempered.row,))}
-                if temperature != 1:
+                if temperature != 1 or held_back:  # by which 1 was chosen, and elsewhere another
                     calibrated = {CALIBRATED: (_scores(prediction, shape), (prediction.row,))}
                     groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
     if numbers is not None:
