@@ -43,7 +43,8 @@ def loo(idata: Any) -> Any:
     scored predictions are p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
-    same example stay, so that the estimate is exact only for draws of the posterior itself.
+    same example stay, so that the estimate is exact only for draws of the posterior itself. Of
+    a text the weights do not take out the EOS, which a language model learns and no score has.
 
     Parameters
     ----------
