@@ -128,7 +128,8 @@ class FactorProgram(CentredProgram):
         return self.bank.replaced(self.options.latent, values[0])
 
     def variances(self) -> FlatFactors | None:
-        if self.stored() is not None:
+        sites_are_factors = type(self).factors is FactorProgram.factors
+        if self.stored() is not None or not sites_are_factors:
             return None
         stated = torch.cat([self.law(site).variance for site in self.sites])
         return self.bank.alone(self.options.latent, stated)

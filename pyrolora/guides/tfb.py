@@ -218,9 +218,6 @@ class TFBProgram(FactorProgram):
         delta = self.bank.layout("A").transform(roots, flat(sites["noise"]))
         return self.bank.shifted("A", delta)
 
-    def variances(self) -> None:
-        """Return None: the site is Z, whose distribution is not that of A."""
-
     @torch.no_grad()
     def roots(self) -> Tensor:
         """Return (BᵀB)^(−½) of every layer, (L, r, r), in the order of A's blocks.

@@ -10,7 +10,7 @@ from problems import absolute, batch_of, bert, llama, mlp, tokens
 
 from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
-from pyrolora.guides import MAP, Flat, LowRank, MeanField, MonteCLoRA
+from pyrolora.guides import MAP, NUTS, TFB, Flat, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference import ablation, signal_to_noise
 from pyrolora.model import build
 from pyrolora.tasks import task_for
@@ -206,3 +206,10 @@ def test_what_little_the_data_say_of_a_rank_tells_it_from_the_others(guide):
     found = signal_to_noise(program)
     assert found.argmax() == 3
     torch.testing.assert_close(found[1, 1], alike[1, 1] / 0.999**2)
+
+
+@pytest.mark.parametrize("guide", [TFB(), NUTS(), MAP()], ids=str)
+def test_no_variances_are_stated_where_the_sites_have_other_ones(guide):
+    """TFB's is that of its standard noise; NUTS has draws, and its inner guide the prior's."""
+    joint = joint_of(mlp(), guide, task="classification")
+    assert joint.program.variances() is None
