@@ -20,6 +20,7 @@ from pyrolora.checks import path_like, true_or_false, whole_number
 from pyrolora.data import Prepared, TextOptions, prepare
 from pyrolora.data.labels import class_names_of
 from pyrolora.diagnostics import PSIS, khat
+from pyrolora.diagnostics.leave_one_out import by_places
 from pyrolora.errors import ConfigError
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference.identity import known_digest
@@ -719,8 +720,9 @@ class Posterior:
             the training data, exact for draws of the posterior itself: its weights are
             p(y_i|θ)^(−1/β) with the β of the fit, which is the attribute ``kl_weight`` of every
             group. ``az.loo`` has those of β = 1; for another β a log says so, once, and so does
-            the attribute ``leave_one_out``. Where the temperature is not 1, ``sample_stats`` also
-            has the ``calibrated_log_likelihood``, which `loo` then scores by. With means, a head
+            the attribute ``leave_one_out``. Where the temperature is not 1, or examples that were
+            held back chose it, ``sample_stats`` has the ``calibrated_log_likelihood``, too, which
+            `loo` scores by. With means, a head
             and a noise that were fitted to the same data both are too good; for held-out data
             there is ``evaluate(data)["nll"]``.
         factors
@@ -736,7 +738,16 @@ class Posterior:
         numbers = predictor.numbers(draws, num_samples=num_samples, seed=seed)
         if log_likelihood and data is None:
             raise ConfigError("log_likelihood=True needs data= to score")
-        read = None if data is None else predictor.reader(data, need_labels=log_likelihood)
+        others = False
+
+        def look(prepared: Prepared) -> None:
+            nonlocal others
+            others = self._are_others(prepared)
+
+        read = None
+        if data is not None:
+            looks = look if log_likelihood and self.held_back else None
+            read = predictor.reader(data, need_labels=log_likelihood, look=looks)
         return inference_data(
             self.model,
             self.options,
@@ -747,6 +758,7 @@ class Posterior:
             temperature=self.temperature,
             held_back=self.held_back,
             fit_seed=self.settings.get("seed", 0),
+            other_data=others,
             log_likelihood=log_likelihood,
             factors=factors,
             seed=seed,
@@ -824,21 +836,21 @@ class Posterior:
         prepared = prepare(data, self.base, self.task, self.tokenizer)
         if self.held_back and len(prepared) == self.model.num_examples + self.held_back:
             number = self.options.number_held_back(len({*prepared.of_rows}))
-            self._check_same(prepared)
+            if self._are_others(prepared):
+                warnings.warn(by_places(self.held_back), UserWarning, stacklevel=2)
             prepared, _ = prepared.parted(number, self.settings.get("seed", 0))
         return khat(self.model, self.options, prepared, num_samples, seed=seed, per_layer=per_layer)
 
-    def _check_same(self, data: Prepared) -> None:
-        """Warn of data that are not those of the fit in their order, where both have a digest."""
-        before, now = self.settings.get("data_digest"), known_digest(data)
-        if before is not None and now is not None and before != now:
-            warnings.warn(
-                f"{self.held_back} of the training examples were held back, and are known by their "
-                "places alone; these are other examples than those of the fit, or in another "
-                "order, so that others are left out: pass the training data as the fit got them",
-                UserWarning,
-                stacklevel=3,
-            )
+    def _are_others(self, data: Prepared) -> bool:
+        """Return whether the data are known not to be those of the fit in their order.
+
+        Texts that a language model has learnt end with EOS, and those that it scores do not: of
+        them it is not known.
+        """
+        before, now = self.settings.get("data_digest"), None
+        if before is not None and data.collate.ends_texts == self.task.collator.ends_texts:
+            now = known_digest(data)
+        return now is not None and before != now
 
     # Report -------------------------------------------------------------------------------------
 

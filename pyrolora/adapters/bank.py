@@ -119,6 +119,11 @@ class AdapterBank(RankedLayouts):
         means = self.means() if means is None else means
         return FlatFactors(value, means.B) if latent == "A" else FlatFactors(means.A, value)
 
+    def alone(self, latent: str, value: Tensor) -> FlatFactors:
+        """Return factors with ``value`` for the latent ones, and zeros for the other one."""
+        A, B = (torch.zeros_like(self.get_parameter(f"{factor}_loc")) for factor in "AB")
+        return self.replaced(latent, value, FlatFactors(A, B))
+
     @torch.no_grad()
     def activate(self, mask: Tensor) -> dict[str, Tensor]:
         """Make the ranks of ``mask`` (L, r_max) the active ones.

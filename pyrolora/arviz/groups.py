@@ -47,12 +47,14 @@ def inference_data(
     temperature: float = 1.0,
     held_back: int = 0,
     fit_seed: int = 0,
+    other_data: bool = False,
 ) -> Any:
     """Return draws of a fitted pair as ArviZ's container.
 
     `Posterior.to_arviz` describes the content. ``read(factors, temperature)`` returns the
     prediction that draws of the factors make for the data; ``temperature`` is the posterior's, and
-    so is ``held_back``, the number of training examples that the fit did not learn from.
+    so is ``held_back``, the number of training examples that the fit did not learn from;
+    ``other_data`` says that the data are known not to be those of the fit, or in another order.
     """
     program = joint.program
     chains = program.chains if draws is None else 1
@@ -97,7 +99,7 @@ def inference_data(
             if log_likelihood:  # the log-likelihood of the model has no temperature
                 untempered = prediction if temperature == 1 else read(all_drawn, 1.0)
                 groups["log_likelihood"] = {"y": (_scores(untempered, shape), (untempered.row,))}
-                if temperature != 1:
+                if temperature != 1 or held_back:  # by which 1 was chosen, and elsewhere another
                     calibrated = {CALIBRATED: (_scores(prediction, shape), (prediction.row,))}
                     groups["sample_stats"] = {**groups.get("sample_stats", {}), **calibrated}
     if numbers is not None:
@@ -121,6 +123,7 @@ def inference_data(
     }
     if held_back:
         attrs |= {"held_back": held_back, "fit_seed": fit_seed}
+        attrs |= {"other_data": 1} if other_data else {}
     if log_likelihood and attrs["kl_weight"] != 1:
         attrs["leave_one_out"] = _leave_one_out_advice(float(attrs["kl_weight"]))
     return to_inference_data(groups, coords, attrs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,15 @@ from pyrolora.errors import ConfigError, DataError
 ATTRIBUTES = ("kl_weight", "temperature", "num_examples")
 UNITS = {"log": 1, "negative_log": -1, "deviance": -2}
 """ArviZ's names for the scale of a score -> the factor of log p."""
+
+
+def by_places(held_back: int) -> str:
+    """Return the warning that examples held back are looked for in other data than the fit's."""
+    return (
+        f"{held_back} of the training examples were held back, and are known by their places "
+        "alone; these are other examples than those of the fit, or in another order, so that "
+        "others are left out: pass the training data as the fit got them"
+    )
 
 
 def loo(idata: Any) -> Any:
@@ -33,7 +43,8 @@ def loo(idata: Any) -> Any:
     scored predictions are p_T(y_i|θ_s): elpd is that of T, and ``az.loo`` is at T = 1.
 
     Only the draws are weighed: means, heads and the noise of a regression that were fitted to the
-    same example stay, so that the estimate is exact only for draws of the posterior itself.
+    same example stay, so that the estimate is exact only for draws of the posterior itself. Of
+    a text the weights do not take out the EOS, which a language model learns and no score has.
 
     Parameters
     ----------
@@ -106,6 +117,8 @@ def _likelihoods(idata: Any) -> tuple[Any, list[int]]:
             f"leave-one-out needs the training data, {expected} examples, got {len(kept)}; "
             "pass to_arviz the data that the posterior was fitted on, or score others with evaluate"
         )
+    if group.attrs.get("other_data") and len(kept) < group.sizes["example"]:
+        warnings.warn(by_places(int(group.attrs["held_back"])), UserWarning, stacklevel=3)
     group = group.isel(example=kept)
     if np.ptp(_by_example(group["y"]), axis=-1).max() == 0:
         raise DataError(

@@ -127,6 +127,13 @@ class FactorProgram(CentredProgram):
             return FlatFactors(values[0], values[1])
         return self.bank.replaced(self.options.latent, values[0])
 
+    def variances(self) -> FlatFactors | None:
+        sites_are_factors = type(self).factors is FactorProgram.factors
+        if self.stored() is not None or not sites_are_factors:
+            return None
+        stated = torch.cat([self.law(site).variance for site in self.sites])
+        return self.bank.alone(self.options.latent, stated)
+
     def quantities(self, sites: Sites) -> Quantities:
         """Return ‖A‖ and ‖B‖ of each layer, (S, L), which no rotation of the ranks changes."""
         drawn = self.factors(sites)

@@ -16,7 +16,7 @@ from pyrolora.distributions.column_normal import split_blocks, whiten
 from pyrolora.distributions.wishart_cholesky import lower_factor
 from pyrolora.guides.centred import CentredProgram
 from pyrolora.guides.engines import Curvature
-from pyrolora.guides.mixture import SymmetricMixture, optimal_scales, symmetric_mixture
+from pyrolora.guides.mixture import DRAWS, SymmetricMixture, optimal_scales, symmetric_mixture
 from pyrolora.guides.plates import flat, tempered
 from pyrolora.guides.program import Quantities, Sites
 
@@ -108,6 +108,21 @@ class MonteCLoRAProgram(CentredProgram):
         else:
             delta = self.layout.scale_rows(gain, flat(noise))
         return self.bank.shifted(self.options.latent, delta, means)
+
+    def variances(self) -> FlatFactors:
+        """Return the variance of every entry: ε² E‖π‖² V_kk in row k, in its units."""
+        law, options = dist.Dirichlet(self.param("concentration")), self.options
+        if options.sparse:  # E (max π)² has no closed form
+            squares = law.sample((DRAWS,)).amax(-1).square().mean(0)
+        else:
+            squares = (law.variance + law.mean.square()).sum(-1)
+        scale = self.param("sample_scale") if options.learn_sample_scale else self._epsilon
+        full = options.covariance == "full"
+        tril = self.param("scale_tril") if full else self.param("scale_diag").diag_embed()
+        V = self._cut(tril).square().sum(-1)
+        sizes = self.sizes()
+        rows = (scale.square() * squares)[:, None] * V * (1 if sizes is None else sizes.square())
+        return self.bank.alone(options.latent, self.layout.spread_rows(rows))
 
     def quantities(self, sites: Sites) -> Quantities:
         """Return the mixture weights; Σ and its eigenvalues; and the signal-to-noise of each rank.

@@ -208,6 +208,9 @@ class NUTSProgram(WrappingProgram):
         )
         return FlatFactors(A, B)
 
+    def variances(self) -> None:
+        """Return None: the inner guide has those of the prior."""
+
     def scale_parameters(self) -> list[str]:
         return []
 

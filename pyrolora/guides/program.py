@@ -126,6 +126,10 @@ class Program(ParamModule, ABC):
         """Return the mean adapter."""
         return self.bank.means()
 
+    def variances(self) -> FlatFactors | None:
+        """Return the variance of every entry of A and B; None where only draws tell it."""
+        return None
+
     def block_names(self) -> list[str]:
         """Return the labels of the dimension ``block`` in `quantities`, if it is used."""
         return []

@@ -78,6 +78,9 @@ class WrappingProgram(Program):
     def mean(self) -> FlatFactors:
         return self.inner.mean()
 
+    def variances(self) -> FlatFactors | None:
+        return self.inner.variances()
+
     def block_names(self) -> list[str]:
         return self.inner.block_names()
 

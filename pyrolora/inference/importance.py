@@ -74,9 +74,11 @@ def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRA
         s_a s_b / (s_a v_b + v_a s_b + v_a v_b),   s_a = ‖E a_k‖²,   v_a = E ‖a_k − E a_k‖²
 
     with a_k row k of A, b_k column k of B, independent under the guide; 0 where the signal is zero.
-    E a_k and E b_k are those of the mean adapter, and v are means over draws. (The mean of S draws
-    has the squared norm s + v / S on average, and would show a signal where there is none.) The
-    network is not run.
+    E a_k and E b_k are those of the mean adapter. v are those that the guide states
+    (`Program.variances`), or else means over draws. (The mean of S draws has the squared norm
+    s + v / S on average, and would show a signal where there is none.) Noise in units of the rows
+    has the same ratio at every size of the mean. What differs between ranks is then how far the
+    data narrow them: often by less than draws could tell. The network is not run.
 
     Returns
     -------
@@ -86,17 +88,28 @@ def signal_to_noise(program: Program, num_samples: int = defaults.ALLOCATION_DRA
     """
     bank = program.bank
     with evaluating(program):
-        means, factors = program.mean(), program.factors(program.draw(num_samples))
+        means = program.mean()
+        variances = program.variances() or _drawn(program, means, num_samples)
     signals, spreads = [], []
     for factor in "AB":
-        mean, layout = getattr(means, factor).double(), bank.layouts[factor]
-        apart = (getattr(factors, factor).double() - mean).square().expand(num_samples, -1).mean(0)
-        signals.append({n: m.sum(-1) for n, m in layout.matrices(mean.square()).items()})
-        spreads.append({n: m.sum(-1) for n, m in layout.matrices(apart).items()})
-    active = bank.mask().to(factors.A.device)
+        mean, apart = (getattr(found, factor).double() for found in (means, variances))
+        matrices = bank.layouts[factor].matrices
+        signals.append({n: m.sum(-1) for n, m in matrices(mean.square()).items()})
+        spreads.append({n: m.sum(-1) for n, m in matrices(apart).items()})
+    active = bank.mask().to(means.A.device)
     ratios = torch.full(active.shape, torch.nan, dtype=torch.double, device=active.device)
     for ratio, name in zip(ratios, bank.specs, strict=True):
         (s_a, s_b), (v_a, v_b) = ((part[0][name], part[1][name]) for part in (signals, spreads))
         noise = s_a * v_b + v_a * s_b + v_a * v_b
         ratio[: len(noise)] = torch.where(s_a * s_b > 0, s_a * s_b / noise, 0.0)
     return ratios.masked_fill(~active, torch.nan)
+
+
+def _drawn(program: Program, means: FlatFactors, num_samples: int) -> FlatFactors:
+    """Return the mean squared distance of draws from the means."""
+    factors = program.factors(program.draw(num_samples))
+    A, B = (
+        (getattr(factors, f) - getattr(means, f)).square().expand(num_samples, -1).mean(0)
+        for f in "AB"
+    )
+    return FlatFactors(A, B)

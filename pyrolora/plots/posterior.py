@@ -79,7 +79,9 @@ def signal_to_noise_map(idata: Any, *, ax: Axes) -> Axes:
     """Plot the signal-to-noise ratio of every rank of every block as a heat map.
 
     It shows means over draws. Below 1 the mean of a rank is smaller than its posterior spread.
-    Ranks that a block does not have are left blank.
+    With noise in units of the rows (``units="row"``) the ratio is the same at every size of the
+    mean, and does not tell the worth of a rank: it is higher where the data narrow the noise. Ranks
+    that a block does not have are left blank.
 
     Parameters
     ----------

@@ -131,12 +131,17 @@ class Predictor:
         )
 
     def reader(
-        self, data: Any, batch_size: int = defaults.BATCH_SIZE, *, need_labels: bool
+        self,
+        data: Any,
+        batch_size: int = defaults.BATCH_SIZE,
+        *,
+        need_labels: bool,
+        look: Callable[[Prepared], None] | None = None,
     ) -> Callable[..., Prediction]:
         """Validate ``data`` and return a function from factors to predictions.
 
         The function takes another ``temperature``, too. A language model chooses between the texts
-        of a column ``choices``.
+        of a column ``choices``; of other data ``look`` gets the examples.
         """
         rows, usual = choice_rows(data, self.joint), self.temperature
         if rows is not None:
@@ -150,6 +155,8 @@ class Predictor:
                 temperature=temperature,
             )
         prepared = self.prepare(data, need_labels=need_labels)
+        if look is not None:
+            look(prepared)
         return lambda factors, temperature=usual: predict(
             self.joint, prepared, factors, batch_size=batch_size, temperature=temperature
         )

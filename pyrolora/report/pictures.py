@@ -93,8 +93,8 @@ def fit_pictures(history: Any) -> Iterator[Picture]:
         )
 
 
-def posterior_pictures(idata: Any) -> Iterator[Picture]:
-    """Yield the pictures of the posterior's draws."""
+def posterior_pictures(idata: Any, unit: str | None) -> Iterator[Picture]:
+    """Yield the pictures of the posterior's draws; ``unit`` is that of its noise."""
     group = idata["posterior"]
     sizes = dict(group.sizes)
     if not sizes["layer"]:
@@ -106,10 +106,15 @@ def posterior_pictures(idata: Any) -> Iterator[Picture]:
         rows=sizes["layer"],
     )
     if "signal_to_noise" in group.data_vars:
+        reading = "Ranks far below 1 could be left out."
+        if unit == "row":
+            reading = (
+                "The noise is in units of this mean, so that the ratio does not tell the worth of "
+                "a rank: it is higher where the data narrow the noise."
+            )
         yield picture(
             "Signal to noise",
-            "The mean of every rank over its posterior spread. Ranks far below 1 could be left "
-            "out.",
+            "The mean of every rank over its posterior spread. " + reading,
             lambda ax: signal_to_noise_map(idata, ax=ax),
             rows=sizes["block"],
         )

@@ -27,6 +27,7 @@ from pyrolora.diagnostics.contraction import (
 from pyrolora.errors import ConfigError, listed
 from pyrolora.files import write_whole
 from pyrolora.guides import full_name
+from pyrolora.guides.wrapping import innermost
 from pyrolora.predictive import auroc, evaluate, reliability_table
 from pyrolora.predictive.standard_errors import scores
 from pyrolora.report import findings
@@ -195,7 +196,9 @@ def report_on(
             tables=example_tables(prediction, examples),
             texts=texts,
             fit_pictures=list(fit_pictures(posterior.history)),
-            posterior_pictures=list(posterior_pictures(idata)),
+            posterior_pictures=list(
+                posterior_pictures(idata, innermost(posterior.model.program).options.unit)
+            ),
             contractions=contraction_table(judged.blocks),
             about_widths=about_widths(
                 posterior.model.program, judged.blocks, chosen=chose_width(posterior)

@@ -228,10 +228,23 @@ def test_examples_that_were_held_back_are_not_left_out_again(tmp_path) -> None:
     idata = again.to_arviz(50, data=(x, y), log_likelihood=True)
     np.testing.assert_allclose(loo(idata).elpd_loo, found.elpd_loo, rtol=1e-5)
     other = fitted(MonteCLoRA(hold_back=0.25), (x, y), seed=4)
+    other.temperature = 1.0  # which a fit may choose, too
     joined = as_chains([whole, other.to_arviz(50, data=(x, y), log_likelihood=True)])
     assert "temperature" not in joined["posterior"].attrs, "each has its own"
     with pytest.raises(ConfigError, match="held back different ones"):
         loo(joined)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_the_whole_data_in_another_order_are_warned_of(tmp_path) -> None:
+    """Examples that were held back are known by their places alone; also in what was saved."""
+    x, y = torch.randn(40, X.shape[1]), torch.arange(40) % 3
+    posterior = fitted(MonteCLoRA(hold_back=0.25), (x, y), seed=3)
+    turned = posterior.to_arviz(20, data=(x.flip(0), y.flip(0)), log_likelihood=True)
+    turned.to_netcdf(tmp_path / "turned.nc")
+    for idata in (turned, az.from_netcdf(tmp_path / "turned.nc")):
+        with pytest.warns(UserWarning, match=r"10 of .* in another order, .* as the fit got them"):
+            loo(idata)
 
 
 def dataset_of(idata, group):

@@ -10,7 +10,7 @@ from problems import absolute, batch_of, bert, llama, mlp, tokens
 
 from pyrolora import AdapterConfig
 from pyrolora.adapters import attach
-from pyrolora.guides import MAP, Flat, MeanField, MonteCLoRA
+from pyrolora.guides import MAP, NUTS, TFB, Flat, LowRank, MeanField, MonteCLoRA
 from pyrolora.inference import ablation, signal_to_noise
 from pyrolora.model import build
 from pyrolora.tasks import task_for
@@ -154,3 +154,62 @@ def test_a_rank_whose_mean_is_zero_has_no_signal_however_few_the_draws():
     found = signal_to_noise(joint.program, 4)
     assert found[0, 1] == 0
     assert (found[mask] > 0).all()
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        MeanField(latent="AB"),
+        LowRank(latent="AB"),
+        LowRank(latent="B", rank=2),
+        MonteCLoRA(),
+        MonteCLoRA(covariance="full", latent="AB", concentration=0.5),
+        MonteCLoRA(component_prior="hierarchical", covariance="full"),
+        MonteCLoRA(sparse=True, num_components=2),
+        absolute(MonteCLoRA, learn_sample_scale=True, units="fan_in"),
+        Flat(inner=MonteCLoRA(learn_sample_scale=True)),
+    ],
+    ids=str,
+)
+def test_stated_variances_are_those_of_draws(guide):
+    joint = joint_of(mlp(inputs=6), guide, task="classification", rank_allocation="snr")
+    program = joint.program
+    with torch.no_grad():
+        for name in program.scale_parameters():
+            parameter = program.get_parameter(name)
+            parameter += 0.3 * torch.randn_like(parameter)
+        stated, drawn = program.variances(), program.factors(program.draw(40_000))
+    for factor in "AB":
+        layout, bank = program.bank.layouts[factor], program.bank
+        found = getattr(drawn, factor).expand(40_000, -1).var(0)
+        pairs = (layout.matrices(t) for t in (getattr(stated, factor), found))
+        for i, (one, other) in enumerate(zip(*(p.values() for p in pairs), strict=True)):
+            active = bank.mask()[i, : len(one)]
+            torch.testing.assert_close(one[active], other[active], rtol=0.06, atol=1e-6)
+
+
+@pytest.mark.parametrize("guide", [MeanField(), LowRank(), MonteCLoRA()], ids=str)
+def test_what_little_the_data_say_of_a_rank_tells_it_from_the_others(guide):
+    """Noise in units of the rows has one ratio for all ranks of which the data say nothing."""
+    joint = joint_of(mlp(inputs=12), guide, task="classification")
+    program = joint.program
+    program.assign("concentration", torch.ones(2, 4)) if guide.name == "montec" else None
+    name = {"montec": "scale_diag", "meanfield": "A_scale", "lowrank": "scale"}[guide.name]
+    if guide.name == "lowrank":
+        program.assign("directions", torch.zeros_like(program.param("directions")))
+    alike = signal_to_noise(program)
+    torch.testing.assert_close(alike, alike[0, 0].expand_as(alike))
+    scale = program.param(name).detach().clone()
+    narrower = torch.tensor([[0, 0], [0, 1]], dtype=torch.bool)
+    rows = narrower if guide.name == "montec" else program.bank.spread("A", narrower)
+    program.assign(name, torch.where(rows, 0.999 * scale, scale))
+    found = signal_to_noise(program)
+    assert found.argmax() == 3
+    torch.testing.assert_close(found[1, 1], alike[1, 1] / 0.999**2)
+
+
+@pytest.mark.parametrize("guide", [TFB(), NUTS(), MAP()], ids=str)
+def test_no_variances_are_stated_where_the_sites_have_other_ones(guide):
+    """TFB's is that of its standard noise; NUTS has draws, and its inner guide the prior's."""
+    joint = joint_of(mlp(), guide, task="classification")
+    assert joint.program.variances() is None

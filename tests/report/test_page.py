@@ -17,6 +17,7 @@ import matplotlib
 import pytest
 import torch
 from problems import (
+    absolute,
     bert,
     bert_choice,
     bert_mlm,
@@ -136,6 +137,15 @@ def test_every_guide_has_a_page(name: str) -> None:
     assert all(title in page.headings for title in ("Warnings", "Metrics", "Settings"))
     assert all(one.title in page.headings and one.found in page.all("p") for one in made.findings)
     assert pyrolora.guides.full_name(guide) in page.all("dd")
+
+
+def test_ranks_whose_noise_is_relative_to_them_are_not_called_useless() -> None:
+    """Their ratio is that of the options, however much they do."""
+    wide = MonteCLoRA(sample_scale=6, hold_back=0)
+    for guide, relative in ((wide, True), (absolute(MonteCLoRA), False)):
+        page = report_on(classifier(guide), INSIDE, num_samples=2, seed=0).html
+        assert ("could be left out" in page) is not relative
+        assert ("does not tell the worth" in page) is relative
 
 
 TEXTS = ["the film was good", "a dull book", "not very fine"]
