@@ -171,6 +171,14 @@ def test_a_last_good_state_that_does_not_predict_is_no_posterior(extremes: Any) 
     assert caught.value.posterior is None
 
 
+def test_a_last_good_state_of_which_some_draws_overflow_is_no_posterior(extremes: Any) -> None:
+    fit = extremes.EXTREMES["a float16 network at rate 1e3"]
+    guide = extremes.GUIDES["meanfield by curvature"]()
+    with pytest.raises(NonFiniteError, match=r"no error\.posterior") as caught:
+        pyrolora.fit(fit.network(), fit.data(), guide, **fit.arguments(guide))
+    assert caught.value.posterior is None
+
+
 @pytest.mark.parametrize("value", [1e-300, 1e-39, 3.5e38, 1e300])
 def test_options_that_single_precision_does_not_hold_are_refused(value: float) -> None:
     for make in (

@@ -33,7 +33,7 @@ from pyrolora.fitting.training import (
     opened_arguments,
     settings_of,
 )
-from pyrolora.fitting.usable import check_usable
+from pyrolora.fitting.usable import MANY, check_usable
 from pyrolora.guides import Guide, full_name
 from pyrolora.inference import Run
 from pyrolora.inference.head_laplace import check_last_layer
@@ -352,7 +352,7 @@ def _inferred(run: Run, request: Request) -> Posterior:
 def _check_kept(error: NonFiniteError, run: Run) -> None:
     """Raise an error without a posterior where that of the last good step does not predict."""
     try:
-        check_usable(error.posterior.model, run.guide, run.data, run.args.seed)
+        check_usable(error.posterior.model, run.guide, run.data, run.args.seed, size=MANY)
     except NonFiniteError as unusable:
         raise NonFiniteError(f"{error}. There is no error.posterior: {unusable}") from error
 

@@ -12,23 +12,26 @@ from pyrolora.model import JointModel, evaluating
 from pyrolora.predictive import draw_factors
 from pyrolora.predictive.predict import passes
 
-DRAWS = 2
+FEW, MANY = 2, 16
 
 
 @torch.no_grad()
-def check_usable(joint: JointModel, guide: Guide, data: Prepared, seed: int) -> None:
+def check_usable(
+    joint: JointModel, guide: Guide, data: Prepared, seed: int, *, size: int = FEW
+) -> None:
     """Raise `NonFiniteError` for a posterior whose numbers or predictions are not finite.
 
-    Two of its draws run on two of the training examples; the process's random numbers stay.
+    So many of its draws run on so many of the training examples: ``MANY`` after a failure, near
+    which some draws may overflow and others not. The process's random numbers stay.
     """
     broken = [name for name, tensor in joint.own_tensors() if not tensor.isfinite().all()]
     if broken:
         raise NonFiniteError(_message(guide, f"not finite in {listed(broken)}"))
-    factors = draw_factors(joint, DRAWS, seed)
-    drawn = [factors[number] for number in range(DRAWS)]
+    factors = draw_factors(joint, size, seed)
+    drawn = [factors[number] for number in range(size)]
     if not all(one.A.isfinite().all() and one.B.isfinite().all() for one in drawn):
         raise NonFiniteError(_message(guide, "finite, and the adapters drawn from it are not"))
-    examples = [data.examples[i] for i in range(min(2, len(data)))]
+    examples = [data.examples[i] for i in range(min(size, len(data)))]
     batch = to_device(data.collate(examples), next(joint.parameters()).device)
     with evaluating(joint):
         outputs = torch.cat([*passes(joint, batch, factors, defaults.PREDICT_ROWS)])
