@@ -173,7 +173,7 @@ def test_a_last_good_state_that_does_not_predict_is_no_posterior(extremes: Any) 
 
 def test_a_last_good_state_of_which_some_draws_overflow_is_no_posterior(extremes: Any) -> None:
     fit = extremes.EXTREMES["a float16 network at rate 1e3"]
-    guide = extremes.GUIDES["meanfield by curvature"]()
+    guide = extremes.GUIDES["meanfield by curvature"]
     with pytest.raises(NonFiniteError, match=r"no error\.posterior") as caught:
         pyrolora.fit(fit.network(), fit.data(), guide, **fit.arguments(guide))
     assert caught.value.posterior is None
