@@ -34,7 +34,7 @@ from pyrolora.fitting.training import (
     settings_of,
 )
 from pyrolora.fitting.usable import MANY, check_usable
-from pyrolora.guides import Guide, full_name
+from pyrolora.guides import NUTS, Guide, full_name
 from pyrolora.inference import Run
 from pyrolora.inference.head_laplace import check_last_layer
 from pyrolora.inference.identity import known_digest
@@ -218,7 +218,7 @@ def fit_request(request: Request) -> Posterior:
         of_data = _digest(data)
         data, held_back = parted(data, request, args)
         if held_back is None:
-            _warn_of_temperature(request)
+            _warn_of_source(request)
         else:
             of_data["held_back"] = len(held_back)
         check_evaluation(args, held_out)
@@ -389,11 +389,20 @@ def _save(posterior: Posterior, request: Request, args: TrainingArguments) -> No
         raise unsaved from error
 
 
-def _warn_of_temperature(request: Request) -> None:
+def _warn_of_source(request: Request) -> None:
+    """Warn of what the posterior that the fit starts from does not pass on."""
     source = request.prior if request.given is None else request.given
     if isinstance(source, Posterior) and source.temperature != 1:
         warnings.warn(
             "the posterior that this fit starts from has the temperature "
             f"{source.temperature:.4g}, and the new one has none: call calibrate(...) on it",
+            stacklevel=5,
+        )
+    given = request.given
+    succeeds = isinstance(given, Posterior) and given.model.program.previous is not None
+    if succeeds and isinstance(request.options, NUTS):
+        warnings.warn(
+            "the posterior was fitted after an earlier one (prior=), and 'nuts' samples under the "
+            "prior of its inner guide, not under that earlier posterior",
             stacklevel=5,
         )

@@ -58,7 +58,8 @@ class NUTS(Guide):
         `MonteCLoRA`, or `MAP` with a ``prior_scale``. By default `MeanField` with the prior
         N(0, 0.2²), in absolute units. Options of its guide alone and of its training, such as
         ``init_scale``, make no difference. Of noise that is relative to the rows the width c is
-        that of the posterior that is passed to ``fit``, so that the prior is the one of that fit;
+        that of the posterior that is passed to ``fit``, so that the prior is the one of that fit
+        (but of one after an earlier posterior it is that of the options, and a warning says so);
         else, and with ``hold_back=0``, it is 1. NUTS holds no examples back to choose it by: a
         ``hold_back`` above 0 is refused.
     chains, num_samples, warmup_steps

@@ -234,6 +234,15 @@ def test_the_prior_is_that_of_the_fit_whose_width_data_chose(guide, flat, tmp_pa
     assert chosen_width(again.model) == 1
 
 
+@DISAGREE
+def test_a_prior_that_is_not_the_earlier_posterior_is_warned_of():
+    first = fitted(MeanField())
+    second = pyrolora.fit(first.base, data(), prior=first, epochs=2)
+    with pytest.warns(UserWarning, match="not under that earlier posterior") as caught:
+        pyrolora.fit(second, data(), NUTS(inner=MeanField(), **SHORT))
+    assert __file__ in {one.filename for one in caught}
+
+
 # What it refuses ---------------------------------------------------------------------------------
 
 
