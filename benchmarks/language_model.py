@@ -89,6 +89,7 @@ METHODS = {
     "TFB": Method("tfb", after="MLE"),
     TEMPERATURE: Method("map", after="MLE"),  # the last: the others start from a posterior without
     "montec": Method("montec"),
+    "montec, all learnt": Method("montec", {"hold_back": 0}),
     "montec, formerly": Method("montec", FORMER["montec"]),
     "BLoB": Method("meanfield", BLOB),
     "MAP": Method("map", {"prior_scale": 0.2}),
