@@ -339,8 +339,9 @@ def all_labels(
         tensors = [as_numbers(row) for row in rows]
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1 (a regression has "
-            "real numbers; several classes per example are task='multi-label-classification')"
+            f"labels must be numbers, got {rows[0]!r}; map class names to 0..C-1, or give the "
+            "network their names (config.id2label). (A regression has real numbers; several "
+            "classes per example are task='multi-label-classification'.)"
         ) from error
     if tensors[0].dim() == 1:
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=IGNORED)

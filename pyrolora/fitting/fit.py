@@ -91,9 +91,9 @@ def fit(
         ``label``, words with tags, ``choices`` beside a ``question``, ``messages``, ``prompt`` and
         ``completion``, ``document`` and ``summary``, ``chosen`` and ``rejected``, those of SQuAD,
         ``image``, ``audio``. Labels that are names are matched with the network's, up to case,
-        spaces, '-' and '_'; a network without names takes those of the data
-        (`Posterior.classes`). EOS ends every
-        text that a causal language model learns; scores are those of the text alone. In texts
+        spaces, '-' and '_'. A network without names takes those of a ``ClassLabel``, and one that
+        is loaded by name those of texts, too (`Posterior.classes`). EOS ends every text that a
+        causal language model learns; scores are those of the text alone. In texts
         without labels for a masked language model some tokens are hidden, always the same. A
         warning names columns that are not read, and data that can be read in two ways raise a
         `DataError`.
