@@ -113,15 +113,15 @@ class MonteCLoRAProgram(CentredProgram):
         """Return the variance of every entry: ε² E‖π‖² V_kk in row k, in its units."""
         law, options = dist.Dirichlet(self.param("concentration")), self.options
         if options.sparse:  # E (max π)² has no closed form
-            squares = law.sample((DRAWS,)).amax(-1).square().mean(0)
+            squares = self._spread(law.sample((DRAWS,))).square().mean(0)
         else:
             squares = (law.variance + law.mean.square()).sum(-1)
-        scale = self.param("sample_scale") if options.learn_sample_scale else self._epsilon
         full = options.covariance == "full"
         tril = self.param("scale_tril") if full else self.param("scale_diag").diag_embed()
         V = self._cut(tril).square().sum(-1)
+        rows = (self._scale_of_noise().square() * squares)[:, None] * V
         sizes = self.sizes()
-        rows = (scale.square() * squares)[:, None] * V * (1 if sizes is None else sizes.square())
+        rows = rows if sizes is None else rows * sizes.square()
         return self.bank.alone(options.latent, self.layout.spread_rows(rows))
 
     def quantities(self, sites: Sites) -> Quantities:
@@ -132,9 +132,7 @@ class MonteCLoRAProgram(CentredProgram):
         """
         tril = self._cut(sites["covariance_tril"])
         covariance = tril @ tril.mT
-        scale = self._spread(sites["mixture_weights"])
-        learned = self.options.learn_sample_scale
-        scale = scale * (self.param("sample_scale") if learned else self._epsilon)
+        scale = self._spread(sites["mixture_weights"]) * self._scale_of_noise()
         noise = scale.unsqueeze(-1) * covariance.diagonal(dim1=-2, dim2=-1).sqrt()
         sizes = self.sizes()
         noise = noise if sizes is None else noise * sizes
@@ -208,6 +206,10 @@ class MonteCLoRAProgram(CentredProgram):
         """Return ε₀ ‖π‖ of every row, in its units, (..., L, r)."""
         gain, sizes = (self._epsilon * self._spread(weights))[..., None], self.sizes()
         return gain.expand(*gain.shape[:-1], self.layout.rank) if sizes is None else gain * sizes
+
+    def _scale_of_noise(self) -> Tensor:
+        """Return the guide's ε, learned or stated, (L,)."""
+        return self.param("sample_scale") if self.options.learn_sample_scale else self._epsilon
 
     def _spread(self, weights: Tensor) -> Tensor:
         """Return ‖π‖ (or max π): the standard deviation of the mixture at Σ = I, (..., L)."""

@@ -54,7 +54,7 @@ def prior_finding(posterior: Subject, blocks: Sequence[Contraction]) -> Finding 
         blocks,
         trained=has_trained_widths(program),
         chosen=moved_width(posterior),
-        relative=getattr(innermost(program), "width", None) is not None,
+        relative=innermost(program).options.unit == "row",
     )
 
 
